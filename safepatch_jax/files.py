@@ -1,0 +1,82 @@
+"""Atomic writes, hashes, and paths that stay inside their folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, Iterator
+
+
+def write_text(path: str | pathlib.Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename: a reader sees the old file or the whole new one."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Fill a folder under a temporary name; on success it replaces `path`, on failure nothing is left."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            old = path.with_name(f"{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_sha256(path: str | pathlib.Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def folder_hashes(folder: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted."""
+    folder = pathlib.Path(folder)
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def text_hash(value: Any) -> str:
+    """Return the SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def plain_name(name: str, where: str) -> str:
+    """Return `name` if it is a bare file name; refuse anything that could leave its folder.
+
+    Raises:
+      ValueError: it holds a separator, a drive, or dots only.
+    """
+    if not name or name in (".", "..") or any(c in name for c in "/\\:\0"):
+        raise ValueError(f"{where}: refusing the file name {name!r}: it must be a plain name inside the folder.")
+    return name

@@ -1,0 +1,195 @@
+"""The decoder: Flax (linen) modules that read the plain parameter dictionary of the parameter table.
+
+linen and not NNX: it returns and reads the plain nested dictionary that import, patching, checkpoints and export
+share, and it ran without warnings in every JAX version we support. No parameter is declared here: a module asks the
+table for its row.
+
+Dimension key: B batch, T query position, S past position, D model, F feed-forward, N query heads, K KV heads,
+G = N / K, H head dimension, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.config import DecoderConfig
+from safepatch_jax.models.table import param_table
+
+
+@flax.struct.dataclass
+class Past:
+    """Keys and values of earlier positions, already rotated; `valid` is False where a slot is empty or padding."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    valid_BS: jax.Array
+
+
+class _Module(nn.Module):
+    """A module whose parameters are the table's rows below its own path."""
+
+    config: DecoderConfig
+    dtype: Any
+    sharder: Optional[Sharder]
+
+    def weight(self, name: str) -> jax.Array:
+        row = param_table(self.config)["/".join((*self.path, name))]
+        return self.param(name, row.layer_initializer(), row.layer_shape, jnp.float32).astype(self.dtype)
+
+    def constrain(self, x, *axes):
+        return x if self.sharder is None else self.sharder.constrain(x, *axes)
+
+    def child(self, kind, name):
+        return kind(self.config, self.dtype, self.sharder, name=name)
+
+
+class Embedder(_Module):
+    @nn.compact
+    def __call__(self, tokens_BT):
+        return self.constrain(self.weight("embedding")[tokens_BT], "batch", "length", "features")
+
+
+class RMSNorm(_Module):
+    @nn.compact
+    def __call__(self, x_BTD):
+        x32_BTD = x_BTD.astype(jnp.float32)
+        mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+        normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + self.config.norm_eps)
+        return self.weight("scale") * normed_BTD.astype(self.dtype)
+
+
+def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> jax.Array:
+    """Return rotation angles [B, T, H/2] in radians, float32 (RoPE; Su et al. 2021)."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta ** exponents)
+    return positions_BT[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
+    """Apply RoPE in the half-split convention of Hugging Face checkpoints."""
+    sin, cos = jnp.sin(angles_BTh)[:, :, None, :], jnp.cos(angles_BTh)[:, :, None, :]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """Return x * sigmoid(x). Written with exp: XLA's logistic costs parity with torch half a digit on CPU."""
+    return x / (1.0 + jnp.exp(-jnp.maximum(x, -80.0)))  # the bound keeps the gradient finite
+
+
+class Attention(_Module):
+    """Grouped-query attention over the past (if any) and the causal present."""
+
+    @nn.compact
+    def __call__(self, x_BTD, angles_BTh, valid_BT, past_k_BSKH=None, past_v_BSKH=None, past_valid_BS=None):
+        config = self.config
+        q_BTNH = self.constrain(jnp.einsum("BTD,NHD->BTNH", x_BTD, self.weight("q")), "batch", "length", "heads", "head_dim")
+        k_BTKH = self.constrain(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.weight("k")), "batch", "length", "kv_heads", "head_dim")
+        v_BTKH = self.constrain(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.weight("v")), "batch", "length", "kv_heads", "head_dim")
+        q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
+
+        length = x_BTD.shape[1]
+        causal_TU = jnp.tril(jnp.ones((length, length), bool))
+        mask_BTS = causal_TU[None] & valid_BT[:, None, :]
+        keys_BSKH, values_BSKH = k_BTKH, v_BTKH
+        if past_k_BSKH is not None:
+            keys_BSKH = jnp.concatenate([past_k_BSKH, keys_BSKH], axis=1)
+            values_BSKH = jnp.concatenate([past_v_BSKH, values_BSKH], axis=1)
+            past_mask_BTS = jnp.broadcast_to(past_valid_BS[:, None, :], (*mask_BTS.shape[:2], past_valid_BS.shape[1]))
+            mask_BTS = jnp.concatenate([past_mask_BTS, mask_BTS], axis=2)
+
+        groups = config.num_heads // config.num_kv_heads
+        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], config.num_kv_heads, groups, config.head_dim)
+        logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
+        logits_BKGTS = logits_BKGTS * config.head_dim ** -0.5
+        logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+        weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(self.dtype)
+        mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, values_BSKH)
+        mixed_BTNH = mixed_BTKGH.reshape(q_BTNH.shape)
+        return jnp.einsum("BTNH,DNH->BTD", mixed_BTNH, self.weight("o")), (k_BTKH, v_BTKH)
+
+
+class Mlp(_Module):
+    """Gated feed-forward layer (SwiGLU)."""
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.weight("gate"))
+        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.weight("up"))
+        hidden_BTF = self.constrain(silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
+        return jnp.einsum("BTF,DF->BTD", hidden_BTF, self.weight("down"))
+
+
+class Block(_Module):
+    """One transformer block; in a scan over layers, `keep_kv` decides whether keys and values are returned."""
+
+    keep_kv: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD, past_k_BSKH, past_v_BSKH, angles_BTh, valid_BT, past_valid_BS):
+        attended_BTD, kv = self.child(Attention, "attention")(
+            self.child(RMSNorm, "attention_norm")(x_BTD), angles_BTh, valid_BT, past_k_BSKH, past_v_BSKH, past_valid_BS)
+        x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "length", "features")
+        x_BTD = x_BTD + self.child(Mlp, "mlp")(self.child(RMSNorm, "mlp_norm")(x_BTD))
+        return self.constrain(x_BTD, "batch", "length", "features"), kv if self.keep_kv else None
+
+
+class Head(_Module):
+    @nn.compact
+    def __call__(self, x_BTD):
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.weight("kernel"), preferred_element_type=jnp.float32)
+
+
+class Decoder(_Module):
+    """Maps tokens to final hidden states; `logits` maps hidden states to logits.
+
+    Attributes:
+      config: architecture.
+      dtype: arithmetic; parameters are cast to it where they are used.
+      sharder: mesh, or None for a program on one device.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT, valid_BT, past: Past | None = None, keep_kv: bool = False,
+                 logits_at_BA: jax.Array | None = None):
+        """Run the decoder.
+
+        Args:
+          tokens_BT: token ids, int32.
+          positions_BT: position of each token in its sequence (padding: anything).
+          valid_BT: False for padding.
+          past: keys and values of earlier positions.
+          keep_kv: also return keys and values [L, B, T, K, H] of these positions.
+          logits_at_BA: compute logits only at these indices into T; the head is never run elsewhere.
+
+        Returns:
+          (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`; keys and values, or None).
+        """
+        embedder = self.child(Embedder, "embedder")
+        x_BTD = embedder(tokens_BT)
+        angles_BTh = rotary_angles(self.config, positions_BT)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
+        )(self.config, self.dtype, self.sharder, keep_kv=keep_kv, name="layers")
+        past_k, past_v, past_valid = (None, None, None) if past is None else (past.k_LBSKH, past.v_LBSKH, past.valid_BS)
+        x_BTD, kv = layers(x_BTD, past_k, past_v, angles_BTh, valid_BT, past_valid)
+        if logits_at_BA is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
+        x_BTD = self.child(RMSNorm, "final_norm")(x_BTD)
+        if self.config.tied_head:
+            table_VD = embedder.variables["params"]["embedding"].astype(self.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        else:
+            logits = self.child(Head, "head")(x_BTD)
+        return self.constrain(logits, "batch", "length", "vocab"), kv

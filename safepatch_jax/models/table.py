@@ -1,0 +1,188 @@
+"""The parameter table: every parameter declared once.
+
+A row holds a parameter's path in the nested parameter dictionary, its logical axes and shape, its Hugging Face
+name, and its kind. Abstract shapes, initialisation, sharding, import, export, scoring and patch scope read it.
+
+Layout: a weight keeps Hugging Face's own order, ``[out, in]`` row-major; we only name the parts of a side (the out
+side of ``q`` is heads x head_dim) and stack the blocks on a leading ``layers`` axis. So the way in is a reshape, the
+way back is the inverse reshape, and an element's row-major position within a layer IS its flat index in the HF tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.config import DecoderConfig
+
+SCOPES = {
+    "block_linear": ("linear",),
+    "all_linear": ("linear", "head"),
+    "all": ("linear", "head", "embedding", "norm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One parameter.
+
+    Attributes:
+      path: where it lives in the nested dictionary, e.g. ``layers/attention/q``.
+      axes: logical axes; the first is ``layers`` for a stacked parameter.
+      shape: sizes of these axes.
+      hf_name: its name in the checkpoint, ``{layer}`` standing for the block number.
+      out_axes: how many axes after ``layers`` make up the out side of the HF tensor.
+      kind: linear, head, embedding or norm; decides the patch scope and the initialisation.
+    """
+
+    path: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    hf_name: str
+    out_axes: int
+    kind: str
+
+    @property
+    def stacked(self) -> bool:
+        return self.axes[0] == "layers"
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's part (of the whole, if not stacked)."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        out, rest = self.layer_shape[:self.out_axes], self.layer_shape[self.out_axes:]
+        return (math.prod(out),) + ((math.prod(rest),) if rest else ())
+
+    @property
+    def num_layers(self) -> int:
+        """Number of HF tensors behind this parameter."""
+        return self.shape[0] if self.stacked else 1
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return tuple(self.hf_name.format(layer=i) for i in range(self.num_layers))
+
+    def from_hf(self, x):
+        """Turn one HF tensor into one layer's part."""
+        return x.reshape(self.layer_shape)
+
+    def to_hf(self, x):
+        """Inverse of `from_hf`."""
+        return x.reshape(self.hf_shape)
+
+    def as_matrices(self, x):
+        """View the whole parameter as ``[layers, *hf_shape]``."""
+        return x.reshape((self.num_layers, *self.hf_shape))
+
+    def from_matrices(self, x):
+        """Inverse of `as_matrices`."""
+        return x.reshape(self.shape)
+
+    def layer_initializer(self):
+        """Initialiser of one layer's part, in the form ``fn(key, shape, dtype)``."""
+        if self.kind == "norm":
+            return jax.nn.initializers.ones
+        std = 0.02 if self.kind == "embedding" else self.hf_shape[-1] ** -0.5
+        return jax.nn.initializers.normal(std)
+
+
+class ParamTable:
+    """All parameters of one architecture."""
+
+    def __init__(self, rows: tuple[Param, ...]):
+        self.rows = rows
+        self.by_path = {row.path: row for row in rows}
+        if len(self.by_path) != len(rows):
+            raise ValueError("the parameter table declares a path twice")
+
+    def __iter__(self) -> Iterator[Param]:
+        return iter(self.rows)
+
+    def __getitem__(self, path: str) -> Param:
+        return self.by_path[path]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(row.shape) for row in self.rows)
+
+    def scope(self, name: str) -> tuple[Param, ...]:
+        """Return the rows that are scored and patched under a scope (see SCOPES)."""
+        return tuple(row for row in self.rows if row.kind in SCOPES[name])
+
+    def hf_names(self) -> dict[str, tuple[Param, int]]:
+        """Map each HF tensor name to its row and layer number."""
+        return {name: (row, layer) for row in self.rows for layer, name in enumerate(row.hf_names)}
+
+    def shardings(self, sharder: Sharder) -> dict[str, Any]:
+        """Return the nested dictionary of NamedShardings. Raises ValueError if a dimension does not divide."""
+        return nest({row.path: sharder.sharding(row.axes, row.shape, row.path) for row in self.rows})
+
+    def abstract(self, sharder: Sharder, dtype=jnp.float32) -> dict[str, Any]:
+        """Return the nested dictionary of ShapeDtypeStructs with shardings."""
+        return nest({row.path: jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharder.sharding(row.axes, row.shape, row.path))
+                     for row in self.rows})
+
+    def init(self, key: jax.Array, dtype=jnp.float32) -> dict[str, Any]:
+        """Draw random parameters (for tests and dry runs)."""
+        keys = jax.random.split(key, len(self.rows))
+        return nest({row.path: row.layer_initializer()(k, row.shape, dtype) for k, row in zip(keys, self.rows)})
+
+
+@functools.lru_cache(maxsize=None)
+def param_table(config: DecoderConfig) -> ParamTable:
+    """Declare the parameters of a decoder."""
+    sizes = {"layers": config.num_layers, "vocab": config.vocab_size, "embed": config.embed_dim, "mlp": config.mlp_dim,
+             "heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    block = "model.layers.{layer}."
+
+    def row(path, axes, hf_name, out_axes, kind):
+        axes = tuple(axes.split())
+        return Param(path, axes, tuple(sizes[a] for a in axes), hf_name, out_axes, kind)
+
+    rows = [
+        row("embedder/embedding", "vocab embed", "model.embed_tokens.weight", 1, "embedding"),
+        row("layers/attention_norm/scale", "layers embed", block + "input_layernorm.weight", 1, "norm"),
+        row("layers/attention/q", "layers heads head_dim embed", block + "self_attn.q_proj.weight", 2, "linear"),
+        row("layers/attention/k", "layers kv_heads head_dim embed", block + "self_attn.k_proj.weight", 2, "linear"),
+        row("layers/attention/v", "layers kv_heads head_dim embed", block + "self_attn.v_proj.weight", 2, "linear"),
+        row("layers/attention/o", "layers embed heads head_dim", block + "self_attn.o_proj.weight", 1, "linear"),
+        row("layers/mlp_norm/scale", "layers embed", block + "post_attention_layernorm.weight", 1, "norm"),
+        row("layers/mlp/gate", "layers mlp embed", block + "mlp.gate_proj.weight", 1, "linear"),
+        row("layers/mlp/up", "layers mlp embed", block + "mlp.up_proj.weight", 1, "linear"),
+        row("layers/mlp/down", "layers embed mlp", block + "mlp.down_proj.weight", 1, "linear"),
+        row("final_norm/scale", "embed", "model.norm.weight", 1, "norm"),
+    ]
+    if not config.tied_head:
+        rows.append(row("head/kernel", "vocab embed", "lm_head.weight", 1, "head"))
+    return ParamTable(tuple(rows))
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"a/b": x}`` into ``{"a": {"b": x}}``."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def unnest(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Inverse of `nest`."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(unnest(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return flat

