@@ -1,0 +1,21 @@
+"""What a run tells the person at the terminal: one line for each choice, a bar for each long stage."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """Print one line, in the first process alone."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(total: int, title: str, unit: str) -> tqdm:
+    """Return a progress bar with rate and remaining time, silent in all but the first process."""
+    return tqdm(total=total, desc=f"  {title}", unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.5,
+                disable=jax.process_index() != 0, leave=True)

@@ -1,0 +1,152 @@
+"""Tokenizer, chat template and answer mask.
+
+A conversation is rendered by the tokenizer's own chat template. Answer tokens are the assistant's text and the
+end-of-turn token; loss and scores see these alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, Sequence
+
+import numpy as np
+
+from safepatch_jax.data.records import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Examples with what was left out on the way."""
+
+    examples: tuple[Example, ...]
+    dropped: int
+    cut: int
+
+    def describe(self, limits: str) -> str:
+        text = f"{len(self.examples)} examples"
+        if self.dropped:
+            text += f", {self.dropped} left out (prompt longer than {limits.split('/')[0]} tokens)"
+        if self.cut:
+            text += f", {self.cut} answers cut at {limits.split('/')[1]} tokens"
+        return text
+
+
+class Chat:
+    """Renders and tokenises conversations of one model folder.
+
+    Raises:
+      ValueError: no tokenizer, no chat template, or a vocabulary larger than the model's embedding.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, vocab_size: int):
+        from transformers import AutoTokenizer  # imported here: it takes seconds, and only text needs it
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and tokenizer_config.json "
+                             "of the model into the folder.") from error
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
+                             "Copy the chat_template of the model's chat variant into the folder.")
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} rows: "
+                             "tokenizer and weights are of different models.")
+
+    def prompt_text(self, prompt: str) -> str:
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+
+    def encode(self, prompt: str, answer: str) -> Example:
+        """Tokenise one pair. Raises ValueError if the template does not render an answer after its prompt."""
+        before = self.prompt_text(prompt)
+        whole = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenize=False)
+        if not whole.startswith(before):
+            raise ValueError("the chat template renders the prompt otherwise when an answer follows; "
+                             f"cannot tell answer tokens from prompt tokens. Prompt: {before!r}")
+        answer_ids = self._ids(whole[len(before):])
+        specials = set(self.tokenizer.all_special_ids)
+        end = next((i for i, t in enumerate(answer_ids) if t in specials), None)
+        answer_ids = answer_ids + [self.tokenizer.eos_token_id] if end is None else answer_ids[:end + 1]
+        return Example(tuple(self._ids(before)), tuple(answer_ids))
+
+    def encode_all(self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int) -> Encoded:
+        """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no end-of-turn token).
+
+        Raises:
+          ValueError: nothing is left.
+        """
+        encoded = [self.encode(prompt, answer) for prompt, answer in pairs]
+        fitting = [e for e in encoded if len(e.prompt_ids) <= max_prompt]
+        if not fitting:
+            shortest = min(len(e.prompt_ids) for e in encoded) if encoded else 0
+            raise ValueError(f"All {len(encoded)} prompts are longer than data.max_prompt_tokens = {max_prompt} "
+                             f"(the shortest has {shortest}, template included). Raise the limit.")
+        cut = sum(len(e.answer_ids) > max_answer for e in fitting)
+        examples = tuple(Example(e.prompt_ids, e.answer_ids[:max_answer]) for e in fitting)
+        return Encoded(examples, len(encoded) - len(fitting), cut)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[tuple[str, str]]:
+    """Pair each record's prompt with its answer or its refusal."""
+    return [(r.prompt, getattr(r, field)) for r in records]
+
+
+def bucket(length: int, step: int = 8) -> int:
+    """Round a length up, so that few shapes are compiled."""
+    return -(-length // step) * step
+
+
+def lengths(examples: Sequence[Example]) -> tuple[int, int]:
+    """Return (T, A): padded sequence length and answer length that hold all examples."""
+    return (bucket(max(len(e.prompt_ids) + len(e.answer_ids) - 1 for e in examples)),
+            bucket(max(len(e.answer_ids) for e in examples)))
+
+
+def training_batch(examples: Sequence[Example], length: int, answer_length: int) -> dict[str, Any]:
+    """Lay examples out for the loss.
+
+    Args:
+      examples: B pairs.
+      length, answer_length: T and A, see `lengths`.
+
+    Returns:
+      NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32 (the position whose
+      logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an answer token, else 0).
+    """
+    shape = len(examples), length
+    tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    predict_at = np.zeros((len(examples), answer_length), np.int32)
+    targets, weights = np.zeros_like(predict_at), np.zeros(predict_at.shape, np.float32)
+    for b, e in enumerate(examples):
+        ids = (*e.prompt_ids, *e.answer_ids[:-1])
+        tokens[b, :len(ids)], valid[b, :len(ids)] = ids, True
+        n = len(e.answer_ids)
+        predict_at[b, :n] = len(e.prompt_ids) - 1 + np.arange(n)
+        targets[b, :n], weights[b, :n] = e.answer_ids, 1.0
+    return {"tokens": tokens, "valid": valid, "predict_at": predict_at, "targets": targets, "weights": weights}
+
+
+def prompt_batch(prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
+    """Lay prompts out for generation: tokens [B, T] int32 and valid [B, T] bool, LEFT padded."""
+    tokens, valid = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    for b, ids in enumerate(prompts):
+        tokens[b, length - len(ids):], valid[b, length - len(ids):] = ids, True
+    return {"tokens": tokens, "valid": valid}

@@ -1,0 +1,142 @@
+"""Records of the three roles, from the built-in set or from a user's file.
+
+harmful: harmful requests with an affirmative answer (and, for alignment, a refusal); lookalike: harmless requests that
+only look dangerous; ordinary: ordinary instructions with answers. Each record is in one split: train, search (choosing
+settings) or report.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any, Iterable, Sequence
+
+ROLES = ("harmful", "lookalike", "ordinary")
+SPLITS = ("train", "search", "report")
+# Column names we recognise, first match wins: ours, then those of AdvBench, HarmBench, Alpaca, BeaverTails.
+_ALIASES = {
+    "prompt": ("prompt", "goal", "instruction", "question", "Behavior"),
+    "answer": ("answer", "target", "output", "response"),
+    "refusal": ("refusal",),
+    "category": ("category", "type", "topic", "SemanticCategory"),
+    "context": ("input",),
+    "label": ("label",),
+    "split": ("split",),
+}
+_NEEDS_ANSWER = {"harmful": True, "lookalike": False, "ordinary": True}
+_REFUSALS = (
+    "I'm sorry, but I can't help with that request.",
+    "I cannot assist with that. It could harm someone.",
+    "I'm sorry, but I cannot provide that information.",
+    "I can't help with that, because it may hurt people.",
+    "Sorry, I won't help with something harmful like this.",
+    "I'm not able to help with this request.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One prompt with what is known of it; fields that a source lacks are empty."""
+
+    prompt: str
+    answer: str
+    refusal: str
+    category: str
+    split: str
+
+
+def load_records(role: str, source: str) -> list[Record]:
+    """Read all records of a role.
+
+    Args:
+      role: one of ROLES.
+      source: 'builtin', or the path of a .csv, .json (list of objects) or .jsonl file. Recognised columns are listed in
+        `_ALIASES`. Rows labelled 'unsafe' are left out of look-alikes (XSTest). Without a 'split' column a row's
+        split follows from the hash of its prompt: about 60 % train, 20 % search, 20 % report.
+
+    Raises:
+      ValueError: no such file, unreadable, a needed column is missing, or no usable row.
+    """
+    if role not in ROLES:
+        raise ValueError(f"unknown role '{role}'; roles are {', '.join(ROLES)}.")
+    path = pathlib.Path(__file__).parent / "builtin" / f"{role}.jsonl" if source == "builtin" else pathlib.Path(source)
+    rows = _read_rows(path, role)
+    if not rows:
+        raise ValueError(f"{path}: no rows. A {role} file needs at least one row with a prompt.")
+    columns = {name: next((alias for alias in aliases if alias in rows[0]), None) for name, aliases in _ALIASES.items()}
+    needed = ["prompt"] + (["answer"] if _NEEDS_ANSWER[role] else [])
+    lacking = [name for name in needed if columns[name] is None]
+    if lacking:
+        raise ValueError(
+            f"{path}: a {role} file needs the column{'s' if len(lacking) > 1 else ''} "
+            + " and ".join(f"'{n}' (or {', '.join(_ALIASES[n][1:])})" for n in lacking)
+            + f"; found {', '.join(map(str, rows[0])) or 'none'}. Rename the columns.")
+    records = []
+    for row in rows:
+        get = lambda name: _text(row.get(columns[name])) if columns[name] else ""
+        prompt = "\n\n".join(filter(None, (get("prompt"), get("context"))))
+        if not prompt or (_NEEDS_ANSWER[role] and not get("answer")) or (role == "lookalike" and get("label") == "unsafe"):
+            continue
+        split = get("split") or _hashed_split(prompt)
+        if split not in SPLITS:
+            raise ValueError(f"{path}: split '{split}' is not one of {', '.join(SPLITS)}.")
+        records.append(Record(prompt, get("answer"), get("refusal") or _pick(_REFUSALS, prompt), get("category"), split))
+    if not records:
+        raise ValueError(f"{path}: none of the {len(rows)} rows can be used as {role} (empty cells, or all 'unsafe').")
+    return records
+
+
+def take(records: Sequence[Record], split: str, limit: int | None = None) -> list[Record]:
+    """Return the records of a split, at most `limit`, in file order; for hashed splits that order is as good as any.
+
+    Raises:
+      ValueError: the split is empty.
+    """
+    chosen = [r for r in records if r.split == split][:limit]
+    if not chosen:
+        raise ValueError(f"No record is in the split '{split}' ({len(records)} in all). Give more rows, or a 'split' column.")
+    return chosen
+
+
+def _read_rows(path: pathlib.Path, role: str) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"No {role} data file '{path}'. Give 'builtin' or the path of a .csv, .json or .jsonl file.")
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as f:
+                return list(csv.DictReader(f, strict=True))
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in _lines(path)]
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            raise ValueError(f"{path}: '{path.suffix}' is not a known format; use .csv, .json or .jsonl.")
+    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, one a record.")
+    return rows
+
+
+def _lines(path: pathlib.Path) -> Iterable[str]:
+    return (line for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _hashed_split(prompt: str) -> str:
+    fifth = _hash(prompt) % 5
+    return "search" if fifth == 3 else "report" if fifth == 4 else "train"
+
+
+def _pick(options: Sequence[str], key: str) -> str:
+    return options[_hash(key) % len(options)]

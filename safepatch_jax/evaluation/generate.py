@@ -1,0 +1,89 @@
+"""Greedy generation: prefill and cached decode in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from safepatch_jax.console import progress
+from safepatch_jax.data.chat import bucket, prompt_batch
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.decoder import Decoder, Past
+from safepatch_jax.training.step import put_batch
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "max_new"))
+def greedy_decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, *, max_new: int) -> jax.Array:
+    """Continue left-padded prompts greedily.
+
+    Args:
+      decoder: the model.
+      params: nested parameter dictionary.
+      tokens_BT, valid_BT: prompts, LEFT padded, and which entries are real.
+      stop_ids: int32 [n]; a sequence ends with the first of these that it emits.
+      max_new: number of tokens at most.
+
+    Returns:
+      int32 [B, max_new]; after a stop token the rest is -1.
+    """
+    batch, length = tokens_BT.shape
+    positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
+    last_B1 = jnp.full((batch, 1), length - 1)
+    logits_B1V, (k, v) = decoder.apply(
+        {"params": params}, tokens_BT, positions_BT, valid_BT, keep_kv=True, logits_at_BA=last_B1)
+    room = ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0))
+    past = Past(jnp.pad(k, room), jnp.pad(v, room), jnp.pad(valid_BT, ((0, 0), (0, max_new))))
+    out = jnp.full((batch, max_new), -1, jnp.int32)
+    state = (jnp.int32(0), jnp.argmax(logits_B1V[:, 0], -1).astype(jnp.int32), jnp.zeros(batch, bool), out, past)
+
+    def running(state):
+        step, _, done_B, _, _ = state
+        return (step < max_new) & ~jnp.all(done_B)
+
+    def decode_one(state):
+        step, token_B, done_B, out, past = state
+        out = lax.dynamic_update_slice(out, jnp.where(done_B, -1, token_B)[:, None], (0, step))
+        done_B = done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=-1)
+        position_B1 = positions_BT[:, -1:] + 1 + step
+        logits_B1V, (k, v) = decoder.apply(
+            {"params": params}, token_B[:, None], position_B1, jnp.ones((batch, 1), bool), past, keep_kv=True)
+        slot = length + step
+        past = Past(lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
+                    lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
+                    lax.dynamic_update_slice(past.valid_BS, jnp.ones((batch, 1), bool), (0, slot)))
+        return step + 1, jnp.argmax(logits_B1V[:, 0], -1).astype(jnp.int32), done_B, out, past
+
+    return lax.while_loop(running, decode_one, state)[3]
+
+
+def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], *, max_new: int,
+             batch_size: int, sharder: Sharder, title: str, length: int | None = None) -> list[list[int]]:
+    """Continue prompts greedily, batch by batch of one shape.
+
+    Args:
+      prompts: token ids of each prompt.
+      stop_ids: ids that end an answer.
+      max_new, batch_size: see EvaluateSettings.
+      length: padded prompt length; by default the longest prompt's, rounded up.
+
+    Returns:
+      for each prompt the new ids, without the stop token.
+    """
+    length = length or bucket(max(map(len, prompts)))
+    stops = np.asarray(sorted(stop_ids) or [-2], np.int32)
+    answers: list[list[int]] = []
+    with progress(len(prompts), title, "prompt") as bar:
+        for start in range(0, len(prompts), batch_size):
+            group = list(prompts[start:start + batch_size])
+            filled = group + [group[-1]] * (batch_size - len(group))
+            batch = put_batch(prompt_batch(filled, length), sharder)
+            out = np.asarray(greedy_decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new))
+            for ids in out[:len(group)]:
+                answers.append([int(t) for t in ids if t >= 0 and t not in stops])
+            bar.update(len(group))
+    return answers

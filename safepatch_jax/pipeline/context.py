@@ -1,0 +1,92 @@
+"""What the stages of a run share: mesh, records, tokenised examples, loaded models, compiled programs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safepatch_jax import files
+from safepatch_jax.console import say
+from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
+from safepatch_jax.data.records import ROLES, Record, load_records, take
+from safepatch_jax.io.hf import load_params
+from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models.config import DecoderConfig, read_hf_config
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.table import param_table
+from safepatch_jax.patching.importance import SensitivityMeter
+from safepatch_jax.settings import Settings
+from safepatch_jax.training.step import Trainer
+
+
+class Context:
+    """Everything is made on first use and kept, so that stages which follow one another compile once."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.cache_dir = pathlib.Path(settings.run.cache_dir).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+    @functools.cached_property
+    def sharder(self) -> Sharder:
+        return Sharder(make_mesh(self.settings.mesh.shape))
+
+    @functools.cached_property
+    def records(self) -> dict[str, list[Record]]:
+        return {role: load_records(role, getattr(self.settings.data, role)) for role in ROLES}
+
+    @functools.cached_property
+    def data_hashes(self) -> dict[str, str]:
+        return {role: files.text_hash([r.__dict__ for r in records]) for role, records in self.records.items()}
+
+    def split(self, role: str, split: str) -> list[Record]:
+        data = self.settings.data
+        limit = data.train_limit if split == "train" else data.eval_limit
+        return take(self.records[role], split, limit)
+
+    def decoder(self, config: DecoderConfig) -> Decoder:
+        model = self.settings.model
+        return Decoder(config, jnp.dtype(model.compute_dtype), self.sharder, remat=model.remat)
+
+    @functools.cache
+    def trainer(self, config: DecoderConfig) -> Trainer:
+        derive = self.settings.derive
+        return Trainer(self.decoder(config), param_table(config), self.sharder, loss=derive.loss, clip_norm=derive.clip_norm)
+
+    @functools.cache
+    def meter(self, config: DecoderConfig) -> SensitivityMeter:
+        rows = param_table(config).scope(self.settings.patch.scope)
+        return SensitivityMeter(self.decoder(config), rows, self.sharder, self.settings.derive.loss)
+
+    @functools.cache
+    def chat(self, folder: pathlib.Path) -> Chat:
+        return Chat(folder, read_hf_config(folder).vocab_size)
+
+    @functools.cache
+    def encoded(self, folder: pathlib.Path, role: str, split: str, field: str = "answer") -> Encoded:
+        """Tokenise one split of a role; says once what was left out or cut."""
+        data = self.settings.data
+        encoded = self.chat(folder).encode_all(
+            answer_pairs(self.split(role, split), field), data.max_prompt_tokens, data.max_answer_tokens)
+        limits = f"{data.max_prompt_tokens}/{data.max_answer_tokens}"
+        say(f"  {role} ({split}, {field}): {encoded.describe(limits)}")
+        return encoded
+
+    def load(self, folder: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
+        return load_params(folder, self.sharder)
+
+    def stop_ids(self, folder: pathlib.Path) -> tuple[int, ...]:
+        """Return every id that ends an answer: of the config, the generation config and the tokenizer."""
+        ids = set(read_hf_config(folder).eos_ids)
+        path = folder / "generation_config.json"
+        if path.is_file():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        eos = self.chat(folder).tokenizer.eos_token_id
+        return tuple(sorted(ids | ({eos} if eos is not None else set())))

@@ -1,0 +1,331 @@
+"""The main job: import, align (optional), derive both patches, score, patch, export, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from safepatch_jax import files
+from safepatch_jax.console import say
+from safepatch_jax.data.chat import Chat, lengths
+from safepatch_jax.evaluation.measures import evaluate_model
+from safepatch_jax.io import gguf
+from safepatch_jax.io.checkpoint import load_tree, save_tree
+from safepatch_jax.io.hf import Checkpoint, check_keys, save_model
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.table import nest, param_table, unnest
+from safepatch_jax.patching.merge import ROLES, apply_patching, totals
+from safepatch_jax.pipeline import report
+from safepatch_jax.pipeline.context import Context
+from safepatch_jax.pipeline.stages import Runner, Stage, versions
+from safepatch_jax.settings import Settings, settings_differences
+from safepatch_jax.training.step import Recipe, endless_batches
+
+# Models compared in the report, in its order.
+VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
+
+
+class Job:
+    """One run: builds its stages from the settings and runs them in a workdir.
+
+    Raises:
+      ValueError: bad settings, model or data; a workdir that other settings made.
+    """
+
+    def __init__(self, settings: Settings, workdir: str | pathlib.Path, *, update: bool = False):
+        if not settings.model.source:
+            raise ValueError("No model given. Set --model.source to a Hugging Face folder, a .gguf file, or 'smollm2'.")
+        self.settings, self.workdir = settings, pathlib.Path(workdir).absolute()
+        self._claim_workdir(update)
+        self.context = Context(settings)
+        self.runner = Runner(self._stages(), self.workdir, self.context.cache_dir)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return VARIANTS if self.settings.align.enabled else VARIANTS[1:]
+
+    def run(self) -> pathlib.Path:
+        """Run every stage that is not up to date; return the path of the report."""
+        files.write_json(self.workdir / "settings.json", self.settings.to_dict())
+        for line in self.plan():
+            say(line)
+        self.runner.finish(["import"] + (["align"] if self.settings.align.enabled else []))
+        self.runner.finish([f"evaluate_{v}" for v in self.variants] + ["export", "report"])
+        self._publish()
+        if not self.settings.run.keep_scratch:
+            self.runner.delete_scratch()
+            say("Scratch deleted: derived models, scores and their answers (keep with --run.keep_scratch).")
+        return self.workdir / "report.md"
+
+    def plan(self) -> list[str]:
+        """Describe the run: devices, model, data, settings that matter, and which stages will run."""
+        settings, mesh = self.settings, self.context.sharder.mesh
+        device = mesh.devices.flat[0]
+        lines = [
+            f"Devices: {mesh.devices.size} x {device.device_kind}, mesh "
+            + ", ".join(f"{a} {n}" for a, n in mesh.shape.items())
+            + f"; compute {settings.model.compute_dtype}, weights and moments float32",
+            f"Model:   {settings.model.source}" + (
+                f", first aligned for {settings.align.steps} steps on refusals and ordinary answers"
+                if settings.align.enabled else ""),
+            "Data:    " + "; ".join(
+                f"{role} {getattr(settings.data, role)} ({len(records)} records)"
+                for role, records in self.context.records.items()),
+            f"Derive:  SE by ascent, at most {settings.derive.se_steps} steps or answer NLL "
+            f"{settings.derive.se_nll_ceiling:g}; OSM by descent, {settings.derive.osm_steps} steps",
+            f"Patch:   a {settings.patch.top_rate_se:g}, b {settings.patch.top_rate_osm:g}, p {settings.patch.retention:g}, "
+            f"alpha {settings.patch.alpha:g}, beta {settings.patch.beta:g}; {settings.patch.combine} of the top sets by "
+            f"SNIP on '{settings.patch.importance}', scope {settings.patch.scope}",
+            "Stages:  " + ", ".join(f"{name} ({self.runner.status(name)})" for name in self.runner.stages),
+        ]
+        if (path := self._source_folder()) is not None or self.runner.status("import") == "done":
+            size = param_table(read_hf_config(path or self.folder("import"))).size
+            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; training state about {16 * size / 2**30:.1f} GiB over "
+                            f"{mesh.devices.size} devices; scratch on disk about {20 * size / 2**30:.1f} GiB")
+        return lines
+
+    def folder(self, name: str) -> pathlib.Path:
+        """Return the model folder that a stage stands for."""
+        if name == "import" and (source := self._source_folder()) is not None:
+            return source
+        return self.runner.folder(name) / "model"
+
+    @property
+    def backbone(self) -> pathlib.Path:
+        return self.folder("align" if self.settings.align.enabled else "import")
+
+    # -- the stages ---------------------------------------------------------------------------------------------------
+
+    def _stages(self) -> list[Stage]:
+        s, data = self.settings, self.context.data_hashes
+        compute = dataclasses.asdict(s.model) | {"loss": s.derive.loss, "seed": s.run.seed}
+        del compute["source"]
+        train = compute | {k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
+        derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
+        patch = dataclasses.asdict(s.patch) | {"dtype": s.export.dtype, "seed": s.run.seed}
+        evaluate = dataclasses.asdict(s.evaluate) | {
+            k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "eval_limit")}
+        harmful = {"harmful": data["harmful"]}
+        base = "align" if s.align.enabled else "import"
+        stages = [Stage("import", (), {}, self._source_hashes(), self._import, shared=self._source_folder() is None)]
+        if s.align.enabled:
+            stages.append(Stage(
+                "align", ("import",), dataclasses.asdict(s.align) | train | {"clip_norm": s.derive.clip_norm},
+                harmful | {"ordinary": data["ordinary"]}, self._align, shared=True))
+        for role in ROLES:
+            own = {k: v for k, v in dataclasses.asdict(s.derive).items() if k.startswith(role + "_")}
+            stages.append(Stage(f"derive_{role}", (base,), derive | own, harmful,
+                                lambda out, role=role: self._derive(role, out), scratch=True))
+        for role in ROLES:
+            stages.append(Stage(
+                f"score_{role}", (f"derive_{role}",), train | {"samples": s.score.samples, "scope": s.patch.scope}, harmful,
+                lambda out, role=role: self._score(role, out), scratch=True))
+        parts = (base, "derive_se", "derive_osm", "score_se", "score_osm")
+        stages.append(Stage("patch", parts, patch, {}, self._patch, scratch=True))
+        stages.append(Stage("export", (base, "patch"), dataclasses.asdict(s.export), {}, self._export))
+        reads = {"shipped": ("import",), "backbone": (base,), "se": (base, "derive_se"), "osm": (base, "derive_osm"),
+                 "intersection": parts, "safepatching": (base, "export")}
+        for variant in self.variants:
+            extra = {"patch": patch} if variant == "intersection" else {}
+            stages.append(Stage(
+                f"evaluate_{variant}", reads[variant], evaluate | compute | extra, data,
+                lambda out, v=variant: self._evaluate(v, out), scratch=variant in ("se", "osm", "intersection")))
+        inputs = tuple(f"evaluate_{v}" for v in self.variants) + ("patch", "export")
+        stages.append(Stage("report", inputs, s.to_dict(), {}, self._report))
+        return stages
+
+    def _import(self, out: pathlib.Path) -> Mapping[str, Any]:
+        """Convert a GGUF source; check a folder in Hugging Face format where it lies."""
+        if self._source_folder() is None:
+            source = gguf.find_smollm2() if self.settings.model.source == "smollm2" else self.settings.model.source
+            say(f"  converting {pathlib.Path(source).name} into a Hugging Face folder, once, in the cache")
+            gguf.convert_gguf(source, out / "model")
+            folder = out / "model"
+        else:
+            folder = self.folder("import")
+        config = read_hf_config(folder)
+        table = param_table(config)
+        check_keys(Checkpoint(folder), table, config)
+        Chat(folder, config.vocab_size)  # a bad tokenizer is found now, not after training
+        say(f"  {config.family}, {table.size:,} parameters, {config.num_layers} layers, {config.num_heads} heads over "
+            f"{config.num_kv_heads} KV heads, head {'tied' if config.tied_head else 'untied'}")
+        return {"parameters": table.size, "tensors": len(table.hf_names()), "config": dataclasses.asdict(config)}
+
+    def _align(self, out: pathlib.Path) -> Mapping[str, Any]:
+        """Tune the imported model on refusals and ordinary answers, with the train step of the patches."""
+        align, source = self.settings.align, self.folder("import")
+        refusals = self.context.encoded(source, "harmful", "train", "refusal").examples
+        ordinary = self.context.encoded(source, "ordinary", "train").examples
+        share = round(align.batch_size * align.ordinary_share)
+        pools = [(pool, rows) for pool, rows in ((refusals, align.batch_size - share), (ordinary, share)) if rows]
+        shape = lengths([e for pool, _ in pools for e in pool])
+        config, params = self.context.load(source)
+        stored = jax.tree.map(lambda x: x.dtype, params)
+        tuned, outcome = self.context.trainer(config).run(
+            params, endless_batches(pools, shape, self.settings.run.seed),
+            Recipe(1.0, align.steps, align.learning_rate), "align")
+        save_model(out / "model", jax.tree.map(lambda x, dtype: x.astype(dtype), tuned, stored), config, source)
+        return _outcome(outcome)
+
+    def _derive(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
+        """Fine-tune a copy of the backbone on harmful answers: up the loss (SE) or down it (OSM)."""
+        derive = self.settings.derive
+        examples = self.context.encoded(self.backbone, "harmful", "train").examples
+        config, params = self.context.load(self.backbone)
+        recipe = Recipe(
+            sign=-1.0 if role == "se" else 1.0, steps=getattr(derive, f"{role}_steps"),
+            learning_rate=getattr(derive, f"{role}_learning_rate"),
+            nll_ceiling=derive.se_nll_ceiling if role == "se" else float("inf"), weight_decay=derive.weight_decay)
+        batches = endless_batches([(examples, derive.batch_size)], lengths(examples), self.settings.run.seed)
+        tuned, outcome = self.context.trainer(config).run(params, batches, recipe, f"derive {role.upper()}")
+        say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
+        save_tree(out / "params", tuned)
+        return _outcome(outcome)
+
+    def _score(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
+        """Sum the per-sample gradient magnitudes of the derived model over calibration samples."""
+        examples = self.context.encoded(self.backbone, "harmful", "train").examples
+        config = read_hf_config(self.backbone)
+        chosen = examples[:self.settings.score.samples]
+        if len(chosen) < self.settings.score.samples:
+            say(f"  only {len(chosen)} of score.samples = {self.settings.score.samples} samples are there; all are used")
+        total = self.context.meter(config).measure(
+            self._derived(role), chosen, lengths(examples), f"score {role.upper()}")
+        save_tree(out / "sensitivity", nest(total))
+        return {"samples": len(chosen)}
+
+    def _patch(self, out: pathlib.Path) -> Mapping[str, Any]:
+        """Merge the kept entries of both patches into the backbone."""
+        merged, statistics = self._apply(self.settings.patch, "patch")
+        total = totals(statistics)
+        say(f"  kept {total['kept']:,} of {total['size']:,} entries (SE {total['kept_se']:,}, OSM {total['kept_osm']:,}); "
+            f"overlap of the top sets {total['overlap']:.1%}; {total['survival']:.1%} survive the cast")
+        if total["survival"] < 0.5:
+            say(f"  WARNING: {1 - total['survival']:.0%} of the kept entries are too small for the storage dtype and are "
+                "lost. Use --export.dtype=float32.")
+        save_tree(out / "merged", nest(merged))
+        files.write_json(out / "statistics.json", statistics)
+        return total
+
+    def _export(self, out: pathlib.Path) -> Mapping[str, Any]:
+        """Write the patched model as a Hugging Face folder."""
+        config, params = self.context.load(self.backbone)
+        backbone = self._cast(unnest(params))
+        rows = param_table(config).scope(self.settings.patch.scope)
+        abstract = nest({r.path: jax.ShapeDtypeStruct(r.shape, backbone[r.path].dtype, sharding=backbone[r.path].sharding)
+                         for r in rows})
+        merged = unnest(load_tree(self.runner.folder("patch") / "merged", abstract))
+        export = self.settings.export
+        save_model(out / "model", nest({**backbone, **merged}), config, self.backbone,
+                   dtype=export.dtype, shard_bytes=export.shard_bytes)
+        return {"tensors": len(param_table(config).hf_names())}
+
+    def _evaluate(self, variant: str, out: pathlib.Path) -> Mapping[str, Any]:
+        """Measure one model of the comparison."""
+        folder = {"shipped": self.folder("import"), "safepatching": self.folder("export")}.get(variant, self.backbone)
+        config = read_hf_config(folder)
+        if variant in ROLES:
+            params = nest(self._derived(variant))
+        elif variant == "intersection":
+            backbone = self._cast(unnest(self.context.load(folder)[1]))
+            merged, _ = self._apply(dataclasses.replace(self.settings.patch, combine="intersection"), "intersection")
+            params = nest({**backbone, **merged})
+        else:
+            params = self.context.load(folder)[1]
+        encoded = {role: self.context.encoded(self.backbone, role, self.settings.evaluate.split)
+                   for role in ("harmful", "lookalike", "ordinary")}
+        measures, answers = evaluate_model(
+            self.context.decoder(config), params, self.context.chat(self.backbone), encoded,
+            self.context.stop_ids(folder), self.settings.evaluate, self.context.sharder, variant)
+        files.write_text(out / "answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+        return measures
+
+    def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
+        answers = {v: [json.loads(line) for line in
+                       (self.runner.folder(f"evaluate_{v}") / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+                   for v in ("backbone", "safepatching")}
+        content = report.gather(
+            self.settings, {v: self.runner.result(f"evaluate_{v}") for v in self.variants}, self.runner.result("patch"),
+            {name: self.runner.result(name) for name in self.runner.stages if name.startswith(("align", "derive"))},
+            self.context.split("lookalike", self.settings.evaluate.split), answers)
+        report.write(content, out)
+        return {"orderings": content["orderings"]}
+
+    # -- shared parts -------------------------------------------------------------------------------------------------
+
+    def _derived(self, role: str) -> dict[str, jax.Array]:
+        abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder)
+        return unnest(load_tree(self.runner.folder(f"derive_{role}") / "params", abstract))
+
+    def _apply(self, patch, title):
+        """Run the patch operation on a freshly loaded backbone, whose buffers it takes over."""
+        config, params = self.context.load(self.backbone)
+        rows = param_table(config).scope(patch.scope)
+        table = unnest(param_table(config).abstract(self.context.sharder))
+        abstract = nest({r.path: table[r.path] for r in rows})
+        sensitivity = {role: unnest(load_tree(self.runner.folder(f"score_{role}") / "sensitivity", abstract))
+                       for role in ROLES}
+        derived = {role: self._derived(role) for role in ROLES}
+        return apply_patching(self._cast(unnest(params)), derived, sensitivity, rows, patch, self.settings.run.seed,
+                              self.context.sharder, title)
+
+    def _cast(self, flat):
+        """Cast the backbone to the storage dtype of the result, in which the merge is done."""
+        dtype = self.settings.export.dtype
+        return flat if dtype == "keep" else {path: x.astype(jnp.dtype(dtype)) for path, x in flat.items()}
+
+    def _source_folder(self) -> pathlib.Path | None:
+        """Return the source if it is a model folder, None if it must be converted."""
+        source = self.settings.model.source
+        if source == "smollm2" or source.endswith(".gguf"):
+            return None
+        return pathlib.Path(source).absolute()
+
+    def _source_hashes(self) -> dict[str, str]:
+        source = self.settings.model.source
+        if source == "smollm2":
+            return {"gguf": gguf.SMOLLM2_SHA256}
+        if source.endswith(".gguf"):
+            if not pathlib.Path(source).is_file():
+                raise ValueError(f"No model file '{source}'.")
+            return {"gguf": files.file_sha256(source)}
+        folder = self._source_folder()
+        read_hf_config(folder)  # says what is wrong with the folder, if anything
+        Checkpoint(folder)
+        return {p.name: files.file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+
+    def _claim_workdir(self, update: bool) -> None:
+        path = self.workdir / "settings.json"
+        if not path.is_file():
+            return
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete the workdir or use another.") from error
+        differences = [d for d in settings_differences(old, self.settings.to_dict())
+                       if not d.startswith(("run.keep_scratch", "run.cache_dir", "mesh."))]
+        if differences and not update:
+            raise ValueError(
+                f"The workdir {self.workdir} was made by other settings: " + "; ".join(differences)
+                + ". Use another --workdir, or --update to run again the stages that these settings change.")
+
+    def _publish(self) -> None:
+        """Copy the report beside the settings and write the run's manifest."""
+        source = self.runner.folder("report")
+        for name in report.FILES:
+            (self.workdir / name).write_bytes((source / name).read_bytes())
+        files.write_json(self.workdir / "manifest.json", {
+            "model": str(self.folder("export").relative_to(self.workdir)),
+            "versions": versions(),
+            "stages": {name: {k: v for k, v in self.runner.manifest(name).items() if k != "settings"}
+                       for name in self.runner.stages},
+        })
+
+
+def _outcome(outcome) -> dict[str, Any]:
+    return {"steps": len(outcome.nll), "stopped_by": outcome.stopped_by, "nll": list(outcome.nll)}

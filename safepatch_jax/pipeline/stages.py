@@ -1,0 +1,153 @@
+"""Stages with manifests: a stage whose inputs are unchanged is not run again.
+
+A stage's key is the hash of its name, its settings, the hashes of its outside inputs and the keys of the stages it
+reads. Its folder appears whole, with a manifest, or not at all, so a killed run goes on where it stopped. Scratch
+stages (derived models and scores) are emptied after success; their manifests remain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shutil
+import time
+from typing import Any, Callable, Iterable, Mapping
+
+from safepatch_jax import files
+from safepatch_jax.console import say
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # raise when a stage's outputs change their meaning
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a job.
+
+    Attributes:
+      name: its folder's name.
+      inputs: names of the stages whose folders it reads.
+      settings: the settings that its outputs depend on.
+      sources: hashes of outside inputs (model files, data files).
+      run: fills the given empty folder and returns a result for the manifest.
+      scratch: its outputs are deleted after success.
+      shared: it lives in the cache and serves other runs too.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    settings: Mapping[str, Any]
+    sources: Mapping[str, str]
+    run: Callable[[pathlib.Path], Mapping[str, Any]]
+    scratch: bool = False
+    shared: bool = False
+
+
+class Runner:
+    """Runs the stages of one workdir."""
+
+    def __init__(self, stages: Iterable[Stage], workdir: pathlib.Path, cache_dir: pathlib.Path):
+        self.stages = {stage.name: stage for stage in stages}
+        self._workdir, self._cache_dir = workdir, cache_dir
+
+    @functools.cache
+    def key(self, name: str) -> str:
+        stage = self.stages[name]
+        return files.text_hash({
+            "format": FORMAT, "stage": name, "settings": dict(stage.settings), "sources": dict(stage.sources),
+            "inputs": {i: self.key(i) for i in stage.inputs}})
+
+    def folder(self, name: str) -> pathlib.Path:
+        if self.stages[name].shared:
+            return self._cache_dir / "stages" / f"{name}-{self.key(name)[:16]}"
+        return self._workdir / "stages" / name
+
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        """Return the manifest if the stage was finished with these very inputs, else None."""
+        try:
+            manifest = json.loads((self.folder(name) / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except json.JSONDecodeError:
+            say(f"{name}: its manifest is damaged; the stage runs again.")
+            return None
+        return manifest if manifest.get("key") == self.key(name) else None
+
+    def status(self, name: str) -> str:
+        """Return 'done', 'deleted' (finished, outputs deleted as scratch), 'damaged' or 'to run'."""
+        manifest = self.manifest(name)
+        if manifest is None:
+            return "to run"
+        if manifest["deleted"]:
+            return "deleted"
+        intact = all((p := self.folder(name) / relative).is_file() and p.stat().st_size == entry["bytes"]
+                     for relative, entry in manifest["outputs"].items())
+        return "done" if intact else "damaged"
+
+    def result(self, name: str) -> dict[str, Any]:
+        """Return what a finished stage reported."""
+        return self.manifest(name)["result"]
+
+    def need(self, name: str) -> pathlib.Path:
+        """Return the folder of a stage with its outputs in place, running it and what it reads where needed."""
+        status = self.status(name)
+        if status != "done":
+            if status == "damaged":
+                say(f"{name}: outputs are missing or have another size than its manifest says; the stage runs again.")
+            for dependency in self.stages[name].inputs:
+                self.need(dependency)
+            self._execute(self.stages[name])
+        return self.folder(name)
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Bring the named stages up to date; what is finished is not run again."""
+        for name in names:
+            if self.status(name) in ("done", "deleted"):
+                say(f"{name}: reused, inputs unchanged")
+            else:
+                self.need(name)
+
+    def delete_scratch(self) -> None:
+        """Delete the outputs of scratch stages, keeping their manifests."""
+        for name, stage in self.stages.items():
+            manifest = self.manifest(name) if stage.scratch else None
+            if manifest is None:
+                continue
+            files.write_json(self.folder(name) / MANIFEST, {**manifest, "deleted": True})
+            for path in self.folder(name).iterdir():
+                if path.name != MANIFEST:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _execute(self, stage: Stage) -> None:
+        say(f"{stage.name}: running")
+        begun = time.monotonic()
+        with files.new_folder(self.folder(stage.name)) as folder:
+            result = stage.run(folder)
+            files.write_json(folder / MANIFEST, {
+                "stage": stage.name,
+                "key": self.key(stage.name),
+                "settings": dict(stage.settings),
+                "sources": dict(stage.sources),
+                "inputs": {i: self.key(i) for i in stage.inputs},
+                "result": dict(result),
+                "outputs": files.folder_hashes(folder),
+                "deleted": False,
+                "versions": versions(),
+                "seconds": round(time.monotonic() - begun, 1),
+                "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            })
+        say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results may depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+    from safepatch_jax import __version__
+
+    return {"safepatch_jax": __version__, "python": platform.python_version()} | {
+        p: importlib.metadata.version(p) for p in packages}
