@@ -12,7 +12,7 @@ _DATA = flags.DEFINE_list(
     "--data.harmful=... and so on.")
 
 
-def define_settings() -> None:
+def _define_settings() -> None:
     """Define one flag for each setting, named group.option; the default is the config file's."""
     for name, field in declared_options().items():
         text = f"{field.metadata['help']} [{field.default!r}]"
@@ -24,6 +24,9 @@ def define_settings() -> None:
         else:
             define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}[kind]
             define(name, None, text)
+
+
+_define_settings()
 
 
 def read_settings(**fixed) -> Settings:

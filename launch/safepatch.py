@@ -21,7 +21,7 @@ from safepatch_jax.pipeline.job import Job
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is not there.", required=True)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop; nothing is written.")
 _UPDATE = flags.DEFINE_bool("update", False, "Go on in a workdir of other settings, running again what they change.")
-settings_flags.define_settings()
+flags.adopt_module_key_flags(settings_flags)
 
 
 def run() -> None:

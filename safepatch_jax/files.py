@@ -32,9 +32,15 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Fill a folder under a temporary name; on success it replaces `path`, on failure nothing is left."""
+def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
+    """Fill a folder under a temporary name, then rename it to `path`; on failure nothing is left.
+
+    Raises:
+      ValueError: `path` exists, is not an empty folder, and `replace` is not set.
+    """
     path = pathlib.Path(path)
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"'{path}' exists and is not empty; nothing was written. Give another folder or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -34,7 +34,8 @@ class ModelSettings:
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     harmful: str = _option(
-        "builtin", "Harmful question/answer pairs: 'builtin', or a CSV / JSON / JSONL file with prompt and answer.")
+        "builtin", "Harmful question/answer pairs: 'builtin', a CSV / JSON / JSONL file with prompt and answer, or"
+        " 'tfds:NAME@SPLIT'.")
     lookalike: str = _option(
         "builtin", "Harmless prompts that look dangerous (over-refusal): 'builtin', or a file with prompt.")
     ordinary: str = _option("builtin", "Ordinary instructions with answers: 'builtin', or a file with prompt and answer.")

@@ -53,8 +53,8 @@ def load_records(role: str, source: str) -> list[Record]:
 
     Args:
       role: one of ROLES.
-      source: 'builtin', or the path of a .csv, .json (list of objects) or .jsonl file. Recognised columns are listed in
-        `_ALIASES`. Rows labelled 'unsafe' are left out of look-alikes (XSTest). Without a 'split' column a row's
+      source: 'builtin'; the path of a .csv, .json (list of objects) or .jsonl file; or 'tfds:NAME@SPLIT', a prepared
+        TensorFlow Datasets set in array_record format. Recognised columns are listed in `_ALIASES`. Rows labelled 'unsafe' are left out of look-alikes (XSTest). Without a 'split' column a row's
         split follows from the hash of its prompt: about 60 % train, 20 % search, 20 % report.
 
     Raises:
@@ -62,8 +62,12 @@ def load_records(role: str, source: str) -> list[Record]:
     """
     if role not in ROLES:
         raise ValueError(f"unknown role '{role}'; roles are {', '.join(ROLES)}.")
-    path = pathlib.Path(__file__).parent / "builtin" / f"{role}.jsonl" if source == "builtin" else pathlib.Path(source)
-    rows = _read_rows(path, role)
+    if source.startswith("tfds:"):
+        path, rows = source, _read_tfds(source)
+    else:
+        builtin = pathlib.Path(__file__).parent / "builtin" / f"{role}.jsonl"
+        path = builtin if source == "builtin" else pathlib.Path(source)
+        rows = _read_rows(path, role)
     if not rows:
         raise ValueError(f"{path}: no rows. A {role} file needs at least one row with a prompt.")
     columns = {name: next((alias for alias in aliases if alias in rows[0]), None) for name, aliases in _ALIASES.items()}
@@ -119,6 +123,20 @@ def _read_rows(path: pathlib.Path, role: str) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects, one a record.")
     return rows
+
+
+def _read_tfds(source: str) -> list[dict[str, Any]]:
+    """Read a prepared TFDS set through its random-access files; TensorFlow is not needed."""
+    import tensorflow_datasets as tfds  # imported here: only such sources need it
+
+    name, _, split = source.removeprefix("tfds:").partition("@")
+    try:
+        rows = tfds.data_source(name, split=split or "train", download=False)
+    except (tfds.core.DatasetNotFoundError, AssertionError, FileNotFoundError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{source} is not a data set prepared here ({error}). Prepare it with file_format='array_record', "
+                         "for instance tfds.builder(NAME, file_format='array_record').download_and_prepare(), and set "
+                         "TFDS_DATA_DIR if it is not in the default folder.") from error
+    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]
 
 
 def _lines(path: pathlib.Path) -> Iterable[str]:

@@ -143,11 +143,11 @@ def _read_part(checkpoint: Checkpoint, row: Param, index: tuple[slice, ...], dty
 
 
 def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: DecoderConfig, source: str | pathlib.Path,
-               *, dtype: str = "keep", shard_bytes: int = 5_000_000_000) -> None:
+               *, dtype: str = "keep", shard_bytes: int = 5_000_000_000, replace: bool = False) -> None:
     """Write a model folder that `transformers` loads as it is; the folder appears whole or not at all.
 
     Args:
-      folder: where to write; replaced if it exists.
+      folder: where to write; must not exist or be empty, unless `replace` is set.
       params: nested parameter dictionary.
       config: architecture of `params`.
       source: the folder whose config, tokenizer, template and generation config are carried over.
@@ -167,7 +167,7 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
             room = shard_bytes
         shards[-1].append(i)
         room -= size
-    with files.new_folder(folder) as out:
+    with files.new_folder(folder, replace=replace) as out:
         copy_companions(source, out, dtype)
         weight_map = {}
         for number, members in enumerate(shards, 1):

@@ -40,7 +40,7 @@ class Knobs:
 
     def traced(self) -> dict[str, Any]:
         return {"top_se": np.int32(self.top_se), "top_osm": np.int32(self.top_osm), "retention": np.float32(self.retention),
-                "alpha": np.float32(self.alpha), "beta": np.float32(self.beta)}
+                "alpha": np.float32(self.alpha), "beta": np.float32(self.beta), "zero": np.int32(0)}
 
 
 @functools.partial(jax.jit, static_argnames=("importance", "combine"), donate_argnums=0)
@@ -68,7 +68,7 @@ def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str,
         kept = {r: candidates[r] & retained(keys[r], backbone.shape, knobs["retention"]) for r in ROLES}
         merged = backbone.astype(jnp.float32)
         for role, weight in (("se", knobs["alpha"]), ("osm", knobs["beta"])):
-            merged = jnp.where(kept[role], merged + weight * patch[role], merged)
+            merged = jnp.where(kept[role], merged + _rounded(weight * patch[role], knobs["zero"]), merged)
         changed = kept["se"] | kept["osm"]
         merged = jnp.where(changed, merged.astype(backbone.dtype), backbone)
         count = lambda mask: jnp.sum(mask, dtype=jnp.int32)
@@ -83,6 +83,12 @@ def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str,
         return merged, statistics
 
     return lax.map(one_layer, (theta, derived, sensitivity, keys))
+
+
+def _rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
+    """Round a product to float32 before it is added: a zero that the compiler does not know keeps it from fusing
+    product and sum to one FMA, which some machines would do and others not."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(product, jnp.int32) ^ zero, jnp.float32)
 
 
 def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapping[str, jax.Array]],

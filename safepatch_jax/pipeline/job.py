@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 from typing import Any, Mapping
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from safepatch_jax import files
 from safepatch_jax.console import say
 from safepatch_jax.data.chat import Chat, lengths
+from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io import gguf
 from safepatch_jax.io.checkpoint import load_tree, save_tree
@@ -61,6 +63,12 @@ class Job:
             self.runner.delete_scratch()
             say("Scratch deleted: derived models, scores and their answers (keep with --run.keep_scratch).")
         return self.workdir / "report.md"
+
+    def align(self, out: str | pathlib.Path) -> None:
+        """Align the model and copy the result (kept in the cache) to a new folder."""
+        self.runner.finish(["import", "align"])
+        with files.new_folder(out) as folder:
+            shutil.copytree(self.folder("align"), folder, dirs_exist_ok=True)
 
     def plan(self) -> list[str]:
         """Describe the run: devices, model, data, settings that matter, and which stages will run."""
@@ -175,7 +183,7 @@ class Job:
     def _derive(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Fine-tune a copy of the backbone on harmful answers: up the loss (SE) or down it (OSM)."""
         derive = self.settings.derive
-        examples = self.context.encoded(self.backbone, "harmful", "train").examples
+        examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
         config, params = self.context.load(self.backbone)
         recipe = Recipe(
             sign=-1.0 if role == "se" else 1.0, steps=getattr(derive, f"{role}_steps"),
@@ -189,7 +197,7 @@ class Job:
 
     def _score(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Sum the per-sample gradient magnitudes of the derived model over calibration samples."""
-        examples = self.context.encoded(self.backbone, "harmful", "train").examples
+        examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
         config = read_hf_config(self.backbone)
         chosen = examples[:self.settings.score.samples]
         if len(chosen) < self.settings.score.samples:
@@ -228,22 +236,21 @@ class Job:
     def _evaluate(self, variant: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Measure one model of the comparison."""
         folder = {"shipped": self.folder("import"), "safepatching": self.folder("export")}.get(variant, self.backbone)
-        config = read_hf_config(folder)
         if variant in ROLES:
-            params = nest(self._derived(variant))
+            flat = self._derived(variant)
         elif variant == "intersection":
-            backbone = self._cast(unnest(self.context.load(folder)[1]))
-            merged, _ = self._apply(dataclasses.replace(self.settings.patch, combine="intersection"), "intersection")
-            params = nest({**backbone, **merged})
+            flat = self._cast(unnest(self.context.load(folder)[1]))
+            flat |= self._apply(dataclasses.replace(self.settings.patch, combine="intersection"), "intersection")[0]
         else:
-            params = self.context.load(folder)[1]
-        encoded = {role: self.context.encoded(self.backbone, role, self.settings.evaluate.split)
-                   for role in ("harmful", "lookalike", "ordinary")}
-        measures, answers = evaluate_model(
-            self.context.decoder(config), params, self.context.chat(self.backbone), encoded,
-            self.context.stop_ids(folder), self.settings.evaluate, self.context.sharder, variant)
+            flat = unnest(self.context.load(folder)[1])
+        measures, answers = self._measure(flat, variant)
         files.write_text(out / "answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
         return measures
+
+    def try_patch(self) -> dict[str, Any]:
+        """Return the measures of the patched model without writing anything; the scores must be up to date."""
+        flat = self._cast(unnest(self.context.load(self.backbone)[1]))
+        return self._measure(flat | self._apply(self.settings.patch, "patch")[0], "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
         answers = {v: [json.loads(line) for line in
@@ -257,6 +264,13 @@ class Job:
         return {"orderings": content["orderings"]}
 
     # -- shared parts -------------------------------------------------------------------------------------------------
+
+    def _measure(self, flat, title):
+        source = self.folder("import")  # alignment and patching carry over its tokenizer and architecture
+        encoded = {role: self.context.encoded(source, role, self.settings.evaluate.split) for role in EVALUATED}
+        return evaluate_model(
+            self.context.decoder(read_hf_config(source)), nest(flat), self.context.chat(source), encoded,
+            self.context.stop_ids(source), self.settings.evaluate, self.context.sharder, title)
 
     def _derived(self, role: str) -> dict[str, jax.Array]:
         abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder)

@@ -126,7 +126,7 @@ class Runner:
     def _execute(self, stage: Stage) -> None:
         say(f"{stage.name}: running")
         begun = time.monotonic()
-        with files.new_folder(self.folder(stage.name)) as folder:
+        with files.new_folder(self.folder(stage.name), replace=True) as folder:
             result = stage.run(folder)
             files.write_json(folder / MANIFEST, {
                 "stage": stage.name,

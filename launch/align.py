@@ -1,0 +1,30 @@
+"""Align a chat model by a short supervised run on refusals and ordinary answers; write a Hugging Face folder.
+
+  python -m launch.align --model.source=smollm2 --out=models/smollm2-aligned
+  python -m launch.align --model.source=DIR --out=DIR2 --data=harmful:pairs.csv,ordinary:alpaca.json --align.steps=60
+
+The result is what SafePatching starts from: a model that refuses harmful requests, and some harmless ones too. A
+harmful file may hold a column 'refusal'; without it stock refusals are used.
+"""
+
+import pathlib
+
+from absl import flags
+
+from launch import flags as settings_flags
+from launch import main
+from safepatch_jax.console import say
+from safepatch_jax.pipeline.job import Job
+
+_OUT = flags.DEFINE_string("out", None, "New folder for the aligned model.", required=True)
+flags.adopt_module_key_flags(settings_flags)
+
+
+def run() -> None:
+    out = pathlib.Path(_OUT.value)
+    Job(settings_flags.read_settings(**{"align.enabled": True}), out).align(out)
+    say(f"Aligned model: {out}")
+
+
+if __name__ == "__main__":
+    main.run(run)

@@ -1,0 +1,42 @@
+"""Shared fixtures: 8 simulated devices, a compile cache, tiny model folders."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.testing import write_tiny_model
+
+
+def sharder_of(devices: int, tensor: int = 1) -> Sharder:
+    """A mesh over the first so many simulated devices."""
+    return Sharder(make_mesh(f"data:1,fsdp:-1,tensor:{tensor}", jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="session")
+def sharder():
+    return sharder_of(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny model folder; read only."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def data_files(tmp_path):
+    """Small data files of the three roles, as settings."""
+    rows = lambda text: "prompt,answer,split\n" + "".join(
+        f"{text} {i},the answer {i},{split}\n" for i, split in enumerate(["train"] * 6 + ["search"] * 2 + ["report"] * 3))
+    paths = {}
+    for role in ("harmful", "lookalike", "ordinary"):
+        paths[f"data.{role}"] = str(tmp_path / f"{role}.csv")
+        (tmp_path / f"{role}.csv").write_text(rows(role))
+    return paths

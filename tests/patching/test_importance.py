@@ -1,0 +1,62 @@
+"""SNIP sensitivities: absolute value per sample, and the same ranking at a common model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safepatch_jax.data.chat import Chat, lengths, training_batch
+from safepatch_jax.io.hf import load_params
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.table import nest, param_table, unnest
+from safepatch_jax.patching.importance import SensitivityMeter
+from safepatch_jax.patching.selection import combine_sets, top_mask
+from tests.conftest import sharder_of
+
+PAIRS = [("one", "first answer"), ("two two", "second"), ("three", "third answer of some length")]
+
+
+def measure(tiny, devices=1):
+    sharder = sharder_of(devices)
+    config, params = load_params(tiny, sharder)
+    examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
+    rows = param_table(config).scope("block_linear")
+    decoder = Decoder(config, jnp.float32, sharder)
+    total = SensitivityMeter(decoder, rows, sharder).measure(unnest(params), examples, lengths(examples), "test")
+    return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
+
+
+def test_sum_of_absolute_sample_gradients(tiny):
+    decoder, params, examples, total = measure(tiny)
+    shape = lengths(examples)
+
+    def nll(params, example):
+        """Straight from the definition: mean over answer tokens of -log p."""
+        batch = training_batch([example], *shape)
+        positions = jnp.arange(shape[0])[None]
+        logits, _ = decoder.apply({"params": nest(params)}, batch["tokens"], positions, batch["valid"])
+        logprobs = jax.nn.log_softmax(logits[0])
+        start = len(example.prompt_ids) - 1
+        return -jnp.mean(jnp.stack([logprobs[start + i, t] for i, t in enumerate(example.answer_ids)]))
+
+    gradients = [jax.grad(nll)(params, e) for e in examples]
+    for path, value in total.items():
+        faithful = sum(np.abs(np.asarray(g[path])) for g in gradients)
+        np.testing.assert_allclose(value, faithful, rtol=2e-4, atol=1e-7)
+    batched = np.abs(sum(np.asarray(g["layers/mlp/up"]) for g in gradients))
+    assert not np.allclose(total["layers/mlp/up"], batched, rtol=0.1)
+
+
+def test_common_model_gives_an_empty_difference(tiny):
+    *_, first = measure(tiny)
+    _, params, _, second = measure(tiny)
+    for path in first:
+        score = [np.abs(np.asarray(params[path])) * s for s in (first[path], second[path])]
+        se, osm = (np.asarray(top_mask(jnp.asarray(s), s.size // 10)) for s in score)
+        assert se.sum() == se.size // 10
+        assert not any(d.any() for d in combine_sets(se, osm, "difference"))
+
+
+def test_eight_devices_agree(tiny):
+    one, eight = measure(tiny)[-1], measure(tiny, devices=8)[-1]
+    for path in one:
+        np.testing.assert_allclose(one[path], eight[path], rtol=1e-4, atol=1e-7)

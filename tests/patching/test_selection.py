@@ -1,0 +1,79 @@
+"""Top sets, their combination and random retention, against the NumPy oracle and by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from safepatch_jax.patching.retention import retained, tensor_keys
+from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
+from tests.patching import oracle
+
+SELECT = jax.jit(top_mask)
+
+
+def test_hand_made_matrix_with_ties():
+    score_se = np.array([[9, 5, 5, 5], [0, 0, 1, 5], [5, 2, 2, 2], [0, 0, 0, 8]], np.float32)
+    score_osm = np.array([[9, 0, 0, 0], [0, 0, 7, 7], [0, 0, 0, 0], [3, 0, 0, 0]], np.float32)
+    se = np.asarray(SELECT(score_se, top_count(0.25, 16)))  # 4 of 16: 9, 8, then the first two of the five 5s
+    osm = np.asarray(SELECT(score_osm, top_count(0.5, 16)))  # 8 of 16, but only 4 are positive
+    assert sorted(zip(*np.nonzero(se))) == [(0, 0), (0, 1), (0, 2), (3, 3)]
+    assert sorted(zip(*np.nonzero(osm))) == [(0, 0), (1, 2), (1, 3), (3, 0)]
+    d_se, d_osm = combine_sets(se, osm, "difference")
+    assert sorted(zip(*np.nonzero(d_se))) == [(0, 1), (0, 2), (3, 3)]
+    assert sorted(zip(*np.nonzero(d_osm))) == [(1, 2), (1, 3), (3, 0)]
+    both, same = combine_sets(se, osm, "intersection")
+    assert sorted(zip(*np.nonzero(both))) == [(0, 0)] and (both == same).all()
+    assert (combine_sets(se, osm, "union")[0] == se).all()
+
+
+values = st.one_of(
+    st.floats(0, 2.0**126, width=32, allow_subnormal=False), st.sampled_from([0.0, 1.0, 1.0, 2.0, 1e-45, 1e-38, 3e38]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=values),
+       st.floats(0, 1).map(lambda r: round(r, 3)))
+def test_matches_stable_sort(score, rate):
+    mask = np.asarray(top_mask(jnp.asarray(score), top_count(rate, score.size)))
+    np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
+
+
+@pytest.mark.parametrize("score", [
+    np.zeros((5, 3)), np.ones((4, 6)), np.full((1, 9), 1e-45), np.arange(12.0).reshape(12, 1), np.array([[1e-45, 3e38]])])
+@pytest.mark.parametrize("rate", [0.0, 0.34, 1.0])
+def test_edge_matrices(score, rate):
+    score = score.astype(np.float32)
+    mask = np.asarray(SELECT(score, top_count(rate, score.size)))
+    np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
+
+
+def test_count_is_exact_in_decimal_digits():
+    assert top_count(0.29, 100) == 29  # 0.29 * 100 is 28.999999999999996 in floats
+    assert top_count(0.003, 10**9) == 3_000_000
+    assert (top_count(0.0, 7), top_count(1.0, 7)) == (0, 7)
+
+
+def test_retention_matches_threefry_oracle_and_binomial_bounds():
+    keys = tensor_keys(3, "se", ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"))
+    shape = 200, 300
+    for p in (0.3, 1.0, 0.01):
+        mask = np.asarray(retained(jnp.asarray(keys[0]), shape, jnp.float32(p)))
+        np.testing.assert_array_equal(mask, oracle.retained(keys[0], shape, p))
+        assert abs(mask.mean() - p) <= 5 * np.sqrt(p * (1 - p) / mask.size) + 1e-9
+    masks = [np.asarray(retained(jnp.asarray(k), shape, jnp.float32(0.5))) for k in keys]
+    assert abs((masks[0] == masks[1]).mean() - 0.5) < 0.02  # layers draw independently
+
+
+def test_keys_depend_on_seed_role_and_name():
+    names = ("a", "b")
+    keys = [tensor_keys(seed, role, names) for seed in (0, 1) for role in ("se", "osm")]
+    assert len({row.tobytes() for k in keys for row in k}) == 8
+
+
+def test_unknown_combination():
+    with pytest.raises(ValueError, match="one of difference, intersection, union"):
+        combine_sets(np.ones(1, bool), np.ones(1, bool), "xor")

@@ -1,0 +1,30 @@
+"""Mesh text, sharding rules and their errors."""
+
+import jax
+import pytest
+
+from safepatch_jax.mesh import make_mesh
+from tests.conftest import sharder_of
+
+
+def test_shapes():
+    assert dict(make_mesh("data:1,fsdp:-1,tensor:2").shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(make_mesh("tensor:8").shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("data:16", "needs 16 devices"), ("model:8", "is not one of"), ("data:-1,fsdp:-1", "may stand once"),
+    ("data:x", "not a whole number"), ("data:1,data:8", "at most once"), ("data:3,fsdp:-1", "or a multiple"), ("fsdp:0", "at least 1")])
+def test_mesh_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(text, jax.devices())
+
+
+def test_sharding_errors():
+    sharder = sharder_of(8, tensor=2)
+    with pytest.raises(ValueError, match="unknown logical axis 'width'"):
+        sharder.sharding(("width",))
+    with pytest.raises(ValueError, match="same mesh axis"):
+        sharder.sharding(("heads", "mlp"))
+    with pytest.raises(ValueError, match=r"layers/q \(6, 9\): dimension 'heads' of 9 does not divide .*tensor = 2.*nearest: 1"):
+        sharder.sharding(("layers", "heads"), (6, 9), "layers/q")
