@@ -7,5 +7,5 @@ The shipped model refuses almost nothing, so it is first aligned by a short supe
 
 CONFIG = {
     "model": {"source": "smollm2"},
-    "align": {"enabled": True},
+    "align": {"enabled": True, "steps": 9, "learning_rate": 5e-5, "ordinary_share": 0.75},
 }

@@ -10,9 +10,9 @@ import json
 import pathlib
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from safepatch_jax import files
+from safepatch_jax.io.hf import save_tensors
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -111,7 +111,7 @@ def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
         files.write_json(out / "config.json", config)
         files.write_json(out / "generation_config.json",
                          {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, out / "model.safetensors")
 
 
 def _hf_name(name: str) -> str | None:

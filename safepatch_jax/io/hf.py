@@ -178,10 +178,20 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
                 part = flat[row.path][layer] if row.stacked else flat[row.path]
                 tensors[name] = np.ascontiguousarray(row.to_hf(np.asarray(part)).astype(target[row.path], copy=False))
                 weight_map[name] = file_name
-            save_file(tensors, out / file_name, metadata={"format": "pt"})
+            save_tensors(tensors, out / file_name)
         if len(shards) > 1:
             files.write_json(out / INDEX, {
                 "metadata": {"total_size": sum(sizes), "total_parameters": table.size}, "weight_map": weight_map})
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Write one safetensors file. Raises OSError, with what to do, if the disk is full or not writable."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        need = sum(x.nbytes for x in tensors.values())
+        raise OSError(f"Cannot write {path}: {error}. It needs {need / 2**20:,.0f} MiB; free space or use another "
+                      "folder, then give the same command again.") from error
 
 
 def copy_companions(source: str | pathlib.Path, out: pathlib.Path, dtype: str = "keep") -> None:

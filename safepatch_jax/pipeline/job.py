@@ -120,7 +120,7 @@ class Job:
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "eval_limit")}
         harmful = {"harmful": data["harmful"]}
         base = "align" if s.align.enabled else "import"
-        stages = [Stage("import", (), {}, self._source_hashes(), self._import, shared=self._source_folder() is None)]
+        stages = [Stage("import", (), {}, self._source_hashes(), self._import, shared=True)]
         if s.align.enabled:
             stages.append(Stage(
                 "align", ("import",), dataclasses.asdict(s.align) | train | {"clip_norm": s.derive.clip_norm},

@@ -1,0 +1,115 @@
+"""The launchers as a user calls them: help, plan, errors, and a run that is killed."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from safepatch_jax.files import folder_hashes
+from safepatch_jax.models.config import read_hf_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(*args):
+    return [sys.executable, "-m", *map(str, args)]
+
+
+def call(*args):
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tmp_path_factory):
+    """Flags of a whole job in seconds."""
+    folder = tmp_path_factory.mktemp("launch")
+    rows = [f"prompt {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
+    (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
+    data = ",".join(f"{role}:{folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary"))
+    return [f"--model.source={tiny}", f"--data={data}", f"--run.cache_dir={folder / 'cache'}", "--derive.batch_size=4",
+            "--derive.se_steps=3", "--derive.osm_steps=3", "--derive.se_learning_rate=1e-3",
+            "--derive.osm_learning_rate=1e-3", "--score.samples=3", "--evaluate.max_new_tokens=4"]
+
+
+def model_hash(work):
+    return folder_hashes(work / "stages" / "export" / "model")
+
+
+def test_help_is_a_manual():
+    result = call("launch.safepatch", "--help")
+    assert "python -m launch.safepatch --config=configs/demo.py" in result.stdout
+    assert "--patch.retention: p: probability" in result.stdout and "[0.3]" in result.stdout
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
+    result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", *flags)
+    assert result.returncode == 0, result.stderr
+    for word in ("Devices:", "Model:", "Data:", "Patch:", "derive_se (to run)"):
+        assert word in result.stdout
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("stage", ["derive_osm", "score_se", "patch"])
+def test_killed_run_resumes_to_the_same_model(stage, flags, tmp_path):
+    undisturbed = call("launch.safepatch", f"--workdir={tmp_path / 'a'}", *flags)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    args = command("launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
+    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith(f"{stage}: running"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.wait() == -signal.SIGKILL
+    resumed = call("launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "evaluate_backbone: reused" in resumed.stdout and f"{stage}: running" in resumed.stdout
+    assert model_hash(tmp_path / "a") == model_hash(tmp_path / "b")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--patch.retntion=0.5"], "Did you mean: patch.retention"),
+    (["--patch.retention=2"], "'patch.retention' must be at most 1"),
+    (["--config=configs/absent.py"], "No config file 'configs/absent.py'. Found beside it"),
+    (["--model.source=/nowhere"], "No model folder '/nowhere'"),
+    (["--data=alpaca.json"], "is not ROLE:FILE"),
+    (["stray"], "unexpected argument 'stray'"),
+])
+def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
+    result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", *args)
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_full_disk_leaves_nothing_half_written(flags, tmp_path):
+    """A limit on file size stands for the full disk: the write fails in the same way, in the middle of a file."""
+    script = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import runpy; "
+              "sys.argv[0] = 'align'; runpy.run_module('launch.align', run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", script, f"--out={tmp_path / 'aligned'}", "--align.steps=1", *flags],
+                            cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "File too large" in result.stderr
+    assert not (tmp_path / "aligned").exists()
+
+
+def test_align_writes_a_model_and_refuses_to_overwrite(flags, tmp_path):
+    args = ("launch.align", f"--out={tmp_path / 'aligned'}", "--align.steps=2", *flags)
+    result = call(*args)
+    assert result.returncode == 0, result.stderr
+    assert read_hf_config(tmp_path / "aligned").family == "llama"
+    again = call(*args)
+    assert again.returncode == 2 and "exists and is not empty" in again.stderr
+
+
+def test_sweep_prints_a_line_a_point_and_resumes(flags, tmp_path):
+    grid = "--grid=patch.beta=1,2;patch.combine=difference,union"
+    first = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
+    assert first.returncode == 0, first.stderr
+    rows = [json.loads(line) for line in (tmp_path / "work" / "sweep.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and len({(r["patch"]["beta"], r["patch"]["combine"]) for r in rows}) == 4
+    again = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
+    lines = [line for line in first.stdout.splitlines() if line.startswith("beta")]
+    assert len(lines) == 4 and lines == [line for line in again.stdout.splitlines() if line.startswith("beta")]
+    bad = call("launch.sweep", f"--workdir={tmp_path / 'work'}", "--grid=derive.se_steps=1,2", *flags)
+    assert bad.returncode == 2 and "patch.OPTION" in bad.stderr
