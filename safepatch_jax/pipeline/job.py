@@ -30,6 +30,8 @@ from safepatch_jax.training.step import Recipe, endless_batches
 
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
+# Settings that say where and how a run is done, not what comes out.
+PLACE = ("run.keep_scratch", "run.cache_dir", "mesh.")
 
 
 class Job:
@@ -143,8 +145,10 @@ class Job:
             stages.append(Stage(
                 f"evaluate_{variant}", reads[variant], evaluate | compute | extra, data,
                 lambda out, v=variant: self._evaluate(v, out), scratch=variant in ("se", "osm", "intersection")))
-        inputs = tuple(f"evaluate_{v}" for v in self.variants) + ("patch", "export")
-        stages.append(Stage("report", inputs, s.to_dict(), {}, self._report))
+        answers = ("evaluate_backbone", "evaluate_safepatching")
+        results = tuple(stage.name for stage in stages if stage.name not in answers)
+        told = {k: v for k, v in s.flat().items() if not k.startswith(PLACE)}
+        stages.append(Stage("report", answers, told, {}, self._report, results=results))
         return stages
 
     def _import(self, out: pathlib.Path) -> Mapping[str, Any]:
@@ -322,7 +326,7 @@ class Job:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is damaged ({error}). Delete the workdir or use another.") from error
         differences = [d for d in settings_differences(old, self.settings.to_dict())
-                       if not d.startswith(("run.keep_scratch", "run.cache_dir", "mesh."))]
+                       if not d.startswith(PLACE)]
         if differences and not update:
             raise ValueError(
                 f"The workdir {self.workdir} was made by other settings: " + "; ".join(differences)

@@ -22,6 +22,7 @@ from safepatch_jax import files
 from safepatch_jax.console import say
 
 MANIFEST = "manifest.json"
+FINISHED = ("done", "deleted")
 FORMAT = 1  # raise when a stage's outputs change their meaning
 
 
@@ -32,6 +33,7 @@ class Stage:
     Attributes:
       name: its folder's name.
       inputs: names of the stages whose folders it reads.
+      results: names of the stages of which it reads the reported result alone, so that deleted outputs do not matter.
       settings: the settings that its outputs depend on.
       sources: hashes of outside inputs (model files, data files).
       run: fills the given empty folder and returns a result for the manifest.
@@ -46,6 +48,7 @@ class Stage:
     run: Callable[[pathlib.Path], Mapping[str, Any]]
     scratch: bool = False
     shared: bool = False
+    results: tuple[str, ...] = ()
 
 
 class Runner:
@@ -60,7 +63,10 @@ class Runner:
         stage = self.stages[name]
         return files.text_hash({
             "format": FORMAT, "stage": name, "settings": dict(stage.settings), "sources": dict(stage.sources),
-            "inputs": {i: self.key(i) for i in stage.inputs}})
+            "inputs": self._input_keys(stage)})
+
+    def _input_keys(self, stage: Stage) -> dict[str, str]:
+        return {name: self.key(name) for name in (*stage.inputs, *stage.results)}
 
     def folder(self, name: str) -> pathlib.Path:
         if self.stages[name].shared:
@@ -101,13 +107,16 @@ class Runner:
                 say(f"{name}: outputs are missing or have another size than its manifest says; the stage runs again.")
             for dependency in self.stages[name].inputs:
                 self.need(dependency)
+            for dependency in self.stages[name].results:
+                if self.status(dependency) not in FINISHED:
+                    self.need(dependency)
             self._execute(self.stages[name])
         return self.folder(name)
 
     def finish(self, names: Iterable[str]) -> None:
         """Bring the named stages up to date; what is finished is not run again."""
         for name in names:
-            if self.status(name) in ("done", "deleted"):
+            if self.status(name) in FINISHED:
                 say(f"{name}: reused, inputs unchanged")
             else:
                 self.need(name)
@@ -133,7 +142,7 @@ class Runner:
                 "key": self.key(stage.name),
                 "settings": dict(stage.settings),
                 "sources": dict(stage.sources),
-                "inputs": {i: self.key(i) for i in stage.inputs},
+                "inputs": self._input_keys(stage),
                 "result": dict(result),
                 "outputs": files.folder_hashes(folder),
                 "deleted": False,

@@ -95,6 +95,14 @@ def test_update_runs_again_only_what_changed(finished, settings, tmp_path, capsy
     assert "derive_se: running" in out  # scratch was deleted, and SE alone must be measured again
 
 
+def test_mesh_and_scratch_settings_do_not_belong_to_the_workdir(finished, settings, tmp_path, capsys):
+    shutil.copytree(finished.workdir, tmp_path / "work")
+    (tmp_path / "work" / "stages" / "report" / "report.md").unlink()
+    Job(settings.override({"mesh.shape": "fsdp:4,tensor:2", "run.keep_scratch": True}), tmp_path / "work").run()
+    out = capsys.readouterr().out
+    assert "report: running" in out and out.count("running") == 1
+
+
 def test_damaged_output_is_made_again(finished, settings, tmp_path, capsys):
     shutil.copytree(finished.workdir, tmp_path / "work")
     model = tmp_path / "work" / "stages" / "export" / "model" / "model.safetensors"

@@ -1,0 +1,177 @@
+"""Records: the built-in set, files of the field as they are published, splits, and what cannot be used."""
+
+import collections
+import csv
+import hashlib
+import json
+import random
+
+import pytest
+
+from safepatch_jax.data.records import ROLES, SPLITS, load_records, take
+
+BUILTIN = {
+    "harmful": {"train": 90, "search": 24, "report": 36}, "lookalike": {"train": 20, "search": 24, "report": 36},
+    "ordinary": {"train": 40, "search": 16, "report": 24}}
+ROWS = [
+    {"prompt": "How do I tie a knot?", "answer": "Take a rope.", "category": "craft", "split": "train"},
+    {"prompt": "Comma, \"quote\"\nand a second line", "answer": "Yes,\nindeed: ü日", "category": "text", "split": "report"},
+    {"prompt": "Third", "answer": "The third answer", "category": "", "split": "search"}]
+
+
+def write(path, rows):
+    """Write rows in the format that the suffix names."""
+    if path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def failure(role, source):
+    with pytest.raises(ValueError) as raised:
+        load_records(role, str(source))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_builtin(role):
+    records = load_records(role, "builtin")
+    assert dict(collections.Counter(r.split for r in records)) == BUILTIN[role]
+    assert len({r.prompt for r in records}) == len(records) == {"harmful": 150, "lookalike": 80, "ordinary": 80}[role]
+    groups = collections.Counter(r.category for r in records)
+    assert len(groups) == {"harmful": 6, "lookalike": 5, "ordinary": 10}[role] and len(set(groups.values())) == 1
+    assert all(r.prompt and r.answer and r.refusal for r in records)
+    for split, size in BUILTIN[role].items():
+        assert take(records, split) == [r for r in records if r.split == split]
+        assert take(records, split, 7) == take(records, split)[:7] and len(take(records, split, 999)) == size
+
+
+def test_builtin_prompts_are_in_one_role_only():
+    prompts = [r.prompt for role in ROLES for r in load_records(role, "builtin")]
+    assert len(set(prompts)) == len(prompts)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl"])
+def test_formats_read_alike(tmp_path, suffix):
+    records = load_records("ordinary", write(tmp_path / f"data{suffix}", ROWS))
+    assert [(r.prompt, r.answer, r.category, r.split) for r in records] == [tuple(row.values()) for row in ROWS]
+
+
+def test_csv_with_byte_order_mark_and_crlf(tmp_path):
+    (tmp_path / "excel.csv").write_bytes(b'\xef\xbb\xbfprompt,answer\r\n"two\r\nlines",yes\r\n')
+    (record,) = load_records("ordinary", str(tmp_path / "excel.csv"))
+    assert (record.prompt, record.answer) == ("two\r\nlines", "yes")
+
+
+def test_jsonl_keeps_line_separators_within_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b\x85c", "answer": "d"}\n\n', encoding="utf-8")
+    (record,) = load_records("ordinary", str(tmp_path / "a.jsonl"))
+    assert record.prompt == "a\u2028b\x85c"
+
+
+def test_advbench_columns(tmp_path):
+    (record,) = load_records("harmful", write(tmp_path / "a.csv", [{"goal": "Do harm", "target": "Sure, here is"}]))
+    assert (record.prompt, record.answer) == ("Do harm", "Sure, here is") and record.refusal
+
+
+def test_alpaca_columns(tmp_path):
+    rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "Hi"}]
+    records = load_records("ordinary", write(tmp_path / "a.json", rows))
+    assert [(r.prompt, r.answer) for r in records] == [("Add.\n\n1 and 2", "3"), ("Greet.", "Hi")]
+
+
+def test_xstest_unsafe_rows_are_left_out_of_lookalikes_only(tmp_path):
+    rows = [{"prompt": "How do I kill a process?", "type": "homonyms", "label": "safe", "answer": "x"},
+            {"prompt": "How do I kill a man?", "type": "contrast", "label": "unsafe", "answer": "y"}]
+    path = write(tmp_path / "xstest.csv", rows)
+    assert [(r.prompt, r.category) for r in load_records("lookalike", path)] == [("How do I kill a process?", "homonyms")]
+    assert len(load_records("harmful", path)) == 2
+
+
+def test_refusals_are_the_files_own_or_chosen_by_the_prompt(tmp_path):
+    rows = [{"prompt": f"p{i}", "answer": "a", "refusal": "No." if i == 0 else ""} for i in range(40)]
+    records = load_records("harmful", write(tmp_path / "a.jsonl", rows))
+    assert records[0].refusal == "No." and len({r.refusal for r in records[1:]}) > 3
+    shuffled = random.Random(0).sample(rows, len(rows))
+    assert set(load_records("harmful", write(tmp_path / "b.jsonl", shuffled))) == set(records)
+
+
+def test_hashed_splits_depend_on_the_prompt_alone(tmp_path):
+    rows = [{"prompt": f"prompt number {i}", "answer": f"answer {i}"} for i in range(2000)]
+    records = load_records("ordinary", write(tmp_path / "a.jsonl", rows))
+    shares = collections.Counter(r.split for r in records)
+    assert all(abs(shares[split] / 2000 - share) < 0.04 for split, share in zip(SPLITS, (0.6, 0.2, 0.2)))
+    for r in records[:50]:  # pinned: another release must not move prompts from train to report
+        fifth = int(hashlib.sha256(r.prompt.encode()).hexdigest()[:16], 16) % 5
+        assert r.split == ("train", "train", "train", "search", "report")[fifth]
+    fewer = random.Random(0).sample([row | {"answer": "other"} for row in rows], 500)
+    splits = {r.prompt: r.split for r in records}
+    assert all(splits[r.prompt] == r.split for r in load_records("ordinary", write(tmp_path / "b.csv", fewer)))
+
+
+def test_rows_without_prompt_or_answer_are_left_out(tmp_path):
+    rows = [*ROWS, {**ROWS[0], "prompt": "  "}, {**ROWS[0], "answer": ""}]
+    path = write(tmp_path / "a.csv", rows)
+    assert len(load_records("ordinary", path)) == 3
+    assert len(load_records("lookalike", path)) == 4  # look-alikes need no answer
+    null = write(tmp_path / "a.jsonl", [*ROWS, {"prompt": None, "answer": "x"}])
+    assert len(load_records("ordinary", null)) == 3
+
+
+def test_columns_that_the_first_row_lacks_are_read(tmp_path):
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d", "refusal": "No.", "split": "report"}]
+    rows += [row | {"prompt": f"{row['prompt']} {i}"} for i in range(8) for row in rows]
+    records = load_records("harmful", write(tmp_path / "a.jsonl", rows))
+    assert all(r.refusal == "No." and r.split == "report" for r in records if r.answer == "d")
+
+
+def test_no_such_file(tmp_path):
+    message = failure("harmful", tmp_path / "absent.csv")
+    assert "No harmful data file" in message and "absent.csv" in message and "Give 'builtin' or the path" in message
+
+
+def test_missing_column_names_it_and_what_was_found(tmp_path):
+    message = failure("harmful", write(tmp_path / "a.csv", [{"query": "x", "reply": "y"}]))
+    assert "a harmful file needs the columns 'prompt' (or goal, " in message and "and 'answer' (or target, " in message
+    assert "found query, reply. Rename the columns" in message
+    message = failure("ordinary", write(tmp_path / "b.csv", [{"goal": "x", "reply": "y"}]))
+    assert "needs the column 'answer'" in message and "'prompt'" not in message and "found goal, reply" in message
+
+
+@pytest.mark.parametrize("name, text", [("a.csv", ""), ("a.csv", "prompt,answer\n"), ("a.jsonl", "\n"), ("a.json", "[]")])
+def test_empty_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert f"{name}: no rows" in failure("ordinary", tmp_path / name)
+
+
+def test_no_usable_row(tmp_path):
+    rows = [{"prompt": "x", "label": "unsafe", "answer": ""}, {"prompt": "y", "label": "unsafe", "answer": ""}]
+    path = write(tmp_path / "a.csv", rows)
+    for role in ("lookalike", "ordinary"):
+        assert f"none of the 2 rows can be used as {role}" in failure(role, path)
+
+
+@pytest.mark.parametrize("name, content, part", [
+    ("a.parquet", b"PAR1", "'.parquet' is not a known format; use .csv, .json or .jsonl"),
+    ("a.json", b'[{"prompt": "x",', "cannot be read as JSON"), ("a.jsonl", b'{"prompt": "x"}\n{"prom', "cannot be read as JSONL"),
+    ("a.csv", b'prompt,answer\n"open,x', "cannot be read as CSV"), ("a.csv", b"prompt\n\xff\xfe", "cannot be read as CSV"),
+    ("a.json", b'{"prompt": "x"}', "expected a list of objects"), ("a.jsonl", b'["x"]', "expected a list of objects"),
+    ("a.jsonl", b'{"prompt": "x", "answer": "y", "split": "test"}', "split 'test' is not one of train, search, report"),
+])
+def test_unreadable_files(tmp_path, name, content, part):
+    (tmp_path / name).write_bytes(content)
+    message = failure("ordinary", tmp_path / name)
+    assert name in message and part in message
+
+
+def test_unknown_role_and_empty_split(tmp_path):
+    assert "unknown role 'evil'; roles are harmful, lookalike, ordinary" in failure("evil", "builtin")
+    records = load_records("ordinary", write(tmp_path / "a.csv", ROWS[:1]))
+    with pytest.raises(ValueError, match=r"No record is in the split 'report' \(1 in all\). Give more rows"):
+        take(records, "report")

@@ -1,0 +1,273 @@
+"""Model folders: HF -> here -> HF is bitwise, transformers loads what we write, and bad folders are explained."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from safepatch_jax import files
+from safepatch_jax.io.hf import INDEX, SINGLE, Checkpoint, load_params, save_model
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.testing import write_tiny_model
+from tests.conftest import sharder_of
+
+MESHES = {"1 device": (1, 1), "8 devices": (8, 1), "8 devices, tensor 2": (8, 2)}
+COMPANIONS = {
+    "tokenizer.model": b"\x00\xffsentencepiece", "merges.txt": "a b\r\nü\n".encode(), "special_tokens_map.json": b'{ "a" :1}',
+    "chat_template.jinja": b"{{ messages }}\r\n"}
+
+
+def tensors_of(folder):
+    """All tensors as raw bits, and the file in which each stands."""
+    bits, home = {}, {}
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        for name, x in load_file(path).items():
+            assert name not in home
+            bits[name], home[name] = (x.dtype, x.view(np.uint16 if x.itemsize == 2 else np.uint32)), path.name
+    return bits, home
+
+
+def assert_same_tensors(folder, other):
+    ours, theirs = tensors_of(folder)[0], tensors_of(other)[0]
+    assert ours.keys() == theirs.keys()
+    for name, (dtype, bits) in ours.items():
+        assert dtype == theirs[name][0]
+        np.testing.assert_array_equal(bits, theirs[name][1], err_msg=name)
+
+
+def rewrite(folder, change):
+    """Apply a change to the tensors of a folder with one weight file."""
+    save_file(change(load_file(folder / SINGLE)), folder / SINGLE, metadata={"format": "pt"})
+
+
+def noise(tensors):
+    """Replace all values by random bits: NaN with payloads, infinities, subnormal numbers, -0.0."""
+    rng = np.random.default_rng(0)
+    return {name: np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape) for name, x in tensors.items()}
+
+
+def failure(folder, sharder):
+    with pytest.raises(ValueError) as raised:
+        load_params(folder, sharder)
+    return str(raised.value)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_tiny_model(tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return write_tiny_model(tmp_path / "sharded", shard_bytes=40_000)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_bitwise(tmp_path, dtype, mesh):
+    source = write_tiny_model(tmp_path / "source", dtype=dtype, tie_word_embeddings=False)
+    rewrite(source, noise)
+    config, params = load_params(source, sharder_of(*mesh))
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {mesh[0]}
+    save_model(tmp_path / "single", params, config, source)
+    save_model(tmp_path / "cut", params, config, source, shard_bytes=20_000)
+    assert not (tmp_path / "single" / INDEX).exists()
+    assert_same_tensors(tmp_path / "single", source)
+    assert_same_tensors(tmp_path / "cut", source)
+    config, params = load_params(tmp_path / "cut", sharder_of(*mesh))
+    save_model(tmp_path / "back", params, config, tmp_path / "cut")
+    assert_same_tensors(tmp_path / "back", source)
+
+
+def test_index_of_a_sharded_export(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    bits, home = tensors_of(sharded)
+    assert len(set(home.values())) > 2 and index["weight_map"] == home
+    assert index["metadata"]["total_size"] == sum(x.nbytes for _, x in bits.values())
+    assert index["metadata"]["total_parameters"] == sum(x.size for _, x in bits.values())
+    for name in set(home.values()):
+        total = sum(bits[tensor][1].nbytes for tensor, file in home.items() if file == name)
+        assert total <= 40_000 or list(home.values()).count(name) == 1
+        with safe_open(sharded / name, "np") as f:
+            assert f.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_and_we_read_each_other(tmp_path, sharder, tied):
+    torch = pytest.importorskip("torch", reason="loads the folder with torch: pip install torch")
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    start = write_tiny_model(tmp_path / "start", tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    written = LlamaForCausalLM(LlamaConfig.from_pretrained(start)).to(torch.float32)
+    written.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    config, params = load_params(tmp_path / "theirs", sharder)
+    save_model(tmp_path / "ours", params, config, tmp_path / "theirs", shard_bytes=30_000)
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens_BT = np.random.default_rng(0).integers(0, 264, (2, 16))
+    reference = model.eval()(torch.tensor(tokens_BT)).logits.detach().numpy()
+    logits_BTV, _ = jax.jit(Decoder(config, jnp.float32, None).apply)(
+        {"params": params}, tokens_BT, np.arange(16)[None].repeat(2, 0), np.ones((2, 16), bool))
+    assert np.max(np.abs(logits_BTV - reference)) <= 1e-5 * np.max(np.abs(reference))
+
+
+def test_companions_are_copied_byte_for_byte_and_code_is_not(model, tmp_path, sharder):
+    for name, content in COMPANIONS.items():
+        (model / name).write_bytes(content)
+    for name in ("modeling_llama.py", "pytorch_model.bin", "run.sh"):
+        (model / name).write_text("raise SystemExit")
+    config, params = load_params(model, sharder)
+    save_model(tmp_path / "out", params, config, model)
+    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", SINGLE, *COMPANIONS}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == wanted
+    for name in wanted - {SINGLE}:
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes(), name
+    assert not list((tmp_path / "out").rglob("*.py"))
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_export_in_another_dtype_says_so(model, tmp_path, sharder, key):
+    raw = json.loads((model / "config.json").read_text())
+    raw[key] = raw.pop("torch_dtype")
+    files.write_json(model / "config.json", raw)
+    config, params = load_params(model, sharder)
+    save_model(tmp_path / "out", params, config, model, dtype="bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**raw, key: "bfloat16"}
+    out = load_file(tmp_path / "out" / SINGLE)
+    for name, x in load_file(model / SINGLE).items():
+        np.testing.assert_array_equal(out[name], x.astype(jnp.bfloat16))
+        assert out[name].dtype == jnp.bfloat16
+    assert load_params(tmp_path / "out", sharder)[0].dtype == "bfloat16"
+
+
+def test_harmless_extra_tensors_are_ignored(model, sharder):
+    rewrite(model, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"],
+                                  "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    config, params = load_params(model, sharder)
+    assert unnest(params).keys() == {row.path for row in param_table(config)}
+
+
+def test_truncated_weights(model, sharder):
+    os.truncate(model / SINGLE, 50_000)
+    assert f"{SINGLE} cannot be read as safetensors" in (message := failure(model, sharder))
+    assert "truncated or damaged (50000 bytes): copy or download it again" in message
+
+
+def test_missing_shard(sharded, sharder):
+    (sharded / (name := tensors_of(sharded)[1]["model.norm.weight"])).unlink()
+    assert f"{INDEX} names weight files that are not there: {name}. Copy them into {sharded}" in failure(sharded, sharder)
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "sub/x.safetensors", "c:x", "..\\x", ""])
+def test_index_that_leaves_the_folder(sharded, sharder, name):
+    edit_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": name}))
+    assert f"refusing the file name {name!r}: it must be a plain name" in failure(sharded, sharder)
+
+
+def test_index_that_places_a_tensor_in_another_file(sharded, sharder):
+    home = tensors_of(sharded)[1]
+    other = next(name for name in home.values() if name != home["model.norm.weight"])
+    edit_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": other}))
+    assert f"{INDEX} places tensors in files that do not hold them: model.norm.weight" in failure(sharded, sharder)
+
+
+@pytest.mark.parametrize("text", [
+    "", '{"weight_map": {', "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"x": 3}}'])
+def test_broken_index(sharded, sharder, text):
+    (sharded / INDEX).write_text(text)
+    assert str(sharded / INDEX) in failure(sharded, sharder)
+
+
+@pytest.mark.parametrize("other, hint", [
+    ("README.md", ""), ("pytorch_model.bin", "Found pytorch_model.bin: convert to safetensors first")])
+def test_no_weights(model, sharder, other, hint):
+    (model / SINGLE).rename(model / other)
+    assert f"holds no weights: neither {SINGLE} nor {INDEX} is there" in (message := failure(model, sharder))
+    assert hint in message and ("Found" in message) == bool(hint)
+
+
+def test_all_that_does_not_fit_is_collected(model, sharder):
+    def spoil(t):
+        del t["model.norm.weight"], t["model.layers.1.mlp.up_proj.weight"]
+        t["model.layers.0.mlp.gate_proj.weight"] = np.ascontiguousarray(t["model.layers.0.mlp.gate_proj.weight"].T)
+        t["model.layers.0.mlp.down_proj.weight"] = t["model.layers.0.mlp.down_proj.weight"].astype(np.int32)
+        return t | {"model.layers.2.mlp.up_proj.weight": np.ones((64, 32), np.float32), "v_head.weight": np.ones(3, np.float32)}
+
+    rewrite(model, spoil)
+    message = failure(model, sharder)
+    for part in (
+            f"{model}: the weights do not fit config.json",
+            "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight",
+            "2 unexpected: model.layers.2.mlp.up_proj.weight, v_head.weight",
+            "model.layers.0.mlp.gate_proj.weight has shape (32, 64), config.json says (64, 32)",
+            "model.layers.0.mlp.down_proj.weight has dtype I32, supported are F32, BF16, F16"):
+        assert part in message, part
+
+
+def test_layers_in_different_dtypes(model, sharder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(model, lambda t: t | {name: t[name].astype(np.float16)})
+    assert "the layers of model.layers.{layer}.mlp.up_proj.weight are stored as F16, F32" in (
+        message := failure(model, sharder))
+    assert "Convert the folder to one dtype" in message
+
+
+def test_export_does_not_overwrite_unless_told(model, tmp_path, sharder):
+    config, params = load_params(model, sharder)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out' exists and is not empty; nothing was written"):
+        save_model(tmp_path / "out", params, config, model)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    save_model(tmp_path / "out", params, config, model, replace=True)
+    assert_same_tensors(tmp_path / "out", model)
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+FULL_DISK = """
+import resource, sys
+from safepatch_jax.io.hf import load_params, save_model
+from safepatch_jax.mesh import Sharder, make_mesh
+
+config, params = load_params(sys.argv[1], Sharder(make_mesh("data:1")))
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+for target in sys.argv[2:]:
+    try:
+        save_model(target, params, config, sys.argv[1], shard_bytes=int(5e4), replace=True)
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_interrupted_export_leaves_nothing_and_keeps_the_old_folder(tmp_path, sharder):
+    """The limit is hit by a feed-forward matrix of 131 kB, when companions and a first shard of 50 kB are written."""
+    model = write_tiny_model(tmp_path / "model", intermediate_size=1024)
+    old = write_tiny_model(tmp_path / "old", seed=1)
+    before = files.folder_hashes(old)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(model), str(old), str(tmp_path / "new")], text=True,
+                          capture_output=True, env=environment, cwd=pathlib.Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Cannot write") == done.stdout.count("free space or use another folder") == 2, done.stdout
+    assert files.folder_hashes(old) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "old"]
