@@ -86,6 +86,7 @@ def test_round_trip_is_bitwise(tmp_path, dtype, mesh):
     assert_same_tensors(tmp_path / "cut", source)
     config, params = load_params(tmp_path / "cut", sharder_of(*mesh))
     save_model(tmp_path / "back", params, config, tmp_path / "cut")
+    assert (tmp_path / "cut" / INDEX).exists() and not (tmp_path / "back" / INDEX).exists()
     assert_same_tensors(tmp_path / "back", source)
 
 
