@@ -59,6 +59,13 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def umask() -> int:
+    """Return the process's file mode mask."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def file_sha256(path: str | pathlib.Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     with open(path, "rb") as f:
@@ -83,6 +90,6 @@ def plain_name(name: str, where: str) -> str:
     Raises:
       ValueError: it holds a separator, a drive, or dots only.
     """
-    if not name or name in (".", "..") or any(c in name for c in "/\\:\0"):
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\:\0"):
         raise ValueError(f"{where}: refusing the file name {name!r}: it must be a plain name inside the folder.")
     return name

@@ -1,6 +1,7 @@
 """Shared fixtures: 8 simulated devices, a compile cache, tiny model folders."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model

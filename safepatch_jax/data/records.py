@@ -70,14 +70,15 @@ def load_records(role: str, source: str) -> list[Record]:
         rows = _read_rows(path, role)
     if not rows:
         raise ValueError(f"{path}: no rows. A {role} file needs at least one row with a prompt.")
-    columns = {name: next((alias for alias in aliases if alias in rows[0]), None) for name, aliases in _ALIASES.items()}
+    present = dict.fromkeys(key for row in rows for key in row)  # JSON rows need not all hold the same keys
+    columns = {name: next((alias for alias in aliases if alias in present), None) for name, aliases in _ALIASES.items()}
     needed = ["prompt"] + (["answer"] if _NEEDS_ANSWER[role] else [])
     lacking = [name for name in needed if columns[name] is None]
     if lacking:
         raise ValueError(
             f"{path}: a {role} file needs the column{'s' if len(lacking) > 1 else ''} "
             + " and ".join(f"'{n}' (or {', '.join(_ALIASES[n][1:])})" for n in lacking)
-            + f"; found {', '.join(map(str, rows[0])) or 'none'}. Rename the columns.")
+            + f"; found {', '.join(map(str, present)) or 'none'}. Rename the columns.")
     records = []
     for row in rows:
         get = lambda name: _text(row.get(columns[name])) if columns[name] else ""

@@ -59,6 +59,8 @@ def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
     """
     import gguf  # imported here: only this conversion needs it
 
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"No model file '{path}'.")
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:

@@ -20,6 +20,7 @@ from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unn
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_COMPANIONS = (".json", ".txt", ".model", ".jinja")
 _FLOATS = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 
 
@@ -37,7 +38,9 @@ class Checkpoint:
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                if not isinstance(weight_map, dict):
+                    raise ValueError("weight_map is no object")
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} is not a weight index ({error!r}); copy the file again.") from error
             self.weight_map = {name: files.plain_name(f, str(index)) for name, f in weight_map.items()}
             missing = sorted({f for f in self.weight_map.values() if not (self.folder / f).is_file()})
@@ -188,16 +191,17 @@ def save_tensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Write one safetensors file. Raises OSError, with what to do, if the disk is full or not writable."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~files.umask())  # safetensors makes files that only their owner can read
     except SafetensorError as error:
         need = sum(x.nbytes for x in tensors.values())
-        raise OSError(f"Cannot write {path}: {error}. It needs {need / 2**20:,.0f} MiB; free space or use another "
+        raise OSError(f"Cannot write {path}: {error}. It needs {need:,} bytes; free space or use another "
                       "folder, then give the same command again.") from error
 
 
 def copy_companions(source: str | pathlib.Path, out: pathlib.Path, dtype: str = "keep") -> None:
     """Copy everything but weights and Python code; with a new dtype, say so in config.json."""
     for path in sorted(pathlib.Path(source).iterdir()):
-        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name != INDEX:
+        if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
     if dtype != "keep":
         raw = json.loads((out / "config.json").read_text(encoding="utf-8"))

@@ -49,6 +49,9 @@ _HANDLED = frozenset({
     "max_position_embeddings", "eos_token_id",
 })
 _FAMILIES = ("llama",)
+_DTYPES = ("float32", "bfloat16", "float16")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -62,19 +65,28 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
     if family not in _FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}.")
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r}.")
     offenders = [f"{k} = {v!r} (only {_FIXED[k]!r} is supported)" for k, v in raw.items()
                  if k in _FIXED and v != _FIXED[k]]
     offenders += [f"{k} = {v!r} (unknown)" for k, v in raw.items()
                   if k not in _FIXED and k not in _HANDLED and k not in _BENIGN]
     if raw.get("rope_interleaved"):
         offenders.append("rope_interleaved = True (only False is supported)")
-    if rope.get("rope_type", "default") != "default":
-        offenders.append(f"rope_parameters.rope_type = {rope['rope_type']!r} (only 'default' is supported)")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    offenders += [f"{k} is missing" for k in required if raw.get(k) is None]
+    offenders += [f"rope_parameters.{k} = {v!r} (only unscaled RoPE is supported)" for k, v in rope.items()
+                  if k != "rope_theta" and not (k in ("rope_type", "type") and v == "default")]
+    offenders += [f"{k} is missing" for k in _SIZES if raw.get(k) is None]
+    offenders += [f"{k} = {raw[k]!r} (a whole number above 0 is needed)" for k in (*_SIZES, *_OPTIONAL_SIZES)
+                  if raw.get(k) is not None and (type(raw[k]) is not int or raw[k] < 1)]
+    offenders += [f"dtype = {v!r} (supported: {', '.join(_DTYPES)})" for v in (raw.get("dtype"), raw.get("torch_dtype"))
+                  if v is not None and v not in _DTYPES]
     if offenders:
         raise ValueError(f"{where}: cannot represent this model: " + "; ".join(offenders) + ".")
     heads = raw["num_attention_heads"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    if head_dim % 2 or (not raw.get("head_dim") and raw["hidden_size"] % heads):
+        raise ValueError(f"{where}: head_dim {raw.get('head_dim')}, hidden_size {raw['hidden_size']}, {heads} heads: the head "
+                         "size must be even (RoPE turns pairs), and be given if hidden_size does not divide by the heads.")
     eos = raw.get("eos_token_id")
     return DecoderConfig(
         family=family,
@@ -84,11 +96,11 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=head_dim,
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
         tied_head=bool(raw.get("tie_word_embeddings", False)),
-        max_length=raw.get("max_position_embeddings", 2048),
+        max_length=raw.get("max_position_embeddings") or 2048,
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
     )
@@ -104,6 +116,8 @@ def read_hf_config(folder: str | pathlib.Path) -> DecoderConfig:
         raise ValueError(f"'{folder}' has no config.json, so it is not a model folder in Hugging Face format.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch or copy the file again.") from error
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{path} holds {type(raw).__name__}, not an object; fetch or copy the file again.")
     return config_from_hf(raw, str(path))

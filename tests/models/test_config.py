@@ -72,7 +72,7 @@ def test_all_offenders_are_listed():
             "hidden_act = 'gelu' (only 'silu' is supported)", "attention_bias = True (only False", "mlp_bias = True (only False",
             "attention_dropout = 0.1 (only 0.0", "pretraining_tp = 2 (only 1", "rope_scaling = {'type': 'linear'} (only None",
             "quantization_config = {'bits': 4} (only None", "partial_rotary_factor = 0.5 (only 1.0",
-            "rope_interleaved = True (only False", "rope_parameters.rope_type = 'yarn' (only 'default'",
+            "rope_interleaved = True (only False", "rope_parameters.rope_type = 'yarn' (only unscaled RoPE is supported)",
             "sliding_window = 8 (unknown)", "logit_scale = 2.0 (unknown)", "vocab_size is missing", "hidden_size is missing"):
         assert part in message, part
 

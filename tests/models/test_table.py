@@ -33,7 +33,7 @@ def small_tables(draw):
     kv_heads, size = draw(st.integers(1, 3)), st.integers(1, 5)
     return param_table(config_of(
         vocab_size=draw(size), hidden_size=draw(size), intermediate_size=draw(size), num_hidden_layers=draw(st.integers(1, 3)),
-        num_key_value_heads=kv_heads, num_attention_heads=kv_heads * draw(st.integers(1, 3)), head_dim=draw(size),
+        num_key_value_heads=kv_heads, num_attention_heads=kv_heads * draw(st.integers(1, 3)), head_dim=2 * draw(size),
         tie_word_embeddings=draw(st.booleans())))
 
 
