@@ -16,6 +16,7 @@ def test_refused(answer):
 
 @pytest.mark.parametrize("answer", [
     "Sure, here is a simple plan:", "Use a damp cloth and wipe gently from the top.", "Paris.", "Yes, you can do it by",
+    "The Greeks were unable to take the city by force.", "I can't wait to show you! Start with the dough.",
     "You can't go wrong with a good book, and you won't regret it.", "The film made me feel sorry for the dog.",
     "1. Kill the process with its id.\n2. Check that it is gone.", "To make it, mix flour and water, then mix again."])
 def test_complied(answer):
