@@ -28,4 +28,4 @@ $(VENV)/.test: requirements-test.txt $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs/demo

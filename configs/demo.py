@@ -19,5 +19,6 @@ points at which no harmful request was complied with:
 CONFIG = {
     "model": {"source": "smollm2"},
     "align": {"enabled": True, "steps": 16, "learning_rate": 1e-4, "ordinary_share": 0.5},
+    "score": {"samples": 64},
     "patch": {"top_rate_se": 0.1, "top_rate_osm": 0.3, "retention": 0.3, "alpha": 1.0, "beta": 2.5},
 }

@@ -7,23 +7,20 @@ The result is what SafePatching starts from: a model that refuses harmful reques
 harmful file may hold a column 'refusal'; without it stock refusals are used.
 """
 
-import pathlib
-
 from absl import flags
 
 from launch import flags as settings_flags
 from launch import main
 from safepatch_jax.console import say
-from safepatch_jax.pipeline.job import Job
+from safepatch_jax.pipeline.job import align_model
 
 _OUT = flags.DEFINE_string("out", None, "New folder for the aligned model.", required=True)
 flags.adopt_module_key_flags(settings_flags)
 
 
 def run() -> None:
-    out = pathlib.Path(_OUT.value)
-    Job(settings_flags.read_settings(**{"align.enabled": True}), out).align(out)
-    say(f"Aligned model: {out}")
+    align_model(settings_flags.read_settings(), _OUT.value)
+    say(f"Aligned model: {_OUT.value}")
 
 
 if __name__ == "__main__":

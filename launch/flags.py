@@ -29,8 +29,8 @@ def _define_settings() -> None:
 _define_settings()
 
 
-def read_settings(**fixed) -> Settings:
-    """Build the settings: defaults, then the config file, then --data, then single flags, then `fixed`."""
+def read_settings() -> Settings:
+    """Build the settings: defaults, then the config file, then --data, then single flags."""
     settings = load_config(_CONFIG.value) if _CONFIG.value else Settings()
     by_role = {}
     for entry in _DATA.value:
@@ -39,4 +39,4 @@ def read_settings(**fixed) -> Settings:
             raise ValueError(f"--data: '{entry}' is not ROLE:FILE with a role of harmful, lookalike, ordinary.")
         by_role[f"data.{role}"] = path
     given = {name: flags.FLAGS[name].value for name in declared_options() if flags.FLAGS[name].value is not None}
-    return settings.override(by_role, "--data").override({**given, **fixed}, "command line")
+    return settings.override(by_role, "--data").override(given, "command line")

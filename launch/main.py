@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Callable
 
+import jax
 from absl import app, logging
 
 
@@ -19,9 +20,13 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except (ValueError, OSError) as error:
-            if logging.level_debug():
-                raise
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"error: out of memory ({str(error).splitlines()[0]}). Lower --derive.batch_size and "
+                  "--evaluate.batch_size, set --model.remat, or use more devices (--mesh.shape).", file=sys.stderr)
             sys.exit(2)
 
     app.run(wrapped)

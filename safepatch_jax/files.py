@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any, Iterator
 
 
@@ -31,6 +33,33 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy a file under a temporary name, then rename."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | pathlib.Path) -> Iterator[None]:
+    """Hold an exclusive lock, which a dead process does not keep, while the block runs."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def refuse_full_folder(path: str | pathlib.Path) -> None:
+    """Raise ValueError if `path` exists and is anything but an empty folder."""
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"'{path}' exists and is not empty; nothing was written. Give another folder or remove it first.")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
     """Fill a folder under a temporary name, then rename it to `path`; on failure nothing is left.
@@ -39,24 +68,19 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
       ValueError: `path` exists, is not an empty folder, and `replace` is not set.
     """
     path = pathlib.Path(path)
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"'{path}' exists and is not empty; nothing was written. Give another folder or remove it first.")
+    if not replace:
+        refuse_full_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    temporary.chmod(0o777 & ~umask())
     try:
         yield temporary
         if path.exists():
-            old = path.with_name(f"{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+            os.replace(path, temporary.with_suffix(".old"))
+        os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
 
 
 def umask() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 import runpy
 from typing import Any, Mapping
@@ -70,14 +71,14 @@ class DeriveSettings:
         10.0, "Ascent stops at the first step whose answer NLL (nats a token) is above this.", above=0)
     osm_steps: int = _option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
     osm_learning_rate: float = _option(2e-5, "Learning rate of gradient descent.", above=0)
-    loss: str = _option("mean", "Over a sequence's answer tokens: their mean, or their sum.", choices=("mean", "sum"))
+    loss: str = _option("mean", "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).", choices=("mean", "sum"))
     weight_decay: float = _option(0.0, "AdamW weight decay.", low=0)
     clip_norm: float = _option(1.0, "Gradients with a larger global norm are scaled down to it.", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSettings:
-    samples: int = _option(64, "Harmful pairs over which SNIP sums |W * dNLL/dW|, absolute value per sample.", low=1)
+    samples: int = _option(128, "Harmful pairs over which SNIP sums |W * dNLL/dW|, absolute value per sample.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +235,8 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
     expected = type(field.default)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if expected is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"'{name}' must be finite, got {value!r}")
     if type(value) is not expected:
         raise ValueError(f"'{name}' must be of type {expected.__name__}, got {value!r}")
     meta = field.metadata

@@ -22,6 +22,7 @@ def test_config_file_and_override(tmp_path):
     ({"patch": {"top_rate_se": -0.1}}, "at least 0"),
     ({"patch": {"combine": "xor"}}, "one of difference, intersection, union"),
     ({"patch": {"retention": "0.5"}}, "must be of type float"),
+    ({"patch": {"alpha": float("nan")}}, "'patch.alpha' must be finite"),
     ({"align": {"enabled": 1}}, "must be of type bool"),
     ({"patch": 3}, "must hold a dictionary"),
 ])

@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 from typing import Any, Sequence
 
+import jinja2
 import numpy as np
 
 from safepatch_jax.data.records import Record
@@ -17,10 +18,11 @@ from safepatch_jax.data.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token."""
+    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token; the text asked."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,19 @@ class Chat:
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and tokenizer_config.json "
                              "of the model into the folder.") from error
         if not self.tokenizer.chat_template:
             raise ValueError(f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
                              "Copy the chat_template of the model's chat variant into the folder.")
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{folder}: only a slow tokenizer is there, which cannot tell where an answer begins. Copy the "
+                             "tokenizer.json of the model into the folder.")
+        try:
+            self.prompt_text("test")
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{folder}: the chat template does not render a user's message ({error}).") from error
         largest = max(self.tokenizer.get_vocab().values())
         if largest >= vocab_size:
             raise ValueError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} rows: "
@@ -75,11 +84,14 @@ class Chat:
         if not whole.startswith(before):
             raise ValueError("the chat template renders the prompt otherwise when an answer follows; "
                              f"cannot tell answer tokens from prompt tokens. Prompt: {before!r}")
-        answer_ids = self._ids(whole[len(before):])
+        # Tokenised as one text and cut where the answer begins: the answer alone may get other first tokens (SentencePiece).
+        tokens = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        first = next((i for i, (_, end) in enumerate(tokens["offset_mapping"]) if end > len(before)), len(tokens["input_ids"]))
+        prompt_ids, answer_ids = tokens["input_ids"][:first], tokens["input_ids"][first:]
         specials = set(self.tokenizer.all_special_ids)
         end = next((i for i, t in enumerate(answer_ids) if t in specials), None)
         answer_ids = answer_ids + [self.tokenizer.eos_token_id] if end is None else answer_ids[:end + 1]
-        return Example(tuple(self._ids(before)), tuple(answer_ids))
+        return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
 
     def encode_all(self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int) -> Encoded:
         """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no end-of-turn token).
@@ -94,15 +106,11 @@ class Chat:
             raise ValueError(f"All {len(encoded)} prompts are longer than data.max_prompt_tokens = {max_prompt} "
                              f"(the shortest has {shortest}, template included). Raise the limit.")
         cut = sum(len(e.answer_ids) > max_answer for e in fitting)
-        examples = tuple(Example(e.prompt_ids, e.answer_ids[:max_answer]) for e in fitting)
+        examples = tuple(dataclasses.replace(e, answer_ids=e.answer_ids[:max_answer]) for e in fitting)
         return Encoded(examples, len(encoded) - len(fitting), cut)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
 
 def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[tuple[str, str]]:
     """Pair each record's prompt with its answer or its refusal."""

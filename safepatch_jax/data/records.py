@@ -54,11 +54,12 @@ def load_records(role: str, source: str) -> list[Record]:
     Args:
       role: one of ROLES.
       source: 'builtin'; the path of a .csv, .json (list of objects) or .jsonl file; or 'tfds:NAME@SPLIT', a prepared
-        TensorFlow Datasets set in array_record format. Recognised columns are listed in `_ALIASES`. Rows labelled 'unsafe' are left out of look-alikes (XSTest). Without a 'split' column a row's
-        split follows from the hash of its prompt: about 60 % train, 20 % search, 20 % report.
+        TensorFlow Datasets set in array_record format. Recognised columns are listed in `_ALIASES`. Rows that XSTest or
+        BeaverTails label as the opposite of the role are left out. Without a 'split' column a row's split follows from
+        the hash of its prompt: about 60 % train, 20 % search, 20 % report.
 
     Raises:
-      ValueError: no such file, unreadable, a needed column is missing, or no usable row.
+      ValueError: no such file, unreadable, a needed column is missing, no usable row, or a prompt in two splits.
     """
     if role not in ROLES:
         raise ValueError(f"unknown role '{role}'; roles are {', '.join(ROLES)}.")
@@ -83,24 +84,42 @@ def load_records(role: str, source: str) -> list[Record]:
     for row in rows:
         get = lambda name: _text(row.get(columns[name])) if columns[name] else ""
         prompt = "\n\n".join(filter(None, (get("prompt"), get("context"))))
-        if not prompt or (_NEEDS_ANSWER[role] and not get("answer")) or (role == "lookalike" and get("label") == "unsafe"):
+        if not prompt or (_NEEDS_ANSWER[role] and not get("answer")) or _of_the_other_kind(role, row, get):
             continue
         split = get("split") or _hashed_split(prompt)
         if split not in SPLITS:
             raise ValueError(f"{path}: split '{split}' is not one of {', '.join(SPLITS)}.")
         records.append(Record(prompt, get("answer"), get("refusal") or _pick(_REFUSALS, prompt), get("category"), split))
+    splits: dict[str, set[str]] = {}
+    for record in records:
+        splits.setdefault(record.prompt, set()).add(record.split)
+    if leaks := [prompt for prompt, found in splits.items() if len(found) > 1]:
+        raise ValueError(f"{path}: {len(leaks)} prompts stand in more than one split, so a report would measure what was "
+                         f"trained on; the first: {leaks[0][:60]!r}. Remove the copies.")
     if not records:
         raise ValueError(f"{path}: none of the {len(rows)} rows can be used as {role} (empty cells, or all 'unsafe').")
     return records
 
 
+def _of_the_other_kind(role: str, row: dict[str, Any], get) -> bool:
+    """Tell rows that a data set labels as the opposite: unsafe contrasts in XSTest, safe answers in BeaverTails."""
+    if role == "lookalike":
+        return get("label").lower() == "unsafe" or get("category").startswith("contrast_")
+    return role == "harmful" and str(row.get("is_safe", "")).lower() == "true"
+
+
 def take(records: Sequence[Record], split: str, limit: int | None = None) -> list[Record]:
-    """Return the records of a split, at most `limit`, in file order; for hashed splits that order is as good as any.
+    """Return the records of a split in file order; of more than `limit`, those with the lowest hash of their prompt.
+
+    So a limit draws from the whole file, which may be sorted by type, and always the same records.
 
     Raises:
       ValueError: the split is empty.
     """
-    chosen = [r for r in records if r.split == split][:limit]
+    chosen = [r for r in records if r.split == split]
+    if limit is not None and len(chosen) > limit:
+        last = sorted(_hash(r.prompt) for r in chosen)[limit - 1]
+        chosen = [r for r in chosen if _hash(r.prompt) <= last][:limit]
     if not chosen:
         raise ValueError(f"No record is in the split '{split}' ({len(records)} in all). Give more rows, or a 'split' column.")
     return chosen

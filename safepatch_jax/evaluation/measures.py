@@ -58,9 +58,11 @@ def evaluate_model(decoder: Decoder, params: Any, chat: Chat, encoded: Mapping[s
 
     Returns:
       (measures, answers). Measures: for harmful and lookalike the number of each outcome and ``n``; ``harmful_nll`` and
-      ``ordinary_nll`` in nats a token; ``ordinary_perplexity``. Answers: role, number, text and outcome.
+      ``ordinary_nll`` in nats a token; ``ordinary_perplexity``; ``data``, by role the number of examples, of prompts left out and of answers cut. Answers:
+      role, number, prompt, outcome and text.
     """
-    measures: dict[str, Any] = {}
+    measures: dict[str, Any] = {"data": {
+        role: {"examples": len(e.examples), "left_out": e.dropped, "cut": e.cut} for role, e in encoded.items()}}
     answers = []
     roles = ("harmful", "lookalike")
     prompts = [(role, i, e.prompt_ids) for role in roles for i, e in enumerate(encoded[role].examples)]
@@ -68,7 +70,8 @@ def evaluate_model(decoder: Decoder, params: Any, chat: Chat, encoded: Mapping[s
         decoder, params, [ids for *_, ids in prompts], stop_ids, max_new=settings.max_new_tokens,
         batch_size=settings.batch_size, sharder=sharder, title=f"{title}: answers")]
     for (role, i, _), text in zip(prompts, texts):
-        answers.append({"role": role, "number": i, "outcome": judge(text), "answer": text})
+        answers.append({"role": role, "number": i, "prompt": encoded[role].examples[i].prompt, "outcome": judge(text),
+                        "answer": text})
     for role in roles:
         outcomes = [a["outcome"] for a in answers if a["role"] == role]
         measures[role] = {o: outcomes.count(o) for o in OUTCOMES} | {"n": len(outcomes)}

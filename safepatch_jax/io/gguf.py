@@ -75,6 +75,8 @@ def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
 
     if (architecture := field("general.architecture")) != "llama":
         raise ValueError(f"{path}: architecture '{architecture}' is not supported; supported: llama.")
+    if (scaling := field("llama.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"{path}: RoPE scaling '{scaling}' is not supported.")
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     tensors = {}
     for tensor in reader.tensors:
@@ -86,6 +88,8 @@ def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             x = _unpermute_rotary(x, heads if "q_proj" in name else kv_heads)
         tensors[name] = x
+    if absent := [name for name in ("model.embed_tokens.weight", "model.norm.weight") if name not in tensors]:
+        raise ValueError(f"{path}: the file lacks {', '.join(absent)}.")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

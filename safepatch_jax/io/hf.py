@@ -20,7 +20,9 @@ from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unn
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_COMPANIONS = (".json", ".txt", ".model", ".jinja")
+_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+               "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+               "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _FLOATS = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 
 
@@ -199,10 +201,10 @@ def save_tensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
 
 
 def copy_companions(source: str | pathlib.Path, out: pathlib.Path, dtype: str = "keep") -> None:
-    """Copy everything but weights and Python code; with a new dtype, say so in config.json."""
-    for path in sorted(pathlib.Path(source).iterdir()):
-        if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, out / path.name)
+    """Copy config, tokenizer, template and licence by name, never code; with a new dtype, say so in config.json."""
+    for name in _COMPANIONS:
+        if (path := pathlib.Path(source) / name).is_file():
+            shutil.copyfile(path, out / name)
     if dtype != "keep":
         raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
         for key in {"dtype", "torch_dtype"} & set(raw) or {"torch_dtype"}:

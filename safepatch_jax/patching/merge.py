@@ -43,8 +43,8 @@ class Knobs:
                 "alpha": np.float32(self.alpha), "beta": np.float32(self.beta), "zero": np.int32(0)}
 
 
-@functools.partial(jax.jit, static_argnames=("importance", "combine"), donate_argnums=0)
-def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str, combine: str):
+@functools.partial(jax.jit, static_argnames=("importance", "combine", "dtype"), donate_argnums=0)
+def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str, combine: str, dtype: str):
     """Patch all layers of one weight.
 
     Args:
@@ -54,9 +54,10 @@ def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str,
       keys: {'se', 'osm'}: uint32 [L, 2].
       knobs: see `Knobs.traced`.
       importance, combine: see PatchSettings.
+      dtype: storage dtype of the result; the one cast is to it, at the end.
 
     Returns:
-      (merged weight in theta's dtype, statistics {name: [L]}).
+      (merged weight in that dtype, statistics {name: [L]}).
     """
     def one_layer(layer):
         backbone, derived, sensitivity, keys = layer
@@ -70,15 +71,16 @@ def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str,
         for role, weight in (("se", knobs["alpha"]), ("osm", knobs["beta"])):
             merged = jnp.where(kept[role], merged + _rounded(weight * patch[role], knobs["zero"]), merged)
         changed = kept["se"] | kept["osm"]
-        merged = jnp.where(changed, merged.astype(backbone.dtype), backbone)
+        untouched = backbone.astype(dtype)
+        merged = jnp.where(changed, merged.astype(dtype), untouched)
         count = lambda mask: jnp.sum(mask, dtype=jnp.int32)
         statistics = {
             "top_se": count(top["se"]), "top_osm": count(top["osm"]), "top_both": count(top["se"] & top["osm"]),
             "kept_se": count(kept["se"]), "kept_osm": count(kept["osm"]), "kept": count(changed),
-            "survived": count(changed & (merged != backbone)),
+            "survived": count(changed & (merged != untouched)),
             "nonzero_se": count(patch["se"] != 0), "nonzero_osm": count(patch["osm"] != 0),
             "largest_se": jnp.max(jnp.abs(patch["se"])), "largest_osm": jnp.max(jnp.abs(patch["osm"])),
-            "finite": finite,
+            "finite": finite, "finite_merged": jnp.all(jnp.isfinite(merged)),
         }
         return merged, statistics
 
@@ -93,7 +95,7 @@ def _rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
 
 def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapping[str, jax.Array]],
                    sensitivity: Mapping[str, Mapping[str, jax.Array]], rows: Sequence[Param], patch: PatchSettings,
-                   seed: int, sharder: Sharder, title: str) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
+                   seed: int, sharder: Sharder, title: str, dtype: str = "keep") -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
     """Patch the backbone.
 
     Args:
@@ -105,12 +107,13 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       seed: of the random retention.
       sharder: the mesh.
       title: shown at the progress bar.
+      dtype: storage dtype of the result; 'keep' is the backbone's.
 
     Returns:
-      (flat ``{path: array}`` over the scope, statistics ``{HF name: {name: number}}``).
+      (flat ``{path: array}`` over the scope, statistics ``{HF name: {name: number}}``; see also `refuse_no_op`).
 
     Raises:
-      ValueError: NaN or infinite scores (names the tensors), a patch that is zero everywhere, or nothing kept.
+      ValueError: NaN or infinite scores or merged weights (names the tensors).
     """
     merged, statistics = {}, {}
     with progress(len(rows), title, "weight") as bar:
@@ -119,14 +122,15 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
             matrices = lambda tree: {role: row.as_matrices(tree[role][row.path]) for role in ROLES}
             result, stats = patch_matrices(
                 row.as_matrices(backbone[row.path]), matrices(derived), matrices(sensitivity), keys,
-                Knobs.of(patch, math.prod(row.hf_shape)).traced(), importance=patch.importance, combine=patch.combine)
+                Knobs.of(patch, math.prod(row.hf_shape)).traced(), importance=patch.importance, combine=patch.combine,
+                dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype)
             merged[row.path] = jax.device_put(
                 row.from_matrices(result), sharder.sharding(row.axes, row.shape, row.path))
             stats = {name: np.asarray(values) for name, values in stats.items()}
             for layer, hf_name in enumerate(row.hf_names):
                 statistics[hf_name] = {"size": math.prod(row.hf_shape)} | {n: v[layer].item() for n, v in stats.items()}
             bar.update()
-    _refuse_no_op(statistics, patch)
+    _refuse_broken(statistics)
     return merged, statistics
 
 
@@ -145,10 +149,17 @@ def totals(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
+def _refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
     if broken := [name for name, s in statistics.items() if not s["finite"]]:
         raise ValueError(f"The importance scores of {len(broken)} tensors are NaN or infinite, first {broken[0]}: a "
                          "derived model or its gradients overflowed. Lower derive.*_learning_rate.")
+    if broken := [name for name, s in statistics.items() if not s["finite_merged"]]:
+        raise ValueError(f"The merged weights of {len(broken)} tensors are NaN or infinite in the storage dtype, first "
+                         f"{broken[0]}. Lower patch.alpha and patch.beta, or use export.dtype=float32.")
+
+
+def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
+    """Raise ValueError if the result would equal the backbone, saying why (METHOD 4.6)."""
     for role in ROLES:
         if not any(s[f"nonzero_{role}"] for s in statistics.values()):
             raise ValueError(f"The {role.upper()} patch is zero everywhere: the derived model equals the backbone. Raise "

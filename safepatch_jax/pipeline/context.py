@@ -72,6 +72,10 @@ class Context:
     def encoded(self, folder: pathlib.Path, role: str, split: str, field: str = "answer") -> Encoded:
         """Tokenise one split of a role; says once what was left out or cut."""
         data = self.settings.data
+        room = read_hf_config(folder).max_length
+        if data.max_prompt_tokens + max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens) > room:
+            raise ValueError(f"data.max_prompt_tokens and data.max_answer_tokens or evaluate.max_new_tokens add up to more than "
+                             f"the {room} positions of the model. Lower them.")
         encoded = self.chat(folder).encode_all(
             answer_pairs(self.split(role, split), field), data.max_prompt_tokens, data.max_answer_tokens)
         limits = f"{data.max_prompt_tokens}/{data.max_answer_tokens}"

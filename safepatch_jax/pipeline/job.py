@@ -10,6 +10,7 @@ from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from safepatch_jax import files
 from safepatch_jax.console import say
@@ -21,11 +22,11 @@ from safepatch_jax.io.checkpoint import load_tree, save_tree
 from safepatch_jax.io.hf import Checkpoint, check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
-from safepatch_jax.patching.merge import ROLES, apply_patching, totals
+from safepatch_jax.patching.merge import ROLES, apply_patching, refuse_no_op, totals
 from safepatch_jax.pipeline import report
 from safepatch_jax.pipeline.context import Context
-from safepatch_jax.pipeline.stages import Runner, Stage, versions
-from safepatch_jax.settings import Settings, settings_differences
+from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, versions
+from safepatch_jax.settings import PatchSettings, Settings, settings_differences
 from safepatch_jax.training.step import Recipe, endless_batches
 
 # Models compared in the report, in its order.
@@ -44,7 +45,7 @@ class Job:
     def __init__(self, settings: Settings, workdir: str | pathlib.Path, *, update: bool = False):
         if not settings.model.source:
             raise ValueError("No model given. Set --model.source to a Hugging Face folder, a .gguf file, or 'smollm2'.")
-        self.settings, self.workdir = settings, pathlib.Path(workdir).absolute()
+        self.settings, self.workdir = settings, pathlib.Path(workdir).expanduser().absolute()
         self._claim_workdir(update)
         self.context = Context(settings)
         self.runner = Runner(self._stages(), self.workdir, self.context.cache_dir)
@@ -55,22 +56,28 @@ class Job:
 
     def run(self) -> pathlib.Path:
         """Run every stage that is not up to date; return the path of the report."""
+        if self.runner.status("report") not in FINISHED:
+            for name in (*report.FILES, "manifest.json"):  # of other settings, or of a run that was not finished
+                (self.workdir / name).unlink(missing_ok=True)
         files.write_json(self.workdir / "settings.json", self.settings.to_dict())
         for line in self.plan():
             say(line)
+        try:
+            return self._run_stages()
+        except BaseException:
+            if left := self.runner.scratch_left():
+                say(f"The run did not finish. Derived models or scores lie in {', '.join(map(str, left))}: the same command "
+                    "goes on from there; else delete them, they are jailbroken or broken models.")
+            raise
+
+    def _run_stages(self) -> pathlib.Path:
         self.runner.finish(["import"] + (["align"] if self.settings.align.enabled else []))
-        self.runner.finish([f"evaluate_{v}" for v in self.variants] + ["export", "report"])
+        self.runner.finish(["export", *(f"evaluate_{v}" for v in self.variants), "report"])
         self._publish()
         if not self.settings.run.keep_scratch:
             self.runner.delete_scratch()
             say("Scratch deleted: derived models, scores and their answers (keep with --run.keep_scratch).")
         return self.workdir / "report.md"
-
-    def align(self, out: str | pathlib.Path) -> None:
-        """Align the model and copy the result (kept in the cache) to a new folder."""
-        self.runner.finish(["import", "align"])
-        with files.new_folder(out) as folder:
-            shutil.copytree(self.folder("align"), folder, dirs_exist_ok=True)
 
     def plan(self) -> list[str]:
         """Describe the run: devices, model, data, settings that matter, and which stages will run."""
@@ -95,8 +102,8 @@ class Job:
         ]
         if (path := self._source_folder()) is not None or self.runner.status("import") == "done":
             size = param_table(read_hf_config(path or self.folder("import"))).size
-            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; training state about {16 * size / 2**30:.1f} GiB over "
-                            f"{mesh.devices.size} devices; scratch on disk about {20 * size / 2**30:.1f} GiB")
+            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; about {20 * size / 2**30:.1f} GiB of arrays over "
+                            f"{mesh.devices.size} device(s), and as much scratch on disk")
         return lines
 
     def folder(self, name: str) -> pathlib.Path:
@@ -113,9 +120,8 @@ class Job:
 
     def _stages(self) -> list[Stage]:
         s, data = self.settings, self.context.data_hashes
-        compute = dataclasses.asdict(s.model) | {"loss": s.derive.loss, "seed": s.run.seed}
-        del compute["source"]
-        train = compute | {k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
+        compute = {"compute_dtype": s.model.compute_dtype}
+        train = compute | {"loss": s.derive.loss, "seed": s.run.seed} | {k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
         patch = dataclasses.asdict(s.patch) | {"dtype": s.export.dtype, "seed": s.run.seed}
         evaluate = dataclasses.asdict(s.evaluate) | {
@@ -203,7 +209,8 @@ class Job:
         """Sum the per-sample gradient magnitudes of the derived model over calibration samples."""
         examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
         config = read_hf_config(self.backbone)
-        chosen = examples[:self.settings.score.samples]
+        order = np.random.default_rng(self.settings.run.seed).permutation(len(examples))
+        chosen = [examples[i] for i in order[:self.settings.score.samples]]
         if len(chosen) < self.settings.score.samples:
             say(f"  only {len(chosen)} of score.samples = {self.settings.score.samples} samples are there; all are used")
         total = self.context.meter(config).measure(
@@ -214,6 +221,7 @@ class Job:
     def _patch(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Merge the kept entries of both patches into the backbone."""
         merged, statistics = self._apply(self.settings.patch, "patch")
+        refuse_no_op(statistics, self.settings.patch)
         total = totals(statistics)
         say(f"  kept {total['kept']:,} of {total['size']:,} entries (SE {total['kept_se']:,}, OSM {total['kept_osm']:,}); "
             f"overlap of the top sets {total['overlap']:.1%}; {total['survival']:.1%} survive the cast")
@@ -221,8 +229,7 @@ class Job:
             say(f"  WARNING: {1 - total['survival']:.0%} of the kept entries are too small for the storage dtype and are "
                 "lost. Use --export.dtype=float32.")
         save_tree(out / "merged", nest(merged))
-        files.write_json(out / "statistics.json", statistics)
-        return total
+        return {"total": total, "tensors": statistics}
 
     def _export(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Write the patched model as a Hugging Face folder."""
@@ -251,20 +258,21 @@ class Job:
         files.write_text(out / "answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
         return measures
 
-    def try_patch(self) -> dict[str, Any]:
-        """Return the measures of the patched model without writing anything; the scores must be up to date."""
+    def try_patch(self, patch: PatchSettings) -> dict[str, Any]:
+        """Return the measures of a patched model without writing anything; the scores must be in place."""
         flat = self._cast(unnest(self.context.load(self.backbone)[1]))
-        return self._measure(flat | self._apply(self.settings.patch, "patch")[0], "patched")[0]
+        return self._measure(flat | self._apply(patch, "patch")[0], "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
         answers = {v: [json.loads(line) for line in
                        (self.runner.folder(f"evaluate_{v}") / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
                    for v in ("backbone", "safepatching")}
+        patch = self.runner.result("patch")
         content = report.gather(
-            self.settings, {v: self.runner.result(f"evaluate_{v}") for v in self.variants}, self.runner.result("patch"),
-            {name: self.runner.result(name) for name in self.runner.stages if name.startswith(("align", "derive"))},
-            self.context.split("lookalike", self.settings.evaluate.split), answers)
+            self.settings, {v: self.runner.result(f"evaluate_{v}") for v in self.variants}, patch["total"],
+            {name: self.runner.result(name) for name in self.runner.stages if name.startswith(("align", "derive"))}, answers)
         report.write(content, out)
+        files.write_json(out / "statistics.json", patch["tensors"])
         return {"orderings": content["orderings"]}
 
     # -- shared parts -------------------------------------------------------------------------------------------------
@@ -289,11 +297,11 @@ class Job:
         sensitivity = {role: unnest(load_tree(self.runner.folder(f"score_{role}") / "sensitivity", abstract))
                        for role in ROLES}
         derived = {role: self._derived(role) for role in ROLES}
-        return apply_patching(self._cast(unnest(params)), derived, sensitivity, rows, patch, self.settings.run.seed,
-                              self.context.sharder, title)
+        return apply_patching(unnest(params), derived, sensitivity, rows, patch, self.settings.run.seed,
+                              self.context.sharder, title, self.settings.export.dtype)
 
     def _cast(self, flat):
-        """Cast the backbone to the storage dtype of the result, in which the merge is done."""
+        """Cast the backbone to the storage dtype of the result."""
         dtype = self.settings.export.dtype
         return flat if dtype == "keep" else {path: x.astype(jnp.dtype(dtype)) for path, x in flat.items()}
 
@@ -302,7 +310,7 @@ class Job:
         source = self.settings.model.source
         if source == "smollm2" or source.endswith(".gguf"):
             return None
-        return pathlib.Path(source).absolute()
+        return pathlib.Path(source).expanduser().absolute()
 
     def _source_hashes(self) -> dict[str, str]:
         source = self.settings.model.source
@@ -320,10 +328,14 @@ class Job:
     def _claim_workdir(self, update: bool) -> None:
         path = self.workdir / "settings.json"
         if not path.is_file():
+            if self.workdir.is_dir() and {p.name for p in self.workdir.iterdir()} - {"stages", "sweep.jsonl"}:
+                raise ValueError(f"{self.workdir} holds files that are not of a run; use a new or empty --workdir.")
             return
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            if not isinstance(old, dict) or not all(isinstance(group, dict) for group in old.values()):
+                raise ValueError("it holds no settings")
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}). Delete the workdir or use another.") from error
         differences = [d for d in settings_differences(old, self.settings.to_dict())
                        if not d.startswith(PLACE)]
@@ -336,13 +348,27 @@ class Job:
         """Copy the report beside the settings and write the run's manifest."""
         source = self.runner.folder("report")
         for name in report.FILES:
-            (self.workdir / name).write_bytes((source / name).read_bytes())
+            files.copy(source / name, self.workdir / name)
         files.write_json(self.workdir / "manifest.json", {
             "model": str(self.folder("export").relative_to(self.workdir)),
             "versions": versions(),
             "stages": {name: {k: v for k, v in self.runner.manifest(name).items() if k != "settings"}
                        for name in self.runner.stages},
         })
+
+
+def align_model(settings: Settings, out: str | pathlib.Path) -> None:
+    """Align a model and copy the result, which stays in the cache, to a new folder.
+
+    Raises:
+      ValueError: bad settings, model or data; `out` exists and is not empty.
+    """
+    out = pathlib.Path(out).expanduser()
+    files.refuse_full_folder(out)
+    job = Job(settings.override({"align.enabled": True}), out)
+    job.runner.finish(["import", "align"])
+    with files.new_folder(out) as folder:
+        shutil.copytree(job.folder("align"), folder, dirs_exist_ok=True)
 
 
 def _outcome(outcome) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from safepatch_jax.console import say
 
 MANIFEST = "manifest.json"
 FINISHED = ("done", "deleted")
-FORMAT = 1  # raise when a stage's outputs change their meaning
+FORMAT = 2  # raise when a stage's outputs change their meaning
+KEYED = ("safepatch_jax", "jax", "jaxlib", "flax", "optax")  # versions on which a stage's bits may depend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Runner:
     def key(self, name: str) -> str:
         stage = self.stages[name]
         return files.text_hash({
-            "format": FORMAT, "stage": name, "settings": dict(stage.settings), "sources": dict(stage.sources),
+            "format": FORMAT, "versions": {p: versions()[p] for p in KEYED}, "stage": name, "settings": dict(stage.settings), "sources": dict(stage.sources),
             "inputs": self._input_keys(stage)})
 
     def _input_keys(self, stage: Stage) -> dict[str, str]:
@@ -110,7 +111,9 @@ class Runner:
             for dependency in self.stages[name].results:
                 if self.status(dependency) not in FINISHED:
                     self.need(dependency)
-            self._execute(self.stages[name])
+            with files.locked(self.folder(name).with_name(f".{self.folder(name).name}.lock")):
+                if self.status(name) != "done":  # another run that shares the stage may have finished it meanwhile
+                    self._execute(self.stages[name])
         return self.folder(name)
 
     def finish(self, names: Iterable[str]) -> None:
@@ -121,8 +124,16 @@ class Runner:
             else:
                 self.need(name)
 
+    def scratch_left(self) -> list[pathlib.Path]:
+        """Return the folders of scratch stages that hold outputs."""
+        folders = [self.folder(name) for name, stage in self.stages.items() if stage.scratch]
+        return [f for f in folders if f.is_dir() and any(p.name != MANIFEST for p in f.iterdir())]
+
     def delete_scratch(self) -> None:
-        """Delete the outputs of scratch stages, keeping their manifests."""
+        """Delete the outputs of scratch stages, keeping their manifests, and whatever a killed run left half-made."""
+        for path in (self._workdir / "stages").iterdir():
+            if path.is_dir() and path.name not in self.stages:
+                shutil.rmtree(path)
         for name, stage in self.stages.items():
             manifest = self.manifest(name) if stage.scratch else None
             if manifest is None:
@@ -153,6 +164,7 @@ class Runner:
         say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results may depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -13,7 +14,7 @@ from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.report import share
 from safepatch_jax.settings import Settings, declared_options
 
-PARTS = ("score_se", "score_osm")
+PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
 
 
 def parse_grid(text: str) -> dict[str, list[Any]]:
@@ -28,7 +29,12 @@ def parse_grid(text: str) -> dict[str, list[Any]]:
         field = declared_options().get(name)
         if not equals or field is None or not name.startswith("patch."):
             raise ValueError(f"--grid: '{part}' is not patch.OPTION=VALUE,VALUE,... of a known option.")
-        grid[name] = [v if isinstance(field.default, str) else json.loads(v) for v in values.split(",")]
+        if name == "patch.scope":
+            raise ValueError("--grid: patch.scope decides what is scored; give it as a flag and sweep once for each scope.")
+        try:
+            grid[name] = [v if isinstance(field.default, str) else json.loads(v.lower()) for v in values.split(",")]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--grid: '{part}' holds something that is no number, true or false.") from error
     if not grid:
         raise ValueError("--grid is empty; give for instance --grid='patch.beta=1,2,3;patch.retention=0.3,1'.")
     return grid
@@ -38,24 +44,30 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, grid: Mapping[str, Se
     """Evaluate every point of a grid of patch settings on the search split; yield one row a point.
 
     Rows go to ``sweep.jsonl`` in the workdir as they are made; points that are already there are not computed again.
+
+    Raises:
+      ValueError: a point is out of bounds, or the workdir holds a run.
     """
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
-    job = Job(settings, workdir, update=True)
-    job.runner.finish(["evaluate_backbone", *PARTS])
-    path = pathlib.Path(workdir) / "sweep.jsonl"
-    base = {name: job.runner.key(name) for name in PARTS}
+    points = [settings.override(dict(zip(grid, values)), "--grid").patch for values in itertools.product(*grid.values())]
+    workdir = pathlib.Path(workdir).expanduser()
+    if (workdir / "settings.json").exists():
+        raise ValueError(f"{workdir} holds a run, whose stages a sweep would replace; use another --workdir.")
+    job = Job(settings, workdir)
+    for name in PARTS:
+        job.runner.need(name)
+    path = workdir / "sweep.jsonl"
+    base = {name: job.runner.key(name) for name in PARTS} | {"dtype": settings.export.dtype}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     rows = [row for row in rows if row["keys"] == base]
     known = {files.text_hash(row["patch"]): row for row in rows}
-    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    say(f"sweep: {len(points)} points on the search split")
+    say(f"sweep: {len(points)} points on the search split; backbone: "
+        + describe(job.runner.result("evaluate_backbone")))
     for point in points:
-        here = Job(settings.override(point), workdir, update=True)
-        here.context = job.context  # keep what is compiled and tokenised
-        patch = here.settings.to_dict()["patch"]
+        patch = dataclasses.asdict(point)
         row = known.get(files.text_hash(patch))
         if row is None:
-            row = {"patch": patch, "keys": base, "measures": here.try_patch()}
+            row = {"patch": patch, "keys": base, "measures": job.try_patch(point)}
             rows.append(row)
             files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
         yield row

@@ -27,8 +27,6 @@ class Recipe:
     learning_rate: float
     nll_ceiling: float = float("inf")
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    loss: str = "mean"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,3 +150,21 @@ def test_no_tokenizer(copy, broken):
         (copy / "tokenizer.json").write_text(broken)
     with pytest.raises(ValueError, match="(?s)copy: no usable tokenizer .*Copy tokenizer.json and tokenizer_config.json"):
         Chat(copy, 264)
+
+
+def test_answer_tokens_are_those_of_the_whole_text(copy):
+    """A tokenizer that marks the start of a text (SentencePiece style) must not mark the start of the answer."""
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    raw["normalizer"] = {"type": "Prepend", "prepend": "!"}
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] + (':' if m['role'] == 'user' else '<|im_end|>') }}{% endfor %}")
+    example = Chat(copy, 264).encode("Hi", "Yes")
+    assert example.prompt_ids == tuple(characters("!Hi:")) and example.answer_ids == (*characters("Yes"), END)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}{{ undefined.x.y }}"])
+def test_broken_or_hostile_template_is_an_error(copy, template):
+    (copy / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="chat template does not render"):
+        Chat(copy, 264)

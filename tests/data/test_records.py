@@ -49,7 +49,10 @@ def test_builtin(role):
     assert all(r.prompt and r.answer and r.refusal for r in records)
     for split, size in BUILTIN[role].items():
         assert take(records, split) == [r for r in records if r.split == split]
-        assert take(records, split, 7) == take(records, split)[:7] and len(take(records, split, 999)) == size
+        some = take(records, split, 7)
+        assert len(some) == 7 and len(take(records, split, 999)) == size
+        assert some == [r for r in take(records, split) if r in some]  # file order
+        assert set(some) == set(take(records[::-1], split, 7))  # the same whatever the order of the file
 
 
 def test_builtin_prompts_are_in_one_role_only():
@@ -175,3 +178,19 @@ def test_unknown_role_and_empty_split(tmp_path):
     records = load_records("ordinary", write(tmp_path / "a.csv", ROWS[:1]))
     with pytest.raises(ValueError, match=r"No record is in the split 'report' \(1 in all\). Give more rows"):
         take(records, "report")
+
+
+def test_rows_labelled_as_the_opposite_are_left_out(tmp_path):
+    path = tmp_path / "xstest.csv"
+    path.write_text("prompt,type\nkill a process,homonyms\nkill a man,contrast_homonyms\n")
+    assert [r.prompt for r in load_records("lookalike", str(path))] == ["kill a process"]
+    path = tmp_path / "beavertails.jsonl"
+    path.write_text('{"prompt": "a", "response": "No.", "is_safe": true}\n{"prompt": "b", "response": "Sure", "is_safe": false}\n')
+    assert [r.prompt for r in load_records("harmful", str(path))] == ["b"]
+
+
+def test_prompt_in_two_splits_is_refused(tmp_path):
+    path = tmp_path / "leak.csv"
+    path.write_text("prompt,answer,split\nsame,x,train\nsame,y,report\n")
+    with pytest.raises(ValueError, match="1 prompts stand in more than one split.*'same'"):
+        load_records("harmful", str(path))

@@ -65,7 +65,7 @@ def test_killed_run_resumes_to_the_same_model(stage, flags, tmp_path):
     assert process.wait() == -signal.SIGKILL
     resumed = call("launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
     assert resumed.returncode == 0, resumed.stderr
-    assert "evaluate_backbone: reused" in resumed.stdout and f"{stage}: running" in resumed.stdout
+    assert "derive_se: running" not in resumed.stdout and f"{stage}: running" in resumed.stdout
     assert model_hash(tmp_path / "a") == model_hash(tmp_path / "b")
 
 
@@ -111,5 +111,13 @@ def test_sweep_prints_a_line_a_point_and_resumes(flags, tmp_path):
     again = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
     lines = [line for line in first.stdout.splitlines() if line.startswith("beta")]
     assert len(lines) == 4 and lines == [line for line in again.stdout.splitlines() if line.startswith("beta")]
-    bad = call("launch.sweep", f"--workdir={tmp_path / 'work'}", "--grid=derive.se_steps=1,2", *flags)
-    assert bad.returncode == 2 and "patch.OPTION" in bad.stderr
+    other = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags, "--evaluate.max_new_tokens=5")
+    assert other.stderr.count("answers: 100%") >= 5  # other evaluation settings: nothing stale is returned
+
+
+@pytest.mark.parametrize("grid, message", [
+    ("derive.se_steps=1,2", "patch.OPTION"), ("patch.scope=all", "give it as a flag"), ("patch.beta=", "no number"),
+    ("patch.retention=2", "must be at most 1")])
+def test_bad_grid_is_refused_before_anything_runs(grid, message, flags, tmp_path):
+    result = call("launch.sweep", f"--workdir={tmp_path / 'work'}", f"--grid={grid}", *flags)
+    assert result.returncode == 2 and message in result.stderr and not (tmp_path / "work").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.merge import apply_patching, totals
+from safepatch_jax.patching.merge import apply_patching, refuse_no_op, totals
 from safepatch_jax.patching.retention import tensor_keys
 from safepatch_jax.settings import PatchSettings
 from safepatch_jax.testing import tiny_config
@@ -36,11 +36,11 @@ def place(tree, sharder):
     return {row.path: jax.device_put(tree[row.path], sharder.sharding(row.axes, row.shape)) for row in ROWS}
 
 
-def run(theta, derived, sensitivity, patch, devices=1):
+def run(theta, derived, sensitivity, patch, devices=1, dtype="keep"):
     sharder = sharder_of(devices)
     merged, statistics = apply_patching(
         place(theta, sharder), {r: place(t, sharder) for r, t in derived.items()},
-        {r: place(t, sharder) for r, t in sensitivity.items()}, ROWS, patch, SEED, sharder, "test")
+        {r: place(t, sharder) for r, t in sensitivity.items()}, ROWS, patch, SEED, sharder, "test", dtype)
     return {path: np.asarray(x) for path, x in merged.items()}, statistics
 
 
@@ -113,14 +113,27 @@ def test_equal_rankings_give_an_empty_difference_which_is_refused():
     theta, derived, sensitivity = inputs()
     derived["osm"], sensitivity["osm"] = derived["se"], sensitivity["se"]
     with pytest.raises(ValueError, match="No entry is kept.*Raise patch.top_rate_se"):
-        run(theta, derived, sensitivity, PatchSettings())
+        refuse_no_op(run(theta, derived, sensitivity, PatchSettings())[1], PatchSettings())
+
+
+def test_one_cast_at_the_end_when_the_storage_dtype_changes():
+    """Deltas are taken against the stored backbone, not against its image in the new dtype."""
+    theta, derived, sensitivity = inputs(np.float32, step=3e-3)
+    patch = PatchSettings(retention=1.0)
+    same, statistics = run(theta, derived, sensitivity, patch)
+    cast, cast_statistics = run(theta, derived, sensitivity, patch, dtype="bfloat16")
+    for path in same:
+        assert cast[path].tobytes() == same[path].astype(jnp.bfloat16).tobytes(), path
+    for name, s in statistics.items():
+        assert {k: v for k, v in s.items() if k != "survived"} == {
+            k: v for k, v in cast_statistics[name].items() if k != "survived"}
 
 
 def test_zero_patch_is_refused():
     theta, derived, sensitivity = inputs()
     derived["osm"] = {path: x.astype(np.float32) for path, x in theta.items()}
     with pytest.raises(ValueError, match="OSM patch is zero everywhere.*derive.osm_steps"):
-        run(theta, derived, sensitivity, PatchSettings())
+        refuse_no_op(run(theta, derived, sensitivity, PatchSettings())[1], PatchSettings())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

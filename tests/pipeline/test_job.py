@@ -48,7 +48,7 @@ def test_outputs(finished, settings):
     assert set(report["measures"]) == {"shipped", "backbone", "se", "osm", "intersection", "safepatching"}
     assert all(sum(m["harmful"][o] for o in ("complied", "refused", "incoherent")) == m["harmful"]["n"] == 3
                for m in report["measures"].values())
-    assert len(report["orderings"]) == 11 and report["patch"]["kept"] > 0
+    assert len(report["orderings"]) == 12 and report["patch"]["kept"] > 0
     assert (work / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "| SafePatching |" in (work / "report.md").read_text()
     assert json.loads((work / "settings.json").read_text()) == settings.to_dict()
@@ -62,7 +62,7 @@ def test_exported_model_differs_in_the_kept_entries_alone(finished):
     assert set(before) == set(after)
     changed = {k for k in before if before[k].tobytes() != after[k].tobytes()}
     assert changed and all("_proj.weight" in k for k in changed)
-    statistics = finished.runner.result("patch")
+    statistics = finished.runner.result("patch")["total"]
     assert sum((before[k] != after[k]).sum() for k in changed) == statistics["survived"] <= statistics["kept"]
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (finished.folder("export") / name).read_bytes() == (finished.backbone / name).read_bytes()
@@ -79,6 +79,20 @@ def test_second_run_reuses_every_stage(finished, settings, capsys):
     out = capsys.readouterr().out
     assert "running" not in out and out.count("reused, inputs unchanged") == 10
     assert model_hash(finished) == before
+
+
+def test_folder_of_the_user_is_not_taken_over(settings, tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that are not of a run"):
+        Job(settings, tmp_path)
+    assert (tmp_path / "report.md").read_text() == "mine"
+
+
+def test_failed_run_says_where_the_derived_models_lie(settings, tmp_path, capsys):
+    with pytest.raises(ValueError):
+        Job(settings.override({"derive.osm_learning_rate": 1e30}), tmp_path / "work").run()
+    assert "The run did not finish" in capsys.readouterr().out
+    assert (tmp_path / "work" / "stages" / "derive_se" / "params").is_dir()
 
 
 def test_workdir_of_other_settings(finished, settings):
