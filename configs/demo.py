@@ -2,9 +2,9 @@
 
   make demo        or: python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo
 
-Hardware: 2 CPU cores, 8 GB of memory, 6 GB of disk. Time: about 7 minutes after installation; seconds when repeated.
+Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about 7 minutes after installation; seconds when repeated.
 Expected: SE alone refuses everything, OSM alone nothing, the intersection stays near the backbone, SafePatching refuses
-fewer harmless prompts than the backbone at about the same harm and utility (docs/demo.md has the figures).
+fewer harmless prompts than the backbone at about the same utility, and a little more harm (docs/demo.md has the figures).
 
 The shipped model refuses almost nothing, so it is first aligned by a short supervised run (cached) until it refuses all
 harmful requests and most harmless look-alikes as well: an over-careful model.

@@ -121,7 +121,8 @@ class Job:
     def _stages(self) -> list[Stage]:
         s, data = self.settings, self.context.data_hashes
         compute = {"compute_dtype": s.model.compute_dtype}
-        train = compute | {"loss": s.derive.loss, "seed": s.run.seed} | {k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
+        train = compute | {"loss": s.derive.loss, "seed": s.run.seed} | {
+            k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
         patch = dataclasses.asdict(s.patch) | {"dtype": s.export.dtype, "seed": s.run.seed}
         evaluate = dataclasses.asdict(s.evaluate) | {
