@@ -13,7 +13,7 @@ How the patch settings were chosen: on the 'search' split, which no report uses,
 points at which no harmful request was complied with:
 
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
-      --grid='patch.top_rate_osm=0.1,0.3;patch.top_rate_se=0.1,0.3;patch.beta=2,2.5,3,4'
+      --grid='patch.top_rate_osm=0.1,0.3;patch.beta=2,2.5,3,5'
 """
 
 CONFIG = {
