@@ -104,6 +104,11 @@ class Job:
             size = param_table(read_hf_config(path or self.folder("import"))).size
             lines.insert(2, f"         {size / 1e6:,.1f} M parameters; about {20 * size / 2**30:.1f} GiB of arrays over "
                             f"{mesh.devices.size} device(s), and as much scratch on disk")
+        ways = self.context.sharder.batch_ways
+        for name in ("align.batch_size", "derive.batch_size", "evaluate.batch_size"):
+            if (rows := settings.flat()[name]) % ways:
+                lines.append(f"Note:    {name} = {rows} does not divide by data*fsdp = {ways}, so each device computes the whole "
+                             f"batch; a multiple of {ways} is faster.")
         return lines
 
     def folder(self, name: str) -> pathlib.Path:
