@@ -33,6 +33,11 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_jsonl(path: str | pathlib.Path) -> list[Any]:
+    """Read one JSON value a line; lines end at newlines alone, not at the other breaks that text may hold (U+2028)."""
+    return [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy a file under a temporary name, then rename."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -12,7 +12,9 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any, Iterable, Sequence
+from typing import Any, Sequence
+
+from safepatch_jax import files
 
 ROLES = ("harmful", "lookalike", "ordinary")
 SPLITS = ("train", "search", "report")
@@ -133,7 +135,7 @@ def _read_rows(path: pathlib.Path, role: str) -> list[dict[str, Any]]:
             with open(path, newline="", encoding="utf-8-sig") as f:
                 return list(csv.DictReader(f, strict=True))
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in _lines(path)]
+            rows = files.read_jsonl(path)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
         else:
@@ -150,17 +152,13 @@ def _read_tfds(source: str) -> list[dict[str, Any]]:
     import tensorflow_datasets as tfds  # imported here: only such sources need it
 
     name, _, split = source.removeprefix("tfds:").partition("@")
-    try:
+    try:  # a set that is not prepared is reported as any of these, by version and format
         rows = tfds.data_source(name, split=split or "train", download=False)
     except (tfds.core.DatasetNotFoundError, AssertionError, FileNotFoundError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{source} is not a data set prepared here ({error}). Prepare it with file_format='array_record', "
                          "for instance tfds.builder(NAME, file_format='array_record').download_and_prepare(), and set "
                          "TFDS_DATA_DIR if it is not in the default folder.") from error
     return [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]
-
-
-def _lines(path: pathlib.Path) -> Iterable[str]:
-    return (line for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
 
 
 def _text(value: Any) -> str:

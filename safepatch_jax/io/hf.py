@@ -73,9 +73,6 @@ class Checkpoint:
         """Return a lazily read tensor with `get_shape`, `get_dtype` and indexing."""
         return self._open(self.weight_map[name]).get_slice(name)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._open(self.weight_map[name]).get_tensor(name)
-
 
 def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig) -> None:
     """Check names, shapes and dtypes against the table; collect every mismatch and raise ValueError once."""

@@ -95,7 +95,8 @@ def _rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
 
 def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapping[str, jax.Array]],
                    sensitivity: Mapping[str, Mapping[str, jax.Array]], rows: Sequence[Param], patch: PatchSettings,
-                   seed: int, sharder: Sharder, title: str, dtype: str = "keep") -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
+                   seed: int, sharder: Sharder, title: str, dtype: str = "keep",
+                   ) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
     """Patch the backbone.
 
     Args:

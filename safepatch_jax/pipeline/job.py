@@ -270,8 +270,7 @@ class Job:
         return self._measure(flat | self._apply(patch, "patch")[0], "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
-        answers = {v: [json.loads(line) for line in
-                       (self.runner.folder(f"evaluate_{v}") / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        answers = {v: files.read_jsonl(self.runner.folder(f"evaluate_{v}") / "answers.jsonl")
                    for v in ("backbone", "safepatching")}
         patch = self.runner.result("patch")
         content = report.gather(

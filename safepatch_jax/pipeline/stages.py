@@ -63,8 +63,8 @@ class Runner:
     def key(self, name: str) -> str:
         stage = self.stages[name]
         return files.text_hash({
-            "format": FORMAT, "versions": {p: versions()[p] for p in KEYED}, "stage": name, "settings": dict(stage.settings), "sources": dict(stage.sources),
-            "inputs": self._input_keys(stage)})
+            "format": FORMAT, "versions": {p: versions()[p] for p in KEYED}, "stage": name,
+            "settings": dict(stage.settings), "sources": dict(stage.sources), "inputs": self._input_keys(stage)})
 
     def _input_keys(self, stage: Stage) -> dict[str, str]:
         return {name: self.key(name) for name in (*stage.inputs, *stage.results)}

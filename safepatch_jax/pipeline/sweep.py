@@ -58,7 +58,7 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, grid: Mapping[str, Se
         job.runner.need(name)
     path = workdir / "sweep.jsonl"
     base = {name: job.runner.key(name) for name in PARTS} | {"dtype": settings.export.dtype}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    rows = files.read_jsonl(path) if path.is_file() else []
     rows = [row for row in rows if row["keys"] == base]
     known = {files.text_hash(row["patch"]): row for row in rows}
     say(f"sweep: {len(points)} points on the search split; backbone: "

@@ -1,0 +1,41 @@
+"""Files appear whole or not at all, and text is read back as it was written."""
+
+import json
+
+import pytest
+
+from safepatch_jax import files
+
+
+def test_jsonl_with_line_breaks_that_are_no_newlines(tmp_path):
+    rows = [{"answer": "one\u2028two\x85three\x0cfour\nfive"}, {"answer": ""}]
+    files.write_text(tmp_path / "a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    assert files.read_jsonl(tmp_path / "a.jsonl") == rows
+
+
+def test_folder_is_filled_aside_and_failure_leaves_the_old_one(tmp_path):
+    with files.new_folder(tmp_path / "out") as out:
+        (out / "x").write_text("old")
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out.partial").mkdir()  # a user's folder of a similar name is not ours to remove
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", replace=True) as out:
+        (out / "x").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "out" / "x").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial"]
+    with files.new_folder(tmp_path / "out", replace=True) as out:
+        (out / "y").write_text("new")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["y"]
+
+
+def test_full_folder_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"), files.new_folder(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "C:x", "a\0b", 3, None])
+def test_names_that_could_leave_their_folder(name):
+    with pytest.raises(ValueError, match="refusing the file name"):
+        files.plain_name(name, "index")
