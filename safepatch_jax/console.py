@@ -17,5 +17,5 @@ def say(text: str) -> None:
 
 def progress(total: int, title: str, unit: str) -> tqdm:
     """Return a progress bar with rate and remaining time, silent in all but the first process."""
-    return tqdm(total=total, desc=f"  {title}", unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.5,
-                disable=jax.process_index() != 0, leave=True)
+    return tqdm(total=total, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
+                mininterval=0.5, disable=jax.process_index() != 0, leave=True)

@@ -37,7 +37,9 @@ def greedy_decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, 
     logits_B1V, (k, v) = decoder.apply(
         {"params": params}, tokens_BT, positions_BT, valid_BT, keep_kv=True, logits_at_BA=last_B1)
     room = ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0))
-    past = Past(jnp.pad(k, room), jnp.pad(v, room), jnp.pad(valid_BT, ((0, 0), (0, max_new))))
+    later_BS = positions_BT[:, -1:] + 1 + jnp.arange(max_new)
+    past = Past(jnp.pad(k, room), jnp.pad(v, room), jnp.concatenate([positions_BT, later_BS], axis=1),
+                jnp.pad(valid_BT, ((0, 0), (0, max_new))))
     out = jnp.full((batch, max_new), -1, jnp.int32)
     state = (jnp.int32(0), jnp.argmax(logits_B1V[:, 0], -1).astype(jnp.int32), jnp.zeros(batch, bool), out, past)
 
@@ -55,6 +57,7 @@ def greedy_decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, 
         slot = length + step
         past = Past(lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
                     lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
+                    past.positions_BS,
                     lax.dynamic_update_slice(past.valid_BS, jnp.ones((batch, 1), bool), (0, slot)))
         return step + 1, jnp.argmax(logits_B1V[:, 0], -1).astype(jnp.int32), done_B, out, past
 

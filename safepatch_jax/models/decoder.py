@@ -16,6 +16,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig
@@ -28,6 +29,7 @@ class Past:
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
+    positions_BS: jax.Array
     valid_BS: jax.Array
 
 
@@ -52,7 +54,10 @@ class _Module(nn.Module):
 class Embedder(_Module):
     @nn.compact
     def __call__(self, tokens_BT):
-        return self.constrain(self.weight("embedding")[tokens_BT], "batch", "length", "features")
+        x_BTD = self.weight("embedding")[tokens_BT]
+        if self.config.embed_scale:
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_dim ** 0.5, self.dtype)
+        return self.constrain(x_BTD, "batch", "length", "features")
 
 
 class RMSNorm(_Module):
@@ -61,14 +66,32 @@ class RMSNorm(_Module):
         x32_BTD = x_BTD.astype(jnp.float32)
         mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
         normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + self.config.norm_eps)
+        if self.config.norm_offset:  # added and multiplied in float32, before the cast
+            return (normed_BTD * (1.0 + self.weight("scale").astype(jnp.float32))).astype(self.dtype)
         return self.weight("scale") * normed_BTD.astype(self.dtype)
 
 
+def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Return radians a position [H/2], float32 (RoPE; Su et al. 2021), scaled as LLaMA 3.1 does where the config says so.
+
+    Computed once, with float32 rounding at the same places as in the reference: at position 8000 one float32 step of a
+    frequency turns by half a milliradian.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
+    if config.rope_scaling is None:
+        return frequencies
+    scaling = config.rope_scaling
+    turns = np.float32(scaling.original_max_length) / (np.float32(2 * np.pi) / frequencies)  # within the original length
+    smooth = (turns - np.float32(scaling.low_freq_factor)) / np.float32(scaling.high_freq_factor - scaling.low_freq_factor)
+    slow = frequencies / np.float32(scaling.factor)
+    between = (1 - smooth) * slow + smooth * frequencies
+    return np.where(turns < scaling.low_freq_factor, slow, np.where(turns > scaling.high_freq_factor, frequencies, between))
+
+
 def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> jax.Array:
-    """Return rotation angles [B, T, H/2] in radians, float32 (RoPE; Su et al. 2021)."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta ** exponents)
-    return positions_BT[..., None].astype(jnp.float32) * frequencies
+    """Return rotation angles [B, T, H/2] in radians, float32."""
+    return positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(config)
 
 
 def rotate(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
@@ -83,26 +106,48 @@ def silu(x: jax.Array) -> jax.Array:
     return x / (1.0 + jnp.exp(-jnp.maximum(x, -80.0)))  # the bound keeps the gradient finite
 
 
+def visible(positions_BT: jax.Array, valid_BT: jax.Array, past: Past | None) -> tuple[jax.Array, jax.Array]:
+    """Return which keys a query may look at, windows apart, and how many positions back each key lies.
+
+    Returns:
+      (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the past, if any, then the present.
+    """
+    length = positions_BT.shape[1]
+    mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None] & valid_BT[:, None, :]
+    positions_BS = positions_BT
+    if past is not None:
+        past_mask_BTS = jnp.broadcast_to(past.valid_BS[:, None, :], (*mask_BTS.shape[:2], past.valid_BS.shape[1]))
+        mask_BTS = jnp.concatenate([past_mask_BTS, mask_BTS], axis=2)
+        positions_BS = jnp.concatenate([past.positions_BS, positions_BT], axis=1)
+    return mask_BTS, positions_BT[:, :, None] - positions_BS[:, None, :]
+
+
 class Attention(_Module):
-    """Grouped-query attention over the past (if any) and the causal present."""
+    """Grouped-query attention over the past (if any) and the causal present.
+
+    `window` is the layer's entry of DecoderConfig.windows (a traced scalar), or None if no layer has a window.
+    """
+
+    def projection(self, x_BTD, name, equation, heads):
+        y_BTNH = jnp.einsum(equation, x_BTD, self.weight(name))
+        if self.config.qkv_bias:
+            y_BTNH = y_BTNH + self.weight(name + "_bias")
+        return self.constrain(y_BTNH, "batch", "length", heads, "head_dim")
 
     @nn.compact
-    def __call__(self, x_BTD, angles_BTh, valid_BT, past_k_BSKH=None, past_v_BSKH=None, past_valid_BS=None):
+    def __call__(self, x_BTD, angles_BTh, mask_BTS, distance_BTS, window=None, past_k_BSKH=None, past_v_BSKH=None):
         config = self.config
-        q_BTNH = self.constrain(jnp.einsum("BTD,NHD->BTNH", x_BTD, self.weight("q")), "batch", "length", "heads", "head_dim")
-        k_BTKH = self.constrain(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.weight("k")), "batch", "length", "kv_heads", "head_dim")
-        v_BTKH = self.constrain(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.weight("v")), "batch", "length", "kv_heads", "head_dim")
+        q_BTNH = self.projection(x_BTD, "q", "BTD,NHD->BTNH", "heads")
+        k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads")
+        v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
         q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
 
-        length = x_BTD.shape[1]
-        causal_TU = jnp.tril(jnp.ones((length, length), bool))
-        mask_BTS = causal_TU[None] & valid_BT[:, None, :]
         keys_BSKH, values_BSKH = k_BTKH, v_BTKH
         if past_k_BSKH is not None:
             keys_BSKH = jnp.concatenate([past_k_BSKH, keys_BSKH], axis=1)
             values_BSKH = jnp.concatenate([past_v_BSKH, values_BSKH], axis=1)
-            past_mask_BTS = jnp.broadcast_to(past_valid_BS[:, None, :], (*mask_BTS.shape[:2], past_valid_BS.shape[1]))
-            mask_BTS = jnp.concatenate([past_mask_BTS, mask_BTS], axis=2)
+        if window is not None:
+            mask_BTS = mask_BTS & ((distance_BTS < window) | (window == 0))
 
         groups = config.num_heads // config.num_kv_heads
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], config.num_kv_heads, groups, config.head_dim)
@@ -116,13 +161,14 @@ class Attention(_Module):
 
 
 class Mlp(_Module):
-    """Gated feed-forward layer (SwiGLU)."""
+    """Gated feed-forward layer (SwiGLU, or GeGLU for Gemma)."""
 
     @nn.compact
     def __call__(self, x_BTD):
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.weight("gate"))
         up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.weight("up"))
-        hidden_BTF = self.constrain(silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
+        activation = {"silu": silu, "gelu_tanh": jax.nn.gelu}[self.config.activation]
+        hidden_BTF = self.constrain(activation(gate_BTF) * up_BTF, "batch", "length", "mlp")
         return jnp.einsum("BTF,DF->BTD", hidden_BTF, self.weight("down"))
 
 
@@ -132,9 +178,9 @@ class Block(_Module):
     keep_kv: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD, past_k_BSKH, past_v_BSKH, angles_BTh, valid_BT, past_valid_BS):
+    def __call__(self, x_BTD, window, past_k_BSKH, past_v_BSKH, angles_BTh, mask_BTS, distance_BTS):
         attended_BTD, kv = self.child(Attention, "attention")(
-            self.child(RMSNorm, "attention_norm")(x_BTD), angles_BTh, valid_BT, past_k_BSKH, past_v_BSKH, past_valid_BS)
+            self.child(RMSNorm, "attention_norm")(x_BTD), angles_BTh, mask_BTS, distance_BTS, window, past_k_BSKH, past_v_BSKH)
         x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "length", "features")
         x_BTD = x_BTD + self.child(Mlp, "mlp")(self.child(RMSNorm, "mlp_norm")(x_BTD))
         return self.constrain(x_BTD, "batch", "length", "features"), kv if self.keep_kv else None
@@ -165,7 +211,7 @@ class Decoder(_Module):
 
         Args:
           tokens_BT: token ids, int32.
-          positions_BT: position of each token in its sequence (padding: anything).
+          positions_BT: position of each token in its sequence, int32 (padding: anything).
           valid_BT: False for padding.
           past: keys and values of earlier positions.
           keep_kv: also return keys and values [L, B, T, K, H] of these positions.
@@ -180,10 +226,13 @@ class Decoder(_Module):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
         )(self.config, self.dtype, self.sharder, keep_kv=keep_kv, name="layers")
-        past_k, past_v, past_valid = (None, None, None) if past is None else (past.k_LBSKH, past.v_LBSKH, past.valid_BS)
-        x_BTD, kv = layers(x_BTD, past_k, past_v, angles_BTh, valid_BT, past_valid)
+        windows_L = jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None
+        past_k, past_v = (None, None) if past is None else (past.k_LBSKH, past.v_LBSKH)
+        mask_BTS, distance_BTS = visible(positions_BT, valid_BT, past)
+        x_BTD, kv = layers(x_BTD, windows_L, past_k, past_v, angles_BTh, mask_BTS,
+                           distance_BTS if self.config.windows else None)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
         x_BTD = self.child(RMSNorm, "final_norm")(x_BTD)

@@ -24,7 +24,7 @@ from safepatch_jax.models.config import DecoderConfig
 SCOPES = {
     "block_linear": ("linear",),
     "all_linear": ("linear", "head"),
-    "all": ("linear", "head", "embedding", "norm"),
+    "all": ("linear", "head", "embedding", "norm", "bias"),
 }
 
 
@@ -38,7 +38,8 @@ class Param:
       shape: sizes of these axes.
       hf_name: its name in the checkpoint, ``{layer}`` standing for the block number.
       out_axes: how many axes after ``layers`` make up the out side of the HF tensor.
-      kind: linear, head, embedding or norm; decides the patch scope and the initialisation.
+      kind: linear, head, embedding, norm or bias; decides the patch scope.
+      start: the constant of its initialisation; None for random values.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Param:
     hf_name: str
     out_axes: int
     kind: str
+    start: float | None = None
 
     @property
     def stacked(self) -> bool:
@@ -89,8 +91,8 @@ class Param:
 
     def layer_initializer(self):
         """Initialiser of one layer's part, in the form ``fn(key, shape, dtype)``."""
-        if self.kind == "norm":
-            return jax.nn.initializers.ones
+        if self.start is not None:
+            return jax.nn.initializers.constant(self.start)
         std = 0.02 if self.kind == "embedding" else self.hf_shape[-1] ** -0.5
         return jax.nn.initializers.normal(std)
 
@@ -145,23 +147,31 @@ def param_table(config: DecoderConfig) -> ParamTable:
              "heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     block = "model.layers.{layer}."
 
-    def row(path, axes, hf_name, out_axes, kind):
+    unit = 0.0 if config.norm_offset else 1.0
+
+    def row(path, axes, hf_name, out_axes, kind, start=None):
         axes = tuple(axes.split())
-        return Param(path, axes, tuple(sizes[a] for a in axes), hf_name, out_axes, kind)
+        return Param(path, axes, tuple(sizes[a] for a in axes), hf_name, out_axes, kind, start)
 
     rows = [
         row("embedder/embedding", "vocab embed", "model.embed_tokens.weight", 1, "embedding"),
-        row("layers/attention_norm/scale", "layers embed", block + "input_layernorm.weight", 1, "norm"),
+        row("layers/attention_norm/scale", "layers embed", block + "input_layernorm.weight", 1, "norm", unit),
         row("layers/attention/q", "layers heads head_dim embed", block + "self_attn.q_proj.weight", 2, "linear"),
         row("layers/attention/k", "layers kv_heads head_dim embed", block + "self_attn.k_proj.weight", 2, "linear"),
         row("layers/attention/v", "layers kv_heads head_dim embed", block + "self_attn.v_proj.weight", 2, "linear"),
         row("layers/attention/o", "layers embed heads head_dim", block + "self_attn.o_proj.weight", 1, "linear"),
-        row("layers/mlp_norm/scale", "layers embed", block + "post_attention_layernorm.weight", 1, "norm"),
+        row("layers/mlp_norm/scale", "layers embed", block + "post_attention_layernorm.weight", 1, "norm", unit),
         row("layers/mlp/gate", "layers mlp embed", block + "mlp.gate_proj.weight", 1, "linear"),
         row("layers/mlp/up", "layers mlp embed", block + "mlp.up_proj.weight", 1, "linear"),
         row("layers/mlp/down", "layers embed mlp", block + "mlp.down_proj.weight", 1, "linear"),
-        row("final_norm/scale", "embed", "model.norm.weight", 1, "norm"),
+        row("final_norm/scale", "embed", "model.norm.weight", 1, "norm", unit),
     ]
+    if config.qkv_bias:
+        rows += [
+            row("layers/attention/q_bias", "layers heads head_dim", block + "self_attn.q_proj.bias", 2, "bias", 0.0),
+            row("layers/attention/k_bias", "layers kv_heads head_dim", block + "self_attn.k_proj.bias", 2, "bias", 0.0),
+            row("layers/attention/v_bias", "layers kv_heads head_dim", block + "self_attn.v_proj.bias", 2, "bias", 0.0),
+        ]
     if not config.tied_head:
         rows.append(row("head/kernel", "vocab embed", "lm_head.weight", 1, "head"))
     return ParamTable(tuple(rows))

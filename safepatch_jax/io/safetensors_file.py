@@ -1,0 +1,133 @@
+"""safetensors files: where their tensors lie, and writing them one tensor at a time.
+
+The safetensors library checks every header that we read, and reads what we write; it offers no streaming in either
+direction, and holding a whole file in memory is what we must not do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Mapping
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from safepatch_jax import files
+from safepatch_jax.console import progress
+from safepatch_jax.io.stored import DTYPES, Stored
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_CODES = {name: code for code, name in _NAMES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: shape, and dtype by name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def list_tensors(path: str | pathlib.Path) -> dict[str, Stored]:
+    """Return where each tensor of a file lies.
+
+    Raises:
+      ValueError: not a safetensors file, truncated or damaged.
+    """
+    path = pathlib.Path(path)
+    try:
+        with safe_open(path, framework="np"):  # checks the header against the file's size
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}). It is truncated or damaged "
+                         f"({path.stat().st_size if path.is_file() else 0} bytes): copy or download it again.") from error
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]),
+                     _NAMES.get(entry["dtype"], entry["dtype"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()}
+
+
+def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Callable[[str], np.ndarray],
+                 shard_bytes: int, title: str = "write") -> dict[str, str]:
+    """Write tensors as one or several safetensors files with an index, in the order given.
+
+    Args:
+      folder: where to; the caller makes it appear whole or not at all (`files.new_folder`).
+      plan: name, shape and dtype of each tensor.
+      tensor_of: makes a tensor when its turn comes; one or two are held at a time.
+      shard_bytes: files are cut at this size.
+      title: shown at the progress bar.
+
+    Returns:
+      SHA-256 of each tensor's bytes.
+
+    Raises:
+      OSError: the disk is full or not writable; says what to do.
+    """
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, planned in plan.items():
+        if shards[-1] and planned.size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= planned.size
+    weight_map, hashes = {}, {}
+    total = sum(planned.size for planned in plan.values())
+    with progress(total, title, "B") as bar:
+        for number, names in enumerate(shards, 1):
+            file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            hashes |= write_file(folder / file_name, {name: plan[name] for name in names}, tensor_of, bar.update)
+            weight_map |= dict.fromkeys(names, file_name)
+    if len(shards) > 1:
+        parameters = sum(math.prod(planned.shape) for planned in plan.values())
+        files.write_json(folder / INDEX, {
+            "metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map})
+    return hashes
+
+
+def write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Callable[[str], np.ndarray],
+               written: Callable[[int], object] = lambda size: None) -> dict[str, str]:
+    """Write one safetensors file tensor by tensor; arguments, result and errors as `write_shards`."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, planned in plan.items():
+        header[name] = {"dtype": _CODES[planned.dtype], "shape": planned.shape,
+                        "data_offsets": [offset, offset + planned.size]}
+        offset += planned.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        # Hashing goes on beside writing: each is about as fast as a disk.
+        with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
+            file.write(len(text).to_bytes(8, "little") + text)
+            hashes = {}
+            for name, planned in plan.items():
+                x = np.ascontiguousarray(tensor_of(name))
+                assert (x.shape, x.dtype) == (planned.shape, DTYPES[planned.dtype]), (name, x.shape, x.dtype, planned)
+                data = memoryview(x.reshape(-1).view(np.uint8))
+                hashing = pool.submit(hashlib.sha256, data)
+                file.write(data)
+                hashes[name] = hashing.result().hexdigest()
+                written(planned.size)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error.strerror or error}. It needs {offset:,} bytes; free space or use another "
+                      "folder, then give the same command again.") from error
+    return hashes

@@ -1,0 +1,91 @@
+"""A tensor as it lies in a file: row-major bytes at an offset. Reading touches the bytes that are asked for, no others.
+
+The weight formats (safetensors, torch's zip files) differ only in where they write this down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Attributes:
+      path: the file.
+      offset: of its first byte in the file.
+      shape: sizes, row-major.
+      dtype: float32, bfloat16 or float16; or, for what we cannot use, the name that the file gives it.
+      size: bytes in the file.
+    """
+
+    path: pathlib.Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+
+    def read(self, rows: slice = slice(None), out: np.ndarray | None = None) -> np.ndarray:
+        """Read a range of rows (of the first dimension), those bytes alone.
+
+        Args:
+          rows: start and stop; no step.
+          out: C-contiguous array of the rows' shape and dtype to read into; a new one by default.
+
+        Raises:
+          ValueError: the file ends too early or cannot be read (it was changed or truncated meanwhile).
+        """
+        start, stop, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
+        shape = (max(stop - start, 0), *self.shape[1:]) if self.shape else ()
+        out = aligned_empty(shape, DTYPES[self.dtype]) if out is None else out
+        row_bytes = math.prod(self.shape[1:]) * out.itemsize
+        self._fill(memoryview(out.reshape(-1).view(np.uint8)), self.offset + start * row_bytes)
+        return out
+
+    def read_columns(self, index: tuple[slice, ...], split: tuple[int, ...]) -> np.ndarray:
+        """Read a part that is not a range of rows, copying only that part out of a map of the file.
+
+        Args:
+          index: one slice for each dimension of `split`.
+          split: the shape under which the tensor is cut, with as many elements.
+        """
+        page = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self.offset + self.size:  # a map beyond the end would kill the process
+                raise self._truncated()
+            with mmap.mmap(file.fileno(), self.offset + self.size - page, access=mmap.ACCESS_READ, offset=page) as view:
+                whole = np.frombuffer(view, DTYPES[self.dtype], math.prod(self.shape), self.offset - page)
+                part = whole.reshape(split)[index].copy()
+                del whole  # the map cannot be closed while an array looks at it
+        return part
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        with open(self.path, "rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+                if not count:
+                    raise self._truncated()
+                done += count
+
+    def _truncated(self) -> ValueError:
+        return ValueError(f"{self.path} ends before byte {self.offset + self.size:,}, where a tensor of its list ends: it is "
+                          "truncated or was changed while it was read. Copy or download it again.")
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
+    """Return an uninitialised array whose first byte is aligned, so that JAX on CPU takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start:start + size].view(dtype).reshape(shape)
