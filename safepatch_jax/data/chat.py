@@ -50,10 +50,14 @@ class Chat:
     """
 
     def __init__(self, folder: str | pathlib.Path, vocab_size: int):
-        from transformers import AutoTokenizer  # imported here: it takes seconds, and only text needs it
+        import transformers  # imported here: it takes seconds, and only text needs it
 
+        loader = transformers.AutoTokenizer
+        if (pathlib.Path(folder) / "tokenizer.json").is_file():
+            # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's "▁[INST]" becomes "[INST]".
+            loader = getattr(transformers, "TokenizersBackend", loader)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            self.tokenizer = loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and tokenizer_config.json "
                              "of the model into the folder.") from error
@@ -61,8 +65,8 @@ class Chat:
             raise ValueError(f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
                              "Copy the chat_template of the model's chat variant into the folder.")
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{folder}: only a slow tokenizer is there, which cannot tell where an answer begins. Copy the "
-                             "tokenizer.json of the model into the folder.")
+            raise ValueError(f"{folder}: only a slow tokenizer is there. Copy the tokenizer.json of the model into the "
+                             "folder.")
         try:
             self.prompt_text("test")
         except (jinja2.TemplateError, TypeError) as error:
@@ -71,6 +75,8 @@ class Chat:
         if largest >= vocab_size:
             raise ValueError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} rows: "
                              "tokenizer and weights are of different models.")
+        # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
+        self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def prompt_text(self, prompt: str) -> str:
         return self.tokenizer.apply_chat_template(
@@ -84,14 +90,19 @@ class Chat:
         if not whole.startswith(before):
             raise ValueError("the chat template renders the prompt otherwise when an answer follows; "
                              f"cannot tell answer tokens from prompt tokens. Prompt: {before!r}")
-        # Tokenised as one text and cut where the answer begins: the answer alone may get other first tokens (SentencePiece).
-        tokens = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        first = next((i for i, (_, end) in enumerate(tokens["offset_mapping"]) if end > len(before)), len(tokens["input_ids"]))
-        prompt_ids, answer_ids = tokens["input_ids"][:first], tokens["input_ids"][first:]
-        specials = set(self.tokenizer.all_special_ids)
-        end = next((i for i, t in enumerate(answer_ids) if t in specials), None)
+        prompt_ids, whole_ids = self._ids(before), self._ids(whole)
+        if whole_ids[:len(prompt_ids)] == prompt_ids:
+            # Not the answer alone: it may get other first tokens (SentencePiece).
+            answer_ids = whole_ids[len(prompt_ids):]
+        else:
+            # One token would hold the prompt's last character and the answer's first (a line break before a line break).
+            answer_ids = self._ids(whole[len(before):])
+        end = next((i for i, t in enumerate(answer_ids) if t in self._special_ids), None)
         answer_ids = answer_ids + [self.tokenizer.eos_token_id] if end is None else answer_ids[:end + 1]
         return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_all(self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int) -> Encoded:
         """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no end-of-turn token).

@@ -1,11 +1,28 @@
-"""Nested dictionaries of arrays on disk, through orbax: sharded, and restored onto any mesh."""
+"""Models and nested dictionaries of arrays on disk, through orbax: sharded, and restored onto any mesh.
+
+A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dtype of each tensor, versions) and ``hf/``
+(config, tokenizer and the other companions of the Hugging Face folder it came from), so the way back needs nothing else.
+"""
 
 from __future__ import annotations
 
+import json
 import pathlib
-from typing import Any
+from typing import Any, Mapping
 
+import jax
 import orbax.checkpoint as ocp
+
+from safepatch_jax import files
+from safepatch_jax.io.companions import copy_companions
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.config import DecoderConfig, read_hf_config
+from safepatch_jax.models.table import ParamTable, nest, param_table, unnest
+
+MODEL = "model.json"
+PARAMS = "params"
+COMPANIONS_FOLDER = "hf"
+_FORMAT = 1
 
 
 def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
@@ -29,3 +46,73 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
             return checkpointer.restore(path, abstract)
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(f"Cannot restore the checkpoint {path}: {error}") from error
+
+
+def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: str | pathlib.Path,
+                    stored: Mapping[str, str]) -> None:
+    """Write a model checkpoint; the folder appears whole or not at all.
+
+    Args:
+      folder: must not exist or be empty.
+      params: nested parameter dictionary.
+      source: the model folder whose config, tokenizer and so on are kept beside it.
+      stored: dtype of each tensor in that folder, by HF name.
+    """
+    with files.new_folder(folder) as out:
+        save_tree(out / PARAMS, params)
+        (out / COMPANIONS_FOLDER).mkdir()
+        copy_companions(source, out / COMPANIONS_FOLDER)
+        files.write_json(out / MODEL, {"format": _FORMAT, "stored": dict(stored)})
+
+
+def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderConfig, dict[str, Any], dict[str, str]]:
+    """Read a model checkpoint onto a mesh, which need not be the one it was written from.
+
+    Returns:
+      (architecture, nested parameter dictionary in the dtypes of the checkpoint, dtype of each HF tensor).
+
+    Raises:
+      ValueError: not a model checkpoint, damaged, or its arrays are of another architecture than its config.json.
+    """
+    folder = pathlib.Path(folder).absolute()
+    stored = read_description(folder)
+    config = read_hf_config(folder / COMPANIONS_FOLDER)
+    table = param_table(config)
+    dtypes = _check_architecture(folder, table)
+    abstract = nest({row.path: jax.ShapeDtypeStruct(
+        row.shape, dtypes[row.path], sharding=sharder.sharding(row.axes, row.shape, row.path)) for row in table})
+    return config, load_tree(folder / PARAMS, abstract), stored
+
+
+def read_description(folder: str | pathlib.Path) -> dict[str, str]:
+    """Return the dtype of each HF tensor that a model checkpoint was made from. Raises ValueError if it is none."""
+    path = pathlib.Path(folder) / MODEL
+    if not path.is_file():
+        raise ValueError(f"'{folder}' is no model checkpoint: {MODEL} is not there. Make one with "
+                         "python -m launch.convert --source=hf:DIR --target=orbax:DIR.")
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if described["format"] != _FORMAT:
+            raise ValueError(f"format {described['format']} is not {_FORMAT}, the one known here")
+        return {str(name): str(dtype) for name, dtype in described["stored"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error}); convert the model again.") from error
+
+
+def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, Any]:
+    """Compare the arrays of a checkpoint with the table before anything is read; return their dtypes by path."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(folder / PARAMS)
+            held = unnest(getattr(metadata, "item_metadata", metadata))
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / PARAMS} is no orbax checkpoint, or damaged ({error}); convert the model again.") from error
+    problems = [f"{path} is missing" for path in table.by_path if path not in held]
+    problems += [f"{path} is unexpected" for path in held if path not in table.by_path]
+    problems += [f"{row.path} has shape {tuple(held[row.path].shape)}, the architecture needs {row.shape}"
+                 for row in table if row.path in held and tuple(held[row.path].shape) != row.shape]
+    if problems:
+        raise ValueError(f"{folder}: the arrays are of another architecture than {COMPANIONS_FOLDER}/config.json: "
+                         + "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+                         + ". Convert the right model again.")
+    return {path: x.dtype for path, x in held.items()}

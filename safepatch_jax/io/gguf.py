@@ -1,38 +1,33 @@
-"""GGUF in: dequantise a llama-architecture GGUF file into an ordinary Hugging Face folder.
+"""GGUF in: dequantise a LLaMA, Mistral, Gemma or Qwen2 model file into an ordinary Hugging Face folder.
 
-The metadata holds the architecture, the tokenizer and the chat template, so the folder needs nothing else.
+The metadata holds the architecture, the tokenizer and the chat template, so most files need nothing else.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import math
+import mmap
 import pathlib
+import struct
+from typing import Any
 
 import numpy as np
 
 from safepatch_jax import files
-from safepatch_jax.io.hf import save_tensors
+from safepatch_jax.io.companions import TOKENIZER, copy_companions
+from safepatch_jax.io.gguf_config import Model, read_model
+from safepatch_jax.io.gguf_tokenizer import write_tokenizer
+from safepatch_jax.io.safetensors_file import Planned, write_shards
+from safepatch_jax.io.stored import DTYPES, Stored
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK_TENSORS = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_SPECIAL_TOKEN = 3  # token type CONTROL in the GGUF specification
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_MOST_HEADER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens takes about 10 MB
+_CHUNK_BYTES = 1 << 24
 
 
 def find_smollm2() -> pathlib.Path:
@@ -51,118 +46,180 @@ def find_smollm2() -> pathlib.Path:
     return path
 
 
-def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
-    """Write a GGUF file's model as a float32 Hugging Face folder (which appears whole or not at all).
+def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path, *, tokenizer: str | pathlib.Path | None = None,
+                 dtype: str = "keep", shard_bytes: int = 5_000_000_000) -> None:
+    """Write a GGUF file's model as a Hugging Face folder (which appears whole or not at all), tensor by tensor.
+
+    Args:
+      path: the GGUF file.
+      folder: where to write; must not exist or be empty.
+      tokenizer: a folder whose tokenizer files are copied; by default they are built from the metadata.
+      dtype: 'keep' leaves 16-bit and 32-bit floats as they are and makes float32 of quantised tensors; or float32,
+        bfloat16, float16 for every tensor.
+      shard_bytes: weight files are cut at this size.
 
     Raises:
-      ValueError: not a GGUF file, truncated, another architecture or tokenizer than we know, no chat template.
+      ValueError: not a GGUF file, truncated; an architecture, metadata, tensors or a tokenizer that we cannot represent.
+      OSError: the disk is full or not writable.
     """
-    import gguf  # imported here: only this conversion needs it
-
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"No model file '{path}'.")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as GGUF ({error}): it is truncated, damaged or another format.") from error
-
-    def field(name, default=None):
-        if name not in reader.fields:
-            if default is None:
-                raise ValueError(f"{path}: the metadata lacks '{name}', which the conversion needs.")
-            return default
-        return reader.fields[name].contents()
-
-    if (architecture := field("general.architecture")) != "llama":
-        raise ValueError(f"{path}: architecture '{architecture}' is not supported; supported: llama.")
-    if (scaling := field("llama.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"{path}: RoPE scaling '{scaling}' is not supported.")
-    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
-    tensors = {}
-    for tensor in reader.tensors:
-        name = _hf_name(tensor.name)
-        if name is None:
-            raise ValueError(f"{path}: unknown tensor '{tensor.name}'.")
-        x = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape.tolist())))
-        x = np.ascontiguousarray(x, np.float32)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            x = _unpermute_rotary(x, heads if "q_proj" in name else kv_heads)
-        tensors[name] = x
-    if absent := [name for name in ("model.embed_tokens.weight", "model.norm.weight") if name not in tensors]:
-        raise ValueError(f"{path}: the file lacks {', '.join(absent)}.")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
-        "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": field("llama.rope.freq_base", 10000.0),
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": field("llama.rope.freq_base", 10000.0)},
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field("tokenizer.ggml.padding_token_id", field("tokenizer.ggml.eos_token_id")),
-        "torch_dtype": "float32",
-        "dtype": "float32",
-    }
+    if dtype != "keep" and dtype not in DTYPES:
+        raise ValueError(f"dtype '{dtype}' is unknown; choose 'keep' or one of: {', '.join(DTYPES)}.")
+    if tokenizer and not any((pathlib.Path(tokenizer) / name).is_file() for name in TOKENIZER):
+        raise ValueError(f"The folder '{tokenizer}' holds no tokenizer file ({', '.join(TOKENIZER[:3])}, ...).")
+    metadata, tensors = read_gguf(path)
+    model = read_model(metadata, tensors, str(path))
+    shapes = {name: tensors[source].shape for name, source in model.sources.items()}
+    dtypes = _output_dtypes(model, tensors, dtype)
+    matrices = {dtypes[name] for name, shape in shapes.items() if len(shape) > 1}
+    named = matrices.pop() if len(matrices) == 1 else "float32"
+    config = {**model.config, "torch_dtype": named, "dtype": named}
     with files.new_folder(folder) as out:
-        _write_tokenizer(field, out)
+        if tokenizer:
+            copy_companions(tokenizer, out, TOKENIZER)
+        else:
+            write_tokenizer(metadata, out, str(path))
         files.write_json(out / "config.json", config)
-        files.write_json(out / "generation_config.json",
-                         {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
-        save_tensors(tensors, out / "model.safetensors")
+        files.write_json(out / "generation_config.json", {k: config[k] for k in config if k.endswith("_token_id")})
+        write_shards(out, {name: Planned(shapes[name], dtypes[name]) for name in shapes},
+                     lambda name: _convert(name, tensors[model.sources[name]], model, dtypes[name]), shard_bytes, "convert")
 
 
-def _hf_name(name: str) -> str | None:
-    if name in _TENSORS:
-        return _TENSORS[name]
-    prefix, _, rest = name.partition(".")
-    layer, _, tail = rest.partition(".")
-    if prefix != "blk" or not layer.isdigit() or tail not in _BLOCK_TENSORS:
-        return None
-    return f"model.layers.{layer}.{_BLOCK_TENSORS[tail]}"
+def _output_dtypes(model: Model, tensors: dict[str, Stored], dtype: str) -> dict[str, str]:
+    """Choose each tensor's dtype; all layers of one kind get the same, float32 if the file mixes them."""
+    if dtype != "keep":
+        return dict.fromkeys(model.sources, dtype)
+    kind = lambda name: "".join(c for c in name if not c.isdigit())
+    found: dict[str, set[str]] = {}
+    for name, source in model.sources.items():
+        stored = tensors[source].dtype
+        exact = stored in DTYPES and not (model.norm_offset and name.endswith("norm.weight"))
+        found.setdefault(kind(name), set()).add(stored if exact else "float32")
+    return {name: next(iter(found[kind(name)])) if len(found[kind(name)]) == 1 else "float32" for name in model.sources}
+
+
+def _convert(name: str, stored: Stored, model: Model, dtype: str) -> np.ndarray:
+    """Read one tensor and undo what GGUF does to its values and rows."""
+    x = stored.read() if stored.dtype in DTYPES else _dequantise(stored)
+    if heads := model.permuted_heads.get(name):
+        x = _unpermute_rotary(x, heads)
+    if model.norm_offset and name.endswith("norm.weight"):
+        x = x.astype(np.float32) - np.float32(model.norm_offset)
+    if dtype != str(x.dtype):
+        with np.errstate(over="ignore"):  # said by the check below
+            cast = x.astype(DTYPES[dtype])
+        if not np.isfinite(cast).all() and np.isfinite(x).all():
+            raise ValueError(f"{stored.path}: {name} holds numbers beyond the range of {dtype} (up to "
+                             f"{float(np.abs(x).max()):.3g}). Choose bfloat16, float32 or 'keep'.")
+        x = cast
+    return x
+
+
+def _dequantise(stored: Stored) -> np.ndarray:
+    """Return a quantised tensor as float32, dequantised in pieces."""
+    import gguf  # imported here: only quantised files need it
+
+    kind = gguf.GGMLQuantizationType[stored.dtype]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    out = np.empty(math.prod(stored.shape), np.float32)
+    count = max(_CHUNK_BYTES // size, 1)
+    with open(stored.path, "rb") as file:
+        file.seek(stored.offset)
+        for start in range(0, len(out) // block, count):
+            raw = np.fromfile(file, np.uint8, min(count, len(out) // block - start) * size)
+            if len(raw) % size or not len(raw):
+                raise ValueError(f"{stored.path} ends within a tensor: it was changed while it was read. Copy it again.")
+            part = gguf.quants.dequantize(raw.reshape(-1, size), kind).reshape(-1)
+            out[start * block:start * block + len(part)] = part
+    return out.reshape(stored.shape)
 
 
 def _unpermute_rotary(x: np.ndarray, heads: int) -> np.ndarray:
     """Undo the row permutation with which GGUF stores the rotary halves of Q and K interleaved."""
-    split = x.reshape(heads, x.shape[0] // heads // 2, 2, x.shape[1])
+    split = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(x.shape)
 
 
-def _write_tokenizer(field, out: pathlib.Path) -> None:
-    """Write tokenizer.json and its companions from the vocabulary and merges in the metadata."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def read_gguf(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Return a file's metadata, and where its tensors lie; the dtype of a quantised one is its name in GGUF, like Q4_K.
 
-    kind, pre = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre", "?")
-    if (kind, pre) != ("gpt2", "smollm"):
-        raise ValueError(f"GGUF tokenizer '{kind}' with pre-tokenizer '{pre}' is not supported (supported: gpt2 with "
-                         "smollm). Convert the model to a Hugging Face folder with its own tokenizer instead.")
-    tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    merges = [tuple(m.split(" ", 1)) for m in field("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == _SPECIAL_TOKEN])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokens[field("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-        unk_token=tokens[field("tokenizer.ggml.unknown_token_id", 0)],
-        pad_token=tokens[field("tokenizer.ggml.padding_token_id", field("tokenizer.ggml.eos_token_id"))],
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = field("tokenizer.chat_template")
-    fast.save_pretrained(out)
-    # transformers 5 writes a class name that 4 does not know; this one loads in both.
-    saved = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
-    files.write_json(out / "tokenizer_config.json", {**saved, "tokenizer_class": "PreTrainedTokenizerFast"})
+    Arrays of numbers are NumPy arrays, arrays of strings lists.
+
+    Raises:
+      ValueError: no such file, not GGUF, truncated or damaged.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"No model file '{path}'.")
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return _Reader(view).read(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as GGUF ({error}): it is truncated, damaged or another format.") from error
+
+
+class _Reader:
+    """Reads a header from its beginning; never beyond the end of the file."""
+
+    def __init__(self, view: mmap.mmap):
+        self.view, self.at = view, 0
+
+    def read(self, path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+        import gguf  # imported here: the sizes of the blocks are its knowledge
+
+        if self.take(4) != b"GGUF":
+            raise ValueError("it does not begin with 'GGUF'")
+        if (version := self.number("<I")) not in (2, 3):
+            raise ValueError(f"version {version} is not supported; it may be big-endian")
+        count, pairs = self.number("<Q"), self.number("<Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = self.text()
+            if key in metadata:
+                raise ValueError(f"it has {key!r:.100} twice")
+            metadata[key] = self.value(self.number("<I"))
+        entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(count):
+            name, rank = self.text(), self.number("<I")
+            if name in entries or rank > 4:
+                raise ValueError(f"the tensor {name!r:.100} is there twice or has {rank} dimensions")
+            shape = tuple(self.number("<Q") for _ in range(rank))[::-1]
+            entries[name] = shape, self.number("<I"), self.number("<Q")
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"the alignment is {alignment!r:.100}")
+        start = -(-self.at // alignment) * alignment
+        tensors = {}
+        for name, (shape, kind, offset) in entries.items():
+            kind = gguf.GGMLQuantizationType(kind)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            size = math.prod(shape) // block * block_bytes
+            if (shape[-1] if shape else 1) % block or start + offset + size > len(self.view):
+                raise ValueError(f"the tensor {name!r:.100} ({kind.name}, {shape}) does not fit into its place")
+            tensors[name] = Stored(path, start + offset, shape, _FLOATS.get(kind.name, kind.name), size)
+        return metadata, tensors
+
+    def take(self, size: int) -> bytes:
+        if self.at + size > min(len(self.view), _MOST_HEADER_BYTES):
+            raise ValueError(f"its header does not end within {min(len(self.view), _MOST_HEADER_BYTES):,} bytes")
+        self.at += size
+        return self.view[self.at - size:self.at]
+
+    def number(self, code: str) -> int | float | bool:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("<Q")).decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind in _NUMBERS:
+            return self.number(_NUMBERS[kind])
+        if kind != _ARRAY:
+            raise ValueError(f"a value has the unknown type {kind}")
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind == _STRING:
+            return [self.text() for _ in range(count)]
+        if kind not in _NUMBERS:
+            raise ValueError(f"an array has values of type {kind}")
+        return np.frombuffer(self.take(count * np.dtype(_NUMBERS[kind]).itemsize), _NUMBERS[kind])

@@ -1,33 +1,36 @@
-"""Model folders in Hugging Face format: safetensors in, safetensors out, no torch."""
+"""Model folders in Hugging Face format: weights from files into sharded arrays, and back; no torch."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import pathlib
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from safepatch_jax import files
+from safepatch_jax.io import safetensors_file, torch_file
+from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
+from safepatch_jax.io.safetensors_file import INDEX, SINGLE, Planned, write_shards
+from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unnest
+from safepatch_jax.numerics import cast, tensor_keys
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-               "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-               "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
-_FLOATS = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+# In the order in which transformers looks for them.
+_LAYOUTS = ((SINGLE, INDEX, safetensors_file.list_tensors),
+            ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_file.list_tensors))
+_READERS = 4  # threads; reading is copying from the page cache or waiting for a disk
 
 
 class Checkpoint:
-    """The weight files of a model folder, opened for reading part by part.
+    """The tensors of a model folder: `tensors` says where each one lies.
 
     Raises:
       ValueError: no weights, an index that names an absent or unsafe file, or a truncated or damaged file.
@@ -35,117 +38,128 @@ class Checkpoint:
 
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder)
-        self._files: dict[str, Any] = {}
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                if not isinstance(weight_map, dict):
-                    raise ValueError("weight_map is no object")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is not a weight index ({error!r}); copy the file again.") from error
-            self.weight_map = {name: files.plain_name(f, str(index)) for name, f in weight_map.items()}
-            missing = sorted({f for f in self.weight_map.values() if not (self.folder / f).is_file()})
-            if missing:
-                raise ValueError(f"{index} names weight files that are not there: {', '.join(missing)}. "
-                                 f"Copy them into {self.folder}.")
-        elif (self.folder / SINGLE).is_file():
-            self.weight_map = {name: SINGLE for name in self._open(SINGLE).keys()}
-        else:
-            found = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            hint = f" Found {', '.join(found)}: convert to safetensors first." if found else ""
-            raise ValueError(f"'{self.folder}' holds no weights: neither {SINGLE} nor {INDEX} is there.{hint}")
-        absent = sorted(name for name, f in self.weight_map.items() if name not in self._open(f).keys())
-        if absent:
+        for single, index, list_tensors in _LAYOUTS:
+            if (self.folder / single).is_file():
+                self.layout = single
+                self.tensors: dict[str, Stored] = list_tensors(self.folder / single)
+                return
+            if (self.folder / index).is_file():
+                self.layout = index
+                self.tensors = self._from_index(self.folder / index, list_tensors)
+                return
+        found = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f" Found {', '.join(found)}: convert to safetensors first." if found else ""
+        raise ValueError(f"'{self.folder}' holds no weights: neither {SINGLE} nor {INDEX} is there.{hint}")
+
+    def _from_index(self, index: pathlib.Path, list_tensors) -> dict[str, Stored]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if not isinstance(weight_map, dict):
+                raise ValueError("weight_map is no object")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not a weight index ({error!r}); copy the file again.") from error
+        shards = {files.plain_name(name, str(index)) for name in weight_map.values()}
+        if missing := sorted(name for name in shards if not (self.folder / name).is_file()):
+            raise ValueError(f"{index} names weight files that are not there: {', '.join(missing)}. "
+                             f"Copy them into {self.folder}.")
+        held = {name: list_tensors(self.folder / name) for name in sorted(shards)}
+        if absent := sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name]):
             raise ValueError(f"{index} places tensors in files that do not hold them: {_few(absent)}.")
-
-    def _open(self, name: str):
-        if name not in self._files:
-            path = self.folder / name
-            try:
-                self._files[name] = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as safetensors ({error}). It is truncated or damaged "
-                                 f"({path.stat().st_size} bytes): copy or download it again.") from error
-        return self._files[name]
-
-    def slice_of(self, name: str):
-        """Return a lazily read tensor with `get_shape`, `get_dtype` and indexing."""
-        return self._open(self.weight_map[name]).get_slice(name)
+        return {tensor: held[name][tensor] for tensor, name in weight_map.items()}
 
 
-def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig) -> None:
-    """Check names, shapes and dtypes against the table; collect every mismatch and raise ValueError once."""
-    wanted = table.hf_names()
-    have = set(checkpoint.weight_map)
+def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig) -> dict[str, Any]:
+    """Check names, shapes and dtypes against the table.
+
+    Returns:
+      an account: layout, number of tensors, of those matched, and those left out with the reason.
+
+    Raises:
+      ValueError: any mismatch; all are collected and raised once.
+    """
+    wanted, have = table.hf_names(), checkpoint.tensors
     problems = []
-    if missing := sorted(set(wanted) - have):
+    if missing := sorted(wanted.keys() - have.keys()):
         problems.append(f"{len(missing)} missing: {_few(missing)}")
-    unexpected = have - set(wanted)
-    if config.tied_head:
-        unexpected.discard("lm_head.weight")  # some exporters write the tied head again
-    unexpected = sorted(n for n in unexpected if not n.endswith("rotary_emb.inv_freq"))
-    if unexpected:
+        if missing == ["lm_head.weight"]:
+            problems[-1] += " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
+    left_out = {name: "rotary frequencies, computed from config.json" for name in have if name.endswith("rotary_emb.inv_freq")}
+    if config.tied_head and "lm_head.weight" in have:  # some exporters write the tied head again
+        head, embedding = have["lm_head.weight"], have.get("model.embed_tokens.weight")
+        if embedding is None or (head.size, head.sha256()) != (embedding.size, embedding.sha256()):
+            problems.append("lm_head.weight differs from the embedding, though config.json ties the two (set "
+                            "tie_word_embeddings to false if the head is its own)")
+        left_out["lm_head.weight"] = "equal to the embedding, to which config.json ties it"
+    if unexpected := sorted(have.keys() - wanted.keys() - left_out.keys()):
         problems.append(f"{len(unexpected)} unexpected: {_few(unexpected)}")
-    for name in sorted(set(wanted) & have):
-        piece = checkpoint.slice_of(name)
-        if tuple(piece.get_shape()) != wanted[name][0].hf_shape:
-            problems.append(f"{name} has shape {tuple(piece.get_shape())}, config.json says {wanted[name][0].hf_shape}")
-        if piece.get_dtype() not in _FLOATS:
-            problems.append(f"{name} has dtype {piece.get_dtype()}, supported are {', '.join(_FLOATS)}")
+    for name in sorted(wanted.keys() & have.keys()):
+        if have[name].shape != wanted[name][0].hf_shape:
+            problems.append(f"{name} has shape {have[name].shape}, config.json says {wanted[name][0].hf_shape}")
+        if have[name].dtype not in DTYPES:
+            problems.append(f"{name} has dtype {have[name].dtype}, supported are {', '.join(DTYPES)}")
     if problems:
         raise ValueError(f"{checkpoint.folder}: the weights do not fit config.json: " + "; ".join(problems) + ".")
+    return {"layout": checkpoint.layout, "tensors": len(have), "matched": len(wanted), "left_out": left_out}
 
 
 def load_params(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderConfig, dict[str, Any]]:
     """Read a model folder into sharded arrays, each device's part alone, in the stored dtype.
 
+    A parameter whose layers are stored in different dtypes becomes float32; `save_model` stores each layer as it was.
+
     Args:
-      folder: a folder with config.json and safetensors.
+      folder: a folder with config.json and safetensors or torch weights.
       sharder: the mesh.
 
     Returns:
       (architecture, nested parameter dictionary).
 
     Raises:
-      ValueError: see `read_hf_config`, `Checkpoint`, `check_keys`; also if the layers of one parameter are stored
-        in different dtypes.
+      ValueError: see `read_hf_config`, `Checkpoint`, `check_keys`.
     """
     config = read_hf_config(folder)
     table = param_table(config)
     checkpoint = Checkpoint(folder)
     check_keys(checkpoint, table, config)
-    flat = {}
-    for row in table:
-        dtypes = {checkpoint.slice_of(name).get_dtype() for name in row.hf_names}
-        if len(dtypes) > 1:
-            raise ValueError(f"{folder}: the layers of {row.hf_name} are stored as {', '.join(sorted(dtypes))}; "
-                             "a stacked parameter needs one dtype. Convert the folder to one dtype first.")
-        dtype = _FLOATS[dtypes.pop()]
-        sharding = sharder.sharding(row.axes, row.shape, row.path)
-        flat[row.path] = jax.make_array_from_callback(
-            row.shape, sharding, lambda index, row=row, dtype=dtype: _read_part(checkpoint, row, index, dtype))
-    return config, nest(flat)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return config, nest({row.path: _read_row(checkpoint, row, sharder, pool) for row in table})
 
 
-def _read_part(checkpoint: Checkpoint, row: Param, index: tuple[slice, ...], dtype) -> np.ndarray:
-    """Read one device's part of a parameter, tensor by tensor."""
-    layers = range(*index[0].indices(row.shape[0])) if row.stacked else [0]
-    inner = index[1:] if row.stacked else index
-    parts = []
-    for layer in layers:
-        tensor = checkpoint.slice_of(row.hf_names[layer])
-        lead = inner[0] if row.out_axes == 1 else slice(None)  # a contiguous range of rows can be read by itself
-        if lead == slice(None) or lead.start in (None, 0) and lead.stop in (None, row.layer_shape[0]):
-            parts.append(row.from_hf(tensor[:])[inner])
+def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: ThreadPoolExecutor) -> jax.Array:
+    tensors = [checkpoint.tensors[name] for name in row.hf_names]
+    stored = {x.dtype for x in tensors}
+    dtype = DTYPES[stored.pop() if len(stored) == 1 else "float32"]
+
+    @functools.cache  # devices that hold the same part share one reading
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        layers, inner = (range(*bounds[0]), bounds[1:]) if row.stacked else (range(1), bounds)
+        part = aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+        targets = part if row.stacked else part[None]
+        list(pool.map(lambda job: _read_layer(tensors[job[0]], row.layer_shape, inner, job[1]), zip(layers, targets)))
+        return part
+
+    def callback(index: tuple[slice, ...]) -> np.ndarray:
+        return read(tuple(s.indices(size)[:2] for s, size in zip(index, row.shape)))
+
+    return jax.make_array_from_callback(row.shape, sharder.sharding(row.axes, row.shape, row.path), callback)
+
+
+def _read_layer(tensor: Stored, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...], out: np.ndarray) -> None:
+    """Read a part of one HF tensor, viewed under `shape`, into `out`."""
+    index = tuple(slice(*b) for b in bounds)
+    if all(b == (0, size) for b, size in zip(bounds[1:], shape[1:])):  # a range of the first axis is one run of bytes
+        start = bounds[0][0] * math.prod(shape[1:])
+        if out.dtype == DTYPES[tensor.dtype]:
+            tensor.read(out, start)
         else:
-            rows = tensor[lead.start:lead.stop].reshape((-1, *row.layer_shape[1:]))
-            parts.append(rows[(slice(None), *inner[1:])])
-    return (np.stack(parts) if row.stacked else parts[0]).astype(dtype, copy=False)
+            out[...] = tensor.read(aligned_empty(out.shape, DTYPES[tensor.dtype]), start)
+    else:
+        out[...] = tensor.read_box(index, shape)
 
 
 def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: DecoderConfig, source: str | pathlib.Path,
-               *, dtype: str = "keep", shard_bytes: int = 5_000_000_000, replace: bool = False) -> None:
+               *, stored: Mapping[str, str] | None = None, dtype: str = "keep", rounding: str = "nearest", seed: int = 0,
+               shard_bytes: int = 5_000_000_000, replace: bool = False) -> dict[str, str]:
     """Write a model folder that `transformers` loads as it is; the folder appears whole or not at all.
 
     Args:
@@ -153,60 +167,49 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
       params: nested parameter dictionary.
       config: architecture of `params`.
       source: the folder whose config, tokenizer, template and generation config are carried over.
+      stored: by HF name, the dtype that 'keep' means, see `stored_dtypes`; by default that of the array.
       dtype: 'keep', or the name of a float dtype to which every tensor is cast.
-      shard_bytes: weight files are cut at this size; one file is held in host memory at a time.
+      rounding: of a cast, 'nearest' or 'stochastic' with bits from `seed`, the tensor's name and the position.
+      shard_bytes: weight files are cut at this size; a tensor or two are held in host memory at a time.
+
+    Returns:
+      SHA-256 of each tensor's bytes.
     """
-    table = param_table(config)
-    flat = unnest(params)
-    target = {path: np.dtype(x.dtype) if dtype == "keep" else np.dtype(jnp.dtype(dtype)) for path, x in flat.items()}
-    pieces = [(name, row, layer) for row in table for layer, name in enumerate(row.hf_names)]
-    sizes = [int(np.prod(row.hf_shape)) * target[row.path].itemsize for _, row, _ in pieces]
-    shards: list[list[int]] = [[]]
-    room = shard_bytes
-    for i, size in enumerate(sizes):
-        if shards[-1] and size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(i)
-        room -= size
+    flat, rows = unnest(params), param_table(config).hf_names()
+    keep = {name: str(flat[row.path].dtype) for name, (row, _) in rows.items()} | dict(stored or {})
+    plan = {name: Planned(row.hf_shape, keep[name] if dtype == "keep" else dtype) for name, (row, _) in rows.items()}
+
+    def tensor_of(name: str) -> np.ndarray:
+        row, layer = rows[name]
+        part = row.to_hf(_layer_of(flat[row.path], layer) if row.stacked else flat[row.path])
+        if str(part.dtype) == plan[name].dtype:
+            return np.asarray(part)
+        key = tensor_keys(seed, "rounding", (name,))[0]
+        return np.asarray(_cast(jnp.asarray(part), key, dtype=plan[name].dtype, rounding=rounding))
+
     with files.new_folder(folder, replace=replace) as out:
-        copy_companions(source, out, dtype)
-        weight_map = {}
-        for number, members in enumerate(shards, 1):
-            file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {}
-            for i in members:
-                name, row, layer = pieces[i]
-                part = flat[row.path][layer] if row.stacked else flat[row.path]
-                tensors[name] = np.ascontiguousarray(row.to_hf(np.asarray(part)).astype(target[row.path], copy=False))
-                weight_map[name] = file_name
-            save_tensors(tensors, out / file_name)
-        if len(shards) > 1:
-            files.write_json(out / INDEX, {
-                "metadata": {"total_size": sum(sizes), "total_parameters": table.size}, "weight_map": weight_map})
+        copy_companions(source, out, COMPANIONS[1:])
+        write_config(source, out, None if dtype == "keep" else dtype)
+        return write_shards(out, plan, tensor_of, shard_bytes, "export")
 
 
-def save_tensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Write one safetensors file. Raises OSError, with what to do, if the disk is full or not writable."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~files.umask())  # safetensors makes files that only their owner can read
-    except SafetensorError as error:
-        need = sum(x.nbytes for x in tensors.values())
-        raise OSError(f"Cannot write {path}: {error}. It needs {need:,} bytes; free space or use another "
-                      "folder, then give the same command again.") from error
+_cast = jax.jit(lambda x, key, dtype, rounding: cast(x, dtype, rounding, key), static_argnames=("dtype", "rounding"))
 
 
-def copy_companions(source: str | pathlib.Path, out: pathlib.Path, dtype: str = "keep") -> None:
-    """Copy config, tokenizer, template and licence by name, never code; with a new dtype, say so in config.json."""
-    for name in _COMPANIONS:
-        if (path := pathlib.Path(source) / name).is_file():
-            shutil.copyfile(path, out / name)
-    if dtype != "keep":
-        raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        for key in {"dtype", "torch_dtype"} & set(raw) or {"torch_dtype"}:
-            raw[key] = dtype
-        files.write_json(out / "config.json", raw)
+def _layer_of(x: jax.Array, layer: int):
+    if len(x.sharding.device_set) == 1 and next(iter(x.devices())).platform == "cpu":
+        return np.asarray(x)[layer]  # a view: the array lies in host memory already
+    return x[layer]
+
+
+def has_weights(folder: str | pathlib.Path) -> bool:
+    """Return whether a folder holds weight files of a kind that `Checkpoint` reads."""
+    return any((pathlib.Path(folder) / name).is_file() for single, index, _ in _LAYOUTS for name in (single, index))
+
+
+def stored_dtypes(folder: str | pathlib.Path) -> dict[str, str]:
+    """Return the dtype in which each tensor of a model folder is stored, by HF name. Raises ValueError as Checkpoint."""
+    return {name: x.dtype for name, x in Checkpoint(folder).tensors.items()}
 
 
 def _few(names: list[str], most: int = 6) -> str:

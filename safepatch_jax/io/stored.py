@@ -6,6 +6,7 @@ The weight formats (safetensors, torch's zip files) differ only in where they wr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import mmap
 import os
@@ -35,25 +36,22 @@ class Stored:
     dtype: str
     size: int
 
-    def read(self, rows: slice = slice(None), out: np.ndarray | None = None) -> np.ndarray:
-        """Read a range of rows (of the first dimension), those bytes alone.
+    def read(self, out: np.ndarray | None = None, start: int = 0) -> np.ndarray:
+        """Read a run of elements, those bytes alone.
 
         Args:
-          rows: start and stop; no step.
-          out: C-contiguous array of the rows' shape and dtype to read into; a new one by default.
+          out: C-contiguous array of the tensor's dtype to fill; by default a new one for the whole tensor.
+          start: flat index of the first element.
 
         Raises:
-          ValueError: the file ends too early or cannot be read (it was changed or truncated meanwhile).
+          ValueError: the file ends too early (it was changed or truncated meanwhile).
         """
-        start, stop, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
-        shape = (max(stop - start, 0), *self.shape[1:]) if self.shape else ()
-        out = aligned_empty(shape, DTYPES[self.dtype]) if out is None else out
-        row_bytes = math.prod(self.shape[1:]) * out.itemsize
-        self._fill(memoryview(out.reshape(-1).view(np.uint8)), self.offset + start * row_bytes)
+        out = aligned_empty(self.shape, DTYPES[self.dtype]) if out is None else out
+        self._fill(memoryview(out.reshape(-1).view(np.uint8)), self.offset + start * out.itemsize)
         return out
 
-    def read_columns(self, index: tuple[slice, ...], split: tuple[int, ...]) -> np.ndarray:
-        """Read a part that is not a range of rows, copying only that part out of a map of the file.
+    def read_box(self, index: tuple[slice, ...], split: tuple[int, ...]) -> np.ndarray:
+        """Read a part that is no run of elements, copying that part alone out of a map of the file.
 
         Args:
           index: one slice for each dimension of `split`.
@@ -68,6 +66,16 @@ class Stored:
                 part = whole.reshape(split)[index].copy()
                 del whole  # the map cannot be closed while an array looks at it
         return part
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the tensor's bytes, in hex; reads the file in pieces."""
+        digest = hashlib.sha256()
+        piece = np.empty(min(self.size, 1 << 24), np.uint8)
+        for start in range(0, self.size, len(piece) or 1):
+            part = memoryview(piece)[:self.size - start]
+            self._fill(part, self.offset + start)
+            digest.update(part)
+        return digest.hexdigest()
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         with open(self.path, "rb", buffering=0) as file:

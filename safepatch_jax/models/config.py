@@ -67,6 +67,7 @@ _BENIGN = frozenset({
     "_name_or_path", "architectures", "bos_token_id", "pad_token_id", "unk_token_id", "torch_dtype", "dtype",
     "transformers_version", "use_cache", "initializer_range", "is_llama_config", "transformers.js_config", "pretraining_tp",
     "max_length", "do_sample", "temperature", "top_p", "tokenizer_class", "unsloth_fixed", "keys_to_ignore_at_inference",
+    "_attn_implementation_autoset",
 })
 # Attributes of any family that must have one of these values (or be absent): the decoder has no switch for another.
 _FIXED = {
@@ -81,6 +82,7 @@ _HANDLED = frozenset({
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+_FLAGS = ("tie_word_embeddings", "use_sliding_window")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 
@@ -92,7 +94,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         supports; all offenders are listed.
     """
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
     fixed, handled = {**_FIXED, **family.fixed}, _HANDLED | family.handled
@@ -103,6 +105,11 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
     offenders += [f"{k} = {raw[k]!r} (a whole number above 0 is needed)"
                   for k in (*_SIZES, *(k for k in _OPTIONAL_SIZES if k in handled))
                   if raw.get(k) is not None and (type(raw[k]) is not int or raw[k] < 1)]
+    offenders += [f"{k} = {raw[k]!r} (true or false is needed)" for k in _FLAGS
+                  if k in handled and raw.get(k) is not None and type(raw[k]) is not bool]
+    eps = raw.get("rms_norm_eps")
+    if eps is not None and (type(eps) not in (int, float) or not 0 < eps < math.inf):
+        offenders.append(f"rms_norm_eps = {eps!r} (a number above 0 is needed)")
     offenders += [f"dtype = {v!r} (supported: {', '.join(_DTYPES)})" for v in (raw.get("dtype"), raw.get("torch_dtype"))
                   if v is not None and v not in _DTYPES]
     theta, scaling = _read_rope(raw, offenders)
@@ -131,7 +138,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(get("rms_norm_eps") or 1e-6),
+        norm_eps=float(eps or 1e-6),
         tied_head=bool(get("tie_word_embeddings")),
         max_length=get("max_position_embeddings") or family.defaults["max_position_embeddings"],
         eos_ids=tuple(eos),
@@ -192,10 +199,15 @@ def _read_windows(get, has_layer_types: bool, offenders: list[str]) -> tuple[int
         return (window,) * layers if window else ()
     if not get("use_sliding_window"):
         window = 0
-    kinds = get("layer_types") or ["sliding_attention" if i >= get("max_window_layers") else "full_attention"
-                                   for i in range(layers)]
-    if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
+    first = get("max_window_layers")
+    if type(first) is not int or first < 0:
+        offenders.append(f"max_window_layers = {first!r} (a whole number is needed)")
+        return ()
+    kinds = get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if (not isinstance(kinds, list) or len(kinds) != layers
+            or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)):
         offenders.append(f"layer_types = {kinds!r} (needs {layers} times 'full_attention' or 'sliding_attention')")
+        return ()
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
@@ -234,12 +246,13 @@ def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[st
     """
     out = dict(raw)
     if rope := out.get("rope_parameters"):
-        if "rope_theta" in rope:
-            out.setdefault("rope_theta", rope["rope_theta"])
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        out.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
-    if "dtype" in out:
-        out.setdefault("torch_dtype", out["dtype"])
+        plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+        if theta := out.get("rope_theta") or rope.get("rope_theta"):
+            out["rope_theta"] = theta
+        out["rope_scaling"] = out.get("rope_scaling") or (None if plain else scaling)
+    if out.get("torch_dtype") is None and "dtype" in out:
+        out["torch_dtype"] = out["dtype"]
     if dtype is not None:
         out |= dict.fromkeys({"dtype", "torch_dtype"} & out.keys() or {"torch_dtype"}, dtype)
     return out

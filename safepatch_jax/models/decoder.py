@@ -81,11 +81,12 @@ def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
     frequencies = np.float32(1) / np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
     if config.rope_scaling is None:
         return frequencies
-    scaling = config.rope_scaling
-    turns = np.float32(scaling.original_max_length) / (np.float32(2 * np.pi) / frequencies)  # within the original length
+    scaling, one = config.rope_scaling, np.float32(1)
+    wavelengths = one / frequencies * np.float32(2 * np.pi)  # torch divides a number by a tensor in these two steps
+    turns = one / wavelengths * np.float32(scaling.original_max_length)  # within the original length
     smooth = (turns - np.float32(scaling.low_freq_factor)) / np.float32(scaling.high_freq_factor - scaling.low_freq_factor)
     slow = frequencies / np.float32(scaling.factor)
-    between = (1 - smooth) * slow + smooth * frequencies
+    between = (1 - smooth) * frequencies / np.float32(scaling.factor) + smooth * frequencies
     return np.where(turns < scaling.low_freq_factor, slow, np.where(turns > scaling.high_freq_factor, frequencies, between))
 
 

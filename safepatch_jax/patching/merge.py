@@ -15,7 +15,8 @@ from jax import lax
 from safepatch_jax.console import progress
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
-from safepatch_jax.patching.retention import retained, tensor_keys
+from safepatch_jax.numerics import cast, tensor_keys
+from safepatch_jax.patching.retention import retained
 from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
 from safepatch_jax.settings import PatchSettings
 
@@ -43,18 +44,20 @@ class Knobs:
                 "alpha": np.float32(self.alpha), "beta": np.float32(self.beta), "zero": np.int32(0)}
 
 
-@functools.partial(jax.jit, static_argnames=("importance", "combine", "dtype"), donate_argnums=0)
-def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str, combine: str, dtype: str):
+@functools.partial(jax.jit, static_argnames=("importance", "combine", "dtype", "rounding"), donate_argnums=0)
+def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str, combine: str, dtype: str,
+                   rounding: str = "nearest"):
     """Patch all layers of one weight.
 
     Args:
       theta: backbone, [L, out, in] (or [L, n]), storage dtype; donated.
       derived: {'se', 'osm'}: derived models, float32, same shape.
       sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape.
-      keys: {'se', 'osm'}: uint32 [L, 2].
+      keys: {'se', 'osm', 'rounding'}: uint32 [L, 2].
       knobs: see `Knobs.traced`.
       importance, combine: see PatchSettings.
       dtype: storage dtype of the result; the one cast is to it, at the end.
+      rounding: of the changed entries in that cast, nearest or stochastic; the others are rounded to nearest.
 
     Returns:
       (merged weight in that dtype, statistics {name: [L]}).
@@ -72,7 +75,7 @@ def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str,
             merged = jnp.where(kept[role], merged + _rounded(weight * patch[role], knobs["zero"]), merged)
         changed = kept["se"] | kept["osm"]
         untouched = backbone.astype(dtype)
-        merged = jnp.where(changed, merged.astype(dtype), untouched)
+        merged = jnp.where(changed, cast(merged, dtype, rounding, keys["rounding"]), untouched)
         count = lambda mask: jnp.sum(mask, dtype=jnp.int32)
         statistics = {
             "top_se": count(top["se"]), "top_osm": count(top["osm"]), "top_both": count(top["se"] & top["osm"]),
@@ -95,7 +98,7 @@ def _rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
 
 def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapping[str, jax.Array]],
                    sensitivity: Mapping[str, Mapping[str, jax.Array]], rows: Sequence[Param], patch: PatchSettings,
-                   seed: int, sharder: Sharder, title: str, dtype: str = "keep",
+                   seed: int, sharder: Sharder, title: str, dtype: str = "keep", rounding: str = "nearest",
                    ) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
     """Patch the backbone.
 
@@ -105,10 +108,11 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`.
       rows: the scope.
       patch: settings.
-      seed: of the random retention.
+      seed: of the random retention and the stochastic rounding.
       sharder: the mesh.
       title: shown at the progress bar.
       dtype: storage dtype of the result; 'keep' is the backbone's.
+      rounding: see `patch_matrices`.
 
     Returns:
       (flat ``{path: array}`` over the scope, statistics ``{HF name: {name: number}}``; see also `refuse_no_op`).
@@ -119,12 +123,12 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
     merged, statistics = {}, {}
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
-            keys = {role: tensor_keys(seed, role, row.hf_names) for role in ROLES}
+            keys = {role: tensor_keys(seed, role, row.hf_names) for role in (*ROLES, "rounding")}
             matrices = lambda tree: {role: row.as_matrices(tree[role][row.path]) for role in ROLES}
             result, stats = patch_matrices(
                 row.as_matrices(backbone[row.path]), matrices(derived), matrices(sensitivity), keys,
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(), importance=patch.importance, combine=patch.combine,
-                dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype)
+                dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype, rounding=rounding)
             merged[row.path] = jax.device_put(
                 row.from_matrices(result), sharder.sharding(row.axes, row.shape, row.path))
             stats = {name: np.asarray(values) for name, values in stats.items()}
@@ -173,4 +177,4 @@ def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettin
             "patch.top_rate_se, patch.top_rate_osm or patch.retention.")
     if not total["survived"]:
         raise ValueError("Every kept entry is lost when cast to the storage dtype, so the result would equal the backbone. "
-                         "Use export.dtype=float32, or larger learning rates.")
+                         "Use export.dtype=float32, export.rounding=stochastic, or larger learning rates.")

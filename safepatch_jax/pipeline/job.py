@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,14 @@ from safepatch_jax.console import say
 from safepatch_jax.data.chat import Chat, lengths
 from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
-from safepatch_jax.io import gguf
-from safepatch_jax.io.checkpoint import load_tree, save_tree
-from safepatch_jax.io.hf import Checkpoint, check_keys, save_model
+from safepatch_jax.io.checkpoint import load_tree, read_description, save_tree
+from safepatch_jax.io.hf import Checkpoint, save_model, stored_dtypes
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patching.merge import ROLES, apply_patching, refuse_no_op, totals
-from safepatch_jax.pipeline import report
+from safepatch_jax.pipeline import card, certificate, report
 from safepatch_jax.pipeline.context import Context
+from safepatch_jax.pipeline.convert import Place, convert
 from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, versions
 from safepatch_jax.settings import PatchSettings, Settings, settings_differences
 from safepatch_jax.training.step import Recipe, endless_batches
@@ -32,7 +33,7 @@ from safepatch_jax.training.step import Recipe, endless_batches
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
 # Settings that say where and how a run is done, not what comes out.
-PLACE = ("run.keep_scratch", "run.cache_dir", "mesh.")
+PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "mesh.")
 
 
 class Job:
@@ -100,8 +101,8 @@ class Job:
             f"SNIP on '{settings.patch.importance}', scope {settings.patch.scope}",
             "Stages:  " + ", ".join(f"{name} ({self.runner.status(name)})" for name in self.runner.stages),
         ]
-        if (path := self._source_folder()) is not None or self.runner.status("import") == "done":
-            size = param_table(read_hf_config(path or self.folder("import"))).size
+        if self.place.kind == "hf" or self.runner.status("import") == "done":
+            size = param_table(read_hf_config(self.folder("import"))).size
             lines.insert(2, f"         {size / 1e6:,.1f} M parameters; about {20 * size / 2**30:.1f} GiB of arrays over "
                             f"{mesh.devices.size} device(s), and as much scratch on disk")
         ways = self.context.sharder.batch_ways
@@ -113,8 +114,8 @@ class Job:
 
     def folder(self, name: str) -> pathlib.Path:
         """Return the model folder that a stage stands for."""
-        if name == "import" and (source := self._source_folder()) is not None:
-            return source
+        if name == "import" and self.place.kind == "hf":
+            return self.place.path
         return self.runner.folder(name) / "model"
 
     @property
@@ -129,12 +130,13 @@ class Job:
         train = compute | {"loss": s.derive.loss, "seed": s.run.seed} | {
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
-        patch = dataclasses.asdict(s.patch) | {"dtype": s.export.dtype, "seed": s.run.seed}
+        patch = dataclasses.asdict(s.patch) | {
+            "dtype": s.export.dtype, "rounding": s.export.rounding, "seed": s.run.seed}
         evaluate = dataclasses.asdict(s.evaluate) | {
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "eval_limit")}
         harmful = {"harmful": data["harmful"]}
         base = "align" if s.align.enabled else "import"
-        stages = [Stage("import", (), {}, self._source_hashes(), self._import, shared=True)]
+        stages = [Stage("import", (), {"certify": s.run.certify}, self._source_hashes(), self._import, shared=True)]
         if s.align.enabled:
             stages.append(Stage(
                 "align", ("import",), dataclasses.asdict(s.align) | train | {"clip_norm": s.derive.clip_norm},
@@ -149,7 +151,8 @@ class Job:
                 lambda out, role=role: self._score(role, out), scratch=True))
         parts = (base, "derive_se", "derive_osm", "score_se", "score_osm")
         stages.append(Stage("patch", parts, patch, {}, self._patch, scratch=True))
-        stages.append(Stage("export", (base, "patch"), dataclasses.asdict(s.export), {}, self._export))
+        stages.append(Stage("export", (base, "patch"), dataclasses.asdict(s.export) | {"certify": s.run.certify}, {},
+                            self._export))
         reads = {"shipped": ("import",), "backbone": (base,), "se": (base, "derive_se"), "osm": (base, "derive_osm"),
                  "intersection": parts, "safepatching": (base, "export")}
         for variant in self.variants:
@@ -164,17 +167,19 @@ class Job:
         return stages
 
     def _import(self, out: pathlib.Path) -> Mapping[str, Any]:
-        """Convert a GGUF source; check a folder in Hugging Face format where it lies."""
-        if self._source_folder() is None:
-            source = gguf.find_smollm2() if self.settings.model.source == "smollm2" else self.settings.model.source
-            say(f"  converting {pathlib.Path(source).name} into a Hugging Face folder, once, in the cache")
-            gguf.convert_gguf(source, out / "model")
-            folder = out / "model"
+        """Convert another source into a Hugging Face folder; certify a folder in that format where it lies."""
+        run, place = self.settings.run, self.place
+        if place.kind == "hf":
+            folder = place.path
+            found = certificate.certify(folder, self.context.sharder, logits=run.certify == "logits", kind="import")
+            files.write_json(out / certificate.FILE, found)
+            say(f"  {certificate.summary(found)}")
         else:
-            folder = self.folder("import")
+            folder = out / "model"
+            say(f"  converting {place.path.name} into a Hugging Face folder, once, in the cache")
+            convert(f"{place.kind}:{place.path}", f"hf:{folder}", mesh=self.settings.mesh.shape, certify=run.certify)
         config = read_hf_config(folder)
         table = param_table(config)
-        check_keys(Checkpoint(folder), table, config)
         Chat(folder, config.vocab_size)  # a bad tokenizer is found now, not after training
         say(f"  {config.family}, {table.size:,} parameters, {config.num_layers} layers, {config.num_heads} heads over "
             f"{config.num_kv_heads} KV heads, head {'tied' if config.tied_head else 'untied'}")
@@ -193,7 +198,8 @@ class Job:
         tuned, outcome = self.context.trainer(config).run(
             params, endless_batches(pools, shape, self.settings.run.seed),
             Recipe(1.0, align.steps, align.learning_rate), "align")
-        save_model(out / "model", jax.tree.map(lambda x, dtype: x.astype(dtype), tuned, stored), config, source)
+        save_model(out / "model", jax.tree.map(lambda x, dtype: x.astype(dtype), tuned, stored), config, source,
+                   stored=stored_dtypes(source))
         return _outcome(outcome)
 
     def _derive(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
@@ -233,12 +239,12 @@ class Job:
             f"overlap of the top sets {total['overlap']:.1%}; {total['survival']:.1%} survive the cast")
         if total["survival"] < 0.5:
             say(f"  WARNING: {1 - total['survival']:.0%} of the kept entries are too small for the storage dtype and are "
-                "lost. Use --export.dtype=float32.")
+                "lost. Use --export.dtype=float32 or --export.rounding=stochastic.")
         save_tree(out / "merged", nest(merged))
         return {"total": total, "tensors": statistics}
 
     def _export(self, out: pathlib.Path) -> Mapping[str, Any]:
-        """Write the patched model as a Hugging Face folder."""
+        """Write the patched model as a Hugging Face folder, with its certificate."""
         config, params = self.context.load(self.backbone)
         backbone = self._cast(unnest(params))
         rows = param_table(config).scope(self.settings.patch.scope)
@@ -246,9 +252,25 @@ class Job:
                          for r in rows})
         merged = unnest(load_tree(self.runner.folder("patch") / "merged", abstract))
         export = self.settings.export
-        save_model(out / "model", nest({**backbone, **merged}), config, self.backbone,
+        save_model(out / "model", nest({**backbone, **merged}), config, self.backbone, stored=stored_dtypes(self.backbone),
                    dtype=export.dtype, shard_bytes=export.shard_bytes)
-        return {"tensors": len(param_table(config).hf_names())}
+        del backbone, merged, params
+        before = certificate.tensor_hashes(Checkpoint(self.backbone))
+        found = certificate.certify(out / "model", self.context.sharder, logits=self.settings.run.certify == "logits",
+                                    kind="export", before=before)
+        if export.dtype == "keep":
+            self._check_changes(found["changed"])
+        files.write_json(out / "model" / certificate.FILE, found)
+        say(f"  {certificate.summary(found)}")
+        return {"tensors": len(found["tensors"]), "changed": len(found["changed"])}
+
+    def _check_changes(self, changed: Sequence[str]) -> None:
+        """Refuse an export that changes nothing, or a tensor that the patch does not touch (METHOD 4.2, 4.6)."""
+        patched = {name for name, s in self.runner.result("patch")["tensors"].items() if s["survived"]}
+        wrong = sorted(set(changed) - patched)
+        if wrong or not changed:
+            raise ValueError(f"The exported files differ from the backbone in {len(changed)} tensors, {len(wrong)} of which the "
+                             f"patch does not touch ({wrong[:6]}). Did the backbone's folder change during the run? Run again.")
 
     def _evaluate(self, variant: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Measure one model of the comparison."""
@@ -277,6 +299,8 @@ class Job:
             self.settings, {v: self.runner.result(f"evaluate_{v}") for v in self.variants}, patch["total"],
             {name: self.runner.result(name) for name in self.runner.stages if name.startswith(("align", "derive"))}, answers)
         report.write(content, out)
+        exported = json.loads((self.folder("export") / certificate.FILE).read_text(encoding="utf-8"))
+        files.write_text(out / card.NAME, card.model_card(content, exported, self.context.data_hashes, versions()))
         files.write_json(out / "statistics.json", patch["tensors"])
         return {"orderings": content["orderings"]}
 
@@ -303,32 +327,31 @@ class Job:
                        for role in ROLES}
         derived = {role: self._derived(role) for role in ROLES}
         return apply_patching(unnest(params), derived, sensitivity, rows, patch, self.settings.run.seed,
-                              self.context.sharder, title, self.settings.export.dtype)
+                              self.context.sharder, title, self.settings.export.dtype, self.settings.export.rounding)
 
     def _cast(self, flat):
         """Cast the backbone to the storage dtype of the result."""
         dtype = self.settings.export.dtype
         return flat if dtype == "keep" else {path: x.astype(jnp.dtype(dtype)) for path, x in flat.items()}
 
-    def _source_folder(self) -> pathlib.Path | None:
-        """Return the source if it is a model folder, None if it must be converted."""
-        source = self.settings.model.source
-        if source == "smollm2" or source.endswith(".gguf"):
-            return None
-        return pathlib.Path(source).expanduser().absolute()
+    @functools.cached_property
+    def place(self) -> Place:
+        """Where the source is."""
+        place = Place.parse(self.settings.model.source)
+        return dataclasses.replace(place, path=place.path.absolute())
 
     def _source_hashes(self) -> dict[str, str]:
-        source = self.settings.model.source
-        if source == "smollm2":
-            return {"gguf": gguf.SMOLLM2_SHA256}
-        if source.endswith(".gguf"):
-            if not pathlib.Path(source).is_file():
-                raise ValueError(f"No model file '{source}'.")
-            return {"gguf": files.file_sha256(source)}
-        folder = self._source_folder()
-        read_hf_config(folder)  # says what is wrong with the folder, if anything
-        Checkpoint(folder)
-        return {p.name: files.file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+        kind, path = self.place.kind, self.place.path
+        if kind == "gguf":
+            if not path.is_file():
+                raise ValueError(f"No model file '{self.settings.model.source}'.")
+            return {"gguf": files.file_sha256(path)}
+        if kind == "orbax":
+            read_description(path)  # says what is wrong with the folder, if anything
+            return {str(p.relative_to(path)): files.file_sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        read_hf_config(path)
+        Checkpoint(path)
+        return {p.name: files.file_sha256(p) for p in sorted(path.iterdir()) if p.is_file()}
 
     def _claim_workdir(self, update: bool) -> None:
         path = self.workdir / "settings.json"
@@ -354,6 +377,7 @@ class Job:
         source = self.runner.folder("report")
         for name in report.FILES:
             files.copy(source / name, self.workdir / name)
+        files.copy(source / card.NAME, self.folder("export") / card.NAME)
         files.write_json(self.workdir / "manifest.json", {
             "model": str(self.folder("export").relative_to(self.workdir)),
             "versions": versions(),

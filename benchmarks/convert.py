@@ -1,0 +1,131 @@
+"""Import and export of a 1.1B bfloat16 Llama against a plain copy of its files: GB/s, and the peak of host memory.
+
+  python -m benchmarks.convert                      # prints a table; about a minute, 7 GB of disk
+  python -m benchmarks.convert --mesh=fsdp:8 --devices=8
+
+The model has random weights in several files (the shape of TinyLlama-1.1B). Each figure comes from a process of its own,
+so that its peak resident memory is its own; copy, import and export take turns, and the medians are compared. Files are in
+the page cache for all three, and the disk is idle when each begins. The floor of an import is reading the bytes once, of an export writing them once; the copy
+does both. `copy` is `shutil.copyfile` (which lets the kernel copy), `copy + fsync` waits for the disk as the export does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+
+_MESH = flags.DEFINE_string("mesh", "data:1", "Mesh of import and export.")
+_DEVICES = flags.DEFINE_integer("devices", 1, "Simulated CPU devices.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Times each figure is taken.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", 22, "Blocks of the model; 22 is the 1.1B shape.", lower_bound=1)
+_FOLDER = flags.DEFINE_string("folder", None, "Where the files lie for the time of the run; default: a temporary folder.")
+_PART = flags.DEFINE_enum("part", None, ["copy", "copy + fsync", "import", "import + export"], "Used by the benchmark itself.")
+
+SHARD_BYTES = 500_000_000
+
+
+def config(layers: int) -> dict:
+    """Return the config.json of TinyLlama-1.1B, with so many blocks."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
+        "intermediate_size": 5632, "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
+
+
+def write_model(folder: pathlib.Path, layers: int) -> None:
+    """Write the model's folder: random bfloat16 weights."""
+    from safepatch_jax import files
+    from safepatch_jax.io.safetensors_file import Planned, write_shards
+    from safepatch_jax.io.stored import DTYPES
+    from safepatch_jax.models.config import config_from_hf
+    from safepatch_jax.models.table import param_table
+
+    rng = np.random.default_rng(0)
+    rows = param_table(config_from_hf(config(layers))).hf_names()
+    plan = {name: Planned(row.hf_shape, "bfloat16") for name, (row, _) in rows.items()}
+    folder.mkdir(parents=True)
+    files.write_json(folder / "config.json", config(layers))
+    write_shards(folder, plan, lambda name: (0.02 * rng.standard_normal(plan[name].shape, np.float32)).astype(
+        DTYPES["bfloat16"]), SHARD_BYTES)
+
+
+def run_part(part: str, source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
+    """Do one thing in this process; return seconds of each phase, bytes of arrays and the peak of resident memory."""
+    os.sync()  # no part waits for what an earlier one left to be written
+    if part.startswith("copy"):
+        begun = time.perf_counter()
+        target.mkdir()
+        for path in sorted(source.glob("*.safetensors")):
+            shutil.copyfile(path, target / path.name)
+            if "fsync" in part:
+                with open(target / path.name, "rb+") as file:
+                    os.fsync(file.fileno())
+        return {part: time.perf_counter() - begun}
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    from safepatch_jax.io.hf import load_params, save_model
+    from safepatch_jax.mesh import Sharder, make_mesh
+
+    sharder = Sharder(make_mesh(_MESH.value))
+    begun = time.perf_counter()
+    architecture, params = load_params(source, sharder)
+    jax.block_until_ready(params)
+    seconds = {"import": time.perf_counter() - begun}
+    if part == "import + export":
+        begun = time.perf_counter()
+        save_model(target, params, architecture, source, shard_bytes=SHARD_BYTES)
+        seconds["export"] = time.perf_counter() - begun
+    arrays = sum(x.nbytes for x in jax.tree.leaves(params))
+    return seconds | {"arrays": arrays, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def main(argv) -> None:
+    del argv
+    folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="benchmark_"))
+    source, target = folder / "source", folder / "target"
+    if _PART.value:
+        print(json.dumps(run_part(_PART.value, source, target)))
+        return
+    try:
+        write_model(source, _LAYERS.value)
+        size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
+        taken: dict[str, list[float]] = {}
+        for _ in range(_REPEATS.value):
+            for part in ("copy", "copy + fsync", "import", "import + export"):
+                out = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.convert", *sys.argv[1:], f"--folder={folder}", f"--part={part}"],
+                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
+                    env={**os.environ, "JAX_PLATFORMS": "cpu"})
+                shutil.rmtree(target, ignore_errors=True)
+                for name, value in json.loads(out.stdout).items():
+                    taken.setdefault(f"{part}: {name}" if name in ("arrays", "peak") else name, []).append(value)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    median = {name: statistics.median(values) for name, values in taken.items()}
+    print(f"{size / 1e9:.2f} GB in {-(-size // SHARD_BYTES)} files, mesh {_MESH.value}, {_DEVICES.value} device(s), "
+          f"median of {_REPEATS.value}\n")
+    print("| | seconds | GB/s | of the copy | of copy + fsync |\n|---|---|---|---|---|")
+    for name in ("copy", "copy + fsync", "import", "export"):
+        print(f"| {name} | {median[name]:.2f} | {size / median[name] / 1e9:.2f} | {median['copy'] / median[name]:.0%} | "
+              f"{median['copy + fsync'] / median[name]:.0%} |")
+    print("\n| | arrays, GiB | peak resident, GiB | above the arrays, GiB |\n|---|---|---|---|")
+    for part in ("import", "import + export"):
+        arrays, peak = (median[f"{part}: {name}"] / 2**30 for name in ("arrays", "peak"))
+        print(f"| {part} | {arrays:.2f} | {peak:.2f} | {peak - arrays:.2f} |")
+
+
+if __name__ == "__main__":
+    app.run(main)

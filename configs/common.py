@@ -1,0 +1,25 @@
+"""What the configs of the paper's backbones share: the starting points of METHOD.md section 3, for real hardware.
+
+The paper does not publish its hyper-parameters. These are a place to start a search from (python -m launch.sweep), not its
+values, and have not been run at this size.
+"""
+
+
+def paper_config(source: str, *, top_rate: float = 0.03, **groups) -> dict:
+    """Return the CONFIG of a 7B to 13B backbone; `groups` replace whole options of a group."""
+    config = {
+        "model": {"source": source, "compute_dtype": "bfloat16", "remat": True},
+        "mesh": {"shape": "data:1,fsdp:-1,tensor:1"},
+        "data": {"max_prompt_tokens": 128, "max_answer_tokens": 64, "train_limit": 400, "eval_limit": 200},
+        "derive": {"batch_size": 16, "se_steps": 50, "se_learning_rate": 5e-6, "se_nll_ceiling": 10.0, "osm_steps": 75,
+                   "osm_learning_rate": 1e-5},
+        "score": {"samples": 128},
+        "patch": {"top_rate_se": top_rate, "top_rate_osm": top_rate, "retention": 0.3, "alpha": 1.0, "beta": 1.0},
+        # Most patch entries are below one bfloat16 step of their weight; rounded to nearest they would be lost.
+        "export": {"dtype": "keep", "rounding": "stochastic"},
+        "evaluate": {"batch_size": 32, "max_new_tokens": 64},
+        "run": {"seed": 0},
+    }
+    for group, options in groups.items():
+        config[group] = config.get(group, {}) | options
+    return config

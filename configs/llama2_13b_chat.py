@@ -1,0 +1,16 @@
+"""SafePatching on LLaMA-2-13B-Chat.
+
+  python -m launch.safepatch --config=configs/llama2_13b_chat.py --workdir=runs/llama2_13b_chat \\
+      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+
+DIR is the Hugging Face folder of meta-llama/Llama-2-13b-chat-hf; add --dry_run to see the plan first.
+
+Hardware: one host with 384 GB of accelerator memory or more: 4 x v5p, 8 x H100.
+Memory: 13.02e9 parameters; full fine-tuning holds about 20 bytes for each (float32 weights, gradients, two moments, the
+stored backbone), 260 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+"""
+
+from configs.common import paper_config
+
+CONFIG = paper_config("Llama-2-13b-chat-hf", derive={"se_learning_rate": 3e-6})

@@ -1,0 +1,16 @@
+"""SafePatching on LLaMA-3-8B-Instruct (paper backbone); LLaMA-3.1-8B-Instruct works with the same file.
+
+  python -m launch.safepatch --config=configs/llama3_8b_instruct.py --workdir=runs/llama3_8b_instruct \\
+      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+
+DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-8B-Instruct; add --dry_run to see the plan first.
+
+Hardware: one host with 256 GB of accelerator memory or more: v6e-8, 4 x v5p, 4 x H100.
+Memory: 8.03e9 parameters; full fine-tuning holds about 20 bytes for each (float32 weights, gradients, two moments, the
+stored backbone), 161 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+"""
+
+from configs.common import paper_config
+
+CONFIG = paper_config("Meta-Llama-3-8B-Instruct")

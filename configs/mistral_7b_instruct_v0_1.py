@@ -1,0 +1,17 @@
+"""SafePatching on Mistral-7B-Instruct-v0.1 (paper backbone); v0.2 and v0.3 work with the same file.
+
+  python -m launch.safepatch --config=configs/mistral_7b_instruct_v0_1.py --workdir=runs/mistral_7b_instruct_v0_1 \\
+      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+
+DIR is the Hugging Face folder of mistralai/Mistral-7B-Instruct-v0.1; add --dry_run to see the plan first.
+
+Hardware: one host with 256 GB of accelerator memory or more: v6e-8, 4 x v5p, 4 x H100.
+Memory: 7.24e9 parameters; full fine-tuning holds about 20 bytes for each (float32 weights, gradients, two moments, the
+stored backbone), 145 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+The sliding window of v0.1 (4096) is longer than any sequence here.
+"""
+
+from configs.common import paper_config
+
+CONFIG = paper_config("Mistral-7B-Instruct-v0.1")

@@ -1,0 +1,266 @@
+"""GGUF metadata and tensor names to a Hugging Face config.json and tensor names, by whitelist, one entry a family."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable, Mapping
+
+import numpy as np
+
+from safepatch_jax.io.stored import DTYPES, Stored
+
+_BENIGN = ("vocab_size", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What differs between architectures.
+
+    Attributes:
+      name: of the class in transformers, without ForCausalLM.
+      extra: what the config has besides.
+      permuted: Q and K rows are stored with the rotary halves interleaved.
+      norm_offset: added to norm weights in GGUF.
+      always_tied: there is no output matrix.
+    """
+
+    name: str
+    extra: Mapping[str, Any]
+    permuted: bool = False
+    norm_offset: int = 0
+    qkv_bias: bool = False
+    always_tied: bool = False
+
+
+_FAMILIES = {
+    "llama": _Family("Llama", {"hidden_act": "silu"}, permuted=True),
+    "gemma": _Family("Gemma", {"hidden_act": "gelu_pytorch_tanh"}, norm_offset=1, always_tied=True),
+    "qwen2": _Family("Qwen2", {"hidden_act": "silu", "use_sliding_window": False}, qkv_bias=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a GGUF file holds, in Hugging Face terms.
+
+    Attributes:
+      config: content of config.json, without dtypes.
+      sources: Hugging Face tensor name -> name in the GGUF file.
+      permuted_heads: for tensors whose rows GGUF permutes, their number of heads.
+      norm_offset: what GGUF has added to norm weights.
+    """
+
+    config: dict[str, Any]
+    sources: dict[str, str]
+    permuted_heads: dict[str, int]
+    norm_offset: int
+
+
+def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> Model:
+    """Translate the metadata and the list of tensors.
+
+    Raises:
+      ValueError: an unknown architecture; metadata missing, wrong or not representable; tensors missing, unknown, of
+        another shape or of a type that cannot be dequantised. All offenders of metadata, then all of tensors, are listed.
+    """
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise ValueError(f"{where}: architecture {name!r:.60} is not supported; supported: {', '.join(_FAMILIES)} "
+                         "(Mistral is stored as llama).")
+    family, fields = _FAMILIES[name], _Fields(metadata, f"{name}.")
+    layers, width, mlp = (fields.size(k) for k in ("block_count", "embedding_length", "feed_forward_length"))
+    length, heads = fields.size("context_length"), fields.size("attention.head_count")
+    kv_heads = fields.size("attention.head_count_kv", heads)
+    head_dim = fields.size("attention.key_length", width // heads)
+    eps = fields.number("attention.layer_norm_rms_epsilon")
+    theta = fields.number("rope.freq_base", 10000.0)
+    window = fields.size("attention.sliding_window", 0, least=0)
+    tied = family.always_tied or "output.weight" not in tensors
+    fields.require("attention.value_length", head_dim)
+    fields.require("rope.dimension_count", head_dim)
+    fields.require("rope.scaling.type", "none")
+    for key in ("expert_count", "expert_used_count"):
+        fields.require(key, 0)
+    if heads % kv_heads or head_dim % 2 or "attention.key_length" not in fields and width % heads:
+        fields.problems.append(f"{heads} heads, {kv_heads} key-value heads, width {width}, head size {head_dim}: heads must "
+                               "divide by key-value heads, width by heads, and the head size be even")
+    if window >= length or not window:
+        window = None  # every position sees all before it
+    elif name != "llama":
+        fields.problems.append(f"{name}.attention.sliding_window = {window} (not supported for this architecture)")
+    if layers > len(tensors):  # before a table of that many layers is made
+        fields.problems.append(f"{name}.block_count = {layers}, but the file holds {len(tensors)} tensors")
+    fields.raise_problems(where)
+    embedding = tensors.get("token_embd.weight")
+    if not embedding or len(embedding.shape) != 2:
+        raise ValueError(f"{where}: the embedding token_embd.weight is missing or no matrix; the file holds no whole model.")
+    vocab = embedding.shape[0]
+    config = {
+        "architectures": [f"{'Mistral' if window else family.name}ForCausalLM"],
+        "model_type": "mistral" if window else name,
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": length,
+        "rms_norm_eps": float(f"{eps:.6g}"),  # stored as float32
+        **family.extra,
+        **({"sliding_window": window} if window else {}),
+        **_rope(theta, head_dim, tensors.get("rope_freqs.weight") if name == "llama" else None, where),
+        "tie_word_embeddings": tied,
+        **_token_ids(metadata, vocab, where),
+    }
+    sources, shapes, permuted = _tensor_table(family, config)
+    _check_tensors(shapes, {k: v for k, v in tensors.items() if k != "rope_freqs.weight" or name != "llama"}, where)
+    return Model(config, sources, permuted, family.norm_offset)
+
+
+class _Fields:
+    """The metadata of one architecture, read with checks; problems are collected."""
+
+    def __init__(self, metadata: Mapping[str, Any], prefix: str):
+        self.prefix, self.problems = prefix, []
+        self.values = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+        self.handled = set(_BENIGN)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Return a whole number; 1, with a problem noted, if there is none."""
+        return self._read(key, default, lambda x: type(x) is int and x >= least, f"a whole number from {least} on")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a positive number; 1, with a problem noted, if there is none."""
+        return self._read(key, default, lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above 0")
+
+    def require(self, key: str, only: Any) -> None:
+        """Note a problem if a value is there and is another one."""
+        self._read(key, only, lambda x: x == only if type(x) is type(only) else False, f"only {only!r} is supported")
+
+    def _read(self, key: str, default: Any, good: Callable[[Any], bool], wanted: str) -> Any:
+        self.handled.add(key)
+        if key not in self.values and default is not None:
+            return default
+        value = self.values.get(key)
+        if good(value):
+            return value
+        said = f"= {value!r:.60}" if key in self.values else "is missing"
+        self.problems.append(f"{self.prefix}{key} {said} ({wanted})")
+        return 1
+
+    def raise_problems(self, where: str) -> None:
+        self.problems += [f"{self.prefix}{k} = {v!r:.60} (unknown)" for k, v in self.values.items() if k not in self.handled]
+        if self.problems:
+            raise ValueError(f"{where}: its metadata cannot be represented: {_some(self.problems)}.")
+
+
+def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str, Any]:
+    """Return the ids of special tokens that are there; eos is a list where the end of a turn is another token."""
+    ids = {k: metadata[f"tokenizer.ggml.{k}_token_id"] for k in ("bos", "eos", "eot", "eom", "padding")
+           if f"tokenizer.ggml.{k}_token_id" in metadata}
+    wrong = [f"tokenizer.ggml.{k}_token_id = {v!r:.60}" for k, v in ids.items() if type(v) is not int or not 0 <= v < vocab]
+    if wrong:
+        raise ValueError(f"{where}: {_some(wrong)}: an id is a row of the embedding, which has {vocab}.")
+    ends = list(dict.fromkeys(ids[k] for k in ("eos", "eot", "eom") if k in ids))
+    return {"bos_token_id": ids.get("bos"), "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": ids.get("padding", ids.get("eos"))}
+
+
+def _rope(theta: float, head_dim: int, divisors: Stored | None, where: str) -> dict[str, Any]:
+    """Return base and scaling in the spelling of transformers 4 and that of 5."""
+    scaling = None
+    if divisors is not None:
+        if divisors.dtype != "float32" or divisors.shape != (head_dim // 2,):
+            raise ValueError(f"{where}: rope_freqs.weight is {divisors.dtype} {divisors.shape}, expected float32 "
+                             f"({head_dim // 2},). Convert the model from its Hugging Face folder instead.")
+        given = divisors.read()
+        slowest = float(given[-1])
+        # Every LLaMA 3.x has these numbers; the factor is that of the slowest rotation.
+        scaling = {"rope_type": "llama3", "factor": slowest, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8192}
+        follows = 1 <= slowest < math.inf and np.allclose(
+            given, _llama3_divisors(theta, head_dim, scaling), rtol=1e-5, atol=0)
+        if not follows:
+            raise ValueError(f"{where}: rope_freqs.weight does not follow from LLaMA 3's RoPE scaling (low_freq_factor 1, "
+                             "high_freq_factor 4, original length 8192), and nothing else can be written into config.json. "
+                             "Convert the model from its Hugging Face folder instead.")
+    return {"rope_theta": theta, "rope_scaling": scaling,
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta}}
+
+
+def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """Return by what each RoPE frequency is divided, as in transformers' `_compute_llama3_parameters`."""
+    length, low, high = (scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def _tensor_table(family: _Family, config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tuple], dict[str, int]]:
+    """Return Hugging Face name -> GGUF name, -> shape, and -> number of heads where rows are permuted."""
+    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    N, K = config["num_attention_heads"], config["num_key_value_heads"]
+    NH, KH = N * config["head_dim"], K * config["head_dim"]
+    block = [
+        ("input_layernorm", "attn_norm", (D,)),
+        ("self_attn.q_proj", "attn_q", (NH, D)),
+        ("self_attn.k_proj", "attn_k", (KH, D)),
+        ("self_attn.v_proj", "attn_v", (KH, D)),
+        ("self_attn.o_proj", "attn_output", (D, NH)),
+        ("post_attention_layernorm", "ffn_norm", (D,)),
+        ("mlp.gate_proj", "ffn_gate", (F, D)),
+        ("mlp.up_proj", "ffn_up", (F, D)),
+        ("mlp.down_proj", "ffn_down", (D, F)),
+    ]
+    block = [(hf + ".weight", ours + ".weight", shape) for hf, ours, shape in block]
+    if family.qkv_bias:
+        block += [(f"self_attn.{k}_proj.bias", f"attn_{k}.bias", (NH if k == "q" else KH,)) for k in "qkv"]
+    rows = [("model.embed_tokens.weight", "token_embd.weight", (V, D))]
+    for i in range(config["num_hidden_layers"]):
+        rows += [(f"model.layers.{i}.{hf}", f"blk.{i}.{ours}", shape) for hf, ours, shape in block]
+    rows.append(("model.norm.weight", "output_norm.weight", (D,)))
+    if not config["tie_word_embeddings"]:
+        rows.append(("lm_head.weight", "output.weight", (V, D)))
+    heads = {"q_proj.weight": N, "k_proj.weight": K} if family.permuted else {}
+    return ({hf: ours for hf, ours, _ in rows}, {ours: shape for _, ours, shape in rows},
+            {hf: count for hf, *_ in rows for end, count in heads.items() if hf.endswith(end)})
+
+
+def _check_tensors(shapes: Mapping[str, tuple], tensors: Mapping[str, Stored], where: str) -> None:
+    """Check names, shapes and types; collect every mismatch and raise ValueError once."""
+    problems = []
+    if missing := [name for name in shapes if name not in tensors]:
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    if unknown := [f"{name!r:.100}" for name in tensors if name not in shapes]:
+        problems.append(f"{len(unknown)} unknown: {_some(unknown)}")
+    unreadable = {dtype for dtype in {x.dtype for x in tensors.values()} if not _is_readable(dtype)}
+    for name, x in tensors.items():
+        if name in shapes and x.shape != shapes[name]:
+            problems.append(f"'{name}' has shape {x.shape}, the metadata says {shapes[name]}")
+        if name in shapes and x.dtype in unreadable:
+            problems.append(f"'{name}' has the type {x.dtype}, which cannot be dequantised")
+    if problems:
+        raise ValueError(f"{where}: its tensors cannot be represented: {_some(problems)}. Take another file of the model "
+                         "(Q8_0, Q4_K_M, F16, BF16), or its Hugging Face folder.")
+
+
+def _is_readable(dtype: str) -> bool:
+    import gguf
+
+    if dtype in DTYPES:
+        return True
+    kind = gguf.GGMLQuantizationType[dtype]
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _some(items: list[str], most: int = 6) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

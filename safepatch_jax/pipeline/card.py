@@ -1,0 +1,77 @@
+"""The model card that goes with an exported model: recipe, before and after, certificate."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Mapping
+
+from safepatch_jax.evaluation.judge import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.pipeline import certificate as certificates
+from safepatch_jax.pipeline.report import share, wilson
+
+NAME = "README.md"  # where Hugging Face looks for a model card
+
+
+def model_card(content: Mapping[str, Any], certificate: Mapping[str, Any], hashes: Mapping[str, str],
+               versions: Mapping[str, str]) -> str:
+    """Render the card as Markdown.
+
+    Args:
+      content: of the report, see `report.gather`.
+      certificate: of the export, see `certificate.certify`.
+      hashes: of the data, by role.
+      versions: of the packages.
+    """
+    settings, measures, patch = content["settings"], content["measures"], content["patch"]
+    knobs, derive = settings["patch"], settings["derive"]
+    name = pathlib.PurePath(settings["model"]["source"].partition(":")[2] or settings["model"]["source"]).name
+    architecture = certificate["architecture"]
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [safepatching, safety]", "---", "",
+        f"# {name}, patched", "",
+        f"`{name}` ({architecture['family']}, {certificate['parameters']:,} parameters)"
+        + (", aligned by a short supervised run and then" if settings["align"]["enabled"] else "")
+        + " changed by SafePatching (arXiv 2405.13820): two sparse weight patches, derived from harmful question/answer pairs "
+        "alone, meant to lower harm and over-refusal and to keep utility. Architecture, tokenizer and chat template are those of "
+        "the model it was made from, whose licence and limits apply.", "",
+        "## Before and after", "",
+        "| model | harmful: complied | look-alike: refused | look-alike: incoherent | perplexity of ordinary answers |",
+        "|---|---|---|---|---|",
+    ]
+    for label, variant in (("before", "backbone"), ("after", "safepatching")):
+        m = measures[variant]
+        cells = [_percent(m, role, outcome) for role, outcome in
+                 (("harmful", COMPLIED), ("lookalike", REFUSED), ("lookalike", INCOHERENT))]
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {m['ordinary_perplexity']:.2f} |")
+    broken = [o["statement"] for o in content["orderings"] if not o["holds"]]
+    lines += [
+        "", f"{measures['backbone']['harmful']['n']} harmful and {measures['backbone']['lookalike']['n']} look-alike prompts, "
+        f"{settings['evaluate']['max_new_tokens']} greedy tokens, judged by refusal phrases; 95 % intervals (Wilson), one seed. "
+        "This measures the form of answers on a small set and certifies no safety.",
+        *([""] + [f"Not met in this run: {'; '.join(broken)}."] if broken else []),
+        "", "## Recipe", "",
+        "| | |", "|---|---|",
+        f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per matrix |",
+        f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the top sets, retention "
+        f"{knobs['retention']:g}{', rescaled' if knobs['rescale'] else ''} |",
+        f"| importance | SNIP on '{knobs['importance']}', {settings['score']['samples']} samples, scope {knobs['scope']} |",
+        f"| SE patch | gradient ascent, at most {derive['se_steps']} steps at {derive['se_learning_rate']:g}, stopped by "
+        f"{content['training']['derive_se']['stopped_by']} after {content['training']['derive_se']['steps']} |",
+        f"| OSM patch | gradient descent, {derive['osm_steps']} steps at {derive['osm_learning_rate']:g} |",
+        f"| kept | SE {patch['kept_se']:,}, OSM {patch['kept_osm']:,} of {patch['size']:,} entries "
+        f"({patch['kept'] / patch['size']:.2%}); {patch['survival']:.1%} of them change the stored bits |",
+        f"| storage | {settings['export']['dtype']}, rounding {settings['export']['rounding']} |",
+        f"| seed | {settings['run']['seed']} |",
+        *(f"| data, {role} | `{pathlib.PurePath(settings['data'][role]).name}`, SHA-256 of its records {digest} |"
+          for role, digest in hashes.items()),
+        "| versions | " + ", ".join(f"{k} {v}" for k, v in versions.items()) + " |",
+        "", "## Certificate", "",
+        f"`{certificates.FILE}` has the SHA-256 of every tensor. {certificates.summary(certificate)}.", "",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(measures: Mapping[str, Any], role: str, outcome: str) -> str:
+    counts = measures[role]
+    low, high = wilson(counts[outcome], counts["n"])
+    return f"{share(counts, outcome):.0%} [{100 * low:.0f}-{100 * high:.0f}]"

@@ -1,0 +1,206 @@
+"""The certificate of an import or export: what was read or written, and that the model still computes the same.
+
+Every key accounted for, every tensor's SHA-256, and the logits of our decoder against those of Hugging Face torch on the same
+folder; without torch, that the logits are finite and what perplexity they give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safepatch_jax import files
+from safepatch_jax.console import progress
+from safepatch_jax.data.chat import Chat
+from safepatch_jax.data.records import load_records
+from safepatch_jax.io.companions import COMPANIONS
+from safepatch_jax.io.hf import Checkpoint, check_keys, load_params
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.table import param_table
+from safepatch_jax.pipeline.stages import versions
+
+FILE = "certificate.json"
+LIMIT = 1e-3  # of the largest logit; float32 against float32 differs by about 1e-5
+_PROBES, _LENGTH = 4, 48
+
+
+def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True, kind: str,
+            before: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Examine a model folder in Hugging Face format as it lies on disk.
+
+    Args:
+      folder: the folder that was read (import) or written (export).
+      sharder: the mesh on which our decoder runs.
+      logits: also run the model; otherwise names, shapes and hashes alone.
+      kind: 'import' or 'export'.
+      before: SHA-256 by tensor of the model that this one was made from; says which tensors changed.
+
+    Returns:
+      the content of certificate.json.
+
+    Raises:
+      ValueError: keys that do not fit, logits that are not finite, or logits that are further than LIMIT, relative to the
+        largest, from those of Hugging Face torch.
+    """
+    folder = pathlib.Path(folder)
+    config = read_hf_config(folder)
+    checkpoint = Checkpoint(folder)
+    account = check_keys(checkpoint, param_table(config), config)
+    hashes = tensor_hashes(checkpoint)
+    certificate = {
+        "format": 1, "kind": kind, "architecture": dataclasses.asdict(config), "parameters": param_table(config).size,
+        "keys": account,
+        "tensors": {name: {"dtype": x.dtype, "shape": list(x.shape), "sha256": hashes[name]}
+                    for name, x in checkpoint.tensors.items()},
+        "companions": {name: files.file_sha256(folder / name) for name in COMPANIONS if (folder / name).is_file()},
+    }
+    if before is not None:
+        changed = [name for name, digest in hashes.items() if before.get(name) != digest]
+        certificate["unchanged"], certificate["changed"] = len(hashes) - len(changed), changed
+    certificate["logits"] = check_logits(folder, sharder) if logits else {"skipped": "not asked for"}
+    return certificate | {"versions": versions()}
+
+
+def tensor_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 of each tensor's bytes."""
+    tensors = checkpoint.tensors
+    with ThreadPoolExecutor(2) as pool, progress(sum(x.size for x in tensors.values()), "hash", "B") as bar:
+        hashes = {}
+        for (name, x), digest in zip(tensors.items(), pool.map(lambda x: x.sha256(), tensors.values())):
+            hashes[name] = digest
+            bar.update(x.size)
+    return hashes
+
+
+def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each tensor from a folder's certificate, or None if it has none (it was deleted)."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return {name: x["sha256"] for name, x in json.loads(path.read_text(encoding="utf-8"))["tensors"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it to go on without it.") from error
+
+
+def check_logits(folder: pathlib.Path, sharder: Sharder) -> dict[str, Any]:
+    """Run a folder's model in float32 on a few probe texts, here and in torch if it is there; errors as `certify`."""
+    config, params = load_params(folder, sharder)
+    source, tokens_BT, valid_BT = _probes(folder, config.vocab_size)
+    decoder = Decoder(config, jnp.float32, sharder)
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(_forward(decoder, params, tokens_BT, positions_BT, valid_BT))[valid_BT]
+    del params
+    if not np.all(np.isfinite(ours)):
+        raise ValueError(f"{folder}: the logits are not finite. The weights hold NaN or overflow; check where they come from.")
+    targets = np.where(valid_BT[:, 1:], tokens_BT[:, 1:], -1)
+    follows = np.concatenate([targets, np.full((len(targets), 1), -1)], axis=1)[valid_BT]
+    nll = [-_log_softmax(x)[t] for x, t in zip(ours, follows) if t >= 0]
+    result: dict[str, Any] = {
+        "probes": source, "tokens": int(valid_BT.sum()), "finite": True, "perplexity": math.exp(min(np.mean(nll), 700.0)),
+        "largest": float(np.max(np.abs(ours)))}
+    if why_not := _no_torch(param_table(config).size):
+        return result | {"torch": f"not compared: {why_not}"}
+    theirs = _torch_logits(folder, tokens_BT, valid_BT)
+    result["torch"] = {
+        "max_abs_error": float(np.max(np.abs(ours - theirs))),
+        "kl": float(np.mean([_kl(a, b) for a, b in zip(theirs, ours)])),
+        "top1_agreement": float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))}
+    if not result["torch"]["max_abs_error"] <= LIMIT * np.max(np.abs(theirs)):
+        raise ValueError(f"{folder}: our logits differ from those of Hugging Face torch by {result['torch']['max_abs_error']:.3g} "
+                         f"(largest logit {np.max(np.abs(theirs)):.3g}), far more than float32 rounding. Please report this with "
+                         "the model's config.json; --certify=hashes (or --run.certify=hashes) goes on without the comparison.")
+    return result
+
+
+def summary(certificate: Mapping[str, Any]) -> str:
+    """Say in one line what a certificate holds."""
+    keys, logits = certificate["keys"], certificate["logits"]
+    text = f"{keys['matched']} of {keys['tensors']} tensors matched"
+    if keys["left_out"]:
+        text += f" ({', '.join(keys['left_out'])} left out)"
+    if "changed" in certificate:
+        text += f", {len(certificate['changed'])} changed, {certificate['unchanged']} bitwise as before"
+    if "skipped" in logits:
+        return text
+    text += f"; perplexity {logits['perplexity']:.1f} on {logits['tokens']} {logits['probes']} tokens"
+    if isinstance(logits["torch"], str):
+        return text + f"; torch {logits['torch']}"
+    torch = logits["torch"]
+    return text + (f"; against torch: max error {torch['max_abs_error']:.1e} (largest logit {logits['largest']:.1f}), KL "
+                   f"{torch['kl']:.1e}, top-1 {torch['top1_agreement']:.1%}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(decoder, params, tokens_BT, positions_BT, valid_BT):
+    return decoder.apply({"params": params}, tokens_BT, positions_BT, valid_BT)[0]
+
+
+def _probes(folder: pathlib.Path, vocab_size: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return (what they are, tokens [B, T], valid [B, T]): built-in conversations, or random ids without a usable tokenizer."""
+    tokens_BT, valid_BT = np.zeros((_PROBES, _LENGTH), np.int32), np.ones((_PROBES, _LENGTH), bool)
+    try:
+        chat = Chat(folder, vocab_size)
+        examples = [chat.encode(r.prompt, r.answer) for r in load_records("ordinary", "builtin")[:_PROBES]]
+    except ValueError:
+        return "random", np.random.default_rng(0).integers(0, vocab_size, tokens_BT.shape, np.int32), valid_BT
+    for b, example in enumerate(examples):
+        ids = (*example.prompt_ids, *example.answer_ids)[:_LENGTH]
+        tokens_BT[b, :len(ids)], valid_BT[b] = ids, np.arange(_LENGTH) < len(ids)
+    return "text", tokens_BT, valid_BT
+
+
+def _no_torch(parameters: int) -> str | None:
+    """Say why torch cannot be the witness, or None if it can."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    need = 6 * parameters  # float32 weights, and half as much again while a file is read
+    free = _available_memory()
+    if free is not None and need > free:
+        return f"it would need {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+    return None
+
+
+def _available_memory() -> int | None:
+    path = pathlib.Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+
+
+def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+    """Return the float32 logits [N, V] of Hugging Face torch at the valid positions."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=False, local_files_only=True, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return np.concatenate([
+            model(torch.tensor(tokens[valid][None]).long()).logits[0].numpy() for tokens, valid in zip(tokens_BT, valid_BT)])
+
+
+def _log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    shifted_V = logits_V.astype(np.float64) - np.max(logits_V)
+    return shifted_V - np.log(np.sum(np.exp(shifted_V)))
+
+
+def _kl(reference_V: np.ndarray, other_V: np.ndarray) -> float:
+    """Return KL(reference, other) in nats."""
+    p_V, q_V = _log_softmax(reference_V), _log_softmax(other_V)
+    return float(np.sum(np.exp(p_V) * (p_V - q_V)))

@@ -1,0 +1,129 @@
+"""Conversions between Hugging Face folders, GGUF files and orbax checkpoints, each with a certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any, Mapping
+
+from safepatch_jax import files
+from safepatch_jax.console import say
+from safepatch_jax.io import gguf
+from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint, read_description, save_checkpoint
+from safepatch_jax.io.hf import Checkpoint, has_weights, load_params, save_model, stored_dtypes
+from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.describe import describe
+from safepatch_jax.pipeline import certificate
+
+_KINDS = ("hf", "orbax", "gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model is: kind 'hf', 'orbax' or 'gguf', and path."""
+
+    kind: str
+    path: pathlib.Path
+
+    @classmethod
+    def parse(cls, text: str) -> "Place":
+        """Read ``hf:DIR``, ``orbax:DIR``, ``gguf:FILE``, ``smollm2``, or a bare path, whose kind is then seen from its content.
+
+        Raises:
+          ValueError: another kind, or no path.
+        """
+        if text == "smollm2":
+            return cls("gguf", gguf.find_smollm2())
+        kind, colon, rest = text.partition(":")
+        if colon and kind in _KINDS and rest:
+            return cls(kind, pathlib.Path(rest).expanduser())
+        path = pathlib.Path(text).expanduser()
+        if not text or (colon and not path.exists()):
+            raise ValueError(f"'{text}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2.")
+        if path.suffix == ".gguf":
+            return cls("gguf", path)
+        return cls("orbax" if (path / MODEL).is_file() else "hf", path)
+
+
+def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", dtype: str = "keep", rounding: str = "nearest",
+            seed: int = 0, shard_bytes: int = 5_000_000_000, tokenizer: str | None = None, certify: str = "logits",
+            ) -> pathlib.Path:
+    """Convert a model; the target folder appears whole, with its certificate, or not at all.
+
+    Args:
+      source, target: see `Place.parse`.
+      mesh: onto which devices the arrays are laid.
+      dtype, rounding, seed, shard_bytes: see `save_model`; a target hf:DIR alone has them.
+      tokenizer: folder whose tokenizer goes with a GGUF file.
+      certify: 'logits' or 'hashes', see `certificate.certify`.
+
+    Returns:
+      path of the certificate.
+
+    Raises:
+      ValueError: bad source, target, weights or mesh; see `load_params`, `load_checkpoint` and `convert_gguf`.
+    """
+    origin, goal = Place.parse(source), Place.parse(target)
+    if goal.kind == "gguf":
+        raise ValueError(f"target '{target}': only hf:DIR and orbax:DIR can be written.")
+    if tokenizer and origin.kind != "gguf":
+        raise ValueError("a tokenizer folder goes with GGUF sources; hf and orbax models carry their own.")
+    if goal.kind == "orbax" and dtype != "keep":
+        raise ValueError("dtype is for a target hf:DIR; an orbax checkpoint keeps the stored one.")
+    if origin.kind == goal.kind == "orbax":
+        raise ValueError("source and target are both orbax: a checkpoint restores onto any mesh, so copying the folder is enough.")
+    files.refuse_full_folder(goal.path)
+    sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
+    with files.new_folder(goal.path) as out, tempfile.TemporaryDirectory(dir=goal.path.parent, prefix=".convert.") as staging:
+        if origin.kind == "gguf":
+            straight = goal.kind == "hf" and dtype == "keep"
+            folder = out if straight else pathlib.Path(staging) / "model"
+            say(f"Reading {origin.path}")
+            gguf.convert_gguf(origin.path, folder, tokenizer=tokenizer)
+            origin = Place("hf", folder)
+        if goal.kind == "orbax":
+            result = _to_orbax(origin.path, out, sharder, logits)
+        elif origin.path == out:
+            result = certificate.certify(out, sharder, logits=logits, kind="import")
+        else:
+            export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
+            result = _to_hf(origin, out, sharder, logits, export)
+        files.write_json(out / certificate.FILE, result)
+    say(certificate.summary(result))
+    return goal.path / certificate.FILE
+
+
+def _to_orbax(folder: pathlib.Path, out: pathlib.Path, sharder: Sharder, logits: bool) -> dict[str, Any]:
+    result = certificate.certify(folder, sharder, logits=logits, kind="import")
+    say(f"Reading {folder}")
+    save_checkpoint(out, load_params(folder, sharder)[1], folder, stored_dtypes(folder))
+    return result
+
+
+def _to_hf(origin: Place, out: pathlib.Path, sharder: Sharder, logits: bool, export: Mapping[str, Any]) -> dict[str, Any]:
+    say(f"Reading {origin.path}")
+    if origin.kind == "orbax":
+        config, params, stored = load_checkpoint(origin.path, sharder)
+        companions, before = origin.path / COMPANIONS_FOLDER, certificate.recorded_hashes(origin.path)
+    else:
+        config, params = load_params(origin.path, sharder)
+        companions, stored = origin.path, stored_dtypes(origin.path)
+        before = certificate.tensor_hashes(Checkpoint(origin.path))
+    save_model(out, params, config, companions, stored=stored, **export)
+    del params
+    return certificate.certify(out, sharder, logits=logits, kind="export", before=before)
+
+
+def inspect_model(model: str, scope: str) -> list[str]:
+    """Return the lines that describe a model folder or checkpoint, see `describe`. Raises ValueError for a GGUF file."""
+    place = Place.parse(model)
+    if place.kind == "gguf":
+        raise ValueError(f"{place.path}: convert the file first: python -m launch.convert --source=gguf:{place.path} "
+                         "--target=hf:DIR.")
+    if place.kind == "orbax":
+        return describe(read_hf_config(place.path / COMPANIONS_FOLDER), scope, read_description(place.path))
+    config = read_hf_config(place.path)
+    stored = stored_dtypes(place.path) if has_weights(place.path) else None
+    return describe(config, scope, stored)
