@@ -12,23 +12,35 @@ import jax.numpy as jnp
 from safepatch_jax import files
 from safepatch_jax.io.hf import save_model
 from safepatch_jax.models.config import config_from_hf
+from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 _SPECIALS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
+# What a family's config.json has beside the attributes that all share.
+_OWN = {
+    "llama": {},
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "head_dim": 16},
+    "mistral": {"sliding_window": 8, "tie_word_embeddings": False},
+    "qwen2": {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 2},
+}
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Return a config.json of a two-layer Llama over bytes; `changes` replace attributes."""
+    """Return a config.json of a two-layer model over bytes, a Llama or the `model_type` among the changes.
+
+    `changes` replace attributes.
+    """
+    family = changes.get("model_type", "llama")
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264, "hidden_size": 32,
-        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+        "architectures": [FAMILIES[family].architecture if family in FAMILIES else "Unknown"], "model_type": family,
+        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
         "torch_dtype": "float32",
-    } | changes
+    } | _OWN.get(family, {}) | changes
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:

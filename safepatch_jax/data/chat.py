@@ -104,6 +104,10 @@ class Chat:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def end_of_turn(self) -> int:
+        """Return the id with which an answer ends in the chat template."""
+        return self.encode("test", "test").answer_ids[-1]
+
     def encode_all(self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int) -> Encoded:
         """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no end-of-turn token).
 
@@ -122,6 +126,7 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
 
 def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[tuple[str, str]]:
     """Pair each record's prompt with its answer or its refusal."""

@@ -14,6 +14,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
 _BYTE_LEVEL = ("smollm", "llama-bpe", "qwen2")
+_LONGEST = 1024  # characters of a token; known vocabularies stay below 300, and all cuts of a token are tried
 _COPY = "Give --tokenizer=DIR with the tokenizer files of the model's Hugging Face folder"
 
 
@@ -40,7 +41,7 @@ def write_tokenizer(metadata: Mapping[str, Any], out: pathlib.Path, where: str =
             tokenizer = _byte_level(tokens, _merges(metadata, tokens), pre)
         else:
             gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
-            tokenizer = (_gemma if gemma else _sentencepiece)(tokens, metadata)
+            tokenizer = _gemma(tokens, types, metadata) if gemma else _sentencepiece(tokens, metadata)
         special = {name: _token(metadata, tokens, key) for name, key in (
             ("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}
         _keep_whole(tokenizer, tokens, types)
@@ -103,13 +104,15 @@ def _sentencepiece(tokens: list[str], metadata: Mapping[str, Any]):
     return tokenizer
 
 
-def _gemma(tokens: list[str], metadata: Mapping[str, Any]):
+def _gemma(tokens: list[str], types: list[int], metadata: Mapping[str, Any]):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    # GGUF writes runs of spaces as such, and scores that say nothing: the order of the vocabulary is that of the merges.
+    # GGUF writes runs of spaces as such, and scores that say nothing. Runs come first, long ones before short ones; then
+    # the order of the vocabulary is that of the merges.
     vocab = _index(["▁" * len(t) if t and not t.strip(" ") else t for t in tokens])
+    order = {t: 1 if types[i] == _USER_DEFINED else -i for t, i in vocab.items()}
     tokenizer = Tokenizer(models.BPE(
-        vocab=vocab, merges=_pairs(vocab, {t: -i for t, i in vocab.items()}), unk_token=_token(metadata, tokens, "unknown"),
+        vocab=vocab, merges=_pairs(vocab, order), unk_token=_token(metadata, tokens, "unknown"),
         fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -155,6 +158,8 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not tokens:
         raise _Damaged("tokenizer.ggml.tokens is no list of strings")
+    if max(map(len, tokens)) > _LONGEST:
+        raise _Damaged(f"a token has more than {_LONGEST} characters")
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         raise _Damaged("tokenizer.ggml.token_type is not one whole number a token")
     return tokens, types.tolist()

@@ -86,11 +86,11 @@ class Context:
         return load_params(folder, self.sharder)
 
     def stop_ids(self, folder: pathlib.Path) -> tuple[int, ...]:
-        """Return every id that ends an answer: of the config, the generation config and the tokenizer."""
+        """Return every id that ends an answer: of the config, the generation config, the tokenizer and the template."""
         ids = set(read_hf_config(folder).eos_ids)
         path = folder / "generation_config.json"
         if path.is_file():
             eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        eos = self.chat(folder).tokenizer.eos_token_id
-        return tuple(sorted(ids | ({eos} if eos is not None else set())))
+        chat = self.chat(folder)
+        return tuple(sorted((ids | {chat.tokenizer.eos_token_id, chat.end_of_turn()}) - {None}))

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from safepatch_jax import files
-from safepatch_jax.io.hf import INDEX, SINGLE, Checkpoint, load_params, save_model
+from safepatch_jax.io.hf import INDEX, SINGLE, Checkpoint, load_params, save_model, stored_dtypes
 from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table, unnest
-from safepatch_jax.testing import write_tiny_model
+from safepatch_jax.testing import tiny_config, write_tiny_model
 from tests.conftest import sharder_of
 
 MESHES = {"1 device": (1, 1), "8 devices": (8, 1), "8 devices, tensor 2": (8, 2)}
@@ -71,23 +72,68 @@ def sharded(tmp_path):
     return write_tiny_model(tmp_path / "sharded", shard_bytes=40_000)
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def written_by_transformers(folder, family, dtype, layout):
+    """Random bits in the tensors of a tiny model, written by save_pretrained, or by torch.save as older versions did."""
+    torch = pytest.importorskip("torch", reason="the folders are written by transformers: pip install torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = tiny_config(model_type=family)
+    config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k not in ("torch_dtype", "architectures")})
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    rng = np.random.default_rng(0)
+    bits = torch.int32 if dtype == "float32" else torch.int16
+    with torch.no_grad():
+        for x in model.parameters():
+            x.view(bits).copy_(torch.tensor(rng.integers(*((-2**31, 2**31) if dtype == "float32" else (-2**15, 2**15)), x.shape)))
+    model.save_pretrained(folder, max_shard_size="20KB" if "sharded" in layout else "1GB")
+    if "torch" in layout:
+        index = folder / INDEX
+        homes = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+        state = model.state_dict()
+        renamed = {file: file.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin") for file in homes.values()}
+        for file in renamed:
+            torch.save({name: state[name] for name, home in homes.items() if home == file}, folder / renamed[file])
+        if index.is_file():
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+                {"metadata": {}, "weight_map": {name: renamed[file] for name, file in homes.items()}}))
+        reference = folder.with_name("reference")
+        reference.mkdir()
+        for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
+            path.rename(reference / path.name)
+        return reference
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["one safetensors", "sharded safetensors", "one torch", "sharded torch"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_round_trip_is_bitwise(tmp_path, dtype, mesh):
-    source = write_tiny_model(tmp_path / "source", dtype=dtype, tie_word_embeddings=False)
-    rewrite(source, noise)
-    config, params = load_params(source, sharder_of(*mesh))
-    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
-    assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {mesh[0]}
-    save_model(tmp_path / "single", params, config, source)
-    save_model(tmp_path / "cut", params, config, source, shard_bytes=20_000)
-    assert not (tmp_path / "single" / INDEX).exists()
-    assert_same_tensors(tmp_path / "single", source)
-    assert_same_tensors(tmp_path / "cut", source)
-    config, params = load_params(tmp_path / "cut", sharder_of(*mesh))
-    save_model(tmp_path / "back", params, config, tmp_path / "cut")
-    assert (tmp_path / "cut" / INDEX).exists() and not (tmp_path / "back" / INDEX).exists()
-    assert_same_tensors(tmp_path / "back", source)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_bitwise(tmp_path, family, dtype, layout):
+    source = tmp_path / "source"
+    reference = written_by_transformers(source, family, dtype, layout)
+    assert ("sharded" in layout) == (len(list(reference.glob("*.safetensors"))) > 1)
+    for name, mesh in MESHES.items():
+        config, params = load_params(source, sharder_of(*mesh))
+        assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {mesh[0]}
+        out = tmp_path / name
+        written = save_model(out, params, config, source, stored=stored_dtypes(source),
+                             shard_bytes=20_000 if mesh[0] == 1 else 10**9)
+        assert (out / INDEX).exists() == (mesh[0] == 1)
+        assert_same_tensors(out, reference)
+        assert written == {name: x.sha256() for name, x in Checkpoint(source).tensors.items()}
+
+
+def test_only_the_bytes_of_a_part_are_read(sharded):
+    """A row range of one tensor reads as many bytes as it holds; the rest of the file may be missing."""
+    tensor = Checkpoint(sharded).tensors["model.layers.1.mlp.down_proj.weight"]
+    whole = tensor.read()
+    rows = np.empty((8, 64), np.float32)
+    np.testing.assert_array_equal(tensor.read(rows, 16 * 64), whole[16:24])
+    os.truncate(tensor.path, tensor.offset + 24 * 64 * 4)
+    np.testing.assert_array_equal(tensor.read(rows, 16 * 64), whole[16:24])
+    for read in (lambda: tensor.read(rows, 17 * 64), lambda: tensor.read_box((slice(0, 4), slice(0, 4)), (32, 64))):
+        with pytest.raises(ValueError, match="truncated or was changed while it was read. Copy or download it again"):
+            read()
 
 
 def test_index_of_a_sharded_export(sharded):
@@ -142,16 +188,28 @@ def test_companions_are_copied_byte_for_byte_and_code_is_not(model, tmp_path, sh
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 def test_export_in_another_dtype_says_so(model, tmp_path, sharder, key):
     raw = json.loads((model / "config.json").read_text())
-    raw[key] = raw.pop("torch_dtype")
+    raw[key] = raw.pop("torch_dtype")  # as transformers writes it now, and as it did
     files.write_json(model / "config.json", raw)
     config, params = load_params(model, sharder)
     save_model(tmp_path / "out", params, config, model, dtype="bfloat16")
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**raw, key: "bfloat16"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        **raw, key: "bfloat16", "torch_dtype": "bfloat16"}
     out = load_file(tmp_path / "out" / SINGLE)
     for name, x in load_file(model / SINGLE).items():
         np.testing.assert_array_equal(out[name], x.astype(jnp.bfloat16))
         assert out[name].dtype == jnp.bfloat16
     assert load_params(tmp_path / "out", sharder)[0].dtype == "bfloat16"
+
+
+def test_a_second_head_that_differs_from_the_tied_embedding(model, sharder):
+    rewrite(model, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    assert "lm_head.weight differs from the embedding, though config.json ties the two" in failure(model, sharder)
+
+
+def test_a_missing_head(tmp_path, sharder):
+    model = write_tiny_model(tmp_path / "model")
+    files.write_json(model / "config.json", tiny_config(tie_word_embeddings=False))
+    assert "1 missing: lm_head.weight (if the head is the embedding, set tie_word_embeddings" in failure(model, sharder)
 
 
 def test_harmless_extra_tensors_are_ignored(model, sharder):
@@ -199,7 +257,7 @@ def test_broken_index(sharded, sharder, text):
 
 
 @pytest.mark.parametrize("other, hint", [
-    ("README.md", ""), ("pytorch_model.bin", "Found pytorch_model.bin: convert to safetensors first")])
+    ("README.md", ""), ("consolidated.pth", "Found consolidated.pth: convert to safetensors first")])
 def test_no_weights(model, sharder, other, hint):
     (model / SINGLE).rename(model / other)
     assert f"holds no weights: neither {SINGLE} nor {INDEX} is there" in (message := failure(model, sharder))
@@ -220,16 +278,20 @@ def test_all_that_does_not_fit_is_collected(model, sharder):
             "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight",
             "2 unexpected: model.layers.2.mlp.up_proj.weight, v_head.weight",
             "model.layers.0.mlp.gate_proj.weight has shape (32, 64), config.json says (64, 32)",
-            "model.layers.0.mlp.down_proj.weight has dtype I32, supported are F32, BF16, F16"):
+            "model.layers.0.mlp.down_proj.weight has dtype I32, supported are float32, bfloat16, float16"):
         assert part in message, part
 
 
-def test_layers_in_different_dtypes(model, sharder):
-    name = "model.layers.1.mlp.up_proj.weight"
-    rewrite(model, lambda t: t | {name: t[name].astype(np.float16)})
-    assert "the layers of model.layers.{layer}.mlp.up_proj.weight are stored as F16, F32" in (
-        message := failure(model, sharder))
-    assert "Convert the folder to one dtype" in message
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_each_tensor_is_stored_in_its_own_dtype_again(model, tmp_path, mesh):
+    kinds = {"model.layers.1.mlp.up_proj.weight": np.float16, "model.norm.weight": jnp.bfloat16,
+             "model.layers.0.self_attn.q_proj.weight": jnp.bfloat16, "model.layers.1.self_attn.q_proj.weight": np.float16}
+    rewrite(model, lambda t: {name: x.astype(kinds.get(name, x.dtype)) for name, x in t.items()})
+    config, params = load_params(model, sharder_of(*mesh))
+    assert {path: str(x.dtype) for path, x in unnest(params).items() if x.dtype != jnp.float32} == {
+        "final_norm/scale": "bfloat16"}  # layers of different dtypes are held as float32, which holds both
+    save_model(tmp_path / "out", params, config, model, stored=stored_dtypes(model))
+    assert_same_tensors(tmp_path / "out", model)
 
 
 def test_export_does_not_overwrite_unless_told(model, tmp_path, sharder):

@@ -23,14 +23,28 @@ def candidates(top_se, top_osm, combine):
     }[combine]
 
 
-def merge(theta, se, osm, kept_se, kept_osm, alpha, beta):
-    """Merge one matrix; sums in float32, one cast at the end, untouched entries as they were."""
+def merge(theta, se, osm, kept_se, kept_osm, alpha, beta, key=None):
+    """Merge one matrix; sums in float32, one cast at the end, untouched entries as they were.
+
+    With a key, touched entries of a 16-bit matrix are rounded stochastically.
+    """
     theta32 = theta.astype(np.float32)
     merged = theta32.copy()
     merged[kept_se] += np.float32(alpha) * (se - theta32)[kept_se]
     merged[kept_osm] += np.float32(beta) * (osm - theta32)[kept_osm]
     touched = kept_se | kept_osm
-    return np.where(touched, merged.astype(theta.dtype), theta), touched
+    cast = merged.astype(theta.dtype) if key is None or theta.itemsize == 4 else stochastic(merged, theta.dtype, key)
+    return np.where(touched, cast, theta), touched
+
+
+def stochastic(x, dtype, key):
+    """Round float32 to one of its two neighbours in a 16-bit dtype, the outer one with the share of the way as probability."""
+    nearest = x.astype(dtype)
+    towards_zero = nearest.view(np.uint16) - (np.abs(nearest.astype(np.float64)) > np.abs(x)).astype(np.uint16)
+    inner, outer = towards_zero.view(dtype), (towards_zero + np.uint16(1)).view(dtype)
+    low, high = np.abs(inner.astype(np.float64)), np.abs(outer.astype(np.float64))
+    share = (np.abs(x.astype(np.float64)) - low) / (high - low)
+    return np.where(random_bits(key, x.shape) * 2.0**-24 < share, outer, inner)
 
 
 def threefry2x32(key, counter):
@@ -49,9 +63,13 @@ def threefry2x32(key, counter):
     return x0, x1
 
 
-def retained(key, shape, retention):
-    """Bernoulli(p) for each flat index of a tensor."""
+def random_bits(key, shape):
+    """24 random bits for each flat index of a tensor."""
     with np.errstate(over="ignore"):
         x0, x1 = threefry2x32(key, np.arange(math.prod(shape), dtype=np.uint64))
-    bits = (x0 ^ x1) >> np.uint32(8)
-    return (bits < np.uint32(np.float32(retention) * np.float32(2.0**24))).reshape(shape)
+    return ((x0 ^ x1) >> np.uint32(8)).reshape(shape)
+
+
+def retained(key, shape, retention):
+    """Bernoulli(p) for each flat index of a tensor."""
+    return random_bits(key, shape) < np.uint32(np.float32(retention) * np.float32(2.0**24))

@@ -8,7 +8,7 @@ import pytest
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.merge import apply_patching, refuse_no_op, totals
-from safepatch_jax.patching.retention import tensor_keys
+from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.settings import PatchSettings
 from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
@@ -36,15 +36,15 @@ def place(tree, sharder):
     return {row.path: jax.device_put(tree[row.path], sharder.sharding(row.axes, row.shape)) for row in ROWS}
 
 
-def run(theta, derived, sensitivity, patch, devices=1, dtype="keep"):
+def run(theta, derived, sensitivity, patch, devices=1, dtype="keep", rounding="nearest"):
     sharder = sharder_of(devices)
     merged, statistics = apply_patching(
         place(theta, sharder), {r: place(t, sharder) for r, t in derived.items()},
-        {r: place(t, sharder) for r, t in sensitivity.items()}, ROWS, patch, SEED, sharder, "test", dtype)
+        {r: place(t, sharder) for r, t in sensitivity.items()}, ROWS, patch, SEED, sharder, "test", dtype, rounding)
     return {path: np.asarray(x) for path, x in merged.items()}, statistics
 
 
-def expected(theta, derived, sensitivity, patch):
+def expected(theta, derived, sensitivity, patch, rounding="nearest"):
     result, kept_total = {}, 0
     scale = 1 / patch.retention if patch.rescale else 1.0
     for row in ROWS:
@@ -60,7 +60,8 @@ def expected(theta, derived, sensitivity, patch):
             kept = {role: sets[role] & oracle.retained(tensor_keys(SEED, role, (name,))[0], row.hf_shape, patch.retention)
                     for role in sets}
             merged, touched = oracle.merge(hf(theta), hf(derived["se"]), hf(derived["osm"]), kept["se"], kept["osm"],
-                                           patch.alpha * scale, patch.beta * scale)
+                                           patch.alpha * scale, patch.beta * scale,
+                                           tensor_keys(SEED, "rounding", (name,))[0] if rounding == "stochastic" else None)
             kept_total += touched.sum()
             result[row.path][layer] = row.from_hf(merged)
     return result, kept_total
@@ -72,21 +73,23 @@ def expected(theta, derived, sensitivity, patch):
     PatchSettings(combine="union", retention=0.5, rescale=True, alpha=0.5, beta=2.0),
     PatchSettings(alpha=1.7, beta=0.3, top_rate_se=0.9, retention=1.0),
 ], ids=["default", "weight-intersection", "union-rescale", "odd-factors"])
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_bits_equal_the_oracle(patch, dtype):
+@pytest.mark.parametrize("dtype, rounding", [
+    (np.float32, "nearest"), (jnp.bfloat16, "nearest"), (jnp.bfloat16, "stochastic"), (np.float16, "stochastic")])
+def test_bits_equal_the_oracle(patch, dtype, rounding):
     theta, derived, sensitivity = inputs(dtype, step=3e-3)
-    merged, statistics = run(theta, derived, sensitivity, patch)
-    reference, kept = expected(theta, derived, sensitivity, patch)
+    merged, statistics = run(theta, derived, sensitivity, patch, rounding=rounding)
+    reference, kept = expected(theta, derived, sensitivity, patch, rounding)
     for path in merged:
         assert merged[path].tobytes() == reference[path].tobytes(), path
     assert totals(statistics)["kept"] == kept
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-def test_same_bits_on_several_devices(devices):
+@pytest.mark.parametrize("dtype, rounding", [(np.float32, "nearest"), (jnp.bfloat16, "stochastic")])
+def test_same_bits_on_several_devices(devices, dtype, rounding):
     patch = PatchSettings(top_rate_se=0.3, top_rate_osm=0.2, alpha=1.3)
-    one, statistics_one = run(*inputs(), patch)
-    many, statistics_many = run(*inputs(), patch, devices=devices)
+    one, statistics_one = run(*inputs(dtype), patch, rounding=rounding)
+    many, statistics_many = run(*inputs(dtype), patch, devices=devices, rounding=rounding)
     assert statistics_one == statistics_many
     for path in one:
         assert one[path].tobytes() == many[path].tobytes(), path
@@ -104,7 +107,9 @@ def test_counts_and_untouched_bits():
 
 def test_bfloat16_swallows_small_updates_and_says_so():
     theta, derived, sensitivity = inputs(jnp.bfloat16, step=1e-5)
-    assert totals(run(theta, derived, sensitivity, PatchSettings())[1])["survival"] < 0.5
+    nearest = totals(run(theta, derived, sensitivity, PatchSettings())[1])["survival"]
+    stochastic = totals(run(theta, derived, sensitivity, PatchSettings(), rounding="stochastic")[1])["survival"]
+    assert nearest < 0.5 and stochastic > nearest
     theta, derived, sensitivity = inputs(np.float32, step=1e-5)
     assert totals(run(theta, derived, sensitivity, PatchSettings())[1])["survival"] > 0.9
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from safepatch_jax.patching.retention import retained, tensor_keys
+from safepatch_jax.numerics import tensor_keys
+from safepatch_jax.patching.retention import retained
 from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
 from tests.patching import oracle
 

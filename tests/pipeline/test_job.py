@@ -1,5 +1,7 @@
 """The whole job on a tiny model: outputs, resumption, reuse, scratch, and a user's mistakes."""
 
+import hashlib
+import importlib.util
 import json
 import shutil
 
@@ -55,6 +57,29 @@ def test_outputs(finished, settings):
     manifest = json.loads((work / "manifest.json").read_text())
     assert set(manifest["stages"]) == set(finished.runner.stages)
     assert manifest["versions"]["jax"] == jax.__version__
+
+
+def test_certificates_and_model_card(finished):
+    imported = json.loads((finished.runner.folder("import") / "certificate.json").read_text())
+    export = finished.folder("export")
+    exported = json.loads((export / "certificate.json").read_text())
+    assert (imported["kind"], exported["kind"]) == ("import", "export")
+    assert exported["keys"]["matched"] == exported["keys"]["tensors"] == len(exported["tensors"])
+    statistics = finished.runner.result("patch")["tensors"]
+    assert set(exported["changed"]) == {name for name, s in statistics.items() if s["survived"]} != set()
+    assert exported["unchanged"] == len(exported["tensors"]) - len(exported["changed"]) > 0
+    for name, x in load_file(export / "model.safetensors").items():
+        assert exported["tensors"][name]["sha256"] == hashlib.sha256(x.tobytes()).hexdigest(), name
+    for found in (imported, exported):
+        assert found["logits"]["finite"] and found["logits"]["perplexity"] > 1
+        if importlib.util.find_spec("torch"):
+            torch = found["logits"]["torch"]
+            assert torch["max_abs_error"] <= 1e-5 * found["logits"]["largest"] and torch["top1_agreement"] == 1
+    card = (export / "README.md").read_text()
+    for part in ("# model, patched", "| before | ", "| after | ", "| top rates | a 0.2 (SE), b 0.2 (OSM)", "certifies no safety",
+                 finished.context.data_hashes["harmful"], "`certificate.json` has the SHA-256 of every tensor"):
+        assert part in card, part
+    assert str(finished.workdir) not in card
 
 
 def test_exported_model_differs_in_the_kept_entries_alone(finished):
