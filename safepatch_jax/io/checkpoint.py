@@ -44,8 +44,11 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, abstract)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise ValueError(f"Cannot restore the checkpoint {path}: {error}") from error
+    except Exception as error:
+        if type(error) not in (FileNotFoundError, ValueError, KeyError, Exception):  # orbax wraps what a disk says in the last
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}") from error
 
 
 def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: str | pathlib.Path,

@@ -44,6 +44,18 @@ def test_help_is_a_manual():
     assert "--patch.retention: p: probability" in result.stdout and "[0.3]" in result.stdout
 
 
+def test_convert_and_inspect(tiny, tmp_path):
+    result = call("launch.convert", f"--source=hf:{tiny}", f"--target=orbax:{tmp_path / 'checkpoint'}", "--certify=hashes")
+    assert result.returncode == 0, result.stderr
+    assert f"Certificate: {tmp_path / 'checkpoint' / 'certificate.json'}" in result.stdout
+    result = call("launch.inspect", f"--model={tmp_path / 'checkpoint'}", "--scope=all")
+    assert result.returncode == 0 and "model.layers.*.mlp.up_proj.weight" in result.stdout, result.stderr
+    result = call("launch.convert", f"--source=orbax:{tmp_path / 'checkpoint'}", f"--target=hf:{tiny}")
+    assert result.returncode == 2 and "exists and is not empty" in result.stderr and "Traceback" not in result.stderr
+    for launcher in ("launch.convert", "launch.inspect"):
+        assert f"python -m {launcher} --" in call(launcher, "--help").stdout
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
     result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", *flags)
     assert result.returncode == 0, result.stderr

@@ -331,7 +331,7 @@ def test_missing_attribute(name):
 @pytest.mark.parametrize("model_type", ["gemma3", None, ["llama"]])
 def test_unknown_family(model_type):
     assert f"model_type {model_type!r} is not supported; supported: llama, gemma, mistral, qwen2." in refusal(
-        tiny_config(model_type=model_type))
+        tiny_config() | {"model_type": model_type})
 
 
 def test_heads_that_do_not_divide():

@@ -1,0 +1,80 @@
+"""Model checkpoints: bitwise onto any mesh, and refused when damaged or of another architecture."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from safepatch_jax.io.checkpoint import load_checkpoint, save_checkpoint
+from safepatch_jax.io.hf import load_params, stored_dtypes
+from safepatch_jax.testing import write_tiny_model
+from tests.conftest import sharder_of
+
+
+def make(folder, sharder, **changes):
+    model = write_tiny_model(folder / "model", **changes)
+    params = load_params(model, sharder)[1]
+    save_checkpoint(folder / "checkpoint", params, model, stored_dtypes(model))
+    return model, params, folder / "checkpoint"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("meshes", [((1, 1), (8, 2)), ((8, 1), (4, 2)), ((8, 2), (1, 1))])
+def test_restored_onto_another_mesh(tmp_path, meshes, dtype):
+    written, read = (sharder_of(*mesh) for mesh in meshes)
+    model, params, checkpoint = make(tmp_path, written, dtype=dtype)
+    config, restored, stored = load_checkpoint(checkpoint, read)
+    assert config == load_params(model, written)[0] and stored == stored_dtypes(model)
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype == jnp.dtype(dtype)
+        assert len(y.sharding.device_set) == read.mesh.size
+
+
+def test_another_architecture(tmp_path, sharder):
+    _, _, checkpoint = make(tmp_path, sharder)
+    path = checkpoint / "hf" / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"num_hidden_layers": 3, "tie_word_embeddings": False, "intermediate_size": 48}))
+    with pytest.raises(ValueError) as raised:
+        load_checkpoint(checkpoint, sharder)
+    for part in ("the arrays are of another architecture than hf/config.json", "head/kernel is missing",
+                 "layers/mlp/gate has shape (2, 64, 32), the architecture needs (3, 48, 32)", "and 2 more", "Convert the right model again"):
+        assert part in str(raised.value), part
+    path.write_text(json.dumps(raw | {"model_type": "qwen2"}))
+    with pytest.raises(ValueError, match="layers/attention/q_bias is missing"):
+        load_checkpoint(checkpoint, sharder)
+
+
+def test_no_checkpoint(tmp_path, tiny, sharder):
+    for folder in (tmp_path / "absent", tiny):
+        with pytest.raises(ValueError, match="is no model checkpoint: model.json is not there. Make one with python -m launch"):
+            load_checkpoint(folder, sharder)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1, "stored": 3}', '{"format": 99, "stored": {}}'])
+def test_damaged_description(tmp_path, sharder, text):
+    _, _, checkpoint = make(tmp_path, sharder)
+    (checkpoint / "model.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.json is damaged or of another version"):
+        load_checkpoint(checkpoint, sharder)
+
+
+def test_arrays_that_are_gone_or_cut(tmp_path, sharder):
+    _, _, checkpoint = make(tmp_path, sharder)
+    for path in (checkpoint / "params").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="Cannot restore the checkpoint"):
+        load_checkpoint(checkpoint, sharder)
+    shutil.rmtree(checkpoint / "params")
+    with pytest.raises(ValueError, match="params is no orbax checkpoint, or damaged"):
+        load_checkpoint(checkpoint, sharder)
+
+
+def test_a_full_folder_is_left_alone(tmp_path, sharder):
+    model, params, _ = make(tmp_path, sharder)
+    with pytest.raises(ValueError, match="exists and is not empty; nothing was written"):
+        save_checkpoint(model, params, model, {})
