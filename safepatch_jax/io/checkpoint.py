@@ -107,7 +107,9 @@ def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, An
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder / PARAMS)
-            held = unnest(getattr(metadata, "item_metadata", metadata))
+            if (held := getattr(metadata, "item_metadata", metadata)) is None:
+                raise ValueError("its metadata is gone")
+            held = unnest(held)
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(f"{folder / PARAMS} is no orbax checkpoint, or damaged ({error}); convert the model again.") from error
     problems = [f"{path} is missing" for path in table.by_path if path not in held]
