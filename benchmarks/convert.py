@@ -5,8 +5,9 @@
 
 The model has random weights in several files (the shape of TinyLlama-1.1B). Each figure comes from a process of its own,
 so that its peak resident memory is its own; copy, import and export take turns, and the medians are compared. Files are in
-the page cache for all three, and the disk is idle when each begins. The floor of an import is reading the bytes once, of an export writing them once; the copy
-does both. `copy` is `shutil.copyfile` (which lets the kernel copy), `copy + fsync` waits for the disk as the export does.
+the page cache for all three, and the disk is idle when each begins. The floor of an import is reading the bytes once, of an
+export writing them once; the copy does both. `copy` is `shutil.copyfile` (the kernel copies, and returns before anything is on
+the disk); `copy + fsync` waits for the disk, as the export does, which also computes the SHA-256 of every tensor.
 """
 
 from __future__ import annotations
@@ -117,9 +118,10 @@ def main(argv) -> None:
     median = {name: statistics.median(values) for name, values in taken.items()}
     print(f"{size / 1e9:.2f} GB in {-(-size // SHARD_BYTES)} files, mesh {_MESH.value}, {_DEVICES.value} device(s), "
           f"median of {_REPEATS.value}\n")
-    print("| | seconds | GB/s | of the copy | of copy + fsync |\n|---|---|---|---|---|")
+    print("| | seconds | least - most | GB/s | of the copy | of copy + fsync |\n|---|---|---|---|---|---|")
     for name in ("copy", "copy + fsync", "import", "export"):
-        print(f"| {name} | {median[name]:.2f} | {size / median[name] / 1e9:.2f} | {median['copy'] / median[name]:.0%} | "
+        print(f"| {name} | {median[name]:.2f} | {min(taken[name]):.2f} - {max(taken[name]):.2f} | "
+              f"{size / median[name] / 1e9:.2f} | {median['copy'] / median[name]:.0%} | "
               f"{median['copy + fsync'] / median[name]:.0%} |")
     print("\n| | arrays, GiB | peak resident, GiB | above the arrays, GiB |\n|---|---|---|---|")
     for part in ("import", "import + export"):

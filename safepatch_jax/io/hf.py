@@ -196,10 +196,17 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
 _cast = jax.jit(lambda x, key, dtype, rounding: cast(x, dtype, rounding, key), static_argnames=("dtype", "rounding"))
 
 
-def _layer_of(x: jax.Array, layer: int):
-    if len(x.sharding.device_set) == 1 and next(iter(x.devices())).platform == "cpu":
-        return np.asarray(x)[layer]  # a view: the array lies in host memory already
-    return x[layer]
+def _layer_of(x: jax.Array, layer: int) -> jax.Array | np.ndarray:
+    if any(device.platform != "cpu" for device in x.devices()):
+        return x[layer]
+    assert x.sharding.shard_shape(x.shape)[0] == x.shape[0], "layers are not cut over the mesh"
+    views = [(shard.index[1:], np.asarray(shard.data)) for shard in x.addressable_shards if shard.replica_id == 0]
+    if len(views) == 1:  # the array lies in host memory already
+        return views[0][1][layer]
+    out = np.empty(x.shape[1:], x.dtype)
+    for index, view in views:
+        out[index] = view[layer]
+    return out
 
 
 def has_weights(folder: str | pathlib.Path) -> bool:

@@ -6,14 +6,15 @@ direction, and holding a whole file in memory is what we must not do.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Callable, Iterator, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -89,13 +90,18 @@ def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: C
             room = shard_bytes
         shards[-1].append(name)
         room -= planned.size
-    weight_map, hashes = {}, {}
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
     total = sum(planned.size for planned in plan.values())
-    with progress(total, title, "B") as bar:
-        for number, names in enumerate(shards, 1):
-            file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            hashes |= write_file(folder / file_name, {name: plan[name] for name in names}, tensor_of, bar.update)
-            weight_map |= dict.fromkeys(names, file_name)
+    # Hashing, and waiting for the disk at the end of a file, go on beside the writing of what comes next.
+    with progress(total, title, "B") as bar, ThreadPoolExecutor(2) as pool:
+        hashes, ends = {}, []
+        for name, tensors in zip(names, shards):
+            with _explained(folder / name, sum(plan[t].size for t in tensors)):
+                ends.append(_write_file(folder / name, {t: plan[t] for t in tensors}, tensor_of, pool, hashes, bar.update))
+        for name, end in zip(names, ends):
+            with _explained(folder / name, total):
+                end.result()
     if len(shards) > 1:
         parameters = sum(math.prod(planned.shape) for planned in plan.values())
         files.write_json(folder / INDEX, {
@@ -103,9 +109,18 @@ def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: C
     return hashes
 
 
-def write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Callable[[str], np.ndarray],
-               written: Callable[[int], object] = lambda size: None) -> dict[str, str]:
-    """Write one safetensors file tensor by tensor; arguments, result and errors as `write_shards`."""
+@contextlib.contextmanager
+def _explained(path: pathlib.Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error.strerror or error}. It needs {size:,} bytes; free space or use another "
+                      "folder, then give the same command again.") from error
+
+
+def _write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Callable[[str], np.ndarray], pool: Executor,
+                hashes: dict[str, str], written: Callable[[int], object]) -> Future:
+    """Write one file tensor by tensor, add their hashes to `hashes`; return what waits for the disk and closes the file."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, planned in plan.items():
         header[name] = {"dtype": _CODES[planned.dtype], "shape": planned.shape,
@@ -113,22 +128,33 @@ def write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Calla
         offset += planned.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    file = open(path, "wb")
     try:
-        with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
-            file.write(len(text).to_bytes(8, "little") + text)
-            hashes = {}
-            for name, planned in plan.items():
-                x = np.ascontiguousarray(tensor_of(name))
-                assert (x.shape, x.dtype) == (planned.shape, DTYPES[planned.dtype]), (name, x.shape, x.dtype, planned)
-                data = memoryview(x.reshape(-1).view(np.uint8))
-                hashing = pool.submit(hashlib.sha256, data)  # beside the writing: the two take about equally long
-                for start in range(0, len(data), _PIECE):
-                    file.write(data[start:start + _PIECE])
-                hashes[name] = hashing.result().hexdigest()
-                written(planned.size)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f"Cannot write {path}: {error.strerror or error}. It needs {offset:,} bytes; free space or use another "
-                      "folder, then give the same command again.") from error
-    return hashes
+        file.write(len(text).to_bytes(8, "little") + text)
+        before = None
+        for name, planned in plan.items():
+            x = np.ascontiguousarray(tensor_of(name))
+            assert (x.shape, x.dtype) == (planned.shape, DTYPES[planned.dtype]), (name, x.shape, x.dtype, planned)
+            data = memoryview(x.reshape(-1).view(np.uint8))
+            hashing = pool.submit(_hash, name, data, hashes)
+            for start in range(0, len(data), _PIECE):
+                file.write(data[start:start + _PIECE])
+            if before is not None:
+                before.result()  # so that no more than two tensors are held
+            before = hashing
+            written(planned.size)
+        before.result()
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return pool.submit(_finish, file)
+
+
+def _hash(name: str, data: memoryview, hashes: dict[str, str]) -> None:
+    hashes[name] = hashlib.sha256(data).hexdigest()
+
+
+def _finish(file) -> None:
+    with file:
+        os.fsync(file.fileno())

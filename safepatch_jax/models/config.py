@@ -238,7 +238,8 @@ def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[st
     """Return a config.json that transformers 4 and 5 read alike, in the style of the given one.
 
     Every attribute stays as it is. What transformers 5 alone would understand is said once more in the spelling of 4,
-    which otherwise falls back to base 10000 and no RoPE scaling without a word.
+    which otherwise falls back to base 10000 and no RoPE scaling without a word. So Gemma's old ``hidden_act: "gelu"``
+    stays too, which 4.57 takes for the exact function, 5 and we for the tanh approximation.
 
     Args:
       raw: content of a config.json that `config_from_hf` accepts.

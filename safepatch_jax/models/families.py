@@ -43,7 +43,7 @@ FAMILIES = {
          "eos_token_id": 1},
         {"activation": "gelu_tanh", "norm_offset": True, "embed_scale": True},
         # "gelu" is a slip of the first releases: the models were trained with, and mean, the tanh approximation.
-        {"hidden_act": ("gelu", "gelu_pytorch_tanh"), "hidden_activation": (None, "gelu", "gelu_pytorch_tanh"),
+        {"hidden_act": ("gelu", "gelu_pytorch_tanh"), "hidden_activation": (None, "gelu_pytorch_tanh"),
          "use_bidirectional_attention": (None, False)}),
     "mistral": Family(
         "MistralForCausalLM",

@@ -248,7 +248,8 @@ def test_an_attribute_of_another_family_is_unknown(family, name, value):
 
 
 @pytest.mark.parametrize("family, name, value, supported", [
-    ("gemma", "hidden_activation", "relu", "None or 'gelu' or 'gelu_pytorch_tanh'"),
+    ("gemma", "hidden_activation", "relu", "None or 'gelu_pytorch_tanh'"),
+    ("gemma", "hidden_activation", "gelu", "None or 'gelu_pytorch_tanh'"),
     ("gemma", "use_bidirectional_attention", True, "None or False"), ("qwen2", "use_mrope", True, "False"),
     ("qwen2", "hidden_act", "gelu", "'silu'"),
 ])
