@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -65,6 +66,28 @@ def refuse_full_folder(path: str | pathlib.Path) -> None:
         raise ValueError(f"'{path}' exists and is not empty; nothing was written. Give another folder or remove it first.")
 
 
+@functools.cache
+def _process_space() -> str | None:
+    """Return a name of this boot and process namespace, in which a process number means one process; None if unknown."""
+    try:
+        text = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _delete_abandoned(path: pathlib.Path) -> None:
+    """Delete what killed processes left half-filled beside a folder; those of other machines are left alone."""
+    if _process_space() is None:
+        return
+    prefix = f".{path.name}.{_process_space()}-"
+    for left in path.parent.iterdir():
+        pid = left.name.removeprefix(prefix).partition(".")[0]
+        ours = left.name.startswith(prefix) and left.suffix == ".partial" and pid.isdigit()
+        if ours and not pathlib.Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
     """Fill a folder under a temporary name, then rename it to `path`; on failure nothing is left.
@@ -76,7 +99,9 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     if not replace:
         refuse_full_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    _delete_abandoned(path)
+    prefix = f".{path.name}.{_process_space()}-{os.getpid()}."
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
     temporary.chmod(0o777 & ~umask())
     try:
         yield temporary
@@ -86,6 +111,17 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+
+
+def keep_only(folder: pathlib.Path, inner: pathlib.Path) -> None:
+    """Replace a folder's content by that of a folder within it."""
+    for path in folder.iterdir():
+        if path != inner:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    inner = inner.rename(inner.with_name(f".{inner.name}"))  # so that no file of the same name is in its way
+    for path in inner.iterdir():
+        path.rename(folder / path.name)
+    inner.rmdir()
 
 
 def umask() -> int:

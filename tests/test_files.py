@@ -1,6 +1,10 @@
 """Files appear whole or not at all, and text is read back as it was written."""
 
 import json
+import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +43,18 @@ def test_full_folder_is_refused_before_anything_is_written(tmp_path):
 def test_names_that_could_leave_their_folder(name):
     with pytest.raises(ValueError, match="refusing the file name"):
         files.plain_name(name, "index")
+
+
+def test_what_a_killed_process_left_half_filled_is_deleted_by_the_next(tmp_path):
+    code = ("import os, sys, signal\nfrom safepatch_jax import files\n"
+            "with files.new_folder(sys.argv[1]) as out:\n    (out / 'x').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "folder")], cwd=pathlib.Path(__file__).parents[1])
+    assert killed.returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".folder.") and (left / "x").read_text() == "half"
+    with files.new_folder(tmp_path / "other"), files.new_folder(tmp_path / "folder.b"):
+        assert left.exists()  # it is another folder's
+    with files.new_folder(tmp_path / "folder") as first, files.new_folder(tmp_path / "folder") as second:
+        assert not left.exists() and first.exists() and second.exists()  # living processes keep theirs
+        second.joinpath("y").write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.b", "other"]

@@ -7,6 +7,7 @@ A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dty
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from typing import Any, Mapping
 
@@ -27,8 +28,8 @@ _FORMAT = 1
 
 def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
     """Write a nested dictionary of arrays; the folder appears whole or not at all."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), tree)
+    with _checkpointer(tree) as checkpointer:
+        checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.StandardSave(tree))
 
 
 def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -42,13 +43,20 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
     """
     path = pathlib.Path(path).absolute()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, abstract)
+        with _checkpointer(abstract) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
     except Exception as error:
         if type(error) not in (FileNotFoundError, ValueError, KeyError, Exception):  # orbax wraps what a disk says in the last
             raise
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}") from error
+
+
+def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
+    """Return a checkpointer that holds about one array at a time in host memory; orbax would hold 96 GB."""
+    largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    limit = max(2, math.ceil(largest / 1e9))
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit))
 
 
 def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: str | pathlib.Path,

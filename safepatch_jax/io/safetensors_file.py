@@ -90,7 +90,8 @@ def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: C
             room = shard_bytes
         shards[-1].append(name)
         room -= planned.size
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else names
     weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
     total = sum(planned.size for planned in plan.values())
     # Hashing, and waiting for the disk at the end of a file, go on beside the writing of what comes next.

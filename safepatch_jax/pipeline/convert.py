@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import tempfile
 from typing import Any, Mapping
 
 from safepatch_jax import files
@@ -76,12 +75,13 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
         raise ValueError("source and target are both orbax: a checkpoint restores onto any mesh, so copying the folder is enough.")
     files.refuse_full_folder(goal.path)
     sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
-    with files.new_folder(goal.path) as out, tempfile.TemporaryDirectory(dir=goal.path.parent, prefix=".convert.") as staging:
+    with files.new_folder(goal.path) as scratch:
+        out = scratch / "model"
         if origin.kind == "gguf":
             straight = goal.kind == "hf" and dtype == "keep"
-            folder = out if straight else pathlib.Path(staging) / "model"
+            folder = out if straight else scratch / "source"
             say(f"Reading {origin.path}")
-            gguf.convert_gguf(origin.path, folder, tokenizer=tokenizer)
+            gguf.convert_gguf(origin.path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes)
             origin = Place("hf", folder)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)
@@ -91,6 +91,7 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
             export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
             result = _to_hf(origin, out, sharder, logits, export)
         files.write_json(out / certificate.FILE, result)
+        files.keep_only(scratch, out)
     say(certificate.summary(result))
     return goal.path / certificate.FILE
 
