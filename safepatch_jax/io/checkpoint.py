@@ -29,7 +29,7 @@ _FORMAT = 1
 def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
     """Write a nested dictionary of arrays; the folder appears whole or not at all."""
     with _checkpointer(tree) as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.StandardSave(tree))
+        checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
 
 
 def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
     path = pathlib.Path(path).absolute()
     try:
         with _checkpointer(abstract) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(
+                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
     except Exception as error:
         if type(error) not in (FileNotFoundError, ValueError, KeyError, Exception):  # orbax wraps what a disk says in the last
             raise
@@ -53,10 +54,15 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
 
 
 def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
-    """Return a checkpointer that holds about one array at a time in host memory; orbax would hold 96 GB."""
+    """Return a checkpointer that holds about one array at a time in host memory.
+
+    Left to itself orbax holds up to 96 GB, and copies of all arrays while it compresses them, which saves a quarter of the
+    disk at best.
+    """
     largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    limit = max(2, math.ceil(largest / 1e9))
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit))
+    limit = max(1, math.ceil(largest / 1e9))
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(
+        use_compression=False, save_concurrent_gb=limit, restore_concurrent_gb=limit, save_device_host_concurrent_gb=limit))
 
 
 def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: str | pathlib.Path,
@@ -113,7 +119,7 @@ def read_description(folder: str | pathlib.Path) -> dict[str, str]:
 def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, Any]:
     """Compare the arrays of a checkpoint with the table before anything is read; return their dtypes by path."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(folder / PARAMS)
             if (held := getattr(metadata, "item_metadata", metadata)) is None:
                 raise ValueError("its metadata is gone")
