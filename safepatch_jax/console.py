@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Sequence
 
 import jax
 from tqdm import tqdm
@@ -19,3 +20,8 @@ def progress(total: int, title: str, unit: str) -> tqdm:
     """Return a progress bar with rate and remaining time, silent in all but the first process."""
     return tqdm(total=total, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
                 mininterval=0.5, disable=jax.process_index() != 0, leave=True)
+
+
+def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:
+    """Return the first few items of a list that may be long, and how many more there are."""
+    return between.join(items[:most]) + (f"{between}and {len(items) - most} more" if len(items) > most else "")

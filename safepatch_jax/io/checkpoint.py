@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from safepatch_jax import files
+from safepatch_jax.console import some
 from safepatch_jax.io.companions import copy_companions
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
@@ -132,6 +133,5 @@ def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, An
                  for row in table if row.path in held and tuple(held[row.path].shape) != row.shape]
     if problems:
         raise ValueError(f"{folder}: the arrays are of another architecture than {COMPANIONS_FOLDER}/config.json: "
-                         + "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-                         + ". Convert the right model again.")
+                         + some(problems) + ". Convert the right model again.")
     return {path: x.dtype for path, x in held.items()}

@@ -8,7 +8,11 @@ from typing import Any, Callable, Mapping
 
 import numpy as np
 
+from safepatch_jax.console import some
 from safepatch_jax.io.stored import DTYPES, Stored
+from safepatch_jax.models.config import DecoderConfig, RopeScaling, config_from_hf
+from safepatch_jax.models.decoder import rotary_frequencies
+from safepatch_jax.models.table import param_table
 
 _BENIGN = ("vocab_size", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned")
 
@@ -29,14 +33,13 @@ class _Family:
     extra: Mapping[str, Any]
     permuted: bool = False
     norm_offset: int = 0
-    qkv_bias: bool = False
     always_tied: bool = False
 
 
 _FAMILIES = {
     "llama": _Family("Llama", {"hidden_act": "silu"}, permuted=True),
     "gemma": _Family("Gemma", {"hidden_act": "gelu_pytorch_tanh"}, norm_offset=1, always_tied=True),
-    "qwen2": _Family("Qwen2", {"hidden_act": "silu", "use_sliding_window": False}, qkv_bias=True),
+    "qwen2": _Family("Qwen2", {"hidden_act": "silu", "use_sliding_window": False}),
 }
 
 
@@ -55,6 +58,26 @@ class Model:
     sources: dict[str, str]
     permuted_heads: dict[str, int]
     norm_offset: int
+
+
+# The name of each row of the parameter table in GGUF.
+_GGUF_NAMES = {
+    "embedder/embedding": "token_embd.weight",
+    "layers/attention_norm/scale": "blk.{layer}.attn_norm.weight",
+    "layers/attention/q": "blk.{layer}.attn_q.weight",
+    "layers/attention/k": "blk.{layer}.attn_k.weight",
+    "layers/attention/v": "blk.{layer}.attn_v.weight",
+    "layers/attention/o": "blk.{layer}.attn_output.weight",
+    "layers/attention/q_bias": "blk.{layer}.attn_q.bias",
+    "layers/attention/k_bias": "blk.{layer}.attn_k.bias",
+    "layers/attention/v_bias": "blk.{layer}.attn_v.bias",
+    "layers/mlp_norm/scale": "blk.{layer}.ffn_norm.weight",
+    "layers/mlp/gate": "blk.{layer}.ffn_gate.weight",
+    "layers/mlp/up": "blk.{layer}.ffn_up.weight",
+    "layers/mlp/down": "blk.{layer}.ffn_down.weight",
+    "final_norm/scale": "output_norm.weight",
+    "head/kernel": "output.weight",
+}
 
 
 def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> Model:
@@ -110,11 +133,13 @@ def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where
         "rms_norm_eps": float(f"{eps:.6g}"),  # stored as float32
         **family.extra,
         **({"sliding_window": window} if window else {}),
-        **_rope(theta, head_dim, tensors.get("rope_freqs.weight") if name == "llama" else None, where),
+        "rope_theta": theta,
         "tie_word_embeddings": tied,
         **_token_ids(metadata, vocab, where),
     }
-    sources, shapes, permuted = _tensor_table(family, config)
+    divisors = tensors.get("rope_freqs.weight") if name == "llama" else None
+    config |= _rope(config_from_hf(config, where), divisors, where)
+    sources, shapes, permuted = _tensor_table(family, config_from_hf(config, where))
     _check_tensors(shapes, {k: v for k, v in tensors.items() if k != "rope_freqs.weight" or name != "llama"}, where)
     return Model(config, sources, permuted, family.norm_offset)
 
@@ -156,7 +181,7 @@ class _Fields:
     def raise_problems(self, where: str) -> None:
         self.problems += [f"{self.prefix}{k} = {v!r:.60} (unknown)" for k, v in self.values.items() if k not in self.handled]
         if self.problems:
-            raise ValueError(f"{where}: its metadata cannot be represented: {_some(self.problems)}.")
+            raise ValueError(f"{where}: its metadata cannot be represented: {some(self.problems)}.")
 
 
 def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str, Any]:
@@ -165,79 +190,53 @@ def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str,
            if f"tokenizer.ggml.{k}_token_id" in metadata}
     wrong = [f"tokenizer.ggml.{k}_token_id = {v!r:.60}" for k, v in ids.items() if type(v) is not int or not 0 <= v < vocab]
     if wrong:
-        raise ValueError(f"{where}: {_some(wrong)}: an id is a row of the embedding, which has {vocab}.")
+        raise ValueError(f"{where}: {some(wrong)}: an id is a row of the embedding, which has {vocab}.")
     ends = list(dict.fromkeys(ids[k] for k in ("eos", "eot", "eom") if k in ids))
     return {"bos_token_id": ids.get("bos"), "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
             "pad_token_id": ids.get("padding", ids.get("eos"))}
 
 
-def _rope(theta: float, head_dim: int, divisors: Stored | None, where: str) -> dict[str, Any]:
-    """Return base and scaling in the spelling of transformers 4 and that of 5."""
+def _rope(plain: DecoderConfig, divisors: Stored | None, where: str) -> dict[str, Any]:
+    """Return base and scaling in the spelling of transformers 4 and that of 5; the file has what divides each frequency."""
     scaling = None
     if divisors is not None:
-        if divisors.dtype != "float32" or divisors.shape != (head_dim // 2,):
+        if divisors.dtype != "float32" or divisors.shape != (plain.head_dim // 2,):
             raise ValueError(f"{where}: rope_freqs.weight is {divisors.dtype} {divisors.shape}, expected float32 "
-                             f"({head_dim // 2},). Convert the model from its Hugging Face folder instead.")
+                             f"({plain.head_dim // 2},). Convert the model from its Hugging Face folder instead.")
         given = divisors.read()
         slowest = float(given[-1])
         # Every LLaMA 3.x has these numbers; the factor is that of the slowest rotation.
         scaling = {"rope_type": "llama3", "factor": slowest, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                    "original_max_position_embeddings": 8192}
-        follows = 1 <= slowest < math.inf and np.allclose(
-            given, _llama3_divisors(theta, head_dim, scaling), rtol=1e-5, atol=0)
-        if not follows:
+        scaled = dataclasses.replace(plain, rope_scaling=RopeScaling(slowest, 1.0, 4.0, 8192))
+        if not (1 <= slowest < math.inf and np.allclose(
+                given, rotary_frequencies(plain) / rotary_frequencies(scaled), rtol=1e-5, atol=0)):
             raise ValueError(f"{where}: rope_freqs.weight does not follow from LLaMA 3's RoPE scaling (low_freq_factor 1, "
                              "high_freq_factor 4, original length 8192), and nothing else can be written into config.json. "
                              "Convert the model from its Hugging Face folder instead.")
-    return {"rope_theta": theta, "rope_scaling": scaling,
-            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta}}
+    return {"rope_theta": plain.rope_theta, "rope_scaling": scaling,
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": plain.rope_theta}}
 
 
-def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
-    """Return by what each RoPE frequency is divided, as in transformers' `_compute_llama3_parameters`."""
-    length, low, high = (scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
-
-
-def _tensor_table(family: _Family, config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tuple], dict[str, int]]:
+def _tensor_table(family: _Family, decoder: DecoderConfig) -> tuple[dict[str, str], dict[str, tuple], dict[str, int]]:
     """Return Hugging Face name -> GGUF name, -> shape, and -> number of heads where rows are permuted."""
-    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    N, K = config["num_attention_heads"], config["num_key_value_heads"]
-    NH, KH = N * config["head_dim"], K * config["head_dim"]
-    block = [
-        ("input_layernorm", "attn_norm", (D,)),
-        ("self_attn.q_proj", "attn_q", (NH, D)),
-        ("self_attn.k_proj", "attn_k", (KH, D)),
-        ("self_attn.v_proj", "attn_v", (KH, D)),
-        ("self_attn.o_proj", "attn_output", (D, NH)),
-        ("post_attention_layernorm", "ffn_norm", (D,)),
-        ("mlp.gate_proj", "ffn_gate", (F, D)),
-        ("mlp.up_proj", "ffn_up", (F, D)),
-        ("mlp.down_proj", "ffn_down", (D, F)),
-    ]
-    block = [(hf + ".weight", ours + ".weight", shape) for hf, ours, shape in block]
-    if family.qkv_bias:
-        block += [(f"self_attn.{k}_proj.bias", f"attn_{k}.bias", (NH if k == "q" else KH,)) for k in "qkv"]
-    rows = [("model.embed_tokens.weight", "token_embd.weight", (V, D))]
-    for i in range(config["num_hidden_layers"]):
-        rows += [(f"model.layers.{i}.{hf}", f"blk.{i}.{ours}", shape) for hf, ours, shape in block]
-    rows.append(("model.norm.weight", "output_norm.weight", (D,)))
-    if not config["tie_word_embeddings"]:
-        rows.append(("lm_head.weight", "output.weight", (V, D)))
-    heads = {"q_proj.weight": N, "k_proj.weight": K} if family.permuted else {}
-    return ({hf: ours for hf, ours, _ in rows}, {ours: shape for _, ours, shape in rows},
-            {hf: count for hf, *_ in rows for end, count in heads.items() if hf.endswith(end)})
+    heads = {"layers/attention/q": decoder.num_heads, "layers/attention/k": decoder.num_kv_heads} if family.permuted else {}
+    sources, shapes, permuted = {}, {}, {}
+    for hf_name, (row, layer) in param_table(decoder).hf_names().items():
+        ours = _GGUF_NAMES[row.path].format(layer=layer)
+        sources[hf_name], shapes[ours] = ours, row.hf_shape
+        if row.path in heads:
+            permuted[hf_name] = heads[row.path]
+    return sources, shapes, permuted
 
 
 def _check_tensors(shapes: Mapping[str, tuple], tensors: Mapping[str, Stored], where: str) -> None:
     """Check names, shapes and types; collect every mismatch and raise ValueError once."""
     problems = []
     if missing := [name for name in shapes if name not in tensors]:
-        problems.append(f"{len(missing)} missing: {_some(missing)}")
+        problems.append(f"{len(missing)} missing: {some(missing)}")
     if unknown := [f"{name!r:.100}" for name in tensors if name not in shapes]:
-        problems.append(f"{len(unknown)} unknown: {_some(unknown)}")
+        problems.append(f"{len(unknown)} unknown: {some(unknown)}")
     unreadable = {dtype for dtype in {x.dtype for x in tensors.values()} if not _is_readable(dtype)}
     for name, x in tensors.items():
         if name in shapes and x.shape != shapes[name]:
@@ -245,7 +244,7 @@ def _check_tensors(shapes: Mapping[str, tuple], tensors: Mapping[str, Stored], w
         if name in shapes and x.dtype in unreadable:
             problems.append(f"'{name}' has the type {x.dtype}, which cannot be dequantised")
     if problems:
-        raise ValueError(f"{where}: its tensors cannot be represented: {_some(problems)}. Take another file of the model "
+        raise ValueError(f"{where}: its tensors cannot be represented: {some(problems)}. Take another file of the model "
                          "(Q8_0, Q4_K_M, F16, BF16), or its Hugging Face folder.")
 
 
@@ -260,7 +259,3 @@ def _is_readable(dtype: str) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def _some(items: list[str], most: int = 6) -> str:
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax import files
+from safepatch_jax.console import some
 from safepatch_jax.io import safetensors_file, torch_file
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE, Planned, write_shards
@@ -64,7 +65,7 @@ class Checkpoint:
                              f"Copy them into {self.folder}.")
         held = {name: list_tensors(self.folder / name) for name in sorted(shards)}
         if absent := sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name]):
-            raise ValueError(f"{index} places tensors in files that do not hold them: {_few(absent)}.")
+            raise ValueError(f"{index} places tensors in files that do not hold them: {some(absent, ", ")}.")
         return {tensor: held[name][tensor] for tensor, name in weight_map.items()}
 
 
@@ -80,7 +81,7 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
     wanted, have = table.hf_names(), checkpoint.tensors
     problems = []
     if missing := sorted(wanted.keys() - have.keys()):
-        problems.append(f"{len(missing)} missing: {_few(missing)}")
+        problems.append(f"{len(missing)} missing: {some(missing, ", ")}")
         if missing == ["lm_head.weight"]:
             problems[-1] += " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
     left_out = {name: "rotary frequencies, computed from config.json" for name in have if name.endswith("rotary_emb.inv_freq")}
@@ -91,7 +92,7 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
                             "tie_word_embeddings to false if the head is its own)")
         left_out["lm_head.weight"] = "equal to the embedding, to which config.json ties it"
     if unexpected := sorted(have.keys() - wanted.keys() - left_out.keys()):
-        problems.append(f"{len(unexpected)} unexpected: {_few(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected: {some(unexpected, ", ")}")
     for name in sorted(wanted.keys() & have.keys()):
         if have[name].shape != wanted[name][0].hf_shape:
             problems.append(f"{name} has shape {have[name].shape}, config.json says {wanted[name][0].hf_shape}")
@@ -217,7 +218,3 @@ def has_weights(folder: str | pathlib.Path) -> bool:
 def stored_dtypes(folder: str | pathlib.Path) -> dict[str, str]:
     """Return the dtype in which each tensor of a model folder is stored, by HF name. Raises ValueError as Checkpoint."""
     return {name: x.dtype for name, x in Checkpoint(folder).tensors.items()}
-
-
-def _few(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

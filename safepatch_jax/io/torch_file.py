@@ -14,6 +14,7 @@ import pickletools
 import zipfile
 from typing import Any
 
+from safepatch_jax.console import some
 from safepatch_jax.io.stored import Stored
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
@@ -27,7 +28,7 @@ _DTYPE_OF |= {f"torch.{dtype}": dtype for dtype in _SIZES} | {"torch.storage.Unt
 _BUILDERS = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
              "torch._utils._rebuild_parameter")
 _PLAIN = ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
-_MOST_PICKLE_BYTES = 64 << 20  # a list of a thousand tensors takes about 150 kB
+_MOST_PICKLE_BYTES = 4 << 20  # a list of a thousand tensors takes about 150 kB
 _TRUST = "only tensors are read. Convert the file to safetensors with a tool that you trust."
 
 
@@ -118,8 +119,7 @@ def _list(path: pathlib.Path, file, archive: zipfile.ZipFile) -> dict[str, Store
         size = _SIZES[x.dtype]
         found[name] = Stored(path, places[x.storage.key] + x.offset * size, x.shape, x.dtype, math.prod(x.shape) * size)
     if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{path}: {'; '.join(problems[:6])}{more}. Save a plain dictionary of contiguous tensors, or "
+        raise ValueError(f"{path}: {some(problems)}. Save a plain dictionary of contiguous tensors, or "
                          "convert the file to safetensors.")
     return found
 

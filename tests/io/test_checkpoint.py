@@ -41,7 +41,7 @@ def test_another_architecture(tmp_path, sharder):
     with pytest.raises(ValueError) as raised:
         load_checkpoint(checkpoint, sharder)
     for part in ("the arrays are of another architecture than hf/config.json", "head/kernel is missing",
-                 "layers/mlp/gate has shape (2, 64, 32), the architecture needs (3, 48, 32)", "and 2 more", "Convert the right model again"):
+                 "layers/attention/q has shape (2, 4, 8, 32), the architecture needs (3, 4, 8, 32)", "and 4 more", "Convert the right model again"):
         assert part in str(raised.value), part
     path.write_text(json.dumps(raw | {"model_type": "qwen2"}))
     with pytest.raises(ValueError, match="layers/attention/q_bias is missing"):
