@@ -108,8 +108,9 @@ def main(argv) -> None:
             for part in ("copy", "copy + fsync", "import", "import + export"):
                 out = subprocess.run(
                     [sys.executable, "-m", "benchmarks.convert", *sys.argv[1:], f"--folder={folder}", f"--part={part}"],
-                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu"})
+                    capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+                if out.returncode:
+                    sys.exit(f"{part} failed:\n{out.stderr[-3000:]}")
                 shutil.rmtree(target, ignore_errors=True)
                 for name, value in json.loads(out.stdout).items():
                     taken.setdefault(f"{part}: {name}" if name in ("arrays", "peak") else name, []).append(value)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Callable
 
-import jax
 from absl import app, logging
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a launcher: a ValueError or a full disk ends it with one clear line and exit code 2."""
+def run(main: Callable[..., None], *, positional: bool = False) -> None:
+    """Run a launcher: a ValueError or a full disk ends it with one clear line and exit code 2.
+
+    Args:
+      main: the launcher.
+      positional: it takes positional arguments, and is given the list of them.
+    """
 
     def wrapped(argv):
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             print(f"error: unexpected argument '{argv[1]}'; settings are given as --group.option=value.", file=sys.stderr)
             sys.exit(2)
         logging.set_verbosity(logging.ERROR)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-filled folders are cleared away
         try:
-            main()
+            main(*([argv[1:]] if positional else []))
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors; some launchers do without JAX
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(f"error: out of memory ({str(error).splitlines()[0]}). Lower --derive.batch_size and "
-                  "--evaluate.batch_size, set --model.remat, or use more devices (--mesh.shape).", file=sys.stderr)
+            reason = str(error).partition("\n")[0] or "the system gives no more"
+            print(f"error: out of memory ({reason}). Use more devices or a machine with more memory; in a run also lower "
+                  "--derive.batch_size and --evaluate.batch_size, or set --model.remat.", file=sys.stderr)
             sys.exit(2)
 
     app.run(wrapped)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-import jax
 from tqdm import tqdm
+
+
+def _first_process() -> bool:
+    jax = sys.modules.get("jax")  # a process without JAX is alone, and should stay without it
+    return jax is None or jax.process_index() == 0
 
 
 def say(text: str) -> None:
     """Print one line, in the first process alone."""
-    if jax.process_index() == 0:
+    if _first_process():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -19,7 +23,7 @@ def say(text: str) -> None:
 def progress(total: int, title: str, unit: str) -> tqdm:
     """Return a progress bar with rate and remaining time, silent in all but the first process."""
     return tqdm(total=total, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
-                mininterval=0.5, disable=jax.process_index() != 0, leave=True)
+                mininterval=0.5, disable=not _first_process(), leave=True)
 
 
 def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any, Iterator
+from typing import Any, BinaryIO, Iterator
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
@@ -27,6 +27,17 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises ValueError if it is absent, damaged or another value."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch or copy the file again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not an object; fetch or copy the file again.")
+    return value
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
@@ -77,7 +88,7 @@ def _process_space() -> str | None:
 
 
 def _delete_abandoned(path: pathlib.Path) -> None:
-    """Delete what killed processes left half-filled beside a folder; those of other machines are left alone."""
+    """Delete what killed processes left half-filled beside a folder or file; those of other machines are left alone."""
     if _process_space() is None:
         return
     prefix = f".{path.name}.{_process_space()}-"
@@ -85,7 +96,30 @@ def _delete_abandoned(path: pathlib.Path) -> None:
         pid = left.name.removeprefix(prefix).partition(".")[0]
         ours = left.name.startswith(prefix) and left.suffix == ".partial" and pid.isdigit()
         if ours and not pathlib.Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
+    """Fill a file under a temporary name, then rename it to `path`; on failure nothing is left.
+
+    Raises:
+      ValueError: `path` exists.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise ValueError(f"'{path}' exists; nothing was written. Give another name or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -93,24 +127,34 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     """Fill a folder under a temporary name, then rename it to `path`; on failure nothing is left.
 
     Raises:
-      ValueError: `path` exists, is not an empty folder, and `replace` is not set.
+      ValueError: `path` exists, is not an empty folder, and `replace` is not set; or it cannot be renamed over.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()
     if not replace:
         refuse_full_folder(path)
+    if path.is_dir() and (path.is_mount() or path == pathlib.Path.cwd()):
+        raise ValueError(f"'{path}' is a mount point or the current folder, which cannot be put in place as a whole. Give the name "
+                         "of a new folder inside it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(path)
     prefix = f".{path.name}.{_process_space()}-{os.getpid()}."
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
-    temporary.chmod(0o777 & ~umask())
+    temporary.chmod(path.stat().st_mode & 0o777 if path.is_dir() else 0o777 & ~umask())
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
-        if path.exists():
-            os.replace(path, temporary.with_suffix(".old"))
-        os.replace(temporary, path)
+        if replace and path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)  # over an empty folder at most
+        except OSError as error:
+            if old.exists():
+                os.replace(old, path)
+            raise ValueError(f"'{path}' was made or filled by someone else meanwhile ({error.strerror}); nothing was "
+                             "written to it. Give another folder.") from error
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
 
 
 def keep_only(folder: pathlib.Path, inner: pathlib.Path) -> None:
@@ -147,6 +191,18 @@ def folder_hashes(folder: str | pathlib.Path) -> dict[str, dict[str, Any]]:
 def text_hash(value: Any) -> str:
     """Return the SHA-256 of a JSON-able value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def own_file(path: pathlib.Path) -> pathlib.Path:
+    """Return `path` if it lies in its folder, or is a link as the Hugging Face cache makes them (into its ``blobs``).
+
+    Raises:
+      ValueError: it is a link to somewhere else, whose content would be published with a model.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    if target.is_relative_to(folder) or (folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"):
+        return path
+    raise ValueError(f"{path} is a link that leaves its folder (to {target}). If you trust it, copy the file itself into the folder.")
 
 
 def plain_name(name: str, where: str) -> str:

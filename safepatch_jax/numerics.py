@@ -29,23 +29,27 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
     """Cast float32 to bfloat16 or float16, up with the probability that makes the cast right on average.
 
-    Exact values, NaN, infinities and what lies beyond the largest finite number are cast as usual.
+    Exact values, NaN, infinities and what lies beyond the largest finite number are cast as usual. The rounding happens in
+    float32 and on its bits: compilers may drop a cast down and up again, which a comparison of the two would rest on.
 
     Args:
       x: float32.
       dtype: bfloat16 or float16.
       bits: uint32, of the same shape; the upper 24 are compared with the share of the way to the next number.
     """
-    nearest = x.astype(dtype)
-    raw = lax.bitcast_convert_type(nearest, jnp.uint16)
-    outside = jnp.abs(nearest.astype(jnp.float32)) > jnp.abs(x)
-    below = lax.bitcast_convert_type(jnp.where(outside, raw - 1, raw), dtype)  # next number towards zero
-    above = lax.bitcast_convert_type(jnp.where(outside, raw, raw + 1), dtype)  # next number away from zero
-    low, high = jnp.abs(below.astype(jnp.float32)), jnp.abs(above.astype(jnp.float32))
-    share = (jnp.abs(x) - low) / (high - low)  # both differences are exact, the divisor a power of two
-    chosen = jnp.where((bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < share, above, below)
-    exact = (nearest.astype(jnp.float32) == x) | ~jnp.isfinite(nearest.astype(jnp.float32)) | ~jnp.isfinite(high)
-    return jnp.where(exact, nearest, chosen)
+    raw = lax.bitcast_convert_type(x, jnp.uint32)
+    if jnp.dtype(dtype) == jnp.bfloat16:  # the upper half of a float32, so the share is the lower half
+        rest = raw & jnp.uint32(0xFFFF)
+        raw = raw - rest + jnp.where((bits >> 8) < (rest << 8), jnp.uint32(0x10000), jnp.uint32(0))
+        rounded = lax.bitcast_convert_type(raw, jnp.float32)
+        return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x).astype(dtype)
+    exponent = jnp.maximum((raw >> 23) & 0xFF, 127 - 14)  # numbers below 2^-14 are as far apart as those above
+    step = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
+    steps = jnp.abs(x) / step  # exact: the step is a power of two
+    below = jnp.floor(steps)
+    up = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < steps - below
+    rounded = jnp.copysign((below + up) * step, x)
+    return jnp.where(jnp.abs(x) < jnp.finfo(jnp.float16).max, rounded, x).astype(dtype)
 
 
 def cast(x: jax.Array, dtype, rounding: str = "nearest", key: jax.Array | None = None) -> jax.Array:

@@ -54,7 +54,41 @@ def test_what_a_killed_process_left_half_filled_is_deleted_by_the_next(tmp_path)
     assert left.name.startswith(".folder.") and (left / "x").read_text() == "half"
     with files.new_folder(tmp_path / "other"), files.new_folder(tmp_path / "folder.b"):
         assert left.exists()  # it is another folder's
-    with files.new_folder(tmp_path / "folder") as first, files.new_folder(tmp_path / "folder") as second:
-        assert not left.exists() and first.exists() and second.exists()  # living processes keep theirs
-        second.joinpath("y").write_text("whole")
+    with files.new_folder(tmp_path / "folder") as first:
+        with pytest.raises(RuntimeError), files.new_folder(tmp_path / "folder") as second:
+            assert not left.exists() and first.exists() and second.exists()  # living processes keep theirs
+            raise RuntimeError
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.b", "other"]
+
+
+def test_what_someone_else_writes_meanwhile_is_not_lost(tmp_path):
+    with pytest.raises(ValueError, match="was made or filled by someone else meanwhile"):
+        with files.new_folder(tmp_path / "folder") as out:
+            (out / "x").write_text("ours")
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "precious").write_text("theirs")
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "precious"]
+
+
+def test_targets_that_are_links_or_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "dangling").symlink_to("made")
+    for link, target in (("link", "disk"), ("dangling", "made")):
+        with files.new_folder(tmp_path / link) as out:
+            (out / "x").write_text("whole")
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "x").read_text() == "whole"
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is a mount point or the current folder.* Give the name of a new folder inside it"):
+        with files.new_folder("."):
+            raise AssertionError("not reached")
+
+
+def test_an_old_folder_stays_when_the_new_one_fails(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "folder", replace=True):
+        raise RuntimeError
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "old"]

@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 
 from safepatch_jax.data.records import Record
+from safepatch_jax.io.companions import VOCABULARY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,16 @@ class Encoded:
         return text
 
 
+class NoChat(ValueError):
+    """A model folder without tokenizer or chat template: usable as weights, not for conversations."""
+
+
 class Chat:
     """Renders and tokenises conversations of one model folder.
 
     Raises:
-      ValueError: no tokenizer, no chat template, or a vocabulary larger than the model's embedding.
+      NoChat: no tokenizer or no chat template.
+      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
     """
 
     def __init__(self, folder: str | pathlib.Path, vocab_size: int):
@@ -56,13 +62,20 @@ class Chat:
         if (pathlib.Path(folder) / "tokenizer.json").is_file():
             # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's "▁[INST]" becomes "[INST]".
             loader = getattr(transformers, "TokenizersBackend", loader)
+        if not any((pathlib.Path(folder) / name).is_file() for name in VOCABULARY):
+            raise NoChat(f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy tokenizer.json and "
+                         "tokenizer_config.json of the model into the folder.")
         try:
             self.tokenizer = loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except Exception as error:
+            known = isinstance(error, (OSError, ValueError, KeyError, AttributeError, TypeError))
+            if not known and type(error) is not Exception:  # tokenizers raises the bare class for a file it cannot read
+                raise
             raise ValueError(f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and tokenizer_config.json "
                              "of the model into the folder.") from error
+        self._check_vocabulary(folder, vocab_size)
         if not self.tokenizer.chat_template:
-            raise ValueError(f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
+            raise NoChat(f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
                              "Copy the chat_template of the model's chat variant into the folder.")
         if not self.tokenizer.is_fast:
             raise ValueError(f"{folder}: only a slow tokenizer is there. Copy the tokenizer.json of the model into the "
@@ -71,12 +84,14 @@ class Chat:
             self.prompt_text("test")
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"{folder}: the chat template does not render a user's message ({error}).") from error
+        # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
+        self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    def _check_vocabulary(self, folder: str | pathlib.Path, vocab_size: int) -> None:
         largest = max(self.tokenizer.get_vocab().values())
         if largest >= vocab_size:
             raise ValueError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} rows: "
                              "tokenizer and weights are of different models.")
-        # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
-        self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def prompt_text(self, prompt: str) -> str:
         return self.tokenizer.apply_chat_template(

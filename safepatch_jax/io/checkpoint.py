@@ -6,17 +6,19 @@ A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dty
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import pathlib
 from typing import Any, Mapping
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from safepatch_jax import files
 from safepatch_jax.console import some
 from safepatch_jax.io.companions import copy_companions
+from safepatch_jax.io.stored import DTYPES
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import ParamTable, nest, param_table, unnest
@@ -29,8 +31,16 @@ _FORMAT = 1
 
 def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
     """Write a nested dictionary of arrays; the folder appears whole or not at all."""
-    with _checkpointer(tree) as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
+    try:
+        with _checkpointer(tree) as checkpointer:
+            checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
+    except Exception as error:
+        if not _from_disk(error):
+            raise
+        size = sum(x.nbytes for x in jax.tree.leaves(tree))
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise OSError(f"Cannot write the checkpoint {path}: {reason}. It needs {size:,} bytes; free space or use another folder, "
+                      "then give the same command again.") from error
 
 
 def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -48,10 +58,15 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(
                 abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
     except Exception as error:
-        if type(error) not in (FileNotFoundError, ValueError, KeyError, Exception):  # orbax wraps what a disk says in the last
+        if not _from_disk(error):
             raise
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}") from error
+
+
+def _from_disk(error: Exception) -> bool:
+    """Return whether an error of orbax is about what is, or should be, on a disk; it wraps some in a bare Exception."""
+    return isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception
 
 
 def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
@@ -96,10 +111,23 @@ def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[Decod
     stored = read_description(folder)
     config = read_hf_config(folder / COMPANIONS_FOLDER)
     table = param_table(config)
+    if stored.keys() != table.hf_names().keys():
+        raise ValueError(f"{folder / MODEL} lists other tensors than the architecture of {COMPANIONS_FOLDER}/config.json has. "
+                         "Convert the model again.")
     dtypes = _check_architecture(folder, table)
     abstract = nest({row.path: jax.ShapeDtypeStruct(
         row.shape, dtypes[row.path], sharding=sharder.sharding(row.axes, row.shape, row.path)) for row in table})
     return config, load_tree(folder / PARAMS, abstract), stored
+
+
+def tensor_hashes(config: DecoderConfig, params: dict[str, Any], stored: Mapping[str, str]) -> dict[str, str]:
+    """Return the SHA-256 that each HF tensor would have if it were written to a model folder in its stored dtype."""
+    flat, hashes = unnest(params), {}
+    for row in param_table(config):
+        for layer, name in enumerate(row.hf_names):
+            part = np.asarray(flat[row.path][layer] if row.stacked else flat[row.path])
+            hashes[name] = hashlib.sha256(np.ascontiguousarray(part.astype(DTYPES[stored[name]], copy=False))).hexdigest()
+    return hashes
 
 
 def read_description(folder: str | pathlib.Path) -> dict[str, str]:
@@ -108,13 +136,11 @@ def read_description(folder: str | pathlib.Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"'{folder}' is no model checkpoint: {MODEL} is not there. Make one with "
                          "python -m launch.convert --source=hf:DIR --target=orbax:DIR.")
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        if described["format"] != _FORMAT:
-            raise ValueError(f"format {described['format']} is not {_FORMAT}, the one known here")
-        return {str(name): str(dtype) for name, dtype in described["stored"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or of another version ({error}); convert the model again.") from error
+    described = files.read_json(path)
+    stored = described.get("stored")
+    if described.get("format") != _FORMAT or not isinstance(stored, dict) or not set(map(str, stored.values())) <= set(DTYPES):
+        raise ValueError(f"{path} is damaged or of another version than {_FORMAT}; convert the model again.")
+    return stored
 
 
 def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, Any]:

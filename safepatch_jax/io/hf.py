@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -42,31 +41,34 @@ class Checkpoint:
         for single, index, list_tensors in _LAYOUTS:
             if (self.folder / single).is_file():
                 self.layout = single
-                self.tensors: dict[str, Stored] = list_tensors(self.folder / single)
+                self.tensors: dict[str, Stored] = list_tensors(files.own_file(self.folder / single))
                 return
             if (self.folder / index).is_file():
                 self.layout = index
                 self.tensors = self._from_index(self.folder / index, list_tensors)
                 return
-        found = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f" Found {', '.join(found)}: convert to safetensors first." if found else ""
-        raise ValueError(f"'{self.folder}' holds no weights: neither {SINGLE} nor {INDEX} is there.{hint}")
+        found = sorted(p for p in self.folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+        hint = f" Found {', '.join(p.name for p in found)}." if found else ""
+        if any(p.suffix == ".gguf" for p in found):
+            hint += f" Read a GGUF file with --source=gguf:FILE (launch.convert) or --model.source={self.folder}/FILE."
+        elif found:
+            hint += " If they are parts of a model, its index is missing: copy it too."
+        raise ValueError(f"'{self.folder}' holds no weights: none of {', '.join(n for pair in _LAYOUTS for n in pair[:2])} "
+                         f"is there.{hint}")
 
     def _from_index(self, index: pathlib.Path, list_tensors) -> dict[str, Stored]:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if not isinstance(weight_map, dict):
-                raise ValueError("weight_map is no object")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a weight index ({error!r}); copy the file again.") from error
+        weight_map = files.read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} is not a weight index (it has no weight_map); copy the file again.")
         shards = {files.plain_name(name, str(index)) for name in weight_map.values()}
         if missing := sorted(name for name in shards if not (self.folder / name).is_file()):
             raise ValueError(f"{index} names weight files that are not there: {', '.join(missing)}. "
                              f"Copy them into {self.folder}.")
-        held = {name: list_tensors(self.folder / name) for name in sorted(shards)}
+        held = {name: list_tensors(files.own_file(self.folder / name)) for name in sorted(shards)}
         if absent := sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name]):
-            raise ValueError(f"{index} places tensors in files that do not hold them: {some(absent, ", ")}.")
-        return {tensor: held[name][tensor] for tensor, name in weight_map.items()}
+            raise ValueError(f"{index} places tensors in files that do not hold them: {some(absent, ', ')}.")
+        strays = {tensor: x for tensors in held.values() for tensor, x in tensors.items() if tensor not in weight_map}
+        return {tensor: held[name][tensor] for tensor, name in weight_map.items()} | strays
 
 
 def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
     wanted, have = table.hf_names(), checkpoint.tensors
     problems = []
     if missing := sorted(wanted.keys() - have.keys()):
-        problems.append(f"{len(missing)} missing: {some(missing, ", ")}")
+        problems.append(f"{len(missing)} missing: {some(missing, ', ')}")
         if missing == ["lm_head.weight"]:
             problems[-1] += " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
     left_out = {name: "rotary frequencies, computed from config.json" for name in have if name.endswith("rotary_emb.inv_freq")}
@@ -92,7 +94,7 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
                             "tie_word_embeddings to false if the head is its own)")
         left_out["lm_head.weight"] = "equal to the embedding, to which config.json ties it"
     if unexpected := sorted(have.keys() - wanted.keys() - left_out.keys()):
-        problems.append(f"{len(unexpected)} unexpected: {some(unexpected, ", ")}")
+        problems.append(f"{len(unexpected)} unexpected: {some(unexpected, ', ')}")
     for name in sorted(wanted.keys() & have.keys()):
         if have[name].shape != wanted[name][0].hf_shape:
             problems.append(f"{name} has shape {have[name].shape}, config.json says {wanted[name][0].hf_shape}")
@@ -175,7 +177,14 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
 
     Returns:
       SHA-256 of each tensor's bytes.
+
+    Raises:
+      ValueError: a number is beyond the range of its dtype; several processes; `folder` is in use.
+      OSError: the disk is full or not writable.
     """
+    if jax.process_count() > 1:
+        raise ValueError("A model folder is written by one process, and this run has several. Save an orbax checkpoint instead, "
+                         "and convert it in one process: python -m launch.convert --source=orbax:DIR --target=hf:DIR.")
     flat, rows = unnest(params), param_table(config).hf_names()
     keep = {name: str(flat[row.path].dtype) for name, (row, _) in rows.items()} | dict(stored or {})
     plan = {name: Planned(row.hf_shape, keep[name] if dtype == "keep" else dtype) for name, (row, _) in rows.items()}
@@ -186,7 +195,10 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
         if str(part.dtype) == plan[name].dtype:
             return np.asarray(part)
         key = tensor_keys(seed, "rounding", (name,))[0]
-        return np.asarray(_cast(jnp.asarray(part), key, dtype=plan[name].dtype, rounding=rounding))
+        out = np.asarray(_cast(jnp.asarray(part), key, dtype=plan[name].dtype, rounding=rounding))
+        if not np.all(np.isfinite(out)) and np.all(np.isfinite(np.asarray(part))):
+            raise ValueError(f"{name} holds numbers beyond the range of {plan[name].dtype}. Use bfloat16, float32 or keep.")
+        return out
 
     with files.new_folder(folder, replace=replace) as out:
         copy_companions(source, out, COMPANIONS[1:])
@@ -202,6 +214,7 @@ def _layer_of(x: jax.Array, layer: int) -> jax.Array | np.ndarray:
         return x[layer]
     assert x.sharding.shard_shape(x.shape)[0] == x.shape[0], "layers are not cut over the mesh"
     views = [(shard.index[1:], np.asarray(shard.data)) for shard in x.addressable_shards if shard.replica_id == 0]
+    assert sum(view.size for _, view in views) == x.size
     if len(views) == 1:  # the array lies in host memory already
         return views[0][1][layer]
     out = np.empty(x.shape[1:], x.dtype)

@@ -98,8 +98,7 @@ def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: C
     with progress(total, title, "B") as bar, ThreadPoolExecutor(2) as pool:
         hashes, ends = {}, []
         for name, tensors in zip(names, shards):
-            with _explained(folder / name, sum(plan[t].size for t in tensors)):
-                ends.append(_write_file(folder / name, {t: plan[t] for t in tensors}, tensor_of, pool, hashes, bar.update))
+            ends.append(_write_file(folder / name, {t: plan[t] for t in tensors}, tensor_of, pool, hashes, bar.update))
         for name, end in zip(names, ends):
             with _explained(folder / name, total):
                 end.result()
@@ -129,23 +128,27 @@ def _write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Call
         offset += planned.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file = open(path, "wb")
+    with _explained(path, offset):
+        file = open(path, "wb")
     try:
-        file.write(len(text).to_bytes(8, "little") + text)
+        with _explained(path, offset):
+            file.write(len(text).to_bytes(8, "little") + text)
         before = None
         for name, planned in plan.items():
             x = np.ascontiguousarray(tensor_of(name))
             assert (x.shape, x.dtype) == (planned.shape, DTYPES[planned.dtype]), (name, x.shape, x.dtype, planned)
             data = memoryview(x.reshape(-1).view(np.uint8))
             hashing = pool.submit(_hash, name, data, hashes)
-            for start in range(0, len(data), _PIECE):
-                file.write(data[start:start + _PIECE])
+            with _explained(path, offset):
+                for start in range(0, len(data), _PIECE):
+                    file.write(data[start:start + _PIECE])
             if before is not None:
                 before.result()  # so that no more than two tensors are held
             before = hashing
             written(planned.size)
         before.result()
-        file.flush()
+        with _explained(path, offset):
+            file.flush()
     except BaseException:
         file.close()
         raise

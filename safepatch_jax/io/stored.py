@@ -1,4 +1,5 @@
-"""A tensor as it lies in a file: row-major bytes at an offset. Reading touches the bytes that are asked for, no others.
+"""A tensor as it lies in a file: row-major bytes at an offset. A run of elements is read by itself; a part that is no
+run is copied out of a map of the tensor, which is gone when the part is there.
 
 The weight formats (safetensors, torch's zip files) differ only in where they write this down.
 """
@@ -12,10 +13,10 @@ import mmap
 import os
 import pathlib
 
-import jax.numpy as jnp
+import ml_dtypes  # JAX depends on it; it gives NumPy bfloat16, so that files are read and written without JAX
 import numpy as np
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any, Mapping
 
+from safepatch_jax import files
 from safepatch_jax.models.families import FAMILIES
 
 
@@ -86,6 +86,15 @@ _FLAGS = ("tie_word_embeddings", "use_sliding_window")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 
+def _most(name: str) -> int:
+    """Return the largest size that is taken for meant; a file from others must not make us build a table of 10^8 layers."""
+    return 1000 if name == "num_hidden_layers" else 2**31 - 1
+
+
+def _is_positive(x: Any) -> bool:
+    return type(x) in (int, float) and 0 < x < 1e18  # compared as it is: a huge whole number has no float
+
+
 def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """Build a DecoderConfig from the content of a Hugging Face config.json (transformers 4 or 5 style).
 
@@ -102,22 +111,22 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
                  if k in fixed and v not in fixed[k]]
     offenders += [f"{k} = {v!r} (unknown)" for k, v in raw.items() if k not in fixed and k not in handled | _BENIGN]
     offenders += [f"{k} is missing" for k in _SIZES if raw.get(k) is None]
-    offenders += [f"{k} = {raw[k]!r} (a whole number above 0 is needed)"
+    offenders += [f"{k} = {raw[k]!r:.60} (a whole number from 1 to {_most(k):,} is needed)"
                   for k in (*_SIZES, *(k for k in _OPTIONAL_SIZES if k in handled))
-                  if raw.get(k) is not None and (type(raw[k]) is not int or raw[k] < 1)]
+                  if raw.get(k) is not None and not (type(raw[k]) is int and 1 <= raw[k] <= _most(k))]
     offenders += [f"{k} = {raw[k]!r} (true or false is needed)" for k in _FLAGS
                   if k in handled and raw.get(k) is not None and type(raw[k]) is not bool]
     eps = raw.get("rms_norm_eps")
-    if eps is not None and (type(eps) not in (int, float) or not 0 < eps < math.inf):
-        offenders.append(f"rms_norm_eps = {eps!r} (a number above 0 is needed)")
+    if eps is not None and not _is_positive(eps):
+        offenders.append(f"rms_norm_eps = {eps!r:.60} (a number above 0 is needed)")
     offenders += [f"dtype = {v!r} (supported: {', '.join(_DTYPES)})" for v in (raw.get("dtype"), raw.get("torch_dtype"))
                   if v is not None and v not in _DTYPES]
     theta, scaling = _read_rope(raw, offenders)
     get = lambda key: raw.get(key, family.defaults.get(key))
     eos = get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int for i in eos):
-        offenders.append(f"eos_token_id = {raw['eos_token_id']!r} (a whole number or a list of them is needed)")
+    if not all(type(i) is int and 0 <= i < 2**31 for i in eos):
+        offenders.append(f"eos_token_id = {raw['eos_token_id']!r:.60} (a whole number or a list of them is needed)")
     if not offenders:
         windows = _read_windows(get, "layer_types" in family.handled, offenders)
     if offenders:
@@ -175,15 +184,15 @@ def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, Rop
             continue
         numbers = [given.get(k) for k in _LLAMA3]
         original = given.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
-        if not all(type(x) in (int, float) and x > 0 and math.isfinite(x) for x in (*numbers, original)):
+        if not all(_is_positive(x) for x in (*numbers, original)):
             offenders.append(f"{key} = {dict(given)!r} (llama3 needs {', '.join(_LLAMA3)} and "
                              "original_max_position_embeddings, numbers above 0)")
         elif numbers[1] >= numbers[2]:
             offenders.append(f"{key}: low_freq_factor {numbers[1]} must be below high_freq_factor {numbers[2]}")
         else:
             scalings.append(RopeScaling(*map(float, numbers), int(original)))
-    if not all(type(t) in (int, float) and t > 0 and math.isfinite(t) for t in thetas):
-        offenders.append(f"rope_theta = {thetas!r} (a number above 0 is needed)")
+    if not all(_is_positive(t) for t in thetas):
+        offenders.append(f"rope_theta = {thetas!r:.60} (a number above 0 is needed)")
     elif len(set(thetas)) > 1 or len(set(scalings)) > 1:
         offenders.append("rope_parameters disagrees with rope_theta or rope_scaling: "
                          + ", ".join(f"{k} = {raw.get(k)!r}" for k in ("rope_parameters", "rope_theta", "rope_scaling")))
@@ -220,13 +229,7 @@ def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
                          "(config.json, *.safetensors, tokenizer files), a .gguf file, or 'smollm2'.")
     if not path.is_file():
         raise ValueError(f"'{folder}' has no config.json, so it is not a model folder in Hugging Face format.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch or copy the file again.") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, not an object; fetch or copy the file again.")
-    return raw
+    return files.read_json(path)
 
 
 def read_hf_config(folder: str | pathlib.Path) -> DecoderConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any, Mapping
 
@@ -65,10 +66,19 @@ def model_card(content: Mapping[str, Any], certificate: Mapping[str, Any], hashe
         *(f"| data, {role} | `{pathlib.PurePath(settings['data'][role]).name}`, SHA-256 of its records {digest} |"
           for role, digest in hashes.items()),
         "| versions | " + ", ".join(f"{k} {v}" for k, v in versions.items()) + " |",
+        "", "All settings, as `config` of the same command takes them (paths left out):", "",
+        "```json", json.dumps(_settings(settings), indent=1), "```",
         "", "## Certificate", "",
         f"`{certificates.FILE}` has the SHA-256 of every tensor. {certificates.summary(certificate)}.", "",
     ]
     return "\n".join(lines)
+
+
+def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings that a repetition needs; where files lay on some machine is not among them."""
+    left_out = {"model": ("source",), "data": ("harmful", "lookalike", "ordinary"), "run": ("cache_dir", "keep_scratch")}
+    return {group: {k: v for k, v in options.items() if k not in left_out.get(group, ())}
+            for group, options in settings.items()}
 
 
 def _percent(measures: Mapping[str, Any], role: str, outcome: str) -> str:

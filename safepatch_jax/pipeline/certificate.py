@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import numpy as np
 
 from safepatch_jax import files
 from safepatch_jax.console import progress
-from safepatch_jax.data.chat import Chat
+from safepatch_jax.data.chat import Chat, NoChat
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io.companions import COMPANIONS
 from safepatch_jax.io.hf import Checkpoint, check_keys, load_params
@@ -32,8 +31,17 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.pipeline.stages import versions
 
 FILE = "certificate.json"
-LIMIT = 1e-3  # of the largest logit; float32 against float32 differs by about 1e-5
+LIMIT = 1e-4  # of the largest logit; float32 against float32 differs by 1e-6 to 1e-5
 _PROBES, _LENGTH = 4, 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """Tokens on which a model is run, which of them are real, and why they are no text, if so."""
+
+    tokens_BT: np.ndarray
+    valid_BT: np.ndarray
+    trouble: str | None = None
 
 
 def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True, kind: str,
@@ -51,7 +59,7 @@ def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True
       the content of certificate.json.
 
     Raises:
-      ValueError: keys that do not fit, logits that are not finite, or logits that are further than LIMIT, relative to the
+      ValueError: keys that do not fit, a tokenizer that is damaged or of another model, logits that are not finite, or logits that are further than LIMIT, relative to the
         largest, from those of Hugging Face torch.
     """
     folder = pathlib.Path(folder)
@@ -69,7 +77,9 @@ def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True
     if before is not None:
         changed = [name for name, digest in hashes.items() if before.get(name) != digest]
         certificate["unchanged"], certificate["changed"] = len(hashes) - len(changed), changed
-    certificate["logits"] = check_logits(folder, sharder) if logits else {"skipped": "not asked for"}
+    probes = _probes(folder, config.vocab_size)  # also where they are not run: finds a tokenizer of another model
+    certificate["tokenizer"] = "fits the embedding" if probes.trouble is None else probes.trouble
+    certificate["logits"] = check_logits(folder, sharder, probes) if logits else {"skipped": "not asked for"}
     return certificate | {"versions": versions()}
 
 
@@ -90,15 +100,15 @@ def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        return {name: x["sha256"] for name, x in json.loads(path.read_text(encoding="utf-8"))["tensors"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: x["sha256"] for name, x in files.read_json(path)["tensors"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); delete it to go on without it.") from error
 
 
-def check_logits(folder: pathlib.Path, sharder: Sharder) -> dict[str, Any]:
+def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict[str, Any]:
     """Run a folder's model in float32 on a few probe texts, here and in torch if it is there; errors as `certify`."""
     config, params = load_params(folder, sharder)
-    source, tokens_BT, valid_BT = _probes(folder, config.vocab_size)
+    tokens_BT, valid_BT = probes.tokens_BT, probes.valid_BT
     decoder = Decoder(config, jnp.float32, sharder)
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
     with jax.default_matmul_precision("highest"):
@@ -110,7 +120,7 @@ def check_logits(folder: pathlib.Path, sharder: Sharder) -> dict[str, Any]:
     follows = np.concatenate([targets, np.full((len(targets), 1), -1)], axis=1)[valid_BT]
     nll = [-_log_softmax(x)[t] for x, t in zip(ours, follows) if t >= 0]
     result: dict[str, Any] = {
-        "probes": source, "tokens": int(valid_BT.sum()), "finite": True, "perplexity": math.exp(min(np.mean(nll), 700.0)),
+        "probes": "text" if probes.trouble is None else "random", "tokens": int(valid_BT.sum()), "finite": True, "perplexity": math.exp(min(np.mean(nll), 700.0)),
         "largest": float(np.max(np.abs(ours)))}
     if why_not := _no_torch(param_table(config).size):
         return result | {"torch": f"not compared: {why_not}"}
@@ -149,18 +159,18 @@ def _forward(decoder, params, tokens_BT, positions_BT, valid_BT):
     return decoder.apply({"params": params}, tokens_BT, positions_BT, valid_BT)[0]
 
 
-def _probes(folder: pathlib.Path, vocab_size: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Return (what they are, tokens [B, T], valid [B, T]): built-in conversations, or random ids without a usable tokenizer."""
+def _probes(folder: pathlib.Path, vocab_size: int) -> Probes:
+    """Return built-in conversations, or random ids where there is no tokenizer or chat template."""
     tokens_BT, valid_BT = np.zeros((_PROBES, _LENGTH), np.int32), np.ones((_PROBES, _LENGTH), bool)
     try:
         chat = Chat(folder, vocab_size)
-        examples = [chat.encode(r.prompt, r.answer) for r in load_records("ordinary", "builtin")[:_PROBES]]
-    except ValueError:
-        return "random", np.random.default_rng(0).integers(0, vocab_size, tokens_BT.shape, np.int32), valid_BT
-    for b, example in enumerate(examples):
+    except NoChat as error:
+        return Probes(np.random.default_rng(0).integers(0, vocab_size, tokens_BT.shape, np.int32), valid_BT, str(error))
+    for b, record in enumerate(load_records("ordinary", "builtin")[:_PROBES]):
+        example = chat.encode(record.prompt, record.answer)
         ids = (*example.prompt_ids, *example.answer_ids)[:_LENGTH]
         tokens_BT[b, :len(ids)], valid_BT[b] = ids, np.arange(_LENGTH) < len(ids)
-    return "text", tokens_BT, valid_BT
+    return Probes(tokens_BT, valid_BT)
 
 
 def _no_torch(parameters: int) -> str | None:
@@ -176,11 +186,15 @@ def _no_torch(parameters: int) -> str | None:
 
 
 def _available_memory() -> int | None:
-    path = pathlib.Path("/proc/meminfo")
-    if not path.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    """Return the bytes that are free on this machine and within its container's limit, or None where nobody says."""
+    free = []
+    if (path := pathlib.Path("/proc/meminfo")).is_file():
+        lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        free += [int(lines["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in lines else []
+    limit, used = (pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free.append(int(text) - int(used.read_text()))
+    return min(free, default=None)
 
 
 def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:

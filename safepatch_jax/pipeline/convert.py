@@ -7,13 +7,15 @@ import pathlib
 from typing import Any, Mapping
 
 from safepatch_jax import files
-from safepatch_jax.console import say
+from safepatch_jax.console import say, some
 from safepatch_jax.io import gguf
-from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint, read_description, save_checkpoint
-from safepatch_jax.io.hf import Checkpoint, has_weights, load_params, save_model, stored_dtypes
+from safepatch_jax.io.checkpoint import (
+    COMPANIONS_FOLDER, MODEL, load_checkpoint, read_description, save_checkpoint, tensor_hashes)
+from safepatch_jax.io.hf import Checkpoint, check_keys, has_weights, load_params, save_model, stored_dtypes
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.describe import describe
+from safepatch_jax.models.table import param_table
 from safepatch_jax.pipeline import certificate
 
 _KINDS = ("hf", "orbax", "gguf")
@@ -65,14 +67,7 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
       ValueError: bad source, target, weights or mesh; see `load_params`, `load_checkpoint` and `convert_gguf`.
     """
     origin, goal = Place.parse(source), Place.parse(target)
-    if goal.kind == "gguf":
-        raise ValueError(f"target '{target}': only hf:DIR and orbax:DIR can be written.")
-    if tokenizer and origin.kind != "gguf":
-        raise ValueError("a tokenizer folder goes with GGUF sources; hf and orbax models carry their own.")
-    if goal.kind == "orbax" and dtype != "keep":
-        raise ValueError("dtype is for a target hf:DIR; an orbax checkpoint keeps the stored one.")
-    if origin.kind == goal.kind == "orbax":
-        raise ValueError("source and target are both orbax: a checkpoint restores onto any mesh, so copying the folder is enough.")
+    _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
     files.refuse_full_folder(goal.path)
     sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
     with files.new_folder(goal.path) as scratch:
@@ -80,7 +75,7 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
         if origin.kind == "gguf":
             straight = goal.kind == "hf" and dtype == "keep"
             folder = out if straight else scratch / "source"
-            say(f"Reading {origin.path}")
+            say(f"Dequantising {origin.path}")
             gguf.convert_gguf(origin.path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes)
             origin = Place("hf", folder)
         if goal.kind == "orbax":
@@ -96,10 +91,28 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
     return goal.path / certificate.FILE
 
 
+def _refuse_contradictions(origin: Place, goal: Place, dtype: str, rounding: str, tokenizer: str | None) -> None:
+    if goal.kind == "gguf":
+        raise ValueError(f"target '{goal.path}': only hf:DIR and orbax:DIR can be written.")
+    if tokenizer and origin.kind != "gguf":
+        raise ValueError("a tokenizer folder goes with GGUF sources; hf and orbax models carry their own.")
+    if goal.kind == "orbax" and dtype != "keep":
+        raise ValueError("dtype is for a target hf:DIR; an orbax checkpoint keeps the stored one.")
+    if rounding != "nearest" and dtype == "keep":
+        raise ValueError("rounding says how a cast rounds, and there is none; give a dtype too.")
+    if origin.kind == goal.kind == "orbax":
+        raise ValueError("source and target are both orbax: a checkpoint restores onto any mesh, so copying the folder is "
+                         "enough.")
+
+
 def _to_orbax(folder: pathlib.Path, out: pathlib.Path, sharder: Sharder, logits: bool) -> dict[str, Any]:
+    """Write a checkpoint and read it back: what it gives must have the hashes of the certificate."""
     result = certificate.certify(folder, sharder, logits=logits, kind="import")
-    say(f"Reading {folder}")
+    say(f"Writing the checkpoint of {folder}")
     save_checkpoint(out, load_params(folder, sharder)[1], folder, stored_dtypes(folder))
+    hashes = tensor_hashes(*load_checkpoint(out, sharder))
+    if wrong := [name for name, digest in hashes.items() if digest != result["tensors"][name]["sha256"]]:
+        raise ValueError(f"The checkpoint does not give back what was written ({some(wrong)}). Is the disk sound? Nothing is kept.")
     return result
 
 
@@ -127,4 +140,10 @@ def inspect_model(model: str, scope: str) -> list[str]:
         return describe(read_hf_config(place.path / COMPANIONS_FOLDER), scope, read_description(place.path))
     config = read_hf_config(place.path)
     stored = stored_dtypes(place.path) if has_weights(place.path) else None
-    return describe(config, scope, stored)
+    lines = describe(config, scope, stored)
+    if stored is not None:
+        try:
+            check_keys(Checkpoint(place.path), param_table(config), config)
+        except ValueError as error:
+            lines.append(f"WARNING: {error}")
+    return lines

@@ -19,14 +19,15 @@ from safepatch_jax.data.chat import Chat, lengths
 from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io.checkpoint import load_tree, read_description, save_tree
-from safepatch_jax.io.hf import Checkpoint, save_model, stored_dtypes
+from safepatch_jax.io.hf import Checkpoint, check_keys, save_model, stored_dtypes
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
-from safepatch_jax.patching.merge import ROLES, apply_patching, refuse_no_op, totals
+from safepatch_jax.patching.merge import ROLES, apply_patching
+from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.pipeline import card, certificate, report
 from safepatch_jax.pipeline.context import Context
 from safepatch_jax.pipeline.convert import Place, convert
-from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, versions
+from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, version_of, versions
 from safepatch_jax.settings import PatchSettings, Settings, settings_differences
 from safepatch_jax.training.step import Recipe, endless_batches
 
@@ -72,8 +73,10 @@ class Job:
             raise
 
     def _run_stages(self) -> pathlib.Path:
-        self.runner.finish(["import"] + (["align"] if self.settings.align.enabled else []))
-        self.runner.finish(["export", *(f"evaluate_{v}" for v in self.variants), "report"])
+        self.runner.finish(["import", "certify_import"])
+        self._refuse_mixed_dtypes()
+        self.runner.finish((["align"] if self.settings.align.enabled else [])
+                           + ["export", "certify_export", *(f"evaluate_{v}" for v in self.variants), "report"])
         self._publish()
         if not self.settings.run.keep_scratch:
             self.runner.delete_scratch()
@@ -136,7 +139,10 @@ class Job:
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "eval_limit")}
         harmful = {"harmful": data["harmful"]}
         base = "align" if s.align.enabled else "import"
-        stages = [Stage("import", (), {"certify": s.run.certify}, self._source_hashes(), self._import, shared=True)]
+        certify = {"certify": s.run.certify}
+        witness = {name: version_of(name) for name in ("torch", "transformers")}
+        stages = [Stage("import", (), {}, self._source_hashes(), self._import, shared=True),
+                  Stage("certify_import", ("import",), certify, witness, self._certify_import, shared=True)]
         if s.align.enabled:
             stages.append(Stage(
                 "align", ("import",), dataclasses.asdict(s.align) | train | {"clip_norm": s.derive.clip_norm},
@@ -151,8 +157,8 @@ class Job:
                 lambda out, role=role: self._score(role, out), scratch=True))
         parts = (base, "derive_se", "derive_osm", "score_se", "score_osm")
         stages.append(Stage("patch", parts, patch, {}, self._patch, scratch=True))
-        stages.append(Stage("export", (base, "patch"), dataclasses.asdict(s.export) | {"certify": s.run.certify}, {},
-                            self._export))
+        stages.append(Stage("export", (base, "patch"), dataclasses.asdict(s.export), {}, self._export))
+        stages.append(Stage("certify_export", (base, "export"), certify, witness, self._certify_export, results=("patch",)))
         reads = {"shipped": ("import",), "backbone": (base,), "se": (base, "derive_se"), "osm": (base, "derive_osm"),
                  "intersection": parts, "safepatching": (base, "export")}
         for variant in self.variants:
@@ -161,29 +167,59 @@ class Job:
                 f"evaluate_{variant}", reads[variant], evaluate | compute | extra, data,
                 lambda out, v=variant: self._evaluate(v, out), scratch=variant in ("se", "osm", "intersection")))
         answers = ("evaluate_backbone", "evaluate_safepatching")
-        results = tuple(stage.name for stage in stages if stage.name not in answers)
+        reads_for_report = (*answers, "certify_export")
+        results = tuple(stage.name for stage in stages if stage.name not in reads_for_report)
         told = {k: v for k, v in s.flat().items() if not k.startswith(PLACE)}
-        stages.append(Stage("report", answers, told, {}, self._report, results=results))
+        stages.append(Stage("report", reads_for_report, told, {}, self._report, results=results))
         return stages
 
     def _import(self, out: pathlib.Path) -> Mapping[str, Any]:
-        """Convert another source into a Hugging Face folder; certify a folder in that format where it lies."""
-        run, place = self.settings.run, self.place
-        if place.kind == "hf":
-            folder = place.path
-            found = certificate.certify(folder, self.context.sharder, logits=run.certify == "logits", kind="import")
-            files.write_json(out / certificate.FILE, found)
-            say(f"  {certificate.summary(found)}")
-        else:
+        """Convert another source into a Hugging Face folder; check a folder in that format where it lies."""
+        place, folder = self.place, self.folder("import")
+        if place.kind != "hf":
             folder = out / "model"
             say(f"  converting {place.path.name} into a Hugging Face folder, once, in the cache")
-            convert(f"{place.kind}:{place.path}", f"hf:{folder}", mesh=self.settings.mesh.shape, certify=run.certify)
+            convert(f"{place.kind}:{place.path}", f"hf:{folder}", mesh=self.settings.mesh.shape, certify="hashes")
         config = read_hf_config(folder)
         table = param_table(config)
+        check_keys(Checkpoint(folder), table, config)
         Chat(folder, config.vocab_size)  # a bad tokenizer is found now, not after training
         say(f"  {config.family}, {table.size:,} parameters, {config.num_layers} layers, {config.num_heads} heads over "
             f"{config.num_kv_heads} KV heads, head {'tied' if config.tied_head else 'untied'}")
         return {"parameters": table.size, "tensors": len(table.hf_names()), "config": dataclasses.asdict(config)}
+
+    def _certify_import(self, out: pathlib.Path) -> Mapping[str, Any]:
+        """Examine the source as it lies on disk."""
+        return self._certify(self.folder("import"), out, "import")
+
+    def _certify_export(self, out: pathlib.Path) -> Mapping[str, Any]:
+        """Examine what was written, and that the patched tensors alone differ from the backbone."""
+        before = certificate.tensor_hashes(Checkpoint(self.backbone))
+        found = self._certify(self.folder("export"), out, "export", before)
+        if self.settings.export.dtype == "keep":
+            self._check_changes(found["changed"])
+        return found
+
+    def _certify(self, folder: pathlib.Path, out: pathlib.Path, kind: str, before: Mapping[str, str] | None = None,
+                 ) -> dict[str, Any]:
+        logits = self.settings.run.certify == "logits"
+        found = certificate.certify(folder, self.context.sharder, logits=logits, kind=kind, before=before)
+        files.write_json(out / certificate.FILE, found)
+        say(f"  {certificate.summary(found)}")
+        return {"logits": found["logits"], "changed": found.get("changed")}
+
+    def _refuse_mixed_dtypes(self) -> None:
+        """Refuse layers of one patched parameter in different dtypes: they are merged in one dtype, and cast once."""
+        if self.settings.export.dtype != "keep":
+            return
+        folder = self.folder("import")
+        stored = stored_dtypes(folder)
+        mixed = [row.hf_name for row in param_table(read_hf_config(folder)).scope(self.settings.patch.scope)
+                 if len({stored[name] for name in row.hf_names}) > 1]
+        if mixed:
+            raise ValueError(f"{folder}: the layers of {', '.join(mixed)} are stored in different dtypes. Use "
+                             "--export.dtype=float32 (or another), or convert the model to one dtype first: "
+                             "python -m launch.convert --source=hf:DIR --target=hf:DIR2 --dtype=...")
 
     def _align(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Tune the imported model on refusals and ordinary answers, with the train step of the patches."""
@@ -244,25 +280,19 @@ class Job:
         return {"total": total, "tensors": statistics}
 
     def _export(self, out: pathlib.Path) -> Mapping[str, Any]:
-        """Write the patched model as a Hugging Face folder, with its certificate."""
-        config, params = self.context.load(self.backbone)
-        backbone = self._cast(unnest(params))
-        rows = param_table(config).scope(self.settings.patch.scope)
-        abstract = nest({r.path: jax.ShapeDtypeStruct(r.shape, backbone[r.path].dtype, sharding=backbone[r.path].sharding)
-                         for r in rows})
-        merged = unnest(load_tree(self.runner.folder("patch") / "merged", abstract))
+        """Write the patched model as a Hugging Face folder."""
         export = self.settings.export
-        save_model(out / "model", nest({**backbone, **merged}), config, self.backbone, stored=stored_dtypes(self.backbone),
-                   dtype=export.dtype, shard_bytes=export.shard_bytes)
-        del backbone, merged, params
-        before = certificate.tensor_hashes(Checkpoint(self.backbone))
-        found = certificate.certify(out / "model", self.context.sharder, logits=self.settings.run.certify == "logits",
-                                    kind="export", before=before)
-        if export.dtype == "keep":
-            self._check_changes(found["changed"])
-        files.write_json(out / "model" / certificate.FILE, found)
-        say(f"  {certificate.summary(found)}")
-        return {"tensors": len(found["tensors"]), "changed": len(found["changed"])}
+        config, params = self.context.load(self.backbone)
+        flat = unnest(params)
+        del params
+        # The backbone's matrices make room before the patched ones are loaded.
+        patched = {row.path: flat.pop(row.path) for row in param_table(config).scope(self.settings.patch.scope)}
+        patched = {path: jax.ShapeDtypeStruct(x.shape, x.dtype if export.dtype == "keep" else jnp.dtype(export.dtype),
+                                              sharding=x.sharding) for path, x in patched.items()}
+        flat |= unnest(load_tree(self.runner.folder("patch") / "merged", nest(patched)))
+        written = save_model(out / "model", nest(flat), config, self.backbone, stored=stored_dtypes(self.backbone),
+                             dtype=export.dtype, shard_bytes=export.shard_bytes)
+        return {"tensors": len(written)}
 
     def _check_changes(self, changed: Sequence[str]) -> None:
         """Refuse an export that changes nothing, or a tensor that the patch does not touch (METHOD 4.2, 4.6)."""
@@ -299,7 +329,7 @@ class Job:
             self.settings, {v: self.runner.result(f"evaluate_{v}") for v in self.variants}, patch["total"],
             {name: self.runner.result(name) for name in self.runner.stages if name.startswith(("align", "derive"))}, answers)
         report.write(content, out)
-        exported = json.loads((self.folder("export") / certificate.FILE).read_text(encoding="utf-8"))
+        exported = files.read_json(self.runner.folder("certify_export") / certificate.FILE)
         files.write_text(out / card.NAME, card.model_card(content, exported, self.context.data_hashes, versions()))
         files.write_json(out / "statistics.json", patch["tensors"])
         return {"orderings": content["orderings"]}
@@ -378,6 +408,7 @@ class Job:
         for name in report.FILES:
             files.copy(source / name, self.workdir / name)
         files.copy(source / card.NAME, self.folder("export") / card.NAME)
+        files.copy(self.runner.folder("certify_export") / certificate.FILE, self.folder("export") / certificate.FILE)
         files.write_json(self.workdir / "manifest.json", {
             "model": str(self.folder("export").relative_to(self.workdir)),
             "versions": versions(),
@@ -398,6 +429,9 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     job.runner.finish(["import", "align"])
     with files.new_folder(out) as folder:
         shutil.copytree(job.folder("align"), folder, dirs_exist_ok=True)
+        found = certificate.certify(folder, job.context.sharder, logits=settings.run.certify == "logits", kind="export")
+        files.write_json(folder / certificate.FILE, found)
+    say(certificate.summary(found))
 
 
 def _outcome(outcome) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from safepatch_jax.console import say
 
 MANIFEST = "manifest.json"
 FINISHED = ("done", "deleted")
-FORMAT = 2  # raise when a stage's outputs change their meaning
-KEYED = ("safepatch_jax", "jax", "jaxlib", "flax", "optax")  # versions on which a stage's bits may depend
+FORMAT = 3  # raise when a stage's outputs change their meaning
+# Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
+KEYED = ("safepatch_jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +168,16 @@ class Runner:
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results may depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "gguf", "safetensors",
+                "numpy")
     from safepatch_jax import __version__
 
-    return {"safepatch_jax": __version__, "python": platform.python_version()} | {
-        p: importlib.metadata.version(p) for p in packages}
+    return {"safepatch_jax": __version__, "python": platform.python_version()} | {p: version_of(p) for p in packages}
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package, or 'absent'."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -257,11 +257,47 @@ def test_broken_index(sharded, sharder, text):
 
 
 @pytest.mark.parametrize("other, hint", [
-    ("README.md", ""), ("consolidated.pth", "Found consolidated.pth: convert to safetensors first")])
+    ("README.md", ""), ("consolidated.pth", "Found consolidated.pth. If they are parts of a model, its index is missing"),
+    ("pytorch_model-00001-of-00002.bin", "Found pytorch_model-00001-of-00002.bin. If they are parts of a model"),
+    ("model.gguf", "Read a GGUF file with --source=gguf:FILE")])
 def test_no_weights(model, sharder, other, hint):
     (model / SINGLE).rename(model / other)
-    assert f"holds no weights: neither {SINGLE} nor {INDEX} is there" in (message := failure(model, sharder))
+    assert f"holds no weights: none of {SINGLE}, {INDEX}, pytorch_model.bin" in (message := failure(model, sharder))
     assert hint in message and ("Found" in message) == bool(hint)
+
+
+def test_a_tensor_that_the_index_does_not_list(sharded, sharder):
+    path = sharded / tensors_of(sharded)[1]["model.norm.weight"]
+    save_file(load_file(path) | {"stray": np.ones(3, np.float32)}, path, metadata={"format": "pt"})
+    assert "1 unexpected: stray" in failure(sharded, sharder)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "tokenizer.json", "config.json"])
+def test_links_that_leave_the_folder_are_refused_and_those_of_the_cache_are_not(tmp_path, sharder, name):
+    """The cache of Hugging Face has snapshots/REVISION/NAME -> ../../blobs/HASH."""
+    for place, target, good in (("snapshots/abc", "blobs/0f", True), ("models/abc", "elsewhere", False)):
+        folder = write_tiny_model(tmp_path / place)
+        (tmp_path / target).parent.mkdir(exist_ok=True)
+        (folder / name).rename(tmp_path / target)
+        (folder / name).symlink_to(os.path.relpath(tmp_path / target, folder))
+        out = tmp_path / f"out_{target.replace('/', '_')}"
+        if good:
+            config, params = load_params(folder, sharder)
+            save_model(out, params, config, folder)
+            assert not (out / name).is_symlink() and (out / name).is_file()
+        else:
+            with pytest.raises(ValueError, match="is a link that leaves its folder .* copy the file itself into the folder"):
+                config, params = load_params(folder, sharder)
+                save_model(out, params, config, folder)
+            assert not out.exists()
+
+
+def test_numbers_beyond_the_range_of_the_dtype(model, tmp_path, sharder):
+    rewrite(model, lambda t: t | {"model.norm.weight": np.full(32, 1e5, np.float32)})
+    config, params = load_params(model, sharder)
+    with pytest.raises(ValueError, match="model.norm.weight holds numbers beyond the range of float16. Use bfloat16, float32"):
+        save_model(tmp_path / "out", params, config, model, dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_that_does_not_fit_is_collected(model, sharder):

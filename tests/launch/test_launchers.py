@@ -5,11 +5,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from safepatch_jax.files import folder_hashes
 from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.testing import write_tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -54,6 +56,25 @@ def test_convert_and_inspect(tiny, tmp_path):
     assert result.returncode == 2 and "exists and is not empty" in result.stderr and "Traceback" not in result.stderr
     for launcher in ("launch.convert", "launch.inspect"):
         assert f"python -m {launcher} --" in call(launcher, "--help").stdout
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_path):
+    """Killed while it writes; SIGTERM clears at once, after SIGKILL the same command does."""
+    source, target = write_tiny_model(tmp_path / "source", intermediate_size=60_000, num_hidden_layers=4), tmp_path / "target"
+    args = command("launch.convert", f"--source=hf:{source}", f"--target=hf:{target}", "--certify=hashes", "--shard_bytes=1000000")
+    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".target.*/model/*.safetensors")) and not list(tmp_path.glob(".target.*/.model.*/*.safetensors")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(how)
+        assert process.wait(60) in (143, -signal.SIGKILL)
+    assert not target.exists()
+    assert bool(list(tmp_path.glob(".target.*"))) == (how == signal.SIGKILL)
+    assert subprocess.run(args, cwd=ROOT, capture_output=True).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
+    assert len(list(target.glob("*.safetensors"))) > 2
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):

@@ -228,11 +228,11 @@ def test_all_offenders_are_listed(family):
             "rope_parameters.rope_type = 'yarn' (supported: 'default' or 'llama3')",
             "quantization_config = {'bits': 4} (supported: None)", "partial_rotary_factor = 0.5 (supported: 1.0)",
             "rope_interleaved = True (supported: False)", "logit_scale = 2.0 (unknown)", "vocab_size is missing",
-            "hidden_size is missing", "num_hidden_layers = 2.5 (a whole number above 0 is needed)",
+            "hidden_size is missing", "num_hidden_layers = 2.5 (a whole number from 1 to 1,000 is needed)",
             "rms_norm_eps = 'small' (a number above 0 is needed)", "dtype = 'int8' (supported: float32, bfloat16, float16)",
             "eos_token_id = '</s>' (a whole number or a list of them is needed)",
             "tie_word_embeddings = 'false' (true or false is needed)",
-            "max_position_embeddings = 0 (a whole number above 0 is needed)"):
+            "max_position_embeddings = 0 (a whole number from 1 to 2,147,483,647 is needed)"):
         assert part in message, part
     assert "pretraining_tp" not in message
 
@@ -424,4 +424,21 @@ def test_broken_json(tmp_path, content):
 def test_json_that_is_no_object_names_the_file(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000 .a whole number from 1 to 1,000"),
+    ({"vocab_size": 2**40}, "vocab_size = 1099511627776"), ({"rope_theta": 10**400}, "rope_theta = "),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps = "), ({"eos_token_id": [-1]}, "eos_token_id"),
+])
+def test_absurd_numbers_are_refused_before_anything_is_built(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"vocab_size": ' + "9" * 5000 + "}"])
+def test_json_that_breaks_the_parser_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         read_hf_config(tmp_path)

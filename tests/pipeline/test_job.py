@@ -60,7 +60,7 @@ def test_outputs(finished, settings):
 
 
 def test_certificates_and_model_card(finished):
-    imported = json.loads((finished.runner.folder("import") / "certificate.json").read_text())
+    imported = json.loads((finished.runner.folder("certify_import") / "certificate.json").read_text())
     export = finished.folder("export")
     exported = json.loads((export / "certificate.json").read_text())
     assert (imported["kind"], exported["kind"]) == ("import", "export")
@@ -102,7 +102,7 @@ def test_second_run_reuses_every_stage(finished, settings, capsys):
     before = model_hash(finished)
     Job(settings, finished.workdir).run()
     out = capsys.readouterr().out
-    assert "running" not in out and out.count("reused, inputs unchanged") == 10
+    assert "running" not in out and out.count("reused, inputs unchanged") == 12
     assert model_hash(finished) == before
 
 
