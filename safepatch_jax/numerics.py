@@ -42,14 +42,14 @@ def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
         rest = raw & jnp.uint32(0xFFFF)
         raw = raw - rest + jnp.where((bits >> 8) < (rest << 8), jnp.uint32(0x10000), jnp.uint32(0))
         rounded = lax.bitcast_convert_type(raw, jnp.float32)
-        return jnp.where(jnp.isfinite(x) & jnp.isfinite(rounded), rounded, x).astype(dtype)
-    exponent = jnp.maximum((raw >> 23) & 0xFF, 127 - 14)  # numbers below 2^-14 are as far apart as those above
-    step = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
-    steps = jnp.abs(x) / step  # exact: the step is a power of two
-    below = jnp.floor(steps)
-    up = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < steps - below
-    rounded = jnp.copysign((below + up) * step, x)
-    return jnp.where(jnp.abs(x) < jnp.finfo(jnp.float16).max, rounded, x).astype(dtype)
+    else:
+        exponent = jnp.clip((raw >> 23) & 0xFF, 127 - 14, 127 + 15)  # below 2^-14 numbers are as far apart as above it
+        step = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
+        steps = jnp.abs(x) * lax.bitcast_convert_type((254 - (exponent - 10)) << 23, jnp.float32)  # exact: a power of two
+        below = jnp.floor(steps)
+        up = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < steps - below
+        rounded = jnp.copysign((below + up) * step, x)
+    return jnp.where(jnp.abs(x) < jnp.finfo(dtype).max.astype(jnp.float32), rounded, x).astype(dtype)
 
 
 def cast(x: jax.Array, dtype, rounding: str = "nearest", key: jax.Array | None = None) -> jax.Array:

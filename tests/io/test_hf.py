@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from safepatch_jax import files
 from safepatch_jax.io.hf import INDEX, SINGLE, Checkpoint, load_params, save_model, stored_dtypes
+from safepatch_jax.io.stored import Stored
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table, unnest
@@ -134,6 +135,23 @@ def test_only_the_bytes_of_a_part_are_read(sharded):
     for read in (lambda: tensor.read(rows, 17 * 64), lambda: tensor.read_box((slice(0, 4), slice(0, 4)), (32, 64))):
         with pytest.raises(ValueError, match="truncated or was changed while it was read. Copy or download it again"):
             read()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (8, 1), (8, 2)])
+def test_every_byte_is_read_once_however_many_devices_share_it(model, monkeypatch, mesh):
+    read = []
+    preadv, read_box = os.preadv, Stored.read_box
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read.append(n := preadv(fd, buffers, offset)) or n)
+
+    def counted(tensor, index, split):
+        part = read_box(tensor, index, split)
+        read.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(Stored, "read_box", counted)
+    _, params = load_params(model, sharder_of(*mesh))
+    assert sum(read) == sum(x.nbytes for x in jax.tree.leaves(params)) == sum(
+        x.size for x in Checkpoint(model).tensors.values())
 
 
 def test_index_of_a_sharded_export(sharded):

@@ -6,8 +6,9 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from safepatch_jax.files import folder_hashes
 from safepatch_jax.pipeline.job import Job
@@ -57,6 +58,25 @@ def test_outputs(finished, settings):
     manifest = json.loads((work / "manifest.json").read_text())
     assert set(manifest["stages"]) == set(finished.runner.stages)
     assert manifest["versions"]["jax"] == jax.__version__
+
+
+def test_layers_in_different_dtypes_are_refused_before_training(settings, tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].astype(np.float16)}, model / "model.safetensors", metadata={"format": "pt"})
+    changed = settings.override({"model.source": str(model), "run.cache_dir": str(tmp_path / "cache"), "run.certify": "hashes"})
+    with pytest.raises(ValueError, match=r"the layers of model.layers.\{layer\}.mlp.up_proj.weight are stored in different dtypes"):
+        Job(changed, tmp_path / "work").run()
+
+
+def test_asking_for_another_certificate_trains_nothing_again(settings, finished, capsys):
+    capsys.readouterr()
+    Job(settings.override({"run.certify": "hashes"}), finished.workdir).run()
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines() if line.endswith(": running")] == [
+        "certify_import", "certify_export", "report"]
+    Job(settings, finished.workdir).run()
 
 
 def test_certificates_and_model_card(finished):
