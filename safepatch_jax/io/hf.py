@@ -14,61 +14,16 @@ import numpy as np
 
 from safepatch_jax import files
 from safepatch_jax.console import some
-from safepatch_jax.io import safetensors_file, torch_file
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
-from safepatch_jax.io.safetensors_file import INDEX, SINGLE, Planned, write_shards
+from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unnest
 from safepatch_jax.numerics import cast, tensor_keys
 
-# In the order in which transformers looks for them.
-_LAYOUTS = ((SINGLE, INDEX, safetensors_file.list_tensors),
-            ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_file.list_tensors))
 _READERS = 4  # threads; reading is copying from the page cache or waiting for a disk
-
-
-class Checkpoint:
-    """The tensors of a model folder: `tensors` says where each one lies.
-
-    Raises:
-      ValueError: no weights, an index that names an absent or unsafe file, or a truncated or damaged file.
-    """
-
-    def __init__(self, folder: str | pathlib.Path):
-        self.folder = pathlib.Path(folder)
-        for single, index, list_tensors in _LAYOUTS:
-            if (self.folder / single).is_file():
-                self.layout = single
-                self.tensors: dict[str, Stored] = list_tensors(files.own_file(self.folder / single))
-                return
-            if (self.folder / index).is_file():
-                self.layout = index
-                self.tensors = self._from_index(self.folder / index, list_tensors)
-                return
-        found = sorted(p for p in self.folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
-        hint = f" Found {', '.join(p.name for p in found)}." if found else ""
-        if any(p.suffix == ".gguf" for p in found):
-            hint += f" Read a GGUF file with --source=gguf:FILE (launch.convert) or --model.source={self.folder}/FILE."
-        elif found:
-            hint += " If they are parts of a model, its index is missing: copy it too."
-        raise ValueError(f"'{self.folder}' holds no weights: none of {', '.join(n for pair in _LAYOUTS for n in pair[:2])} "
-                         f"is there.{hint}")
-
-    def _from_index(self, index: pathlib.Path, list_tensors) -> dict[str, Stored]:
-        weight_map = files.read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} is not a weight index (it has no weight_map); copy the file again.")
-        shards = {files.plain_name(name, str(index)) for name in weight_map.values()}
-        if missing := sorted(name for name in shards if not (self.folder / name).is_file()):
-            raise ValueError(f"{index} names weight files that are not there: {', '.join(missing)}. "
-                             f"Copy them into {self.folder}.")
-        held = {name: list_tensors(files.own_file(self.folder / name)) for name in sorted(shards)}
-        if absent := sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name]):
-            raise ValueError(f"{index} places tensors in files that do not hold them: {some(absent, ', ')}.")
-        strays = {tensor: x for tensors in held.values() for tensor, x in tensors.items() if tensor not in weight_map}
-        return {tensor: held[name][tensor] for tensor, name in weight_map.items()} | strays
 
 
 def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig) -> dict[str, Any]:
@@ -221,13 +176,3 @@ def _layer_of(x: jax.Array, layer: int) -> jax.Array | np.ndarray:
     for index, view in views:
         out[index] = view[layer]
     return out
-
-
-def has_weights(folder: str | pathlib.Path) -> bool:
-    """Return whether a folder holds weight files of a kind that `Checkpoint` reads."""
-    return any((pathlib.Path(folder) / name).is_file() for single, index, _ in _LAYOUTS for name in (single, index))
-
-
-def stored_dtypes(folder: str | pathlib.Path) -> dict[str, str]:
-    """Return the dtype in which each tensor of a model folder is stored, by HF name. Raises ValueError as Checkpoint."""
-    return {name: x.dtype for name, x in Checkpoint(folder).tensors.items()}

@@ -23,7 +23,8 @@ from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Chat, NoChat
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io.companions import COMPANIONS
-from safepatch_jax.io.hf import Checkpoint, check_keys, load_params
+from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.hf import check_keys, load_params
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.decoder import Decoder

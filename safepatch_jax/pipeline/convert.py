@@ -11,7 +11,8 @@ from safepatch_jax.console import say, some
 from safepatch_jax.io import gguf
 from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER, MODEL, load_checkpoint, read_description, save_checkpoint, tensor_hashes)
-from safepatch_jax.io.hf import Checkpoint, check_keys, has_weights, load_params, save_model, stored_dtypes
+from safepatch_jax.io.folder import Checkpoint, has_weights, stored_dtypes
+from safepatch_jax.io.hf import check_keys, load_params, save_model
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.describe import describe

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from safepatch_jax.io.checkpoint import load_checkpoint, save_checkpoint
-from safepatch_jax.io.hf import load_params, stored_dtypes
+from safepatch_jax.io.folder import stored_dtypes
+from safepatch_jax.io.hf import load_params
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
 

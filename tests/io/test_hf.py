@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from safepatch_jax import files
-from safepatch_jax.io.hf import INDEX, SINGLE, Checkpoint, load_params, save_model, stored_dtypes
+from safepatch_jax.io.folder import Checkpoint, stored_dtypes
+from safepatch_jax.io.hf import load_params, save_model
+from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.families import FAMILIES
