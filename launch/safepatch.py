@@ -5,8 +5,9 @@
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/real \\
       --data=harmful:advbench.csv,lookalike:xstest.csv --patch.retention=0.2
 
-The workdir receives report.md, report.json, report.png, manifest.json, settings.json, and stages/export/model: a
-Hugging Face folder that transformers loads as it is. A run that was killed goes on where it stopped when the same
+The workdir receives report.md, report.json, report.png, manifest.json, settings.json, stages/export/model (a Hugging Face
+folder that transformers loads as it is) and stages/patch_file/patch.safetensors (its difference from the backbone, see
+launch.patch; not where --export.dtype asks for another dtype). A run that was killed goes on where it stopped when the same
 command is given again; stages whose inputs are unchanged are not run again. Derived models are deleted after success
 (--run.keep_scratch keeps them: they are jailbroken or broken models, handle with care).
 """
@@ -33,6 +34,8 @@ def run() -> None:
     report = job.run()
     say(f"Report: {report}")
     say(f"Model:  {job.folder('export')}")
+    if job.patch_file is not None:
+        say(f"Patch:  {job.patch_file}")
 
 
 if __name__ == "__main__":

@@ -79,22 +79,39 @@ class DeriveSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSettings:
-    samples: int = _option(128, "Harmful pairs over which SNIP sums |W * dNLL/dW|, absolute value per sample.", low=1)
+    samples: int = _option(128, "Harmful pairs over which SNIP sums |W * dNLL/dW|.", low=1)
+    mode: str = _option(
+        "per_sample", "Absolute value of each sample's gradient (SNIP), or of each batch's summed gradient: faster, another"
+        " ranking. How far the two agree is then measured on one weight over two batches, and reported.",
+        choices=("per_sample", "batched"))
+    batch_size: int = _option(8, "Samples a gradient where score.mode is batched.", low=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchSettings:
+    merge: str = _option(
+        "safepatching", "The method, or a baseline on the same patches: average, task arithmetic, TIES (density), DARE and"
+        " DARE-TIES (retention), RESTA (beta is its gamma; retention below 1 adds DARE). alpha and beta weigh the two patches"
+        " in all of them.", choices=("safepatching", "average", "task_arithmetic", "ties", "dare", "dare_ties", "resta"))
     importance: str = _option(
         "delta", "The W of SNIP: the patch entry itself, or the derived model's weight.", choices=("delta", "weight"))
     scope: str = _option(
         "block_linear", "What is scored and patched: linear layers of the blocks, also lm_head, or everything.",
         choices=("block_linear", "all_linear", "all"))
-    top_rate_se: float = _option(0.1, "a: share of each matrix in the SE patch's top set.", low=0.0, high=1.0)
-    top_rate_osm: float = _option(0.1, "b: share of each matrix in the OSM patch's top set.", low=0.0, high=1.0)
+    granularity: str = _option(
+        "matrix", "Within what entries are ranked: each weight matrix, each of its rows (the weights of one output), or the"
+        " whole scope at once.", choices=("matrix", "row", "global"))
+    top_rate_se: float = _option(0.1, "a: share of entries in the SE patch's top set.", low=0.0, high=1.0)
+    top_rate_osm: float = _option(0.1, "b: share of entries in the OSM patch's top set.", low=0.0, high=1.0)
     combine: str = _option(
         "difference", "Which entries of the two top sets are candidates.", choices=("difference", "intersection", "union"))
-    retention: float = _option(0.3, "p: probability with which a candidate is kept.", above=0.0, high=1.0)
+    retention: float = _option(0.3, "p: probability with which a candidate is kept; see patch.support.", above=0.0, high=1.0)
+    support: str = _option(
+        "sequential", "Of the candidates, keep each with probability p; or keep all and fill up with random entries outside"
+        " both top sets, to a share p of each matrix and patch.", choices=("sequential", "fill"))
     rescale: bool = _option(False, "Divide kept entries by the retention, as DARE does.")
+    density: float = _option(0.2, "Share of entries, the largest by magnitude, that TIES keeps of each patch.",
+                             low=0.0, high=1.0)
     alpha: float = _option(1.0, "Weight of the SE patch in the merge.")
     beta: float = _option(1.0, "Weight of the OSM patch in the merge.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, Mapping, Sequence
@@ -16,84 +15,121 @@ from safepatch_jax.console import progress
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
 from safepatch_jax.numerics import cast, tensor_keys
-from safepatch_jax.patching.retention import retained
-from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
+from safepatch_jax.patching.baselines import BASELINES
+from safepatch_jax.patching.layer import UNTRIMMED, Choice, Knobs, Layer, Method, importance, rounded, top_rates
+from safepatch_jax.patching.retention import filled
+from safepatch_jax.patching.selection import PASSES, ROLES, combine_sets, float_bits, share_out, top_count
+from safepatch_jax.patching.statistics import overlap, refuse_broken, tensor_statistics
 from safepatch_jax.settings import PatchSettings
 
-ROLES = ("se", "osm")
+KEYED = (*ROLES, "rounding", "fill")  # what draws random bits
 
 
-@dataclasses.dataclass(frozen=True)
-class Knobs:
-    """The settings of the patch operation as traced scalars, so that a change of value compiles nothing."""
-
-    top_se: int
-    top_osm: int
-    retention: float
-    alpha: float
-    beta: float
-
-    @classmethod
-    def of(cls, patch: PatchSettings, size: int) -> "Knobs":
-        scale = 1.0 / patch.retention if patch.rescale else 1.0
-        return cls(top_count(patch.top_rate_se, size), top_count(patch.top_rate_osm, size), patch.retention,
-                   patch.alpha * scale, patch.beta * scale)
-
-    def traced(self) -> dict[str, Any]:
-        return {"top_se": np.int32(self.top_se), "top_osm": np.int32(self.top_osm), "retention": np.float32(self.retention),
-                "alpha": np.float32(self.alpha), "beta": np.float32(self.beta), "zero": np.int32(0)}
+def safepatching(layer: Layer) -> Choice:
+    """Combine the two top sets, retain at random, weigh with alpha and beta (METHOD 3c-3f)."""
+    top = layer.top_sets()
+    candidates = dict(zip(ROLES, combine_sets(top["se"], top["osm"], layer.method.combine)))
+    if layer.method.support == "fill":
+        kept = filled(layer.keys["fill"], candidates, top, layer.patch, layer.knobs["quota"])
+    else:
+        kept = layer.dropped(candidates)
+    return Choice(top, kept, layer.weights())
 
 
-@functools.partial(jax.jit, static_argnames=("importance", "combine", "dtype", "rounding"), donate_argnums=0)
-def patch_matrices(theta, derived, sensitivity, keys, knobs, *, importance: str, combine: str, dtype: str,
-                   rounding: str = "nearest"):
-    """Patch all layers of one weight.
+METHODS = {"safepatching": safepatching} | BASELINES
+
+
+@functools.partial(jax.jit, static_argnames=("method", "shape", "dtype", "rounding", "sharding"), donate_argnums=0)
+def patch_matrices(theta, derived, sensitivity, keys, counts, knobs, *, method: Method, shape: tuple[int, ...],
+                   dtype: str, rounding: str = "nearest", sharding=None):
+    """Patch all layers of one weight, in the buffer of the backbone where the dtype stays.
 
     Args:
-      theta: backbone, [L, out, in] (or [L, n]), storage dtype; donated.
+      theta: backbone, storage dtype, the row's shape; donated.
       derived: {'se', 'osm'}: derived models, float32, same shape.
       sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape.
-      keys: {'se', 'osm', 'rounding'}: uint32 [L, 2].
+      keys: {'se', 'osm', 'rounding', 'fill'}: uint32 [L, 2].
+      counts: {'se', 'osm'}: int32 [L], see `Layer`.
       knobs: see `Knobs.traced`.
-      importance, combine: see PatchSettings.
+      method: see `Method`.
+      shape: [L, out, in] (or [L, n]): the row as HF tensors.
       dtype: storage dtype of the result; the one cast is to it, at the end.
       rounding: of the changed entries in that cast, nearest or stochastic; the others are rounded to nearest.
+      sharding: of the result; the compiler's choice if None.
 
     Returns:
-      (merged weight in that dtype, statistics {name: [L]}).
+      (merged weight in that dtype and the row's shape, statistics {name: [L]}).
     """
-    def one_layer(layer):
-        backbone, derived, sensitivity, keys = layer
-        patch = {r: derived[r] - backbone.astype(jnp.float32) for r in ROLES}
-        score = {r: jnp.abs(patch[r] if importance == "delta" else derived[r]) * sensitivity[r] for r in ROLES}
-        finite = jnp.all(jnp.isfinite(score["se"]) & jnp.isfinite(score["osm"]))
-        top = {r: top_mask(score[r], knobs[f"top_{r}"]) for r in ROLES}
-        candidates = dict(zip(ROLES, combine_sets(top["se"], top["osm"], combine)))
-        kept = {r: candidates[r] & retained(keys[r], backbone.shape, knobs["retention"]) for r in ROLES}
-        merged = backbone.astype(jnp.float32)
-        for role, weight in (("se", knobs["alpha"]), ("osm", knobs["beta"])):
-            merged = jnp.where(kept[role], merged + _rounded(weight * patch[role], knobs["zero"]), merged)
-        changed = kept["se"] | kept["osm"]
-        untouched = backbone.astype(dtype)
+    stacked = lambda tree: jax.tree.map(lambda x: x.reshape(shape), tree)
+    backbones, in_place = stacked(theta), theta.dtype == jnp.dtype(dtype)
+
+    def one_layer(result, xs):
+        index, derived, sensitivity, keys, counts = xs
+        stored = _read_once(result if in_place else backbones, index, knobs["zero"] == 0)
+        backbone = stored.astype(jnp.float32)
+        patch = {r: derived[r] - backbone for r in ROLES}
+        score = {r: importance(patch[r], derived[r], sensitivity[r], method.importance) for r in ROLES}
+        choice = METHODS[method.merge](Layer(patch, score, keys, counts, knobs, method))
+        merged = backbone
+        for r in ROLES:
+            merged = jnp.where(choice.kept[r], merged + rounded(choice.weight[r] * patch[r], knobs["zero"]), merged)
+        untouched = stored.astype(dtype)
+        changed = choice.kept["se"] | choice.kept["osm"]
         merged = jnp.where(changed, cast(merged, dtype, rounding, keys["rounding"]), untouched)
-        count = lambda mask: jnp.sum(mask, dtype=jnp.int32)
-        statistics = {
-            "top_se": count(top["se"]), "top_osm": count(top["osm"]), "top_both": count(top["se"] & top["osm"]),
-            "kept_se": count(kept["se"]), "kept_osm": count(kept["osm"]), "kept": count(changed),
-            "survived": count(changed & (merged != untouched)),
-            "nonzero_se": count(patch["se"] != 0), "nonzero_osm": count(patch["osm"] != 0),
-            "largest_se": jnp.max(jnp.abs(patch["se"])), "largest_osm": jnp.max(jnp.abs(patch["osm"])),
-            "finite": finite, "finite_merged": jnp.all(jnp.isfinite(merged)),
-        }
-        return merged, statistics
+        return (lax.dynamic_update_index_in_dim(result, merged, index, 0),
+                tensor_statistics(patch, score, choice, merged, untouched))
 
-    return lax.map(one_layer, (theta, derived, sensitivity, keys))
+    start = backbones if in_place else jnp.zeros(shape, dtype)
+    layers = (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity), keys, counts)
+    result, statistics = lax.scan(one_layer, start, layers)
+    result = result.reshape(theta.shape)
+    return (lax.with_sharding_constraint(result, sharding) if sharding else result), statistics
 
 
-def _rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
-    """Round a product to float32 before it is added: a zero that the compiler does not know keeps it from fusing
-    product and sum to one FMA, which some machines would do and others not."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(product, jnp.int32) ^ zero, jnp.float32)
+def _read_once(stack: jax.Array, index: jax.Array, true: jax.Array) -> jax.Array:
+    """Return one layer of a stack: a branch that the compiler cannot decide keeps it from reading the stack again at each
+    use, for which it would copy the stack before the result is written there, and from casting the whole stack at once."""
+    return lax.cond(true, lambda: lax.dynamic_index_in_dim(stack, index, keepdims=False),
+                    lambda: jnp.zeros(stack.shape[1:], stack.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "shape"))
+def count_at_least(theta, derived, sensitivity, threshold, *, kind: str, shape: tuple[int, ...]):
+    """Return the number of scores in each layer whose bits are at least the threshold, int32 [L]."""
+    def one_layer(layer):
+        index, derived, sensitivity = layer
+        backbone = _read_once(theta.reshape(shape), index, threshold > 0)
+        score = importance(derived - backbone.astype(jnp.float32), derived, sensitivity, kind)
+        return jnp.sum(float_bits(score) >= threshold, dtype=jnp.int32)
+
+    return lax.map(one_layer, (jnp.arange(shape[0]), derived.reshape(shape), sensitivity.reshape(shape)))
+
+
+def _counts(backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
+    """Return the sizes of the top sets, {role: {path: int32 [L]}}: of each row or matrix, or of a matrix's part in the
+    top set of the whole scope. The order in which ties are broken there is the table's: rows, then layers.
+    """
+    rates, kind = top_rates(patch), Method.of(patch).importance
+    if patch.granularity != "global" or patch.merge in UNTRIMMED:
+        size = lambda row: row.hf_shape[-1] if patch.granularity == "row" else math.prod(row.hf_shape)
+        return {role: {row.path: np.full(row.num_layers, top_count(rate, size(row)), np.int32) for row in rows}
+                for role, rate in rates.items()}
+    result = {}
+    with progress(len(ROLES) * PASSES, "global top sets", "count") as bar:
+        for role, rate in rates.items():
+            def count_at(threshold):
+                bar.update()
+                parts = [count_at_least(backbone[row.path], derived[role][row.path], sensitivity[role][row.path],
+                                         np.int32(threshold), kind=kind, shape=_stack(row)) for row in rows]
+                return [int(n) for part in parts for n in np.asarray(part)]
+
+            shares = iter(share_out(count_at, top_count(rate, sum(math.prod(row.shape) for row in rows))))
+            result[role] = {row.path: np.array([next(shares) for _ in row.hf_names], np.int32) for row in rows}
+    return result
+
+
+def _stack(row: Param) -> tuple[int, ...]:
+    return (row.num_layers, *row.hf_shape)
 
 
 def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapping[str, jax.Array]],
@@ -121,60 +157,20 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       ValueError: NaN or infinite scores or merged weights (names the tensors).
     """
     merged, statistics = {}, {}
+    counts = _counts(backbone, derived, sensitivity, rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
-            keys = {role: tensor_keys(seed, role, row.hf_names) for role in (*ROLES, "rounding")}
-            matrices = lambda tree: {role: row.as_matrices(tree[role][row.path]) for role in ROLES}
-            result, stats = patch_matrices(
-                row.as_matrices(backbone[row.path]), matrices(derived), matrices(sensitivity), keys,
-                Knobs.of(patch, math.prod(row.hf_shape)).traced(), importance=patch.importance, combine=patch.combine,
-                dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype, rounding=rounding)
-            merged[row.path] = jax.device_put(
-                row.from_matrices(result), sharder.sharding(row.axes, row.shape, row.path))
+            of_row = lambda tree: {role: tree[role][row.path] for role in ROLES}
+            keys = {user: tensor_keys(seed, user, row.hf_names) for user in KEYED}
+            merged[row.path], stats = patch_matrices(
+                backbone[row.path], of_row(derived), of_row(sensitivity), keys, of_row(counts),
+                Knobs.of(patch, math.prod(row.hf_shape)).traced(), method=Method.of(patch), shape=_stack(row),
+                dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype, rounding=rounding,
+                sharding=sharder.sharding(row.axes, row.shape, row.path))
             stats = {name: np.asarray(values) for name, values in stats.items()}
             for layer, hf_name in enumerate(row.hf_names):
-                statistics[hf_name] = {"size": math.prod(row.hf_shape)} | {n: v[layer].item() for n, v in stats.items()}
+                own = {"size": math.prod(row.hf_shape)} | {n: v[layer].item() for n, v in stats.items()}
+                statistics[hf_name] = own | {"overlap": overlap(own)}
             bar.update()
-    _refuse_broken(statistics)
+    refuse_broken(statistics)
     return merged, statistics
-
-
-def totals(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum the statistics of all tensors and derive the overlap and the survival of the cast.
-
-    `overlap` is the Jaccard index of the two top sets; `survival` the share of kept entries whose stored bits changed.
-    """
-    names = ("size", "top_se", "top_osm", "top_both", "kept_se", "kept_osm", "kept", "survived")
-    total = {name: sum(s[name] for s in statistics.values()) for name in names}
-    union = total["top_se"] + total["top_osm"] - total["top_both"]
-    total["overlap"] = total["top_both"] / union if union else 0.0
-    total["survival"] = total["survived"] / total["kept"] if total["kept"] else 0.0
-    for role in ROLES:
-        total[f"largest_{role}"] = max(s[f"largest_{role}"] for s in statistics.values())
-    return total
-
-
-def _refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
-    if broken := [name for name, s in statistics.items() if not s["finite"]]:
-        raise ValueError(f"The importance scores of {len(broken)} tensors are NaN or infinite, first {broken[0]}: a "
-                         "derived model or its gradients overflowed. Lower derive.*_learning_rate.")
-    if broken := [name for name, s in statistics.items() if not s["finite_merged"]]:
-        raise ValueError(f"The merged weights of {len(broken)} tensors are NaN or infinite in the storage dtype, first "
-                         f"{broken[0]}. Lower patch.alpha and patch.beta, or use export.dtype=float32.")
-
-
-def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
-    """Raise ValueError if the result would equal the backbone, saying why (METHOD 4.6)."""
-    for role in ROLES:
-        if not any(s[f"nonzero_{role}"] for s in statistics.values()):
-            raise ValueError(f"The {role.upper()} patch is zero everywhere: the derived model equals the backbone. Raise "
-                             f"derive.{role}_steps or derive.{role}_learning_rate.")
-    total = totals(statistics)
-    if not total["kept"]:
-        raise ValueError(
-            f"No entry is kept (top sets: SE {total['top_se']}, OSM {total['top_osm']}, in both {total['top_both']}; "
-            f"combine '{patch.combine}', retention {patch.retention:g}), so the result would equal the backbone. Raise "
-            "patch.top_rate_se, patch.top_rate_osm or patch.retention.")
-    if not total["survived"]:
-        raise ValueError("Every kept entry is lost when cast to the storage dtype, so the result would equal the backbone. "
-                         "Use export.dtype=float32, export.rounding=stochastic, or larger learning rates.")

@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 from safepatch_jax.evaluation.judge import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.pipeline import certificate as certificates
-from safepatch_jax.pipeline.report import share, wilson
+from safepatch_jax.pipeline.report import MERGES, describe_patch, share, wilson
 
 NAME = "README.md"  # where Hugging Face looks for a model card
 
@@ -32,9 +32,11 @@ def model_card(content: Mapping[str, Any], certificate: Mapping[str, Any], hashe
         f"# {name}, patched", "",
         f"`{name}` ({architecture['family']}, {certificate['parameters']:,} parameters)"
         + (", aligned by a short supervised run and then" if settings["align"]["enabled"] else "")
-        + " changed by SafePatching (arXiv 2405.13820): two sparse weight patches, derived from harmful question/answer pairs "
-        "alone, meant to lower harm and over-refusal and to keep utility. Architecture, tokenizer and chat template are those of "
-        "the model it was made from, whose licence and limits apply.", "",
+        + " changed by " + (
+            "SafePatching (arXiv 2405.13820): two sparse weight patches" if knobs["merge"] == "safepatching" else
+            f"{MERGES[knobs['merge']]}, a baseline of SafePatching (arXiv 2405.13820): two weight patches")
+        + ", derived from harmful question/answer pairs alone, meant to lower harm and over-refusal and to keep utility. "
+        "Architecture, tokenizer and chat template are those of the model it was made from, whose licence and limits apply.", "",
         "## Before and after", "",
         "| model | harmful: complied | look-alike: refused | look-alike: incoherent | perplexity of ordinary answers |",
         "|---|---|---|---|---|",
@@ -52,10 +54,7 @@ def model_card(content: Mapping[str, Any], certificate: Mapping[str, Any], hashe
         *([""] + [f"Not met in this run: {'; '.join(broken)}."] if broken else []),
         "", "## Recipe", "",
         "| | |", "|---|---|",
-        f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per matrix |",
-        f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the top sets, retention "
-        f"{knobs['retention']:g}{', rescaled' if knobs['rescale'] else ''} |",
-        f"| importance | SNIP on '{knobs['importance']}', {settings['score']['samples']} samples, scope {knobs['scope']} |",
+        *(_selection(settings) if knobs["merge"] == "safepatching" else [f"| merge | {describe_patch(settings)} |"]),
         f"| SE patch | gradient ascent, at most {derive['se_steps']} steps at {derive['se_learning_rate']:g}, stopped by "
         f"{content['training']['derive_se']['stopped_by']} after {content['training']['derive_se']['steps']} |",
         f"| OSM patch | gradient descent, {derive['osm_steps']} steps at {derive['osm_learning_rate']:g} |",
@@ -72,6 +71,18 @@ def model_card(content: Mapping[str, Any], certificate: Mapping[str, Any], hashe
         f"`{certificates.FILE}` has the SHA-256 of every tensor. {certificates.summary(certificate)}.", "",
     ]
     return "\n".join(lines)
+
+
+def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the rows of the recipe that say which entries are patched."""
+    knobs, score = settings["patch"], settings["score"]
+    filled = ", filled up with random entries" if knobs["support"] == "fill" else ""
+    return [
+        f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per {knobs['granularity']} |",
+        f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the top sets, retention "
+        f"{knobs['retention']:g}{filled}{', rescaled' if knobs['rescale'] else ''} |",
+        f"| importance | SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']}), scope {knobs['scope']} |",
+    ]
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp

@@ -19,7 +19,7 @@ from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.importance import SensitivityMeter
+from safepatch_jax.patching.importance import SensitivityMeter, witness_row
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.step import Trainer
 
@@ -60,8 +60,10 @@ class Context:
         return Trainer(self.decoder(config), param_table(config), self.sharder, loss=derive.loss, clip_norm=derive.clip_norm)
 
     @functools.cache
-    def meter(self, config: DecoderConfig) -> SensitivityMeter:
+    def meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
+        """Return the meter of the scope, or of the one weight on which the score modes are compared."""
         rows = param_table(config).scope(self.settings.patch.scope)
+        rows = (witness_row(rows),) if witness else rows
         return SensitivityMeter(self.decoder(config), rows, self.sharder, self.settings.derive.loss)
 
     @functools.cache

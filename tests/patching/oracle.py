@@ -1,18 +1,50 @@
 """Controllable patching in plain NumPy, written from the method's text alone; float32 where the method promises it."""
 
+import hashlib
 import math
 from fractions import Fraction
 
 import numpy as np
 
 
-def top_set(score, rate):
-    """Boolean mask of the top entries: exactly k, ties to the lower flat index, zeros never."""
-    k = math.floor(Fraction(repr(rate)) * score.size)
-    order = np.argsort(-score.astype(np.float64).ravel(), kind="stable")[:k]
-    mask = np.zeros(score.size, bool)
+def count(rate, size):
+    """floor(rate * size) in the decimal digits of the rate."""
+    return math.floor(Fraction(repr(rate)) * size)
+
+
+def largest(values, k):
+    """Boolean mask of the k largest entries, ties to the lower flat index, zeros never."""
+    order = np.argsort(-values.astype(np.float64).ravel(), kind="stable")[:k]
+    mask = np.zeros(values.size, bool)
     mask[order] = True
-    return (mask & (score.ravel() > 0)).reshape(score.shape)
+    return (mask & (values.ravel() > 0)).reshape(values.shape)
+
+
+def top_set(score, rate):
+    return largest(score, count(rate, score.size))
+
+
+def top_sets(scores, rate, granularity):
+    """Masks of the top entries of a list of tensors: of each, of each row of each, or of all of them together."""
+    if granularity == "matrix":
+        return [top_set(s, rate) for s in scores]
+    if granularity == "row":
+        rows = [s.reshape(-1, s.shape[-1]) for s in scores]
+        return [np.stack([top_set(row, rate) for row in r]).reshape(s.shape) for r, s in zip(rows, scores)]
+    whole = top_set(np.concatenate([s.ravel() for s in scores]), rate)
+    parts = np.split(whole, np.cumsum([s.size for s in scores])[:-1])
+    return [part.reshape(s.shape) for part, s in zip(parts, scores)]
+
+
+def flushed(x):
+    """Subnormal numbers as zeros of their sign, as XLA computes on CPU."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
+def patch_and_score(theta, derived, sensitivity, importance):
+    derived = flushed(derived)
+    patch = flushed(derived - flushed(theta.astype(np.float32)))
+    return patch, flushed(np.abs(patch if importance == "delta" else derived) * flushed(sensitivity))
 
 
 def candidates(top_se, top_osm, combine):
@@ -30,8 +62,10 @@ def merge(theta, se, osm, kept_se, kept_osm, alpha, beta, key=None):
     """
     theta32 = theta.astype(np.float32)
     merged = theta32.copy()
-    merged[kept_se] += np.float32(alpha) * (se - theta32)[kept_se]
-    merged[kept_osm] += np.float32(beta) * (osm - theta32)[kept_osm]
+    for derived, kept, weight in ((se, kept_se, alpha), (osm, kept_osm, beta)):
+        patch = flushed(flushed(derived) - flushed(theta32))
+        added = flushed(np.float32(weight) * patch)
+        merged = np.where(kept, flushed(flushed(merged) + added), merged)
     touched = kept_se | kept_osm
     cast = merged.astype(theta.dtype) if key is None or theta.itemsize == 4 else stochastic(merged, theta.dtype, key)
     return np.where(touched, cast, theta), touched
@@ -63,13 +97,86 @@ def threefry2x32(key, counter):
     return x0, x1
 
 
-def random_bits(key, shape):
-    """24 random bits for each flat index of a tensor."""
+def key(seed, role, name):
+    return np.frombuffer(hashlib.sha256(f"{seed}|{role}|{name}".encode()).digest()[:8], "<u4")
+
+
+def words(key, shape):
+    """32 random bits for each flat index of a tensor."""
     with np.errstate(over="ignore"):
         x0, x1 = threefry2x32(key, np.arange(math.prod(shape), dtype=np.uint64))
-    return ((x0 ^ x1) >> np.uint32(8)).reshape(shape)
+    return (x0 ^ x1).reshape(shape)
+
+
+def random_bits(key, shape):
+    """24 random bits for each flat index of a tensor."""
+    return words(key, shape) >> np.uint32(8)
 
 
 def retained(key, shape, retention):
     """Bernoulli(p) for each flat index of a tensor."""
     return random_bits(key, shape) < np.uint32(np.float32(retention) * np.float32(2.0**24))
+
+
+def filled(key, sets, tops, patches, retention):
+    """Candidates and random others outside both top sets, floor(p * size) in all; a coin says whose others they are."""
+    random = words(key, patches[0].shape)
+    result = []
+    for side, (candidates, patch) in enumerate(zip(sets, patches)):
+        offered = ~tops[0] & ~tops[1] & (random % 2 == side) & (patch != 0)
+        room = max(count(retention, patch.size) - int(candidates.sum()), 0)
+        result.append(candidates | largest(np.where(offered, random // 2 | 1, 0), room))
+    return result
+
+
+def safepatched(tensors, patch, seed):
+    """Patch a list of HF tensors: dicts of name, theta, se, osm (derived models), sensitivity_se, sensitivity_osm.
+
+    Returns (merged tensors, kept sets as (SE, OSM) pairs).
+    """
+    pairs = [[patch_and_score(t["theta"], t[r], t["sensitivity_" + r], patch.importance) for r in ("se", "osm")]
+             for t in tensors]
+    tops = zip(*(top_sets([pair[i][1] for pair in pairs], rate, patch.granularity)
+                 for i, rate in enumerate((patch.top_rate_se, patch.top_rate_osm))))
+    scale = 1 / patch.retention if patch.rescale else 1.0
+    merged, kept = [], []
+    for t, pair, top in zip(tensors, pairs, tops):
+        sets = candidates(*top, patch.combine)
+        if patch.support == "fill":
+            own = filled(key(seed, "fill", t["name"]), sets, top, [p for p, _ in pair], patch.retention)
+        else:
+            own = [s & retained(key(seed, r, t["name"]), s.shape, patch.retention) for s, r in zip(sets, ("se", "osm"))]
+        merged.append(merge(t["theta"], t["se"], t["osm"], *own, patch.alpha * scale, patch.beta * scale)[0])
+        kept.append(own)
+    return merged, kept
+
+
+def baseline(tensor, patch, seed):
+    """What the merging baselines add to one tensor, as their papers write it, in float64: one term for each patch."""
+    theta, se, osm = (tensor[n].astype(np.float64) for n in ("theta", "se", "osm"))
+    p = patch.retention
+    drop = [retained(key(seed, r, tensor["name"]), theta.shape, p) / p for r in ("se", "osm")]
+    tau = [patch.alpha * (se - theta), patch.beta * (osm - theta)]
+    if patch.merge == "average":
+        return [t / 2 for t in tau]
+    if patch.merge == "task_arithmetic":
+        return tau
+    if patch.merge == "resta":
+        return [0 * theta, patch.beta * (theta - osm) * drop[1]]
+    if patch.merge == "ties":
+        tau = [t * top_set(np.abs(d - theta), patch.density) for t, d in zip(tau, (se, osm))]
+    else:
+        tau = [t * d for t, d in zip(tau, drop)]
+    if patch.merge == "dare":
+        return tau
+    sign = np.sign(sum(tau))
+    agree = [(np.sign(t) == sign) & (t != 0) for t in tau]
+    return [t * a / np.maximum(agree[0].astype(int) + agree[1], 1) for t, a in zip(tau, agree)]
+
+
+def add_terms(tensor, terms):
+    """Add float64 terms, each a multiple of its patch, in float32 and in order, with one cast at the end."""
+    theta = tensor["theta"].astype(np.float64)
+    patches = [tensor[r].astype(np.float64) - theta for r in ("se", "osm")]
+    weights = [np.divide(t, p, out=np.zeros_like(t), where=t != 0) for t, p in zip(terms, patches)]
+    return merge(tensor["theta"], tensor["se"], tensor["osm"], *(t != 0 for t in terms), *weights)

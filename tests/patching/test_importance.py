@@ -8,20 +8,22 @@ from safepatch_jax.data.chat import Chat, lengths, training_batch
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import nest, param_table, unnest
-from safepatch_jax.patching.importance import SensitivityMeter
+from safepatch_jax.patching.importance import SensitivityMeter, mode_agreement
 from safepatch_jax.patching.selection import combine_sets, top_mask
 from tests.conftest import sharder_of
+from tests.patching import oracle
 
 PAIRS = [("one", "first answer"), ("two two", "second"), ("three", "third answer of some length")]
 
 
-def measure(tiny, devices=1):
+def measure(tiny, devices=1, batch_size=1):
     sharder = sharder_of(devices)
     config, params = load_params(tiny, sharder)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
     rows = param_table(config).scope("block_linear")
     decoder = Decoder(config, jnp.float32, sharder)
-    total = SensitivityMeter(decoder, rows, sharder).measure(unnest(params), examples, lengths(examples), "test")
+    total = SensitivityMeter(decoder, rows, sharder).measure(
+        unnest(params), examples, lengths(examples), "test", batch_size)
     return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
 
 
@@ -44,6 +46,20 @@ def test_sum_of_absolute_sample_gradients(tiny):
         np.testing.assert_allclose(value, faithful, rtol=2e-4, atol=1e-7)
     batched = np.abs(sum(np.asarray(g["layers/mlp/up"]) for g in gradients))
     assert not np.allclose(total["layers/mlp/up"], batched, rtol=0.1)
+    by_two = measure(tiny, batch_size=2)[-1]  # the second batch has one sample and one row without answer tokens
+    for path, value in by_two.items():
+        g = [np.asarray(g[path]) for g in gradients]
+        np.testing.assert_allclose(value, np.abs(g[0] + g[1]) + np.abs(g[2]), rtol=2e-4, atol=1e-7)
+
+
+def test_agreement_of_the_score_modes():
+    rng = np.random.default_rng(0)
+    backbone, derived, one, two = (rng.random((3, 6, 7)).astype(np.float32) for _ in range(4))
+    both, either = mode_agreement(backbone, derived, (one, two), 8, kind="delta")
+    score = [np.abs(derived - backbone) * s for s in (one, two)]
+    tops = [np.stack([oracle.largest(layer, 8) for layer in s]) for s in score]
+    assert both.tolist() == (tops[0] & tops[1]).sum((1, 2)).tolist()
+    assert either.tolist() == (tops[0] | tops[1]).sum((1, 2)).tolist()
 
 
 def test_common_model_gives_an_empty_difference(tiny):

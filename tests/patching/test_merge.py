@@ -7,7 +7,8 @@ import pytest
 
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.merge import apply_patching, refuse_no_op, totals
+from safepatch_jax.patching.merge import apply_patching
+from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.settings import PatchSettings
 from safepatch_jax.testing import tiny_config
@@ -19,11 +20,11 @@ ROWS = TABLE.scope("block_linear")
 SEED = 5
 
 
-def inputs(dtype=np.float32, step=1e-3):
+def inputs(dtype=np.float32, step=1e-3, rows=ROWS):
     """Random backbone, derived models and sensitivities with ties and zeros, as NumPy."""
     rng = np.random.default_rng(0)
     theta, derived, sensitivity = {}, {"se": {}, "osm": {}}, {"se": {}, "osm": {}}
-    for row in ROWS:
+    for row in rows:
         theta[row.path] = (0.05 * rng.standard_normal(row.shape)).astype(dtype)
         for role in derived:
             patch = step * rng.standard_normal(row.shape) * (rng.random(row.shape) < 0.9)
@@ -32,15 +33,15 @@ def inputs(dtype=np.float32, step=1e-3):
     return theta, derived, sensitivity
 
 
-def place(tree, sharder):
-    return {row.path: jax.device_put(tree[row.path], sharder.sharding(row.axes, row.shape)) for row in ROWS}
+def place(tree, sharder, rows=ROWS):
+    return {row.path: jax.device_put(tree[row.path], sharder.sharding(row.axes, row.shape)) for row in rows}
 
 
-def run(theta, derived, sensitivity, patch, devices=1, dtype="keep", rounding="nearest"):
+def run(theta, derived, sensitivity, patch, devices=1, dtype="keep", rounding="nearest", rows=ROWS):
     sharder = sharder_of(devices)
     merged, statistics = apply_patching(
-        place(theta, sharder), {r: place(t, sharder) for r, t in derived.items()},
-        {r: place(t, sharder) for r, t in sensitivity.items()}, ROWS, patch, SEED, sharder, "test", dtype, rounding)
+        place(theta, sharder, rows), {r: place(t, sharder, rows) for r, t in derived.items()},
+        {r: place(t, sharder, rows) for r, t in sensitivity.items()}, rows, patch, SEED, sharder, "test", dtype, rounding)
     return {path: np.asarray(x) for path, x in merged.items()}, statistics
 
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching.retention import retained
-from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
+from safepatch_jax.patching.selection import combine_sets, share_out, top_count, top_mask
 from tests.patching import oracle
 
 SELECT = jax.jit(top_mask)
@@ -36,10 +36,10 @@ values = st.one_of(
 
 
 @settings(deadline=None, max_examples=60)
-@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=values),
+@given(hnp.arrays(np.float32, st.sampled_from([(1, 7), (7, 1), (1, 1), (5, 6)]), elements=values),
        st.floats(0, 1).map(lambda r: round(r, 3)))
 def test_matches_stable_sort(score, rate):
-    mask = np.asarray(top_mask(jnp.asarray(score), top_count(rate, score.size)))
+    mask = np.asarray(SELECT(score, top_count(rate, score.size)))
     np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
 
 
@@ -50,6 +50,30 @@ def test_edge_matrices(score, rate):
     score = score.astype(np.float32)
     mask = np.asarray(SELECT(score, top_count(rate, score.size)))
     np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.34, 1.0])
+def test_rows_are_groups_of_their_own(rate):
+    score = np.random.default_rng(0).integers(0, 4, (6, 9)).astype(np.float32)
+    score[2], score[3] = 0, 1e-45
+    mask = np.asarray(jax.jit(top_mask, static_argnums=2)(score, top_count(rate, 9), (-1,)))
+    np.testing.assert_array_equal(mask, oracle.top_sets([score], rate, "row")[0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.lists(values, max_size=6).map(lambda v: np.array(v, np.float32)), min_size=1, max_size=4),
+       st.floats(0, 1).map(lambda r: round(r, 3)))
+def test_shares_of_a_global_top_set(scores, rate):
+    count_at = lambda threshold: [int((s.view(np.int32) >= threshold).sum()) for s in scores]
+    shares = share_out(count_at, top_count(rate, sum(s.size for s in scores)))
+    assert shares == [m.sum() for m in oracle.top_sets(scores, rate, "global")]
+
+
+def test_shares_above_two_to_the_31():
+    """Three tensors of 3 G equal scores each: the first whole, a part of the second."""
+    size = 3 * 10**9
+    assert share_out(lambda threshold: [size * (threshold <= 7)] * 3, 5 * 10**9) == [size, 2 * 10**9, 0]
+    assert share_out(lambda threshold: [size * (threshold <= 7)] * 3, 10**10) == [size] * 3
 
 
 def test_count_is_exact_in_decimal_digits():

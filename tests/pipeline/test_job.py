@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from safepatch_jax.files import folder_hashes
+from safepatch_jax.patching import patch_apply
+from safepatch_jax.patching.patch_file import PatchFile
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.settings import Settings
 
@@ -102,6 +104,17 @@ def test_certificates_and_model_card(finished):
     assert str(finished.workdir) not in card
 
 
+def test_the_patch_file_turns_the_backbone_into_the_export_and_back(finished, tmp_path):
+    patch = finished.runner.folder("patch_file") / "patch.safetensors"
+    patched = patch_apply.apply(patch, finished.backbone, tmp_path / "patched").folder
+    tensors = lambda folder: {name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()}
+    assert tensors(patched) == tensors(finished.folder("export")) != tensors(finished.backbone)
+    assert tensors(patch_apply.revert(patch, patched, tmp_path / "back").folder) == tensors(finished.backbone)
+    told = PatchFile(patch)
+    assert told.entries() == finished.runner.result("patch")["total"]["survived"]
+    assert told.about["settings"]["patch"]["beta"] == 1.0 and told.about["data"] == finished.context.data_hashes
+
+
 def test_exported_model_differs_in_the_kept_entries_alone(finished):
     before, after = (load_file(f / "model.safetensors") for f in (finished.backbone, finished.folder("export")))
     assert set(before) == set(after)
@@ -122,7 +135,7 @@ def test_second_run_reuses_every_stage(finished, settings, capsys):
     before = model_hash(finished)
     Job(settings, finished.workdir).run()
     out = capsys.readouterr().out
-    assert "running" not in out and out.count("reused, inputs unchanged") == 12
+    assert "running" not in out and out.count("reused, inputs unchanged") == 13
     assert model_hash(finished) == before
 
 
