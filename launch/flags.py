@@ -10,6 +10,8 @@ _CONFIG = flags.DEFINE_string("config", None, "Python file with a CONFIG diction
 _DATA = flags.DEFINE_list(
     "data", [], "Data files by role, e.g. harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json; short for "
     "--data.harmful=... and so on.")
+_MERGE = flags.DEFINE_enum(
+    "merge", None, list(declared_options()["patch.merge"].metadata["choices"]), "The merging method; short for --patch.merge.")
 
 
 def _define_settings() -> None:
@@ -38,5 +40,6 @@ def read_settings() -> Settings:
         if not colon:
             raise ValueError(f"--data: '{entry}' is not ROLE:FILE with a role of harmful, lookalike, ordinary.")
         by_role[f"data.{role}"] = path
+    short = by_role | ({} if _MERGE.value is None else {"patch.merge": _MERGE.value})
     given = {name: flags.FLAGS[name].value for name in declared_options() if flags.FLAGS[name].value is not None}
-    return settings.override(by_role, "--data").override(given, "command line")
+    return settings.override(short, "--data, --merge").override(given, "command line")

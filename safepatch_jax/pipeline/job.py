@@ -91,9 +91,7 @@ class Job(Work):
                 for role, records in self.context.records.items()),
             f"Derive:  SE by ascent, at most {settings.derive.se_steps} steps or answer NLL "
             f"{settings.derive.se_nll_ceiling:g}; OSM by descent, {settings.derive.osm_steps} steps",
-            f"Patch:   a {settings.patch.top_rate_se:g}, b {settings.patch.top_rate_osm:g}, p {settings.patch.retention:g}, "
-            f"alpha {settings.patch.alpha:g}, beta {settings.patch.beta:g}; {settings.patch.combine} of the top sets by "
-            f"SNIP on '{settings.patch.importance}', scope {settings.patch.scope}",
+            "Patch:   " + report.describe_patch(settings.to_dict()),
             "Stages:  " + ", ".join(f"{name} ({self.runner.status(name)})" for name in self.runner.stages),
         ]
         if self.place.kind == "hf" or self.runner.status("import") == "done":

@@ -78,9 +78,9 @@ def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
-    result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", *flags)
+    result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", "--merge=ties", *flags)
     assert result.returncode == 0, result.stderr
-    for word in ("Devices:", "Model:", "Data:", "Patch:", "derive_se (to run)"):
+    for word in ("Devices:", "Model:", "Data:", "Patch:", "Merged by TIES", "derive_se (to run)"):
         assert word in result.stdout
     assert not (tmp_path / "work").exists()
 
@@ -136,11 +136,12 @@ def test_align_writes_a_model_and_refuses_to_overwrite(flags, tmp_path):
 
 
 def test_sweep_prints_a_line_a_point_and_resumes(flags, tmp_path):
-    grid = "--grid=patch.beta=1,2;patch.combine=difference,union"
+    grid = "--grid=patch.beta=1,2;patch.merge=safepatching,ties"
+    flags = [*flags, "--score.mode=batched", "--score.batch_size=2"]
     first = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
     assert first.returncode == 0, first.stderr
     rows = [json.loads(line) for line in (tmp_path / "work" / "sweep.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and len({(r["patch"]["beta"], r["patch"]["combine"]) for r in rows}) == 4
+    assert len(rows) == 4 and len({(r["patch"]["beta"], r["patch"]["merge"]) for r in rows}) == 4
     again = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
     lines = [line for line in first.stdout.splitlines() if line.startswith("beta")]
     assert len(lines) == 4 and lines == [line for line in again.stdout.splitlines() if line.startswith("beta")]
