@@ -95,7 +95,8 @@ def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: 
         save_tree(out / PARAMS, params)
         (out / COMPANIONS_FOLDER).mkdir()
         copy_companions(source, out / COMPANIONS_FOLDER)
-        files.write_json(out / MODEL, {"format": _FORMAT, "stored": dict(stored)})
+        names = param_table(read_hf_config(source)).hf_names()  # not what an import leaves out, such as a tied head's copy
+        files.write_json(out / MODEL, {"format": _FORMAT, "stored": {name: stored[name] for name in names}})
 
 
 def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderConfig, dict[str, Any], dict[str, str]]:

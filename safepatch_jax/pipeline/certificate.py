@@ -60,8 +60,8 @@ def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True
       the content of certificate.json.
 
     Raises:
-      ValueError: keys that do not fit, a tokenizer that is damaged or of another model, logits that are not finite, or logits that are further than LIMIT, relative to the
-        largest, from those of Hugging Face torch.
+      ValueError: keys that do not fit, a tokenizer that is damaged or of another model, logits that are not finite, or
+        logits that are further than LIMIT, relative to the largest, from those of Hugging Face torch.
     """
     folder = pathlib.Path(folder)
     config = read_hf_config(folder)

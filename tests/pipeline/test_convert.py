@@ -49,6 +49,18 @@ def test_through_orbax_and_back(tmp_path, family):
     assert {p.name for p in tmp_path.iterdir()} == {"model", "checkpoint", "back"}
 
 
+def test_what_an_import_leaves_out_is_accounted_for(tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    tensors = load_file(model / WEIGHTS)
+    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"],
+             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(tensors | extra, model / WEIGHTS, metadata={"format": "pt"})
+    path = convert(f"hf:{model}", f"orbax:{tmp_path / 'checkpoint'}", certify="hashes", mesh="fsdp:8")
+    assert json.loads(path.read_text())["keys"]["left_out"].keys() == extra.keys()
+    convert(f"orbax:{tmp_path / 'checkpoint'}", f"hf:{tmp_path / 'back'}", certify="hashes", mesh="fsdp:8")
+    assert hashes(tmp_path / "back") == {name: x for name, x in hashes(model).items() if name not in extra}
+
+
 def test_another_dtype_with_either_rounding(tmp_path):
     model = write_tiny_model(tmp_path / "model")
     before = load_file(model / WEIGHTS)
