@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Callable
@@ -25,6 +26,9 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-filled folders are cleared away
         try:
             main(*([argv[1:]] if positional else []))
+        except BrokenPipeError:  # who reads the output (head, less) has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
