@@ -30,6 +30,7 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
 from safepatch_jax.pipeline.stages import versions
+from safepatch_jax.training.step import put_batch
 
 FILE = "certificate.json"
 LIMIT = 1e-4  # of the largest logit; float32 against float32 differs by 1e-6 to 1e-5
@@ -111,9 +112,11 @@ def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict
     config, params = load_params(folder, sharder)
     tokens_BT, valid_BT = probes.tokens_BT, probes.valid_BT
     decoder = Decoder(config, jnp.float32, sharder)
-    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    rows = -(-_PROBES // sharder.batch_ways) * sharder.batch_ways  # the batch must divide by the mesh
+    full = {name: np.resize(x, (rows, _LENGTH)) for name, x in (("tokens", tokens_BT), ("valid", valid_BT))}
+    batch, positions_BT = put_batch(full, sharder), np.broadcast_to(np.arange(_LENGTH), (rows, _LENGTH))
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(_forward(decoder, params, tokens_BT, positions_BT, valid_BT))[valid_BT]
+        ours = np.asarray(_forward(decoder, params, batch["tokens"], positions_BT, batch["valid"]))[:_PROBES][valid_BT]
     del params
     if not np.all(np.isfinite(ours)):
         raise ValueError(f"{folder}: the logits are not finite. The weights hold NaN or overflow; check where they come from.")
