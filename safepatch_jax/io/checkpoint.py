@@ -1,6 +1,6 @@
 """Models and nested dictionaries of arrays on disk, through orbax: sharded, and restored onto any mesh.
 
-A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dtype of each tensor, versions) and ``hf/``
+A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dtype of each tensor) and ``hf/``
 (config, tokenizer and the other companions of the Hugging Face folder it came from), so the way back needs nothing else.
 """
 
@@ -121,7 +121,7 @@ def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[Decod
     return config, load_tree(folder / PARAMS, abstract), stored
 
 
-def tensor_hashes(config: DecoderConfig, params: dict[str, Any], stored: Mapping[str, str]) -> dict[str, str]:
+def array_hashes(config: DecoderConfig, params: dict[str, Any], stored: Mapping[str, str]) -> dict[str, str]:
     """Return the SHA-256 that each HF tensor would have if it were written to a model folder in its stored dtype."""
     flat, hashes = unnest(params), {}
     for row in param_table(config):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Mapping
 
 from safepatch_jax import files
-from safepatch_jax.console import some
+from safepatch_jax.console import progress, some
 from safepatch_jax.io import safetensors_file, torch_file
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
@@ -65,3 +67,13 @@ def has_weights(folder: str | pathlib.Path) -> bool:
 def stored_dtypes(folder: str | pathlib.Path) -> dict[str, str]:
     """Return the dtype in which each tensor of a model folder is stored, by HF name. Raises ValueError as Checkpoint."""
     return {name: x.dtype for name, x in Checkpoint(folder).tensors.items()}
+
+
+def tensor_hashes(tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """Return the SHA-256 of each tensor's bytes, by name."""
+    with ThreadPoolExecutor(2) as pool, progress(sum(x.size for x in tensors.values()), "hash", "B") as bar:
+        hashes = {}
+        for (name, x), digest in zip(tensors.items(), pool.map(lambda x: x.sha256(), tensors.values())):
+            hashes[name] = digest
+            bar.update(x.size)
+    return hashes

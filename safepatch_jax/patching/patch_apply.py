@@ -23,7 +23,7 @@ import numpy as np
 from safepatch_jax import files
 from safepatch_jax.console import progress, some
 from safepatch_jax.io.companions import copy_companions
-from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.patching.patch_file import PatchFile, runs_of
@@ -89,16 +89,6 @@ def check_names(patch: PatchFile, tensors: Mapping[str, Stored], folder: str | p
     if problems:
         raise ValueError(f"{folder} is another model than the one {patch.path} is for: {some(problems)}. Nothing was "
                          "written. Give the backbone that the patch was made from, in the dtype it had.")
-
-
-def tensor_hashes(tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """Return the SHA-256 of each tensor's bytes, by name."""
-    with ThreadPoolExecutor(2) as pool, progress(sum(x.size for x in tensors.values()), "check", "B") as bar:
-        hashes = {}
-        for (name, x), digest in zip(tensors.items(), pool.map(lambda x: x.sha256(), tensors.values())):
-            hashes[name] = digest
-            bar.update(x.size)
-    return hashes
 
 
 def states(patch: PatchFile, hashes: Mapping[str, str]) -> dict[str, str]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from safepatch_jax import files
 from safepatch_jax.console import some
-from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.stored import DTYPES
-from safepatch_jax.patching.patch_apply import AFTER, BEFORE, SAME, check_names, refuse_strangers, states, tensor_hashes
+from safepatch_jax.patching.patch_apply import AFTER, BEFORE, SAME, check_names, refuse_strangers, states
 from safepatch_jax.patching.patch_file import BITS, Change, PatchFile, runs_of, write_patch
 
 

@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import math
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Mapping
 
 import jax
@@ -19,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax import files
-from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Chat, NoChat
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io.companions import COMPANIONS
-from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.hf import check_keys, load_params
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
@@ -68,7 +66,7 @@ def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True
     config = read_hf_config(folder)
     checkpoint = Checkpoint(folder)
     account = check_keys(checkpoint, param_table(config), config)
-    hashes = tensor_hashes(checkpoint)
+    hashes = tensor_hashes(checkpoint.tensors)
     certificate = {
         "format": 1, "kind": kind, "architecture": dataclasses.asdict(config), "parameters": param_table(config).size,
         "keys": account,
@@ -83,17 +81,6 @@ def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True
     certificate["tokenizer"] = "fits the embedding" if probes.trouble is None else probes.trouble
     certificate["logits"] = check_logits(folder, sharder, probes) if logits else {"skipped": "not asked for"}
     return certificate | {"versions": versions()}
-
-
-def tensor_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the SHA-256 of each tensor's bytes."""
-    tensors = checkpoint.tensors
-    with ThreadPoolExecutor(2) as pool, progress(sum(x.size for x in tensors.values()), "hash", "B") as bar:
-        hashes = {}
-        for (name, x), digest in zip(tensors.items(), pool.map(lambda x: x.sha256(), tensors.values())):
-            hashes[name] = digest
-            bar.update(x.size)
-    return hashes
 
 
 def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:

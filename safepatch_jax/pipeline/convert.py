@@ -10,8 +10,8 @@ from safepatch_jax import files
 from safepatch_jax.console import say, some
 from safepatch_jax.io import gguf
 from safepatch_jax.io.checkpoint import (
-    COMPANIONS_FOLDER, MODEL, load_checkpoint, read_description, save_checkpoint, tensor_hashes)
-from safepatch_jax.io.folder import Checkpoint, has_weights, stored_dtypes
+    COMPANIONS_FOLDER, MODEL, array_hashes, load_checkpoint, read_description, save_checkpoint)
+from safepatch_jax.io.folder import Checkpoint, has_weights, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, load_params, save_model
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
@@ -111,7 +111,7 @@ def _to_orbax(folder: pathlib.Path, out: pathlib.Path, sharder: Sharder, logits:
     result = certificate.certify(folder, sharder, logits=logits, kind="import")
     say(f"Writing the checkpoint of {folder}")
     save_checkpoint(out, load_params(folder, sharder)[1], folder, stored_dtypes(folder))
-    hashes = tensor_hashes(*load_checkpoint(out, sharder))
+    hashes = array_hashes(*load_checkpoint(out, sharder))
     if wrong := [name for name, digest in hashes.items() if digest != result["tensors"][name]["sha256"]]:
         raise ValueError(f"The checkpoint does not give back what was written ({some(wrong)}). Is the disk sound? Nothing is kept.")
     return result
@@ -125,7 +125,7 @@ def _to_hf(origin: Place, out: pathlib.Path, sharder: Sharder, logits: bool, exp
     else:
         config, params = load_params(origin.path, sharder)
         companions, stored = origin.path, stored_dtypes(origin.path)
-        before = certificate.tensor_hashes(Checkpoint(origin.path))
+        before = tensor_hashes(Checkpoint(origin.path).tensors)
     save_model(out, params, config, companions, stored=stored, **export)
     del params
     return certificate.certify(out, sharder, logits=logits, kind="export", before=before)

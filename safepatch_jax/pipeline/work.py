@@ -19,7 +19,7 @@ from safepatch_jax.data.chat import Chat, lengths
 from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io.checkpoint import load_tree, read_description, save_tree
-from safepatch_jax.io.folder import Checkpoint, stored_dtypes
+from safepatch_jax.io.folder import Checkpoint, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
@@ -94,7 +94,7 @@ class Work:
 
     def _certify_export(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Examine what was written, and that the patched tensors alone differ from the backbone."""
-        before = certificate.tensor_hashes(Checkpoint(self.backbone))
+        before = tensor_hashes(Checkpoint(self.backbone).tensors)
         found = self._certify(self.folder("export"), out, "export", before)
         if self.settings.export.dtype == "keep":
             self._check_changes(found["changed"])
