@@ -37,7 +37,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
                 raise
             reason = str(error).partition("\n")[0] or "the system gives no more"
             print(f"error: out of memory ({reason}). Use more devices or a machine with more memory; in a run also lower "
-                  "--derive.batch_size and --evaluate.batch_size, or set --model.remat.", file=sys.stderr)
+                  "--derive.batch_size and --evaluate.batch_size, or set --model.remat=full.", file=sys.stderr)
             sys.exit(2)
 
     app.run(wrapped)

@@ -30,7 +30,16 @@ class ModelSettings:
     compute_dtype: str = _option(
         "float32", "Arithmetic of the forward and backward pass; weights, moments and patches stay float32.",
         choices=("float32", "bfloat16"))
-    remat: bool = _option(False, "Recompute activations in the backward pass: less memory, about a third more time.")
+    remat: str = _option(
+        "none", "What the backward pass recomputes: nothing; all but the products with weights (dots); each block from its"
+        " input (full): least memory, about a third more time.", choices=("none", "dots", "full"))
+    attention: str = _option(
+        "auto", "Attention: plain XLA, or the platform's fused kernel (cuDNN on GPU, splash on TPU) in training and scoring;"
+        " auto is fused where platform, dtype, head size and length allow it.", choices=("auto", "xla", "fused"))
+    loss_chunk: int = _option(
+        64, "Answer positions whose float32 logits exist at once; longer answers are taken chunk by chunk.", low=1)
+    architecture: str = _option(
+        "", "A config.json that stands for the source's where the model is not at hand (--dry_run, launch.compile_tpu).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,11 @@ class AlignSettings:
 @dataclasses.dataclass(frozen=True)
 class DeriveSettings:
     batch_size: int = _option(8, "Sequences a step, both patches.", low=1)
+    accumulate: int = _option(
+        1, "Micro-batches into which a step's batch is cut; their gradients are summed. Memory falls, results stay.", low=1)
+    optimizer: str = _option(
+        "adamw", "AdamW (8 bytes of moments a parameter), or Adafactor's factored second moment without a first (next to none),"
+        " for small slices; derived models then differ.", choices=("adamw", "adafactor"))
     se_steps: int = _option(24, "Step limit of gradient ascent (safety enhancement).", low=1)
     se_learning_rate: float = _option(2e-5, "Learning rate of gradient ascent.", above=0)
     se_nll_ceiling: float = _option(

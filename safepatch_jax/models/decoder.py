@@ -203,7 +203,7 @@ class Decoder(_Module):
       remat: recompute each block's activations in the backward pass.
     """
 
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, valid_BT, past: Past | None = None, keep_kv: bool = False,
@@ -224,7 +224,7 @@ class Decoder(_Module):
         embedder = self.child(Embedder, "embedder")
         x_BTD = embedder(tokens_BT)
         angles_BTh = rotary_angles(self.config, positions_BT)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = nn.remat(Block, prevent_cse=False) if self.remat != "none" else Block
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
