@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Iterable
 
 import jax
 import numpy as np
@@ -24,13 +25,39 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
 }
+ACTIVATION_AXES = ("batch", "length", "features")  # the others are axes of parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharder:
-    """Turns logical axes into shardings on one mesh; hashable, so that jitted programs may close over it."""
+    """Turns logical axes into shardings on one mesh; hashable, so that jitted programs may close over it.
+
+    Attributes:
+      mesh: devices, named by MESH_AXES.
+      rules: (logical axis, mesh axes) pairs, RULES if not said otherwise.
+
+    Raises:
+      ValueError: a rule names an unknown mesh axis.
+    """
 
     mesh: Mesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = tuple(RULES.items())
+
+    def __post_init__(self):
+        for axis, over in self.rules:
+            if unknown := [m for m in over if m not in self.mesh.shape]:
+                raise ValueError(f"The rule of '{axis}' names the mesh axis '{unknown[0]}'; the mesh has "
+                                 f"{', '.join(self.mesh.shape)}.")
+
+    def with_rules(self, **changes: tuple[str, ...]) -> "Sharder":
+        """Return a sharder of the same mesh in which some rules are others."""
+        return Sharder(self.mesh, tuple((dict(self.rules) | changes).items()))
+
+    def check_used(self, axes: Iterable[str]) -> None:
+        """Raise ValueError if a rule's logical axis is none of these (a parameter's) and none of an activation."""
+        if unused := sorted(dict(self.rules).keys() - set(axes) - set(ACTIVATION_AXES)):
+            raise ValueError(f"The rules of {', '.join(unused)} are never used: no parameter and no activation has such an axis. "
+                             "Remove them, or correct their names.")
 
     def sharding(self, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, name: str = "array") -> NamedSharding:
         """Return the NamedSharding of an array with these logical axes.
@@ -43,23 +70,36 @@ class Sharder:
         Raises:
           ValueError: unknown logical axis, a mesh axis used twice, or a dimension that does not divide.
         """
+        rules = dict(self.rules)
         used: list[str] = []
         spec = []
         for dim, axis in enumerate(axes):
-            if axis not in RULES:
-                raise ValueError(f"{name}: unknown logical axis '{axis}'; known are {', '.join(RULES)}.")
-            over = RULES[axis]
-            if set(over) & set(used):
-                raise ValueError(f"{name}: axes {axes} lay two dimensions over the same mesh axis {over}.")
+            if axis not in rules:
+                raise ValueError(f"{name}: unknown logical axis '{axis}'; known are {', '.join(rules)}.")
+            over = rules[axis]
+            if twice := set(over) & set(used):
+                raise ValueError(f"{name}: axes {axes} lay two dimensions over the same mesh axis {', '.join(sorted(twice))}.")
             used.extend(over)
-            ways = math.prod(self.mesh.shape[m] for m in over)
+            ways = self._ways(over)
             if shape is not None and shape[dim] % ways:
-                fits = math.gcd(shape[dim], ways)
                 raise ValueError(
                     f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide by mesh axes "
-                    f"{'*'.join(over)} = {ways}. Use a mesh whose {'*'.join(over)} divides {shape[dim]} (nearest: {fits}).")
+                    f"{'*'.join(over)} = {ways}. Nearest mesh that divides it: {self._nearest(shape[dim], over)}.")
             spec.append(None if not over else over[0] if len(over) == 1 else over)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def _ways(self, over: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[m] for m in over)
+
+    def _nearest(self, size: int, over: tuple[str, ...]) -> str:
+        """Return a mesh of as many devices in which `over` divides a size; what is taken off goes to another axis."""
+        sizes = dict(self.mesh.shape)
+        other = next(m for m in ("fsdp", "data", "tensor") if m not in over)
+        for axis in over:
+            kept = math.gcd(size, sizes[axis])
+            sizes[other] *= sizes[axis] // kept
+            sizes[axis], size = kept, size // kept
+        return "--mesh=" + ",".join(f"{axis}:{n}" for axis, n in sizes.items())
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
@@ -68,17 +108,34 @@ class Sharder:
         """Constrain an intermediate array inside a jitted program."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
+    def place(self, x: np.ndarray, *axes: str) -> jax.Array:
+        """Place a host array that every process holds; each process copies its own devices' parts alone."""
+        return jax.make_array_from_callback(x.shape, self.sharding(axes, x.shape), lambda index: x[index])
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which the batch is cut."""
+        return dict(self.rules)["batch"]
+
     @property
     def batch_ways(self) -> int:
         """Number of parts into which the batch axis is cut."""
-        return math.prod(self.mesh.shape[m] for m in RULES["batch"])
+        return self._ways(self.batch_axes)
+
+    @property
+    def platform(self) -> str:
+        """The devices' platform: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
 
 
 def make_mesh(shape: str, devices=None) -> Mesh:
     """Build a mesh from text such as ``data:1,fsdp:-1,tensor:4``.
 
+    Over several TPU slices the data axis is laid across the slices, whose links are the slowest.
+
     Raises:
-      ValueError: unknown or repeated axis, more than one -1, or sizes that do not multiply to the device count.
+      ValueError: unknown or repeated axis, more than one -1, sizes that do not multiply to the device count, or a data axis
+        that several slices do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(MESH_AXES, 1)
@@ -104,7 +161,19 @@ def make_mesh(shape: str, devices=None) -> Mesh:
                          f"Change --mesh.shape so that the sizes multiply to {len(devices)}.")
     grid = np.asarray(devices).reshape([sizes[a] for a in MESH_AXES])
     if len(devices) > 1 and devices[0].platform == "tpu":
-        from jax.experimental import mesh_utils  # orders chips by their physical neighbours
-
-        grid = mesh_utils.create_device_mesh(grid.shape, devices, allow_split_physical_axes=True)
+        grid = _by_neighbours(grid.shape, devices, shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _by_neighbours(sizes: tuple[int, ...], devices: list, shape: str) -> np.ndarray:
+    """Order chips so that neighbours in the mesh are neighbours in the machine."""
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(f"mesh '{shape}': there are {slices} slices, so the data axis must be a multiple of {slices}: "
+                         f"data:{slices},fsdp:-1.")
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)

@@ -26,5 +26,5 @@ def test_sharding_errors():
         sharder.sharding(("width",))
     with pytest.raises(ValueError, match="same mesh axis"):
         sharder.sharding(("heads", "mlp"))
-    with pytest.raises(ValueError, match=r"layers/q \(6, 9\): dimension 'heads' of 9 does not divide .*tensor = 2.*nearest: 1"):
+    with pytest.raises(ValueError, match=r"layers/q \(6, 9\): dimension 'heads' of 9 does not divide .*tensor = 2.*--mesh=data:1,fsdp:8,tensor:1"):
         sharder.sharding(("layers", "heads"), (6, 9), "layers/q")

@@ -10,7 +10,7 @@ G = N / K, H head dimension, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import flax.linen as nn
 import flax.struct
@@ -20,7 +20,8 @@ import numpy as np
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig
-from safepatch_jax.models.table import param_table
+from safepatch_jax.models.kernels import fused_attention, kernel_for
+from safepatch_jax.models.table import Param, param_table
 
 
 @flax.struct.dataclass
@@ -33,31 +34,46 @@ class Past:
     valid_BS: jax.Array
 
 
+# What the backward pass may keep of a block; the rest is computed again.
+REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+
+
 class _Module(nn.Module):
     """A module whose parameters are the table's rows below its own path."""
 
     config: DecoderConfig
     dtype: Any
     sharder: Optional[Sharder]
+    tap: Optional[Callable[[jax.Array, Param], jax.Array]] = None
 
     def weight(self, name: str) -> jax.Array:
+        """Return a parameter in the arithmetic's dtype, laid out as stored: what a mesh gathers are these fewer bytes."""
         row = param_table(self.config)["/".join((*self.path, name))]
-        return self.param(name, row.layer_initializer(), row.layer_shape, jnp.float32).astype(self.dtype)
+        weight = self.param(name, row.layer_initializer(), row.layer_shape, jnp.float32)
+        if self.tap is not None and row.stacked:
+            weight = self.tap(weight, row)
+        return self.constrain(weight.astype(self.dtype), *row.layer_axes)
 
     def constrain(self, x, *axes):
         return x if self.sharder is None else self.sharder.constrain(x, *axes)
 
     def child(self, kind, name):
-        return kind(self.config, self.dtype, self.sharder, name=name)
+        return kind(self.config, self.dtype, self.sharder, self.tap, name=name)
 
 
 class Embedder(_Module):
-    @nn.compact
+    def setup(self):
+        self.embedding = self.weight("embedding")
+
     def __call__(self, tokens_BT):
-        x_BTD = self.weight("embedding")[tokens_BT]
+        x_BTD = self.embedding[tokens_BT]
         if self.config.embed_scale:
             x_BTD = x_BTD * jnp.asarray(self.config.embed_dim ** 0.5, self.dtype)
         return self.constrain(x_BTD, "batch", "length", "features")
+
+    def attend(self, x_BTD):
+        """Return logits by the embedding, for a tied head."""
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(_Module):
@@ -129,6 +145,8 @@ class Attention(_Module):
     `window` is the layer's entry of DecoderConfig.windows (a traced scalar), or None if no layer has a window.
     """
 
+    attention: str = "xla"
+
     def projection(self, x_BTD, name, equation, heads):
         y_BTNH = jnp.einsum(equation, x_BTD, self.weight(name))
         if self.config.qkv_bias:
@@ -142,6 +160,12 @@ class Attention(_Module):
         k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads")
         v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
         q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
+
+        kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], self.sharder)
+        if kernel != "xla" and past_k_BSKH is None:
+            static = max(config.windows, default=0) or None  # all layers have the same, or none that matters
+            mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
+            return jnp.einsum("BTNH,DNH->BTD", mixed_BTNH, self.weight("o")), (k_BTKH, v_BTKH)
 
         keys_BSKH, values_BSKH = k_BTKH, v_BTKH
         if past_k_BSKH is not None:
@@ -177,10 +201,12 @@ class Block(_Module):
     """One transformer block; in a scan over layers, `keep_kv` decides whether keys and values are returned."""
 
     keep_kv: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_BTD, window, past_k_BSKH, past_v_BSKH, angles_BTh, mask_BTS, distance_BTS):
-        attended_BTD, kv = self.child(Attention, "attention")(
+        attend = Attention(self.config, self.dtype, self.sharder, self.tap, self.attention, name="attention")
+        attended_BTD, kv = attend(
             self.child(RMSNorm, "attention_norm")(x_BTD), angles_BTh, mask_BTS, distance_BTS, window, past_k_BSKH, past_v_BSKH)
         x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "length", "features")
         x_BTD = x_BTD + self.child(Mlp, "mlp")(self.child(RMSNorm, "mlp_norm")(x_BTD))
@@ -194,20 +220,23 @@ class Head(_Module):
 
 
 class Decoder(_Module):
-    """Maps tokens to final hidden states; `logits` maps hidden states to logits.
+    """Maps tokens to logits or to hidden states, from which `Readout` makes logits.
 
     Attributes:
       config: architecture.
       dtype: arithmetic; parameters are cast to it where they are used.
       sharder: mesh, or None for a program on one device.
-      remat: recompute each block's activations in the backward pass.
+      tap: applied to each weight of a block, in its stored dtype, where a block takes it up.
+      remat: what the backward pass computes again: 'none', 'dots' (all but products with weights) or 'full' (each block).
+      attention: 'xla'; or 'auto' / 'fused' (see `kernels`), for right-padded sequences without a past.
     """
 
     remat: str = "none"
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, valid_BT, past: Past | None = None, keep_kv: bool = False,
-                 logits_at_BA: jax.Array | None = None):
+                 logits_at_BA: jax.Array | None = None, hidden: bool = False):
         """Run the decoder.
 
         Args:
@@ -216,19 +245,21 @@ class Decoder(_Module):
           valid_BT: False for padding.
           past: keys and values of earlier positions.
           keep_kv: also return keys and values [L, B, T, K, H] of these positions.
-          logits_at_BA: compute logits only at these indices into T; the head is never run elsewhere.
+          logits_at_BA: go on only at these indices into T; the head is never run elsewhere.
+          hidden: return what enters the final norm, in place of logits.
 
         Returns:
-          (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`; keys and values, or None).
+          (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`, or hidden states [B, A or T, D]; keys and values, or
+          None).
         """
         embedder = self.child(Embedder, "embedder")
         x_BTD = embedder(tokens_BT)
         angles_BTh = rotary_angles(self.config, positions_BT)
-        block = nn.remat(Block, prevent_cse=False) if self.remat != "none" else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
-        )(self.config, self.dtype, self.sharder, keep_kv=keep_kv, name="layers")
+        )(self.config, self.dtype, self.sharder, self.tap, keep_kv, self.attention, name="layers")
         windows_L = jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None
         past_k, past_v = (None, None) if past is None else (past.k_LBSKH, past.v_LBSKH)
         mask_BTS, distance_BTS = visible(positions_BT, valid_BT, past)
@@ -236,10 +267,18 @@ class Decoder(_Module):
                            distance_BTS if self.config.windows else None)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
-        x_BTD = self.child(RMSNorm, "final_norm")(x_BTD)
-        if self.config.tied_head:
-            table_VD = embedder.variables["params"]["embedding"].astype(self.dtype)
-            logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
-        else:
-            logits = self.child(Head, "head")(x_BTD)
-        return self.constrain(logits, "batch", "length", "vocab"), kv
+        return (x_BTD if hidden else _read_out(self, embedder, x_BTD)), kv
+
+
+class Readout(_Module):
+    """The decoder's end alone: maps hidden states [B, A, D] to logits float32 [B, A, V]; reads the same dictionary."""
+
+    @nn.compact
+    def __call__(self, x_BAD):
+        return _read_out(self, self.child(Embedder, "embedder") if self.config.tied_head else None, x_BAD)
+
+
+def _read_out(module: _Module, embedder: Embedder | None, x_BTD: jax.Array) -> jax.Array:
+    x_BTD = module.child(RMSNorm, "final_norm")(x_BTD)
+    logits = embedder.attend(x_BTD) if module.config.tied_head else module.child(Head, "head")(x_BTD)
+    return module.constrain(logits, "batch", "length", "vocab")

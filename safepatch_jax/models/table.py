@@ -60,6 +60,11 @@ class Param:
         return self.shape[1:] if self.stacked else self.shape
 
     @property
+    def layer_axes(self) -> tuple[str, ...]:
+        """Logical axes of one layer's part."""
+        return self.axes[1:] if self.stacked else self.axes
+
+    @property
     def hf_shape(self) -> tuple[int, ...]:
         out, rest = self.layer_shape[:self.out_axes], self.layer_shape[self.out_axes:]
         return (math.prod(out),) + ((math.prod(rest),) if rest else ())
@@ -126,7 +131,12 @@ class ParamTable:
         return {name: (row, layer) for row in self.rows for layer, name in enumerate(row.hf_names)}
 
     def shardings(self, sharder: Sharder) -> dict[str, Any]:
-        """Return the nested dictionary of NamedShardings. Raises ValueError if a dimension does not divide."""
+        """Return the nested dictionary of NamedShardings.
+
+        Raises:
+          ValueError: a dimension does not divide, or a rule of the sharder is never used.
+        """
+        sharder.check_used(axis for row in self.rows for axis in row.axes)
         return nest({row.path: sharder.sharding(row.axes, row.shape, row.path) for row in self.rows})
 
     def abstract(self, sharder: Sharder, dtype=jnp.float32) -> dict[str, Any]:

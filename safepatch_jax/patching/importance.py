@@ -7,51 +7,111 @@ gives |sum dNLL/dW| of each batch, another ranking: faster, as an option, with a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
 
 from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Example, training_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.table import Param, nest
+from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching.layer import importance
 from safepatch_jax.patching.selection import top_mask
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 from safepatch_jax.training.step import put_batch
 
+_SAMPLES = "samples"  # the vmapped axis
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_of_magnitudes(weight: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Return the weight; its gradient is the sum over samples, the vmapped axis, of the magnitudes of theirs.
+
+    The magnitude comes before any sum over samples, on one device or between devices. Within a scan over layers one layer's
+    gradients of the samples in flight exist at once.
+    """
+    return weight
+
+
+sum_of_magnitudes.defvjp(
+    lambda weight, sharding: (weight, None),
+    lambda sharding, _, gradient: (lax.with_sharding_constraint(lax.psum(jnp.abs(gradient), _SAMPLES), sharding),))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Magnitudes:
+    """`sum_of_magnitudes` as the decoder's tap."""
+
+    sharder: Sharder
+
+    def __call__(self, weight: jax.Array, row: Param) -> jax.Array:
+        return sum_of_magnitudes(weight, self.sharder.sharding(row.layer_axes))
+
 
 class SensitivityMeter:
-    """Compiles one program that adds one batch's |gradient| to a sharded accumulator; serves both patches."""
+    """Compiles the programs that add |gradient| to a sharded accumulator; serves both patches.
 
-    def __init__(self, decoder: Decoder, rows: Sequence[Param], sharder: Sharder, loss: str = "mean"):
-        self._rows, self._sharder = rows, sharder
-        self._shardings = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
+    Memory a parameter, over all devices: 4 bytes each for weight, accumulator and what is added to it. Per sample, each part
+    of the batch axis has one sample in flight.
+    """
 
-        def add(total, scoped, rest, batch):
-            def objective(scoped):
-                logprobs_BA = answer_logprobs(decoder, nest({**rest, **scoped}), batch)
-                return jnp.sum(sequence_nll(logprobs_BA, batch["weights"], loss))
+    def __init__(self, decoder: Decoder, rows: Sequence[Param], sharder: Sharder, loss: str = "mean", chunk: int = 64):
+        self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
+        self._decoder = decoder
+        shardings = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
+        self._zeros = jax.jit(lambda: {row.path: jnp.zeros(row.shape, jnp.float32) for row in rows}, out_shardings=shardings)
+        jitted = lambda add: jax.jit(add, donate_argnums=0, out_shardings=(shardings, sharder.replicated()))
+        self._add_samples, self._add_batch = jitted(self._samples), jitted(self._batch)
 
-            nll, gradients = jax.value_and_grad(objective)(scoped)
-            return {path: total[path] + jnp.abs(g) for path, g in gradients.items()}, nll
+    def _batch(self, total, scoped, rest, batch):
+        """Add |gradient of the batch's summed NLL|."""
+        def objective(scoped):
+            logprobs_BA = answer_logprobs(self._decoder, nest({**rest, **scoped}), batch, self._chunk)
+            return jnp.sum(sequence_nll(logprobs_BA, batch["weights"], self._loss))
 
-        self._add = jax.jit(add, donate_argnums=0, out_shardings=(self._shardings, sharder.replicated()))
+        nll, gradients = jax.value_and_grad(objective)(scoped)
+        return {path: total[path] + jnp.abs(g) for path, g in gradients.items()}, nll
+
+    def _samples(self, total, scoped, rest, batch):
+        """Add the sum over the batch's samples of |gradient of a sample's NLL|."""
+        within = self._sharder.with_rules(batch=())  # the batch axis of the mesh is that of the samples
+        magnitudes = _Magnitudes(self._sharder)
+        decoder = self._decoder.clone(sharder=within, tap=magnitudes, attention="xla")
+
+        def objective(scoped, sample):
+            tapped = {row.path: scoped[row.path] if row.stacked else magnitudes(scoped[row.path], row) for row in self._rows}
+            batch = {name: x[None] for name, x in sample.items()}
+            logprobs_1A = answer_logprobs(decoder, nest({**rest, **tapped}), batch, self._chunk)
+            return sequence_nll(logprobs_1A, batch["weights"], self._loss)[0]
+
+        nll_B, gradients = jax.vmap(
+            jax.value_and_grad(objective), in_axes=(None, 0), out_axes=(0, None), axis_name=_SAMPLES)(scoped, batch)
+        return {path: total[path] + g for path, g in gradients.items()}, nll_B
+
+    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """Return the per-sample program traced for a batch of these shapes and shardings; nothing is run."""
+        table = param_table(self._decoder.config)
+        params = unnest(table.abstract(self._sharder))
+        scoped = {row.path: params.pop(row.path) for row in self._rows}
+        return self._add_samples.trace(scoped, scoped, params, batch)
 
     def measure(self, params: dict[str, jax.Array], examples: Sequence[Example], shape: tuple[int, int],
                 title: str, batch_size: int = 1) -> dict[str, jax.Array]:
-        """Return the sum over batches of |d(summed NLL of the batch)/dW|: over samples, for batches of one.
+        """Return the sum of |gradient| over samples, or over batches (of the batch's summed NLL).
 
         Args:
           params: flat ``{path: array}`` of the derived model, float32.
           examples: calibration samples.
           shape: T and A to which samples are padded.
           title: shown at the progress bar.
-          batch_size: samples a gradient; the last batch may have fewer.
+          batch_size: samples a gradient; 1 is SNIP's own reading. The last batch may have fewer.
 
         Returns:
           flat ``{path: array}`` over the scope, float32, shaped and sharded as the parameters.
@@ -61,21 +121,21 @@ class SensitivityMeter:
         """
         scoped = {row.path: params[row.path] for row in self._rows}
         rest = {path: x for path, x in params.items() if path not in scoped}
-        total = {row.path: jnp.zeros(row.shape, jnp.float32, device=self._shardings[row.path]) for row in self._rows}
-        losses = []
+        add, size = (self._add_samples, self._sharder.batch_ways) if batch_size == 1 else (self._add_batch, batch_size)
+        total, losses = self._zeros(), []
         with progress(len(examples), title, "sample") as bar:
-            for start in range(0, len(examples), batch_size):
-                chosen = examples[start:start + batch_size]
-                batch = put_batch(_full_batch(chosen, shape, batch_size), self._sharder)
-                total, nll = self._add(total, scoped, rest, batch)
+            for start in range(0, len(examples), size):
+                chosen = examples[start:start + size]
+                batch = put_batch(_full_batch(chosen, shape, size), self._sharder)
+                total, nll = add(total, scoped, rest, batch)
                 losses.append(nll)
                 if len(losses) > 1:
                     jax.block_until_ready(losses[-2])  # one batch stays in flight; the bar shows finished ones
                 bar.update(len(chosen))
-        bad = [i * batch_size for i, nll in enumerate(losses) if not np.isfinite(float(nll))]
+        bad = [i * size for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
         if bad:
-            raise ValueError(f"{title}: the NLL of {len(bad)} of {len(losses)} samples or batches (first: from sample "
-                             f"{bad[0]}) is not finite; the derived model is broken. Lower derive.*_learning_rate.")
+            raise ValueError(f"{title}: the NLL is not finite in {len(bad)} of {len(losses)} batches (first: from sample "
+                             f"{bad[0]}); the derived model is broken. Lower derive.*_learning_rate.")
         return total
 
 

@@ -51,20 +51,28 @@ class Context:
         return take(self.records[role], split, limit)
 
     def decoder(self, config: DecoderConfig) -> Decoder:
+        """Return the decoder of generation and evaluation."""
+        return Decoder(config, jnp.dtype(self.settings.model.compute_dtype), self.sharder)
+
+    def training_decoder(self, config: DecoderConfig) -> Decoder:
+        """Return the decoder of programs that take gradients."""
         model = self.settings.model
-        return Decoder(config, jnp.dtype(model.compute_dtype), self.sharder, remat=model.remat)
+        return self.decoder(config).clone(remat=model.remat, attention=model.attention)
 
     @functools.cache
     def trainer(self, config: DecoderConfig) -> Trainer:
         derive = self.settings.derive
-        return Trainer(self.decoder(config), param_table(config), self.sharder, loss=derive.loss, clip_norm=derive.clip_norm)
+        return Trainer(self.training_decoder(config), param_table(config), self.sharder, loss=derive.loss,
+                       clip_norm=derive.clip_norm, optimizer=derive.optimizer, accumulate=derive.accumulate,
+                       chunk=self.settings.model.loss_chunk)
 
     @functools.cache
     def meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
         """Return the meter of the scope, or of the one weight on which the score modes are compared."""
         rows = param_table(config).scope(self.settings.patch.scope)
         rows = (witness_row(rows),) if witness else rows
-        return SensitivityMeter(self.decoder(config), rows, self.sharder, self.settings.derive.loss)
+        return SensitivityMeter(self.training_decoder(config), rows, self.sharder, self.settings.derive.loss,
+                                self.settings.model.loss_chunk)
 
     @functools.cache
     def chat(self, folder: pathlib.Path) -> Chat:

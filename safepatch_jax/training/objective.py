@@ -7,22 +7,41 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
-from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.decoder import Decoder, Readout
 
 
-def answer_logprobs(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+def answer_logprobs(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array], chunk: int = 64) -> jax.Array:
     """Return log p of each answer token, float32 [B, A] (0 where there is none).
+
+    The head runs at answer positions alone, `chunk` of them at a time, and again in the backward pass: of float32 logits no
+    more than [B, chunk, V] exist at once.
 
     Args:
       decoder: the model.
       params: nested parameter dictionary.
       batch: see `safepatch_jax.data.chat.training_batch`.
+      chunk: answer positions whose logits exist at once.
     """
     positions_BT = jnp.arange(batch["tokens"].shape[1])[None]
-    logits_BAV, _ = decoder.apply(
-        {"params": params}, batch["tokens"], positions_BT, batch["valid"], logits_at_BA=batch["predict_at"])
-    target_BA = jnp.take_along_axis(logits_BAV, batch["targets"][..., None], axis=-1)[..., 0]
-    return batch["weights"] * (target_BA - jax.nn.logsumexp(logits_BAV, axis=-1))
+    hidden_BAD, _ = decoder.apply({"params": params}, batch["tokens"], positions_BT, batch["valid"],
+                                  logits_at_BA=batch["predict_at"], hidden=True)
+    readout = Readout(decoder.config, decoder.dtype, decoder.sharder)
+
+    def logprobs(hidden_BCD, targets_BC):
+        logits_BCV = readout.apply({"params": params}, hidden_BCD)
+        vocabulary_V = jnp.arange(logits_BCV.shape[-1])  # compared, not indexed: a cut vocabulary then stays cut
+        target_BC = jnp.sum(jnp.where(vocabulary_V == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
+        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+
+    batch_size, answers = batch["targets"].shape
+    if answers <= chunk:
+        return batch["weights"] * logprobs(hidden_BAD, batch["targets"])
+    room = (-answers) % chunk
+    pieces = lambda x: jnp.moveaxis(  # [B, A, ...] -> [pieces, B, chunk, ...]
+        jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2)).reshape(batch_size, -1, chunk, *x.shape[2:]), 1, 0)
+    xs = pieces(hidden_BAD), pieces(batch["targets"])
+    _, out = jax.lax.scan(lambda _, x: (None, jax.checkpoint(logprobs, prevent_cse=False)(*x)), None, xs)
+    return batch["weights"] * jnp.moveaxis(out, 0, 1).reshape(batch_size, -1)[:, :answers]
 
 
 def sequence_nll(logprobs_BA: jax.Array, weights_BA: jax.Array, reduction: str) -> jax.Array:

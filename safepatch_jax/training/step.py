@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,13 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import ParamTable
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
+
+
+# Each makes steps of about the size of the learning rate.
+OPTIMIZERS = {
+    "adamw": optax.scale_by_adam,  # Kingma & Ba 2015; the decay is the train step's (Loshchilov & Hutter 2019)
+    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),  # Shazeer & Stern 2018
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,37 +50,70 @@ class Trainer:
     State is ``{params, moments, stopped}``, float32, sharded as the table says, donated at each step. Updates stop
     inside the program from the first step whose NLL is above the recipe's ceiling, so that the host may read the
     metrics one step late without changing the result.
+
+    Args:
+      decoder: the model; its remat and attention hold for the step.
+      table: its parameters.
+      sharder: the mesh.
+      loss: over a sequence's answer tokens, see `sequence_nll`.
+      clip_norm: gradients with a larger global norm are scaled down to it.
+      optimizer: 'adamw' or 'adafactor', see OPTIMIZERS.
+      accumulate: micro-batches into which a batch is cut; their gradients are summed.
+      chunk: see `answer_logprobs`.
     """
 
     def __init__(self, decoder: Decoder, table: ParamTable, sharder: Sharder, *, loss: str = "mean",
-                 clip_norm: float = 1.0):
-        self._optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optax.scale_by_adam())
-        self._decoder, self._loss, self._sharder = decoder, loss, sharder
-        params = table.shardings(sharder)
-        abstract = jax.eval_shape(self._optimizer.init, table.abstract(sharder))
-        moments = optax.tree.map_params(
-            self._optimizer, lambda _, sharding: sharding, abstract, params,
-            transform_non_params=lambda _: sharder.replicated())
-        self._shardings = {"params": params, "moments": moments, "stopped": sharder.replicated()}
+                 clip_norm: float = 1.0, optimizer: str = "adamw", accumulate: int = 1, chunk: int = 64):
+        self._optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), OPTIMIZERS[optimizer]())
+        self._decoder, self._loss, self._sharder, self._accumulate, self._chunk = decoder, loss, sharder, accumulate, chunk
+        params, shardings = table.abstract(sharder), table.shardings(sharder)
+        moments = jax.eval_shape(self._optimizer.init, params)
+        self._shardings = {
+            "params": shardings, "stopped": sharder.replicated(),
+            "moments": optax.tree.map_params(  # of a parameter's shape: laid out as it is; factors are small
+                self._optimizer, lambda m, p: p.sharding if m.shape == p.shape else sharder.replicated(), moments, params,
+                transform_non_params=lambda _: sharder.replicated())}
         self._init = jax.jit(self._init_state, out_shardings=self._shardings)
         self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(self._shardings, sharder.replicated()))
+        self._abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                                      jax.eval_shape(self._init_state, params), self._shardings)
+
+    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """Return the train step traced for a batch of these shapes and shardings; nothing is run."""
+        return self._step.trace(self._abstract, batch, *[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
 
     def _init_state(self, params):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         return {"params": params, "moments": self._optimizer.init(params), "stopped": jnp.zeros((), bool)}
 
-    def _train_step(self, state, batch, sign, learning_rate, weight_decay, nll_ceiling):
+    def _gradients(self, params, batch, sign, rows):
+        """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences, and its summed log p."""
         def objective(params):
-            logprobs_BA = answer_logprobs(self._decoder, params, batch)
-            per_sequence_B = sequence_nll(logprobs_BA, batch["weights"], self._loss)
-            token_nll = -jnp.sum(logprobs_BA) / jnp.sum(batch["weights"])
-            return sign * jnp.mean(per_sequence_B), token_nll
+            logprobs_BA = answer_logprobs(self._decoder, params, batch, self._chunk)
+            return sign * jnp.sum(sequence_nll(logprobs_BA, batch["weights"], self._loss)) / rows, jnp.sum(logprobs_BA)
 
-        gradients, token_nll = jax.grad(objective, has_aux=True)(state["params"])
-        updates, moments = self._optimizer.update(gradients, state["moments"], state["params"])
+        return jax.grad(objective, has_aux=True)(params)
+
+    def _train_step(self, state, batch, sign, learning_rate, weight_decay, nll_ceiling):
+        params, rows = state["params"], batch["tokens"].shape[0]
+        if self._accumulate == 1:
+            gradients, logprob = self._gradients(params, batch, sign, rows)
+        else:
+            def add(total, micro):
+                return jax.tree.map(jnp.add, total, self._gradients(params, micro, sign, rows)), None
+
+            # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
+            micros = {name: self._sharder.constrain(
+                x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1), "layers", "batch", "length")
+                for name, x in batch.items()}
+            zeros = jax.tree.map(lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
+                                 params, self._shardings["params"])
+            (gradients, logprob), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), micros)
+        token_nll = -logprob / jnp.sum(batch["weights"])
+        updates, moments = self._optimizer.update(gradients, state["moments"], params)
         stopped = state["stopped"] | (token_nll > nll_ceiling)
         rate = jnp.where(stopped, 0.0, learning_rate)
-        params = jax.tree.map(lambda p, u: p - rate * (u + weight_decay * p), state["params"], updates)
+        params = jax.tree.map(lambda p, u: p - rate * (u + weight_decay * p), params, updates)
         metrics = {"nll": token_nll, "gradient_norm": optax.tree.norm(gradients), "stopped": stopped}
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
 
@@ -90,7 +130,8 @@ class Trainer:
           (tuned parameters float32, outcome).
 
         Raises:
-          ValueError: the loss or a gradient became NaN or infinite; names the step and what to change.
+          ValueError: the loss or a gradient became NaN or infinite (names the step and what to change); a batch that
+            `accumulate` and the mesh do not divide.
         """
         state = self._init(params)
         history: list[float] = []
@@ -112,6 +153,7 @@ class Trainer:
             pending = None
             for step in range(recipe.steps):
                 batch = put_batch(next(batches), self._sharder)
+                self._refuse_uneven(batch["tokens"].shape[0])
                 state, metrics = self._step(state, batch, *scalars)
                 if pending is not None and (stopped := read(*pending)):
                     break
@@ -121,13 +163,19 @@ class Trainer:
         reason = f"answer NLL above {recipe.nll_ceiling:g}" if stopped else f"step limit {recipe.steps}"
         return state["params"], Outcome(tuple(history), reason)
 
+    def _refuse_uneven(self, rows: int) -> None:
+        ways = self._sharder.batch_ways if self._accumulate > 1 else 1
+        if rows % (self._accumulate * ways):
+            raise ValueError(f"A batch of {rows} sequences cannot be cut into {self._accumulate} micro-batches (derive.accumulate) "
+                             f"of whole sequences on each of data*fsdp = {ways} devices. Use a batch size that is a multiple of "
+                             f"{self._accumulate * ways}, or a smaller derive.accumulate.")
+
 
 def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.Array]:
-    """Place a batch on the mesh, cut along its first axis where that divides."""
-    axes = ("batch", "length")
+    """Place a batch, which every process holds, on the mesh, cut along its first axis where that divides."""
     rows = next(iter(batch.values())).shape[0]
-    sharding = sharder.sharding(axes) if rows % sharder.batch_ways == 0 else sharder.replicated()
-    return {name: jax.device_put(x, sharding) for name, x in batch.items()}
+    first = "batch" if rows % sharder.batch_ways == 0 else "layers"  # the latter is not cut
+    return {name: sharder.place(x, first, "length") for name, x in batch.items()}
 
 
 def endless_batches(pools: Sequence[tuple[Sequence[Example], int]], shape: tuple[int, int], seed: int) -> Iterator[dict]:

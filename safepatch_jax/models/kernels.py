@@ -1,0 +1,107 @@
+"""Fused attention: the kernels that the libraries bring for a platform, and when they can be used.
+
+They serve causal attention over whole, right-padded sequences, as training and scoring have them: a real query then looks at
+real keys alone, so the kernels need no padding mask; what they give at padding is never read.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.config import DecoderConfig
+
+SPLASH_BLOCK = 128  # lengths are padded to a multiple of it
+SPLASH_FROM = 512  # below it the logits of plain attention are small, and auto stays with that
+
+
+def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, sharder: Sharder | None) -> str:
+    """Return which attention runs: 'xla', 'cudnn' or 'splash'.
+
+    Args:
+      attention: 'xla', 'fused', or 'auto': fused where it is possible and of use.
+      config: architecture.
+      dtype: of queries, keys and values.
+      length: of the sequences.
+      sharder: the mesh; None for a program on one device.
+
+    Raises:
+      ValueError: 'fused' is asked for and impossible; says why.
+    """
+    platform = jax.default_backend() if sharder is None else sharder.platform
+    if attention == "xla":
+        return "xla"
+    why_not = _why_not(config, dtype, length, platform)
+    if attention == "fused" and why_not:
+        raise ValueError(f"model.attention = fused is not possible here: {why_not}. Use --model.attention=auto.")
+    if why_not or (attention == "auto" and platform == "tpu" and length < SPLASH_FROM):
+        return "xla"
+    return {"gpu": "cudnn", "tpu": "splash"}[platform]
+
+
+def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | None:
+    if platform not in ("gpu", "tpu"):
+        return f"the platform '{platform}' has no fused kernel"
+    if len({0 if window >= length else window for window in config.windows or (0,)}) > 1:
+        return "layers have different windows, which the kernels do not take in one scan"
+    if platform == "tpu":
+        return f"splash needs a head size that is a multiple of 128, not {config.head_dim}" if config.head_dim % 128 else None
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return "cuDNN needs --model.compute_dtype=bfloat16"
+    most = 256 if _is_hopper_or_later() else 128
+    if config.head_dim > most or config.head_dim % 8:
+        return f"cuDNN needs a head size of at most {most} here and a multiple of 8, not {config.head_dim}"
+    return None
+
+
+def _is_hopper_or_later() -> bool:
+    found = [device for device in jax.local_devices() if device.platform == "gpu"]
+    return bool(found) and float(getattr(found[0], "compute_capability", 0)) >= 9
+
+
+def fused_attention(kernel: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int | None,
+                    sharder: Sharder | None, *, interpret: bool = False) -> jax.Array:
+    """Attend causally over right-padded sequences.
+
+    Args:
+      kernel: 'cudnn' (`jax.nn.dot_product_attention`), 'splash' (JAX's Pallas kernel for TPU), or 'xla' (the former's plain
+        version, for tests).
+      q_BTNH, k_BTKH, v_BTKH: after RoPE; N is a multiple of K.
+      window: a query looks at so many positions, itself included; None for all.
+      sharder: the mesh.
+      interpret: run splash step by step on any platform (tests).
+
+    Returns:
+      [B, T, N, H].
+    """
+    if kernel != "splash":
+        local = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=kernel)
+    attend = functools.partial(_splash, window=window, interpret=interpret)
+    if sharder is None:
+        return attend(q_BTNH, k_BTKH, v_BTKH)
+    rules = dict(sharder.rules)
+    spec = lambda heads: PartitionSpec(rules["batch"] or None, None, rules[heads] or None, None)
+    return jax.shard_map(attend, mesh=sharder.mesh, in_specs=(spec("heads"), spec("kv_heads"), spec("kv_heads")),
+                         out_specs=spec("heads"), check_vma=False)(q_BTNH, k_BTKH, v_BTKH)
+
+
+def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, interpret: bool):
+    """Run the kernel on one device's sequences and heads, padded to whole blocks."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    length, heads, head_dim = q_BTNH.shape[1:]
+    padded = -(-length // SPLASH_BLOCK) * SPLASH_BLOCK
+    square = (padded, padded)
+    mask = (splash_attention_mask.CausalMask(square) if window is None or window >= length else
+            splash_attention_mask.LocalMask(square, (window - 1, 0), 0))
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([mask] * heads), interpret=interpret)
+    heads_first = lambda x: jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+    q_BNTH = heads_first(q_BTNH * jnp.asarray(head_dim ** -0.5, q_BTNH.dtype))
+    return jax.vmap(kernel)(q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH)).swapaxes(1, 2)[:, :length]
