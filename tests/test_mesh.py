@@ -3,7 +3,10 @@
 import jax
 import pytest
 
-from safepatch_jax.mesh import make_mesh
+from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models.config import config_from_hf
+from safepatch_jax.models.table import param_table
+from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
 
 
@@ -28,3 +31,22 @@ def test_sharding_errors():
         sharder.sharding(("heads", "mlp"))
     with pytest.raises(ValueError, match=r"layers/q \(6, 9\): dimension 'heads' of 9 does not divide .*tensor = 2.*--mesh=data:1,fsdp:8,tensor:1"):
         sharder.sharding(("layers", "heads"), (6, 9), "layers/q")
+
+
+def test_rules():
+    sharder = sharder_of(8, tensor=2)
+    with pytest.raises(ValueError, match="rule of 'embed' names the mesh axis 'model'; the mesh has data, fsdp, tensor"):
+        sharder.with_rules(embed=("model",))
+    with pytest.raises(ValueError, match="rules of experts are never used"):
+        param_table(config_from_hf(tiny_config())).shardings(sharder.with_rules(experts=("tensor",)))
+    free = sharder.with_rules(batch=(), features=("fsdp",))
+    assert free.batch_ways == 1 and sharder.batch_ways == 4
+    assert free.sharding(("batch", "features")).spec == jax.sharding.PartitionSpec(None, "fsdp")
+
+
+def test_a_mesh_that_divides_is_named_and_divides():
+    with pytest.raises(ValueError, match="Nearest mesh that divides it: --mesh=(.*).$") as caught:
+        sharder_of(8, tensor=8).sharding(("kv_heads", "head_dim"), (6, 16), "k")
+    mesh = str(caught.value).rpartition("--mesh=")[2].rstrip(".")
+    assert mesh == "data:1,fsdp:4,tensor:2"
+    Sharder(make_mesh(mesh)).sharding(("kv_heads", "head_dim"), (6, 16), "k")

@@ -161,7 +161,8 @@ class Attention(_Module):
         v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
         q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
 
-        kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], self.sharder)
+        platform = jax.default_backend() if self.sharder is None else self.sharder.platform
+        kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], platform)
         if kernel != "xla" and past_k_BSKH is None:
             static = max(config.windows, default=0) or None  # all layers have the same, or none that matters
             mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)

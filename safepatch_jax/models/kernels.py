@@ -19,7 +19,7 @@ SPLASH_BLOCK = 128  # lengths are padded to a multiple of it
 SPLASH_FROM = 512  # below it the logits of plain attention are small, and auto stays with that
 
 
-def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, sharder: Sharder | None) -> str:
+def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, platform: str) -> str:
     """Return which attention runs: 'xla', 'cudnn' or 'splash'.
 
     Args:
@@ -27,12 +27,11 @@ def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, sharde
       config: architecture.
       dtype: of queries, keys and values.
       length: of the sequences.
-      sharder: the mesh; None for a program on one device.
+      platform: cpu, gpu or tpu.
 
     Raises:
       ValueError: 'fused' is asked for and impossible; says why.
     """
-    platform = jax.default_backend() if sharder is None else sharder.platform
     if attention == "xla":
         return "xla"
     why_not = _why_not(config, dtype, length, platform)

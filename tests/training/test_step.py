@@ -1,5 +1,7 @@
 """The train step: both signs from one program, the ceiling, failures, and the same update on 8 devices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,12 @@ from tests.conftest import sharder_of
 PAIRS = [(f"question {i}", "yes, number " * (1 + i % 2)) for i in range(8)]
 
 
-def make(tiny, devices=1, loss="mean"):
+def make(tiny, devices=1, loss="mean", remat="none", **options):
     sharder = sharder_of(devices)
     config, params = load_params(tiny, sharder)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
-    decoder = Decoder(config, jnp.float32, sharder)
-    trainer = Trainer(decoder, param_table(config), sharder, loss=loss)
+    decoder = Decoder(config, jnp.float32, sharder, remat=remat)
+    trainer = Trainer(decoder, param_table(config), sharder, loss=loss, **options)
     return trainer, decoder, params, examples
 
 
@@ -101,3 +103,56 @@ def test_batches_are_seeded_and_visit_every_example(tiny):
     np.testing.assert_array_equal(first["tokens"], again["tokens"])
     rows = {row.tobytes() for row in first["tokens"]}
     assert rows == {row.tobytes() for row in training_batch(examples, *shape)["tokens"]}
+
+
+@pytest.mark.parametrize("devices, options", [
+    (1, {"accumulate": 4}), (4, {"accumulate": 2}), (1, {"chunk": 8}), (1, {"chunk": 12}), (1, {"remat": "dots"}),
+    (1, {"remat": "full", "chunk": 8, "accumulate": 2})])
+def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
+    results = []
+    for changes in ({}, options):
+        trainer, _, params, examples = make(tiny, devices, **changes)
+        tuned, outcome = trainer.run(params, batches(examples), Recipe(1.0, 2, 1e-3), "memory")
+        results.append((unnest(tuned), outcome.nll))
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
+    for path, x in results[0][0].items():
+        far = np.abs(np.asarray(x) - np.asarray(results[1][0][path])) > 1e-5
+        assert np.mean(far) < 0.01, path  # where a gradient is nearly zero, Adam turns its last bit into a step
+
+
+def abstract_batch(sharder, rows, shape):
+    array = lambda n, dtype: jax.ShapeDtypeStruct((rows, n), dtype, sharding=sharder.sharding(("batch", "length")))
+    length, answers = shape
+    return {"tokens": array(length, jnp.int32), "valid": array(length, bool), "predict_at": array(answers, jnp.int32),
+            "targets": array(answers, jnp.int32), "weights": array(answers, jnp.float32)}
+
+
+def largest_with(jaxpr, size):
+    """Most elements of an array in a program, sub-programs included, that has a dimension of this size."""
+    found = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars if size in getattr(v.aval, "shape", ())]
+    inner = [sub for eqn in jaxpr.eqns for value in eqn.params.values()
+             for sub in (value if isinstance(value, (list, tuple)) else [value])]
+    inner = [getattr(sub, "jaxpr", sub) for sub in inner if hasattr(getattr(sub, "jaxpr", sub), "eqns")]
+    return max([*found, *(largest_with(sub, size) for sub in inner)], default=0)
+
+
+def test_logits_exist_for_one_chunk_of_answer_positions_alone(tiny):
+    config, _ = load_params(tiny, sharder_of(1))
+    parameters = config.vocab_size * config.embed_dim
+    batch = abstract_batch(sharder_of(1), 64, (48, 32))
+    for chunk, positions in ((32, 32), (8, 8)):
+        trainer = make(tiny, chunk=chunk)[0]
+        largest = largest_with(trainer.trace(batch).jaxpr.jaxpr, config.vocab_size)
+        assert largest == max(parameters, 64 * positions * config.vocab_size)
+
+
+def test_adafactor_learns_with_next_to_no_moments(tiny):
+    trainer, _, params, examples = make(tiny, optimizer="adafactor", devices=8)
+    _, lowered = trainer.run(params, batches(examples), Recipe(1.0, 6, 1e-3), "down")
+    assert lowered.nll[-1] < lowered.nll[0] - 0.05
+
+
+def test_a_batch_that_accumulation_does_not_divide_is_an_error(tiny):
+    trainer, _, params, examples = make(tiny, devices=4, accumulate=4)
+    with pytest.raises(ValueError, match="batch of 8 .*derive.accumulate.*multiple of 16"):
+        trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "uneven")
