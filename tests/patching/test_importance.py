@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from safepatch_jax.data.chat import Chat, lengths, training_batch
 from safepatch_jax.io.hf import load_params
@@ -16,19 +17,23 @@ from tests.patching import oracle
 PAIRS = [("one", "first answer"), ("two two", "second"), ("three", "third answer of some length")]
 
 
-def measure(tiny, devices=1, batch_size=1):
-    sharder = sharder_of(devices)
+def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear"):
+    sharder = sharder_of(devices, tensor)
     config, params = load_params(tiny, sharder)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
-    rows = param_table(config).scope("block_linear")
+    rows = param_table(config).scope(scope)
     decoder = Decoder(config, jnp.float32, sharder)
     total = SensitivityMeter(decoder, rows, sharder).measure(
         unnest(params), examples, lengths(examples), "test", batch_size)
     return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
 
 
-def test_sum_of_absolute_sample_gradients(tiny):
-    decoder, params, examples, total = measure(tiny)
+@pytest.mark.parametrize("devices, tensor, scope", [
+    (1, 1, "block_linear"), (2, 1, "block_linear"), (1, 1, "all"), (4, 2, "all")])  # the embedding is the head too
+def test_sum_of_absolute_sample_gradients(tiny, devices, tensor, scope):
+    _, _, _, total = measure(tiny, devices, tensor=tensor, scope=scope)
+    decoder, params, examples, _ = measure(tiny)
+    assert ("embedder/embedding" in total) == (scope == "all")
     shape = lengths(examples)
 
     def nll(params, example):
@@ -44,6 +49,8 @@ def test_sum_of_absolute_sample_gradients(tiny):
     for path, value in total.items():
         faithful = sum(np.abs(np.asarray(g[path])) for g in gradients)
         np.testing.assert_allclose(value, faithful, rtol=2e-4, atol=1e-7)
+    if devices > 1 or scope == "all":
+        return
     batched = np.abs(sum(np.asarray(g["layers/mlp/up"]) for g in gradients))
     assert not np.allclose(total["layers/mlp/up"], batched, rtol=0.1)
     by_two = measure(tiny, batch_size=2)[-1]  # the second batch has one sample and one row without answer tokens
@@ -72,7 +79,8 @@ def test_common_model_gives_an_empty_difference(tiny):
         assert not any(d.any() for d in combine_sets(se, osm, "difference"))
 
 
-def test_eight_devices_agree(tiny):
-    one, eight = measure(tiny)[-1], measure(tiny, devices=8)[-1]
+@pytest.mark.parametrize("devices, tensor", [(2, 1), (4, 2), (8, 1), (8, 2)])
+def test_any_mesh_gives_the_same_scores(tiny, devices, tensor):
+    one, many = measure(tiny)[-1], measure(tiny, devices, tensor=tensor)[-1]
     for path in one:
-        np.testing.assert_allclose(one[path], eight[path], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(one[path], many[path], rtol=1e-4, atol=1e-7)

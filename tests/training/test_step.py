@@ -18,8 +18,8 @@ from tests.conftest import sharder_of
 PAIRS = [(f"question {i}", "yes, number " * (1 + i % 2)) for i in range(8)]
 
 
-def make(tiny, devices=1, loss="mean", remat="none", **options):
-    sharder = sharder_of(devices)
+def make(tiny, devices=1, loss="mean", remat="none", tensor=1, **options):
+    sharder = sharder_of(devices, tensor)
     config, params = load_params(tiny, sharder)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
     decoder = Decoder(config, jnp.float32, sharder, remat=remat)
@@ -83,17 +83,18 @@ def test_nan_loss_is_an_error_that_names_step_and_remedy(tiny):
         trainer.run(params, batches(examples), Recipe(1.0, 2, 1e-3), "broken")
 
 
-def test_eight_devices_train_alike(tiny):
+@pytest.mark.parametrize("devices, tensor", [(2, 1), (4, 2), (8, 1), (8, 2)])
+def test_any_mesh_trains_alike(tiny, devices, tensor):
     results = []
-    for devices in (1, 8):
-        trainer, _, params, examples = make(tiny, devices)
+    for place in ({}, {"devices": devices, "tensor": tensor}):
+        trainer, _, params, examples = make(tiny, **place)
         tuned, outcome = trainer.run(params, batches(examples), Recipe(1.0, 3, 1e-3), "mesh")
         results.append((unnest(tuned), outcome.nll))
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
     moved = np.asarray(results[0][0]["layers/mlp/up"]), np.asarray(results[1][0]["layers/mlp/up"])
     assert np.mean(np.abs(moved[0] - moved[1]) > 1e-5) < 0.01
     sharding = results[1][0]["layers/mlp/up"].sharding
-    assert len(sharding.device_set) == 8 and not sharding.is_fully_replicated
+    assert len(sharding.device_set) == devices and not sharding.is_fully_replicated
 
 
 def test_batches_are_seeded_and_visit_every_example(tiny):
