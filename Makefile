@@ -1,18 +1,22 @@
 # make demo   patch a real 135M chat model end to end (makes its own environment)
 # make test   run the tests                        (makes its own environment)
+# make test-tpu   compile for TPUs with the TPU compiler (installs it, 700 MB; no TPU is needed)
 # Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-tpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m launch.safepatch --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 tests $(ARGS)
+
+test-tpu: $(VENV)/.test-tpu
+	$(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -25,6 +29,10 @@ $(VENV)/.demo: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 
 $(VENV)/.test: requirements-test.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+$(VENV)/.test-tpu: requirements-tpu-aot.txt $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu-aot.txt
 	touch $@
 
 clean:

@@ -4,11 +4,22 @@ The paper does not publish its hyper-parameters. These are a place to start a se
 values, and have not been run at this size.
 """
 
+import pathlib
 
-def paper_config(source: str, *, top_rate: float = 0.03, **groups) -> dict:
-    """Return the CONFIG of a 7B to 13B backbone; `groups` replace whole options of a group."""
+ARCHITECTURES = pathlib.Path(__file__).resolve().parent / "architectures"
+
+
+def paper_config(source: str, architecture: str, *, top_rate: float = 0.03, **groups) -> dict:
+    """Return the CONFIG of a 7B to 70B backbone; `groups` replace whole options of a group.
+
+    Args:
+      source: folder of the model.
+      architecture: a file of configs/architectures: the facts of its config.json, for plans without the model.
+      top_rate: share of entries in each top set.
+    """
     config = {
-        "model": {"source": source, "compute_dtype": "bfloat16", "remat": "full"},
+        "model": {"source": source, "architecture": str(ARCHITECTURES / f"{architecture}.json"), "compute_dtype": "bfloat16",
+                  "remat": "full"},
         "mesh": {"shape": "data:1,fsdp:-1,tensor:1"},
         "data": {"max_prompt_tokens": 128, "max_answer_tokens": 64, "train_limit": 400, "eval_limit": 200},
         "derive": {"batch_size": 16, "se_steps": 50, "se_learning_rate": 5e-6, "se_nll_ceiling": 10.0, "osm_steps": 75,

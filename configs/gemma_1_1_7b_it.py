@@ -14,4 +14,4 @@ The vocabulary of 256,000 makes logits the largest activation, hence the smaller
 
 from configs.common import paper_config
 
-CONFIG = paper_config("gemma-1.1-7b-it", derive={"batch_size": 8}, evaluate={"batch_size": 16})
+CONFIG = paper_config("gemma-1.1-7b-it", "gemma_1_1_7b", derive={"batch_size": 8}, evaluate={"batch_size": 16})

@@ -13,4 +13,4 @@ Time: about an hour, most of it reading and writing checkpoints. An estimate fro
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Llama-2-13b-chat-hf", derive={"se_learning_rate": 3e-6})
+CONFIG = paper_config("Llama-2-13b-chat-hf", "llama2_13b", derive={"se_learning_rate": 3e-6})

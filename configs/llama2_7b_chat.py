@@ -13,4 +13,4 @@ Time: about an hour, most of it reading and writing checkpoints. An estimate fro
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Llama-2-7b-chat-hf")
+CONFIG = paper_config("Llama-2-7b-chat-hf", "llama2_7b")

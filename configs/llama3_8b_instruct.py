@@ -13,4 +13,4 @@ Time: about an hour, most of it reading and writing checkpoints. An estimate fro
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Meta-Llama-3-8B-Instruct")
+CONFIG = paper_config("Meta-Llama-3-8B-Instruct", "llama3_8b")

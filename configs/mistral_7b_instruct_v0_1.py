@@ -14,4 +14,4 @@ The sliding window of v0.1 (4096) is longer than any sequence here.
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Mistral-7B-Instruct-v0.1")
+CONFIG = paper_config("Mistral-7B-Instruct-v0.1", "mistral_7b_v0_1")

@@ -9,16 +9,18 @@ harmful file may hold a column 'refusal'; without it stock refusals are used.
 
 from absl import flags
 
+from launch import distributed, main
 from launch import flags as settings_flags
-from launch import main
 from safepatch_jax.console import say
 from safepatch_jax.pipeline.job import align_model
 
 _OUT = flags.DEFINE_string("out", None, "New folder for the aligned model.", required=True)
 flags.adopt_module_key_flags(settings_flags)
+flags.adopt_module_key_flags(distributed)
 
 
 def run() -> None:
+    distributed.join()
     align_model(settings_flags.read_settings(), _OUT.value)
     say(f"Aligned model: {_OUT.value}")
 

@@ -14,7 +14,7 @@ is installed and memory is free for its float32 copy (--certify=hashes leaves th
 
 from absl import flags
 
-from launch import main
+from launch import distributed, main
 from safepatch_jax.console import say
 from safepatch_jax.pipeline import convert
 
@@ -27,9 +27,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of stochastic rounding.", lower_bound=0
 _SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 5_000_000_000, "Weight files are cut at this size.", lower_bound=1024)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder whose tokenizer files go with a GGUF file.")
 _CERTIFY = flags.DEFINE_enum("certify", "logits", ["logits", "hashes"], "Compare logits too, or hashes alone.")
+flags.adopt_module_key_flags(distributed)
 
 
 def run() -> None:
+    distributed.join()
     certificate = convert.convert(
         _SOURCE.value, _TARGET.value, mesh=_MESH.value, dtype=_DTYPE.value, rounding=_ROUNDING.value, seed=_SEED.value,
         shard_bytes=_SHARD_BYTES.value, tokenizer=_TOKENIZER.value, certify=_CERTIFY.value)

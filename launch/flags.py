@@ -12,6 +12,8 @@ _DATA = flags.DEFINE_list(
     "--data.harmful=... and so on.")
 _MERGE = flags.DEFINE_enum(
     "merge", None, list(declared_options()["patch.merge"].metadata["choices"]), "The merging method; short for --patch.merge.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices per mesh axis, e.g. data:1,fsdp:-1,tensor:4; short for --mesh.shape.")
 
 
 def _define_settings() -> None:
@@ -32,7 +34,7 @@ _define_settings()
 
 
 def read_settings() -> Settings:
-    """Build the settings: defaults, then the config file, then --data, then single flags."""
+    """Build the settings: defaults, then the config file, then --data, --merge and --mesh, then single flags."""
     settings = load_config(_CONFIG.value) if _CONFIG.value else Settings()
     by_role = {}
     for entry in _DATA.value:
@@ -40,6 +42,7 @@ def read_settings() -> Settings:
         if not colon:
             raise ValueError(f"--data: '{entry}' is not ROLE:FILE with a role of harmful, lookalike, ordinary.")
         by_role[f"data.{role}"] = path
-    short = by_role | ({} if _MERGE.value is None else {"patch.merge": _MERGE.value})
+    short = by_role | {
+        name: flag.value for name, flag in (("patch.merge", _MERGE), ("mesh.shape", _MESH)) if flag.value is not None}
     given = {name: flags.FLAGS[name].value for name in declared_options() if flags.FLAGS[name].value is not None}
-    return settings.override(short, "--data, --merge").override(given, "command line")
+    return settings.override(short, "--data, --merge, --mesh").override(given, "command line")

@@ -4,6 +4,7 @@
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo --dry_run
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/real \\
       --data=harmful:advbench.csv,lookalike:xstest.csv --patch.retention=0.2
+  launch/tpu_pod.sh POD ZONE launch.safepatch ...     # on all hosts of a TPU pod slice; BUILD.md has other clusters
 
 The workdir receives report.md, report.json, report.png, manifest.json, settings.json, stages/export/model (a Hugging Face
 folder that transformers loads as it is) and stages/patch_file/patch.safetensors (its difference from the backbone, see
@@ -14,23 +15,25 @@ command is given again; stages whose inputs are unchanged are not run again. Der
 
 from absl import flags
 
+from launch import distributed, main
 from launch import flags as settings_flags
-from launch import main
 from safepatch_jax.console import say
 from safepatch_jax.pipeline.job import Job
+from safepatch_jax.planning.plan import dry_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is not there.", required=True)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop; nothing is written.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, compile the programs, print what they need on these devices, and stop; nothing is written.")
 _UPDATE = flags.DEFINE_bool("update", False, "Go on in a workdir of other settings, running again what they change.")
 flags.adopt_module_key_flags(settings_flags)
+flags.adopt_module_key_flags(distributed)
 
 
 def run() -> None:
-    job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value or _DRY_RUN.value)
+    distributed.join()
     if _DRY_RUN.value:
-        for line in job.plan():
-            say(line)
+        dry_run(settings_flags.read_settings(), _WORKDIR.value)
         return
+    job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value)
     report = job.run()
     say(f"Report: {report}")
     say(f"Model:  {job.folder('export')}")

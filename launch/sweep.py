@@ -9,17 +9,19 @@ workdir keeps the derived models (jailbroken or broken models): delete it when y
 
 from absl import flags
 
+from launch import distributed, main
 from launch import flags as settings_flags
-from launch import main
 from safepatch_jax.console import say
 from safepatch_jax.pipeline import sweep
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this sweep; made if it is not there.", required=True)
 _GRID = flags.DEFINE_string("grid", None, "patch.OPTION=VALUE,VALUE;patch.OPTION=...", required=True)
 flags.adopt_module_key_flags(settings_flags)
+flags.adopt_module_key_flags(distributed)
 
 
 def run() -> None:
+    distributed.join()
     grid = sweep.parse_grid(_GRID.value)
     for row in sweep.sweep(settings_flags.read_settings(), _WORKDIR.value, grid):
         point = ", ".join(f"{name.split('.')[1]} {row['patch'][name.split('.')[1]]}" for name in grid)

@@ -7,15 +7,12 @@ from typing import Sequence
 
 from tqdm import tqdm
 
-
-def _first_process() -> bool:
-    jax = sys.modules.get("jax")  # a process without JAX is alone, and should stay without it
-    return jax is None or jax.process_index() == 0
+from safepatch_jax.processes import first
 
 
 def say(text: str) -> None:
     """Print one line, in the first process alone."""
-    if _first_process():
+    if first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -23,7 +20,7 @@ def say(text: str) -> None:
 def progress(total: int, title: str, unit: str) -> tqdm:
     """Return a progress bar with rate and remaining time, silent in all but the first process."""
     return tqdm(total=total, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
-                mininterval=0.5, disable=not _first_process(), leave=True)
+                mininterval=0.5, disable=not first(), leave=True)
 
 
 def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:

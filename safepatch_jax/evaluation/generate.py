@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from safepatch_jax import processes
 from safepatch_jax.console import progress
 from safepatch_jax.data.chat import bucket, prompt_batch
 from safepatch_jax.mesh import Sharder
@@ -85,7 +86,7 @@ def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], st
             group = list(prompts[start:start + batch_size])
             filled = group + [group[-1]] * (batch_size - len(group))
             batch = put_batch(prompt_batch(filled, length), sharder)
-            out = np.asarray(greedy_decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new))
+            out = processes.fetch(greedy_decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new))
             for ids in out[:len(group)]:
                 answers.append([int(t) for t in ids if t >= 0 and t not in stops])
             bar.update(len(group))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 import pathlib
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import some
 from safepatch_jax.io.companions import copy_companions
 from safepatch_jax.io.stored import DTYPES
@@ -43,11 +43,12 @@ def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
                       "then give the same command again.") from error
 
 
-def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def load_tree(path: str | pathlib.Path, abstract: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
     """Read a nested dictionary of arrays.
 
     Args:
       abstract: ShapeDtypeStructs with shardings; says onto which mesh and in which dtype.
+      partial: the checkpoint may hold more than `abstract`, which is not read.
 
     Raises:
       ValueError: the checkpoint is absent, damaged, or of another structure.
@@ -56,12 +57,34 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, A
     try:
         with _checkpointer(abstract) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(
-                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
+                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial))
     except Exception as error:
         if not _from_disk(error):
             raise
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}") from error
+
+
+class StoredTree(Mapping[str, jax.Array]):
+    """The arrays of a checkpoint by path, each read whenever it is asked for and held by nobody else.
+
+    Args:
+      path: written by `save_tree`.
+      abstract: as for `load_tree`; the checkpoint may hold more.
+    """
+
+    def __init__(self, path: str | pathlib.Path, abstract: dict[str, Any]):
+        self._path, self._abstract = pathlib.Path(path), unnest(abstract)
+
+    def __getitem__(self, name: str) -> jax.Array:
+        """Read one array. Raises ValueError as `load_tree` does."""
+        return unnest(load_tree(self._path, nest({name: self._abstract[name]}), partial=True))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._abstract)
+
+    def __len__(self) -> int:
+        return len(self._abstract)
 
 
 def _from_disk(error: Exception) -> bool:
@@ -91,12 +114,17 @@ def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: 
       source: the model folder whose config, tokenizer and so on are kept beside it.
       stored: dtype of each tensor in that folder, by HF name.
     """
-    with files.new_folder(folder) as out:
+    with processes.new_folder(folder) as out:
         save_tree(out / PARAMS, params)
-        (out / COMPANIONS_FOLDER).mkdir()
-        copy_companions(source, out / COMPANIONS_FOLDER)
-        names = param_table(read_hf_config(source)).hf_names()  # not what an import leaves out, such as a tied head's copy
-        files.write_json(out / MODEL, {"format": _FORMAT, "stored": {name: stored[name] for name in names}})
+        processes.on_first(lambda: _describe(out, source, stored))
+
+
+def _describe(out: pathlib.Path, source: str | pathlib.Path, stored: Mapping[str, str]) -> None:
+    """Write what a checkpoint has beside the arrays."""
+    (out / COMPANIONS_FOLDER).mkdir()
+    copy_companions(source, out / COMPANIONS_FOLDER)
+    names = param_table(read_hf_config(source)).hf_names()  # not what an import leaves out, such as a tied head's copy
+    files.write_json(out / MODEL, {"format": _FORMAT, "stored": {name: stored[name] for name in names}})
 
 
 def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderConfig, dict[str, Any], dict[str, str]]:
@@ -123,12 +151,16 @@ def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[Decod
 
 def array_hashes(config: DecoderConfig, params: dict[str, Any], stored: Mapping[str, str]) -> dict[str, str]:
     """Return the SHA-256 that each HF tensor would have if it were written to a model folder in its stored dtype."""
-    flat, hashes = unnest(params), {}
-    for row in param_table(config):
-        for layer, name in enumerate(row.hf_names):
-            part = np.asarray(flat[row.path][layer] if row.stacked else flat[row.path])
-            hashes[name] = hashlib.sha256(np.ascontiguousarray(part.astype(DTYPES[stored[name]], copy=False))).hexdigest()
-    return hashes
+    flat, rows = unnest(params), param_table(config).hf_names()
+
+    def part_of(name):
+        row, layer = rows[name]
+        return processes.fetch(flat[row.path][layer] if row.stacked else flat[row.path])
+
+    def digest(part, name):
+        return hashlib.sha256(np.ascontiguousarray(part.astype(DTYPES[stored[name]], copy=False))).hexdigest()
+
+    return processes.on_first(lambda part_of: {name: digest(part_of(name), name) for name in rows}, together=part_of)
 
 
 def read_description(folder: str | pathlib.Path) -> dict[str, str]:

@@ -6,13 +6,13 @@ import functools
 import math
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax import files
+from safepatch_jax import processes
 from safepatch_jax.console import some
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint
@@ -120,6 +120,8 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
                shard_bytes: int = 5_000_000_000, replace: bool = False) -> dict[str, str]:
     """Write a model folder that `transformers` loads as it is; the folder appears whole or not at all.
 
+    Of several processes the first one writes; all bring it their parts of one tensor after the other.
+
     Args:
       folder: where to write; must not exist or be empty, unless `replace` is set.
       params: nested parameter dictionary.
@@ -134,19 +136,18 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
       SHA-256 of each tensor's bytes.
 
     Raises:
-      ValueError: a number is beyond the range of its dtype; several processes; `folder` is in use.
+      ValueError: a number is beyond the range of its dtype; `folder` is in use.
       OSError: the disk is full or not writable.
     """
-    if jax.process_count() > 1:
-        raise ValueError("A model folder is written by one process, and this run has several. Save an orbax checkpoint instead, "
-                         "and convert it in one process: python -m launch.convert --source=orbax:DIR --target=hf:DIR.")
     flat, rows = unnest(params), param_table(config).hf_names()
     keep = {name: str(flat[row.path].dtype) for name, (row, _) in rows.items()} | dict(stored or {})
     plan = {name: Planned(row.hf_shape, keep[name] if dtype == "keep" else dtype) for name, (row, _) in rows.items()}
 
-    def tensor_of(name: str) -> np.ndarray:
+    def part_of(name: str) -> jax.Array | np.ndarray:
         row, layer = rows[name]
-        part = row.to_hf(_layer_of(flat[row.path], layer) if row.stacked else flat[row.path])
+        return row.to_hf(_whole(_layer_of(flat[row.path], layer) if row.stacked else flat[row.path]))
+
+    def stored_as_planned(name: str, part: jax.Array | np.ndarray) -> np.ndarray:
         if str(part.dtype) == plan[name].dtype:
             return np.asarray(part)
         key = tensor_keys(seed, "rounding", (name,))[0]
@@ -155,17 +156,25 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
             raise ValueError(f"{name} holds numbers beyond the range of {plan[name].dtype}. Use bfloat16, float32 or keep.")
         return out
 
-    with files.new_folder(folder, replace=replace) as out:
-        copy_companions(source, out, COMPANIONS[1:])
-        write_config(source, out, None if dtype == "keep" else dtype)
-        return write_shards(out, plan, tensor_of, shard_bytes, "export")
+    with processes.new_folder(folder, replace=replace) as out:
+        def write(part_of: Callable[[str], Any]) -> dict[str, str]:
+            copy_companions(source, out, COMPANIONS[1:])
+            write_config(source, out, None if dtype == "keep" else dtype)
+            return write_shards(out, plan, lambda name: stored_as_planned(name, part_of(name)), shard_bytes, "export")
+
+        return processes.on_first(write, together=part_of)
 
 
 _cast = jax.jit(lambda x, key, dtype, rounding: cast(x, dtype, rounding, key), static_argnames=("dtype", "rounding"))
 
 
+def _whole(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Bring what lies with several processes to the host; the rest stays where it is."""
+    return x if getattr(x, "is_fully_addressable", True) else processes.fetch(x)
+
+
 def _layer_of(x: jax.Array, layer: int) -> jax.Array | np.ndarray:
-    if any(device.platform != "cpu" for device in x.devices()):
+    if not x.is_fully_addressable or any(device.platform != "cpu" for device in x.devices()):
         return x[layer]
     assert x.sharding.shard_shape(x.shape)[0] == x.shape[0], "layers are not cut over the mesh"
     views = [(shard.index[1:], np.asarray(shard.data)) for shard in x.addressable_shards if shard.replica_id == 0]

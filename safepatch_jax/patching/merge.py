@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from safepatch_jax import processes
 from safepatch_jax.console import progress
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
@@ -121,7 +122,7 @@ def _counts(backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchS
                 bar.update()
                 parts = [count_at_least(backbone[row.path], derived[role][row.path], sensitivity[role][row.path],
                                          np.int32(threshold), kind=kind, shape=_stack(row)) for row in rows]
-                return [int(n) for part in parts for n in np.asarray(part)]
+                return [int(n) for part in parts for n in processes.fetch(part)]
 
             shares = iter(share_out(count_at, top_count(rate, sum(math.prod(row.shape) for row in rows))))
             result[role] = {row.path: np.array([next(shares) for _ in row.hf_names], np.int32) for row in rows}
@@ -140,8 +141,9 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
 
     Args:
       backbone: flat ``{path: array}``; the patched entries are donated and must not be used again.
-      derived: {'se', 'osm'}: flat parameters of the two derived models, float32.
-      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`.
+      derived: {'se', 'osm'}: flat parameters of the two derived models, float32. Each is asked for once, so a mapping may
+        read them when they are; for global granularity all are held.
+      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise.
       rows: the scope.
       patch: settings.
       seed: of the random retention and the stochastic rounding.
@@ -157,6 +159,9 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       ValueError: NaN or infinite scores or merged weights (names the tensors).
     """
     merged, statistics = {}, {}
+    if patch.granularity == "global" and patch.merge not in UNTRIMMED:  # every count needs all of them
+        held = lambda trees: {role: {row.path: tree[row.path] for row in rows} for role, tree in trees.items()}
+        derived, sensitivity = held(derived), held(sensitivity)
     counts = _counts(backbone, derived, sensitivity, rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
@@ -167,7 +172,7 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(), method=Method.of(patch), shape=_stack(row),
                 dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype, rounding=rounding,
                 sharding=sharder.sharding(row.axes, row.shape, row.path))
-            stats = {name: np.asarray(values) for name, values in stats.items()}
+            stats = {name: processes.fetch(values) for name, values in stats.items()}
             for layer, hf_name in enumerate(row.hf_names):
                 own = {"size": math.prod(row.hf_shape)} | {n: v[layer].item() for n, v in stats.items()}
                 statistics[hf_name] = own | {"overlap": overlap(own)}

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.data.chat import Chat, NoChat
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io.companions import COMPANIONS
@@ -66,7 +66,7 @@ def certify(folder: str | pathlib.Path, sharder: Sharder, *, logits: bool = True
     config = read_hf_config(folder)
     checkpoint = Checkpoint(folder)
     account = check_keys(checkpoint, param_table(config), config)
-    hashes = tensor_hashes(checkpoint.tensors)
+    hashes = processes.on_first(lambda: tensor_hashes(checkpoint.tensors))
     certificate = {
         "format": 1, "kind": kind, "architecture": dataclasses.asdict(config), "parameters": param_table(config).size,
         "keys": account,
@@ -103,7 +103,7 @@ def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict
     full = {name: np.resize(x, (rows, _LENGTH)) for name, x in (("tokens", tokens_BT), ("valid", valid_BT))}
     batch, positions_BT = put_batch(full, sharder), np.broadcast_to(np.arange(_LENGTH), (rows, _LENGTH))
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(_forward(decoder, params, batch["tokens"], positions_BT, batch["valid"]))[:_PROBES][valid_BT]
+        ours = processes.fetch(_forward(decoder, params, batch["tokens"], positions_BT, batch["valid"]))[valid_BT]
     del params
     if not np.all(np.isfinite(ours)):
         raise ValueError(f"{folder}: the logits are not finite. The weights hold NaN or overflow; check where they come from.")
@@ -113,15 +113,20 @@ def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict
     result: dict[str, Any] = {
         "probes": "text" if probes.trouble is None else "random", "tokens": int(valid_BT.sum()), "finite": True, "perplexity": math.exp(min(np.mean(nll), 700.0)),
         "largest": float(np.max(np.abs(ours)))}
-    if why_not := _no_torch(param_table(config).size):
-        return result | {"torch": f"not compared: {why_not}"}
-    theirs = _torch_logits(folder, tokens_BT, valid_BT)
-    result["torch"] = {
+    return result | {"torch": processes.on_first(lambda: _compare(folder, param_table(config).size, probes, ours))}
+
+
+def _compare(folder: pathlib.Path, parameters: int, probes: Probes, ours: np.ndarray) -> dict[str, float] | str:
+    """Compare logits with those of Hugging Face torch, or say why that cannot be done; errors as `certify`."""
+    if why_not := _no_torch(parameters):
+        return f"not compared: {why_not}"
+    theirs = _torch_logits(folder, probes.tokens_BT, probes.valid_BT)
+    result = {
         "max_abs_error": float(np.max(np.abs(ours - theirs))),
         "kl": float(np.mean([_kl(a, b) for a, b in zip(theirs, ours)])),
         "top1_agreement": float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))}
-    if not result["torch"]["max_abs_error"] <= LIMIT * np.max(np.abs(theirs)):
-        raise ValueError(f"{folder}: our logits differ from those of Hugging Face torch by {result['torch']['max_abs_error']:.3g} "
+    if not result["max_abs_error"] <= LIMIT * np.max(np.abs(theirs)):
+        raise ValueError(f"{folder}: our logits differ from those of Hugging Face torch by {result['max_abs_error']:.3g} "
                          f"(largest logit {np.max(np.abs(theirs)):.3g}), far more than float32 rounding. Please report this with "
                          "the model's config.json; --certify=hashes (or --run.certify=hashes) goes on without the comparison.")
     return result
@@ -147,7 +152,7 @@ def summary(certificate: Mapping[str, Any]) -> str:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(decoder, params, tokens_BT, positions_BT, valid_BT):
-    return decoder.apply({"params": params}, tokens_BT, positions_BT, valid_BT)[0]
+    return decoder.apply({"params": params}, tokens_BT, positions_BT, valid_BT)[0][:_PROBES]
 
 
 def _probes(folder: pathlib.Path, vocab_size: int) -> Probes:

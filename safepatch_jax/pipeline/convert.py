@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any, Mapping
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import say, some
 from safepatch_jax.io import gguf
 from safepatch_jax.io.checkpoint import (
@@ -65,19 +65,26 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
       path of the certificate.
 
     Raises:
-      ValueError: bad source, target, weights or mesh; see `load_params`, `load_checkpoint` and `convert_gguf`.
+      ValueError: bad source, target, weights or mesh, or processes that differ in them; see `load_params`, `load_checkpoint`
+        and `convert_gguf`.
     """
     origin, goal = Place.parse(source), Place.parse(target)
     _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
-    files.refuse_full_folder(goal.path)
+    processes.agree({
+        "source": [origin.kind, str(origin.path.absolute())], "target": [goal.kind, str(goal.path.absolute())], "mesh": mesh,
+        "dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes, "tokenizer": tokenizer, "certify": certify,
+        } | source_facts(origin), "Start every process with the same command, and give every host the same files.")
+    processes.agree_on_devices()
+    processes.on_first(lambda: files.refuse_full_folder(goal.path))
     sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
-    with files.new_folder(goal.path) as scratch:
+    with processes.new_folder(goal.path) as scratch:
         out = scratch / "model"
         if origin.kind == "gguf":
             straight = goal.kind == "hf" and dtype == "keep"
             folder = out if straight else scratch / "source"
             say(f"Dequantising {origin.path}")
-            gguf.convert_gguf(origin.path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes)
+            path = origin.path
+            processes.on_first(lambda: gguf.convert_gguf(path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes))
             origin = Place("hf", folder)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)
@@ -86,10 +93,21 @@ def convert(source: str, target: str, *, mesh: str = "data:1,fsdp:-1,tensor:1", 
         else:
             export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
             result = _to_hf(origin, out, sharder, logits, export)
-        files.write_json(out / certificate.FILE, result)
-        files.keep_only(scratch, out)
+        processes.on_first(lambda: (files.write_json(out / certificate.FILE, result), files.keep_only(scratch, out)))
     say(certificate.summary(result))
     return goal.path / certificate.FILE
+
+
+def source_facts(place: Place) -> dict[str, Any]:
+    """Return what is cheaply seen of a source: its files' sizes, by relative name, and its config."""
+    if not processes.several():
+        return {}
+    held = [place.path] if place.path.is_file() else sorted(p for p in place.path.rglob("*") if p.is_file())
+    facts: dict[str, Any] = {f"size of {p.relative_to(place.path.parent)}": p.stat().st_size for p in held}
+    for p in held:
+        if p.name == "config.json":
+            facts[f"SHA-256 of {p.relative_to(place.path.parent)}"] = files.file_sha256(p)
+    return facts
 
 
 def _refuse_contradictions(origin: Place, goal: Place, dtype: str, rounding: str, tokenizer: str | None) -> None:
@@ -125,7 +143,7 @@ def _to_hf(origin: Place, out: pathlib.Path, sharder: Sharder, logits: bool, exp
     else:
         config, params = load_params(origin.path, sharder)
         companions, stored = origin.path, stored_dtypes(origin.path)
-        before = tensor_hashes(Checkpoint(origin.path).tensors)
+        before = processes.on_first(lambda: tensor_hashes(Checkpoint(origin.path).tensors))
     save_model(out, params, config, companions, stored=stored, **export)
     del params
     return certificate.certify(out, sharder, logits=logits, kind="export", before=before)

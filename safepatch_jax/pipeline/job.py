@@ -7,12 +7,13 @@ import json
 import pathlib
 import shutil
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.merge import ROLES
 from safepatch_jax.pipeline import card, certificate, report
+from safepatch_jax.pipeline.convert import source_facts
 from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, version_of, versions
 from safepatch_jax.pipeline.work import Work
 from safepatch_jax.settings import Settings, settings_differences
@@ -20,14 +21,15 @@ from safepatch_jax.settings import Settings, settings_differences
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
 # Settings that say where and how a run is done, not what comes out.
-PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "mesh.")
+PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "mesh.", "model.remat", "model.attention", "model.loss_chunk",
+         "model.architecture", "derive.accumulate")
 
 
 class Job(Work):
     """One run: builds its stages from the settings and runs them in a workdir.
 
     Raises:
-      ValueError: bad settings, model or data; a workdir that other settings made.
+      ValueError: bad settings, model or data; a workdir that other settings made; processes that differ in any of it.
     """
 
     def __init__(self, settings: Settings, workdir: str | pathlib.Path, *, update: bool = False):
@@ -35,7 +37,8 @@ class Job(Work):
             raise ValueError("No model given. Set --model.source to a Hugging Face folder, a .gguf file, or 'smollm2'.")
         super().__init__(settings)
         self.workdir = pathlib.Path(workdir).expanduser().absolute()
-        self._claim_workdir(update)
+        self._agree(update)
+        processes.on_first(lambda: self._claim_workdir(update))
         self.runner = Runner(self._stages(), self.workdir, self.context.cache_dir)
 
     @property
@@ -49,10 +52,9 @@ class Job(Work):
 
     def run(self) -> pathlib.Path:
         """Run every stage that is not up to date; return the path of the report."""
-        if self.runner.status("report") not in FINISHED:
-            for name in (*report.FILES, "manifest.json"):  # of other settings, or of a run that was not finished
-                (self.workdir / name).unlink(missing_ok=True)
-        files.write_json(self.workdir / "settings.json", self.settings.to_dict())
+        for folder in (self.workdir, self.context.cache_dir):
+            processes.shared(folder)
+        processes.on_first(self._begin)
         for line in self.plan():
             say(line)
         try:
@@ -63,15 +65,21 @@ class Job(Work):
                     "goes on from there; else delete them, they are jailbroken or broken models.")
             raise
 
+    def _begin(self) -> None:
+        if self.runner.status("report") not in FINISHED:
+            for name in (*report.FILES, "manifest.json"):  # of other settings, or of a run that was not finished
+                (self.workdir / name).unlink(missing_ok=True)
+        files.write_json(self.workdir / "settings.json", self.settings.to_dict())
+
     def _run_stages(self) -> pathlib.Path:
         self.runner.finish(["import", "certify_import"])
         self._refuse_mixed_dtypes()
         written = ["export"] + [name for name in ("patch_file",) if name in self.runner.stages] + ["certify_export"]
         self.runner.finish((["align"] if self.settings.align.enabled else []) + written
                            + [*(f"evaluate_{v}" for v in self.variants), "report"])
-        self._publish()
+        processes.on_first(self._publish)
         if not self.settings.run.keep_scratch:
-            self.runner.delete_scratch()
+            processes.on_first(self.runner.delete_scratch)
             say("Scratch deleted: derived models, scores and their answers (keep with --run.keep_scratch).")
         return self.workdir / "report.md"
 
@@ -79,8 +87,9 @@ class Job(Work):
         """Describe the run: devices, model, data, settings that matter, and which stages will run."""
         settings, mesh = self.settings, self.context.sharder.mesh
         device = mesh.devices.flat[0]
+        hosts = f" in {processes.count()} processes" if processes.several() else ""
         lines = [
-            f"Devices: {mesh.devices.size} x {device.device_kind}, mesh "
+            f"Devices: {mesh.devices.size} x {device.device_kind}{hosts}, mesh "
             + ", ".join(f"{a} {n}" for a, n in mesh.shape.items())
             + f"; compute {settings.model.compute_dtype}, weights and moments float32",
             f"Model:   {settings.model.source}" + (
@@ -96,8 +105,8 @@ class Job(Work):
         ]
         if self.place.kind == "hf" or self.runner.status("import") == "done":
             size = param_table(read_hf_config(self.folder("import"))).size
-            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; about {20 * size / 2**30:.1f} GiB of arrays over "
-                            f"{mesh.devices.size} device(s), and as much scratch on disk")
+            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; derived models and scores take {16 * size / 2**30:.1f} GiB of "
+                            "scratch on disk")
         ways = self.context.sharder.batch_ways
         for name in ("align.batch_size", "derive.batch_size", "evaluate.batch_size"):
             if (rows := settings.flat()[name]) % ways:
@@ -108,7 +117,7 @@ class Job(Work):
     def _stages(self) -> list[Stage]:
         s, data = self.settings, self.context.data_hashes
         compute = {"compute_dtype": s.model.compute_dtype}
-        train = compute | {"loss": s.derive.loss, "seed": s.run.seed} | {
+        train = compute | {"loss": s.derive.loss, "optimizer": s.derive.optimizer, "seed": s.run.seed} | {
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
         patch = dataclasses.asdict(s.patch) | {
@@ -121,7 +130,7 @@ class Job(Work):
         base = "align" if s.align.enabled else "import"
         certify = {"certify": s.run.certify}
         witness = {name: version_of(name) for name in ("torch", "transformers")}
-        stages = [Stage("import", (), {}, self._source_hashes(), self._import, shared=True),
+        stages = [Stage("import", (), {}, processes.on_first(self._source_hashes), self._import, shared=True),
                   Stage("certify_import", ("import",), certify, witness, self._certify_import, shared=True)]
         if s.align.enabled:
             stages.append(Stage(
@@ -154,6 +163,20 @@ class Job(Work):
         told = {k: v for k, v in s.flat().items() if not k.startswith(PLACE)}
         stages.append(Stage("report", reads_for_report, told, {}, self._report, results=results))
         return stages
+
+    def _agree(self, update: bool) -> None:
+        """Refuse processes that would not do the same work."""
+        if not processes.several():
+            return
+        processes.agree(self.settings.flat() | {
+            "run.cache_dir": str(self.context.cache_dir.absolute()), "--workdir": str(self.workdir), "--update": update},
+            "Start every process with the same command, in the same folder.")
+        processes.agree_on_devices()
+        processes.agree({f"version of {name}": version for name, version in versions().items()},
+                        "Install the same packages on every host.")
+        processes.agree(source_facts(self.place)
+                        | {f"records of data.{role}": digest for role, digest in self.context.data_hashes.items()},
+                        "Give every host the same model and data files, best from one file system.")
 
     def _claim_workdir(self, update: bool) -> None:
         path = self.workdir / "settings.json"
@@ -196,11 +219,11 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
       ValueError: bad settings, model or data; `out` exists and is not empty.
     """
     out = pathlib.Path(out).expanduser()
-    files.refuse_full_folder(out)
+    processes.on_first(lambda: files.refuse_full_folder(out))
     job = Job(settings.override({"align.enabled": True}), out)
     job.runner.finish(["import", "align"])
-    with files.new_folder(out) as folder:
-        shutil.copytree(job.folder("align"), folder, dirs_exist_ok=True)
+    with processes.new_folder(out) as folder:
+        processes.on_first(lambda: str(shutil.copytree(job.folder("align"), folder, dirs_exist_ok=True)))
         found = certificate.certify(folder, job.context.sharder, logits=settings.run.certify == "logits", kind="export")
-        files.write_json(folder / certificate.FILE, found)
+        processes.on_first(lambda: files.write_json(folder / certificate.FILE, found))
     say(certificate.summary(found))

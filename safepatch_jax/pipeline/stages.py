@@ -2,7 +2,8 @@
 
 A stage's key is the hash of its name, its settings, the hashes of its outside inputs and the keys of the stages it
 reads. Its folder appears whole, with a manifest, or not at all, so a killed run goes on where it stopped. Scratch
-stages (derived models and scores) are emptied after success; their manifests remain.
+stages (derived models and scores) are emptied after success; their manifests remain. Where a run has several processes,
+process 0 reads and writes manifests and decides for all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import time
 from typing import Any, Callable, Iterable, Mapping
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import say
 
 MANIFEST = "manifest.json"
@@ -76,7 +77,7 @@ class Runner:
         return self._workdir / "stages" / name
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """Return the manifest if the stage was finished with these very inputs, else None."""
+        """Return the manifest if the stage was finished with these very inputs, else None; as this process sees it."""
         try:
             manifest = json.loads((self.folder(name) / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -87,7 +88,10 @@ class Runner:
         return manifest if manifest.get("key") == self.key(name) else None
 
     def status(self, name: str) -> str:
-        """Return 'done', 'deleted' (finished, outputs deleted as scratch), 'damaged' or 'to run'."""
+        """Return 'done', 'deleted' (finished, outputs deleted as scratch), 'damaged' or 'to run'; process 0 decides."""
+        return processes.on_first(lambda: self._status(name))
+
+    def _status(self, name: str) -> str:
         manifest = self.manifest(name)
         if manifest is None:
             return "to run"
@@ -99,7 +103,7 @@ class Runner:
 
     def result(self, name: str) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return self.manifest(name)["result"]
+        return processes.on_first(lambda: self.manifest(name)["result"])
 
     def need(self, name: str) -> pathlib.Path:
         """Return the folder of a stage with its outputs in place, running it and what it reads where needed."""
@@ -112,7 +116,7 @@ class Runner:
             for dependency in self.stages[name].results:
                 if self.status(dependency) not in FINISHED:
                     self.need(dependency)
-            with files.locked(self.folder(name).with_name(f".{self.folder(name).name}.lock")):
+            with processes.locked(self.folder(name).with_name(f".{self.folder(name).name}.lock")):
                 if self.status(name) != "done":  # another run that shares the stage may have finished it meanwhile
                     self._execute(self.stages[name])
         return self.folder(name)
@@ -126,7 +130,7 @@ class Runner:
                 self.need(name)
 
     def scratch_left(self) -> list[pathlib.Path]:
-        """Return the folders of scratch stages that hold outputs."""
+        """Return the folders of scratch stages that hold outputs; as this process sees it."""
         folders = [self.folder(name) for name, stage in self.stages.items() if stage.scratch]
         return [f for f in folders if f.is_dir() and any(p.name != MANIFEST for p in f.iterdir())]
 
@@ -147,9 +151,10 @@ class Runner:
     def _execute(self, stage: Stage) -> None:
         say(f"{stage.name}: running")
         begun = time.monotonic()
-        with files.new_folder(self.folder(stage.name), replace=True) as folder:
+        with processes.new_folder(self.folder(stage.name), replace=True) as folder:
             result = stage.run(folder)
-            files.write_json(folder / MANIFEST, {
+            processes.barrier(f"{stage.name} has run")  # so that all outputs are there to be hashed
+            processes.on_first(lambda: files.write_json(folder / MANIFEST, {
                 "stage": stage.name,
                 "key": self.key(stage.name),
                 "settings": dict(stage.settings),
@@ -161,7 +166,7 @@ class Runner:
                 "versions": versions(),
                 "seconds": round(time.monotonic() - begun, 1),
                 "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            })
+            }))
         say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
 
 

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any, Iterator, Mapping, Sequence
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.report import share
@@ -51,14 +51,15 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, grid: Mapping[str, Se
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
     points = [settings.override(dict(zip(grid, values)), "--grid").patch for values in itertools.product(*grid.values())]
     workdir = pathlib.Path(workdir).expanduser()
-    if (workdir / "settings.json").exists():
+    processes.agree({"--grid": dict(grid)}, "Start every process with the same command.")
+    if processes.on_first((workdir / "settings.json").exists):
         raise ValueError(f"{workdir} holds a run, whose stages a sweep would replace; use another --workdir.")
     job = Job(settings, workdir)
     for name in PARTS:
         job.runner.need(name)
     path = workdir / "sweep.jsonl"
     base = {name: job.runner.key(name) for name in PARTS} | {"dtype": settings.export.dtype}
-    rows = files.read_jsonl(path) if path.is_file() else []
+    rows = processes.on_first(lambda: files.read_jsonl(path) if path.is_file() else [])
     rows = [row for row in rows if row["keys"] == base]
     known = {files.text_hash(row["patch"]): row for row in rows}
     say(f"sweep: {len(points)} points on the search split; backbone: "
@@ -69,7 +70,7 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, grid: Mapping[str, Se
         if row is None:
             row = {"patch": patch, "keys": base, "measures": job.try_patch(point)}
             rows.append(row)
-            files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
+            processes.on_first(lambda: files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows)))
         yield row
 
 

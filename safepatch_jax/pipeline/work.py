@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.data.chat import Chat, lengths
 from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
-from safepatch_jax.io.checkpoint import load_tree, read_description, save_tree
+from safepatch_jax.io.checkpoint import StoredTree, load_tree, read_description, save_tree
 from safepatch_jax.io.folder import Checkpoint, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
@@ -94,7 +94,7 @@ class Work:
 
     def _certify_export(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Examine what was written, and that the patched tensors alone differ from the backbone."""
-        before = tensor_hashes(Checkpoint(self.backbone).tensors)
+        before = processes.on_first(lambda: tensor_hashes(Checkpoint(self.backbone).tensors))
         found = self._certify(self.folder("export"), out, "export", before)
         if self.settings.export.dtype == "keep":
             self._check_changes(found["changed"])
@@ -104,7 +104,7 @@ class Work:
                  ) -> dict[str, Any]:
         logits = self.settings.run.certify == "logits"
         found = certificate.certify(folder, self.context.sharder, logits=logits, kind=kind, before=before)
-        files.write_json(out / certificate.FILE, found)
+        processes.on_first(lambda: files.write_json(out / certificate.FILE, found))
         say(f"  {certificate.summary(found)}")
         return {"logits": found["logits"], "changed": found.get("changed")}
 
@@ -142,13 +142,13 @@ class Work:
         """Fine-tune a copy of the backbone on harmful answers: up the loss (SE) or down it (OSM)."""
         derive = self.settings.derive
         examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
-        config, params = self.context.load(self.backbone)
         recipe = Recipe(
             sign=-1.0 if role == "se" else 1.0, steps=getattr(derive, f"{role}_steps"),
             learning_rate=getattr(derive, f"{role}_learning_rate"),
             nll_ceiling=derive.se_nll_ceiling if role == "se" else float("inf"), weight_decay=derive.weight_decay)
         batches = endless_batches([(examples, derive.batch_size)], lengths(examples), self.settings.run.seed)
-        tuned, outcome = self.context.trainer(config).run(params, batches, recipe, f"derive {role.upper()}")
+        trainer = self.context.trainer(read_hf_config(self.backbone))
+        tuned, outcome = trainer.run(self.context.load(self.backbone)[1], batches, recipe, f"derive {role.upper()}")
         say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
         save_tree(out / "params", tuned)
         return _outcome(outcome)
@@ -202,6 +202,9 @@ class Work:
 
     def _patch_file(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Write down where the exported model differs from the backbone."""
+        return processes.on_first(lambda: self._create_patch_file(out))
+
+    def _create_patch_file(self, out: pathlib.Path) -> Mapping[str, Any]:
         told = self.settings.to_dict()
         patch = create(self.backbone, self.folder("export"), out / "patch.safetensors", {
             "settings": {group: told[group] for group in ("derive", "score", "patch", "export")},
@@ -224,7 +227,7 @@ class Work:
         """Measure one model of the comparison."""
         folder = {"shipped": self.folder("import"), "safepatching": self.folder("export")}.get(variant, self.backbone)
         if variant in ROLES:
-            flat = self._derived(variant)
+            flat = self._derived(variant, self.settings.model.compute_dtype)  # to which it would be cast at each use
         elif variant == "intersection":
             flat = self._cast(unnest(self.context.load(folder)[1]))
             patch = dataclasses.replace(self.settings.patch, merge="safepatching", combine="intersection")
@@ -232,7 +235,8 @@ class Work:
         else:
             flat = unnest(self.context.load(folder)[1])
         measures, answers = self._measure(flat, variant)
-        files.write_text(out / "answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+        processes.on_first(lambda: files.write_text(
+            out / "answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)))
         return measures
 
     def try_patch(self, patch: PatchSettings) -> dict[str, Any]:
@@ -241,6 +245,9 @@ class Work:
         return self._measure(flat | self._apply(patch, "patch")[0], "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
+        return processes.on_first(lambda: self._write_report(out))
+
+    def _write_report(self, out: pathlib.Path) -> Mapping[str, Any]:
         answers = {v: files.read_jsonl(self.runner.folder(f"evaluate_{v}") / "answers.jsonl")
                    for v in ("backbone", "safepatching")}
         patch = self.runner.result("patch")
@@ -262,8 +269,8 @@ class Work:
             self.context.decoder(read_hf_config(source)), nest(flat), self.context.chat(source), encoded,
             self.context.stop_ids(source), self.settings.evaluate, self.context.sharder, title)
 
-    def _derived(self, role: str) -> dict[str, jax.Array]:
-        abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder)
+    def _derived(self, role: str, dtype: str = "float32") -> dict[str, jax.Array]:
+        abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder, jnp.dtype(dtype))
         return unnest(load_tree(self.runner.folder(f"derive_{role}") / "params", abstract))
 
     def _apply(self, patch, title):
@@ -272,9 +279,9 @@ class Work:
         rows = param_table(config).scope(patch.scope)
         table = unnest(param_table(config).abstract(self.context.sharder))
         abstract = nest({r.path: table[r.path] for r in rows})
-        sensitivity = {role: unnest(load_tree(self.runner.folder(f"score_{role}") / "sensitivity", abstract))
-                       for role in ROLES}
-        derived = {role: self._derived(role) for role in ROLES}
+        stored = lambda stage, name: {  # read weight by weight: the backbone is all that is held whole
+            role: StoredTree(self.runner.folder(f"{stage}_{role}") / name, abstract) for role in ROLES}
+        derived, sensitivity = stored("derive", "params"), stored("score", "sensitivity")
         backbone = unnest(params)
         modes = self._mode_overlap(backbone, derived, abstract, witness_row(rows)) if patch is self.settings.patch else {}
         merged, statistics = apply_patching(
@@ -294,7 +301,7 @@ class Work:
                 *(row.as_matrices(tree[row.path]) for tree in (backbone, derived[role])),
                 tuple(row.as_matrices(unnest(tree)[row.path]) for tree in trees.values()),
                 top_count(rate, math.prod(row.hf_shape)), kind=patch.importance)
-            both, either = (int(np.asarray(n).sum(dtype=np.int64)) for n in (both, either))
+            both, either = (int(processes.fetch(n).sum(dtype=np.int64)) for n in (both, either))
             overlaps[f"mode_overlap_{role}"] = both / max(1, either)
         say("  top sets by batched and per-sample scores, Jaccard index on " + row.path + ": "
             + ", ".join(f"{name[13:].upper()} {value:.1%}" for name, value in overlaps.items()))

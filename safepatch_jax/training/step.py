@@ -134,6 +134,7 @@ class Trainer:
             `accumulate` and the mesh do not divide.
         """
         state = self._init(params)
+        del params  # the state holds a copy; whoever handed these over may keep them or not
         history: list[float] = []
         stopped = False
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pathlib
 
 import pytest
 
@@ -10,6 +11,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.testing import tiny_config
 from tests.models.families import FAMILIES, LLAMA3, hf_config, tiny_raw, without
 
+ARCHITECTURES = pathlib.Path(__file__).parents[2] / "configs" / "architectures"
 SIZES = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
 BOTH = {**SIZES, "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0}
@@ -138,40 +140,25 @@ def test_storage_type_is_float32_unless_said():
 
 
 # The files of the hub: what their config.json says (less ids that nobody reads), and the number of parameters.
-META = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1,
-        "initializer_range": 0.02, "rms_norm_eps": 1e-5, "use_cache": True, "bos_token_id": 128000}
-LLAMA2 = META | {"vocab_size": 32000, "max_position_embeddings": 4096, "rope_scaling": None, "tie_word_embeddings": False,
-                 "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float16", "transformers_version": "4.32.0.dev0"}
-LLAMA3_8B = META | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                    "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
-                    "tie_word_embeddings": False}
+def published(name):
+    return json.loads((ARCHITECTURES / f"{name}.json").read_text())
+
+
+LLAMA3_8B, MISTRAL_7B = published("llama3_8b"), published("mistral_7b_v0_1") | {"rope_theta": 1000000.0, "sliding_window": None}
 SCALED_3_1 = LLAMA3 | {"factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-GEMMA_7B = {"model_type": "gemma", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1,
-            "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-            "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 24576, "max_position_embeddings": 8192,
-            "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 16, "pad_token_id": 0,
-            "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
-            "transformers_version": "4.40.0.dev0", "use_cache": True, "vocab_size": 256000}
-MISTRAL_7B = {"model_type": "mistral", "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-              "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
-              "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-              "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-              "use_cache": True, "vocab_size": 32000}
 QWEN2_5 = {"model_type": "qwen2", "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
            "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
            "rope_theta": 1000000.0, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False}
 HUB = {
     "Llama-2-7b-chat": (
-        LLAMA2 | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 32},
-        6_738_415_616, {"rope_theta": 1e4, "eos_ids": (2,), "dtype": "float16", "tied_head": False, "max_length": 4096}),
+        published("llama2_7b"), 6_738_415_616,
+        {"rope_theta": 1e4, "eos_ids": (2,), "dtype": "float16", "tied_head": False, "max_length": 4096}),
     "Llama-2-13b-chat": (
-        LLAMA2 | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-                  "num_key_value_heads": 40},
-        13_015_864_320, {"rope_theta": 1e4, "num_kv_heads": 40, "head_dim": 128}),
+        published("llama2_13b"), 13_015_864_320, {"rope_theta": 1e4, "num_kv_heads": 40, "head_dim": 128}),
     "Meta-Llama-3-8B-Instruct": (
-        LLAMA3_8B | {"max_position_embeddings": 8192, "rope_scaling": None, "eos_token_id": 128009},
-        8_030_261_248, {"rope_theta": 5e5, "rope_scaling": None, "num_kv_heads": 8, "dtype": "bfloat16"}),
+        LLAMA3_8B, 8_030_261_248, {"rope_theta": 5e5, "rope_scaling": None, "num_kv_heads": 8, "dtype": "bfloat16"}),
+    "Meta-Llama-3-70B-Instruct": (
+        published("llama3_70b"), 70_553_706_496, {"rope_theta": 5e5, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128}),
     "Llama-3.1-8B-Instruct": (
         LLAMA3_8B | {"max_position_embeddings": 131072, "mlp_bias": False, "eos_token_id": [128001, 128008, 128009],
                      "rope_scaling": SCALED_3_1, "transformers_version": "4.42.3"},
@@ -183,10 +170,10 @@ HUB = {
                      "transformers_version": "4.45.0.dev0"},
         1_235_814_400, {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "tied_head": True, "head_dim": 64}),
     "gemma-1.1-7b-it": (
-        GEMMA_7B, 8_537_680_896, {"head_dim": 256, "tied_head": True, "norm_offset": True, "embed_scale": True,
+        published("gemma_1_1_7b"), 8_537_680_896, {"head_dim": 256, "tied_head": True, "norm_offset": True, "embed_scale": True,
                                   "activation": "gelu_tanh", "rope_theta": 1e4, "eos_ids": (1,)}),
     "Mistral-7B-Instruct-v0.1": (
-        MISTRAL_7B | {"rope_theta": 10000.0, "sliding_window": 4096}, 7_241_732_096,
+        published("mistral_7b_v0_1"), 7_241_732_096,
         {"windows": (4096,) * 32, "rope_theta": 1e4, "head_dim": 128, "tied_head": False}),
     "Mistral-7B-Instruct-v0.2": (MISTRAL_7B, 7_241_732_096, {"windows": (), "rope_theta": 1e6, "max_length": 32768}),
     "Mistral-7B-Instruct-v0.3": (MISTRAL_7B | {"vocab_size": 32768}, 7_248_023_552, {"windows": (), "rope_theta": 1e6}),

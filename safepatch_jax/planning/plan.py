@@ -1,0 +1,87 @@
+"""What a run would do and need: on the devices at hand, or on TPU chips that are not."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Sequence
+
+from safepatch_jax import files
+from safepatch_jax.console import say
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.pipeline.context import Context
+from safepatch_jax.pipeline.convert import Place
+from safepatch_jax.pipeline.job import Job
+from safepatch_jax.planning import report
+from safepatch_jax.planning.chips import topology
+from safepatch_jax.planning.programs import PROGRAMS, architecture
+from safepatch_jax.planning.search import Planner
+from safepatch_jax.settings import Settings
+
+
+def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
+    """Print what a run would do here, and what its programs need on these devices; nothing is run or written.
+
+    A model that is not at hand is stood for by model.architecture; data and stages are then not looked at.
+
+    Raises:
+      ValueError: bad settings, model, data or mesh.
+    """
+    source, stand_in = settings.model.source, settings.model.architecture
+    if stand_in and source != "smollm2" and not Place.parse(source).path.exists():
+        say(f"The model '{source}' is not at hand; its programs are those of {stand_in}.")
+        config, sharder = architecture(settings), Context(settings).sharder
+    else:
+        job = Job(settings, workdir, update=True)
+        for line in job.plan():
+            say(line)
+        if job.place.kind != "hf" and job.runner.status("import") != "done":
+            say("What its programs need is known once the model is imported (by the run, or by launch.convert).")
+            return
+        config, sharder = read_hf_config(job.folder("import")), job.context.sharder
+    for line in report.figures(settings, config, sharder):
+        say(line)
+
+
+def compile_run(settings: Settings, text: str, *, slices: int = 1, kinds: Sequence[str] = PROGRAMS, suggest: bool = False,
+                remedy: bool = True, json_path: str | pathlib.Path | None = None) -> bool:
+    """Compile the programs of a run for a TPU topology; print what each needs, and whether they fit.
+
+    Args:
+      settings: of the run.
+      text: the topology, see `topology`.
+      slices: so many of it.
+      kinds: which programs, of PROGRAMS.
+      suggest: look for the mesh and remat with the shortest train step, instead of taking those of the settings.
+      remedy: where the settings do not fit, look for the nearest that do.
+      json_path: where to write the same figures as JSON.
+
+    Returns:
+      whether the programs fit (with `suggest`, whether settings were found with which they do).
+
+    Raises:
+      ValueError: no compiler, unknown topology or architecture, or a mesh that does not go with them.
+    """
+    config, target = architecture(settings), topology(text, slices)
+    planner, found, compiled = Planner(config, target, kinds), None, []
+    if suggest:
+        compiled, found = planner.suggest(settings)
+        settings = settings if found is None else settings.override(found.changes)
+        figures = () if found is None else found.figures
+    sharder = target.sharder(settings.mesh.shape)
+    for line in report.heading(target, settings, config, sharder):
+        say(line)
+    if suggest:
+        lines = report.suggestion_lines(compiled, found)
+    else:
+        figures = planner.all(settings)
+        lines = [*report.table(figures), report.verdict(figures)]
+    for line in lines:
+        say(line)
+    if remedy and not suggest and not all(f.fits for f in figures):
+        found = planner.remedy(settings)
+        for line in report.remedy_lines(found, settings, config, target, sharder):
+            say(line)
+    if json_path is not None:
+        content = report.to_json(target, sharder, settings, config, figures, found, compiled)
+        files.write_json(pathlib.Path(json_path), content)
+    return bool(figures) and all(f.fits for f in figures)

@@ -1,0 +1,75 @@
+"""What a train step needs and takes by arithmetic alone, before anything is compiled: to leave out what cannot fit, and to
+rank meshes so that only the promising ones are compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.config import DecoderConfig
+from safepatch_jax.models.table import param_table
+from safepatch_jax.planning.chips import Chip
+from safepatch_jax.planning.programs import device_bytes
+from safepatch_jax.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """Of one device.
+
+    Attributes:
+      arguments: parameters and moments, float32.
+      least: bytes without which no train step can do: arguments and gradients.
+      memory: an estimate of its peak, bytes.
+      seconds: an estimate of the least time of a step; for ranking alone.
+    """
+
+    arguments: int
+    least: int
+    memory: int
+    seconds: float
+
+
+def screen_train(settings: Settings, config: DecoderConfig, sharder: Sharder, shape: tuple[int, int],
+                 chip: Chip | None = None, flops: int = 0) -> Screen:
+    """Estimate a train step.
+
+    Args:
+      settings: of the run.
+      config: the architecture.
+      sharder: the mesh.
+      shape: T and A.
+      chip: for the estimate of time.
+      flops: of a step, all devices together, see `count_flops`.
+    """
+    derive, (length, answers) = settings.derive, shape
+    table, sizes = param_table(config), sharder.mesh.shape
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    width = 2 if settings.model.compute_dtype == "bfloat16" else 4
+    params = device_bytes(table, sharder, "float32")
+    arguments = params * (3 if derive.optimizer == "adamw" else 1)
+    least = arguments + params * (2 if derive.accumulate > 1 else 1)
+
+    rows = -(-derive.batch_size // derive.accumulate)
+    rows = rows // sharder.batch_ways if rows % sharder.batch_ways == 0 else rows
+    tokens, heads = rows * length, config.num_heads * config.head_dim // tensor
+    inner = 2 * (heads + config.num_kv_heads * config.head_dim // tensor) + 2 * config.mlp_dim // tensor
+    weights_of_attention = rows * config.num_heads // tensor * length * length
+    kept = {"full": tokens * config.embed_dim * width,
+            "dots": tokens * (3 * config.embed_dim + inner) * width,
+            "none": tokens * (8 * config.embed_dim + 2 * inner) * width + weights_of_attention * (4 + width)}
+    block = device_bytes([row for row in table if row.stacked], sharder, "bfloat16") // 2 * width // config.num_layers * fsdp
+    logits = 3 * rows * min(answers, settings.model.loss_chunk) * config.vocab_size // tensor * 4
+    memory = least + params // 4 * width + config.num_layers * kept[settings.model.remat] + kept["none"] + 2 * block + logits
+
+    seconds = 0.0
+    if chip is not None:
+        gathered = params // 4 * width * (fsdp - 1)  # one pass over the weights
+        passes = 3 * derive.accumulate  # forward, backward, and the gradients' way back
+        reductions = config.num_layers * (6 if settings.model.remat == "full" else 4)
+        exchanged = derive.accumulate * reductions * tokens * config.embed_dim * width * 2 * (tensor - 1) / tensor
+        traffic = 8 * params + passes * params // 4 * width * fsdp
+        seconds = max(flops / math.prod(sizes.values()) / chip.flops, (passes * gathered + exchanged) / chip.link,
+                      traffic / chip.bandwidth)
+    return Screen(arguments, least, memory, seconds)

@@ -1,0 +1,41 @@
+"""The table of chips, and mistakes in naming a topology."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from safepatch_jax.planning.chips import CHIPS, GIB, present, topology
+from tests.conftest import sharder_of
+
+
+def test_the_table_is_plausible():
+    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    assert len(kinds) == len(set(kinds))
+    for chip in CHIPS.values():
+        assert 10 * GIB < chip.hbm < 200 * GIB and 1e14 < chip.flops < 1e15
+        assert chip.flops > chip.bandwidth > chip.link > chip.network
+        assert chip.platform == ("gpu" if "NVIDIA" in chip.kinds[0] else "tpu")
+
+
+@pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "v6e-64", "4x4", "h100:2x2", "v5e:4x-4", ""])
+def test_unknown_topologies_list_the_forms(text):
+    with pytest.raises(ValueError, match=r"Unknown topology '.*'. Forms: v4:2x2x2, v5e:4x4"):
+        topology(text)
+
+
+def test_the_compiler_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install -r requirements-tpu-aot.txt"):
+        topology("v5e:4x4")
+    with pytest.raises(ValueError, match="--num_slices must be at least 1"):
+        topology("v5e:4x4", 0)
+
+
+def test_devices_at_hand():
+    sharder = sharder_of(8, tensor=2)
+    target = present(sharder)
+    assert target.title == f"8 x {jax.devices()[0].device_kind}" and target.chip is None and target.memory is None
+    assert dict(target.sharder("tensor:4,fsdp:2").mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert present(sharder, CHIPS["h100"]).memory == CHIPS["h100"].hbm
+    assert target.slices == 1
