@@ -6,8 +6,8 @@
 DIR is the Hugging Face folder of meta-llama/Llama-2-13b-chat-hf; add --dry_run to see the plan first.
 
 Hardware: one host with 384 GB of accelerator memory or more: 4 x v5p, 8 x H100.
-Memory: 13.02e9 parameters; full fine-tuning holds about 20 bytes for each (float32 weights, gradients, two moments, the
-stored backbone), 260 GB over all devices, plus activations; as much scratch disk.
+Memory: 13.02e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
+208 GB over all devices, plus activations; as much scratch disk.
 Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
 """
 

@@ -6,12 +6,13 @@
 DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the plan first.
 
 Hardware: a slice of several hosts with 2 TB of accelerator memory or more: 64 x v5p (v5p:4x4x4), 32 x H100.
-Memory: 70.55e9 parameters; full fine-tuning holds about 20 bytes for each (float32 weights, gradients, two moments, the
-stored backbone), 1411 GB over all devices, plus activations; as much scratch disk. What a slice needs and has:
+Memory: 70.55e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
+1129 GB over all devices, plus activations; as much scratch disk. What a slice needs and has:
 python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4
 Time: several hours, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
 """
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Meta-Llama-3-70B-Instruct", "llama3_70b", derive={"se_learning_rate": 1e-6, "osm_learning_rate": 3e-6})
+CONFIG = paper_config("Meta-Llama-3-70B-Instruct", "llama3_70b",
+                      derive={"se_learning_rate": 1e-6, "osm_learning_rate": 3e-6})

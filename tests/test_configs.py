@@ -33,8 +33,8 @@ def test_memory_figure(path, monkeypatch):
     size = param_table(architecture(settings)).size
     manual = runpy.run_path(str(path))["__doc__"]
     assert f"{size / 1e9:.2f}e9 parameters" in manual
-    said = int(re.search(r"stored backbone\), (\d+) GB", manual.replace("\n", " ")).group(1))
-    assert abs(said - 20 * size / 1e9) < 1
+    said = int(re.search(r"two moments\), (\d+) GB", manual.replace("\n", " ")).group(1))
+    assert abs(said - 16 * size / 1e9) < 1
 
 
 def test_every_backbone_has_its_architecture():

@@ -87,7 +87,7 @@ def remedy_lines(found: Found | None, settings: Settings, config: DecoderConfig,
     enough = chips
     while smallest * chips / enough > 0.9 * memory:
         enough *= 2
-    more = f" Weights, gradients and the backbone alone take {size(smallest)} a device with derive.optimizer=adafactor" + (
+    more = f" Weights and gradients alone take {size(smallest)} a device with derive.optimizer=adafactor" + (
         f"; {enough} chips or more are needed." if enough > chips else
         ": activations or the patch's arrays are too large; take fewer tokens, a smaller batch or more chips.")
     return ["No setting of remat, micro-batches, optimiser, mesh and decode batch makes it fit." + more]

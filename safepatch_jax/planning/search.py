@@ -37,8 +37,8 @@ def as_flags(changes: Mapping[str, Any]) -> str:
 
 def _own(settings: Settings, kind: str) -> Settings:
     """Return settings in which all that a kind of program does not depend on is at its default."""
-    groups = {"train": ("model", "data", "derive"), "score": ("model", "data", "score", "patch"), "patch": ("patch", "export"),
-              "decode": ("data", "evaluate")}[kind]
+    groups = {"train": ("model", "data", "derive"), "score": ("model", "data", "score", "patch"),
+              "patch": ("patch", "export"), "decode": ("data", "evaluate")}[kind]
     own = dataclasses.replace(Settings(), **{name: getattr(settings, name) for name in ("mesh", "run", *groups)})
     few = {"score": ("derive.loss",), "decode": ("model.compute_dtype",)}.get(kind, ())
     return own.override({name: settings.flat()[name] for name in few})

@@ -179,7 +179,7 @@ class _Reader:
     def _flops(self, scope: Computation, i: Instruction) -> int:
         if i.op not in ("dot", "convolution", "custom-call") or not i.operands or i.operands[0] not in scope:
             return 0
-        left, right = (scope[name].arrays[0] if name in scope else None for name in (*i.operands, "")[:2])
+        left, right = (next(iter(scope[name].arrays), None) if name in scope else None for name in (*i.operands, "")[:2])
         if i.op == "convolution":
             return _convolution_flops(i, left, right)
         if i.op == "dot":
@@ -188,7 +188,7 @@ class _Reader:
             contracted = numbers(match.group(1).replace('"', ""))
         else:
             return 0
-        return 2 * math.prod(i.arrays[0].dims) * math.prod(left.dims[d] for d in contracted)
+        return 2 * math.prod(i.arrays[0].dims) * math.prod(left.dims[d] for d in contracted) if left else 0
 
     def _traffic(self, scope: Computation, i: Instruction) -> int:
         """Return the bytes that an instruction reads from and writes to main memory."""

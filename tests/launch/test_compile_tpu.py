@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def call(*args):
-    return subprocess.run([sys.executable, "-m", "launch.compile_tpu", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "launch.compile_tpu", *args], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
 
 
 def test_help_is_a_manual():

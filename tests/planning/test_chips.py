@@ -18,7 +18,8 @@ def test_the_table_is_plausible():
         assert chip.platform == ("gpu" if "NVIDIA" in chip.kinds[0] else "tpu")
 
 
-@pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "v6e-64", "4x4", "h100:2x2", "v5e:4x-4", ""])
+@pytest.mark.parametrize(
+    "text", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "v6e-64", "4x4", "h100:2x2", "v5e:4x-4", ""])
 def test_unknown_topologies_list_the_forms(text):
     with pytest.raises(ValueError, match=r"Unknown topology '.*'. Forms: v4:2x2x2, v5e:4x4"):
         topology(text)

@@ -202,7 +202,8 @@ class _Pretended(Planner):
         self._rule = rule
 
     def _measure(self, settings, kind):
-        self.asked.append((kind, settings.mesh.shape, settings.model.remat, settings.derive.accumulate, settings.derive.optimizer))
+        self.asked.append((kind, settings.mesh.shape, settings.model.remat, settings.derive.accumulate,
+                           settings.derive.optimizer))
         needs, seconds = self._rule(kind, settings)
         return (Figures(kind, kind, self._target.memory, 0.1, 1, 0, peak=needs, floor={"compute": seconds}),)
 
@@ -262,7 +263,8 @@ def test_suggestions_are_the_shortest_steps_that_fit():
 def test_screening_follows_settings():
     sharder = sharder_of(8, tensor=2)
     screen = lambda **changes: screen_train(
-        SETTINGS.override({k.replace("_", ".", 1): v for k, v in changes.items()}), CONFIG, sharder, (512, 8), CHIPS["v5e"], 10**12)
+        SETTINGS.override({k.replace("_", ".", 1): v for k, v in changes.items()}), CONFIG, sharder, (512, 8), CHIPS["v5e"],
+        10**12)
     base = screen(derive_batch_size=32)
     assert screen(derive_batch_size=32, model_remat="dots").memory < base.memory
     assert screen(derive_batch_size=32, derive_accumulate=4).memory < base.memory

@@ -96,7 +96,7 @@ def test_slices_exchange_gradients_alone(settings):
 
 
 def test_the_full_size_patch_operation(llama2):
-    """LLaMA-2-7B on 16 x v5e: what crosses chips are counts, nothing is sorted or gathered, and half of the memory stays free."""
+    """LLaMA-2-7B on 16 x v5e: counts cross chips, nothing is sorted or gathered, and half of the memory stays free."""
     target, config = topology("v5e:4x4"), architecture(llama2)
     sharder = target.sharder("data:1,fsdp:4,tensor:4")
     made = programs(llama2, config, sharder, ["patch"])
@@ -119,7 +119,8 @@ def test_what_does_not_fit_is_refused(llama2):
 
 def test_the_launcher_finds_what_fits(tmp_path):
     """A small model and long sequences: the attention weights of all layers together are too many, those of one are not."""
-    raw = tiny_config(**SIZES | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 12})
+    raw = tiny_config(**SIZES | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
+                                 "num_hidden_layers": 12})
     (tmp_path / "long.json").write_text(json.dumps(raw))
     result = subprocess.run(
         [sys.executable, "-m", "launch.compile_tpu", f"--model.architecture={tmp_path / 'long.json'}", "--topology=v5e:2x2",

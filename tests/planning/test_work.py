@@ -111,7 +111,8 @@ def test_shapes_and_instructions():
     sizes = [(a.size, a.dims, a.main) for a in parse_arrays(
         "(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[3]{0}, f32[]{:T(128)}, s4[5]{0}, u32[]{:S(2)})")]
     assert sizes == [(64, (4, 8), False), (3, (3,), True), (4, (), True), (3, (5,), True), (4, (), False)]
-    i = parse_instruction("  ROOT %dot.1 = f32[2,3]{1,0} dot(f32[2,4]{1,0} %a.1, f32[4,3]{1,0} %b), lhs_contracting_dims={1}")
+    i = parse_instruction(
+        "  ROOT %dot.1 = f32[2,3]{1,0} dot(f32[2,4]{1,0} %a.1, f32[4,3]{1,0} %b), lhs_contracting_dims={1}")
     assert (i.name, i.op, i.operands, i.root) == ("dot.1", "dot", ("a.1", "b"), True)
     assert parse_instruction("}") is None and parse_instruction("HloModule x, y={z}") is None
 
@@ -218,7 +219,7 @@ def test_a_tpu_program(first, step, trips):
     assert trip_counts(text) == {"while.1": trips}
     work = read_work(text)
     gathered = 64 * 128 * 2
-    assert work.by_kind() == {"all-gather": (trips, trips * gathered * 3 / 4), "reduce-scatter": (trips, trips * gathered * 3 / 4)}
+    assert work.by_kind() == dict.fromkeys(("all-gather", "reduce-scatter"), (trips, trips * gathered * 3 / 4))
     assert work.largest("all-gather") == gathered and work.largest("reduce-scatter") == gathered // 4
     assert work.flops == trips * 2 * 16 * 64 * 64
     # The stack's slice, the product's operands and result, the piece that the reduce-scatter leaves, the counter.
