@@ -1,18 +1,19 @@
-"""One train step (forward, backward, clip by global norm, AdamW) of ours and of Hugging Face torch: tokens/s, share of peak, memory.
+"""One train step (forward, backward, clip by global norm, AdamW), ours and Hugging Face torch's: tokens/s, share of peak, memory.
 
-  python -m benchmarks.train_step --model=DIR                                       # a Hugging Face folder; both sides, CPU
-  python -m benchmarks.train_step --device=gpu --shape=7b --layers=8 --dtype=bfloat16   # ours alone, random weights
+  python -m benchmarks.train_step --model=DIR        # a Hugging Face folder; both sides, CPU
+  python -m benchmarks.train_step --device=gpu --shape=7b --layers=8 --dtype=bfloat16    # ours alone, random weights
 
-Both sides take the same weights, the same batch, float32 and the same threads, and lower the same answer-only loss: the mean NLL
-of the last `--answer` tokens of each sequence, the head being run at their positions alone. Each side lives in a process of its
-own, so that its memory is its own; they take turns, one step each, with a large product of matrices between, whose speed is the
-peak of the moment. The losses of every step must agree to 1e-4: then it is the same work.
+Both sides take the same weights, the same batch, float32 and the same number of threads, and lower the same answer-only loss:
+the mean NLL of the last `--answer` tokens of each sequence, the head being run at their positions alone. Each side lives in a
+process of its own, so that its memory is its own; they take turns, one step each, and between steps each multiplies large
+matrices: the faster one's speed is the peak that the machine gave meanwhile. The losses of every step must agree to 1e-4: then
+it is the same work.
 
-The floor is the time of the step's needed products at that peak: 6 FLOPs a weight and token (2 forward, 4 backward), for the head
-at answer positions only, and attention's lower triangle. What a side computes twice or masks out is not counted.
+The floor is the time of the step's needed products at that peak: 6 FLOPs a weight and token (2 forward, 4 backward), for the
+head at answer positions only, and attention's lower triangle. What a side computes twice or masks out is not counted.
 
-With `--shape` a model of that width gets random weights: the sizes that no small machine holds, with as many blocks as fit.
-On a GPU several steps are timed together, and the share is that of the chip's dense bfloat16 (float32: TF32) peak.
+With `--shape` a model of that width gets random weights: for sizes that no small machine holds, with as many blocks as fit.
+On a GPU several steps are timed together, and the share is that of the chip's dense bfloat16 peak (float32: TF32's, half of it).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
-_SHAPE = flags.DEFINE_enum("shape", None, ["7b", "8b", "tiny"], "Random weights of this width in place of --model; ours alone.")
+_SHAPE = flags.DEFINE_enum("shape", None, ["7b", "8b", "tiny"], "In place of --model: random weights of this width; ours alone.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Blocks with --shape.", lower_bound=1)
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where ours runs.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Arithmetic; bfloat16 with --shape alone.")
@@ -38,7 +39,7 @@ _LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence; by default
 _ANSWER = flags.DEFINE_integer("answer", None, "Answer tokens at the end of each; by default a quarter.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Times each figure is taken.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", len(os.sched_getaffinity(0)), "CPU threads of each side.", lower_bound=1)
-_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "model.remat; by default the setting's, with --shape dots.")
+_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "model.remat; default: the setting's, with --shape dots.")
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
 SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
@@ -56,7 +57,8 @@ def raw_config(shape: str, layers: int | None) -> dict:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
             "intermediate_size": mlp, "num_hidden_layers": layers or blocks, "num_attention_heads": heads,
             "num_key_value_heads": kv_heads, "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2}
+            "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1,
+            "eos_token_id": 2}
 
 
 def work() -> tuple[int, int, int]:
@@ -79,7 +81,8 @@ def needed_flops(config, batch: int, length: int, answer: int) -> float:
     from safepatch_jax.models.table import param_table
 
     blocks = sum(int(np.prod(row.shape)) for row in param_table(config) if row.kind == "linear")
-    triangle = 2 * config.num_layers * config.num_heads * config.head_dim * length * (length + 1) / 2  # queries' keys, then values
+    pairs = length * (length + 1) / 2  # of a query and a key that it may see: one product with the key, one with the value
+    triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
 
 
@@ -101,7 +104,7 @@ class Ours:
 
         self.device = jax.devices()[0]
         if self.device.platform != _DEVICE.value:
-            raise ValueError(f"JAX has no {_DEVICE.value} here, only {self.device.platform}: pip install 'jax[cuda13]' for a GPU.")
+            raise ValueError(f"JAX has no {_DEVICE.value} here, only {self.device.platform}. For a GPU: pip install 'jax[cuda13]'.")
         sharder = Sharder(make_mesh("data:1", [self.device]))
         remat = _REMAT.value or ("dots" if _SHAPE.value else ModelSettings().remat)
         if _SHAPE.value:
@@ -260,11 +263,11 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     batch, length, answer = work()
     ours = facts["ours"]
     flops, tokens = ours["flops"], batch * length
-    print(f"{_MODEL.value or f'{_SHAPE.value} shape, random weights'}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} x "
-          f"{length} tokens, of each {answer} answer tokens; {_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} "
-          f"(least - most)")
-    print(", ".join(f["version"] for f in facts.values()) + f"; {ours['kind']}, {_THREADS.value} CPU threads; other processes took "
-          f"{others:.0%} of the machine\n")
+    model = pathlib.Path(_MODEL.value).name if _MODEL.value else f"{_SHAPE.value} shape, random weights"
+    versions = ", ".join(f["version"] for f in facts.values())
+    print(f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} tokens, {answer} of them answer; "
+          f"{_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)")
+    print(f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took {others:.0%} of the machine\n")
     product = {side: [r["flops_per_second"] for r in replies[f"{side} products"][1:]] for side in facts}
     peak = max(statistics.median(x) for x in product.values())
     of = "its measured peak"
@@ -285,7 +288,8 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     for side in facts:
         print(f"NLL, {side}: " + " ".join(f"{nll:.6f}" for r in replies[side] for nll in r["losses"]))
     if "torch" in facts:
-        print(f"torch's time / ours, turn by turn: {spread([t / o for o, t in zip(seconds['ours'], seconds['torch'])], '.2f')}")
+        ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["torch"])]
+        print(f"torch's time / ours, turn by turn: {spread(ratios, '.2f')}")
         far = max(abs(a - b) for o, t in zip(replies["ours"], replies["torch"]) for a, b in zip(o["losses"], t["losses"]))
         print(f"The losses differ by {far:.1e} at most.")
         if far > AGREE:
@@ -299,6 +303,8 @@ def main(argv) -> None:
     if _SIDE.value:
         serve({"ours": Ours, "torch": Torch}[_SIDE.value])
         return
+    if _LAYERS.value and not _SHAPE.value:
+        raise app.UsageError("--layers goes with --shape.")
     sides = ["ours"] if _SHAPE.value or _DEVICE.value != "cpu" else ["ours", "torch"]
     if _DTYPE.value != "float32" and len(sides) > 1:
         raise app.UsageError("the two sides are compared in float32; bfloat16 goes with --shape.")

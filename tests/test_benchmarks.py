@@ -26,8 +26,8 @@ def test_needed_flops_by_hand():
     hidden, mlp, heads, kv_heads, head_dim, vocab, layers = 64, 176, 4, 2, 16, 512, 2
     weights = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * mlp)
     pairs = 16 * 17 // 2
-    forward = 3 * (2 * weights * 16 + 2 * vocab * hidden * 4 + layers * heads * 2 * 2 * head_dim * pairs)
-    assert needed_flops(config, 3, 16, 4) == 3 * forward  # the backward pass takes twice the forward pass's
+    forward = 2 * weights * 16 + 2 * vocab * hidden * 4 + layers * heads * 2 * 2 * head_dim * pairs
+    assert needed_flops(config, 5, 16, 4) == 5 * 3 * forward  # the backward pass takes twice the forward pass's
 
 
 def test_shapes_have_the_parameters_of_their_names():
@@ -44,7 +44,7 @@ def test_both_sides_agree(tiny):
     assert "The losses differ by" in done.stdout and "| floor" in done.stdout
 
 
-def test_random_weights_of_a_shape(tmp_path):
+def test_random_weights_of_a_shape():
     done = run("--shape=tiny", "--layers=1", "--dtype=bfloat16")
     assert done.returncode == 0, done.stderr
     assert "| ours |" in done.stdout and "torch" not in done.stdout
@@ -52,7 +52,7 @@ def test_random_weights_of_a_shape(tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     ((), "either --model=DIR or --shape"), (("--shape=tiny", "--device=gpu"), "JAX has no gpu"),
-    (("--shape=tiny", "--model=x"), "either --model=DIR or --shape")])
+    (("--model=x", "--layers=2"), "--layers goes with --shape")])
 def test_mistakes(arguments, says):
     done = run(*arguments)
     assert done.returncode and says in done.stdout + done.stderr
