@@ -1,19 +1,19 @@
-"""One train step (forward, backward, clip by global norm, AdamW), ours and Hugging Face torch's: tokens/s, share of peak, memory.
+"""One train step (forward, backward, clip, AdamW), ours and Hugging Face torch's: tokens/s, share of peak, memory.
 
   python -m benchmarks.train_step --model=DIR        # a Hugging Face folder; both sides, CPU
   python -m benchmarks.train_step --device=gpu --shape=7b --layers=8 --dtype=bfloat16    # ours alone, random weights
 
-Both sides take the same weights, the same batch, float32 and the same number of threads, and lower the same answer-only loss:
-the mean NLL of the last `--answer` tokens of each sequence, the head being run at their positions alone. Each side lives in a
-process of its own, so that its memory is its own; they take turns, one step each, and between steps each multiplies large
-matrices: the faster one's speed is the peak that the machine gave meanwhile. The losses of every step must agree to 1e-4: then
-it is the same work.
+Both sides take the same weights, the same batch, float32 and the same number of threads, and lower the same answer-only
+loss: the mean NLL of the last `--answer` tokens of each sequence, the head being run at their positions alone. Each side
+lives in a process of its own, so that its memory is its own; they take turns, one step each, and between steps each
+multiplies large matrices: the faster one's speed is the peak that the machine gave meanwhile. The losses of every step must
+agree to 1e-4: then it is the same work.
 
 The floor is the time of the step's needed products at that peak: 6 FLOPs a weight and token (2 forward, 4 backward), for the
 head at answer positions only, and attention's lower triangle. What a side computes twice or masks out is not counted.
 
 With `--shape` a model of that width gets random weights: for sizes that no small machine holds, with as many blocks as fit.
-On a GPU several steps are timed together, and the share is that of the chip's dense bfloat16 peak (float32: TF32's, half of it).
+On a GPU several steps are timed together, and the share is of the chip's dense bfloat16 peak (float32: half of it, TF32).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
-_SHAPE = flags.DEFINE_enum("shape", None, ["7b", "8b", "tiny"], "In place of --model: random weights of this width; ours alone.")
+_SHAPE = flags.DEFINE_enum("shape", None, ["7b", "8b", "tiny"], "In place of --model: random weights; ours alone.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Blocks with --shape.", lower_bound=1)
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where ours runs.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Arithmetic; bfloat16 with --shape alone.")
@@ -39,7 +39,7 @@ _LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence; by default
 _ANSWER = flags.DEFINE_integer("answer", None, "Answer tokens at the end of each; by default a quarter.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Times each figure is taken.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", len(os.sched_getaffinity(0)), "CPU threads of each side.", lower_bound=1)
-_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "model.remat; default: the setting's, with --shape dots.")
+_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "model.remat; default: the setting's (--shape: dots).")
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
 SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
@@ -104,7 +104,7 @@ class Ours:
 
         self.device = jax.devices()[0]
         if self.device.platform != _DEVICE.value:
-            raise ValueError(f"JAX has no {_DEVICE.value} here, only {self.device.platform}. For a GPU: pip install 'jax[cuda13]'.")
+            raise ValueError(f"JAX has no {_DEVICE.value} here, only {self.device.platform}. A GPU needs jax[cuda13].")
         sharder = Sharder(make_mesh("data:1", [self.device]))
         remat = _REMAT.value or ("dots" if _SHAPE.value else ModelSettings().remat)
         if _SHAPE.value:
@@ -187,9 +187,9 @@ class Torch:
         return None
 
 
-def resident_bytes(peak: bool) -> int:
-    """Return this process's resident memory, or its peak since `forget_peak`."""
-    line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM" if peak else "VmRSS"))
+def resident_peak() -> int:
+    """Return the most bytes of memory that this process held since `forget_peak`."""
+    line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
@@ -210,11 +210,12 @@ def serve(kind) -> None:
     print(json.dumps(side.facts), file=replies, flush=True)
     for line in sys.stdin:
         what, count = line.split()
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         result = getattr(side, what)(int(count))
-        seconds = (time.perf_counter() - begun) / int(count)
+        seconds, cpu = (time.perf_counter() - begun) / int(count), (time.process_time() - cpu) / int(count)
+        memory = side.peak_memory() or resident_peak()
         print(json.dumps({"seconds": seconds, "losses": result, "flops_per_second": side.product_flops / seconds,
-                          "cpu": time.process_time(), "memory": side.peak_memory() or resident_bytes(peak=True)}), file=replies, flush=True)
+                          "cpu": cpu, "total_cpu": time.process_time(), "memory": memory}), file=replies, flush=True)
 
 
 class Worker:
@@ -265,8 +266,8 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     flops, tokens = ours["flops"], batch * length
     model = pathlib.Path(_MODEL.value).name if _MODEL.value else f"{_SHAPE.value} shape, random weights"
     versions = ", ".join(f["version"] for f in facts.values())
-    print(f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} tokens, {answer} of them answer; "
-          f"{_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)")
+    print(f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} tokens, {answer} of them "
+          f"answer; {_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)")
     print(f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took {others:.0%} of the machine\n")
     product = {side: [r["flops_per_second"] for r in replies[f"{side} products"][1:]] for side in facts}
     peak = max(statistics.median(x) for x in product.values())
@@ -275,14 +276,18 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
         rated = next((x for name, x in PEAKS.items() if name in ours["kind"]), None)
         if rated:
             peak, of = rated / (1 if _DTYPE.value == "bfloat16" else 2), "the chip's peak (MFU)"
-    print(f"| | ms a step | tokens/s | share of {of} | peak memory, GiB |\n|---|---|---|---|---|")
+    print(f"| | ms a step | tokens/s | share of {of} | CPU seconds a step | peak memory, GiB |\n|---|---|---|---|---|---|")
     seconds = {side: [r["seconds"] for r in replies[side][1:]] for side in facts}
     for side, values in seconds.items():
         middle = statistics.median(values)
-        print(f"| {side} | {spread([1e3 * x for x in values])} | {tokens / middle:.0f} | {flops / middle / peak:.1%} | "
-              f"{max(r['memory'] for r in replies[side]) / 2**30:.2f} |")
-    print(f"| floor: {flops / 1e9:.0f} GFLOP at {peak / 1e9:.0f} GFLOP/s | {1e3 * flops / peak:.0f} | {tokens * peak / flops:.0f} | "
-          "100% | |\n")
+        cpu = spread([r["cpu"] for r in replies[side][1:]], ".2f")
+        memory = max(r["memory"] for r in replies[side]) / 2**30
+        steps = spread([1e3 * x for x in values])
+        print(f"| {side} | {steps} | {tokens / middle:.0f} | {flops / middle / peak:.1%} | {cpu} | "
+              f"{memory:.2f} |")
+    floor = flops / peak
+    work_at = f"{flops / 1e9:.0f} GFLOP at {peak / 1e9:.0f} GFLOP/s"
+    print(f"| floor: {work_at} | {1e3 * floor:.0f} | {tokens / floor:.0f} | 100% | | |\n")
     for side, values in product.items():
         print(f"Product of matrices, {side}: {spread([x / 1e9 for x in values])} GFLOP/s")
     for side in facts:
@@ -316,7 +321,8 @@ def main(argv) -> None:
         for side, worker in workers.items():
             replies.setdefault(f"{side} products", []).append(worker.ask("products", 3))
             replies.setdefault(side, []).append(worker.ask("steps", count))
-        turn[repeat] = np.array([time.perf_counter(), busy_seconds(), sum(replies[side][-1]["cpu"] for side in sides)])
+        own = sum(replies[side][-1]["total_cpu"] for side in sides)
+        turn[repeat] = np.array([time.perf_counter(), busy_seconds(), own])
     for worker in workers.values():
         worker.close()
     clock, busy, own = turn[_REPEATS.value] - turn[0]

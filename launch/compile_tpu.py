@@ -14,7 +14,7 @@ Where a program does not fit, the nearest setting that does is looked for and na
 on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
 
 The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed are not examined.
-Exit code: 0 if everything fits, 1 if not, 2 for a mistake.
+Exit code: 0 if everything fits, 3 if not; 1 or 2 for a mistake.
 """
 
 import sys
@@ -38,7 +38,7 @@ flags.adopt_module_key_flags(settings_flags)
 def run() -> None:
     fits = compile_run(settings_flags.read_settings(), _TOPOLOGY.value, slices=_NUM_SLICES.value, kinds=_PROGRAMS.value,
                        suggest=_SUGGEST.value, remedy=_REMEDY.value, json_path=_JSON.value)
-    sys.exit(0 if fits else 1)
+    sys.exit(0 if fits else 3)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from safepatch_jax.pipeline.job import Job
 from safepatch_jax.planning.plan import dry_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is not there.", required=True)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, compile the programs, print what they need on these devices, and stop; nothing is written.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, 
+    "Print the plan, compile the programs (into the compile cache), print what they need on these devices, and stop.")
 _UPDATE = flags.DEFINE_bool("update", False, "Go on in a workdir of other settings, running again what they change.")
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)

@@ -37,7 +37,7 @@ while [[ ${1-} == -* ]]; do
   case $1 in
     -h | --help) usage; exit 0 ;;
     --print) only_print=yes ;;
-    --dir=?*) dir=${1#--dir=} ;;
+    --dir=?*) dir=${1#--dir=} dir=${dir#\~/} ;; # the home folder is where the command starts
     --project=?*) gcloud_options+=("$1") ;;
     *) fail "unknown option '$1'; the options of this script come before POD, those of the launcher after LAUNCHER." ;;
   esac

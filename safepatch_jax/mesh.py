@@ -48,6 +48,8 @@ class Sharder:
             if unknown := [m for m in over if m not in self.mesh.shape]:
                 raise ValueError(f"The rule of '{axis}' names the mesh axis '{unknown[0]}'; the mesh has "
                                  f"{', '.join(self.mesh.shape)}.")
+            if len(set(over)) < len(over):
+                raise ValueError(f"The rule of '{axis}' names a mesh axis twice: {', '.join(over)}.")
 
     def with_rules(self, **changes: tuple[str, ...]) -> "Sharder":
         """Return a sharder of the same mesh in which some rules are others."""
@@ -94,7 +96,7 @@ class Sharder:
     def _nearest(self, size: int, over: tuple[str, ...]) -> str:
         """Return a mesh of as many devices in which `over` divides a size; what is taken off goes to another axis."""
         sizes = dict(self.mesh.shape)
-        other = next(m for m in ("fsdp", "data", "tensor") if m not in over)
+        other = next((m for m in ("fsdp", "data", "tensor") if m not in over), over[-1])
         for axis in over:
             kept = math.gcd(size, sizes[axis])
             sizes[other] *= sizes[axis] // kept
@@ -158,7 +160,7 @@ def make_mesh(shape: str, devices=None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh '{shape}' needs {fixed if free else math.prod(sizes.values())} devices"
                          f"{' (or a multiple)' if free else ''}, but there are {len(devices)}. "
-                         f"Change --mesh.shape so that the sizes multiply to {len(devices)}.")
+                         f"Change --mesh so that the sizes multiply to {len(devices)}.")
     grid = np.asarray(devices).reshape([sizes[a] for a in MESH_AXES])
     if len(devices) > 1 and devices[0].platform == "tpu":
         grid = _by_neighbours(grid.shape, devices, shape)

@@ -34,8 +34,8 @@ class ModelSettings:
         "none", "What the backward pass recomputes: nothing; all but the products with weights (dots); each block from its"
         " input (full): least memory, about a third more time.", choices=("none", "dots", "full"))
     attention: str = _option(
-        "auto", "Attention: plain XLA, or the platform's fused kernel (cuDNN on GPU, splash on TPU) in training and scoring;"
-        " auto is fused where platform, dtype, head size and length allow it.", choices=("auto", "xla", "fused"))
+        "auto", "Attention: plain XLA, or the platform's fused kernel (cuDNN on GPU, splash on TPU) in training; auto"
+        " is fused where platform, dtype, head size and length allow it.", choices=("auto", "xla", "fused"))
     loss_chunk: int = _option(
         64, "Answer positions whose float32 logits exist at once; longer answers are taken chunk by chunk.", low=1)
     architecture: str = _option(
@@ -76,10 +76,10 @@ class AlignSettings:
 class DeriveSettings:
     batch_size: int = _option(8, "Sequences a step, both patches.", low=1)
     accumulate: int = _option(
-        1, "Micro-batches into which a step's batch is cut; their gradients are summed. Memory falls, results stay.", low=1)
+        1, "Micro-batches into which a step's batch (alignment's too) is cut; their gradients are summed. Memory falls, results stay.", low=1)
     optimizer: str = _option(
         "adamw", "AdamW (8 bytes of moments a parameter), or Adafactor's factored second moment without a first (next to none),"
-        " for small slices; derived models then differ.", choices=("adamw", "adafactor"))
+        " for small slices: derived models then differ. Alignment takes the same.", choices=("adamw", "adafactor"))
     se_steps: int = _option(24, "Step limit of gradient ascent (safety enhancement).", low=1)
     se_learning_rate: float = _option(2e-5, "Learning rate of gradient ascent.", above=0)
     se_nll_ceiling: float = _option(
@@ -87,7 +87,7 @@ class DeriveSettings:
     osm_steps: int = _option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
     osm_learning_rate: float = _option(2e-5, "Learning rate of gradient descent.", above=0)
     loss: str = _option("mean", "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).", choices=("mean", "sum"))
-    weight_decay: float = _option(0.0, "AdamW weight decay.", low=0)
+    weight_decay: float = _option(0.0, "Decoupled weight decay.", low=0)
     clip_norm: float = _option(1.0, "Gradients with a larger global norm are scaled down to it.", above=0)
 
 

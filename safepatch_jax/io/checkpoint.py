@@ -77,8 +77,11 @@ class StoredTree(Mapping[str, jax.Array]):
         self._path, self._abstract = pathlib.Path(path), unnest(abstract)
 
     def __getitem__(self, name: str) -> jax.Array:
-        """Read one array. Raises ValueError as `load_tree` does."""
-        return unnest(load_tree(self._path, nest({name: self._abstract[name]}), partial=True))[name]
+        """Read one array. Raises ValueError as `load_tree` does, or if the checkpoint has no such array."""
+        x = unnest(load_tree(self._path, nest({name: self._abstract[name]}), partial=True))[name]
+        if not isinstance(x, jax.Array):  # orbax hands back the description
+            raise ValueError(f"The checkpoint {self._path} has no array {name}; it is damaged or another one.")
+        return x
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._abstract)

@@ -1,12 +1,14 @@
 """Fused attention: the kernels that the libraries bring for a platform, and when they can be used.
 
-They serve causal attention over whole, right-padded sequences, as training and scoring have them: a real query then looks at
-real keys alone, so the kernels need no padding mask; what they give at padding is never read.
+They serve causal attention over whole, right-padded sequences, as training has them: a real query then looks at real keys alone,
+so the kernels need no padding mask; what they give at padding is never read. Scoring has one sample on each part of the batch
+axis and takes plain attention.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,15 +53,22 @@ def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | 
         return f"splash needs a head size that is a multiple of 128, not {config.head_dim}" if config.head_dim % 128 else None
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return "cuDNN needs --model.compute_dtype=bfloat16"
-    most = 256 if _is_hopper_or_later() else 128
+    capability = _compute_capability()
+    if capability < (8, 0):
+        return "cuDNN's attention needs an NVIDIA GPU of compute capability 8.0 or more"
+    most = 256 if capability >= (9, 0) else 128
     if config.head_dim > most or config.head_dim % 8:
         return f"cuDNN needs a head size of at most {most} here and a multiple of 8, not {config.head_dim}"
     return None
 
 
-def _is_hopper_or_later() -> bool:
+def _compute_capability() -> tuple[int, int]:
+    """Return that of this process's GPUs; of the oldest that will do where there is none (plans), (0, 0) for other makers'."""
     found = [device for device in jax.local_devices() if device.platform == "gpu"]
-    return bool(found) and float(getattr(found[0], "compute_capability", 0)) >= 9
+    if not found:
+        return 8, 0
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(found[0], "compute_capability", "")))
+    return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
 def fused_attention(kernel: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int | None,
@@ -102,5 +111,5 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, interpret: bool):
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask] * heads), interpret=interpret)
     heads_first = lambda x: jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
-    q_BNTH = heads_first(q_BTNH * jnp.asarray(head_dim ** -0.5, q_BTNH.dtype))
+    q_BNTH = heads_first((q_BTNH.astype(jnp.float32) * head_dim ** -0.5).astype(q_BTNH.dtype))
     return jax.vmap(kernel)(q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH)).swapaxes(1, 2)[:, :length]

@@ -61,12 +61,15 @@ def patch_matrices(theta, derived, sensitivity, keys, counts, knobs, *, method: 
     Returns:
       (merged weight in that dtype and the row's shape, statistics {name: [L]}).
     """
-    stacked = lambda tree: jax.tree.map(lambda x: x.reshape(shape), tree)
+    # Layer by layer: on TPU a reshape that joins or parts the last two axes moves every byte, and of a stack all at once.
+    matrix = lambda tree: jax.tree.map(lambda x: x.reshape(shape[1:]), tree)
+    stacked = lambda tree: jax.tree.map(lambda x: x if x.shape[0] == shape[0] else x[None], tree)
     backbones, in_place = stacked(theta), theta.dtype == jnp.dtype(dtype)
 
     def one_layer(result, xs):
         index, derived, sensitivity, keys, counts = xs
-        stored = _read_once(result if in_place else backbones, index, knobs["zero"] == 0)
+        derived, sensitivity = matrix(derived), matrix(sensitivity)
+        stored = matrix(_read_once(result if in_place else backbones, index, knobs["zero"] == 0))
         backbone = stored.astype(jnp.float32)
         patch = {r: derived[r] - backbone for r in ROLES}
         score = {r: importance(patch[r], derived[r], sensitivity[r], method.importance) for r in ROLES}
@@ -77,10 +80,10 @@ def patch_matrices(theta, derived, sensitivity, keys, counts, knobs, *, method: 
         untouched = stored.astype(dtype)
         changed = choice.kept["se"] | choice.kept["osm"]
         merged = jnp.where(changed, cast(merged, dtype, rounding, keys["rounding"]), untouched)
-        return (lax.dynamic_update_index_in_dim(result, merged, index, 0),
+        return (lax.dynamic_update_index_in_dim(result, merged.reshape(result.shape[1:]), index, 0),
                 tensor_statistics(patch, score, choice, merged, untouched))
 
-    start = backbones if in_place else jnp.zeros(shape, dtype)
+    start = backbones if in_place else jnp.zeros(backbones.shape, dtype)
     layers = (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity), keys, counts)
     result, statistics = lax.scan(one_layer, start, layers)
     result = result.reshape(theta.shape)
@@ -99,11 +102,12 @@ def count_at_least(theta, derived, sensitivity, threshold, *, kind: str, shape: 
     """Return the number of scores in each layer whose bits are at least the threshold, int32 [L]."""
     def one_layer(layer):
         index, derived, sensitivity = layer
-        backbone = _read_once(theta.reshape(shape), index, threshold > 0)
+        backbone = _read_once(stacked(theta), index, threshold > 0)
         score = importance(derived - backbone.astype(jnp.float32), derived, sensitivity, kind)
         return jnp.sum(float_bits(score) >= threshold, dtype=jnp.int32)
 
-    return lax.map(one_layer, (jnp.arange(shape[0]), derived.reshape(shape), sensitivity.reshape(shape)))
+    stacked = lambda x: x if x.shape[0] == shape[0] else x[None]
+    return lax.map(one_layer, (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity)))
 
 
 def _counts(backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:

@@ -21,7 +21,7 @@ from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.importance import SensitivityMeter, witness_row
 from safepatch_jax.settings import Settings
-from safepatch_jax.training.step import Trainer
+from safepatch_jax.training.step import Trainer, check_batch
 
 
 class Context:
@@ -51,13 +51,23 @@ class Context:
         return take(self.records[role], split, limit)
 
     def decoder(self, config: DecoderConfig) -> Decoder:
-        """Return the decoder of generation and evaluation."""
-        return Decoder(config, jnp.dtype(self.settings.model.compute_dtype), self.sharder)
+        """Return the decoder of generation and evaluation.
+
+        Its batch is cut over the data axis alone: weights that are cut over fsdp then stay where they are, and for each token
+        activations move, which are far smaller.
+        """
+        return Decoder(config, jnp.dtype(self.settings.model.compute_dtype), self.sharder.with_rules(batch=("data",)))
 
     def training_decoder(self, config: DecoderConfig) -> Decoder:
         """Return the decoder of programs that take gradients."""
         model = self.settings.model
-        return self.decoder(config).clone(remat=model.remat, attention=model.attention)
+        return Decoder(config, jnp.dtype(model.compute_dtype), self.sharder, remat=model.remat, attention=model.attention)
+
+    def check_batches(self) -> None:
+        """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together."""
+        for group in ("align", "derive") if self.settings.align.enabled else ("derive",):
+            rows = getattr(self.settings, group).batch_size
+            check_batch(f"{group}.batch_size", rows, self.settings.derive.accumulate, self.sharder)
 
     @functools.cache
     def trainer(self, config: DecoderConfig) -> Trainer:

@@ -21,8 +21,8 @@ from safepatch_jax.settings import Settings, settings_differences
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
 # Settings that say where and how a run is done, not what comes out.
-PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "mesh.", "model.remat", "model.attention", "model.loss_chunk",
-         "model.architecture", "derive.accumulate")
+PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "mesh.", "model.remat", "model.loss_chunk", "model.architecture",
+         "derive.accumulate")
 
 
 class Job(Work):
@@ -36,6 +36,7 @@ class Job(Work):
         if not settings.model.source:
             raise ValueError("No model given. Set --model.source to a Hugging Face folder, a .gguf file, or 'smollm2'.")
         super().__init__(settings)
+        self.context.check_batches()
         self.workdir = pathlib.Path(workdir).expanduser().absolute()
         self._agree(update)
         processes.on_first(lambda: self._claim_workdir(update))
@@ -108,7 +109,7 @@ class Job(Work):
             lines.insert(2, f"         {size / 1e6:,.1f} M parameters; derived models and scores take {16 * size / 2**30:.1f} GiB of "
                             "scratch on disk")
         ways = self.context.sharder.batch_ways
-        for name in ("align.batch_size", "derive.batch_size", "evaluate.batch_size"):
+        for name in ("align.batch_size", "derive.batch_size"):
             if (rows := settings.flat()[name]) % ways:
                 lines.append(f"Note:    {name} = {rows} does not divide by data*fsdp = {ways}, so each device computes the whole "
                              f"batch; a multiple of {ways} is faster.")
@@ -117,7 +118,7 @@ class Job(Work):
     def _stages(self) -> list[Stage]:
         s, data = self.settings, self.context.data_hashes
         compute = {"compute_dtype": s.model.compute_dtype}
-        train = compute | {"loss": s.derive.loss, "optimizer": s.derive.optimizer, "seed": s.run.seed} | {
+        train = compute | {"attention": s.model.attention, "loss": s.derive.loss, "optimizer": s.derive.optimizer, "seed": s.run.seed} | {
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
         patch = dataclasses.asdict(s.patch) | {

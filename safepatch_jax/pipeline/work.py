@@ -129,13 +129,11 @@ class Work:
         share = round(align.batch_size * align.ordinary_share)
         pools = [(pool, rows) for pool, rows in ((refusals, align.batch_size - share), (ordinary, share)) if rows]
         shape = lengths([e for pool, _ in pools for e in pool])
-        config, params = self.context.load(source)
-        stored = jax.tree.map(lambda x: x.dtype, params)
+        config = read_hf_config(source)
         tuned, outcome = self.context.trainer(config).run(
-            params, endless_batches(pools, shape, self.settings.run.seed),
+            self.context.load(source)[1], endless_batches(pools, shape, self.settings.run.seed),
             Recipe(1.0, align.steps, align.learning_rate), "align")
-        save_model(out / "model", jax.tree.map(lambda x, dtype: x.astype(dtype), tuned, stored), config, source,
-                   stored=stored_dtypes(source))
+        save_model(out / "model", tuned, config, source, stored=stored_dtypes(source))
         return _outcome(outcome)
 
     def _derive(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
@@ -174,7 +172,7 @@ class Work:
 
     def _patch(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Merge the kept entries of both patches into the backbone."""
-        merged, statistics, modes = self._apply(self.settings.patch, "patch")
+        merged, _, statistics, modes = self._apply(self.settings.patch, "patch")
         refuse_no_op(statistics, self.settings.patch)
         total = totals(statistics) | modes
         say(f"  kept {total['kept']:,} of {total['size']:,} entries (SE {total['kept_se']:,}, OSM {total['kept_osm']:,}); "
@@ -229,9 +227,9 @@ class Work:
         if variant in ROLES:
             flat = self._derived(variant, self.settings.model.compute_dtype)  # to which it would be cast at each use
         elif variant == "intersection":
-            flat = self._cast(unnest(self.context.load(folder)[1]))
             patch = dataclasses.replace(self.settings.patch, merge="safepatching", combine="intersection")
-            flat |= self._apply(patch, "intersection")[0]
+            merged, rest, *_ = self._apply(patch, "intersection")
+            flat = self._cast(rest) | merged
         else:
             flat = unnest(self.context.load(folder)[1])
         measures, answers = self._measure(flat, variant)
@@ -241,8 +239,8 @@ class Work:
 
     def try_patch(self, patch: PatchSettings) -> dict[str, Any]:
         """Return the measures of a patched model without writing anything; the scores must be in place."""
-        flat = self._cast(unnest(self.context.load(self.backbone)[1]))
-        return self._measure(flat | self._apply(patch, "patch")[0], "patched")[0]
+        merged, rest, *_ = self._apply(patch, "patch")
+        return self._measure(self._cast(rest) | merged, "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
         return processes.on_first(lambda: self._write_report(out))
@@ -265,16 +263,20 @@ class Work:
     def _measure(self, flat, title):
         source = self.folder("import")  # alignment and patching carry over its tokenizer and architecture
         encoded = {role: self.context.encoded(source, role, self.settings.evaluate.split) for role in EVALUATED}
-        return evaluate_model(
-            self.context.decoder(read_hf_config(source)), nest(flat), self.context.chat(source), encoded,
-            self.context.stop_ids(source), self.settings.evaluate, self.context.sharder, title)
+        decoder = self.context.decoder(read_hf_config(source))
+        return evaluate_model(decoder, nest(flat), self.context.chat(source), encoded, self.context.stop_ids(source),
+                              self.settings.evaluate, decoder.sharder, title)
 
     def _derived(self, role: str, dtype: str = "float32") -> dict[str, jax.Array]:
         abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder, jnp.dtype(dtype))
         return unnest(load_tree(self.runner.folder(f"derive_{role}") / "params", abstract))
 
     def _apply(self, patch, title):
-        """Run the patch operation on a freshly loaded backbone, whose buffers it takes over."""
+        """Run the patch operation on a freshly loaded backbone, whose buffers it takes over.
+
+        Returns:
+          (the patched weights, the backbone's other parameters, statistics by tensor, overlap of the score modes).
+        """
         config, params = self.context.load(self.backbone)
         rows = param_table(config).scope(patch.scope)
         table = unnest(param_table(config).abstract(self.context.sharder))
@@ -287,7 +289,7 @@ class Work:
         merged, statistics = apply_patching(
             backbone, derived, sensitivity, rows, patch, self.settings.run.seed, self.context.sharder, title,
             self.settings.export.dtype, self.settings.export.rounding)
-        return merged, statistics, modes
+        return merged, {path: x for path, x in backbone.items() if path not in merged}, statistics, modes
 
     def _mode_overlap(self, backbone, derived, abstract, row) -> dict[str, float]:
         """Return the Jaccard index of the top sets by batched and per-sample scores, taken in each matrix of one weight."""

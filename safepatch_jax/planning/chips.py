@@ -112,7 +112,6 @@ def topology(text: str, slices: int = 1) -> Target:
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
                         ("TPU_ACCELERATOR_TYPE", "v5litepod-4"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
         os.environ.setdefault(name, value)
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled without a device cannot be read back
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies

@@ -19,7 +19,8 @@ from safepatch_jax.settings import Settings
 
 
 def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
-    """Print what a run would do here, and what its programs need on these devices; nothing is run or written.
+    """Print what a run would do here, and what its programs need on these devices; nothing is run, and nothing is written
+    but the compile cache.
 
     A model that is not at hand is stood for by model.architecture; data and stages are then not looked at.
 
@@ -34,10 +35,15 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
         job = Job(settings, workdir, update=True)
         for line in job.plan():
             say(line)
-        if job.place.kind != "hf" and job.runner.status("import") != "done":
-            say("What its programs need is known once the model is imported (by the run, or by launch.convert).")
+        sharder = job.context.sharder
+        if job.place.kind == "hf" or job.runner.status("import") == "done":
+            config = read_hf_config(job.folder("import"))
+        elif stand_in:
+            config = architecture(settings)
+        else:
+            say("What its programs need is known once the model is imported (by the run, or by launch.convert), or with "
+                "--model.architecture=FILE.")
             return
-        config, sharder = read_hf_config(job.folder("import")), job.context.sharder
     for line in report.figures(settings, config, sharder):
         say(line)
 
@@ -61,6 +67,8 @@ def compile_run(settings: Settings, text: str, *, slices: int = 1, kinds: Sequen
     Raises:
       ValueError: no compiler, unknown topology or architecture, or a mesh that does not go with them.
     """
+    if json_path is not None and not pathlib.Path(json_path).absolute().parent.is_dir():
+        raise ValueError(f"--json: the folder of '{json_path}' is not there. Make it first.")
     config, target = architecture(settings), topology(text, slices)
     planner, found, compiled = Planner(config, target, kinds), None, []
     if suggest:

@@ -88,12 +88,13 @@ def programs(settings: Settings, config: DecoderConfig, sharder: Sharder, kinds:
       shape: T and A of training and scoring; the largest that the settings allow, if it is not given.
 
     Raises:
-      ValueError: unknown kind; a dimension of the model that the mesh does not divide.
+      ValueError: unknown kind; a batch that does not go with the mesh; a dimension of the model that the mesh does not divide.
     """
     param_table(config).shardings(sharder)
     cache = jax.config.jax_compilation_cache_dir
     context = Context(settings)
     context.sharder = sharder
+    context.check_batches()
     jax.config.update("jax_compilation_cache_dir", cache)  # a run has set its own by now; others shall get none
     shape = shape or lengths(settings)
     made = {"train": functools.partial(_train, shape=shape), "score": functools.partial(_score, shape=shape),
@@ -102,7 +103,9 @@ def programs(settings: Settings, config: DecoderConfig, sharder: Sharder, kinds:
 
 
 def checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Return these kinds of programs in the order of a run. Raises ValueError if one is unknown."""
+    """Return these kinds of programs in the order of a run. Raises ValueError if one is unknown, or none is given."""
+    if not kinds:
+        raise ValueError(f"No program is asked for; there are {', '.join(PROGRAMS)}.")
     if unknown := [kind for kind in kinds if kind not in PROGRAMS]:
         raise ValueError(f"Unknown program '{unknown[0]}'; there are {', '.join(PROGRAMS)}.")
     return tuple(kind for kind in PROGRAMS if kind in kinds)
@@ -154,8 +157,11 @@ def _rows(sharder: Sharder, rows: int, length: int, dtype: Any) -> jax.ShapeDtyp
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
     settings, sharder = context.settings, context.sharder
-    trace = lambda: context.trainer(config).trace(abstract_batch(settings.derive.batch_size, shape, sharder))
-    return [Program("train", "", trace)]
+    trace = lambda rows: context.trainer(config).trace(abstract_batch(rows, shape, sharder))
+    batches = {"": settings.derive.batch_size}
+    if settings.align.enabled and settings.align.batch_size > settings.derive.batch_size:
+        batches["align"] = settings.align.batch_size
+    return [Program("train", name, functools.partial(trace, rows)) for name, rows in batches.items()]
 
 
 def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
@@ -192,12 +198,12 @@ def _decode(context: Context, config: DecoderConfig) -> list[Program]:
     """The backbone is evaluated as it is stored, derived models in the dtype of the arithmetic."""
     settings, sharder = context.settings, context.sharder
     dtype = max(jnp.dtype(config.dtype), jnp.dtype(settings.model.compute_dtype), key=lambda dtype: dtype.itemsize)
-    evaluate, length = settings.evaluate, bucket(settings.data.max_prompt_tokens)
-    array = functools.partial(_rows, sharder, evaluate.batch_size, length)
+    evaluate, length, decoder = settings.evaluate, bucket(settings.data.max_prompt_tokens), context.decoder(config)
+    array = functools.partial(_rows, decoder.sharder, evaluate.batch_size, length)
 
     def trace():
         return greedy_decode.trace(
-            context.decoder(config), param_table(config).abstract(sharder, dtype), array(jnp.int32), array(jnp.bool_),
+            decoder, param_table(config).abstract(sharder, dtype), array(jnp.int32), array(jnp.bool_),
             jax.ShapeDtypeStruct((max(1, len(config.eos_ids)),), jnp.int32), max_new=evaluate.max_new_tokens)
 
     return [Program("decode", "", trace, while_trips=evaluate.max_new_tokens)]

@@ -13,8 +13,8 @@ from safepatch_jax.models.decoder import Decoder, Readout
 def answer_logprobs(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array], chunk: int = 64) -> jax.Array:
     """Return log p of each answer token, float32 [B, A] (0 where there is none).
 
-    The head runs at answer positions alone, `chunk` of them at a time, and again in the backward pass: of float32 logits no
-    more than [B, chunk, V] exist at once.
+    The head runs at answer positions alone, `chunk` of them at a time. Where there are several chunks it runs again in the
+    backward pass, so that of float32 logits, and of their gradient, [B, chunk, V] exist at once.
 
     Args:
       decoder: the model.

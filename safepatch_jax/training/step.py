@@ -21,7 +21,8 @@ from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 # Each makes steps of about the size of the learning rate.
 OPTIMIZERS = {
     "adamw": optax.scale_by_adam,  # Kingma & Ba 2015; the decay is the train step's (Loshchilov & Hutter 2019)
-    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),  # Shazeer & Stern 2018
+    # Shazeer & Stern 2018; heads of 64 are factored too, and an update's root mean square is bounded over all layers of a weight.
+    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)),
 }
 
 
@@ -112,8 +113,8 @@ class Trainer:
         token_nll = -logprob / jnp.sum(batch["weights"])
         updates, moments = self._optimizer.update(gradients, state["moments"], params)
         stopped = state["stopped"] | (token_nll > nll_ceiling)
-        rate = jnp.where(stopped, 0.0, learning_rate)
-        params = jax.tree.map(lambda p, u: p - rate * (u + weight_decay * p), params, updates)
+        # Chosen, not multiplied by 0: an update that is not taken may be NaN.
+        params = jax.tree.map(lambda p, u: jnp.where(stopped, p, p - learning_rate * (u + weight_decay * p)), params, updates)
         metrics = {"nll": token_nll, "gradient_norm": optax.tree.norm(gradients), "stopped": stopped}
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
 
@@ -139,22 +140,22 @@ class Trainer:
         stopped = False
 
         def read(step, metrics):
-            nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
-            if not (np.isfinite(nll) and np.isfinite(norm)):
+            nll, norm, stopped = float(metrics["nll"]), float(metrics["gradient_norm"]), bool(metrics["stopped"])
+            if not (np.isfinite(nll) and (np.isfinite(norm) or stopped)):  # a gradient that was not used may be anything
                 raise ValueError(
                     f"{title}: answer NLL {nll}, gradient norm {norm} at step {step + 1}. Lower the learning rate "
                     f"({recipe.learning_rate:g}), or check the weights of the model for NaN.")
             history.append(nll)
             bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
             bar.update()
-            return bool(metrics["stopped"])
+            return stopped
 
         scalars = [jnp.float32(x) for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)]
         with progress(recipe.steps, title, "step") as bar:
             pending = None
             for step in range(recipe.steps):
                 batch = put_batch(next(batches), self._sharder)
-                self._refuse_uneven(batch["tokens"].shape[0])
+                check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
                 state, metrics = self._step(state, batch, *scalars)
                 if pending is not None and (stopped := read(*pending)):
                     break
@@ -164,18 +165,20 @@ class Trainer:
         reason = f"answer NLL above {recipe.nll_ceiling:g}" if stopped else f"step limit {recipe.steps}"
         return state["params"], Outcome(tuple(history), reason)
 
-    def _refuse_uneven(self, rows: int) -> None:
-        ways = self._sharder.batch_ways if self._accumulate > 1 else 1
-        if rows % (self._accumulate * ways):
-            raise ValueError(f"A batch of {rows} sequences cannot be cut into {self._accumulate} micro-batches (derive.accumulate) "
-                             f"of whole sequences on each of data*fsdp = {ways} devices. Use a batch size that is a multiple of "
-                             f"{self._accumulate * ways}, or a smaller derive.accumulate.")
+
+def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None:
+    """Raise ValueError if micro-batches of a batch of so many rows would not cut evenly over the mesh."""
+    ways = sharder.batch_ways
+    if accumulate > 1 and rows % (accumulate * ways):
+        raise ValueError(f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches (derive.accumulate) of whole "
+                         f"sequences on each of data*fsdp = {ways} devices. Use a multiple of {accumulate * ways}, or a smaller "
+                         "derive.accumulate.")
 
 
 def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.Array]:
     """Place a batch, which every process holds, on the mesh, cut along its first axis where that divides."""
     rows = next(iter(batch.values())).shape[0]
-    first = "batch" if rows % sharder.batch_ways == 0 else "layers"  # the latter is not cut
+    first = "batch" if rows % sharder.batch_ways == 0 else "layers"  # the latter is never cut
     return {name: sharder.place(x, first, "length") for name, x in batch.items()}
 
 

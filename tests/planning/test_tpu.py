@@ -106,7 +106,7 @@ def test_the_full_size_patch_operation(llama2):
         assert f.fits and f.peak < target.memory / 2, program.title
         assert set(f.work.by_kind()) == {"all-reduce"} and not f.work.sorts, program.title
         assert f.work.sent() < 2**20 and not f.work.unknown_loops
-        assert f.temporaries < 0.2 * f.arguments or program.name == "o", program.title
+        assert f.temporaries < 0.2 * f.arguments, program.title
 
 
 def test_what_does_not_fit_is_refused(llama2):
@@ -127,7 +127,7 @@ def test_the_launcher_finds_what_fits(tmp_path):
          "--mesh=fsdp:4", "--programs=train", "--model.compute_dtype=bfloat16", "--derive.batch_size=32",
          "--data.max_prompt_tokens=2000", f"--json={tmp_path / 'figures.json'}"],
         cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1, result.stderr
+    assert result.returncode == 3, result.stderr
     assert "Verdict: does not fit. train needs" in result.stdout
     assert "Nearest setting that fits: --model.remat=dots" in result.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())

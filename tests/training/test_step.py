@@ -155,5 +155,5 @@ def test_adafactor_learns_with_next_to_no_moments(tiny):
 
 def test_a_batch_that_accumulation_does_not_divide_is_an_error(tiny):
     trainer, _, params, examples = make(tiny, devices=4, accumulate=4)
-    with pytest.raises(ValueError, match="batch of 8 .*derive.accumulate.*multiple of 16"):
+    with pytest.raises(ValueError, match="A batch of 8 .*derive.accumulate.*multiple of 16"):
         trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "uneven")
