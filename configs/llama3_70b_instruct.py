@@ -5,7 +5,7 @@
 
 DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the plan first.
 
-Hardware: a slice of several hosts with 2 TB of accelerator memory or more: 64 x v5p (v5p:4x4x4), 32 x H100.
+Hardware: v5p 4x4x4 or v4 4x4x4 (compiled for, docs/tpu.md; not run yet), or 32 x H100 by arithmetic.
 Memory: 70.55e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
 1129 GB over all devices, plus activations; as much scratch disk. What a slice needs and has:
 python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4

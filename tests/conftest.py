@@ -1,6 +1,7 @@
 """Shared fixtures: 8 simulated devices, a compile cache, tiny model folders."""
 
 import os
+import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +21,16 @@ from safepatch_jax.testing import write_tiny_model
 def sharder_of(devices: int, tensor: int = 1) -> Sharder:
     """A mesh over the first so many simulated devices."""
     return Sharder(make_mesh(f"data:1,fsdp:-1,tensor:{tensor}", jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drop compiled programs when there are many: each holds memory maps, and a process that has used up the system's number of
+    them crashes in the compiler."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
