@@ -25,6 +25,7 @@ from safepatch_jax.patching.merge import KEYED, patch_matrices
 from safepatch_jax.patching.selection import ROLES
 from safepatch_jax.pipeline.context import Context
 from safepatch_jax.settings import Settings
+from safepatch_jax.training.step import batch_layout
 
 PROGRAMS = ("train", "score", "patch", "decode")
 
@@ -151,8 +152,7 @@ def abstract_batch(rows: int, shape: tuple[int, int], sharder: Sharder) -> dict[
 
 
 def _rows(sharder: Sharder, rows: int, length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-    first = "batch" if rows % sharder.batch_ways == 0 else "layers"
-    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharder.sharding((first, "length")))
+    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharder.sharding(batch_layout(rows, sharder)))
 
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:

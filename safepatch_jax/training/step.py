@@ -177,9 +177,13 @@ def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None
 
 def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.Array]:
     """Place a batch, which every process holds, on the mesh, cut along its first axis where that divides."""
-    rows = next(iter(batch.values())).shape[0]
-    first = "batch" if rows % sharder.batch_ways == 0 else "layers"  # the latter is never cut
-    return {name: sharder.place(x, first, "length") for name, x in batch.items()}
+    axes = batch_layout(next(iter(batch.values())).shape[0], sharder)
+    return {name: sharder.place(x, *axes) for name, x in batch.items()}
+
+
+def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:
+    """Return the logical axes of a batch's arrays: rows that the mesh does not divide are whole on every device."""
+    return ("batch" if rows % sharder.batch_ways == 0 else "layers"), "length"  # "layers" is never cut
 
 
 def endless_batches(pools: Sequence[tuple[Sequence[Example], int]], shape: tuple[int, int], seed: int) -> Iterator[dict]:
