@@ -1,4 +1,4 @@
-"""A judge that is a model behind an OpenAI-compatible endpoint."""
+"""A model behind an OpenAI-compatible endpoint, and the judge that it can be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from safepatch_jax.evaluation import judge_formats
 from safepatch_jax.evaluation.judge_formats import HARM
@@ -24,8 +24,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Follow no redirect: the key would go where the user did not send it."""
 
 
-class Endpoint:
-    """A model behind an OpenAI-compatible endpoint, asked for one word by a rubric of our own, at temperature 0.
+class Client:
+    """A model behind an OpenAI-compatible endpoint, asked at temperature 0.
 
     Args:
       text: URL?model=NAME, the URL up to and without /chat/completions.
@@ -34,17 +34,18 @@ class Endpoint:
 
     The environment variable SAFEPATCH_API_KEY, where set, is sent as bearer token, and never shown.
 
+    Attributes:
+      name: 'endpoint:' and the text.
+
     Raises:
       ValueError: not an http or https URL, or no model.
     """
-
-    tells_refusals, expected = True, judge_formats.RUBRIC_EXPECTED
 
     def __init__(self, text: str, *, timeout: float = 60.0, sleep: Callable[[float], None] = time.sleep):
         url, _, query = text.partition("?")
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.fragment:
-            raise ValueError("The judge 'endpoint' takes an http or https URL without user or password, such as "
+            raise ValueError("An endpoint is an http or https URL without user or password, such as "
                              "endpoint:https://HOST/v1?model=NAME; the key goes into the environment variable " + API_KEY)
         self.name = f"endpoint:{text}"
         self._model = options_of(query, ("model",), self.name).get("model", "")
@@ -53,18 +54,19 @@ class Endpoint:
         self._url, self._timeout, self._sleep = url.rstrip("/") + "/chat/completions", timeout, sleep
         self._open = urllib.request.build_opener(_NoRedirect).open
 
-    def judge(self, items: Sequence[Item], about: str = HARM, done: Done | None = None) -> list[Verdict]:
-        return judge_all(self, items, about, done, lambda group: [self._ask(item, about) for item in group], 1)
+    def ask(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> str:
+        """Return the reply to a conversation, or what the server said where that is none; '' where a model only thought.
 
-    def _ask(self, item: Item, about: str) -> Verdict:
-        text = self._post({"model": self._model, "temperature": 0, "max_tokens": 16,
-                           "messages": judge_formats.rubric_messages(item.prompt, item.answer, about)})
+        Raises:
+          ValueError: the server refuses the request.
+          JudgeUnavailable: no answer in three tries.
+        """
+        text = self._post({"model": self._model, "temperature": 0, "max_tokens": max_tokens, "messages": list(messages)})
         try:
             reply = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             reply = text
-        reply = reply if isinstance(reply, str) else ""  # null where a model only thought
-        return verdict_of(judge_formats.parse_rubric(reply), reply.strip())
+        return reply.strip() if isinstance(reply, str) else ""
 
     def _post(self, body: dict[str, Any]) -> str:
         key = os.environ.get(API_KEY, "").strip()
@@ -87,5 +89,18 @@ class Endpoint:
                     raise ValueError(f"{self.name}: {problem}. Check URL, model and {API_KEY}.") from None
             except (OSError, http.client.HTTPException) as error:
                 problem = str(error) or type(error).__name__
-        raise JudgeUnavailable(f"{self.name}: no answer in {_TRIES} tries ({problem}). The answers judged so far are kept; the "
-                               "same command goes on from there.")
+        raise JudgeUnavailable(f"{self.name}: no answer in {_TRIES} tries ({problem}). Answers and what was judged so far "
+                               "are kept; the same command goes on from there.")
+
+
+class Endpoint(Client):
+    """A judge: a general model that says one word by a rubric of our own. Arguments and errors: see `Client`."""
+
+    tells_refusals, expected = True, judge_formats.RUBRIC_EXPECTED
+
+    def judge(self, items: Sequence[Item], about: str = HARM, done: Done | None = None) -> list[Verdict]:
+        return judge_all(self, items, about, done, lambda group: [self._verdict(item, about) for item in group], 1)
+
+    def _verdict(self, item: Item, about: str) -> Verdict:
+        reply = self.ask(judge_formats.rubric_messages(item.prompt, item.answer, about), 16)
+        return verdict_of(judge_formats.parse_rubric(reply), reply)

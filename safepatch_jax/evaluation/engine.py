@@ -12,12 +12,13 @@ from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 
 from safepatch_jax import processes
 from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Chat, Example, NoChat, load_tokenizer, prompt_batch, training_batch
-from safepatch_jax.evaluation.generate import decode
+from safepatch_jax.evaluation.generate import PIECE, decode, decode_until
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -29,6 +30,7 @@ from safepatch_jax.training.step import put_batch
 
 Done = Callable[[int, Any], None]
 LONG = 512  # tokens
+_UNSURE = 4  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,58 @@ class Sampling:
             raise ValueError(f"temperature must be 0 or more and top_p in (0, 1], got {self.temperature} and {self.top_p}.")
 
 
-class Engine:
+class Prompter:
+    """A model's tokenizer and chat template, without its weights.
+
+    Args:
+      config: the model's; its vocabulary and number of positions count.
+      folder: whose tokenizer and chat template are taken.
+
+    Attributes:
+      chat: renders conversations; None where the folder has no chat template.
+      tokenizer: Hugging Face's.
+
+    Raises:
+      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
+    """
+
+    def __init__(self, config: DecoderConfig, folder: str | pathlib.Path):
+        self.config = config
+        try:
+            self.chat: Chat | None = Chat(folder, config.vocab_size)
+            self.tokenizer = self.chat.tokenizer
+        except NoChat:
+            self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise a text; no special tokens are added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def ask(self, *turns: str) -> list[int]:
+        """Return the ids of a conversation in the chat template: the user's first message, an answer, the next message and so on.
+
+        Raises:
+          ValueError: the model has no chat template, or one that does not render a conversation of several turns.
+        """
+        template = self.needed_chat().tokenizer.apply_chat_template
+        talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        try:
+            return self.encode(template(talk, tokenize=False, add_generation_prompt=True))
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template does not render {len(turns)} messages in turn ({error}). Copy that of "
+                             "the model's chat variant into the folder.") from error
+
+    def needed_chat(self) -> Chat:
+        """Return what renders conversations. Raises ValueError if the model has no chat template."""
+        if self.chat is None:
+            raise ValueError("the model has no chat template; copy that of its chat variant into the folder.")
+        return self.chat
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class Engine(Prompter):
     """A loaded model with its tokenizer.
 
     Args:
@@ -53,23 +106,15 @@ class Engine:
       sharder: the mesh.
       compute_dtype: of the arithmetic.
       batch_size: sequences that run together.
-
-    Attributes:
-      chat: renders conversations; None where the folder has no chat template.
-      tokenizer: Hugging Face's.
     """
 
     def __init__(self, config: DecoderConfig, params: Any, folder: str | pathlib.Path, sharder: Sharder,
                  compute_dtype: str = "float32", batch_size: int = 16):
-        self.config, self.params, self.batch_size = config, params, batch_size
+        super().__init__(config, folder)
+        self.params, self.batch_size = params, batch_size
         # Weights that are cut over fsdp stay where they are: for each token activations move, which are far smaller.
         self.decoder = Decoder(config, jnp.dtype(compute_dtype), sharder.with_rules(batch=("data",)))
         self.sharder = self.decoder.sharder
-        try:
-            self.chat: Chat | None = Chat(folder, config.vocab_size)
-            self.tokenizer = self.chat.tokenizer
-        except NoChat:
-            self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)
         ends = {self.tokenizer.eos_token_id} | ({self.chat.end_of_turn()} if self.chat else set())
         self.stop_ids = tuple(sorted((stop_ids(folder, config) | ends) - {None}))
 
@@ -83,26 +128,13 @@ class Engine:
             return cls(config, params, folder / COMPANIONS_FOLDER, sharder, compute_dtype, batch_size)
         return cls(*load_params(folder, sharder), folder, sharder, compute_dtype, batch_size)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokenise a text; no special tokens are added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def ask(self, prompt: str) -> list[int]:
-        """Return the ids of a user's message in the chat template. Raises ValueError if the model has none."""
-        if self.chat is None:
-            raise ValueError("the model has no chat template; copy that of its chat variant into the folder.")
-        return self.encode(self.chat.prompt_text(prompt))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
     def complete(self, texts: Sequence[str], max_new: int, title: str = "answers") -> list[str]:
         """Continue raw texts greedily; special tokens written in a text are recognised."""
         return [self.decode(ids) for ids in self.complete_ids([self.encode(t) for t in texts], max_new, title)]
 
     def complete_ids(self, prompts: Sequence[Sequence[int]], max_new: int, title: str = "answers",
                      sampling: Sampling = Sampling(), done: Done | None = None, numbers: Sequence[int] | None = None,
-                     ) -> list[list[int]]:
+                     until: Sequence[str] = ()) -> list[list[int]]:
         """Continue prompts, those of like length together.
 
         Args:
@@ -111,6 +143,8 @@ class Engine:
           sampling: a draw depends on seed and number alone, not on what runs beside.
           done: called with (index, new ids) as soon as an answer is there.
           numbers: of the prompts, for sampling; their indices by default.
+          until: stop texts. A batch ends once each answer holds one, or its stop token; the texts are not cut off, and what
+            stands before the first of them is the same as without `until`.
 
         Returns:
           for each prompt the new ids, without the stop token.
@@ -127,8 +161,12 @@ class Engine:
                 filled = group + [group[-1]] * (rows - len(group))
                 batch = put_batch(prompt_batch([prompts[i] for i in filled], padded(max(len(prompts[i]) for i in group))),
                                   self.sharder)
-                out = processes.fetch(decode(self.decoder, self.params, batch["tokens"], batch["valid"], stops,
-                                             self._draws(sampling, [numbers[i] for i in filled]), max_new=max_new))
+                inputs = (self.decoder, self.params, batch["tokens"], batch["valid"], stops,
+                          self._draws(sampling, [numbers[i] for i in filled]))
+                if until and max_new > PIECE:
+                    out = decode_until(*inputs, max_new=max_new, finished=lambda ids: self._has_stop(ids, until))
+                else:
+                    out = processes.fetch(decode(*inputs, max_new=max_new))
                 for i, ids in zip(group, out):
                     answers[i] = [int(t) for t in ids if t >= 0 and t not in stops]
                     tokens += int(np.sum(ids >= 0))
@@ -211,6 +249,13 @@ class Engine:
             if len(ids) + more > self.config.max_length:
                 raise ValueError(f"prompt {i} has {len(ids)} tokens, and {more} more are asked for; the model has "
                                  f"{self.config.max_length} positions. Shorten it, or leave it out.")
+
+    def _has_stop(self, ids: Sequence[int], until: Sequence[str]) -> bool:
+        """Tell whether the first stop text is there for good: no longer one that begins before it can still come."""
+        # The last tokens of a text may be read otherwise when more follow: parts of a character, a blank before a full stop.
+        text = self.tokenizer.decode(ids[:-_UNSURE], skip_special_tokens=True)
+        found = [at for at in (text.find(stop) for stop in until if stop) if at >= 0]
+        return bool(found) and len(text) >= min(found) + max(map(len, until))
 
     def _draws(self, sampling: Sampling, numbers: Sequence[int]) -> dict[str, np.ndarray] | None:
         if not sampling.temperature:

@@ -1,9 +1,9 @@
-"""Generation, greedy or sampled: prefill and cached decode in one compiled program."""
+"""Generation, greedy or sampled: prefill and cached decode in one compiled program, or in pieces with a look at the text."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,18 @@ from safepatch_jax.data.chat import bucket, prompt_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder, Past
 from safepatch_jax.training.step import put_batch
+
+PIECE = 32  # tokens between two looks for a stop text
+
+
+class _State(NamedTuple):
+    """A batch that is being continued: tokens emitted so far, the next one of each sequence, which have ended, what is behind."""
+
+    step: jax.Array
+    token_B: jax.Array
+    done_B: jax.Array
+    out: jax.Array  # [B, max_new]
+    past: Past
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_new"))
@@ -34,6 +46,35 @@ def decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, samplin
     Returns:
       int32 [B, max_new]; after a stop token the rest is -1.
     """
+    state = _prefill(decoder, params, tokens_BT, valid_BT, sampling, max_new)
+    return _advance(decoder, params, state, stop_ids, sampling, max_new).out
+
+
+def decode_until(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, sampling=None, *, max_new: int,
+                 finished: Callable[[np.ndarray], bool], piece: int = PIECE) -> np.ndarray:
+    """Continue as `decode` does, in pieces, and end once each sequence has ended or holds all that is wanted of it.
+
+    Args:
+      finished: told a sequence's tokens so far, int32 [n], whether what follows is not wanted; asked after each piece.
+      piece: tokens between two looks.
+      others: see `decode`. The arithmetic of a step is that of `decode`: the room for all of `max_new` is there from the start.
+
+    Returns:
+      int32 [B, max_new], on the host; after a stop token, or the piece in which a sequence was finished, the rest is -1.
+    """
+    state = _begin(decoder, params, tokens_BT, valid_BT, sampling, max_new=max_new)
+    for end in range(piece, max_new + piece, piece):
+        state = _go_on(decoder, params, state, stop_ids, sampling, np.int32(min(end, max_new)))
+        # Copies: the state's own memory is used again by the next piece.
+        out, done_B = (np.array(processes.fetch(x)) for x in (state.out, state.done_B))
+        done_B |= [finished(row[row >= 0]) for row in out]
+        if done_B.all():
+            break
+        state = state._replace(done_B=jax.device_put(done_B, state.done_B.sharding))
+    return out
+
+
+def _prefill(decoder: Decoder, params: Any, tokens_BT, valid_BT, sampling, max_new: int) -> _State:
     batch, length = tokens_BT.shape
     positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
     last_B1 = jnp.full((batch, 1), length - 1)
@@ -44,27 +85,36 @@ def decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, samplin
     past = Past(jnp.pad(k, room), jnp.pad(v, room), jnp.concatenate([positions_BT, later_BS], axis=1),
                 jnp.pad(valid_BT, ((0, 0), (0, max_new))))
     out = jnp.full((batch, max_new), -1, jnp.int32)
-    state = (jnp.int32(0), _choose(logits_B1V[:, 0], sampling, 0), jnp.zeros(batch, bool), out, past)
+    return _State(jnp.int32(0), _choose(logits_B1V[:, 0], sampling, 0), jnp.zeros(batch, bool), out, past)
+
+
+def _advance(decoder: Decoder, params: Any, state: _State, stop_ids, sampling, until) -> _State:
+    """Go on until so many tokens are emitted, or all sequences have ended."""
+    batch, max_new = state.out.shape
+    length = state.past.positions_BS.shape[1] - max_new
+    first_B1 = state.past.positions_BS[:, length:length + 1]
 
     def running(state):
-        step, _, done_B, _, _ = state
-        return (step < max_new) & ~jnp.all(done_B)
+        return (state.step < until) & ~jnp.all(state.done_B)
 
     def decode_one(state):
         step, token_B, done_B, out, past = state
         out = lax.dynamic_update_slice(out, jnp.where(done_B, -1, token_B)[:, None], (0, step))
         done_B = done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=-1)
-        position_B1 = positions_BT[:, -1:] + 1 + step
         logits_B1V, (k, v) = decoder.apply(
-            {"params": params}, token_B[:, None], position_B1, jnp.ones((batch, 1), bool), past, keep_kv=True)
+            {"params": params}, token_B[:, None], first_B1 + step, jnp.ones((batch, 1), bool), past, keep_kv=True)
         slot = length + step
         past = Past(lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
                     lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
                     past.positions_BS,
                     lax.dynamic_update_slice(past.valid_BS, jnp.ones((batch, 1), bool), (0, slot)))
-        return step + 1, _choose(logits_B1V[:, 0], sampling, step + 1), done_B, out, past
+        return _State(step + 1, _choose(logits_B1V[:, 0], sampling, step + 1), done_B, out, past)
 
-    return lax.while_loop(running, decode_one, state)[3]
+    return lax.while_loop(running, decode_one, state)
+
+
+_begin = jax.jit(_prefill, static_argnames=("decoder", "max_new"))
+_go_on = jax.jit(_advance, static_argnames="decoder", donate_argnames="state")
 
 
 def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -> jax.Array:

@@ -179,7 +179,7 @@ def open_judge(text: str, open_engine: Callable[[str], Complete]) -> Judge:
         from safepatch_jax.evaluation.endpoint import Endpoint  # imported here: it and the classifier import this module
 
         return Endpoint(rest)
-    folder = rest.partition("?")[0] if kind == "classifier" else rest
+    folder = folder_of(text)
     if not pathlib.Path(folder).is_dir():
         raise ValueError(f"judge {text!r}: there is no folder {folder}. Judges are read from disk; download the model first.")
     if kind == "classifier":
@@ -187,6 +187,12 @@ def open_judge(text: str, open_engine: Callable[[str], Complete]) -> Judge:
 
         return Classifier(rest)
     return Generative(text, judge_formats.open_format(kind, folder), open_engine(folder))
+
+
+def folder_of(text: str) -> str:
+    """Return the model folder that a judge's text names, '' for a judge without one."""
+    kind, _, rest = text.partition(":")
+    return {"phrases": "", "endpoint": "", "classifier": rest.partition("?")[0]}.get(kind, rest)
 
 
 def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> dict[str, Any]:

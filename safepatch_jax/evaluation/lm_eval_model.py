@@ -146,7 +146,7 @@ class SafePatchLM(TemplateLM):
                 texts[n] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), until)
                 self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
 
-            self.engine.complete_ids(prompts, max_new, "lm-eval: answers", sampling, keep, numbers)
+            self.engine.complete_ids(prompts, max_new, "lm-eval: answers", sampling, keep, numbers, until)
         return texts
 
     def _longest(self, max_new: int = 0) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 
 from safepatch_jax.evaluation.jailbreaks import FORMS
 
-KINDS = ("harm", "refusal", "text", "mmlu", "gsm8k")
+KINDS = ("harm", "refusal", "text", "mmlu", "gsm8k", "mt_bench")
+FIXED = ("mmlu", "gsm8k", "mt_bench")  # kinds that belong to one data set
+GENERATED = ("harm", "refusal", "gsm8k", "mt_bench")  # kinds in which a model writes; of these there is an answer for each seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Measure:
     Attributes:
       name: unique in its suite.
       kind: harm (are harmful requests complied with?), refusal (are harmless ones refused?), text (perplexity of given answers, and
-        KL to the other model), mmlu, gsm8k.
-      source: of the records, see `load_records`; of mmlu and gsm8k 'set:mmlu@test', 'set:gsm8k@test'.
+        KL to the other model), mmlu, gsm8k, mt_bench (grades of a grader).
+      source: of the records, see `load_records`; of the kinds in FIXED 'set:mmlu@test' and so on.
       split: 'report' (what a run does not train on), 'search', or 'all'.
       limit: at most so many records, chosen by the hash of their text.
       form: how a request is put, see `jailbreaks.FORMS`.
@@ -50,6 +52,10 @@ class Measure:
                 raise ValueError(f"measure '{self.name}': {what} must be a whole number, {least} at least.")
         if not isinstance(self.name, str) or not isinstance(self.source, str) or "|" in self.name:
             raise ValueError(f"measure '{self.name}': name and source must be texts, and a name has no '|'.")
+        if self.kind in FIXED and self.source not in (f"set:{self.kind}@test", f"set:{self.kind}"):
+            raise ValueError(f"measure '{self.name}': the source of kind {self.kind} is 'set:{self.kind}@test', got "
+                             f"'{self.source}'. Your own file takes the set's place in --data.manual_dir, "
+                             "under the set's file name (docs/data.md).")
 
 
 _JAILBREAKS = tuple(form for form in FORMS if form != "plain")
@@ -81,19 +87,19 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("JailbreakBench", "harm", "set:jailbreakbench"), Measure("Do-Not-Answer", "harm", "set:do_not_answer"),
         Measure("OR-Bench hard", "refusal", "set:or_bench", limit=500),
     ),
+    # Graded answers to two-turn questions (Zheng et al. 2023); needs a grader.
+    "mt_bench": (Measure("MT-Bench", "mt_bench", "set:mt_bench@test", max_new=1024),),
 }
 
 
 def load_suite(text: str) -> tuple[Measure, ...]:
-    """Return a named suite, several as 'A+B', or that of a JSON file: a list of objects with the attributes of `Measure`.
+    """Return a named suite, that of a JSON file (a list of objects with the attributes of `Measure`), or several: 'A+mine.json'.
 
     Raises:
       ValueError: no such suite or file, an unknown attribute, or a name that occurs twice.
     """
-    if pathlib.Path(text).suffix == ".json":
-        measures = _from_file(pathlib.Path(text))
-    else:
-        measures = [m for name in text.split("+") for m in _named(name)]
+    parts = [text] if pathlib.Path(text).is_file() else text.split("+")  # a file's name may hold a '+'
+    measures = [m for part in parts for m in (_from_file(pathlib.Path(part)) if part.endswith(".json") else _named(part))]
     names = [m.name for m in measures]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"suite {text}: two measures are named '{twice[0]}'.")
@@ -102,7 +108,9 @@ def load_suite(text: str) -> tuple[Measure, ...]:
 
 def _named(name: str) -> tuple[Measure, ...]:
     if name not in SUITES:
-        raise ValueError(f"no suite '{name}'; there are {', '.join(SUITES)}, or give a .json file.")
+        close = difflib.get_close_matches(name, SUITES, n=1)
+        raise ValueError(f"no suite '{name}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+                         + f"; there are {', '.join(SUITES)}, or give a .json file.")
     return SUITES[name]
 
 

@@ -16,11 +16,12 @@ from typing import Any, Callable, Collection, Sequence
 from safepatch_jax.console import say
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR, Row
-from safepatch_jax.evaluation.engine import Engine, padded
+from safepatch_jax.evaluation.engine import Engine, Prompter, Sampling, padded
 
 Item = dict[str, Any]
 Done = Callable[[int, Item], None]
 _NUMBER = r"((?<![\w)])-)?(?:\$\s?(-?))?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+_NEXT = "Question:"  # after examples a model goes on with the next question
 _INSTRUCTION = "Think step by step. Write the final number alone on the last line, as '#### number'."
 
 
@@ -53,11 +54,44 @@ class Questions:
     note: str = ""
 
 
-def mmlu_questions(engine: Engine, *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5,
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What prompts are written from: the rows asked about, those that examples are taken from, and why there are none, or ''."""
+
+    rows: tuple[Row, ...]
+    examples: tuple[Row, ...]
+    note: str = ""
+
+
+def mmlu_material(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5, limit: int = 0,
+                  seed: int = 0) -> Material:
+    """Return MMLU's test questions, and its dev split; arguments and errors as of `mmlu_questions`."""
+    if not 0 <= shots <= 5:
+        raise ValueError(f"MMLU: shots must be 0 to 5, got {shots}.")
+    examples = load_set("mmlu", "dev", manual_dir, data_dir) if shots else ()
+    return Material(tuple(subset(load_set("mmlu", "test", manual_dir, data_dir), limit, seed)), tuple(examples))
+
+
+def gsm8k_material(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5, limit: int = 0,
+                   seed: int = 0) -> Material:
+    """Return GSM8K's test questions, and so many examples of its train split, where that is at hand; see `gsm8k_questions`."""
+    if shots < 0:
+        raise ValueError(f"GSM8K: shots must be 0 or more, got {shots}.")
+    rows, examples, note = subset(load_set("gsm8k", "test", manual_dir, data_dir), limit, seed), [], ""
+    if shots:
+        try:
+            examples = subset(load_set("gsm8k", "train", manual_dir, data_dir), shots, seed)
+        except ValueError as error:
+            note = f"no examples, for GSM8K's train split is not at hand: {error}"
+    return Material(tuple(rows), tuple(examples), note)
+
+
+def mmlu_questions(engine: Prompter, *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5,
                    limit: int = 0, seed: int = 0) -> Questions:
     """Write MMLU's test questions as prompts (Hendrycks et al. 2021).
 
     Args:
+      engine: the model, or its tokenizer alone.
       manual_dir, data_dir: see `load_set`.
       shots: examples before a question, 0 to 5: the first ones of its subject's dev split.
       limit, seed: which questions are asked, see `subset`.
@@ -65,20 +99,18 @@ def mmlu_questions(engine: Engine, *, manual_dir: str = "", data_dir: str | path
     Raises:
       ValueError: as `load_set`; shots or limit out of range; no question fits.
     """
-    if not 0 <= shots <= 5:
-        raise ValueError(f"MMLU: shots must be 0 to 5, got {shots}.")
+    material = mmlu_material(manual_dir=manual_dir, data_dir=data_dir, shots=shots, limit=limit, seed=seed)
     examples = collections.defaultdict(list)
-    for row in load_set("mmlu", "dev", manual_dir, data_dir) if shots else ():
+    for row in material.examples:
         examples[row["category"]].append(row)
-    rows = subset(load_set("mmlu", "test", manual_dir, data_dir), limit, seed)
     # A choice's tokens are those it has after the prompt's last word; what stands before that has no part in them.
     start = _ids(engine, "Answer:")
     choices = tuple(tuple(_ids(engine, f"Answer: {letter}")[len(start):]) for letter in "ABCD")
     prompt_ids = lambda row, k: _ids(engine, mmlu_prompt(row, examples[row["category"]][:k]))
-    return _questions(engine, rows, prompt_ids, lambda row: row["answer"], shots, choices)
+    return _questions(engine, material.rows, prompt_ids, lambda row: row["answer"], shots, choices)
 
 
-def gsm8k_questions(engine: Engine, *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5,
+def gsm8k_questions(engine: Prompter, *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5,
                     limit: int = 0, seed: int = 0, max_new: int = 256) -> Questions:
     """Write GSM8K's test questions as prompts for a chain of thought (Cobbe et al. 2021).
 
@@ -88,24 +120,17 @@ def gsm8k_questions(engine: Engine, *, manual_dir: str = "", data_dir: str | pat
       max_new: tokens at most of an answer.
       others: see `mmlu_questions`.
     """
-    if shots < 0:
-        raise ValueError(f"GSM8K: shots must be 0 or more, got {shots}.")
-    rows = subset(load_set("gsm8k", "test", manual_dir, data_dir), limit, seed)
-    examples, note = [], ""
-    if shots:
-        try:
-            examples = subset(load_set("gsm8k", "train", manual_dir, data_dir), shots, seed)
-        except ValueError as error:
-            note = f"no examples, for GSM8K's train split is not at hand: {error}"
-            say(f"GSM8K: {note}")
+    material = gsm8k_material(manual_dir=manual_dir, data_dir=data_dir, shots=shots, limit=limit, seed=seed)
+    if material.note:
+        say(f"GSM8K: {material.note}")
 
     def prompt_ids(row, k):
         if not k and engine.chat:
             return engine.ask(f"{row['prompt']}\n\n{_INSTRUCTION}")
-        return _ids(engine, gsm8k_prompt(row, examples[:k]))
+        return _ids(engine, gsm8k_prompt(row, material.examples[:k]))
 
     answer = lambda row: final_number(row["extra"]["final"])
-    return _questions(engine, rows, prompt_ids, answer, len(examples), max_new=max_new, note=note)
+    return _questions(engine, material.rows, prompt_ids, answer, len(material.examples), max_new=max_new, note=material.note)
 
 
 def mmlu_prompt(row: Row, examples: Sequence[Row]) -> str:
@@ -167,21 +192,23 @@ def choose(engine: Engine, questions: Questions, *, title: str = "MMLU", done: D
 
 
 def solve(engine: Engine, questions: Questions, *, title: str = "GSM8K", done: Done | None = None,
-          skip: Collection[str] = ()) -> list[Item]:
-    """Answer each question in writing, greedily; correct if the final number is the right one.
+          skip: Collection[str] = (), sampling: Sampling = Sampling()) -> list[Item]:
+    """Answer each question in writing, greedily by default; correct if the final number is the right one.
 
-    Args and returns: see `choose`; raw has the number given ('' if none), the right answer, shots, and the text.
+    Args and returns: see `choose`; raw has the number given ('' if none), the right answer, shots, and the text. A draw depends
+    on the seed of `sampling` and the question's place alone.
     """
     asked, items = _left(questions, skip), {}
 
     def on_answer(index, ids):
         n, q = asked[index]
-        text = engine.decode(ids).partition("Question:")[0].strip()  # after examples a model goes on with the next question
+        text = engine.decode(ids).partition(_NEXT)[0].strip()
         items[n] = _item(q, final_number(text), text=text)
         if done:
             done(n, items[n])
 
-    engine.complete_ids([q.prompt_ids for _, q in asked], questions.max_new, title, done=on_answer)
+    engine.complete_ids([q.prompt_ids for _, q in asked], questions.max_new, title, sampling, on_answer, [n for n, _ in asked],
+                        until=(_NEXT,))
     return [items[n] for n in sorted(items)]
 
 
@@ -211,7 +238,7 @@ def final_number(text: str) -> str:
     return f"-{number}" if any(signs) and number != "0" else number
 
 
-def _questions(engine: Engine, rows: Sequence[Row], prompt_ids: Callable[[Row, int], Sequence[int]],
+def _questions(engine: Prompter, rows: Sequence[Row], prompt_ids: Callable[[Row, int], Sequence[int]],
                answer: Callable[[Row], str], shots: int, choices: tuple = (), max_new: int = 0, note: str = "") -> Questions:
     """Write each row's prompt with as many examples as fit."""
     items, tail = [], max(map(len, choices), default=1) - 1
@@ -236,7 +263,7 @@ def _item(question: Question, given: str, **more: Any) -> Item:
     return {"id": question.id, "category": question.category, "correct": given == question.answer, "raw": raw}
 
 
-def _ids(engine: Engine, text: str) -> list[int]:
+def _ids(engine: Prompter, text: str) -> list[int]:
     """Tokenise a text that is no conversation, with the tokens that the tokenizer itself puts before one."""
     return engine.tokenizer(text)["input_ids"]
 

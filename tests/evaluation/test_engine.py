@@ -15,6 +15,10 @@ WARM = Sampling(temperature=1.0, top_p=0.9, seed=3)
 MOST = 512  # positions of the tiny model
 
 
+def cut_at(text, until):
+    return text[:min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
+
+
 @pytest.fixture(scope="module")
 def loaded(tiny, sharder):
     return load_params(tiny, sharder)
@@ -82,6 +86,42 @@ def test_a_stop_token_ends_an_answer_and_is_left_out(open_engine):
     engine.stop_ids = (stop,)
     for with_stop, without in zip(engine.complete_ids(PROMPTS, 12), free):
         assert with_stop == (without[:without.index(stop)] if stop in without else without)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+def test_stop_texts_end_a_batch_early_and_change_nothing_before_them(open_engine, sampling):
+    engine, prompts = open_engine(4), PROMPTS[2:6]
+    text = lambda ids: engine.tokenizer.decode(ids, skip_special_tokens=True)
+    engine.stop_ids = ()
+    free = engine.complete_ids(prompts, 200, sampling=sampling)
+    until = [text(ids)[10 + i:12 + i] for i, ids in enumerate(free)]  # each answer holds one in its first piece
+    ended = engine.complete_ids(prompts, 200, sampling=sampling, until=["", *until])
+    for whole, short in zip(free, ended):
+        assert len(whole) == 200 and short == whole[:len(short)] and len(short) == 32
+        assert cut_at(text(short), until) == cut_at(text(whole), until)
+    # One answer goes on to its third or fourth piece; the others hold their stop texts already.
+    windows = (text(free[0])[at:at + 8] for at in range(70, 110))
+    late = next(w for w in windows if text(free[0]).index(w) >= 60 and not any(w in text(ids) for ids in free[1:]))
+    until = [late, *(stop for stop in until[1:] if stop not in text(free[0])[:120])]
+    holding = [ids for ids in free[1:] if any(stop in text(ids)[:28] for stop in until)]
+    mixed = engine.complete_ids(prompts, 200, sampling=sampling, until=until)
+    assert holding and all(short == whole[:len(short)] for short, whole in zip(mixed, free))
+    assert 64 <= len(mixed[0]) < 200 and late in text(mixed[0])
+    assert all(len(mixed[free.index(ids)]) == 32 for ids in holding)
+    assert engine.complete_ids(prompts, 200, sampling=sampling, until=["no such text"]) == free
+
+
+def test_a_stop_text_that_begins_earlier_still_counts(open_engine):
+    """'c' ends an answer only when 'b c d', which begins before it, can no longer come."""
+    engine = open_engine(1)
+    engine.stop_ids = ()
+    (free,) = engine.complete_ids([PROMPTS[3]], 100, sampling=WARM)
+    text = engine.tokenizer.decode(free, skip_special_tokens=True)
+    until = [text[20:70], text[24:26]]
+    assert text.index(until[0]) == 20 and 20 < text.index(until[1]) < 30 and len(text) > 80
+    (ended,) = engine.complete_ids([PROMPTS[3]], 100, sampling=WARM, until=until)
+    assert cut_at(engine.tokenizer.decode(ended, skip_special_tokens=True), until) == cut_at(text, until) == text[:20]
+    assert len(ended) > 64  # the longer one ends in the third piece
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])

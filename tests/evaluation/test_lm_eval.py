@@ -78,6 +78,16 @@ def test_answers_equal_those_of_hf(ours, theirs):
     assert got == expected and any(got)
 
 
+def test_long_answers_end_with_their_stop_texts(ours, theirs):
+    """A batch ends with the piece in which the last of its stop texts comes; the texts are those of `hf`, which stops at once."""
+    contexts = texts(6, 40, seed=2)
+    free = ours.generate_until(instances("generate_until", *[(text, {"max_gen_toks": 30}) for text in contexts]))
+    until = sorted({text[2:4] for text in free if len(text) > 4})
+    asked = [(text, {"until": until, "max_gen_toks": 160, "do_sample": False}) for text in contexts]
+    got, expected = (model.generate_until(instances("generate_until", *asked)) for model in (ours, theirs))
+    assert got == expected and any(got) and until
+
+
 def test_conversations_equal_those_of_hf(ours, theirs):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
     assert ours.apply_chat_template(talk[:1]) == theirs.apply_chat_template(talk[:1])

@@ -124,8 +124,8 @@ def test_written_answers_are_marked_and_resumed(engine, data, monkeypatch):
 
     written = ["It is 1000.", "#### 1001", "#### 1\nThen 1002.", "So 1,003.0.\n\nQuestion: Train 9?\nAnswer: 5", "", "1,006"]
 
-    def complete_ids(prompts, max_new, title, done):
-        assert max_new == 4
+    def complete_ids(prompts, max_new, title, sampling, done, numbers, until):
+        assert max_new == 4 and until == ("Question:",)
         for index in reversed(range(len(prompts))):
             done(index, engine.encode(written[index]))
 

@@ -4,19 +4,22 @@ import dataclasses
 import http.server
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 
 import pytest
 
 from safepatch_jax.evaluation import judges
+from safepatch_jax.evaluation.comparison import wilson
 from safepatch_jax.evaluation.endpoint import API_KEY, Endpoint
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judge import OUTCOMES
 from safepatch_jax.evaluation.judges import UNKNOWN, JudgeUnavailable, Verdict
-from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.files import read_json, read_jsonl
 from safepatch_jax.pipeline.evaluate import Options, evaluate, show_examples
 from safepatch_jax.pipeline.evaluation_report import gather, labels, write
@@ -163,7 +166,7 @@ def server(monkeypatch):
     """A tiny OpenAI-compatible server; `server.replies` are its next replies, a word or an HTTP status; the last one stays."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.server.asked += 1
             reply = self.server.replies[0] if len(self.server.replies) == 1 else self.server.replies.pop(0)
             self.send_response(reply if isinstance(reply, int) else 200)
@@ -179,7 +182,7 @@ def server(monkeypatch):
     # The tiny models' answers are broken text, which no judge would be asked about.
     monkeypatch.setattr(judges, "judge_phrases", lambda answer: "complied")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.text = 0, f"endpoint:http://127.0.0.1:{server.server_port}/v1?model=judge"
+        server.asked, server.bodies, server.text = 0, [], f"endpoint:http://127.0.0.1:{server.server_port}/v1?model=judge"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -239,11 +242,200 @@ def test_verdicts_that_stay_unknown(tiny, suite, measures, options, tmp_path, se
             evaluate(str(tiny), out, options)
 
 
+# Tasks, grades and seeds.
+
+SAMPLED = {"temperature": 1.0}
+MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write a line.", "Again, shorter."]},
+            {"question_id": 82, "category": "math", "turns": ["1 and 2?", "And three?"], "reference": ["It is 3.", "It is 6."]},
+            {"question_id": 83, "category": "humanities", "turns": ["Why?", "Why not?"], "reference": ["unused", "unused"]},
+            {"question_id": 84, "category": "writing", "turns": ["x " * 300, "y"]}]
+
+
+def write_sets(folder):
+    """Write small files of the public sets in their published formats."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "mmlu.zip", "w") as archive:
+        for split in ("dev", "val", "test"):
+            rows = (f"{split} {i} of anatomy?,one,two,three,four,{'ABCD'[i % 4]}\n" for i in range(5))
+            archive.writestr(f"data/{split}/anatomy_{split}.csv", "".join(rows))
+    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("test", "train"):
+        (folder / f"gsm8k_{split}.jsonl").write_text(lines(
+            {"question": f"{split} {i}, how many?", "answer": f"It is.\n#### {i}"} for i in range(6)))
+    (folder / "mt_bench_question.jsonl").write_text(lines(MT_BENCH))
+    return {"manual_dir": str(folder), "data_dir": str(folder / "prepared")}
+
+
+@pytest.fixture
+def tasks(tmp_path, measures):
+    """Options of a suite with all that is answered in some way of its own, and one with a judge."""
+    def measure(name, **more):
+        return {"name": name, "kind": name, "source": f"set:{name}@test", **more}
+
+    (tmp_path / "tasks.json").write_text(json.dumps([
+        measure("mmlu", limit=4, shots=1), measure("gsm8k", limit=4, shots=1, max_new=6), measure("mt_bench", max_new=8),
+        measures[0] | {"limit": 3}]))
+    return Options(suite=str(tmp_path / "tasks.json"), mesh=MESH, batch_size=4, **write_sets(tmp_path / "sets"))
+
+
+def test_grades_of_two_turns(tiny, other, tasks, tmp_path, server):
+    options, out = dataclasses.replace(tasks, grader=server.text), tmp_path / "out"
+    # 'against' is graded after the model, question 84 does not fit: 3 questions of 2 turns each.
+    server.replies = [f"Well said. Rating: [[{x}]]" for x in (2, 4, 6, 8, 5, 5)] + ["Rating: [[1]]"]
+    content = evaluate(str(tiny), out, options, str(other))
+    found = {m["name"]: m for m in content["measures"]}["mt_bench"]
+    ours, theirs = found["models"]["model"], found["models"]["against"]
+    assert (ours["n"], ours["grades"], ours["errors"], ours["left_out"], ours["mean"]) == (3, 6, 0, 1, 5.0)
+    assert [ours["turns"][k]["mean"] for k in "12"] == pytest.approx([13 / 3, 17 / 3])
+    assert {k: x["mean"] for k, x in ours["categories"].items()} == {"writing": 3.0, "math": 7.0, "humanities": 5.0}
+    assert ours["interval"] == (1, pytest.approx(5 + 4.302653 * 2 / 3 ** 0.5)) and theirs["mean"] == 1.0
+    assert found["paired"] == {"n": 3, "gained": 3, "lost": 0, "p": 0.25}
+    text = (out / "report.md").read_text()
+    assert "## mt_bench: grades from 1 to 10" in text and " | 3 | 5.00 [1.00-9.97] | 4.33 " in text and "0 of 6" in text
+    rows = {row["id"]: row for row in read_jsonl(out / "answers" / "model" / "mt_bench.jsonl")}
+    asked = [body["messages"][1]["content"] for body in server.bodies]
+    assert [("It is 3." in x, "It is 6." in x, "unused" in x) for x in asked[:6]] == [
+        (False,) * 3, (False,) * 3, (True, False, False), (True, True, False), (False,) * 3, (False,) * 3]
+    assert rows["82"]["answers"][1] in asked[3] and "And three?" in asked[3] and "And three?" not in asked[2]
+    assert rows["84"]["left_out"] == "turn 1 is too long for the model"
+    engine = Engine.open(str(tiny), mesh=MESH)  # the second answer is that to the conversation
+    (again,) = engine.complete_ids([engine.ask("1 and 2?", rows["82"]["answers"][0], "And three?")], 8)
+    assert again and rows["82"]["answers"][1] == engine.decode(again)
+    server.asked = 0
+    evaluate(str(tiny), out, options, str(other))
+    assert server.asked == 0
+
+
+def test_a_grader_goes_down_and_says_what_is_no_grade(tiny, tasks, tmp_path, server, monkeypatch):
+    options, out = dataclasses.replace(tasks, grader=server.text), tmp_path / "out"
+    server.replies = ["[[7]]", "It is good.", "[[11]]", 503]
+    with pytest.raises(JudgeUnavailable, match="Answers and what was judged so far are kept; the same command goes on"):
+        evaluate(str(tiny), out, options)
+    (stored,) = (out / "grades").rglob("*.jsonl")
+    assert [(row["id"], row["grade"]) for row in read_jsonl(stored)] == [("81:1", 7), ("81:2", None), ("82:1", None)]
+    before = {path: path.read_bytes() for path in (out / "answers").rglob("*.jsonl")}
+    monkeypatch.setattr(Engine, "open", lambda *_, **__: pytest.fail("a model was loaded"))
+    server.replies, server.asked = ["no", "[[3]]", "[[4.5]]", "[[6]] or rather [[7]]", "[[5]]"], 0
+    found = {m["name"]: m for m in evaluate(str(tiny), out, options)["measures"]}["mt_bench"]["models"]["model"]
+    assert server.asked == 5 and {path: path.read_bytes() for path in before} == before
+    assert (found["grades"], found["errors"]) == (4, 2) and "2 of 6" in (out / "report.md").read_text()
+    assert found["turns"]["1"]["mean"] == 5.0 and found["turns"]["2"]["mean"] == 4.75
+    server.replies, server.asked = ["[[2]]"], 0
+    evaluate(str(tiny), out, options)
+    assert server.asked == 2
+
+
+def test_tasks_are_gone_on_with_only_on_the_same_data(tiny, tasks, tmp_path, server):
+    options, out = dataclasses.replace(tasks, grader=server.text), tmp_path / "out"
+    server.replies = ["[[5]]"]
+    whole = evaluate(str(tiny), out, options)
+    assert whole == read_json(out / "report.json") | {"measures": whole["measures"]}
+    rows = {path: path.read_text() for path in (out / "answers").rglob("*.jsonl")}
+    for path in rows:
+        if path.stem in ("mmlu", "gsm8k"):
+            path.write_text("".join(rows[path].splitlines(keepends=True)[:2]))
+    evaluate(str(tiny), out, options)
+    by_id = lambda text: {row["id"]: row for row in map(json.loads, text.splitlines())}
+    for path, text in rows.items():
+        found, expected = by_id(path.read_text()), by_id(text)
+        assert found.keys() == expected.keys() and all(
+            found[i].get("correct") == expected[i].get("correct") for i in expected)
+    folder = pathlib.Path(options.manual_dir)
+    for name, changed, old, new in (
+            ("gsm8k_train.jsonl", "gsm8k", "how many", "how much"), ("gsm8k_test.jsonl", "gsm8k", "It", "He"),
+            ("mt_bench_question.jsonl", "mt_bench", "And three", "And four")):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=rf"is an evaluation with other data \({changed}\)\. Give another --out"):
+            evaluate(str(tiny), out, options)
+        (folder / name).write_text(text)
+    evaluate(str(tiny), out, options)
+
+
+def test_a_local_judge_whose_files_changed(whole, tiny, other, options, tmp_path):
+    out, judge = copy(whole, tmp_path), write_tiny_model(tmp_path / "judge", seed=2)
+    (tmp_path / "harm.json").write_text(json.dumps([m for m in json.loads(pathlib.Path(options.suite).read_text())
+                                                    if m["kind"] == "harm"]))
+    options, out = dataclasses.replace(options, suite=str(tmp_path / "harm.json"), judge=f"harmbench:{judge}"), tmp_path / "new"
+    evaluate(str(tiny), out, options, str(other))
+    evaluate(str(tiny), out, options, str(other))
+    (place,) = (out / "verdicts").iterdir()
+    config = (judge / "config.json").read_text()
+    (judge / "config.json").write_text(config + " ")
+    with pytest.raises(ValueError, match="of another judge: in .*judge config.json changed since. Delete .*harmbench.*the same"):
+        evaluate(str(tiny), out, options, str(other))
+    evaluate(str(tiny), out, dataclasses.replace(options, judge="phrases"), str(other))  # the others are not concerned
+    shutil.rmtree(place)
+    evaluate(str(tiny), out, options, str(other))
+    assert read_json(place / "judge.json")["judge"] == f"harmbench:{judge}" and len(list(place.rglob("*.jsonl"))) == 4
+
+
+@pytest.fixture
+def seeded(tasks, measures, tmp_path):
+    (tmp_path / "seeds.json").write_text(json.dumps([
+        measures[0], measures[3], {"name": "gsm8k", "kind": "gsm8k", "source": "set:gsm8k@test", "limit": 4, "max_new": 6}]))
+    return dataclasses.replace(tasks, suite=str(tmp_path / "seeds.json"), seeds=(0, 1), **SAMPLED)
+
+
+def test_several_seeds(tiny, other, seeded, tmp_path):
+    out = tmp_path / "out"
+    content = evaluate(str(tiny), out, seeded, str(other))
+    assert content["seeds"] == [0, 1]
+    read = lambda kind, who, seed, name: {
+        row["id"]: row for row in read_jsonl(out / kind / who / f"seed-{seed}" / f"{name}.jsonl")}
+    found = {m["name"]: m for m in content["measures"]}
+    harm = found["harm"]["models"]["model"]
+    runs = [read("verdicts/phrases", "model", seed, "harm") for seed in (0, 1)]
+    rates = [sum(row["outcome"] == "complied" for row in run.values()) / 4 for run in runs]
+    assert harm["n"] == 4 and harm["by_run"] == rates and harm["rate"] == pytest.approx(sum(rates) / 2)
+    assert harm["spread"] == [min(rates), max(rates)] and harm["left_out"] == 1
+    assert harm["interval"] == pytest.approx(wilson(4 * harm["rate"], 4))  # of 4 prompts, not of 8 answers
+    assert harm["complied"] + harm["refused"] + harm["incoherent"] == 8
+    answers = [read("answers", "model", seed, "harm") for seed in (0, 1)]
+    assert answers[0].keys() == answers[1].keys() and answers[0] != answers[1]
+    texts = [[x["raw"]["text"] for x in read("answers", "model", seed, "gsm8k").values() if "raw" in x] for seed in (0, 1)]
+    assert texts[0] != texts[1] and found["gsm8k"]["models"]["model"]["n"] == 4
+    assert not list(out.glob("answers/*/seed-*/text.jsonl")) and "by_run" not in found["text"]["models"]["model"]
+    text = (out / "report.md").read_text()
+    assert "temperature 1, top-p 1, seeds 0, 1" in text and "exact sign-flip test" in text
+    assert f"({100 * min(rates):.1f} to {100 * max(rates):.1f})" in text
+
+    # One seed is as --seed alone; and a third one adds to what is there.
+    single = evaluate(str(tiny), tmp_path / "single", dataclasses.replace(seeded, seeds=(), seed=1))
+    assert {row["id"]: row for row in read_jsonl(tmp_path / "single" / "answers" / "model" / "harm.jsonl")} == answers[1]
+    assert single["measures"][0]["models"]["model"]["rate"] == rates[1]
+    files = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+    (out / "answers" / "model" / "seed-1" / "harm.jsonl").unlink()
+    three = evaluate(str(tiny), out, dataclasses.replace(seeded, seeds=(0, 1, 2)), str(other))
+    by_run = three["measures"][0]["models"]["model"]["by_run"]
+    assert by_run[:2] == rates and len(by_run) == 3
+    assert read("answers", "model", 1, "harm") == answers[1]
+    assert all(path.read_bytes() == old for path, old in files.items() if path.parts[-3:] != ("model", "seed-1", "harm.jsonl"))
+    with pytest.raises(ValueError, match=r"with other options \(seed several there, 1 here\)"):
+        evaluate(str(tiny), out, dataclasses.replace(seeded, seeds=(), seed=1), str(other))
+
+
+def test_seeds_of_the_launcher(tiny, suite, tmp_path):
+    result = call(f"--model={tiny}", f"--suite={suite}", f"--out={tmp_path / 'out'}", "--seeds=0,x")
+    assert result.returncode == 2 and "--seeds takes whole numbers with commas between, such as 0,1,2; got '0,x'" in result.stderr
+    result = call(f"--model={tiny}", f"--suite={suite}", f"--out={tmp_path / 'out'}", "--seeds=0,1")
+    assert result.returncode == 2 and "Sample with --temperature=0.7" in result.stderr
+
+
 # Mistakes.
 
 @pytest.mark.parametrize("change, message", [
-    ({"suite": "quik"}, "no suite 'quik'; there are quick, paper, jailbreaks, unseen, or give a .json file"),
+    ({"suite": "quik"}, r"no suite 'quik' \(did you mean 'quick'\?\); there are quick, .*mt_bench, or give a .json file"),
+    ({"suite": "quick+pepar"}, r"no suite 'pepar' \(did you mean 'paper'\?\)"),
     ({"suite": "nowhere.json"}, "no suite file 'nowhere.json'"),
+    ({"suite": "quick+nowhere.json"}, "no suite file 'nowhere.json'"),
+    ({"suite": "mt_bench"}, "'MT-Bench' is graded by another model: name it with --grader=endpoint:URL.model=NAME .*leave the"),
+    ({"suite": "mt_bench", "grader": "phrases"}, "grader 'phrases': expected endpoint:URL"),
+    ({"suite": "mt_bench", "grader": "endpoint:http://host/v1"}, "which model"),
+    ({"seeds": (0, 1)}, "seeds 0,1: at temperature 0 every seed gives the same answers. Sample with --temperature"),
+    ({"seeds": (1, 1), "temperature": 0.5}, "seeds must be different whole numbers, 0 at least, got 1,1"),
+    ({"seeds": (-1,), "temperature": 0.5}, "seeds must be different whole numbers, 0 at least, got -1"),
+    ({"seeds": (1, 2), "seed": 3, "temperature": 0.5}, "seed 3 and seeds 1,2 are both given"),
     ({"judge": "phrase"}, "did you mean 'phrases'"), ({"judge": ""}, "judge '': expected one of phrases"),
     ({"judge": "harmbench:{tmp}"}, "cannot judge over-refusal. Judges that can: phrases, wildguard"),
     ({"second_judge": "wildguard:/nowhere"}, "there is no folder /nowhere"),
@@ -258,6 +450,7 @@ def test_mistakes_show_before_anything_is_done(tiny, options, tmp_path, change, 
 @pytest.mark.parametrize("change, message", [
     ({"soruce": "x"}, "unknown attribute 'soruce'; there are form, kind, limit, max_new, name, shots, source, split"),
     ({"form": "persna"}, r"measure 'harm': form 'persna' is not one of plain, .* \(did you mean 'persona'\?\)"),
+    ({"kind": "mmlu"}, "the source of kind mmlu is 'set:mmlu@test', got '.*harm.csv'"),
     ({"kind": "harms"}, r"kind 'harms' is not one of .*did you mean 'harm'"),
     ({"limit": 0}, "limit must be a whole number, 1 at least"), ({"shots": -1}, "shots must be a whole number, 0 at least"),
     ({"name": "a|b"}, "a name has no"),
@@ -314,6 +507,32 @@ def test_show_examples(tiny, options):
     assert "assistant\n\033[32mBlue is a colour.<|im_end|>\033[0m" in text and text.count("---") == 4
 
 
+def test_show_examples_of_tasks(tiny, tasks):
+    shown = dict(part.split("\n", 1) for part in "\n".join(show_examples(str(tiny), tasks)).split("--- ")[1:])
+    mmlu, gsm8k, mt_bench = (next(text for title, text in shown.items() if title.startswith(name)) for name in (
+        "mmlu (mmlu, set:mmlu@test)", "gsm8k", "mt_bench"))
+    assert mmlu.startswith("The following are multiple choice questions (with answers) about anatomy.\n\ndev 0 of anatomy?")
+    right = "ABCD"[int(re.search(r"test (\d) of", mmlu)[1])] if "test 4" not in mmlu else "A"
+    assert mmlu.rstrip().endswith(f"Answer:\033[32m {right}\033[0m")
+    number = re.findall(r"test (\d), how many", gsm8k)[0]
+    assert gsm8k.count("Question: ") == 2 and gsm8k.rstrip().endswith(f"Answer:\033[32m ... #### {number}\033[0m")
+    assert "turn 1: <|im_start|>user\nWrite a line.<|im_end|>\n<|im_start|>assistant\n" in mt_bench
+    assert "(first answer)<|im_end|>\n<|im_start|>user\nAgain, shorter.<|im_end|>\n<|im_start|>assistant\n" in mt_bench
+
+
+def test_a_suite_and_a_file_together(suite, tmp_path, measures):
+    names = lambda text: [m.name for m in load_suite(text)]
+    mine = [m["name"] for m in measures]
+    assert names(f"unseen+{suite}") == [*names("unseen"), *mine] and names(f"{suite}+unseen") == [*mine, *names("unseen")]
+    with pytest.raises(ValueError, match="two measures are named 'look-alikes'"):
+        load_suite(f"quick+{suite}")
+    odd = tmp_path / "mine+yours.json"
+    odd.write_text(json.dumps(measures))
+    assert names(str(odd)) == names(suite)
+    with pytest.raises(ValueError, match="two measures are named 'harm'"):
+        load_suite(f"{suite}+{suite}")
+
+
 def test_show_examples_prints(tiny, suite):
     result = call(f"--model={tiny}", f"--suite={suite}", "--show_examples")
     assert result.returncode == 0 and "--- look-alikes (refusal, " in result.stdout, result.stderr
@@ -328,28 +547,32 @@ def test_labels(folders, names):
     assert list(labels(dict(zip(("model", "against"), folders))).values()) == names
 
 
-@pytest.mark.parametrize("kinds", [("harm",), ("refusal", "text"), ("mmlu",), ("harm", "refusal", "gsm8k")])
+@pytest.mark.parametrize("kinds", [("harm",), ("refusal", "text"), ("mmlu",), ("harm", "refusal", "gsm8k"),
+                                   ("mt_bench",)])
 @pytest.mark.parametrize("n", [0, 3, 127])
 def test_a_report_of_any_measures(kinds, n, tmp_path):
     """One kind alone, nothing that counts, or all (the end of an interval is then 1e-16 below the share)."""
-    suite, ids = [Measure(f"of {kind}", kind, "builtin") for kind in kinds], [str(i) for i in range(n)]
+    suite, ids = [Measure(f"of {kind}", kind, f"set:{kind}@test" if kind in ("mmlu", "gsm8k", "mt_bench") else "builtin")
+                  for kind in kinds], [str(i) for i in range(n)]
     rows = {"text": {"nll": 3.0, "tokens": 2}, "mmlu": {"correct": True, "category": "x"},
-            "gsm8k": {"correct": True, "category": ""}}
+            "gsm8k": {"correct": True, "category": ""}, "mt_bench": {"answers": ["x", "y"]}}
     end = {"complete": {"left_out": 2, "shortened": 1, "note": "no examples"}}
     verdict = {"harm": Verdict("complied"), "refusal": Verdict("refused")}
     for who in ("model",), ("model", "against"):
         keys = [(x, m) for x in who for m in suite]
-        answers = {(x, m.name): {i: rows.get(m.kind, {"answer": "x"}) for i in ids} | {"long": {"left_out": "too long"}}
-                   | (end if m.kind in ("mmlu", "gsm8k") else {}) for x, m in keys}
-        verdicts = {name: {(x, m.name): {i: v for i in ids} | {"?": Verdict(UNKNOWN)} for x, m in keys
+        answers = {(x, m.name): [{i: rows.get(m.kind, {"answer": "x"}) for i in ids} | {"long": {"left_out": "too long"}}
+                   | (end if m.kind in ("mmlu", "gsm8k") else {})] for x, m in keys}
+        verdicts = {name: {(x, m.name): [{i: v for i in ids} | {"?": Verdict(UNKNOWN)}] for x, m in keys
                            if (v := verdict.get(m.kind))} for name in ("one", "two")}
         items = {m.name: {i: {"category": "c"} for i in (*ids, "?")} for m in suite}
         content = gather(suite, items, answers, verdicts, {x: None for x in who}, {
-            "models": {x: x for x in who}, "options": {"temperature": 0.0}, "judges": ["one", "two"]})
+            "models": {x: x for x in who}, "options": {"temperature": 0.0}, "judges": ["one", "two"], "grader": "three"},
+            {key: [{f"{i}:{turn}": {"grade": 7.5} for i in ids for turn in "12"}] for key in answers})
         write(content, tmp_path)
         json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
         for m in content["measures"]:
             found = m["models"]["model"]
             assert found["n"] == n and found["left_out"] == (2 if m["kind"] in ("mmlu", "gsm8k") else 1)
-            assert m["kind"] == "text" or found["rate"] == (1.0 if n else None)
+            assert m["kind"] in ("text", "mt_bench") or found["rate"] == (1.0 if n else None)
+            assert m["kind"] != "mt_bench" or found["mean"] == (7.5 if n else None)
             assert set(OUTCOMES) < found.keys() or m["kind"] not in verdict
