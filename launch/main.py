@@ -10,7 +10,7 @@ from typing import Callable
 
 from absl import app, logging
 
-from safepatch_jax import processes
+from safepatch_jax import processes, stopping
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -26,7 +26,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             print(f"error: unexpected argument '{argv[1]}'; settings are given as --group.option=value.", file=sys.stderr)
             sys.exit(2)
         logging.set_verbosity(logging.ERROR)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-filled folders are cleared away
+        signal.signal(signal.SIGTERM, stopping.on_signal)  # so that half-filled folders are cleared away, and training is saved
         try:
             main(*([argv[1:]] if positional else []))
         except BaseException as error:

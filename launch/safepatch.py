@@ -6,12 +6,15 @@
       --data=harmful:advbench.csv,lookalike:xstest.csv --patch.retention=0.2
   launch/tpu_pod.sh POD ZONE launch.safepatch ...     # on all hosts of a TPU pod slice; BUILD.md has other clusters
 
-The workdir receives report.md, report.json, report.png, patch.png, manifest.json, settings.json, stages/export/model (a Hugging Face
+The workdir receives report.md, report.json, report.png, patch.png, manifest.json, settings.json, environment.json,
+metrics.jsonl and tensorboard/ (training, step by step), stages/export/model (a Hugging Face
 folder that transformers loads as it is) and stages/patch_file/patch.safetensors (its difference from the backbone, see
 launch.patch; not where --export.dtype asks for another dtype). A run that was killed goes on where it stopped when the same
 command is given again; stages whose inputs are unchanged are not run again. Derived models are deleted after success
 (--run.keep_scratch keeps them: they are jailbroken or broken models, handle with care).
 """
+
+import sys
 
 from absl import flags
 
@@ -35,7 +38,7 @@ def run() -> None:
         dry_run(settings_flags.read_settings(), _WORKDIR.value)
         return
     job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value)
-    report = job.run()
+    report = job.run(sys.argv)
     say(f"Report: {report}")
     say(f"Model:  {job.folder('export')}")
     if job.patch_file is not None:

@@ -17,9 +17,9 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress(total: int, title: str, unit: str) -> tqdm:
-    """Return a progress bar with rate and remaining time, silent in all but the first process."""
-    return tqdm(total=total, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
+def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
+    """Return a progress bar with rate and remaining time, silent in all but the first process; `done` were there before."""
+    return tqdm(total=total, initial=done, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
                 mininterval=0.5, disable=not first(), leave=True)
 
 

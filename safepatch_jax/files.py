@@ -10,8 +10,11 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 from typing import Any, BinaryIO, Iterator
+
+LOCK = ".lock"
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
@@ -67,6 +70,28 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def claimed(folder: str | pathlib.Path) -> Iterator[None]:
+    """Be the only process that works in a folder while the block runs; a dead process claims nothing.
+
+    Raises:
+      ValueError: another one is at work there; says which.
+    """
+    path = pathlib.Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            f.seek(0)
+            raise ValueError(f"Another run is at work in {folder} ({f.read().strip() or 'just begun'}). Wait until it has ended, "
+                             "stop it, or give another folder.") from error
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
         yield
 
 

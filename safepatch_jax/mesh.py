@@ -7,8 +7,11 @@ import math
 from typing import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from safepatch_jax import processes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -113,6 +116,21 @@ class Sharder:
     def place(self, x: np.ndarray, *axes: str) -> jax.Array:
         """Place a host array that every process holds; each process copies its own devices' parts alone."""
         return jax.make_array_from_callback(x.shape, self.sharding(axes, x.shape), lambda index: x[index])
+
+    def local_rows(self, rows: int) -> list[int]:
+        """Return which rows of a batch of so many this process's devices hold; all, where the mesh does not divide it."""
+        if rows % self.batch_ways:
+            return list(range(rows))
+        held = self.sharding(("batch",)).addressable_devices_indices_map((rows,))
+        return sorted({row for (part,) in held.values() for row in range(*part.indices(rows))})
+
+    def most(self, value: int) -> int | jax.Array:
+        """Return the largest of the processes' values; with several processes an array, which all of them see alike."""
+        if not processes.several():
+            return value
+        sharding = NamedSharding(self.mesh, PartitionSpec(MESH_AXES))
+        values = jax.make_array_from_callback((self.mesh.size,), sharding, lambda index: np.full(1, value, np.int32))
+        return jax.jit(jnp.max, out_shardings=self.replicated())(values)
 
     @property
     def batch_axes(self) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ import numpy as np
 from safepatch_jax import files, joining
 from safepatch_jax.joining import client, fail, failures, initialize, joined, runtime, until, who
 
-__all__ = ["AnotherFailed", "agree", "agree_on_devices", "barrier", "broadcast", "count", "fail", "fetch", "first",
-           "initialize", "joined", "locked", "new_folder", "on_first", "several", "shared"]
+__all__ = ["AnotherFailed", "agree", "agree_on_devices", "barrier", "broadcast", "claimed", "count", "everyones", "fail", "fetch",
+           "first", "initialize", "joined", "locked", "new_folder", "on_first", "several", "shared"]
 
 _TURN = 2.0  # seconds between two looks whether another process has failed
 _SIGHT = 60.0  # seconds until a new file must be seen on all hosts; network file systems remember what was not there
@@ -78,6 +78,13 @@ def broadcast(value: Any = None) -> Any:
     client().key_value_set(key, text)
     _State.spent.append(key)
     return json.loads(text)
+
+
+def everyones(value: Any) -> list[Any]:
+    """Return the values of all processes, each JSON-able, in all processes."""
+    if not several():
+        return [value]
+    return broadcast(_gather("everyones", value))
 
 
 def on_first(function: Callable[..., Any], together: Callable[[Any], Any] | None = None) -> Any:
@@ -212,6 +219,14 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
     """As `files.locked`, held by process 0 for all."""
     with files.locked(path) if first() else contextlib.nullcontext():
         barrier(f"{path} is locked")
+        yield
+
+
+@contextlib.contextmanager
+def claimed(folder: str | pathlib.Path) -> Iterator[None]:
+    """As `files.claimed`, by process 0 for all."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(files.claimed(folder)))
         yield
 
 

@@ -48,6 +48,7 @@ class DataSettings:
         "builtin", "Harmful question/answer pairs: 'builtin'; 'set:NAME@SPLIT', a public data set (docs/data.md); a CSV / JSON /"
         " JSONL / Parquet file with prompt and answer, 'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; or"
         " 'tfds:NAME@SPLIT'.")
+    category: str = _option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")
     lookalike: str = _option(
         "builtin", "Harmless prompts that look dangerous (over-refusal), given likewise; answers are not needed.")
     ordinary: str = _option("builtin", "Ordinary instructions with answers, given likewise.")
@@ -55,6 +56,9 @@ class DataSettings:
         "", "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in run.cache_dir.")
     max_prompt_tokens: int = _option(96, "Longer prompts are left out; they are counted and reported.", low=8)
     max_answer_tokens: int = _option(32, "Longer answers are cut here; they are counted and reported.", low=2)
+    length_buckets: int = _option(
+        1, "Padded lengths that batches of training and scoring may have. Several save padding where lengths differ much, cost a"
+        " compilation each, and bring examples of like length together.", low=1)
     train_limit: int = _option(200, "At most so many records of each role for training.", low=1)
     eval_limit: int = _option(48, "At most so many records of each role for evaluation.", low=1)
 
@@ -159,6 +163,9 @@ class RunSettings:
     certify: str = _option(
         "logits", "Certificate of import and export: compare logits with Hugging Face torch (without torch: are they finite,"
         " what perplexity), or hashes alone.", choices=("logits", "hashes"))
+    checkpoint_minutes: float = _option(
+        10.0, "Minutes between two checkpoints within alignment and derivation (12 bytes a parameter with AdamW, two are kept);"
+        " 0: none. At SIGTERM one is always written.", low=0)
     cache_dir: str = _option("~/.cache/safepatch_jax", "Converted and aligned models and compiled programs.")
 
 

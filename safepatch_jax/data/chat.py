@@ -167,12 +167,14 @@ def lengths(examples: Sequence[Example]) -> tuple[int, int]:
             bucket(max(len(e.answer_ids) for e in examples)))
 
 
-def training_batch(examples: Sequence[Example], length: int, answer_length: int) -> dict[str, Any]:
+def training_batch(examples: Sequence[Example], length: int, answer_length: int, rows: Sequence[int] | None = None,
+                   ) -> dict[str, Any]:
     """Lay examples out for the loss.
 
     Args:
       examples: B pairs.
       length, answer_length: T and A, see `lengths`.
+      rows: numbers of the examples that are laid out, the other rows stay empty; None for all.
 
     Returns:
       NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32 (the position whose
@@ -182,7 +184,8 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int)
     tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
     predict_at = np.zeros((len(examples), answer_length), np.int32)
     targets, weights = np.zeros_like(predict_at), np.zeros(predict_at.shape, np.float32)
-    for b, e in enumerate(examples):
+    for b in range(len(examples)) if rows is None else rows:
+        e = examples[b]
         ids = (*e.prompt_ids, *e.answer_ids[:-1])
         tokens[b, :len(ids)], valid[b, :len(ids)] = ids, True
         n = len(e.answer_ids)

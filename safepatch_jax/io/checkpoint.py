@@ -35,7 +35,7 @@ def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
         with _checkpointer(tree) as checkpointer:
             checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
     except Exception as error:
-        if not _from_disk(error):
+        if not from_disk(error):
             raise
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
         reason = str(error.__cause__ or error).partition("\n")[0]
@@ -59,7 +59,7 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any], *, partial: bo
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(
                 abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial))
     except Exception as error:
-        if not _from_disk(error):
+        if not from_disk(error):
             raise
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}") from error
@@ -90,21 +90,25 @@ class StoredTree(Mapping[str, jax.Array]):
         return len(self._abstract)
 
 
-def _from_disk(error: Exception) -> bool:
+def from_disk(error: Exception) -> bool:
     """Return whether an error of orbax is about what is, or should be, on a disk; it wraps some in a bare Exception."""
     return isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception
 
 
 def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
-    """Return a checkpointer that holds about one array at a time in host memory.
+    return ocp.Checkpointer(handler(tree))
+
+
+def handler(tree: Any) -> ocp.PyTreeCheckpointHandler:
+    """Return orbax's handler of a tree, one that holds about one array at a time in host memory.
 
     Left to itself orbax holds up to 96 GB, and copies of all arrays while it compresses them, which saves a quarter of the
     disk at best.
     """
     largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     limit = max(1, math.ceil(largest / 1e9))
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(
-        use_compression=False, save_concurrent_gb=limit, restore_concurrent_gb=limit, save_device_host_concurrent_gb=limit))
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False, save_concurrent_gb=limit, restore_concurrent_gb=limit, save_device_host_concurrent_gb=limit)
 
 
 def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: str | pathlib.Path,

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from safepatch_jax.console import progress
-from safepatch_jax.data.chat import Example, training_batch
+from safepatch_jax.data.chat import Example, lengths, training_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import Param, nest, param_table, unnest
@@ -102,14 +102,15 @@ class SensitivityMeter:
         scoped = {row.path: params.pop(row.path) for row in self._rows}
         return self._add_samples.trace(scoped, scoped, params, batch)
 
-    def measure(self, params: dict[str, jax.Array], examples: Sequence[Example], shape: tuple[int, int],
+    def measure(self, params: dict[str, jax.Array], examples: Sequence[Example], shapes: Sequence[tuple[int, int]],
                 title: str, batch_size: int = 1) -> dict[str, jax.Array]:
         """Return the sum of |gradient| over samples, or over batches (of the batch's summed NLL).
 
         Args:
           params: flat ``{path: array}`` of the derived model, float32.
           examples: calibration samples.
-          shape: T and A to which samples are padded.
+          shapes: T and A to which samples may be padded, ascending; the last holds every sample. With several, samples are
+            taken in the order of their length.
           title: shown at the progress bar.
           batch_size: samples a gradient; 1 is SNIP's own reading. The last batch may have fewer.
 
@@ -123,9 +124,12 @@ class SensitivityMeter:
         rest = {path: x for path, x in params.items() if path not in scoped}
         add, size = (self._add_samples, self._sharder.batch_ways) if batch_size == 1 else (self._add_batch, batch_size)
         total, losses = self._zeros(), []
+        if len(shapes) > 1:
+            examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
         with progress(len(examples), title, "sample") as bar:
             for start in range(0, len(examples), size):
                 chosen = examples[start:start + size]
+                shape = next(shape for shape in shapes if shape[0] >= lengths(chosen)[0])
                 batch = put_batch(_full_batch(chosen, shape, size), self._sharder)
                 total, nll = add(total, scoped, rest, batch)
                 losses.append(nll)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import pathlib
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,10 @@ class Context:
     @functools.cached_property
     def records(self) -> dict[str, list[Record]]:
         data = self.settings.data
-        return {role: load_records(role, getattr(data, role), data.manual_dir, self.cache_dir / "datasets") for role in ROLES}
+        records = {role: load_records(role, getattr(data, role), data.manual_dir, self.cache_dir / "datasets") for role in ROLES}
+        if data.category:
+            records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
+        return records
 
     @functools.cached_property
     def data_hashes(self) -> dict[str, str]:
@@ -109,3 +113,18 @@ class Context:
         """Return every id that ends an answer: of the config, the generation config, the tokenizer and the template."""
         ids, chat = stop_ids(folder, read_hf_config(folder)), self.chat(folder)
         return tuple(sorted((ids | {chat.tokenizer.eos_token_id, chat.end_of_turn()}) - {None}))
+
+
+def _of_categories(records: Sequence[Record], names: str, source: str) -> list[Record]:
+    """Return the records of categories given as 'A+B'; one of several categories ('A; B') is in each of them.
+
+    Raises:
+      ValueError: no record is of one of the categories; lists those that are there.
+    """
+    of = [{name.strip() for name in record.category.split(";")} for record in records]
+    wanted = {name.strip() for name in names.split("+")}
+    counts = collections.Counter(name or "(none)" for own in of for name in own)
+    if unknown := sorted(wanted - counts.keys()):
+        raise ValueError(f"{source}: no record is of the category {', '.join(map(repr, unknown))} (data.category). There are "
+                         + ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items())) + ".")
+    return [record for record, own in zip(records, of) if own & wanted]

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Sequence
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.merge import ROLES
-from safepatch_jax.pipeline import card, certificate, report
+from safepatch_jax.pipeline import card, certificate, environment, report
 from safepatch_jax.pipeline.convert import source_facts
+from safepatch_jax.pipeline.metrics import Metrics
 from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, version_of, versions
 from safepatch_jax.pipeline.work import Work
 from safepatch_jax.settings import Settings, settings_differences
@@ -21,8 +23,8 @@ from safepatch_jax.settings import Settings, settings_differences
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
 # Settings that say where and how a run is done, not what comes out.
-PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "mesh.", "model.remat", "model.loss_chunk", "model.architecture",
-         "derive.accumulate", "data.manual_dir")
+PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "run.checkpoint_minutes", "mesh.", "model.remat", "model.loss_chunk",
+         "model.architecture", "derive.accumulate", "data.manual_dir")
 
 
 class Job(Work):
@@ -51,26 +53,39 @@ class Job(Work):
         """The difference between backbone and result; None where their dtypes differ."""
         return self.runner.folder("patch_file") / "patch.safetensors" if "patch_file" in self.runner.stages else None
 
-    def run(self) -> pathlib.Path:
-        """Run every stage that is not up to date; return the path of the report."""
+    def run(self, command: Sequence[str] = ()) -> pathlib.Path:
+        """Run every stage that is not up to date; return the path of the report.
+
+        Args:
+          command: with which the run was started; it is noted.
+
+        Raises:
+          ValueError: another run is at work in the workdir; or what a stage finds wrong.
+        """
         for folder in (self.workdir, self.context.cache_dir):
             processes.shared(folder)
-        processes.on_first(self._begin)
-        for line in self.plan():
-            say(line)
+        with processes.claimed(self.workdir):
+            processes.on_first(lambda: self._begin(command))
+            for line in self.plan():
+                say(line)
+            return self._run_claimed()
+
+    def _run_claimed(self) -> pathlib.Path:
         try:
-            return self._run_stages()
+            with Metrics(self.workdir) as self.metrics:
+                return self._run_stages()
         except BaseException:
             if left := self.runner.scratch_left():
                 say(f"The run did not finish. Derived models or scores lie in {', '.join(map(str, left))}: the same command "
                     "goes on from there; else delete them, they are jailbroken or broken models.")
             raise
 
-    def _begin(self) -> None:
+    def _begin(self, command: Sequence[str]) -> None:
         if self.runner.status("report") not in FINISHED:
             for name in (*report.FILES, "manifest.json"):  # of other settings, or of a run that was not finished
                 (self.workdir / name).unlink(missing_ok=True)
         files.write_json(self.workdir / "settings.json", self.settings.to_dict())
+        environment.write(self.workdir, command, self.context.sharder)
 
     def _run_stages(self) -> pathlib.Path:
         self.runner.finish(["import", "certify_import"])
@@ -119,7 +134,7 @@ class Job(Work):
         s, data = self.settings, self.context.data_hashes
         compute = {"compute_dtype": s.model.compute_dtype}
         train = compute | {"attention": s.model.attention, "loss": s.derive.loss, "optimizer": s.derive.optimizer, "seed": s.run.seed} | {
-            k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit")}
+            k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit", "length_buckets")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
         patch = dataclasses.asdict(s.patch) | {
             "dtype": s.export.dtype, "rounding": s.export.rounding, "seed": s.run.seed}
@@ -182,7 +197,7 @@ class Job(Work):
     def _claim_workdir(self, update: bool) -> None:
         path = self.workdir / "settings.json"
         if not path.is_file():
-            if self.workdir.is_dir() and {p.name for p in self.workdir.iterdir()} - {"stages", "sweep.jsonl"}:
+            if self.workdir.is_dir() and {p.name for p in self.workdir.iterdir()} - {"stages", files.LOCK, "sweep.jsonl"}:
                 raise ValueError(f"{self.workdir} holds files that are not of a run; use a new or empty --workdir.")
             return
         try:

@@ -76,6 +76,11 @@ class Runner:
             return self._cache_dir / "stages" / f"{name}-{self.key(name)[:16]}"
         return self._workdir / "stages" / name
 
+    def aside(self, name: str) -> pathlib.Path:
+        """Return a folder for what a stage keeps while it is under way: it survives a kill, and goes when the stage is done."""
+        folder = self.folder(name)
+        return folder.with_name(f".{folder.name}.{self.key(name)[:16]}.steps")
+
     def manifest(self, name: str) -> dict[str, Any] | None:
         """Return the manifest if the stage was finished with these very inputs, else None; as this process sees it."""
         try:
@@ -131,7 +136,8 @@ class Runner:
 
     def scratch_left(self) -> list[pathlib.Path]:
         """Return the folders of scratch stages that hold outputs; as this process sees it."""
-        folders = [self.folder(name) for name, stage in self.stages.items() if stage.scratch]
+        scratch = [name for name, stage in self.stages.items() if stage.scratch]
+        folders = [folder(name) for name in scratch for folder in (self.folder, self.aside)]
         return [f for f in folders if f.is_dir() and any(p.name != MANIFEST for p in f.iterdir())]
 
     def delete_scratch(self) -> None:
@@ -167,6 +173,7 @@ class Runner:
                 "seconds": round(time.monotonic() - begun, 1),
                 "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }))
+        processes.on_first(lambda: shutil.rmtree(self.aside(stage.name), ignore_errors=True))
         say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
-from safepatch_jax.data.chat import Chat, lengths
+from safepatch_jax.data.chat import Chat
+from safepatch_jax.data.pipeline import Pool, shapes, training_batches
 from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io.checkpoint import StoredTree, load_tree, read_description, save_tree
@@ -32,15 +33,17 @@ from safepatch_jax.pipeline import card, certificate, report
 from safepatch_jax.pipeline.context import Context
 from safepatch_jax.pipeline.convert import Place, convert
 from safepatch_jax.pipeline.figures import PATCH, draw_patch
+from safepatch_jax.pipeline.metrics import Metrics
 from safepatch_jax.pipeline.stages import Runner, versions
 from safepatch_jax.settings import PatchSettings, Settings
-from safepatch_jax.training.step import Recipe, endless_batches
+from safepatch_jax.training.step import Outcome, Recipe, Saving, ignore
 
 
 class Work:
     """The bodies of a run's stages. Each fills the empty folder it is given and returns what its manifest records."""
 
     runner: Runner
+    metrics: Metrics | None = None
 
     def __init__(self, settings: Settings):
         self.settings, self.context = settings, Context(settings)
@@ -129,11 +132,8 @@ class Work:
         ordinary = self.context.encoded(source, "ordinary", "train").examples
         share = round(align.batch_size * align.ordinary_share)
         pools = [(pool, rows) for pool, rows in ((refusals, align.batch_size - share), (ordinary, share)) if rows]
-        shape = lengths([e for pool, _ in pools for e in pool])
         config = read_hf_config(source)
-        tuned, outcome = self.context.trainer(config).run(
-            self.context.load(source)[1], endless_batches(pools, shape, self.settings.run.seed),
-            Recipe(1.0, align.steps, align.learning_rate), "align")
+        tuned, outcome = self._tune("align", source, pools, Recipe(1.0, align.steps, align.learning_rate))
         save_model(out / "model", tuned, config, source, stored=stored_dtypes(source))
         return _outcome(outcome)
 
@@ -145,12 +145,21 @@ class Work:
             sign=-1.0 if role == "se" else 1.0, steps=getattr(derive, f"{role}_steps"),
             learning_rate=getattr(derive, f"{role}_learning_rate"),
             nll_ceiling=derive.se_nll_ceiling if role == "se" else float("inf"), weight_decay=derive.weight_decay)
-        batches = endless_batches([(examples, derive.batch_size)], lengths(examples), self.settings.run.seed)
-        trainer = self.context.trainer(read_hf_config(self.backbone))
-        tuned, outcome = trainer.run(self.context.load(self.backbone)[1], batches, recipe, f"derive {role.upper()}")
+        tuned, outcome = self._tune(f"derive_{role}", self.backbone, [(examples, derive.batch_size)], recipe)
         say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
         save_tree(out / "params", tuned)
         return _outcome(outcome)
+
+    def _tune(self, stage: str, folder: pathlib.Path, pools: Sequence[Pool], recipe: Recipe) -> tuple[Any, Outcome]:
+        """Tune the model of a folder on so many examples of each pool a step, with checkpoints beside the stage's folder."""
+        sharder, settings = self.context.sharder, self.settings
+        rows = sharder.local_rows(sum(rows for _, rows in pools)) if processes.several() else None
+        batches = training_batches(pools, settings.run.seed, settings.data.length_buckets, rows)
+        saving = Saving(self.runner.aside(stage), settings.run.checkpoint_minutes)
+        record = self.metrics.recorder(stage) if self.metrics else ignore
+        verb, _, role = stage.partition("_")
+        trainer = self.context.trainer(read_hf_config(folder))
+        return trainer.run(self.context.load(folder)[1], batches, recipe, f"{verb} {role.upper()}".strip(), saving, record)
 
     def _score(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Sum gradient magnitudes of the derived model, of each sample or of each batch, over calibration samples."""
@@ -162,8 +171,9 @@ class Work:
         if len(chosen) < score.samples:
             say(f"  only {len(chosen)} of score.samples = {score.samples} samples are there; all are used")
         size = {"per_sample": 1, "batched": score.batch_size}
+        padded = shapes(examples, self.settings.data.length_buckets)
         measure = lambda meter, chosen, mode: meter.measure(
-            derived, chosen, lengths(examples), f"score {role.upper()} {mode}", size[mode])
+            derived, chosen, padded, f"score {role.upper()} {mode}", size[mode])
         save_tree(out / "sensitivity", nest(measure(self.context.meter(config), chosen, score.mode)))
         if score.mode == "batched":  # both modes over two batches, on one weight: see _mode_overlap
             meter = self.context.meter(config, witness=True)
@@ -238,9 +248,13 @@ class Work:
             out / "answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)))
         return measures
 
-    def try_patch(self, patch: PatchSettings) -> dict[str, Any]:
-        """Return the measures of a patched model without writing anything; the scores must be in place."""
-        merged, rest, *_ = self._apply(patch, "patch")
+    def try_patch(self, patch: PatchSettings, seed: int | None = None) -> dict[str, Any]:
+        """Return the measures of a patched model without writing anything; the scores must be in place.
+
+        Args:
+          seed: of the random retention and the stochastic rounding, if not the run's.
+        """
+        merged, rest, *_ = self._apply(patch, "patch", seed)
         return self._measure(self._cast(rest) | merged, "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
@@ -273,7 +287,7 @@ class Work:
         abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder, jnp.dtype(dtype))
         return unnest(load_tree(self.runner.folder(f"derive_{role}") / "params", abstract))
 
-    def _apply(self, patch, title):
+    def _apply(self, patch, title, seed=None):
         """Run the patch operation on a freshly loaded backbone, whose buffers it takes over.
 
         Returns:
@@ -289,8 +303,8 @@ class Work:
         backbone = unnest(params)
         modes = self._mode_overlap(backbone, derived, abstract, witness_row(rows)) if patch is self.settings.patch else {}
         merged, statistics = apply_patching(
-            backbone, derived, sensitivity, rows, patch, self.settings.run.seed, self.context.sharder, title,
-            self.settings.export.dtype, self.settings.export.rounding)
+            backbone, derived, sensitivity, rows, patch, self.settings.run.seed if seed is None else seed,
+            self.context.sharder, title, self.settings.export.dtype, self.settings.export.rounding)
         return merged, {path: x for path, x in backbone.items() if path not in merged}, statistics, modes
 
     def _mode_overlap(self, backbone, derived, abstract, row) -> dict[str, float]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any, Iterator, Mapping, Sequence
+import pathlib
+import time
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
-from safepatch_jax.console import progress
-from safepatch_jax.data.chat import Example, training_batch
+from safepatch_jax import stopping
+from safepatch_jax.console import progress, say
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import ParamTable
+from safepatch_jax.training.checkpoints import Checkpoints
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 
 
@@ -26,6 +31,9 @@ OPTIMIZERS = {
 }
 
 
+_GO_ON, _SAVE, _END = range(3)  # what the processes call for after a step; the highest call counts
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a tuning run does; `sign` is +1 to lower the NLL (descent) and -1 to raise it (ascent)."""
@@ -35,6 +43,31 @@ class Recipe:
     learning_rate: float
     nll_ceiling: float = float("inf")
     weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Where the checkpoints of a tuning run are, and the minutes between two of them; 0: at SIGTERM alone."""
+
+    folder: pathlib.Path
+    minutes: float
+
+
+class Batches(Protocol):
+    """An endless iterator of training batches that can be set to a place it once was in (`data.pipeline.training_batches`)."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+Record = Callable[[int, Mapping[str, float]], None]
+
+
+def ignore(step: int, values: Mapping[str, float]) -> None:
+    """Record nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +151,19 @@ class Trainer:
         metrics = {"nll": token_nll, "gradient_norm": optax.tree.norm(gradients), "stopped": stopped}
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
 
-    def run(self, params: Any, batches: Iterator[dict[str, np.ndarray]], recipe: Recipe, title: str) -> tuple[Any, Outcome]:
+    def run(self, params: Any, batches: Batches, recipe: Recipe, title: str, saving: Saving | None = None,
+            record: Record = ignore) -> tuple[Any, Outcome]:
         """Tune a copy of `params`.
 
         Args:
           params: nested parameter dictionary, any float dtype; not donated.
-          batches: endless iterator of training batches of one shape.
+          batches: endless iterator of training batches.
           recipe: sign, steps, rates.
           title: shown at the progress bar.
+          saving: where and how often checkpoints are written; a run that finds some goes on from the last that is intact. At
+            SIGTERM one is written after the step, and the process ends.
+          record: called with the number of steps done and the measures of the last: answer_nll (nats a token, before its
+            update) and gradient_norm.
 
         Returns:
           (tuned parameters float32, outcome).
@@ -133,37 +171,84 @@ class Trainer:
         Raises:
           ValueError: the loss or a gradient became NaN or infinite (names the step and what to change); a batch that
             `accumulate` and the mesh do not divide.
+          OSError: a checkpoint could not be written.
         """
-        state = self._init(params)
-        del params  # the state holds a copy; whoever handed these over may keep them or not
-        history: list[float] = []
-        stopped = False
+        with contextlib.ExitStack() as stack:
+            store = stack.enter_context(Checkpoints(saving.folder, self._abstract)) if saving else None
+            restored = store.restore() if store else None
+            if restored:
+                state, facts = restored
+                batches.set_state(facts["data"])
+                say(f"  {title}: goes on after step {len(facts['nll'])} of {recipe.steps}")
+            else:
+                state, facts = self._init(params), {"nll": []}
+            del params, restored  # the state holds a copy; whoever handed these over may keep them or not
+            bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
+            stack.enter_context(stopping.listening())
+            journal = _Journal(facts["nll"], bar, title, recipe, record)
+            state = self._loop(state, batches, recipe, journal, store, 60 * saving.minutes if saving else 0.0)
+        reason = f"answer NLL above {recipe.nll_ceiling:g}" if journal.stopped else f"step limit {recipe.steps}"
+        return state["params"], Outcome(tuple(journal.nll), reason)
 
-        def read(step, metrics):
-            nll, norm, stopped = float(metrics["nll"]), float(metrics["gradient_norm"]), bool(metrics["stopped"])
-            if not (np.isfinite(nll) and (np.isfinite(norm) or stopped)):  # a gradient that was not used may be anything
-                raise ValueError(
-                    f"{title}: answer NLL {nll}, gradient norm {norm} at step {step + 1}. Lower the learning rate "
-                    f"({recipe.learning_rate:g}), or check the weights of the model for NaN.")
-            history.append(nll)
-            bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
-            bar.update()
-            return stopped
-
+    def _loop(self, state: Any, batches: Batches, recipe: Recipe, journal: _Journal, store: Checkpoints | None, every: float) -> Any:
+        """Take the steps that are left, with a checkpoint every so many seconds; return the state."""
         scalars = [jnp.float32(x) for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)]
-        with progress(recipe.steps, title, "step") as bar:
-            pending = None
-            for step in range(recipe.steps):
-                batch = put_batch(next(batches), self._sharder)
-                check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
-                state, metrics = self._step(state, batch, *scalars)
-                if pending is not None and (stopped := read(*pending)):
-                    break
-                pending = (step, metrics)
-            if not stopped:
-                stopped = read(*pending)
-        reason = f"answer NLL above {recipe.nll_ceiling:g}" if stopped else f"step limit {recipe.steps}"
-        return state["params"], Outcome(tuple(history), reason)
+        pending = None  # read one step late, so that the devices need not wait for the host
+        saved = time.monotonic()
+        for done in range(len(journal.nll) + 1, recipe.steps + 1):
+            batch = put_batch(next(batches), self._sharder)
+            check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
+            state, metrics = self._step(state, batch, *scalars)
+            due = every > 0 and time.monotonic() - saved > every
+            # One process's clock or signal is enough, and all learn of it at the same step.
+            metrics["call"] = self._sharder.most(_END if stopping.asked() else _SAVE if due else _GO_ON)
+            if pending:
+                journal.read(pending)
+            if journal.stopped:
+                return state
+            pending = metrics
+            if journal.call != _GO_ON:
+                journal.read(pending)
+                if journal.stopped:
+                    return state
+                pending = None
+                if store:
+                    store.save(done, state, {"nll": journal.nll, "data": batches.get_state()})
+                if journal.call == _END:
+                    self._end(done, store)
+                journal.call, saved = _GO_ON, time.monotonic()
+        if pending:
+            journal.read(pending)
+        return state
+
+    def _end(self, done: int, store: Checkpoints | None) -> None:
+        """End the process, as it was asked to."""
+        if store:
+            store.wait()
+        say(f"  SIGTERM: ends after step {done}. " + ("A checkpoint is written; the same command goes on from it." if store
+                                                      else "The same command starts this stage anew."))
+        stopping.stop()
+
+
+class _Journal:
+    """What the steps of a run have measured; read in order, each once."""
+
+    def __init__(self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Record):
+        self.nll, self.stopped, self.call = list(nll), False, _GO_ON
+        self._bar, self._title, self._recipe, self._record = bar, title, recipe, record
+
+    def read(self, metrics: Mapping[str, Any]) -> None:
+        """Wait for a step and note what it measured. Raises ValueError if that is not finite."""
+        nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
+        self.stopped, self.call = bool(metrics["stopped"]), max(self.call, int(metrics["call"]))
+        if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):  # a gradient that was not used may be anything
+            raise ValueError(
+                f"{self._title}: answer NLL {nll}, gradient norm {norm} at step {len(self.nll) + 1}. Lower the learning rate "
+                f"({self._recipe.learning_rate:g}), or check the weights of the model for NaN.")
+        self.nll.append(nll)
+        self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
+        self._bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
+        self._bar.update()
 
 
 def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None:
@@ -184,24 +269,3 @@ def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.A
 def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:
     """Return the logical axes of a batch's arrays: rows that the mesh does not divide are whole on every device."""
     return ("batch" if rows % sharder.batch_ways == 0 else "layers"), "length"  # "layers" is never cut
-
-
-def endless_batches(pools: Sequence[tuple[Sequence[Example], int]], shape: tuple[int, int], seed: int) -> Iterator[dict]:
-    """Yield batches for ever: from each pool so many rows, each pool reshuffled whenever it is used up.
-
-    Args:
-      pools: (examples, rows a batch) pairs.
-      shape: T and A of the batches.
-      seed: order of the examples.
-    """
-    rng = np.random.default_rng(seed)
-    streams = [_endless(examples, rng.spawn(1)[0]) for examples, rows in pools]
-    while True:
-        chosen = [next(stream) for stream, (_, rows) in zip(streams, pools) for _ in range(rows)]
-        yield training_batch(chosen, *shape)
-
-
-def _endless(examples: Sequence[Example], rng: np.random.Generator) -> Iterator[Example]:
-    while True:
-        for i in rng.permutation(len(examples)):
-            yield examples[i]

@@ -24,7 +24,7 @@ def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear"):
     rows = param_table(config).scope(scope)
     decoder = Decoder(config, jnp.float32, sharder)
     total = SensitivityMeter(decoder, rows, sharder).measure(
-        unnest(params), examples, lengths(examples), "test", batch_size)
+        unnest(params), examples, [lengths(examples)], "test", batch_size)
     return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from safepatch_jax.data.chat import Chat, lengths, training_batch
+from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
-from safepatch_jax.training.step import Recipe, Trainer, endless_batches
+from safepatch_jax.training.step import Recipe, Trainer
 from tests.conftest import sharder_of
 
 PAIRS = [(f"question {i}", "yes, number " * (1 + i % 2)) for i in range(8)]
@@ -28,7 +29,7 @@ def make(tiny, devices=1, loss="mean", remat="none", tensor=1, **options):
 
 
 def batches(examples):
-    return endless_batches([(examples, 8)], lengths(examples), seed=0)
+    return training_batches([(examples, 8)], seed=0)
 
 
 def test_descent_lowers_and_ascent_raises_with_one_program(tiny):
@@ -95,15 +96,6 @@ def test_any_mesh_trains_alike(tiny, devices, tensor):
     assert np.mean(np.abs(moved[0] - moved[1]) > 1e-5) < 0.01
     sharding = results[1][0]["layers/mlp/up"].sharding
     assert len(sharding.device_set) == devices and not sharding.is_fully_replicated
-
-
-def test_batches_are_seeded_and_visit_every_example(tiny):
-    examples = make(tiny)[-1]
-    shape = lengths(examples)
-    first, again = (next(endless_batches([(examples, 8)], shape, seed=4)) for _ in range(2))
-    np.testing.assert_array_equal(first["tokens"], again["tokens"])
-    rows = {row.tobytes() for row in first["tokens"]}
-    assert rows == {row.tobytes() for row in training_batch(examples, *shape)["tokens"]}
 
 
 @pytest.mark.parametrize("devices, options", [

@@ -1,0 +1,154 @@
+"""Kill a run again and again, and compare what it ends with to that of a run that was never disturbed.
+
+  python -m benchmarks.faults --folder=DIR --kills=20 -- launch.safepatch --config=configs/demo.py
+  python -m benchmarks.faults --folder=DIR --kills=20 -- launch.continual run --config=... --stages=...
+
+The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with a cache of its own (--cache=DIR2
+starts both from a copy of one). First the run is left alone, and the moments are noted at which its stages begin. Then it is
+started again from nothing, killed (SIGKILL, or --signal=SIGTERM) at a random moment of a stage, started by the same command, killed
+in the next stage, and so on: in each stage at least once, and further kills in stages drawn by their duration. At last it is
+left alone, and every file of both that is named by --compare is compared by its SHA-256.
+
+Ends with 1 if a file differs or is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+from absl import app, flags
+
+from safepatch_jax.files import file_sha256
+
+_FOLDER = flags.DEFINE_string("folder", None, "Where the two runs are made; new or empty.", required=True)
+_KILLS = flags.DEFINE_integer("kills", 20, "How often the second run is killed.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+_SIGNAL = flags.DEFINE_enum("signal", "SIGKILL", ["SIGKILL", "SIGTERM"], "What the run is killed with.")
+_CACHE = flags.DEFINE_string("cache", "", "A cache folder of which each run gets a copy, such as one with compiled programs.")
+_MINUTES = flags.DEFINE_float("checkpoint_minutes", 0.05, "Minutes between checkpoints in the run that is killed.")
+_COMPARE = flags.DEFINE_list(
+    "compare", ["**/export/model/*.safetensors", "**/patch_file/patch.safetensors", "**/stages/evaluate_*/answers.jsonl"],
+    "Files that must be equal, by pattern.")
+_BEGINS = re.compile(r"^(\S+): running$")
+
+
+class Run:
+    """A started run whose lines can be waited for."""
+
+    def __init__(self, name: str, arguments: list[str], minutes: float):
+        folder = pathlib.Path(_FOLDER.value).expanduser()
+        module, *rest = arguments
+        command = [sys.executable, "-m", module, *rest, f"--workdir={folder / name}", f"--run.cache_dir={folder / ('cache ' + name)}",
+                   f"--run.checkpoint_minutes={minutes}"]
+        log = open(folder / f"{name}.log", "a", encoding="utf-8")
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ)
+        self._lines: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(log,), daemon=True).start()
+
+    def _read(self, log) -> None:
+        for line in self._process.stdout:
+            log.write(line)
+            log.flush()
+            self._lines.put((time.monotonic(), line.rstrip("\n")))
+        self._lines.put((time.monotonic(), None))
+
+    def lines(self):
+        """Yield (moment, line) to the end."""
+        while (found := self._lines.get())[1] is not None:
+            yield found
+
+    def end(self, with_signal: int | None = None) -> int:
+        """Return the exit code, after a signal if one is given."""
+        if with_signal is not None:
+            self._process.send_signal(with_signal)
+        return self._process.wait()
+
+
+def undisturbed(arguments: list[str]) -> tuple[list[str], list[float], float]:
+    """Run to the end; return the stages in order, the seconds of each, and those of all."""
+    run, stages, moments, begun = Run("undisturbed", arguments, 0.0), [], [], time.monotonic()
+    for moment, line in run.lines():
+        if found := _BEGINS.match(line):
+            stages.append(found[1])
+            moments.append(moment)
+    if code := run.end():
+        sys.exit(f"The undisturbed run ended with {code}; see {_FOLDER.value}/undisturbed.log.")
+    now = time.monotonic()
+    return stages, list(np.diff([*moments, now])), now - begun
+
+
+def planned(seconds: list[float], kills: int, rng: np.random.Generator) -> list[int]:
+    """Return how many kills each stage gets."""
+    times = np.ones(len(seconds), int) if kills >= len(seconds) else np.zeros(len(seconds), int)
+    further = rng.choice(len(seconds), kills - times.sum(), p=np.array(seconds) / sum(seconds))
+    return list(times + np.bincount(further, minlength=len(seconds)))
+
+
+def killed(arguments: list[str], stages: list[str], seconds: list[float], times: list[int], rng: np.random.Generator) -> list[dict]:
+    """Run with kills; return what was done."""
+    told = []
+    for stage, duration, count in zip(stages, seconds, times):
+        for _ in range(count):
+            run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
+            if any(line == f"{stage}: running" for _, line in run.lines()):
+                time.sleep(delay)
+                code = run.end(getattr(signal, _SIGNAL.value))
+            else:
+                code = run.end()  # the stage was finished by the start before, just ahead of its signal
+            told.append({"stage": stage, "after": round(delay, 1), "exit": code})
+            print(f"{len(told):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}", flush=True)
+    if code := Run("killed", arguments, _MINUTES.value).end():
+        sys.exit(f"The last start, which was left alone, ended with {code}; see {_FOLDER.value}/killed.log.")
+    return told
+
+
+def compared(folder: pathlib.Path) -> tuple[int, list[str]]:
+    """Return how many files are equal, and the names of those that are not."""
+    names = sorted({str(p.relative_to(folder / run)) for run in ("undisturbed", "killed") for pattern in _COMPARE.value
+                    for p in (folder / run).glob(pattern)})
+    digest = lambda path: file_sha256(path) if path.is_file() else None
+    wrong = [name for name in names if digest(folder / "undisturbed" / name) != digest(folder / "killed" / name)]
+    return len(names) - len(wrong), wrong
+
+
+def main(argv: list[str]) -> None:
+    folder, arguments = pathlib.Path(_FOLDER.value).expanduser(), argv[1:]
+    if not arguments:
+        sys.exit("Give a launcher and its flags after --, such as: -- launch.safepatch --config=configs/demo.py")
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("undisturbed", "killed"):
+        if _CACHE.value:
+            shutil.copytree(pathlib.Path(_CACHE.value).expanduser(), folder / f"cache {name}")
+    rng = np.random.default_rng(_SEED.value)
+    stages, seconds, whole = undisturbed(arguments)
+    print(f"Undisturbed: {whole:.0f} s, {len(stages)} stages.", flush=True)
+    begun = time.monotonic()
+    told = killed(arguments, stages, seconds, planned(seconds, _KILLS.value, rng), rng)
+    took = time.monotonic() - begun
+    equal, wrong = compared(folder)
+    log = (folder / "killed.log").read_text(encoding="utf-8")
+    resumed = re.findall(r"goes on after step (\d+) of \d+", log)
+    print(f"{len(told)} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a stage {len(resumed)} times (after "
+          f"steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. {equal} files equal, {len(wrong)} not.")
+    for name in wrong:
+        print(f"differs: {name}")
+    (folder / "faults.json").write_text(json.dumps({"kills": told, "seconds": took, "undisturbed": whole, "equal": equal,
+                                                    "different": wrong, "resumed": resumed}, indent=2) + "\n")
+    sys.exit(1 if wrong or not equal else 0)
+
+
+if __name__ == "__main__":
+    app.run(main)

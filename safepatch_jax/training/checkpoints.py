@@ -1,0 +1,138 @@
+"""Checkpoints within a training run, so that a killed one goes on at the very step, with the bits it would have had.
+
+A checkpoint is orbax's, written in the background: the state's arrays, and as JSON where the data stand and what was measured so
+far. It appears whole or not at all. A checksum of each array, taken on the devices when it is saved, is compared after it is read:
+what was damaged on the disk is found, and the checkpoint before it is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+from typing import Any, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import lax
+
+from safepatch_jax import processes
+from safepatch_jax.console import say
+from safepatch_jax.io.checkpoint import from_disk, handler
+from safepatch_jax.numerics import row_major_index
+
+KEPT = 2  # the last one may be damaged
+
+
+class Checkpoints:
+    """The checkpoints of one training run.
+
+    Args:
+      folder: theirs alone; made if it is not there.
+      abstract: the state as ShapeDtypeStructs with shardings. A checkpoint may come from another mesh.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, abstract: Any):
+        self._folder, self._abstract = pathlib.Path(folder).absolute(), abstract
+        processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        self._manager = ocp.CheckpointManager(
+            self._folder, item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Finish what is being written; its failure is told unless something else has failed."""
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            with contextlib.suppress(Exception if kind else ()):
+                self._manager.close()
+
+    def restore(self) -> tuple[Any, dict[str, Any]] | None:
+        """Return state and facts of the last checkpoint that is intact; None where there is none.
+
+        Checkpoints that cannot be read, or whose arrays are not as they were saved, are named and deleted.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            reason, found = self._read(step)
+            reasons = processes.everyones(reason)
+            if not any(reasons):
+                return found
+            say(f"  The checkpoint of step {step} is damaged ({next(filter(None, reasons))}). It is deleted; what was saved before "
+                "it, or the start, takes its place.")
+            processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
+            self._manager.reload()
+        return None
+
+    def _read(self, step: int) -> tuple[str, tuple[Any, dict[str, Any]] | None]:
+        """Return why a checkpoint cannot be used ('' if it can), and what it holds."""
+        flat = _flat(self._abstract)
+        try:
+            held = self._manager.restore(step, args=ocp.args.Composite(
+                facts=ocp.args.JsonRestore(), state=ocp.args.PyTreeRestore(
+                    flat, restore_args=ocp.checkpoint_utils.construct_restore_args(flat))))
+            saved, facts = held.facts["checksums"], held.facts["facts"]
+        except Exception as error:
+            if not from_disk(error) and not isinstance(error, TypeError):
+                raise
+            return str(error.__cause__ or error).partition("\n")[0][:200] or type(error).__name__, None
+        if wrong := [name for name, value in checksums(held.state).items() if saved.get(name) != value]:
+            return f"{wrong[0]} is not as it was saved", None
+        state = jax.tree.unflatten(jax.tree.structure(self._abstract), [held.state[name] for name in flat])
+        return "", (state, facts)
+
+    def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint; the arrays are copied before this returns, and written in the background.
+
+        Raises:
+          OSError: the disk is full or cannot be written; of this checkpoint, or of the one before it.
+        """
+        flat = _flat(state)
+        facts = json.loads(json.dumps(facts))  # a copy: they are written in the background too
+        with self._telling():
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                facts=ocp.args.JsonSave({"facts": facts, "checksums": checksums(flat)}),
+                state=ocp.args.PyTreeSave(flat)))
+
+    def wait(self) -> None:
+        """Return when everything is written. Raises OSError as `save` does."""
+        with self._telling():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say of a failed write what to do about it."""
+        try:
+            yield
+        except Exception as error:
+            if not from_disk(error):
+                raise
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
+            raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, and {KEPT} are kept; free "
+                          "space, or write none (--run.checkpoint_minutes=0), then give the same command again.") from error
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a state by name, in their order."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Return a checksum of each array's bits, whatever its sharding; a change of one entry always changes it."""
+    return {name: int(x) for name, x in jax.device_get(_checksums(dict(arrays))).items()}
+
+
+@jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def checksum(x):
+        bits = x.astype(jnp.uint32) if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
+        # Modulo 2^32 a sum has no order, and an odd factor loses nothing.
+        return jnp.sum(bits * (2 * row_major_index(x.shape, range(x.ndim), jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return {name: checksum(x) for name, x in arrays.items()}

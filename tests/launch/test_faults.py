@@ -1,0 +1,56 @@
+"""Runs that are killed at any moment, by their launchers: the same command goes on, and ends with the same bits."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from safepatch_jax.testing import write_tiny_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENV = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A whole job of seconds; its derivation takes long enough to be met."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_tiny_model(folder / "model", num_hidden_layers=1)
+    rows = [f"prompt {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
+    (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
+    return [f"--data.{role}={folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")] + [
+        f"--model.source={folder / 'model'}", "--run.certify=hashes", "--derive.se_steps=60", "--derive.osm_steps=5",
+        "--derive.se_learning_rate=1e-5", "--derive.osm_learning_rate=1e-3", "--score.samples=4", "--evaluate.max_new_tokens=3"]
+
+
+def test_killed_in_any_stage_a_run_ends_with_the_same_bits(flags, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults", f"--folder={tmp_path / 'runs'}", "--kills=2", "--seed=1",
+         "--checkpoint_minutes=0.000001", "--", "launch.safepatch", *flags],
+        cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"2 times SIGKILL.* damaged checkpoints: 0\. \d+ files equal, 0 not\.", done.stdout), done.stdout
+    killed = [int(code) for code in re.findall(r"exit code (-?\d+)", done.stdout)]
+    assert killed.count(-signal.SIGKILL) >= 1, done.stdout
+
+
+def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_goes_on(flags, tmp_path):
+    command = [sys.executable, "-m", "launch.safepatch", f"--workdir={tmp_path / 'work'}", f"--run.cache_dir={tmp_path / 'cache'}", *flags]
+    run = subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = tmp_path / "work" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        pass
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=120)
+    ended = re.search(r"SIGTERM: ends after step (\d+)\. A checkpoint is written; the same command goes on from it\.", out)
+    assert run.returncode == 143 and ended and "Traceback" not in err, out + err
+    assert "Derived models or scores lie in" in out  # in the checkpoint
+    again = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"derive SE: goes on after step {ended[1]} of 60" in again.stdout
+    steps = [line for line in metrics.read_text().splitlines() if '"derive_se"' in line]
+    assert len(steps) == 60
