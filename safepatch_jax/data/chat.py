@@ -19,11 +19,13 @@ from safepatch_jax.io.companions import VOCABULARY
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token; the text asked."""
+    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token; the text asked; and
+    where a loss needs it, the log-probability (nats) that a reference model gives the answer."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     prompt: str = ""
+    reference: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,8 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
 
     Returns:
       NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32 (the position whose
-      logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an answer token, else 0).
+      logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an answer token, else 0);
+      reference [B, 1] float32 where the examples have one.
     """
     shape = len(examples), length
     tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -191,7 +194,10 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
         n = len(e.answer_ids)
         predict_at[b, :n] = len(e.prompt_ids) - 1 + np.arange(n)
         targets[b, :n], weights[b, :n] = e.answer_ids, 1.0
-    return {"tokens": tokens, "valid": valid, "predict_at": predict_at, "targets": targets, "weights": weights}
+    batch = {"tokens": tokens, "valid": valid, "predict_at": predict_at, "targets": targets, "weights": weights}
+    if examples[0].reference is not None:
+        batch["reference"] = np.array([[e.reference] for e in examples], np.float32)
+    return batch
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.importance import SensitivityMeter, witness_row
 from safepatch_jax.settings import Settings
+from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import Trainer, check_batch
 
 
@@ -74,9 +75,10 @@ class Context:
             check_batch(f"{group}.batch_size", rows, self.settings.derive.accumulate, self.sharder)
 
     @functools.cache
-    def trainer(self, config: DecoderConfig) -> Trainer:
+    def trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
+        """Return the train step of a loss, by default of the patches' likelihood."""
         derive = self.settings.derive
-        return Trainer(self.training_decoder(config), param_table(config), self.sharder, loss=derive.loss,
+        return Trainer(self.training_decoder(config), param_table(config), self.sharder, loss=loss or Likelihood(derive.loss),
                        clip_norm=derive.clip_norm, optimizer=derive.optimizer, accumulate=derive.accumulate,
                        chunk=self.settings.model.loss_chunk)
 

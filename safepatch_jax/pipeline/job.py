@@ -197,7 +197,8 @@ class Job(Work):
     def _claim_workdir(self, update: bool) -> None:
         path = self.workdir / "settings.json"
         if not path.is_file():
-            if self.workdir.is_dir() and {p.name for p in self.workdir.iterdir()} - {"stages", files.LOCK, "sweep.jsonl"}:
+            held = {p.name for p in self.workdir.iterdir()} if self.workdir.is_dir() else set()
+            if not all(name in ("stages", files.LOCK) or name.startswith("sweep") for name in held):
                 raise ValueError(f"{self.workdir} holds files that are not of a run; use a new or empty --workdir.")
             return
         try:

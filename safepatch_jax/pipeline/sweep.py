@@ -3,75 +3,212 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import pathlib
-from typing import Any, Iterator, Mapping, Sequence
+import statistics
+import time
+from typing import Any, Mapping, Sequence
 
 from safepatch_jax import files, processes
-from safepatch_jax.console import say
+from safepatch_jax.console import say, some
+from safepatch_jax.pipeline import sweep_analysis, sweep_report
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.report import share
-from safepatch_jax.settings import Settings, declared_options
+from safepatch_jax.pipeline.sweep_points import Point, label, varied
+from safepatch_jax.settings import Settings
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
+ROWS = "sweep.jsonl"
+_ROW = {"patch": dict, "seed": int, "keys": dict, "measures": dict, "seconds": (int, float)}
+_MEASURES = ("harmful", "lookalike", "harmful_nll", "ordinary_perplexity")
 
 
-def parse_grid(text: str) -> dict[str, list[Any]]:
-    """Read a grid such as ``patch.beta=1,2,3;patch.retention=0.3,1``.
+class _SweepJob(Job):
+    """The stages up to the scores, in the workdir of a sweep: it holds no settings.json, as no one run made it."""
+
+    def _claim_workdir(self, update: bool) -> None:
+        claim(self.workdir)
+
+
+def claim(workdir: pathlib.Path) -> None:
+    """Refuse a workdir that is not a sweep's.
 
     Raises:
-      ValueError: not of this form, or a setting that is not of the patch group.
+      ValueError: it holds a run, or files of someone else.
     """
-    grid = {}
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        name, equals, values = part.partition("=")
-        field = declared_options().get(name)
-        if not equals or field is None or not name.startswith("patch."):
-            raise ValueError(f"--grid: '{part}' is not patch.OPTION=VALUE,VALUE,... of a known option.")
-        if name == "patch.scope":
-            raise ValueError("--grid: patch.scope decides what is scored; give it as a flag and sweep once for each scope.")
-        try:
-            grid[name] = [v if isinstance(field.default, str) else json.loads(v.lower()) for v in values.split(",")]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--grid: '{part}' holds something that is no number, true or false.") from error
-    if not grid:
-        raise ValueError("--grid is empty; give for instance --grid='patch.beta=1,2,3;patch.retention=0.3,1'.")
-    return grid
+    if (workdir / "settings.json").exists():
+        raise ValueError(f"{workdir} holds a run, whose stages a sweep would replace; use another --workdir.")
+    ours = {"stages", files.LOCK, ROWS, *sweep_report.FILES}
+    found = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
+    if strange := sorted(name for name in found - ours if not _half_written(name)):
+        raise ValueError(f"{workdir} holds files that are not of a sweep ({some(strange, ', ')}); use a new or empty --workdir.")
 
 
-def sweep(settings: Settings, workdir: str | pathlib.Path, grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Evaluate every point of a grid of patch settings on the search split; yield one row a point.
+def _half_written(name: str) -> bool:
+    """Tell what a killed sweep left under a temporary name."""
+    return name.startswith((".sweep", ".shared")) and name.endswith(".partial")
 
-    Rows go to ``sweep.jsonl`` in the workdir as they are made; points that are already there are not computed again.
+
+def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> list[str]:
+    """List the points, and which of them have a row already; reads no model and starts no device.
 
     Raises:
-      ValueError: a point is out of bounds, or the workdir holds a run.
+      ValueError: the workdir is not a sweep's, or its rows are damaged.
+    """
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    claim(workdir)
+    rows = read_rows(workdir / ROWS)
+    there, title = {_key(row) for row in rows}, _titles(settings, points)
+    left = [point for point in points if _key(_asked(point)) not in there]
+    lines = [f"{i} {title[point]}{'' if point in left else ' (has a row)'}" for i, point in enumerate(points, 1)]
+    lines.append(f"{len(points)} points, {len(left)} without a row in {workdir / ROWS}"
+                 + (f"; those there took {statistics.median(row['seconds'] for row in rows):.0f} s each" if rows else "")
+                 + ". A row counts if model, data, training and scores are the same.")
+    return lines
+
+
+def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> pathlib.Path:
+    """Evaluate points on the search split, one row each in ``sweep.jsonl``, and report on all rows of this model and training.
+
+    Rows are written as they are made; points that have one are not computed again.
+
+    Args:
+      settings: of model, data, training and scores; its patch group is where the recommended flags lead away from.
+      workdir: of sweeps alone.
+      points: see `sweep_points.design`.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      ValueError: the workdir is not a sweep's, its rows are damaged; or, after the report on all others, some points gave no row,
+        such as those whose merged weights overflow.
     """
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
-    points = [settings.override(dict(zip(grid, values)), "--grid").patch for values in itertools.product(*grid.values())]
-    workdir = pathlib.Path(workdir).expanduser()
-    processes.agree({"--grid": dict(grid)}, "Start every process with the same command.")
-    if processes.on_first((workdir / "settings.json").exists):
-        raise ValueError(f"{workdir} holds a run, whose stages a sweep would replace; use another --workdir.")
-    job = Job(settings, workdir)
-    for name in PARTS:
+    asked = [_asked(point) for point in points]
+    processes.agree({"number of points": len(asked), "hash of the points": files.text_hash(asked)[:16]},
+                    "Start every process with the same command.")
+    job = _SweepJob(settings, workdir)
+    for folder in (job.workdir, job.context.cache_dir):
+        processes.shared(folder)
+    with processes.claimed(job.workdir):
+        rows, backbone, failed = _rows(job, points)
+        if rows:
+            processes.on_first(lambda: _report(settings, job.workdir, rows, backbone))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(points)} points gave no row ({some(failed)}). Leave them out, or give the same "
+                         "command to try them again.")
+    return job.workdir / "sweep.md"
+
+
+def _rows(job: Job, points: Sequence[Point]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Compute the rows that are not there yet.
+
+    Returns:
+      (all rows of this model and training, the backbone's measures, the points that gave no row).
+    """
+    settings, path = job.settings, job.workdir / ROWS
+    base = {name: job.runner.key(name) for name in PARTS} | {"dtype": settings.export.dtype, "rounding": settings.export.rounding}
+    options = {field.name for field in dataclasses.fields(settings.patch)}
+    rows = processes.on_first(lambda: _begin(path))
+    known = {_key(row): row for row in rows if row["keys"] == base and row["patch"].keys() == options}
+    left = sum(_key(_asked(point)) not in known for point in points)
+    for name in PARTS if left else PARTS[:1]:
         job.runner.need(name)
-    path = workdir / "sweep.jsonl"
-    base = {name: job.runner.key(name) for name in PARTS} | {"dtype": settings.export.dtype}
-    rows = processes.on_first(lambda: files.read_jsonl(path) if path.is_file() else [])
-    rows = [row for row in rows if row["keys"] == base]
-    known = {files.text_hash(row["patch"]): row for row in rows}
-    say(f"sweep: {len(points)} points on the search split; backbone: "
-        + describe(job.runner.result("evaluate_backbone")))
-    for point in points:
-        patch = dataclasses.asdict(point)
-        row = known.get(files.text_hash(patch))
+    backbone = job.runner.result("evaluate_backbone")
+    say(f"sweep: {len(points)} points on the search split, {left} to compute; backbone: {describe(backbone)}")
+    title, taken, failed = _titles(settings, points), [], []
+    for number, point in enumerate(points, 1):
+        place, row, pace = f"[{number}/{len(points)}] {title[point]}: ", known.get(_key(_asked(point))), "has a row"
         if row is None:
-            row = {"patch": patch, "keys": base, "measures": job.try_patch(point)}
+            left -= 1
+            try:
+                row = _asked(point) | {"keys": base} | _measured(job, point)
+            except ValueError as error:  # one model that is broken should not stop a sweep of many
+                failed.append(title[point])
+                say(f"{place}no row: {error}")
+                continue
             rows.append(row)
+            known[_key(row)] = row
             processes.on_first(lambda: files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows)))
-        yield row
+            taken.append(row["seconds"])
+            pace = f"{row['seconds']:.0f} s" + (f", {_duration(left * statistics.median(taken))} left" if left else "")
+        say(f"{place}{describe(row['measures'])} | {pace}")
+    return list(known.values()), backbone, failed
+
+
+def _begin(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Clear what a killed sweep left half-written, and read the rows."""
+    for left in path.parent.iterdir():
+        if _half_written(left.name):
+            left.unlink()
+    return read_rows(path)
+
+
+def _asked(point: Point) -> dict[str, Any]:
+    return {"patch": dataclasses.asdict(point.patch), "seed": point.seed}
+
+
+def _titles(settings: Settings, points: Sequence[Point]) -> dict[Point, str]:
+    """Name the points by what varies among them or differs from the settings' own."""
+    names = varied([Point.of(settings).flat(), *(point.flat() for point in points)])
+    return {point: label(point.flat(), names) or "the config's own settings" for point in points}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return files.text_hash([row["patch"], row["seed"]])
+
+
+def _measured(job: Job, point: Point) -> dict[str, Any]:
+    begun = time.monotonic()
+    measures = job.try_patch(point.patch, point.seed)
+    return {"measures": measures, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read the rows of all sweeps in a workdir; a last line that breaks off is left out, with a word.
+
+    Raises:
+      ValueError: a line is damaged; says which, and what to do.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            _check_row(row)
+        except ValueError as error:
+            if number == len(lines):
+                say(f"{path}: line {number}, the last one, breaks off and is left out; its point is tried again.")
+                break
+            raise ValueError(f"{path}: line {number} is damaged ({error}). Delete that line, and its point alone is tried "
+                             "again; or delete the file, and all are.") from error
+        rows.append(row)
+    return rows
+
+
+def _check_row(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError("it holds no row of a sweep")
+    wrong = [name for name, kind in _ROW.items() if not isinstance(row.get(name), kind)]
+    wrong += [name for name in _MEASURES if "measures" not in wrong and name not in row["measures"]]
+    if wrong:
+        raise ValueError(f"a row has {', '.join([*_ROW, *_MEASURES])}; here lacks or is of another kind: {', '.join(wrong)}")
+
+
+def _report(settings: Settings, workdir: pathlib.Path, rows: list[Mapping[str, Any]], backbone: Mapping[str, Any]) -> None:
+    content = sweep_analysis.gather(settings, rows, backbone)
+    sweep_report.write(content, workdir)
+    for line in sweep_report.summary(content):
+        say(line)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def describe(measures: Mapping[str, Any]) -> str:

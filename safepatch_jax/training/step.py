@@ -20,7 +20,8 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import ParamTable
 from safepatch_jax.training.checkpoints import Checkpoints
-from safepatch_jax.training.objective import answer_logprobs, sequence_nll
+from safepatch_jax.training.losses import Likelihood, Loss
+from safepatch_jax.training.objective import answer_logprobs
 
 
 # Each makes steps of about the size of the learning rate.
@@ -89,14 +90,14 @@ class Trainer:
       decoder: the model; its remat and attention hold for the step.
       table: its parameters.
       sharder: the mesh.
-      loss: over a sequence's answer tokens, see `sequence_nll`.
+      loss: see `safepatch_jax.training.losses`.
       clip_norm: gradients with a larger global norm are scaled down to it.
       optimizer: 'adamw' or 'adafactor', see OPTIMIZERS.
       accumulate: micro-batches into which a batch is cut; their gradients are summed.
       chunk: see `answer_logprobs`.
     """
 
-    def __init__(self, decoder: Decoder, table: ParamTable, sharder: Sharder, *, loss: str = "mean",
+    def __init__(self, decoder: Decoder, table: ParamTable, sharder: Sharder, *, loss: Loss = Likelihood(),
                  clip_norm: float = 1.0, optimizer: str = "adamw", accumulate: int = 1, chunk: int = 64):
         self._optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), OPTIMIZERS[optimizer]())
         self._decoder, self._loss, self._sharder, self._accumulate, self._chunk = decoder, loss, sharder, accumulate, chunk
@@ -124,7 +125,7 @@ class Trainer:
         """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences, and its summed log p."""
         def objective(params):
             logprobs_BA = answer_logprobs(self._decoder, params, batch, self._chunk)
-            return sign * jnp.sum(sequence_nll(logprobs_BA, batch["weights"], self._loss)) / rows, jnp.sum(logprobs_BA)
+            return sign * jnp.sum(self._loss(logprobs_BA, batch)) / rows, jnp.sum(logprobs_BA)
 
         return jax.grad(objective, has_aux=True)(params)
 

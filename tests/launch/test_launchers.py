@@ -1,6 +1,5 @@
 """The launchers as a user calls them: help, plan, errors, and a run that is killed."""
 
-import json
 import pathlib
 import signal
 import subprocess
@@ -133,25 +132,3 @@ def test_align_writes_a_model_and_refuses_to_overwrite(flags, tmp_path):
     assert read_hf_config(tmp_path / "aligned").family == "llama"
     again = call(*args)
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
-
-
-def test_sweep_prints_a_line_a_point_and_resumes(flags, tmp_path):
-    grid = "--grid=patch.beta=1,2;patch.merge=safepatching,ties"
-    flags = [*flags, "--score.mode=batched", "--score.batch_size=2"]
-    first = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
-    assert first.returncode == 0, first.stderr
-    rows = [json.loads(line) for line in (tmp_path / "work" / "sweep.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and len({(r["patch"]["beta"], r["patch"]["merge"]) for r in rows}) == 4
-    again = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags)
-    lines = [line for line in first.stdout.splitlines() if line.startswith("beta")]
-    assert len(lines) == 4 and lines == [line for line in again.stdout.splitlines() if line.startswith("beta")]
-    other = call("launch.sweep", f"--workdir={tmp_path / 'work'}", grid, *flags, "--evaluate.max_new_tokens=5")
-    assert other.stderr.count("answers: 100%") >= 5  # other evaluation settings: nothing stale is returned
-
-
-@pytest.mark.parametrize("grid, message", [
-    ("derive.se_steps=1,2", "patch.OPTION"), ("patch.scope=all", "give it as a flag"), ("patch.beta=", "no number"),
-    ("patch.retention=2", "must be at most 1")])
-def test_bad_grid_is_refused_before_anything_runs(grid, message, flags, tmp_path):
-    result = call("launch.sweep", f"--workdir={tmp_path / 'work'}", f"--grid={grid}", *flags)
-    assert result.returncode == 2 and message in result.stderr and not (tmp_path / "work").exists()

@@ -12,6 +12,7 @@ from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.training.losses import Likelihood
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 from safepatch_jax.training.step import Recipe, Trainer
 from tests.conftest import sharder_of
@@ -24,7 +25,7 @@ def make(tiny, devices=1, loss="mean", remat="none", tensor=1, **options):
     config, params = load_params(tiny, sharder)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
     decoder = Decoder(config, jnp.float32, sharder, remat=remat)
-    trainer = Trainer(decoder, param_table(config), sharder, loss=loss, **options)
+    trainer = Trainer(decoder, param_table(config), sharder, loss=Likelihood(loss), **options)
     return trainer, decoder, params, examples
 
 
