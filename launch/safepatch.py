@@ -25,8 +25,10 @@ from safepatch_jax.pipeline.job import Job
 from safepatch_jax.planning.plan import dry_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is not there.", required=True)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, 
-    "Print the plan, compile the programs (into the compile cache), print what they need on these devices, and stop.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the plan, compile the programs (into the compile cache), print what they need on these devices, and "
+    "stop.")
+_SHOW = flags.DEFINE_bool("show_examples", False, "Print training examples in the chat template, answer tokens green, and stop.")
 _UPDATE = flags.DEFINE_bool("update", False, "Go on in a workdir of other settings, running again what they change.")
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
@@ -38,6 +40,10 @@ def run() -> None:
         dry_run(settings_flags.read_settings(), _WORKDIR.value)
         return
     job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value)
+    if _SHOW.value:
+        for line in job.examples():
+            say(line)
+        return
     report = job.run(sys.argv)
     say(f"Report: {report}")
     say(f"Model:  {job.folder('export')}")

@@ -7,7 +7,7 @@ to it goes on with the very example, whatever the number of processes. Each proc
 from __future__ import annotations
 
 import threading
-from typing import Any, Sequence
+from typing import Sequence
 
 import grain
 import numpy as np

@@ -10,9 +10,10 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 
-from safepatch_jax import files
+from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
+from safepatch_jax.data.pipeline import Pool, training_batches
 from safepatch_jax.data.records import ROLES, Record, load_records, take
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -22,7 +23,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.importance import SensitivityMeter, witness_row
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Likelihood, Loss
-from safepatch_jax.training.step import Trainer, check_batch
+from safepatch_jax.training.step import Outcome, Recipe, Recorder, Saving, Trainer, check_batch, ignore
 
 
 class Context:
@@ -81,6 +82,26 @@ class Context:
         return Trainer(self.training_decoder(config), param_table(config), self.sharder, loss=loss or Likelihood(derive.loss),
                        clip_norm=derive.clip_norm, optimizer=derive.optimizer, accumulate=derive.accumulate,
                        chunk=self.settings.model.loss_chunk)
+
+    def tune(self, folder: pathlib.Path, pools: Sequence[Pool], recipe: Recipe, title: str, steps: pathlib.Path,
+             record: Recorder = ignore, loss: Loss | None = None) -> tuple[dict[str, Any], Outcome]:
+        """Tune the model of a folder.
+
+        Args:
+          folder: a Hugging Face folder.
+          pools: (examples, rows of a batch) pairs.
+          recipe, title, record: see `Trainer.run`.
+          steps: the folder of its checkpoints.
+          loss: by default the patches' likelihood.
+
+        Returns:
+          (nested parameters float32, outcome).
+        """
+        rows = self.sharder.local_rows(sum(rows for _, rows in pools)) if processes.several() else None
+        batches = training_batches(pools, self.settings.run.seed, self.settings.data.length_buckets, rows)
+        saving = Saving(steps, self.settings.run.checkpoint_minutes)
+        trainer = self.trainer(read_hf_config(folder), loss)
+        return trainer.run(self.load(folder)[1], batches, recipe, title, saving, record)
 
     @functools.cache
     def meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:

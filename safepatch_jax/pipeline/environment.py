@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 import shlex
-from typing import Any, Sequence
+from typing import Sequence
 
 from safepatch_jax import files, processes
 from safepatch_jax.mesh import Sharder

@@ -130,6 +130,20 @@ class Job(Work):
                              f"batch; a multiple of {ways} is faster.")
         return lines
 
+    def examples(self, count: int = 2) -> list[str]:
+        """Return lines that show the first training examples as the model is given them, answer tokens green."""
+        if self.place.kind != "hf":
+            self.runner.need("import")
+        source, lines = self.folder("import"), []
+        chat = self.context.chat(source)
+        text = lambda ids: chat.tokenizer.decode(ids, skip_special_tokens=False)
+        kinds = [("harmful", "answer"), ("harmful", "refusal"), ("ordinary", "answer")]
+        for role, field in kinds if self.settings.align.enabled else kinds[:1]:
+            for example in self.context.encoded(source, role, "train", field).examples[:count]:
+                lines += [f"--- {role}, {field}: {len(example.prompt_ids)} + {len(example.answer_ids)} tokens",
+                          f"{text(example.prompt_ids)}\033[32m{text(example.answer_ids)}\033[0m"]
+        return lines
+
     def _stages(self) -> list[Stage]:
         s, data = self.settings, self.context.data_hashes
         compute = {"compute_dtype": s.model.compute_dtype}

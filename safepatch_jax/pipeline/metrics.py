@@ -8,7 +8,7 @@ import pathlib
 from typing import Any, Mapping
 
 from safepatch_jax import files, processes
-from safepatch_jax.training.step import Record
+from safepatch_jax.training.step import Recorder
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 
@@ -28,7 +28,7 @@ class Metrics:
         while self._open:
             self._open.pop().close()
 
-    def recorder(self, stage: str) -> Record:
+    def recorder(self, stage: str) -> Recorder:
         """Return what takes (step, values) of a stage; it does nothing in all but the first process."""
         sinks: list[Any] = []
 

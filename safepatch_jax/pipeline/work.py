@@ -16,7 +16,7 @@ import numpy as np
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.data.chat import Chat
-from safepatch_jax.data.pipeline import Pool, shapes, training_batches
+from safepatch_jax.data.pipeline import Pool, shapes
 from safepatch_jax.data.records import ROLES as EVALUATED
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io.checkpoint import StoredTree, load_tree, read_description, save_tree
@@ -36,7 +36,7 @@ from safepatch_jax.pipeline.figures import PATCH, draw_patch
 from safepatch_jax.pipeline.metrics import Metrics
 from safepatch_jax.pipeline.stages import Runner, versions
 from safepatch_jax.settings import PatchSettings, Settings
-from safepatch_jax.training.step import Outcome, Recipe, Saving, ignore
+from safepatch_jax.training.step import Outcome, Recipe, ignore
 
 
 class Work:
@@ -151,15 +151,10 @@ class Work:
         return _outcome(outcome)
 
     def _tune(self, stage: str, folder: pathlib.Path, pools: Sequence[Pool], recipe: Recipe) -> tuple[Any, Outcome]:
-        """Tune the model of a folder on so many examples of each pool a step, with checkpoints beside the stage's folder."""
-        sharder, settings = self.context.sharder, self.settings
-        rows = sharder.local_rows(sum(rows for _, rows in pools)) if processes.several() else None
-        batches = training_batches(pools, settings.run.seed, settings.data.length_buckets, rows)
-        saving = Saving(self.runner.aside(stage), settings.run.checkpoint_minutes)
-        record = self.metrics.recorder(stage) if self.metrics else ignore
+        """Tune the model of a folder, with checkpoints beside the stage's folder."""
         verb, _, role = stage.partition("_")
-        trainer = self.context.trainer(read_hf_config(folder))
-        return trainer.run(self.context.load(folder)[1], batches, recipe, f"{verb} {role.upper()}".strip(), saving, record)
+        record = self.metrics.recorder(stage) if self.metrics else ignore
+        return self.context.tune(folder, pools, recipe, f"{verb} {role.upper()}".strip(), self.runner.aside(stage), record)
 
     def _score(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Sum gradient magnitudes of the derived model, of each sample or of each batch, over calibration samples."""

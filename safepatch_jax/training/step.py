@@ -64,7 +64,7 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-Record = Callable[[int, Mapping[str, float]], None]
+Recorder = Callable[[int, Mapping[str, float]], None]
 
 
 def ignore(step: int, values: Mapping[str, float]) -> None:
@@ -153,7 +153,7 @@ class Trainer:
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
 
     def run(self, params: Any, batches: Batches, recipe: Recipe, title: str, saving: Saving | None = None,
-            record: Record = ignore) -> tuple[Any, Outcome]:
+            record: Recorder = ignore) -> tuple[Any, Outcome]:
         """Tune a copy of `params`.
 
         Args:
@@ -234,7 +234,7 @@ class Trainer:
 class _Journal:
     """What the steps of a run have measured; read in order, each once."""
 
-    def __init__(self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Record):
+    def __init__(self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Recorder):
         self.nll, self.stopped, self.call = list(nll), False, _GO_ON
         self._bar, self._title, self._recipe, self._record = bar, title, recipe, record
 

@@ -38,6 +38,21 @@ def test_killed_in_any_stage_a_run_ends_with_the_same_bits(flags, tmp_path):
     assert killed.count(-signal.SIGKILL) >= 1, done.stdout
 
 
+def test_a_full_disk_within_a_checkpoint_is_told_and_the_run_goes_on_when_there_is_room(flags, tmp_path):
+    """A limit on file size stands for the full disk."""
+    command = [f"--workdir={tmp_path / 'work'}", f"--run.cache_dir={tmp_path / 'cache'}", *flags, "--run.checkpoint_minutes=0.0001"]
+    limited = ("import resource, runpy, signal, sys; sys.argv[0] = 'safepatch'; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); runpy.run_module('launch.safepatch', run_name='__main__')")
+    full = subprocess.run([sys.executable, "-c", limited, *command], cwd=ROOT, env=ENV | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
+                          text=True, capture_output=True, timeout=300)
+    last = full.stderr.rstrip().splitlines()[-1]  # orbax logs before it
+    assert full.returncode == 2 and last.startswith("error: Cannot write a checkpoint to") and "free space" in last, full.stderr
+    again = subprocess.run([sys.executable, "-m", "launch.safepatch", *command], cwd=ROOT, env=ENV, text=True, capture_output=True,
+                           timeout=300)
+    assert again.returncode == 0 and "damaged" not in again.stdout, again.stdout + again.stderr
+    assert not list((tmp_path / "work" / "stages").glob(".*"))
+
+
 def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_goes_on(flags, tmp_path):
     command = [sys.executable, "-m", "launch.safepatch", f"--workdir={tmp_path / 'work'}", f"--run.cache_dir={tmp_path / 'cache'}", *flags]
     run = subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

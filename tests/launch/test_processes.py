@@ -137,7 +137,16 @@ def killed(place, flags):
 
 
 @pytest.fixture(scope="module")
-def whole(place, flags, killed):
+def terminated(place, flags, killed):
+    """The same command again, ended within training by SIGTERM to process 1: exit codes, output."""
+    run = launch(place / "terminated", "launch.safepatch", f"--workdir={place / 'work'}", *flags)
+    run.wait_for(r"derive SE: .* [2-9]\d*/20 ")
+    run.processes[1].send_signal(signal.SIGTERM)
+    return run.finish(), run.texts()
+
+
+@pytest.fixture(scope="module")
+def whole(place, flags, terminated):
     """The same command again, to the end: workdir and what it printed."""
     return place / "work", succeed(place / "whole", "launch.safepatch", f"--workdir={place / 'work'}", *flags)
 
@@ -148,6 +157,14 @@ def test_a_killed_process_ends_the_other(killed, place):
     assert "a step that all processes take together failed" in err or "process 1 gave no sign of life for 40 s" in err
     assert "goes on where this run stopped" in err and "Traceback" not in err and quiet == ""
     assert not list(place.glob("work/stages/.*.partial"))
+
+
+def test_sigterm_to_one_process_ends_all_with_a_checkpoint(terminated, whole):
+    codes, ((out, err), (quiet, _)) = terminated
+    assert codes == [143, 143], err
+    ended = re.search(r"SIGTERM: ends after step (\d+)\. A checkpoint is written", out)
+    assert ended and "Traceback" not in err and quiet == "", out + err
+    assert f"derive SE: goes on after step {ended[1]} of 20" in whole[1]
 
 
 def test_the_same_command_goes_on_and_finishes(whole):

@@ -11,6 +11,7 @@ import pytest
 from safepatch_jax import files
 from safepatch_jax.pipeline import metrics
 from safepatch_jax.pipeline.job import Job
+from tests.conftest import sharder_of
 from tests.pipeline.test_job import finished, model_hash, settings  # noqa: F401  fixtures
 
 STEPS = {"align": 2, "derive_se": 2, "derive_osm": 2}
@@ -20,9 +21,8 @@ def rows(folder):
     return [json.loads(line) for line in (folder / metrics.FILE).read_text().splitlines()]
 
 
-def test_metrics_have_every_step_of_training(settings, tmp_path):  # noqa: F811
-    job = Job(settings.override({"run.cache_dir": str(tmp_path / "cache")}), tmp_path / "work")
-    job.run()
+def test_metrics_have_every_step_of_training(finished):  # noqa: F811
+    job = finished
     found = [(row["stage"], row["step"]) for row in rows(job.workdir)]
     assert found == [(stage, step) for stage, n in STEPS.items() for step in range(1, n + 1)]
     for stage in ("derive_se", "derive_osm"):
@@ -60,6 +60,22 @@ def test_a_workdir_may_be_copied_elsewhere(finished, tmp_path, capsys):  # noqa:
     copied.run()
     assert ": running" not in capsys.readouterr().out
     assert model_hash(copied) == model_hash(finished)
+
+
+def test_going_on_with_half_the_devices_gives_the_same_selection_and_merge(settings, finished, tmp_path, capsys):  # noqa: F811
+    kept = settings.override({"run.keep_scratch": True})
+    job = Job(kept, tmp_path / "work")
+    for stage in ("score_se", "score_osm"):
+        job.runner.need(stage)
+    fewer = Job(kept, tmp_path / "work")
+    fewer.context.__dict__["sharder"] = sharder_of(4)  # as on a machine with four devices
+    capsys.readouterr()
+    fewer.run()
+    out = capsys.readouterr().out
+    assert "Devices: 4 x cpu" in out
+    assert "derive_se: running" not in out and "score_se: running" not in out and "patch: running" in out
+    assert model_hash(fewer) == model_hash(finished)
+    assert fewer.runner.result("patch") == finished.runner.result("patch")
 
 
 def test_rows_that_an_earlier_start_wrote_are_replaced(tmp_path):

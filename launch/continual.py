@@ -1,0 +1,113 @@
+"""Patch a model again and again, as harm categories arrive: a chain of links with a log of their patches.
+
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain --stages='privacy;harassment'
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain --stages='privacy;harassment;fraud=fraud.csv' \\
+      --methods=safepatching,ga                        # weeks later: one link more, and gradient ascent to compare with
+  python -m launch.continual log     --workdir=runs/chain
+  python -m launch.continual show N  --workdir=runs/chain               # a line of the log and its patch file
+  python -m launch.continual diff N M --workdir=runs/chain              # in what two models differ, from patch files alone
+  python -m launch.continual replay  --workdir=runs/chain --to=N [--from=M] --model=DIR --out=NEW_DIR
+  python -m launch.continual revert  --workdir=runs/chain --last=K
+  python -m launch.continual verify  --workdir=runs/chain
+
+Each link is a whole run of launch.safepatch, from the model that the link before left; its folder is WORKDIR/links/NN-NAME, with
+a report of its own. --stages lists all links of the chain in order, with ';' between:
+  NAME             the records of data.harmful whose category is NAME
+  NAME=cat:A+B     those of category A or B; also for a category whose name has other signs than letters, digits, '_', '.' and '-'
+  NAME=SOURCE      another data set, given as --data.harmful is
+Links that are in the log are not made again; those that --stages adds at the end are. To change one, revert it first. With
+--align.enabled the starting model is aligned once, on all of data.harmful, and lies in WORKDIR/start-HASH.
+
+After each link harm is measured on every category of --stages, also those to come, and over-refusal and utility, always on the
+same records; the starting model is row 0. WORKDIR/continual.md, .json and .png have the forgetting matrix. Models of other
+methods (--methods) are made beside the chain, measured and deleted.
+
+Model 0 is the starting model. revert moves the head back and deletes nothing; the next run goes on from there with new numbers.
+replay builds the model of link N from that of link M (0 if not given), forwards or backwards, bit for bit; what comes out is
+compared with the log. A run that was killed goes on where it stopped when the same command is given again. docs/continual.md has
+the format. Exit code 0: done; 2: a mistake, with one line that says which.
+"""
+
+from absl import flags
+
+from launch import distributed, main
+from launch import flags as settings_flags
+from safepatch_jax.console import say
+from safepatch_jax.pipeline import continual_commands, continual_log
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the chain; run makes it.", required=True)
+_STAGES = flags.DEFINE_string("stages", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run.")
+_METHODS = flags.DEFINE_string("methods", None, "What is run: safepatching, ga (gradient ascent on all weights), npo (negative "
+                               "preference optimisation), separated by commas; SafePatching always is; run.")
+_TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
+_FROM = flags.DEFINE_integer("from", None, "Number of the link whose model is given, 0 if left out; replay.")
+_MODEL = flags.DEFINE_string("model", None, "Folder of the model that is given; replay.")
+_OUT = flags.DEFINE_string("out", None, "A new folder; replay.")
+_LAST = flags.DEFINE_integer("last", None, "How many links are taken off; revert.")
+flags.adopt_module_key_flags(settings_flags)
+flags.adopt_module_key_flags(distributed)
+
+
+def _run(stages: str, methods: str | None) -> None:
+    distributed.join()
+    from safepatch_jax.pipeline import continual  # imported here: the other commands do without JAX
+
+    report = continual.run(settings_flags.read_settings(), _WORKDIR.value, continual.parse_stages(stages),
+                           continual.parse_methods(methods or ""))
+    log = _log()
+    say(f"Report: {report}")
+    say(f"Head:   {log.label(log.head)}, {log.folder(log.head)}")
+
+
+def _lines(describe):
+    def run(*numbers: int) -> None:
+        for line in describe(_log(), *numbers):
+            say(line)
+
+    return run
+
+
+def _replay(to: int, start: int | None, model: str, out: str) -> None:
+    for line in continual_commands.replay(_log(), to, start or continual_log.START, model, out):
+        say(line)
+    say(f"{out} is the model of link {to}, as the log has it.")
+
+
+def _revert(last: int) -> None:
+    log = _log()
+    folder = continual_commands.revert(log, last)
+    say(f"The head is {log.label(log.head)}: {folder}")
+
+
+def _log() -> continual_log.PatchLog:
+    return continual_log.PatchLog(_WORKDIR.value)
+
+
+# How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
+_COMMANDS = {
+    "run": (_run, 0, "stages methods?"), "log": (_lines(continual_commands.history), 0, ""),
+    "show": (_lines(continual_commands.show), 1, ""), "diff": (_lines(continual_commands.differences), 2, ""),
+    "replay": (_replay, 0, "to from? model out"), "revert": (_revert, 0, "last"),
+    "verify": (_lines(continual_commands.verify), 0, "")}
+_FLAGS = {"stages": _STAGES, "methods": _METHODS, "to": _TO, "from": _FROM, "model": _MODEL, "out": _OUT, "last": _LAST}
+
+
+def run(arguments: list[str]) -> None:
+    command, *rest = arguments or [""]
+    if command not in _COMMANDS:
+        raise ValueError(f"one command is needed, {f'got {command}' if command else 'none was given'}. There are "
+                         f"{', '.join(_COMMANDS)}; see python -m launch.continual --help.")
+    call, count, takes = _COMMANDS[command]
+    if len(rest) != count or not all(number.isdecimal() for number in rest):
+        raise ValueError(f"{command} takes {count or 'no'} number{'s' * (count != 1)} after it, got '{' '.join(rest)}'.")
+    names = takes.replace("?", "").split()
+    missing = [f"--{name}" for name in takes.split() if not name.endswith("?") and _FLAGS[name].value is None]
+    stray = [f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None]
+    if missing or stray:
+        raise ValueError(f"{command} " + " and ".join(
+            f"{verb} {', '.join(given)}" for verb, given in (("needs", missing), ("does not take", stray)) if given) + ".")
+    call(*map(int, rest), *(_FLAGS[name].value for name in names))
+
+
+if __name__ == "__main__":
+    main.run(run, positional=True)

@@ -1,0 +1,78 @@
+"""launch.continual as a user calls it: a chain of one link that is killed and goes on, each command once, and mistakes."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+from safepatch_jax.testing import write_tiny_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(*args):
+    return [sys.executable, "-m", "launch.continual", *map(str, args)]
+
+
+def call(*args):
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def done(*args):
+    result = call(*args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_chain_killed_resumed_and_every_command(tmp_path):
+    model = write_tiny_model(tmp_path / "model", num_key_value_heads=4, intermediate_size=32)
+    rows = [f"prompt {i},the answer {i},fraud,{s}" for i, s in enumerate(["train"] * 4 + ["search"] + ["report"] * 2)]
+    (tmp_path / "data.csv").write_text("\n".join(["prompt,answer,category,split", *rows]) + "\n")
+    data = ",".join(f"{role}:{tmp_path / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary"))
+    work, export = f"--workdir={tmp_path / 'work'}", tmp_path / "work" / "links" / "01-fraud" / "stages" / "export" / "model"
+    args = ("run", work, "--stages=fraud", f"--model.source={model}", f"--data={data}", f"--run.cache_dir={tmp_path / 'cache'}",
+            "--derive.batch_size=4", "--derive.se_steps=2", "--derive.osm_steps=2", "--score.samples=2", "--run.certify=hashes",
+            "--derive.se_learning_rate=1e-3", "--derive.osm_learning_rate=1e-3", "--evaluate.max_new_tokens=3",
+            "--patch.combine=intersection")
+    with subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("patch: running"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.wait() == -signal.SIGKILL
+    out = done(*args)
+    assert "derive_se: running" not in out and "score_osm: running" not in out and "Head:   01-fraud" in out
+    assert "| 01-fraud |" in (tmp_path / "work" / "continual.md").read_text()
+    assert "fraud: on 0" in done("log", work)
+    assert "statistics: " in done("show", "1", work)
+    assert "00-start and 01-fraud differ in" in done("diff", "0", "1", work)
+    assert "01-fraud: patch of" in done("verify", work)
+    done("replay", work, "--to=1", f"--model={model}", f"--out={tmp_path / 'new'}")
+    tensors = lambda folder: {name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()}
+    assert tensors(tmp_path / "new") == tensors(export) != tensors(model)
+    assert f"The head is 00-start: {model}" in done("revert", work, "--last=1")
+    again = call("revert", work, "--last=1")
+    assert again.returncode == 2 and "the chain has 0 links that can be taken off" in again.stderr
+
+
+def test_help_is_a_manual():
+    text = call("--help").stdout
+    assert "python -m launch.continual revert  --workdir=runs/chain --last=K" in text and "--methods:" in text
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "one command is needed, none was given. There are run, log, show, diff, replay, revert, verify"),
+    (["runn"], "got runn"),
+    (["run"], "run needs --stages"),
+    (["log", "--to=1"], "log does not take --to"),
+    (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
+    (["log"], "There is no patch log"),
+    (["run", "--stages=a;a", "--model.source=x"], "the name a stands there twice"),
+    (["run", "--stages=a", "--methods=npo"], "--methods: there is no npo"),
+])
+def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
+    result = call(*args, f"--workdir={tmp_path / 'work'}")
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
