@@ -86,8 +86,9 @@ def negative_preference(task: Task) -> pathlib.Path:
     context = Context(task.settings)
     parent, derive = Place.parse(task.settings.model.source).path, task.settings.derive
     config, params = context.load(parent)
-    examples = with_reference(context.decoder(config), params, context.encoded(parent, "harmful", "train").examples,
-                              derive.batch_size, context.sharder)
+    decoder = context.decoder(config)
+    examples = with_reference(decoder, params, context.encoded(parent, "harmful", "train").examples, derive.batch_size,
+                              decoder.sharder)
     del params
     recipe = Recipe(1.0, derive.se_steps, derive.se_learning_rate, derive.se_nll_ceiling, derive.weight_decay)
     tuned, outcome = context.tune(parent, [(examples, derive.batch_size)], recipe, "NPO", task.work / "steps", loss=NPO())

@@ -167,7 +167,7 @@ def test_gradient_ascent_goes_from_link_to_link_and_leaves_no_model(chain, setti
     methods = json.loads((work / "continual.json").read_text())["methods"]
     assert [r["hash"] for r in methods["ga"]] == [r["hash"] for r in ga[:3]]
     npo = methods["npo"]
-    assert npo[0] == ga[0] and not {r["hash"] for r in npo[1:]} & {r["hash"] for r in ga}
+    assert npo[0] == methods["ga"][0] and not {r["hash"] for r in npo[1:]} & {r["hash"] for r in ga}
     assert npo[-1]["harm"]["hate"]["nll"] > npo[0]["harm"]["hate"]["nll"]
     names = load_file(work / "methods" / "ga" / "stages" / "02-hate" / "model" / "model.safetensors")
     assert set(names) == set(tensors(PatchLog(chain).folder(0)))
