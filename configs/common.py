@@ -1,4 +1,4 @@
-"""What the configs of the paper's backbones share: the starting points of METHOD.md section 3, for real hardware.
+"""What the configs of the paper's backbones share: starting points for real hardware (docs/faithfulness.md).
 
 The paper does not publish its hyper-parameters. These are a place to start a search from (python -m launch.sweep), not its
 values, and have not been run at this size.

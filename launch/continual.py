@@ -28,6 +28,8 @@ compared with the log. A run that was killed goes on where it stopped when the s
 the format. Exit code 0: done; 2: a mistake, with one line that says which.
 """
 
+import sys
+
 from absl import flags
 
 from launch import distributed, main
@@ -53,7 +55,7 @@ def _run(stages: str, methods: str | None) -> None:
     from safepatch_jax.pipeline import continual  # imported here: the other commands do without JAX
 
     report = continual.run(settings_flags.read_settings(), _WORKDIR.value, continual.parse_stages(stages),
-                           continual.parse_methods(methods or ""))
+                           continual.parse_methods(methods or ""), sys.argv)
     log = _log()
     say(f"Report: {report}")
     say(f"Head:   {log.label(log.head)}, {log.folder(log.head)}")

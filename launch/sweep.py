@@ -26,6 +26,8 @@ perplexity; if there is none, that is said, and the least bad is named. docs/swe
 The workdir keeps the derived models (jailbroken or broken models): delete it when you are done.
 """
 
+import sys
+
 from absl import flags
 
 from launch import distributed, main
@@ -51,7 +53,7 @@ def run() -> None:
         return
     distributed.join()
     settings = settings_flags.read_settings()
-    report = sweep.sweep(settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value))
+    report = sweep.sweep(settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value), sys.argv)
     say(f"Report: {report}")
 
 

@@ -73,6 +73,11 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
         yield
 
 
+def half_written(name: str) -> bool:
+    """Return whether a name is one under which this project fills files and folders before it renames them."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
 @contextlib.contextmanager
 def claimed(folder: str | pathlib.Path) -> Iterator[None]:
     """Be the only process that works in a folder while the block runs; a dead process claims nothing.

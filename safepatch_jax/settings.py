@@ -164,7 +164,7 @@ class RunSettings:
         "logits", "Certificate of import and export: compare logits with Hugging Face torch (without torch: are they finite,"
         " what perplexity), or hashes alone.", choices=("logits", "hashes"))
     checkpoint_minutes: float = _option(
-        10.0, "Minutes between two checkpoints within alignment and derivation (12 bytes a parameter with AdamW, two are kept);"
+        10.0, "Minutes between two checkpoints within alignment and derivation (12 bytes a parameter with AdamW, room for three is needed);"
         " 0: none. At SIGTERM one is always written.", low=0)
     cache_dir: str = _option("~/.cache/safepatch_jax", "Converted and aligned models and compiled programs.")
 

@@ -6,13 +6,14 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For launchers that tests start, too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model

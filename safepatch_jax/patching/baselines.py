@@ -1,4 +1,4 @@
-"""Merging baselines on the same two patches (METHOD 8): what each keeps of them, and with what weight.
+"""Merging baselines on the same two patches: what each keeps of them, and with what weight.
 
 Every method is theta + sum over both roles of weight * patch[kept], in float32, SE first, with one cast at the end; an
 entry that it does not keep has the backbone's bits. `alpha` and `beta` weigh the SE and the OSM patch everywhere.

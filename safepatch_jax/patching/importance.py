@@ -1,4 +1,4 @@
-"""SNIP importance (METHOD 3a): I(W) = sum over samples of |W * dNLL/dW|, absolute value per sample.
+"""SNIP importance: I(W) = sum over samples of |W * dNLL/dW|, absolute value per sample.
 
 W does not depend on the sample, so I(W) = |W| * sum |dNLL/dW|. We accumulate the second factor, the sensitivity; the
 choice of W (patch entry or weight) then costs nothing and can be changed without new gradients. A batched gradient

@@ -1,4 +1,4 @@
-"""Controllable patching (METHOD 3): scores, top sets, combination, retention and merge, one program a weight shape."""
+"""Controllable patching: scores, top sets, combination, retention and merge, one program a weight shape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYED = (*ROLES, "rounding", "fill")  # what draws random bits
 
 
 def safepatching(layer: Layer) -> Choice:
-    """Combine the two top sets, retain at random, weigh with alpha and beta (METHOD 3c-3f)."""
+    """Combine the two top sets, retain at random, weigh with alpha and beta."""
     top = layer.top_sets()
     candidates = dict(zip(ROLES, combine_sets(top["se"], top["osm"], layer.method.combine)))
     if layer.method.support == "fill":

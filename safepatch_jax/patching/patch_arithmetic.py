@@ -1,7 +1,7 @@
 """New patch files from old ones: a patch scaled, and several patches of one backbone combined; no JAX.
 
 A patch's change of an entry is the difference of the stored floats after and before, in float32. Sums and products are
-float32, and the result is cast to the storage dtype once (METHOD 4.1).
+float32, and the result is cast to the storage dtype once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The patch file (METHOD 5): where a patched model differs from its backbone, bit for bit, in one small safetensors file.
+"""The patch file: where a patched model differs from its backbone, bit for bit, in one small safetensors file.
 
 For each changed tensor the file holds the positions of its changed entries and the exclusive or (XOR) of their storage bits
 before and after, so one operation goes both ways and is exact for every bit pattern. The manifest in its header has the
@@ -198,7 +198,7 @@ def write_patch(path: str | pathlib.Path, kind: str, about: Mapping[str, Any], c
       changes: every tensor of the model, changed or not, by name.
 
     Raises:
-      ValueError: nothing changes (METHOD 4.6), `about` is not JSON, or `path` exists.
+      ValueError: nothing changes, `about` is not JSON, or `path` exists.
     """
     about, listed, header = _json(about), {}, {}
     total = sum(math.prod(x.shape) * BITS[x.dtype].itemsize for x in changes.values())

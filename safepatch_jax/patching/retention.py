@@ -1,4 +1,4 @@
-"""Support 'fill' (METHOD 3e): every candidate is kept, and random other entries beside."""
+"""Support 'fill': every candidate is kept, and random other entries beside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact top-k by counting (METHOD 3c, 4.4): no sort, no gather; only counts cross devices."""
+"""Exact top-k by counting: no sort, no gather; only counts cross devices."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def threshold_of(count_at: Callable[[int], Sequence[int]], k: int) -> int:
 
 
 def combine_sets(se: jax.Array, osm: jax.Array, combine: str) -> tuple[jax.Array, jax.Array]:
-    """Return the candidate sets (SE, OSM) from the two top sets (METHOD 3d).
+    """Return the candidate sets (SE, OSM) from the two top sets.
 
     difference: what only one of them holds; intersection: what both hold, for both; union: each its own top set.
     """

@@ -105,7 +105,7 @@ def refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
-    """Raise ValueError if the result would equal the backbone, saying why (METHOD 4.6)."""
+    """Raise ValueError if the result would equal the backbone, saying why."""
     for role in ROLES:
         if not any(s[f"nonzero_{role}"] for s in statistics.values()):
             raise ValueError(f"The {role.upper()} patch is zero everywhere: the derived model equals the backbone. Raise "

@@ -32,8 +32,9 @@ class Context:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.cache_dir = pathlib.Path(settings.run.cache_dir).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR counts more
+            jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     @functools.cached_property
     def sharder(self) -> Sharder:
@@ -42,7 +43,7 @@ class Context:
     @functools.cached_property
     def records(self) -> dict[str, list[Record]]:
         data = self.settings.data
-        records = {role: load_records(role, getattr(data, role), data.manual_dir, self.cache_dir / "datasets") for role in ROLES}
+        records = {role: _read_once(role, getattr(data, role), data.manual_dir, self.cache_dir / "datasets") for role in ROLES}
         if data.category:
             records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
         return records
@@ -136,6 +137,9 @@ class Context:
         """Return every id that ends an answer: of the config, the generation config, the tokenizer and the template."""
         ids, chat = stop_ids(folder, read_hf_config(folder)), self.chat(folder)
         return tuple(sorted((ids | {chat.tokenizer.eos_token_id, chat.end_of_turn()}) - {None}))
+
+
+_read_once = functools.cache(load_records)  # the contexts of a chain share what they have in common
 
 
 def _of_categories(records: Sequence[Record], names: str, source: str) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Continual post-safety-alignment (METHOD 7): harm categories arrive one after another, each patches the model before.
+"""Continual post-safety-alignment: harm categories arrive one after another, each patches the model before.
 
 A chain lives in a workdir: its patch log, a folder for each link, the measurements, and a report. docs/continual.md has it all.
 """
@@ -18,10 +18,12 @@ from safepatch_jax.console import say, some
 from safepatch_jax.data.records import ROLES
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
+from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.patch_file import BITS, PatchFile
 from safepatch_jax.pipeline import continual_report as report
+from safepatch_jax.pipeline import environment
 from safepatch_jax.pipeline.context import Context
 from safepatch_jax.pipeline.continual_commands import sizes
 from safepatch_jax.pipeline.continual_log import LOG, START, PatchLog, data_text, folder_hash, label, patch_hash
@@ -50,7 +52,7 @@ class Link:
     def settings(self, settings: Settings, place: int) -> Settings:
         """Return the chain's settings with this link's harmful data and a seed of its own.
 
-        With one seed random retention would draw the same entries in every link, and METHOD 3e asks for independent draws.
+        With one seed random retention would draw the same entries in every link, and the draws are to be independent.
         """
         return settings.override({"data.harmful": self.harmful or settings.data.harmful, "data.category": self.category,
                                   "run.seed": settings.run.seed + place, "align.enabled": False})
@@ -92,8 +94,12 @@ def parse_methods(text: str) -> tuple[str, ...]:
 
 
 def run(settings: Settings, workdir: str | pathlib.Path, stages: Sequence[Link], methods: Sequence[str] = ("safepatching",),
-        ) -> pathlib.Path:
+        command: Sequence[str] = ()) -> pathlib.Path:
     """Bring a chain up to date: make the links that it lacks, measure all models, write the report; return the report's path.
+
+    Args:
+      stages, methods: see `parse_stages` and `parse_methods`.
+      command: with which the run was started; it is noted.
 
     Raises:
       ValueError: settings, data or model are wrong; the workdir is of another chain, or has other links than `stages` begin with.
@@ -105,7 +111,9 @@ def run(settings: Settings, workdir: str | pathlib.Path, stages: Sequence[Link],
     processes.on_first(lambda: _refuse_strangers(workdir))
     processes.shared(workdir)
     with processes.claimed(workdir):
-        return Chain(settings, workdir, stages).run(methods)
+        chain = Chain(settings, workdir, stages)
+        processes.on_first(lambda: environment.write(workdir, command, chain.sharder))
+        return chain.run(methods)
 
 
 class Chain:
@@ -127,6 +135,11 @@ class Chain:
         else:
             self.log = PatchLog.begin(workdir, self._make_start())
         self.measures = Measures(self._context, self._contexts, workdir / MEASURES, self.log.model(START))
+
+    @property
+    def sharder(self) -> Sharder:
+        """The mesh of what is measured."""
+        return self._context.sharder
 
     def run(self, methods: Sequence[str]) -> pathlib.Path:
         self._say_plan()
@@ -313,7 +326,7 @@ def _refuse_strangers(workdir: pathlib.Path) -> None:
     """Raise ValueError if a folder without a log holds what no chain has put there."""
     if not workdir.is_dir() or (workdir / LOG).is_file():
         return
-    ours = (LINKS, METHODS_DIR, MEASURES, START_DIR.format("*"), files.LOCK, "*.partial")
+    ours = (LINKS, METHODS_DIR, MEASURES, START_DIR.format("*"), files.LOCK, environment.FILE, "*.partial")
     if strange := sorted(p.name for p in workdir.iterdir() if not any(fnmatch.fnmatch(p.name, name) for name in ours)):
         raise ValueError(f"{workdir} has no {LOG} and holds files that are not of a chain ({some(strange, ', ')}). Use a new or "
                          "empty --workdir.")

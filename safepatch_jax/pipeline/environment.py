@@ -22,16 +22,16 @@ def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder) -> Non
     """Write, or bring up to date, a run's environment.json; earlier starts stay in its list."""
     path = folder / FILE
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
     except (OSError, ValueError, KeyError, TypeError):  # the first start, or a file that says nothing
         starts = []
     device = sharder.mesh.devices.flat[0]
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    files.write_json(path, {
-        "starts": [*starts, {"time": now, "command": shlex.join(command)}],
+    files.write_json(path, {"starts": [*starts, {
+        "time": now, "command": shlex.join(command),
         "python": platform.python_version(), "platform": platform.platform(), "processors": os.cpu_count(),
         "devices": {"kind": device.device_kind, "platform": device.platform, "number": sharder.mesh.size,
                     "mesh": dict(sharder.mesh.shape), "processes": processes.count()},
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         "packages": dict(sorted({d.name: d.version for d in importlib.metadata.distributions()}.items())),
-    })
+    }]})

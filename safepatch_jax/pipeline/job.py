@@ -13,9 +13,8 @@ from safepatch_jax.console import say
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.merge import ROLES
-from safepatch_jax.pipeline import card, certificate, environment, report
+from safepatch_jax.pipeline import card, certificate, environment, metrics, report
 from safepatch_jax.pipeline.convert import source_facts
-from safepatch_jax.pipeline.metrics import Metrics
 from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, version_of, versions
 from safepatch_jax.pipeline.work import Work
 from safepatch_jax.settings import Settings, settings_differences
@@ -39,7 +38,7 @@ class Job(Work):
             raise ValueError("No model given. Set --model.source to a Hugging Face folder, a .gguf file, or 'smollm2'.")
         super().__init__(settings)
         self.context.check_batches()
-        self.workdir = pathlib.Path(workdir).expanduser().absolute()
+        self.workdir, self._update = pathlib.Path(workdir).expanduser().absolute(), update
         self._agree(update)
         processes.on_first(lambda: self._claim_workdir(update))
         self.runner = Runner(self._stages(), self.workdir, self.context.cache_dir)
@@ -72,7 +71,7 @@ class Job(Work):
 
     def _run_claimed(self) -> pathlib.Path:
         try:
-            with Metrics(self.workdir) as self.metrics:
+            with metrics.Metrics(self.workdir) as self.metrics:
                 return self._run_stages()
         except BaseException:
             if left := self.runner.scratch_left():
@@ -81,6 +80,9 @@ class Job(Work):
             raise
 
     def _begin(self, command: Sequence[str]) -> None:
+        self._claim_workdir(self._update)  # again: another run may have been at work here meanwhile
+        for left in filter(lambda p: files.half_written(p.name), self.workdir.iterdir()):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if self.runner.status("report") not in FINISHED:
             for name in (*report.FILES, "manifest.json"):  # of other settings, or of a run that was not finished
                 (self.workdir / name).unlink(missing_ok=True)
@@ -112,7 +114,7 @@ class Job(Work):
                 f", first aligned for {settings.align.steps} steps on refusals and ordinary answers"
                 if settings.align.enabled else ""),
             "Data:    " + "; ".join(
-                f"{role} {getattr(settings.data, role)} ({len(records)} records)"
+                f"{role} {report.data_text(settings.to_dict(), role)} ({len(records)} records)"
                 for role, records in self.context.records.items()),
             f"Derive:  SE by ascent, at most {settings.derive.se_steps} steps or answer NLL "
             f"{settings.derive.se_nll_ceiling:g}; OSM by descent, {settings.derive.osm_steps} steps",
@@ -122,7 +124,7 @@ class Job(Work):
         if self.place.kind == "hf" or self.runner.status("import") == "done":
             size = param_table(read_hf_config(self.folder("import"))).size
             lines.insert(2, f"         {size / 1e6:,.1f} M parameters; derived models and scores take {16 * size / 2**30:.1f} GiB of "
-                            "scratch on disk")
+                            f"scratch on disk, checkpoints of training up to {3 * 12 * size / 2**30:.1f} GiB more")
         ways = self.context.sharder.batch_ways
         for name in ("align.batch_size", "derive.batch_size"):
             if (rows := settings.flat()[name]) % ways:
@@ -212,7 +214,8 @@ class Job(Work):
         path = self.workdir / "settings.json"
         if not path.is_file():
             held = {p.name for p in self.workdir.iterdir()} if self.workdir.is_dir() else set()
-            if not all(name in ("stages", files.LOCK) or name.startswith("sweep") for name in held):
+            sweeps = {"stages", files.LOCK, environment.FILE, metrics.FILE, metrics.EVENTS}
+            if not all(name in sweeps or name.startswith("sweep") or files.half_written(name) for name in held):
                 raise ValueError(f"{self.workdir} holds files that are not of a run; use a new or empty --workdir.")
             return
         try:

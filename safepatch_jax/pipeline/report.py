@@ -44,6 +44,12 @@ def gather(settings: Settings, measures: Mapping[str, Mapping[str, Any]], patch:
     }
 
 
+def data_text(settings: Mapping[str, Mapping[str, Any]], role: str) -> str:
+    """Return where a role's records come from."""
+    data = settings["data"]
+    return data[role] + (f", category {data['category']}" if role == "harmful" and data["category"] else "")
+
+
 def share(counts: Mapping[str, int], *outcomes: str) -> float:
     """Return the share of answers with one of these outcomes."""
     return sum(counts[o] for o in outcomes) / counts["n"]
@@ -55,7 +61,7 @@ def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def orderings(measures: Mapping[str, Mapping[str, Any]], name: str = "SafePatching") -> list[dict[str, Any]]:
-    """Check what any faithful run shows (METHOD 6): SE alone, OSM alone, intersection, the patched model by its name."""
+    """Check what any faithful run shows: SE alone, OSM alone, intersection, the patched model by its name."""
     harm = {v: share(m["harmful"], COMPLIED) for v, m in measures.items()}
     unhelped = {v: share(m["lookalike"], REFUSED, INCOHERENT) for v, m in measures.items()}
     refused = {v: share(m["lookalike"], REFUSED) for v, m in measures.items()}
@@ -109,7 +115,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "Judge: refusal phrases and a coherence test, three outcomes. It judges the form of an answer, not its content. In "
         "brackets: 95 % intervals (Wilson). One seed.", "",
         "Data: " + "; ".join(
-            f"{role} `{settings['data'][role]}` ({d['examples']} examples, {d['left_out']} prompts left out as too long, "
+            f"{role} `{data_text(settings, role)}` ({d['examples']} examples, {d['left_out']} prompts left out as too long, "
             f"{d['cut']} answers cut)" for role, d in n["data"].items()) + "."
         + (" The built-in set is small and deliberately mild: it shows the mechanics and certifies nothing."
            if settings["data"]["harmful"] == "builtin" else ""), "",

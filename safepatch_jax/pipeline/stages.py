@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterable, Mapping
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
 
-MANIFEST = "manifest.json"
+MANIFEST, _ASIDE = "manifest.json", ".steps"
 FINISHED = ("done", "deleted")
 FORMAT = 4  # raise when a stage's outputs change their meaning
 # Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
@@ -79,7 +79,7 @@ class Runner:
     def aside(self, name: str) -> pathlib.Path:
         """Return a folder for what a stage keeps while it is under way: it survives a kill, and goes when the stage is done."""
         folder = self.folder(name)
-        return folder.with_name(f".{folder.name}.{self.key(name)[:16]}.steps")
+        return folder.with_name(f".{folder.name}.{self.key(name)[:16]}{_ASIDE}")
 
     def manifest(self, name: str) -> dict[str, Any] | None:
         """Return the manifest if the stage was finished with these very inputs, else None; as this process sees it."""
@@ -130,15 +130,27 @@ class Runner:
         """Bring the named stages up to date; what is finished is not run again."""
         for name in names:
             if self.status(name) in FINISHED:
+                self._clear_aside(name)  # where a kill came between a stage's end and that of its checkpoints
                 say(f"{name}: reused, inputs unchanged")
             else:
                 self.need(name)
 
     def scratch_left(self) -> list[pathlib.Path]:
-        """Return the folders of scratch stages that hold outputs; as this process sees it."""
-        scratch = [name for name, stage in self.stages.items() if stage.scratch]
-        folders = [folder(name) for name in scratch for folder in (self.folder, self.aside)]
+        """Return the folders that hold outputs of scratch stages, or checkpoints of any stage; as this process sees it."""
+        folders = [self.folder(name) for name, stage in self.stages.items() if stage.scratch]
+        folders += [self.aside(name) for name, stage in self.stages.items() if stage.shared]
+        folders += sorted((self._workdir / "stages").glob(f".*{_ASIDE}"))
         return [f for f in folders if f.is_dir() and any(p.name != MANIFEST for p in f.iterdir())]
+
+    def _clear_aside(self, name: str) -> None:
+        """Delete what a finished stage had kept while it was under way; of the workdir's own also under other settings."""
+        def delete():
+            folder = self.folder(name)
+            others = [] if self.stages[name].shared else folder.parent.glob(f".{name}.*{_ASIDE}")
+            for path in (self.aside(name), *others):
+                shutil.rmtree(path, ignore_errors=True)
+
+        processes.on_first(delete)
 
     def delete_scratch(self) -> None:
         """Delete the outputs of scratch stages, keeping their manifests, and whatever a killed run left half-made."""
@@ -173,7 +185,7 @@ class Runner:
                 "seconds": round(time.monotonic() - begun, 1),
                 "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }))
-        processes.on_first(lambda: shutil.rmtree(self.aside(stage.name), ignore_errors=True))
+        self._clear_aside(stage.name)
         say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
 
 

@@ -11,14 +11,14 @@ from typing import Any, Mapping, Sequence
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say, some
-from safepatch_jax.pipeline import sweep_analysis, sweep_report
+from safepatch_jax.pipeline import environment, metrics, sweep_analysis, sweep_report
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.report import share
 from safepatch_jax.pipeline.sweep_points import Point, label, varied
 from safepatch_jax.settings import Settings
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
-ROWS = "sweep.jsonl"
+ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
 _ROW = {"patch": dict, "seed": int, "keys": dict, "measures": dict, "seconds": (int, float)}
 _MEASURES = ("harmful", "lookalike", "harmful_nll", "ordinary_perplexity")
 
@@ -38,7 +38,7 @@ def claim(workdir: pathlib.Path) -> None:
     """
     if (workdir / "settings.json").exists():
         raise ValueError(f"{workdir} holds a run, whose stages a sweep would replace; use another --workdir.")
-    ours = {"stages", files.LOCK, ROWS, *sweep_report.FILES}
+    ours = {"stages", files.LOCK, ROWS, SETTINGS, environment.FILE, metrics.FILE, metrics.EVENTS, *sweep_report.FILES}
     found = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
     if strange := sorted(name for name in found - ours if not _half_written(name)):
         raise ValueError(f"{workdir} holds files that are not of a sweep ({some(strange, ', ')}); use a new or empty --workdir.")
@@ -67,7 +67,7 @@ def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point
     return lines
 
 
-def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> pathlib.Path:
+def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point], command: Sequence[str] = ()) -> pathlib.Path:
     """Evaluate points on the search split, one row each in ``sweep.jsonl``, and report on all rows of this model and training.
 
     Rows are written as they are made; points that have one are not computed again.
@@ -91,7 +91,8 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Poin
     job = _SweepJob(settings, workdir)
     for folder in (job.workdir, job.context.cache_dir):
         processes.shared(folder)
-    with processes.claimed(job.workdir):
+    with processes.claimed(job.workdir), metrics.Metrics(job.workdir) as job.metrics:
+        processes.on_first(lambda: _note(job, settings, command))
         rows, backbone, failed = _rows(job, points)
         if rows:
             processes.on_first(lambda: _report(settings, job.workdir, rows, backbone))
@@ -99,6 +100,12 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Poin
         raise ValueError(f"{len(failed)} of {len(points)} points gave no row ({some(failed)}). Leave them out, or give the same "
                          "command to try them again.")
     return job.workdir / "sweep.md"
+
+
+def _note(job: Job, settings: Settings, command: Sequence[str]) -> None:
+    """Write down with what the sweep is done."""
+    files.write_json(job.workdir / SETTINGS, settings.to_dict())
+    environment.write(job.workdir, command, job.context.sharder)
 
 
 def _rows(job: Job, points: Sequence[Point]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:

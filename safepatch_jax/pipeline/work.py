@@ -220,7 +220,7 @@ class Work:
         return {"entries": patch.entries(), "bytes": size}
 
     def _check_changes(self, changed: Sequence[str]) -> None:
-        """Refuse an export that changes nothing, or a tensor that the patch does not touch (METHOD 4.2, 4.6)."""
+        """Refuse an export that changes nothing, or a tensor that the patch does not touch."""
         patched = {name for name, s in self.runner.result("patch")["tensors"].items() if s["survived"]}
         wrong = sorted(set(changed) - patched)
         if wrong or not changed:
@@ -248,8 +248,12 @@ class Work:
 
         Args:
           seed: of the random retention and the stochastic rounding, if not the run's.
+
+        Raises:
+          ValueError: the patch changes nothing.
         """
-        merged, rest, *_ = self._apply(patch, "patch", seed)
+        merged, rest, statistics, _ = self._apply(patch, "patch", seed)
+        refuse_no_op(statistics, patch)
         return self._measure(self._cast(rest) | merged, "patched")[0]
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:

@@ -16,9 +16,10 @@ from typing import Any, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax import lax
 
-from safepatch_jax import processes
+from safepatch_jax import files, processes
 from safepatch_jax.console import say
 from safepatch_jax.io.checkpoint import from_disk, handler
 from safepatch_jax.numerics import row_major_index
@@ -45,49 +46,51 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Finish what is being written; its failure is told unless something else has failed."""
+        """Finish what is being written. A run that has come here needs it no longer, so that a failure ends nothing."""
         try:
+            self.wait()
+        except OSError as error:
             if kind is None:
-                self.wait()
-        finally:
-            with contextlib.suppress(Exception if kind else ()):
-                self._manager.close()
+                say(f"  {error}")
+        with contextlib.suppress(Exception):  # what `wait` has told is told again here
+            self._manager.close()
 
     def restore(self) -> tuple[Any, dict[str, Any]] | None:
         """Return state and facts of the last checkpoint that is intact; None where there is none.
 
         Checkpoints that cannot be read, or whose arrays are not as they were saved, are named and deleted.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in processes.broadcast(sorted(self._manager.all_steps(), reverse=True)):
             reason, found = self._read(step)
-            reasons = processes.everyones(reason)
-            if not any(reasons):
+            if not reason:
                 return found
-            say(f"  The checkpoint of step {step} is damaged ({next(filter(None, reasons))}). It is deleted; what was saved before "
-                "it, or the start, takes its place.")
+            say(f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was saved before it, or the start, takes "
+                "its place.")
             processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
             self._manager.reload()
         return None
 
     def _read(self, step: int) -> tuple[str, tuple[Any, dict[str, Any]] | None]:
-        """Return why a checkpoint cannot be used ('' if it can), and what it holds."""
-        flat = _flat(self._abstract)
+        """Return why a checkpoint cannot be used ('' if it can), the same in all processes, and what it holds.
+
+        Orbax would wait for all processes while it reads, also for one that has failed; so each reads its own parts here.
+        """
+        folder, flat, reason = self._folder / str(step), _flat(self._abstract), ""
         try:
-            held = self._manager.restore(step, args=ocp.args.Composite(
-                facts=ocp.args.JsonRestore(), state=ocp.args.PyTreeRestore(
-                    flat, restore_args=ocp.checkpoint_utils.construct_restore_args(flat))))
-            saved, facts = held.facts["checksums"], held.facts["facts"]
-        except Exception as error:
-            if not from_disk(error) and not isinstance(error, TypeError):
-                raise
-            return str(error.__cause__ or error).partition("\n")[0][:200] or type(error).__name__, None
-        if wrong := [name for name, value in checksums(held.state).items() if saved.get(name) != value]:
+            facts = files.read_json(folder / "facts" / "metadata")
+            saved, facts = facts["checksums"], facts["facts"]
+            arrays = {name: _stored_array(folder / "state", name, x) for name, x in flat.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        if reasons := [reason for other, reason in processes.everyones([step, reason]) if reason]:
+            return reasons[0], None
+        if wrong := [name for name, value in checksums(arrays).items() if saved.get(name) != value]:
             return f"{wrong[0]} is not as it was saved", None
-        state = jax.tree.unflatten(jax.tree.structure(self._abstract), [held.state[name] for name in flat])
-        return "", (state, facts)
+        return "", (jax.tree.unflatten(jax.tree.structure(self._abstract), arrays.values()), facts)
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint; the arrays are copied before this returns, and written in the background.
+        """Write a checkpoint. Before this returns each process has copied its part of the state to its host's memory, from where it is
+        written in the background.
 
         Raises:
           OSError: the disk is full or cannot be written; of this checkpoint, or of the one before it.
@@ -110,12 +113,20 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not from_disk(error):
+            if not from_disk(error) or isinstance(error, ocp.checkpoint_manager.StepAlreadyExistsError):
                 raise
             reason = str(error.__cause__ or error).partition("\n")[0]
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
-            raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, and {KEPT} are kept; free "
+            raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, {KEPT} are kept; free "
                           "space, or write none (--run.checkpoint_minutes=0), then give the same command again.") from error
+
+
+def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """Read this process's parts of an array. Raises ValueError if it is absent, damaged, or of another shape or dtype."""
+    stored = ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}", "path": f"{name}/"}}).result()
+    if stored.shape != abstract.shape or stored.dtype.numpy_dtype != abstract.dtype:
+        raise ValueError(f"{name} is {stored.dtype.name} {stored.shape}, and not {abstract.dtype} {abstract.shape}")
+    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda part: stored[part].read().result())
 
 
 def _flat(tree: Any) -> dict[str, Any]:

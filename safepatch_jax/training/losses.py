@@ -24,7 +24,7 @@ Loss = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """NLL of the answer (METHOD: Eq. 1-2), over its tokens the 'mean' or the 'sum'. With sign -1: gradient ascent."""
+    """NLL of the answer (the paper's Eq. 1-2), over its tokens the 'mean' or the 'sum'. With sign -1: gradient ascent."""
 
     reduction: str = "mean"
 

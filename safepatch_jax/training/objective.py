@@ -1,4 +1,4 @@
-"""The objective: negative log-likelihood of answer tokens (METHOD: Eq. 1-2)."""
+"""The objective: negative log-likelihood of answer tokens (the paper's Eq. 1-2)."""
 
 from __future__ import annotations
 

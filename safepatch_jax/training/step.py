@@ -187,7 +187,10 @@ class Trainer:
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
             journal = _Journal(facts["nll"], bar, title, recipe, record)
+            journal.stopped = bool(state["stopped"])
             state = self._loop(state, batches, recipe, journal, store, 60 * saving.minutes if saving else 0.0)
+            if max(journal.call, int(self._sharder.most(_END if stopping.asked() else _GO_ON))) == _END:
+                self._end(state, batches, journal, store)
         reason = f"answer NLL above {recipe.nll_ceiling:g}" if journal.stopped else f"step limit {recipe.steps}"
         return state["params"], Outcome(tuple(journal.nll), reason)
 
@@ -196,7 +199,7 @@ class Trainer:
         scalars = [jnp.float32(x) for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)]
         pending = None  # read one step late, so that the devices need not wait for the host
         saved = time.monotonic()
-        for done in range(len(journal.nll) + 1, recipe.steps + 1):
+        for done in range(len(journal.nll) + 1, 0 if journal.stopped else recipe.steps + 1):
             batch = put_batch(next(batches), self._sharder)
             check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
             state, metrics = self._step(state, batch, *scalars)
@@ -213,21 +216,22 @@ class Trainer:
                 if journal.stopped:
                     return state
                 pending = None
-                if store:
-                    store.save(done, state, {"nll": journal.nll, "data": batches.get_state()})
                 if journal.call == _END:
-                    self._end(done, store)
+                    return state
+                if store and done < recipe.steps:
+                    store.save(done, state, {"nll": journal.nll, "data": batches.get_state()})
                 journal.call, saved = _GO_ON, time.monotonic()
         if pending:
             journal.read(pending)
         return state
 
-    def _end(self, done: int, store: Checkpoints | None) -> None:
+    def _end(self, state: Any, batches: Batches, journal: _Journal, store: Checkpoints | None) -> None:
         """End the process, as it was asked to."""
         if store:
+            store.save(len(journal.nll), state, {"nll": journal.nll, "data": batches.get_state()})
             store.wait()
-        say(f"  SIGTERM: ends after step {done}. " + ("A checkpoint is written; the same command goes on from it." if store
-                                                      else "The same command starts this stage anew."))
+        say(f"  SIGTERM: ends after step {len(journal.nll)}. " + (
+            "A checkpoint is written; the same command goes on from it." if store else "The same command starts this stage anew."))
         stopping.stop()
 
 

@@ -63,7 +63,9 @@ def test_rows_and_report(swept, settings, points):
     for row in rows:
         assert set(row) == {"patch", "seed", "keys", "measures", "seconds"} and row["seconds"] > 0
         assert set(row["keys"]) == {*sweep.PARTS, "dtype", "rounding"} and row["measures"]["harmful"]["n"] == 2
-    assert {p.name for p in swept.iterdir()} == {"stages", files.LOCK, "sweep.jsonl", *sweep_report.FILES}
+    assert {p.name for p in swept.iterdir()} == {
+        "stages", files.LOCK, "sweep.jsonl", "sweep_settings.json", "environment.json", "metrics.jsonl", "tensorboard",
+        *sweep_report.FILES}
     content = json.loads((swept / "sweep.json").read_text())
     assert content["varied"] == ["patch.beta"] and content["seeds"] == [0, 3] and len(content["trials"]) == 2
     assert content["backbone"]["measures"] == json.loads((swept / "stages/evaluate_backbone/manifest.json").read_text())["result"]
