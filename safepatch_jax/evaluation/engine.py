@@ -18,6 +18,7 @@ import numpy as np
 from safepatch_jax import processes
 from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Chat, Example, NoChat, load_tokenizer, prompt_batch, training_batch
+from safepatch_jax.evaluation.decoding import Rule, check_expert, decode_contrasted
 from safepatch_jax.evaluation.generate import PIECE, decode, decode_until
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
 from safepatch_jax.io.hf import load_params
@@ -31,6 +32,7 @@ from safepatch_jax.training.step import put_batch
 Done = Callable[[int, Any], None]
 LONG = 512  # tokens
 _UNSURE = 4  # tokens
+_NO_STOP = (-2,)  # no token is this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +75,29 @@ class Prompter:
         """Tokenise a text; no special tokens are added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def ask(self, *turns: str) -> list[int]:
+    def ask(self, *turns: str, system: str | None = None) -> list[int]:
         """Return the ids of a conversation in the chat template: the user's first message, an answer, the next message and so on.
+
+        Args:
+          system: a system message. Where the template refuses it or leaves it out, it stands before the user's first text. None
+            for none: a template that puts in one of its own then does so; '' is an empty one in its place.
 
         Raises:
           ValueError: the model has no chat template, or one that does not render a conversation of several turns.
         """
         template = self.needed_chat().tokenizer.apply_chat_template
+        render = lambda talk: template(talk, tokenize=False, add_generation_prompt=True)
         talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        if system is not None:
+            try:
+                text = render([{"role": "system", "content": system}, *talk])
+                if text.count(system.strip()) > sum(turn.count(system.strip()) for turn in turns):
+                    return self.encode(text)
+            except (jinja2.TemplateError, TypeError):
+                pass  # no system role (Gemma)
+            talk[0]["content"] = f"{system}\n\n{turns[0]}" if system else turns[0]
         try:
-            return self.encode(template(talk, tokenize=False, add_generation_prompt=True))
+            return self.encode(render(talk))
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template does not render {len(turns)} messages in turn ({error}). Copy that of "
                              "the model's chat variant into the folder.") from error
@@ -153,28 +168,44 @@ class Engine(Prompter):
           ValueError: an empty prompt, or one that is too long.
         """
         self._check(prompts, max_new)
-        answers: list[list[int]] = [[] for _ in prompts]
-        stops, tokens, begun = np.asarray(self.stop_ids or (-2,), np.int32), 0, time.perf_counter()
         numbers = range(len(prompts)) if numbers is None else numbers
-        with progress(len(prompts), title, "answer") as bar:
-            for rows, group in self._groups([len(p) + max_new for p in prompts]):
-                filled = group + [group[-1]] * (rows - len(group))
-                batch = put_batch(prompt_batch([prompts[i] for i in filled], padded(max(len(prompts[i]) for i in group))),
-                                  self.sharder)
-                inputs = (self.decoder, self.params, batch["tokens"], batch["valid"], stops,
-                          self._draws(sampling, [numbers[i] for i in filled]))
-                if until and max_new > PIECE:
-                    out = decode_until(*inputs, max_new=max_new, finished=lambda ids: self._has_stop(ids, until))
-                else:
-                    out = processes.fetch(decode(*inputs, max_new=max_new))
-                for i, ids in zip(group, out):
-                    answers[i] = [int(t) for t in ids if t >= 0 and t not in stops]
-                    tokens += int(np.sum(ids >= 0))
-                    if done:
-                        done(i, answers[i])
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s", refresh=False)
-                bar.update(len(group))
-        return answers
+
+        def run(filled, stops):
+            batch = self._prompts([prompts[i] for i in filled])
+            inputs = (self.decoder, self.params, batch["tokens"], batch["valid"], stops,
+                      self._draws(sampling, [numbers[i] for i in filled]))
+            if until and max_new > PIECE:
+                return decode_until(*inputs, max_new=max_new, finished=lambda ids: self._has_stop(ids, until))
+            return processes.fetch(decode(*inputs, max_new=max_new))
+
+        return self._answers([len(p) + max_new for p in prompts], title, done, run)
+
+    def complete_contrasted(self, talks: Sequence[str | Sequence[str]], rule: Rule, max_new: int, title: str = "answers",
+                            done: Done | None = None, expert: Any = None) -> list[list[int]]:
+        """Continue conversations greedily, each token chosen from two streams of logits, those of like length together.
+
+        Args:
+          talks: users' texts, or conversations in turns as in `ask`; rendered with each of the rule's two system messages.
+          rule: how the streams are combined (see `decoding`); its numbers are compiled in.
+          max_new, done: see `complete_ids`.
+          expert: nested parameters of the second stream, on the mesh of `sharder`, for a rule that needs them.
+
+        Returns:
+          for each conversation the new ids, without the stop token.
+
+        Raises:
+          ValueError: no chat template, a prompt that is too long, or an expert that is missing, not used, or of other shapes.
+        """
+        check_expert(rule, self.params, expert)
+        streams = self._streams(talks, rule)
+        for prompts in streams:
+            self._check(prompts, max_new)
+        run = lambda filled, stops: processes.fetch(self._contrasted(
+            [[prompts[i] for i in filled] for prompts in streams], stops, rule, expert, max_new))
+        # Both pasts are held, so both count.
+        rooms = max_new, min(rule.steps or max_new, max_new)
+        sizes = [sum(len(p) + room for p, room in zip(pair, rooms)) for pair in zip(*streams)]
+        return self._answers(sizes, title, done, run)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], title: str = "likelihoods",
               done: Done | None = None) -> list[tuple[float, bool]]:
@@ -212,13 +243,30 @@ class Engine(Prompter):
     def seconds_per_token(self, new: int = 64, repeats: int = 3) -> float:
         """Return the median time of one decoded token of a full batch, prefill included; no stop token ends it earlier."""
         batch = put_batch(prompt_batch([(self.encode("the") * 32)[:32]] * self.batch_size, 32), self.sharder)
-        taken = []
-        for _ in range(repeats + 1):
-            begun = time.perf_counter()
-            processes.fetch(decode(self.decoder, self.params, batch["tokens"], batch["valid"], np.asarray([-2], np.int32),
-                                   max_new=new))
-            taken.append(time.perf_counter() - begun)
-        return statistics.median(taken[1:]) / (new * self.batch_size)
+        return _medians([lambda: self._plain(batch, new)], repeats)[0] / (new * self.batch_size)
+
+    def atgr(self, rule: Rule, expert: Any = None, new: int = 64, repeats: int = 3,
+             talk: str = "Tell me about the sea.") -> float:
+        """Return the time of a generated token under a rule divided by that of plain greedy decoding (average token generation
+        time ratio; Xu et al. 2024, arXiv 2402.08983).
+
+        Both are medians over the repeats, for a full batch of one conversation, prefill included; the rule's prompts are as long
+        as its system messages make them. No stop token ends a batch earlier.
+
+        Args:
+          rule, expert: see `complete_contrasted`.
+          new: tokens.
+          talk: the user's text.
+
+        Raises:
+          ValueError: see `complete_contrasted`.
+        """
+        check_expert(rule, self.params, expert)
+        batch = self._prompts([self.ask(talk)] * self.batch_size)
+        streams = [list(prompts) * self.batch_size for prompts in self._streams([talk], rule)]
+        contrasted = lambda: self._contrasted(streams, _NO_STOP, rule, expert, new)
+        plain, ruled = _medians([lambda: self._plain(batch, new), contrasted], repeats)
+        return ruled / plain
 
     def lay_out(self, examples: Sequence[Example], rows: int) -> dict[str, np.ndarray]:
         """Return a batch for `over_answers`, filled up to so many rows with copies of no weight."""
@@ -232,6 +280,39 @@ class Engine(Prompter):
         """Return how many sequences run together: the batch size, and fewer where they are longer than LONG tokens."""
         ways = self.sharder.batch_ways
         return max(ways, min(self.batch_size, self.batch_size * LONG // length) // ways * ways)
+
+    def _answers(self, sizes: Sequence[int], title: str, done: Done | None,
+                 run: Callable[[list[int], np.ndarray], np.ndarray]) -> list[list[int]]:
+        """Return the new ids of each prompt; `run` maps the indices [B] of a batch and the stop tokens to tokens [B, max_new]."""
+        answers: list[list[int]] = [[] for _ in sizes]
+        stops, tokens, begun = np.asarray(self.stop_ids or _NO_STOP, np.int32), 0, time.perf_counter()
+        with progress(len(sizes), title, "answer") as bar:
+            for rows, group in self._groups(sizes):
+                for i, ids in zip(group, run(group + [group[-1]] * (rows - len(group)), stops)):
+                    answers[i] = [int(t) for t in ids if t >= 0 and t not in stops]
+                    tokens += int(np.sum(ids >= 0))
+                    if done:
+                        done(i, answers[i])
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s", refresh=False)
+                bar.update(len(group))
+        return answers
+
+    def _prompts(self, prompts: Sequence[Sequence[int]]) -> dict[str, jax.Array]:
+        return put_batch(prompt_batch(prompts, padded(max(map(len, prompts)))), self.sharder)
+
+    def _streams(self, talks: Sequence[str | Sequence[str]], rule: Rule) -> list[list[list[int]]]:
+        """Return the prompts of the first stream and those of the second."""
+        turns = [(talk,) if isinstance(talk, str) else tuple(talk) for talk in talks]
+        return [[self.ask(*t, system=system) for t in turns] for system in rule.systems]
+
+    def _plain(self, batch: dict[str, jax.Array], max_new: int) -> jax.Array:
+        return decode(self.decoder, self.params, batch["tokens"], batch["valid"], np.asarray(_NO_STOP, np.int32), max_new=max_new)
+
+    def _contrasted(self, streams: Sequence[Sequence[Sequence[int]]], stops: Sequence[int], rule: Rule, expert: Any,
+                    max_new: int) -> jax.Array:
+        params = self.params, self.params if expert is None else expert
+        return decode_contrasted(self.decoder, params, tuple(map(self._prompts, streams)), np.asarray(stops, np.int32), rule=rule,
+                                 max_new=max_new)
 
     def _groups(self, sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Return (rows, indices) of each batch: those of like size together, and the largest memory at the beginning."""
@@ -262,6 +343,17 @@ class Engine(Prompter):
             return None
         return {"temperature": np.float32(sampling.temperature), "top_p": np.float32(sampling.top_p),
                 "key": tensor_keys(sampling.seed, "answer", [str(n) for n in numbers])}
+
+
+def _medians(runs: Sequence[Callable[[], jax.Array]], repeats: int) -> list[float]:
+    """Return the median seconds of each run; they run in turn, so that what slows the machine down slows all of them."""
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for times, run in zip(taken, runs):
+            begun = time.perf_counter()
+            processes.fetch(run())
+            times.append(time.perf_counter() - begun)
+    return [statistics.median(times[1:]) for times in taken]  # the first one compiles
 
 
 def _texts(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Example, list[int]]]:

@@ -20,14 +20,14 @@ from safepatch_jax.training.step import put_batch
 PIECE = 32  # tokens between two looks for a stop text
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """A batch that is being continued: tokens emitted so far, the next one of each sequence, which have ended, what is behind."""
 
     step: jax.Array
     token_B: jax.Array
     done_B: jax.Array
     out: jax.Array  # [B, max_new]
-    past: Past
+    past: Any  # Past, or one for each of the streams that are continued with the same tokens
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_new"))
@@ -74,25 +74,70 @@ def decode_until(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, s
     return out
 
 
-def _prefill(decoder: Decoder, params: Any, tokens_BT, valid_BT, sampling, max_new: int) -> _State:
+def _prefill(decoder: Decoder, params: Any, tokens_BT, valid_BT, sampling, max_new: int) -> State:
+    logits_BV, past = read(decoder, params, tokens_BT, valid_BT, max_new)
+    return first_state(logits_BV, past, sampling, max_new)
+
+
+def _advance(decoder: Decoder, params: Any, state: State, stop_ids, sampling, until) -> State:
+    """Go on until so many tokens are emitted, or all sequences have ended."""
+    length = state.past.positions_BS.shape[1] - state.out.shape[1]
+    return advance(lambda token_B, step, past: follow(decoder, params, token_B, length + step, past), state, stop_ids, sampling,
+                   until)
+
+
+def read(decoder: Decoder, params: Any, tokens_BT, valid_BT, room: int) -> tuple[jax.Array, Past]:
+    """Read left-padded prompts.
+
+    Args:
+      tokens_BT, valid_BT: see `decode`.
+      room: tokens that will follow at most.
+
+    Returns:
+      (logits float32 [B, V] of the first new token, the past [B, T + room], whose last `room` slots are empty).
+    """
     batch, length = tokens_BT.shape
     positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
     last_B1 = jnp.full((batch, 1), length - 1)
     logits_B1V, (k, v) = decoder.apply(
         {"params": params}, tokens_BT, positions_BT, valid_BT, keep_kv=True, logits_at_BA=last_B1)
-    room = ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0))
-    later_BS = positions_BT[:, -1:] + 1 + jnp.arange(max_new)
-    past = Past(jnp.pad(k, room), jnp.pad(v, room), jnp.concatenate([positions_BT, later_BS], axis=1),
-                jnp.pad(valid_BT, ((0, 0), (0, max_new))))
+    empty = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
+    later_BS = positions_BT[:, -1:] + 1 + jnp.arange(room)
+    past = Past(jnp.pad(k, empty), jnp.pad(v, empty), jnp.concatenate([positions_BT, later_BS], axis=1),
+                jnp.pad(valid_BT, ((0, 0), (0, room))))
+    return logits_B1V[:, 0], past
+
+
+def follow(decoder: Decoder, params: Any, token_B, slot, past: Past) -> tuple[jax.Array, Past]:
+    """Read one more token of each sequence into a slot of the past.
+
+    Returns:
+      (logits float32 [B, V] of the token after it, the past with it).
+    """
+    here_B1 = jnp.ones((token_B.shape[0], 1), bool)
+    position_B1 = lax.dynamic_slice_in_dim(past.positions_BS, slot, 1, axis=1)
+    logits_B1V, (k, v) = decoder.apply({"params": params}, token_B[:, None], position_B1, here_B1, past, keep_kv=True)
+    return logits_B1V[:, 0], Past(lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
+                                  lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
+                                  past.positions_BS,
+                                  lax.dynamic_update_slice(past.valid_BS, here_B1, (0, slot)))
+
+
+def first_state(logits_BV: jax.Array, past: Any, sampling, max_new: int) -> State:
+    """Return the state in which the first token is chosen and none emitted."""
+    batch = logits_BV.shape[0]
     out = jnp.full((batch, max_new), -1, jnp.int32)
-    return _State(jnp.int32(0), _choose(logits_B1V[:, 0], sampling, 0), jnp.zeros(batch, bool), out, past)
+    return State(jnp.int32(0), _choose(logits_BV, sampling, 0), jnp.zeros(batch, bool), out, past)
 
 
-def _advance(decoder: Decoder, params: Any, state: _State, stop_ids, sampling, until) -> _State:
-    """Go on until so many tokens are emitted, or all sequences have ended."""
-    batch, max_new = state.out.shape
-    length = state.past.positions_BS.shape[1] - max_new
-    first_B1 = state.past.positions_BS[:, length:length + 1]
+def advance(read_on: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]], state: State, stop_ids, sampling,
+            until) -> State:
+    """Go on until so many tokens are emitted, or all sequences have ended.
+
+    Args:
+      read_on: maps (token [B], its number among the new ones, past) to (logits [B, V] to choose the next one from, past).
+      others: see `decode`.
+    """
 
     def running(state):
         return (state.step < until) & ~jnp.all(state.done_B)
@@ -101,14 +146,8 @@ def _advance(decoder: Decoder, params: Any, state: _State, stop_ids, sampling, u
         step, token_B, done_B, out, past = state
         out = lax.dynamic_update_slice(out, jnp.where(done_B, -1, token_B)[:, None], (0, step))
         done_B = done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=-1)
-        logits_B1V, (k, v) = decoder.apply(
-            {"params": params}, token_B[:, None], first_B1 + step, jnp.ones((batch, 1), bool), past, keep_kv=True)
-        slot = length + step
-        past = Past(lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
-                    lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
-                    past.positions_BS,
-                    lax.dynamic_update_slice(past.valid_BS, jnp.ones((batch, 1), bool), (0, slot)))
-        return _State(step + 1, _choose(logits_B1V[:, 0], sampling, step + 1), done_B, out, past)
+        logits_BV, past = read_on(token_B, step, past)
+        return State(step + 1, _choose(logits_BV, sampling, step + 1), done_B, out, past)
 
     return lax.while_loop(running, decode_one, state)
 

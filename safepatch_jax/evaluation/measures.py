@@ -21,6 +21,10 @@ from safepatch_jax.training.objective import answer_logprobs
 from safepatch_jax.training.step import put_batch
 
 
+class NotFinite(ValueError):
+    """A model's NLL is NaN or infinite."""
+
+
 @functools.partial(jax.jit, static_argnames="decoder")
 def _nll_sums(decoder, params, batch):
     return -jnp.sum(answer_logprobs(decoder, params, batch)), jnp.sum(batch["weights"])
@@ -31,7 +35,7 @@ def answer_nll(decoder: Decoder, params: Any, examples: Sequence[Example], batch
     """Return the mean NLL of answer tokens in nats; all batches have one shape.
 
     Raises:
-      ValueError: the NLL is NaN or infinite.
+      NotFinite: the NLL is NaN or infinite.
     """
     shape = lengths(examples)
     nll = tokens = 0.0
@@ -44,7 +48,7 @@ def answer_nll(decoder: Decoder, params: Any, examples: Sequence[Example], batch
             nll, tokens = nll + float(sums[0]), tokens + float(sums[1])
             bar.update(len(group))
     if not math.isfinite(nll):
-        raise ValueError(f"{title}: the NLL is {nll}: the model's weights hold NaN or overflow. Check the model folder.")
+        raise NotFinite(f"{title}: the NLL is {nll}: the model's weights hold NaN or overflow. Check the model folder.")
     return nll / tokens
 
 
