@@ -3,11 +3,12 @@
   python -m benchmarks.faults --folder=DIR --kills=20 -- launch.safepatch --config=configs/demo.py
   python -m benchmarks.faults --folder=DIR --kills=20 -- launch.continual run --config=... --stages=...
 
-The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with a cache of its own (--cache=DIR2
-starts both from a copy of one). First the run is left alone, and the moments are noted at which its stages begin. Then it is
-started again from nothing, killed (SIGKILL, or --signal=SIGTERM) at a random moment of a stage, started by the same command, killed
-in the next stage, and so on: in each stage at least once, and further kills in stages drawn by their duration. At last it is
-left alone, and every file of both that is named by --compare is compared by its SHA-256.
+The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with a cache of its own
+(--cache=DIR2 starts both from a copy of one). First the run is left alone, and the moments are noted at which its stages begin.
+Then it is started again from nothing, killed (SIGKILL, or --signal=SIGTERM) at a random moment of a stage, started by the same
+command, killed in the next stage, and so on: in each stage at least once where --kills allows it, the others in stages drawn by
+their duration. At last it is left alone, and every file of both that is named by --compare is compared by its SHA-256. A start
+that had ended before its signal came is listed, and not counted as killed.
 
 Ends with 1 if a file differs or is missing.
 """
@@ -49,8 +50,8 @@ class Run:
     def __init__(self, name: str, arguments: list[str], minutes: float):
         folder = pathlib.Path(_FOLDER.value).expanduser()
         module, *rest = arguments
-        command = [sys.executable, "-m", module, *rest, f"--workdir={folder / name}", f"--run.cache_dir={folder / ('cache ' + name)}",
-                   f"--run.checkpoint_minutes={minutes}"]
+        command = [sys.executable, "-m", module, *rest, f"--workdir={folder / name}",
+                   f"--run.cache_dir={folder / ('cache ' + name)}", f"--run.checkpoint_minutes={minutes}"]
         log = open(folder / f"{name}.log", "a", encoding="utf-8")
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ)
         self._lines: queue.SimpleQueue = queue.SimpleQueue()
@@ -95,7 +96,8 @@ def planned(seconds: list[float], kills: int, rng: np.random.Generator) -> list[
     return list(times + np.bincount(further, minlength=len(seconds)))
 
 
-def killed(arguments: list[str], stages: list[str], seconds: list[float], times: list[int], rng: np.random.Generator) -> list[dict]:
+def killed(arguments: list[str], stages: list[str], seconds: list[float], times: list[int], rng: np.random.Generator,
+           ) -> list[dict]:
     """Run with kills; return what was done."""
     told = []
     for stage, duration, count in zip(stages, seconds, times):
@@ -141,8 +143,10 @@ def main(argv: list[str]) -> None:
     equal, wrong = compared(folder)
     log = (folder / "killed.log").read_text(encoding="utf-8")
     resumed = re.findall(r"goes on after step (\d+) of \d+", log)
-    print(f"{len(told)} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a stage {len(resumed)} times (after "
-          f"steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. {equal} files equal, {len(wrong)} not.")
+    hit = sum(entry["exit"] != 0 for entry in told)
+    print(f"{hit} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a stage {len(resumed)} times "
+          f"(after steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. {equal} files equal, "
+          f"{len(wrong)} not.")
     for name in wrong:
         print(f"differs: {name}")
     (folder / "faults.json").write_text(json.dumps({"kills": told, "seconds": took, "undisturbed": whole, "equal": equal,

@@ -24,8 +24,9 @@ methods (--methods) are made beside the chain, measured and deleted.
 
 Model 0 is the starting model. revert moves the head back and deletes nothing; the next run goes on from there with new numbers.
 replay builds the model of link N from that of link M (0 if not given), forwards or backwards, bit for bit; what comes out is
-compared with the log. A run that was killed goes on where it stopped when the same command is given again. docs/continual.md has
-the format. Exit code 0: done; 2: a mistake, with one line that says which.
+compared with the log. Settings (--config, --patch.beta=2, ...) go with run alone. A run that was killed goes on where it stopped
+when the same command is given again. docs/continual.md has the format. Exit code 0: done; 2: a mistake, with one line that says
+which.
 """
 
 import sys
@@ -105,6 +106,9 @@ def run(arguments: list[str]) -> None:
     names = takes.replace("?", "").split()
     missing = [f"--{name}" for name in takes.split() if not name.endswith("?") and _FLAGS[name].value is None]
     stray = [f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None]
+    if command != "run":  # they would be without effect
+        stray += [f"--{flag.name}" for module in (settings_flags, distributed)
+                  for flag in flags.FLAGS.get_key_flags_for_module(module) if flag.present]
     if missing or stray:
         raise ValueError(f"{command} " + " and ".join(
             f"{verb} {', '.join(given)}" for verb, given in (("needs", missing), ("does not take", stray)) if given) + ".")

@@ -19,8 +19,8 @@ def say(text: str) -> None:
 
 def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
     """Return a progress bar with rate and remaining time, silent in all but the first process; `done` were there before."""
-    return tqdm(total=total, initial=done, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr, dynamic_ncols=True,
-                mininterval=0.5, disable=not first(), leave=True)
+    return tqdm(total=total, initial=done, desc=f"  {title}", unit=unit, unit_scale=unit == "B", file=sys.stderr,
+                dynamic_ncols=True, mininterval=0.5, disable=not first(), leave=True)
 
 
 def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:

@@ -83,7 +83,8 @@ class AlignSettings:
 class DeriveSettings:
     batch_size: int = _option(8, "Sequences a step, both patches.", low=1)
     accumulate: int = _option(
-        1, "Micro-batches into which a step's batch (alignment's too) is cut; their gradients are summed. Memory falls, results stay.", low=1)
+        1, "Micro-batches into which a step's batch (alignment's too) is cut; their gradients are summed. Memory falls,"
+        " results stay.", low=1)
     optimizer: str = _option(
         "adamw", "AdamW (8 bytes of moments a parameter), or Adafactor's factored second moment without a first (next to none),"
         " for small slices: derived models then differ. Alignment takes the same.", choices=("adamw", "adafactor"))
@@ -93,7 +94,8 @@ class DeriveSettings:
         10.0, "Ascent stops at the first step whose answer NLL (nats a token) is above this.", above=0)
     osm_steps: int = _option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
     osm_learning_rate: float = _option(2e-5, "Learning rate of gradient descent.", above=0)
-    loss: str = _option("mean", "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).", choices=("mean", "sum"))
+    loss: str = _option(
+        "mean", "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).", choices=("mean", "sum"))
     weight_decay: float = _option(0.0, "Decoupled weight decay.", low=0)
     clip_norm: float = _option(1.0, "Gradients with a larger global norm are scaled down to it.", above=0)
 
@@ -164,8 +166,8 @@ class RunSettings:
         "logits", "Certificate of import and export: compare logits with Hugging Face torch (without torch: are they finite,"
         " what perplexity), or hashes alone.", choices=("logits", "hashes"))
     checkpoint_minutes: float = _option(
-        10.0, "Minutes between two checkpoints within alignment and derivation (12 bytes a parameter with AdamW, room for three is needed);"
-        " 0: none. At SIGTERM one is always written.", low=0)
+        10.0, "Minutes between two checkpoints within alignment and derivation (12 bytes a parameter with AdamW, room for three"
+        " is needed); 0: none. At SIGTERM one is always written.", low=0)
     cache_dir: str = _option("~/.cache/safepatch_jax", "Converted and aligned models and compiled programs.")
 
 

@@ -100,7 +100,9 @@ def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
 
 
 def handler(tree: Any) -> ocp.PyTreeCheckpointHandler:
-    """Return orbax's handler of a tree, one that holds about one array at a time in host memory.
+    """Return orbax's handler of a tree, one that reads and writes about one array at a time.
+
+    From accelerators orbax brings a host's part of all arrays into its memory before it writes.
 
     Left to itself orbax holds up to 96 GB, and copies of all arrays while it compresses them, which saves a quarter of the
     disk at best.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import pathlib
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ from safepatch_jax.training.step import Outcome, Recipe, Recorder, Saving, Train
 class Context:
     """Everything is made on first use and kept, so that stages which follow one another compile once."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, read: Callable[..., Sequence[Record]] = load_records):
+        """Take the settings, and what reads a role's records; contexts that share data may share a reader that remembers."""
+        self.settings, self._read = settings, read
         self.cache_dir = pathlib.Path(settings.run.cache_dir).expanduser()
         if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR counts more
             jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
@@ -43,7 +44,8 @@ class Context:
     @functools.cached_property
     def records(self) -> dict[str, list[Record]]:
         data = self.settings.data
-        records = {role: _read_once(role, getattr(data, role), data.manual_dir, self.cache_dir / "datasets") for role in ROLES}
+        places = data.manual_dir, self.cache_dir / "datasets"
+        records = {role: list(self._read(role, getattr(data, role), *places)) for role in ROLES}
         if data.category:
             records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
         return records
@@ -137,9 +139,6 @@ class Context:
         """Return every id that ends an answer: of the config, the generation config, the tokenizer and the template."""
         ids, chat = stop_ids(folder, read_hf_config(folder)), self.chat(folder)
         return tuple(sorted((ids | {chat.tokenizer.eos_token_id, chat.end_of_turn()}) - {None}))
-
-
-_read_once = functools.cache(load_records)  # the contexts of a chain share what they have in common
 
 
 def _of_categories(records: Sequence[Record], names: str, source: str) -> list[Record]:

@@ -9,13 +9,13 @@ import dataclasses
 import fnmatch
 import functools
 import pathlib
-import re
+import shlex
 import shutil
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say, some
-from safepatch_jax.data.records import ROLES
+from safepatch_jax.data.records import ROLES, load_records
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
@@ -26,19 +26,19 @@ from safepatch_jax.pipeline import continual_report as report
 from safepatch_jax.pipeline import environment
 from safepatch_jax.pipeline.context import Context
 from safepatch_jax.pipeline.continual_commands import sizes
-from safepatch_jax.pipeline.continual_log import LOG, START, PatchLog, data_text, folder_hash, label, patch_hash
+from safepatch_jax.pipeline.continual_log import (
+    FORMAT, LINKS, LOG, NAME, PATCH, START, START_DIR, PatchLog, companion_hashes, data_text, folder_hash, label, patch_hash)
 from safepatch_jax.pipeline.continual_measures import COMMON, Measures, Model
-from safepatch_jax.pipeline.continual_methods import LABELS, METHODS, Task
-from safepatch_jax.pipeline.convert import Place, convert
+from safepatch_jax.pipeline.continual_methods import METHODS, Task
+from safepatch_jax.pipeline.convert import Place, convert, source_facts
 from safepatch_jax.pipeline.job import PLACE, align_model
 from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, versions
 from safepatch_jax.settings import Settings
 
-LINKS, METHODS_DIR, MEASURES = "links", "methods", "measures"
-START_DIR = "start-{}"  # with a hash of what it was made from, so that one of other settings is not taken for it
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+METHODS_DIR, MEASURES = "methods", "measures"
 # What may differ between two runs of a chain: where and how they are done, and how models are measured.
 _FREE = (*PLACE, "evaluate.", "data.eval_limit")
+_SAME_FILES = "Give every host the same model and data files, best from one file system."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def parse_stages(text: str) -> tuple[Link, ...]:
     links = []
     for entry in filter(None, (part.strip() for part in text.split(";"))):
         name, equals, data = (part.strip() for part in entry.partition("="))
-        if not _NAME.fullmatch(name) or bool(equals) != bool(data):
+        if not NAME.fullmatch(name) or bool(equals) != bool(data):
             raise ValueError(f"--stages: '{entry}' is not NAME, NAME=cat:A+B or NAME=SOURCE with a name of letters, digits, '_', "
                              "'.' and '-'. A category of another name is given as NAME=cat:CATEGORY.")
         category = data.removeprefix("cat:") if data.startswith("cat:") else "" if data else name
@@ -102,16 +102,17 @@ def run(settings: Settings, workdir: str | pathlib.Path, stages: Sequence[Link],
       command: with which the run was started; it is noted.
 
     Raises:
-      ValueError: settings, data or model are wrong; the workdir is of another chain, or has other links than `stages` begin with.
+      ValueError: settings, data or model are wrong, or not the same in all processes; the workdir is of another chain, or has
+        other links than `stages` begin with.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
     _check_settings(settings)
-    processes.agree({"--stages": [dataclasses.astuple(s) for s in stages], "--methods": list(methods), "--workdir": str(workdir)},
-                    "Start every process with the same command.")
+    _agree(settings, {"--stages": [dataclasses.astuple(link) for link in stages], "--methods": list(methods),
+                      "--workdir": str(workdir)})
     processes.on_first(lambda: _refuse_strangers(workdir))
     processes.shared(workdir)
     with processes.claimed(workdir):
-        chain = Chain(settings, workdir, stages)
+        chain = Chain(settings, workdir, stages, command)
         processes.on_first(lambda: environment.write(workdir, command, chain.sharder))
         return chain.run(methods)
 
@@ -123,18 +124,20 @@ class Chain:
       ValueError: the log is damaged, of another chain, or has other links than `stages` begin with; data that cannot be used.
     """
 
-    def __init__(self, settings: Settings, workdir: pathlib.Path, stages: Sequence[Link]):
-        self.settings, self.workdir, self.stages = settings, workdir, tuple(stages)
+    def __init__(self, settings: Settings, workdir: pathlib.Path, stages: Sequence[Link], command: Sequence[str] = ()):
+        self.settings, self.workdir, self.stages, self._command = settings, workdir, tuple(stages), command
+        self._read = functools.cache(load_records)  # all links see the same records, also if a file is changed meanwhile
         self._settings = {link.name: link.settings(settings, place) for place, link in enumerate(self.stages)}
-        self._contexts = {name: Context(own) for name, own in self._settings.items()}
-        self._context = Context(settings.override({"align.enabled": False}))
+        self._contexts = {name: Context(own, self._read) for name, own in self._settings.items()}
+        self._context = Context(settings.override({"align.enabled": False}), self._read)
         self._check_data()
         self.log = PatchLog(workdir) if processes.on_first((workdir / LOG).is_file) else None
         if self.log:
             self._compare()
         else:
             self.log = PatchLog.begin(workdir, self._make_start())
-        self.measures = Measures(self._context, self._contexts, workdir / MEASURES, self.log.model(START))
+        self._companions = files.text_hash(self.log.start["companions"])
+        self.measures = Measures(self._context, self._contexts, workdir / MEASURES, self.log.model(START), self._companions)
 
     @property
     def sharder(self) -> Sharder:
@@ -169,8 +172,10 @@ class Chain:
                 convert(f"{place.kind}:{place.path}", f"hf:{copy}", mesh=settings.mesh.shape, certify="hashes")
         read_hf_config(folder)
         processes.on_first(lambda: _refuse_unpatchable(folder))
-        return {"source": settings.model.source, "aligned": settings.align.enabled, "folder": str(folder) if own else name,
-                "model": processes.on_first(lambda: folder_hash(folder)), "settings": _told(settings), "versions": versions()}
+        return {"format": FORMAT, "source": settings.model.source, "aligned": settings.align.enabled,
+                "folder": str(folder) if own else name, "model": processes.on_first(lambda: folder_hash(folder)),
+                "companions": processes.on_first(lambda: companion_hashes(folder)), "settings": _told(settings),
+                "versions": versions()}
 
     def _extend(self, link: Link) -> None:
         """Make the next link and add it to the log."""
@@ -180,9 +185,8 @@ class Chain:
         processes.on_first(lambda: _delete_leftovers(log, name))
         say(f"Link {name}: on {log.label(parent)}, {data_text(self._data(link))}")
         out = self.workdir / LINKS / name
-        folder = METHODS["safepatching"](self._task(link, log.model(parent), out, out))
-        patch = out / "stages" / "patch_file" / "patch.safetensors"
-        log.append("link", processes.on_first(lambda: self._entry(link, number, parent, folder, patch)))
+        folder = METHODS["safepatching"].make(self._task(link, log.model(parent), out, out))
+        log.append("link", processes.on_first(lambda: self._entry(link, number, parent, folder, out / PATCH)))
 
     def _entry(self, link: Link, number: int, parent: int, folder: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
         patch, model, before = PatchFile(path), folder_hash(folder), self.log.hash(parent)
@@ -190,13 +194,10 @@ class Chain:
             raise ValueError(f"{path} does not lead from {self.log.label(parent)} to {folder}: one of the folders was changed "
                              f"meanwhile. Nothing was logged. Delete {self.workdir / LINKS / label(number, link.name)}; the same "
                              "command makes the link again.")
-        relative = lambda p: p.relative_to(self.workdir).as_posix()
         settings = self._settings[link.name].to_dict()
         return {
             "number": number, "name": link.name, "parent": {"link": parent, "model": before}, "model": model,
-            "folder": relative(folder),
-            "patch": {"file": relative(path), "sha256": files.file_sha256(path), "bytes": path.stat().st_size,
-                      "entries": patch.entries()},
+            "patch": {"sha256": files.file_sha256(path), "bytes": path.stat().st_size, "entries": patch.entries()},
             "data": self._data(link) | {
                 "hash": self.measures.data_hash(link.name), "records": self.measures.records(link.name)},
             "seed": settings["run"]["seed"],
@@ -204,7 +205,8 @@ class Chain:
             "versions": versions()}
 
     def _task(self, link: Link, parent: pathlib.Path, work: pathlib.Path, out: pathlib.Path) -> Task:
-        return Task(self._settings[link.name].override({"model.source": f"hf:{parent}"}), link.name, work, out, self.measures)
+        settings = self._settings[link.name].override({"model.source": f"hf:{parent}"})
+        return Task(settings, link.name, work, out, self.measures, self._read, self._command)
 
     def _data(self, link: Link) -> dict[str, str]:
         return {"harmful": link.harmful or self.settings.data.harmful, "category": link.category}
@@ -228,30 +230,31 @@ class Chain:
 
         def make(before: str | None, name: str, link: Link, out: pathlib.Path) -> dict[str, Any]:
             parent = runner.need(before) / "model" if before else self.log.model(START)
-            folder = METHODS[method](self._task(link, parent, runner.aside(name), out))
+            folder = METHODS[method].make(self._task(link, parent, runner.aside(name), out))
             return {"model": processes.on_first(lambda: folder_hash(folder))}
 
         names: list[str | None] = [None, *(name for name, _ in links)]
         runner = Runner([
             Stage(name, (before,) if before else (), told | {"seed": seed(link), "method": method},
-                  {"data": self.measures.data_hash(link.name)} | ({} if before else {"start": self.log.start["model"]}),
+                  {"data": self.measures.data_hash(link.name)} | ({} if before else {
+                      "start": self.log.start["model"], "companions": self._companions}),
                   functools.partial(make, before, name, link), scratch=True)
             for before, (name, link) in zip(names, links)], self.workdir / METHODS_DIR / method, self._context.cache_dir)
         try:
             rows = [self._row_beside(method, runner, name) for name, _ in links]
         except BaseException:
             if left := runner.scratch_left():
-                say(f"The comparison did not finish. Models of {LABELS[method]} lie in {', '.join(map(str, left))}: the same "
-                    "command goes on from there; else delete them, they are broken models.")
+                say(f"The comparison did not finish. Models of {METHODS[method].label} lie in {', '.join(map(str, left))}: the "
+                    "same command goes on from there; else delete them, they are broken models.")
             raise
         if not s.run.keep_scratch:
             processes.on_first(runner.delete_scratch)
-            say(f"The models of {LABELS[method]} are deleted (keep with --run.keep_scratch).")
+            say(f"The models of {METHODS[method].label} are deleted (keep with --run.keep_scratch).")
         return rows
 
     def _row_beside(self, method: str, runner: Runner, name: str) -> dict[str, Any]:
         if runner.status(name) not in FINISHED:
-            say(f"{LABELS[method]} {name}")
+            say(f"{METHODS[method].label} {name}")
             runner.need(name)
         digest = runner.result(name)["model"]
         model = Model(digest, lambda: runner.need(name) / "model")
@@ -263,12 +266,18 @@ class Chain:
             settings=_told(self.settings), start=log.start,
             stages=[{"name": s.name, **self._data(s), "records": self.measures.records(s.name)} for s in self.stages],
             links=[log.links[number] for number in log.live], reverted=[n for n in log.links if n not in log.live], rows=rows,
-            labels={method: LABELS[method] for method in rows}, patches=sizes([log.patch(number) for number in log.live]))
+            labels={method: METHODS[method].label for method in rows},
+            colours={method: METHODS[method].colour for method in rows},
+            patches=sizes([log.patch(number) for number in log.live]))
 
     # -- what is refused ----------------------------------------------------------------------------------------------
 
     def _check_data(self) -> None:
-        """Read the data of all links before anything is trained. Raises ValueError, for all links whose data cannot be used."""
+        """Read the data of all links before anything is trained.
+
+        Raises:
+          ValueError: data that cannot be used, of all links; or processes with different data.
+        """
         problems = []
         for link in self.stages:
             context = self._contexts[link.name]
@@ -279,6 +288,10 @@ class Chain:
                 problems.append(f"--stages, {link.name}: {error}")
         if problems:
             raise ValueError(some(problems, " "))
+        if processes.several():
+            hashes = {f"records of {name}": context.data_hashes["harmful"] for name, context in self._contexts.items()} | {
+                f"records of data.{role}": digest for role, digest in self._context.data_hashes.items()}
+            processes.agree(hashes, _SAME_FILES)
 
     def _compare(self) -> None:
         """Raise ValueError unless settings and stages go on with the chain of the log."""
@@ -290,7 +303,8 @@ class Chain:
                              "ones, or begin another chain in another --workdir.")
         live = [self.log.links[number] for number in self.log.live]
         for i, entry in enumerate(live):
-            fix = f"A link that was made stays; take it off first: python -m launch.continual revert --last={len(live) - i}."
+            fix = ("A link that was made stays; take it off first: python -m launch.continual revert "
+                   f"--workdir={shlex.quote(str(self.workdir))} --last={len(live) - i}.")
             if i >= len(self.stages):
                 raise ValueError(f"--stages has {len(self.stages)} entries, and the chain in {self.workdir} has {len(live)} "
                                  f"links: {', '.join(e['name'] for e in live)}. Give all of them, new ones at the end. {fix}")
@@ -322,6 +336,19 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"data.category is {settings.data.category!r}, and --stages gives each link its own. Leave it out.")
 
 
+def _agree(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Refuse processes that would not do the same work; see `Chain._check_data` for the data."""
+    if not processes.several():
+        return
+    cache = str(pathlib.Path(settings.run.cache_dir).expanduser().absolute())
+    processes.agree(settings.flat() | {"run.cache_dir": cache} | given,
+                    "Start every process with the same command, in the same folder.")
+    processes.agree_on_devices()
+    processes.agree({f"version of {name}": version for name, version in versions().items()},
+                    "Install the same packages on every host.")
+    processes.agree(source_facts(Place.parse(settings.model.source)), _SAME_FILES)
+
+
 def _refuse_strangers(workdir: pathlib.Path) -> None:
     """Raise ValueError if a folder without a log holds what no chain has put there."""
     if not workdir.is_dir() or (workdir / LOG).is_file():
@@ -336,7 +363,7 @@ def _delete_leftovers(log: PatchLog, keep: str) -> None:
     """Delete link folders that an interrupted run began and that no longer belong to the chain: they hold derived models."""
     known = {log.label(number) for number in log.links} | {keep}
     for path in sorted((log.workdir / LINKS).glob("[0-9][0-9]*-*")):
-        if path.is_dir() and path.name not in known:
+        if path.is_dir() and not path.is_symlink() and path.name not in known:
             say(f"{path.name}: begun, and no longer asked for; deleted")
             shutil.rmtree(path)
 

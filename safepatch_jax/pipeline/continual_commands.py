@@ -16,7 +16,7 @@ from safepatch_jax.console import some
 from safepatch_jax.io.folder import Checkpoint, has_weights
 from safepatch_jax.patching import patch_apply
 from safepatch_jax.patching.patch_file import BITS, RUN, PatchFile, inspect
-from safepatch_jax.pipeline.continual_log import START, PatchLog, data_text, folder_hash
+from safepatch_jax.pipeline.continual_log import START, PatchLog, data_text, folder_hash, plain
 
 
 def history(log: PatchLog) -> list[str]:
@@ -25,7 +25,7 @@ def history(log: PatchLog) -> list[str]:
     for entry in log.entries:
         date = entry["date"][:16].replace("T", " ")
         if entry["entry"] == "start":
-            lines.append(f"{START:>3}  {entry['model'][:12]}  {date}  start: {entry['source']}"
+            lines.append(f"{START:>3}  {entry['model'][:12]}  {date}  start: {plain(entry['source'])}"
                          + (", aligned" if entry["aligned"] else ""))
         elif entry["entry"] == "revert":
             taken = ", ".join(map(str, entry["links"]))
@@ -43,7 +43,7 @@ def show(log: PatchLog, number: int) -> list[str]:
     log.path(number)
     entry = log.links[number] if number else log.start
     text = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    lines = [f"{key}: {text(value)}" for key, value in entry.items()]
+    lines = [plain(f"{key}: {text(value)}") for key, value in entry.items()]
     return lines + (inspect(log.patch(number).path) if number else [])
 
 
@@ -141,12 +141,13 @@ def replay(log: PatchLog, to: int, start: int, model: str | pathlib.Path, out: s
     steps = [(patch_apply.revert, n) for n in reversed(here[shared:])] + [(patch_apply.apply, n) for n in there[shared:]]
     if not steps:
         raise ValueError(f"--to and --from are both {to}: there is nothing to do.")
+    model, out = (pathlib.Path(path).expanduser() for path in (model, out))
     files.refuse_full_folder(out)
     Checkpoint(model)  # says what is wrong with the folder, if anything
-    if (found := folder_hash(pathlib.Path(model))) != log.hash(start):
+    if (found := folder_hash(model)) != log.hash(start):
         raise ValueError(f"{model} is not the model of {log.label(start)}: its hash is {str(found)[:16]}..., the log says "
                          f"{log.hash(start)[:16]}.... Give the folder of that model, or its number as --from.")
-    log.build(pathlib.Path(model), steps, pathlib.Path(out), log.hash(to))
+    log.build(model, steps, out, log.hash(to))
     return [f"{'applied' if move is patch_apply.apply else 'reverted'} {log.label(number)}" for move, number in steps]
 
 
@@ -176,6 +177,8 @@ def revert(log: PatchLog, last: int) -> pathlib.Path:
 def verify(log: PatchLog) -> list[str]:
     """Compare every patch file, parent hash and model folder with the log; return one line for each model.
 
+    A model that is not there is no mistake. Of the starting model the files beside the weights count too.
+
     Raises:
       ValueError: something does not fit; all of it is collected.
     """
@@ -189,6 +192,12 @@ def verify(log: PatchLog) -> list[str]:
                 problems.append(str(error))
         if not has_weights(folder):
             states.append(f"no model in {folder}" + (" (replay builds it)" if number else ""))
+        elif not number:
+            try:
+                log.check_start()
+                states.append("model agrees")
+            except ValueError as error:
+                problems.append(str(error))
         elif folder_hash(folder) == log.hash(number):
             states.append("model agrees")
         else:

@@ -9,7 +9,6 @@ import numpy as np
 
 from safepatch_jax.evaluation.judge import COMPLIED, INCOHERENT, REFUSED
 
-_COLOURS = {"safepatching": "#4477aa", "ga": "#ee6677", "npo": "#228833"}
 _SHARE = "% of answers"
 
 
@@ -66,7 +65,7 @@ def _matrix(axis, values: np.ndarray, rows: Sequence[str], columns: Sequence[str
 def _curves(axes, content: Mapping[str, Any], rows: int) -> None:
     """Draw harm, over-refusal, perplexity and the size of the patch over the links."""
     for method, own in content["methods"].items():
-        colour, label, at = _COLOURS[method], content["labels"][method], range(len(own))
+        colour, label, at = content["colours"][method], content["labels"][method], range(len(own))
         line = lambda axis, values, style, name: axis.plot(
             at, values, style, color=colour, label=f"{label}, {name}" if name else label, markersize=5)
         line(axes[0], [_share(r["seen"], COMPLIED) for r in own], "o-", "seen")
@@ -75,7 +74,8 @@ def _curves(axes, content: Mapping[str, Any], rows: int) -> None:
         line(axes[1], [_share(r["lookalike"], INCOHERENT) for r in own], "x:", "incoherent")
         line(axes[2], [r["ordinary_perplexity"] for r in own], "o-", "")
     sizes = [0.0, *(100 * x / content["patches"]["weights"] for x in content["patches"]["cumulative"])]
-    axes[3].plot(range(len(sizes)), sizes, "o-", color=_COLOURS["safepatching"], label="SafePatching")
+    colour, label = (content[key]["safepatching"] for key in ("colours", "labels"))
+    axes[3].plot(range(len(sizes)), sizes, "o-", color=colour, label=label)
     n = content["methods"]["safepatching"][0]["lookalike"]["n"]
     titles = ("Harm", f"Harmless look-alikes, n = {n}", "Perplexity of ordinary answers",
               "Patches: weights that differ from the start")

@@ -10,16 +10,37 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
-from typing import Any, Callable, Mapping, Sequence
+import re
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from safepatch_jax import files, processes
-from safepatch_jax.console import say
+from safepatch_jax.console import say, some
 from safepatch_jax.io.folder import Checkpoint, has_weights, tensor_hashes
 from safepatch_jax.patching import patch_apply
 from safepatch_jax.patching.patch_file import PatchFile
 
-LOG = "log.jsonl"
+LOG, FORMAT = "log.jsonl", 1
 START = 0  # the number of the starting model
+LINKS = "links"
+EXPORT, PATCH = "stages/export/model", "stages/patch_file/patch.safetensors"  # within a link's folder
+START_DIR = "start-{}"  # with a hash of what it was made from, so that one of other settings is not taken for it
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a link: it becomes a folder, and stands in tables and pictures
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_ABOUT = (patch_apply.CERTIFICATE, "README.md")  # written about a model, read by nothing
+
+# What each kind of line holds: types, patterns of texts, and objects with at least these fields.
+_HASH, _LINE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{64}|")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
+_START_FOLDER = re.compile("/.*|" + START_DIR.format("[0-9a-f]+"), re.DOTALL)
+_MODEL = {"link": int, "model": _HASH}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "start": {"format": int, "source": str, "aligned": bool, "folder": str, "model": _HASH, "companions": dict, "settings": dict,
+              "versions": dict},
+    "link": {"number": int, "name": NAME, "parent": _MODEL, "model": _HASH,
+             "patch": {"sha256": _HASH, "entries": int, "bytes": int},
+             "data": {"harmful": str, "category": str, "hash": _HASH, "records": int}, "seed": int, "settings": dict,
+             "versions": dict},
+    "revert": {"links": list, "head": _MODEL}}
 Step = tuple[Callable[..., Any], int]  # patch_apply.apply or .revert, and the link whose patch it takes
 
 
@@ -32,7 +53,7 @@ class PatchLog:
       live: the numbers that lead to the head, in order.
 
     Raises:
-      ValueError: there is no log, or a line was changed, taken out or put in.
+      ValueError: there is no log, it is of another format, a line was changed, taken out or put in, or says what cannot be.
     """
 
     def __init__(self, workdir: str | pathlib.Path):
@@ -44,18 +65,7 @@ class PatchLog:
         if not path.is_file():
             raise ValueError(f"There is no patch log {path}. Give the --workdir of a chain; one is made by python -m "
                              "launch.continual run.")
-        last = ""
-        try:
-            entries = files.read_jsonl(path)
-            for number, entry in enumerate(entries, 1):
-                if entry["previous"] != last or entry["id"] != entry_id(entry):
-                    raise ValueError(f"line {number} was changed, or one before it was taken out")
-                last = entry["id"]
-            if not entries or entries[0]["entry"] != "start":
-                raise ValueError("it does not begin with a start")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"The patch log {path} is damaged: {error}. Copy it back from a backup.") from error
-        return entries
+        return _read_entries(path)
 
     @classmethod
     def begin(cls, workdir: pathlib.Path, entry: Mapping[str, Any]) -> PatchLog:
@@ -108,8 +118,14 @@ class PatchLog:
         return self.links[number]["model"] if number else self.start["model"]
 
     def folder(self, number: int) -> pathlib.Path:
-        """Return where the model of a link lies, or lay."""
-        return self.workdir / (self.links[number]["folder"] if number else self.start["folder"])
+        """Return where the model of a link lies, or lay; the starting model's may be elsewhere, and is never written to."""
+        return self._link_folder(number) / EXPORT if number else self.workdir / self.start["folder"]
+
+    def patch_path(self, number: int) -> pathlib.Path:
+        return self._link_folder(number) / PATCH
+
+    def _link_folder(self, number: int) -> pathlib.Path:
+        return self.workdir / LINKS / self.label(number)
 
     def patch(self, number: int) -> PatchFile:
         """Open the patch file of a link and compare it with the log.
@@ -118,7 +134,7 @@ class PatchLog:
           ValueError: it is missing, was changed, or leads from or to another model than the log says.
         """
         entry = self.links[number]
-        path = self.workdir / entry["patch"]["file"]
+        path = self.patch_path(number)
         fix = "Copy it back from a backup: without it no model after this link can be built from the start."
         if not path.is_file():
             raise ValueError(f"The patch file of link {number} ({entry['name']}) is missing: {path}. {fix}")
@@ -138,30 +154,52 @@ class PatchLog:
         """Return the folder of a model, whose bits are those of the log; one that is missing or was changed is built again.
 
         Raises:
-          ValueError: the starting model is missing or was changed, or a patch file that is needed is.
+          ValueError: the starting model is missing or was changed (with its config and tokenizer), or a patch file that is
+            needed is.
         """
         return pathlib.Path(processes.on_first(lambda: str(self._model(number))))
 
     def _model(self, number: int) -> pathlib.Path:
         folder = self.folder(number)
-        if folder_hash(folder) == self.hash(number):
-            return folder
         if number == START:
-            raise ValueError(f"The starting model {folder} is missing or no longer the one with which the chain began (hash "
-                             f"{self.start['model'][:16]}...). Put it back; its source was {self.start['source']}.")
-        say(f"{self.label(number)}: its model is missing or was changed; it is built again from the patch file.")
-        parent = self._model(self.links[number]["parent"]["link"])
-        self.build(parent, [(patch_apply.apply, number)], folder, self.hash(number), replace=True)
+            self.check_start()
+        elif folder_hash(folder) != self.hash(number):
+            say(f"{self.label(number)}: its model is missing or was changed; it is built again from the patch file.")
+            self._refuse_elsewhere(number)
+            parent = self._model(self.links[number]["parent"]["link"])
+            self.build(parent, [(patch_apply.apply, number)], folder, self.hash(number), replace=True)
         return folder
+
+    def check_start(self) -> None:
+        """Raise ValueError if the starting model, or a file beside its weights, is not as when the chain began."""
+        folder, start = self.folder(START), self.start
+        if folder_hash(folder) != start["model"]:
+            raise ValueError(f"The starting model {folder} is missing or no longer the one with which the chain began (hash "
+                             f"{start['model'][:16]}...). Put it back; its source was {plain(start['source'])}.")
+        then, now = start["companions"], companion_hashes(folder)
+        changed = [plain(name) + (" is new" if name not in then else " is gone" if name not in now else " was changed")
+                   for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+        if changed:
+            raise ValueError(f"The starting model {folder} is no longer as when the chain began: {some(changed)}. Links were "
+                             "made and measured with the files beside the weights as they were. Put them back, or begin another "
+                             "chain in another --workdir.")
+
+    def _refuse_elsewhere(self, number: int) -> None:
+        """Raise ValueError unless a link's model folder, which is to be replaced, lies where the chain itself has put it."""
+        own = self.workdir.resolve() / LINKS / self.label(number) / EXPORT
+        if self.folder(number).resolve() != own or self.folder(START).resolve().is_relative_to(own):
+            raise ValueError(f"{self.folder(number)} is not replaced: it leads out of the chain's folder (to "
+                             f"{self.folder(number).resolve()}), or is the starting model. Build the model elsewhere: replay.")
 
     def build(self, model: pathlib.Path, steps: Sequence[Step], out: pathlib.Path, digest: str, *, replace: bool = False) -> None:
         """Write a model folder by applying or reverting patches one after the other; it must come out with this hash."""
-        paths = [(move, self.patch(number).path) for move, number in steps]  # all are checked before anything is written
+        for _, number in steps:
+            self.patch(number)  # all are checked before anything is written
         with files.new_folder(out, replace=replace) as new:
-            (move, path), *rest = paths
-            move(path, model, new)
-            for move, path in rest:
-                move(path, new)
+            source = [model, new]  # after the first patch the others go onto what it left
+            for move, number in steps:
+                move(self.patch_path(number), *source)
+                source = [new]
             if folder_hash(new) != digest:
                 raise ValueError(f"{out}: what came out is not the model of the log (hash {digest[:16]}...). Nothing was kept. "
                                  "Is the disk sound?")
@@ -189,9 +227,20 @@ def folder_hash(folder: pathlib.Path) -> str | None:
         return None
 
 
+def companion_hashes(folder: pathlib.Path) -> dict[str, str]:
+    """Return the SHA-256 of each file beside the weights of a model folder: config, tokenizer, chat template, and others."""
+    return {p.name: files.file_sha256(p) for p in sorted(folder.iterdir())
+            if p.is_file() and not p.name.startswith(".") and not p.name.endswith(_WEIGHTS) and p.name not in _ABOUT}
+
+
 def data_text(data: Mapping[str, str]) -> str:
     """Say which harmful records a link has."""
-    return data["harmful"] + (f" [{data['category']}]" if data["category"] else "")
+    return plain(data["harmful"] + (f" [{data['category']}]" if data["category"] else ""))
+
+
+def plain(text: str) -> str:
+    """Return a text of which a terminal shows every sign and obeys none."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def entry_id(entry: Mapping[str, Any]) -> str:
@@ -199,16 +248,87 @@ def entry_id(entry: Mapping[str, Any]) -> str:
     return files.text_hash({key: value for key, value in entry.items() if key != "id"})
 
 
+def _read_entries(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read and check the lines of a log."""
+    try:
+        entries = files.read_jsonl(path)
+        _check_ids(entries)
+        known = entries[0].get("format") == FORMAT
+        if known:
+            _check(entries)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The patch log {path} is damaged: {error}. Copy it back from a backup.") from error
+    if not known:
+        raise ValueError(f"The patch log {path} is of format {ascii(entries[0].get('format'))}, and {FORMAT} is known here: "
+                         "another version of safepatch_jax made it. Use that version, or begin another chain in another "
+                         "--workdir.")
+    return entries
+
+
+def _check_ids(entries: Sequence[Any]) -> None:
+    """Raise ValueError if a line was changed, taken out or put in, or the first one is no start."""
+    last = ""
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or entry.get("previous") != last or entry.get("id") != entry_id(entry):
+            raise ValueError(f"line {number} was changed, or one before it was taken out")
+        last = entry["id"]
+    if not entries or entries[0].get("entry") != "start":
+        raise ValueError("it does not begin with a start")
+
+
+def _check(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a line that no chain has: the hashes do not tell who wrote it."""
+    models, parents, live = {START: entries[0].get("model")}, {}, []
+    for line, entry in enumerate(entries, 1):
+        kind, head = entry.get("entry"), live[-1] if live else START
+        problems = ["it is no start, link or revert"] if kind not in tuple(_FIELDS) or (kind == "start") != (line == 1) else [
+            *_misfits(entry, {"date": _DATE, "previous": _LINE, "id": _HASH} | _FIELDS[kind])]
+        if not problems and kind == "start":
+            if not _START_FOLDER.fullmatch(entry["folder"]) or not entry["folder"].isprintable():
+                problems = [f"folder is {ascii(entry['folder'])}, neither absolute nor {START_DIR.format('HASH')}"]
+        elif not problems and kind == "link":
+            number, parent = entry["number"], entry["parent"]["link"]
+            if (number, parent) != (len(models), head):
+                problems = [f"it is link {number} on {parent}, and {len(models)} on {head} comes next"]
+            models[number], parents[number] = entry["model"], parent
+            live.append(number)
+        elif not problems:
+            taken = entry["links"]
+            if not taken or taken != live[:-len(taken) - 1:-1]:
+                problems = [f"it takes off {ascii(taken)}, and the links are {live}"]
+            elif entry["head"] != {"link": (head := parents[taken[-1]]), "model": models[head]}:
+                problems = [f"its head is not the model of {head}, which is left"]
+            del live[-len(taken):]
+        if problems:
+            raise ValueError(f"line {line}: {some(problems)}")
+
+
+def _misfits(value: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Yield what in a value is not as in a description of `_FIELDS`."""
+    if isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            yield f"{name} is no object"
+            return
+        for key, inner in wanted.items():
+            where = f"{name}.{key}".lstrip(".")
+            if key in value:
+                yield from _misfits(value[key], inner, where)
+            else:
+                yield f"{where} is missing"
+    elif isinstance(wanted, re.Pattern):
+        if not isinstance(value, str) or not wanted.fullmatch(value):
+            yield f"{name} is {ascii(value):.80}"
+    elif type(value) is not wanted:
+        yield f"{name} is {ascii(value):.80}, not {wanted.__name__}"
+
+
 def _write(workdir: pathlib.Path, entries: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     entry = {**entry, "date": date, "previous": entries[-1]["id"] if entries else ""}
     entry["id"] = entry_id(entry)
-    path, before = workdir / LOG, _text(entries)
-    if (path.read_text(encoding="utf-8") if path.is_file() else "") != before:
+    path, ids = workdir / LOG, [e["id"] for e in entries]
+    if ([e["id"] for e in _read_entries(path)] if path.is_file() else []) != ids:
         raise ValueError(f"{path} was changed by another process meanwhile. Nothing was logged; give the command again.")
-    files.write_text(path, before + _text([entry]))
+    _check([*entries, entry])
+    files.write_text(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in (*entries, entry)))
     return entry
-
-
-def _text(entries: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)

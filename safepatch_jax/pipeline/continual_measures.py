@@ -42,11 +42,13 @@ class Measures:
       harmful: contexts by the name of a link, of the chain's settings with the link's harmful data.
       workdir: where measurements are kept.
       tokenizer: the model folder whose tokenizer and architecture all models of the chain have.
+      companions: a hash of its files beside the weights.
     """
 
-    def __init__(self, context: Context, harmful: Mapping[str, Context], workdir: pathlib.Path, tokenizer: pathlib.Path):
+    def __init__(self, context: Context, harmful: Mapping[str, Context], workdir: pathlib.Path, tokenizer: pathlib.Path,
+                 companions: str):
         self.names, self.context = tuple(harmful), context
-        self._contexts, self._workdir, self._tokenizer = dict(harmful), workdir, tokenizer
+        self._contexts, self._workdir, self._tokenizer, self._companions = dict(harmful), workdir, tokenizer, companions
         self._digest = functools.cache(lambda folder: processes.on_first(lambda: folder_hash(folder)))
 
     def data_hash(self, part: str) -> str:
@@ -95,8 +97,9 @@ class Measures:
         s = self.context.settings
         told = dataclasses.asdict(s.evaluate) | {"compute_dtype": s.model.compute_dtype} | {
             k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "eval_limit")}
-        return Runner([Stage(self._stage(model, part), (), told, {"model": model.hash, "data": self.data_hash(part)},
-                             functools.partial(run, part)) for part in parts], self._workdir, self.context.cache_dir)
+        sources = lambda part: {"model": model.hash, "companions": self._companions, "data": self.data_hash(part)}
+        return Runner([Stage(self._stage(model, part), (), told, sources(part), functools.partial(run, part)) for part in parts],
+                      self._workdir, self.context.cache_dir)
 
     def _measure(self, part: str, params: Any, out: pathlib.Path) -> dict[str, Any]:
         """Measure a model on one set of records.

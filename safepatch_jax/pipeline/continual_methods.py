@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
+from safepatch_jax.data.records import Record
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.io.folder import stored_dtypes
 from safepatch_jax.io.hf import save_model
@@ -23,8 +24,10 @@ from safepatch_jax.pipeline.continual_measures import ANSWERS, Measures
 from safepatch_jax.pipeline.context import Context
 from safepatch_jax.pipeline.convert import Place
 from safepatch_jax.pipeline.job import Job
+from safepatch_jax.pipeline.work import Work
 from safepatch_jax.settings import Settings
-from safepatch_jax.training.losses import NPO, with_reference
+from safepatch_jax.training.losses import NPO
+from safepatch_jax.training.reference import with_reference
 from safepatch_jax.training.step import Recipe
 
 
@@ -38,6 +41,8 @@ class Task:
       work: the folder to work in; what is there survives a kill.
       out: an empty folder for a model that is measured and deleted.
       measures: of the chain.
+      read: reads records, as `Context` takes it: what the chain has read is not read again.
+      command: with which the run was started.
     """
 
     settings: Settings
@@ -45,14 +50,30 @@ class Task:
     work: pathlib.Path
     out: pathlib.Path
     measures: Measures
+    read: Callable[..., Sequence[Record]]
+    command: Sequence[str]
 
 
-class LinkJob(Job):
-    """The run of a link. What the chain measures is taken from there, so that no model is measured twice."""
+class TaskWork(Work):
+    """The stages of a task's run, on the records that the chain has read."""
+
+    _task: Task
+
+    def __init__(self, settings: Settings):
+        super().__init__(settings)
+        self.context = Context(settings, self._task.read)
+
+
+class TaskJob(Job, TaskWork):
+    """The run of a task."""
 
     def __init__(self, task: Task):
         self._task = task
         super().__init__(task.settings, task.work, update=True)
+
+
+class LinkJob(TaskJob):
+    """The run of a link. What the chain measures is taken from there, so that no model is measured twice."""
 
     def _evaluate(self, variant: str, out: pathlib.Path) -> Mapping[str, Any]:
         folder = {"backbone": self.backbone, "safepatching": self.folder("export")}.get(variant)
@@ -67,13 +88,13 @@ class LinkJob(Job):
 def safepatching(task: Task) -> pathlib.Path:
     """Run the whole job on the parent; its patch file and report stay in the link's folder."""
     job = LinkJob(task)
-    job.run()
+    job.run(task.command)
     return job.folder("export")
 
 
 def gradient_ascent(task: Task) -> pathlib.Path:
     """Take the parent's ascent on the link's harmful answers as it is: the model that SafePatching derives its SE patch from."""
-    job = Job(task.settings, task.work, update=True)
+    job = TaskJob(task)
     derived, parent = job.runner.need("derive_se") / "params", job.backbone
     config = read_hf_config(parent)
     params = load_tree(derived, param_table(config).abstract(job.context.sharder, jnp.float32))
@@ -83,7 +104,7 @@ def gradient_ascent(task: Task) -> pathlib.Path:
 
 def negative_preference(task: Task) -> pathlib.Path:
     """Tune the parent by NPO, with itself as the reference, and the steps, rate and ceiling of the SE patch."""
-    context = Context(task.settings)
+    context = Context(task.settings, task.read)
     parent, derive = Place.parse(task.settings.model.source).path, task.settings.derive
     config, params = context.load(parent)
     decoder = context.decoder(config)
@@ -97,8 +118,18 @@ def negative_preference(task: Task) -> pathlib.Path:
     return task.out / "model"
 
 
-# By the name that --methods takes. SafePatching makes the chain; the models of the others are made beside it, measured and
-# deleted.
-METHODS: dict[str, Callable[[Task], pathlib.Path]] = {"safepatching": safepatching, "ga": gradient_ascent,
-                                                  "npo": negative_preference}
-LABELS = {"safepatching": "SafePatching", "ga": "GA", "npo": "NPO"}
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to make a link: its name in --methods, its label and colour in the report, and the function that does it."""
+
+    name: str
+    label: str
+    colour: str
+    make: Callable[[Task], pathlib.Path]
+
+
+# SafePatching makes the chain; the models of the others are made beside it, measured and deleted.
+METHODS = {method.name: method for method in (
+    Method("safepatching", "SafePatching", "#4477aa", safepatching),
+    Method("ga", "GA", "#ee6677", gradient_ascent),
+    Method("npo", "NPO", "#228833", negative_preference))}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import tempfile
 from typing import Any, Callable, Mapping, Sequence
 
 from safepatch_jax import files
 from safepatch_jax.evaluation.comparison import wilson
 from safepatch_jax.evaluation.judge import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
 from safepatch_jax.pipeline.continual_figure import draw
+from safepatch_jax.pipeline.continual_log import data_text, plain
 from safepatch_jax.pipeline.continual_measures import COMMON, perplexity
 
 FILES = ("continual.md", "continual.json", "continual.png")
@@ -32,7 +34,7 @@ def row(label: str, digest: str, measures: Mapping[str, Mapping[str, Any]]) -> d
 
 def gather(*, settings: Mapping[str, Any], start: Mapping[str, Any], stages: Sequence[Mapping[str, Any]],
            links: Sequence[Mapping[str, Any]], reverted: Sequence[int], rows: Mapping[str, Sequence[Mapping[str, Any]]],
-           labels: Mapping[str, str], patches: Mapping[str, Any]) -> dict[str, Any]:
+           labels: Mapping[str, str], colours: Mapping[str, str], patches: Mapping[str, Any]) -> dict[str, Any]:
     """Collect a chain's results.
 
     Args:
@@ -42,14 +44,14 @@ def gather(*, settings: Mapping[str, Any], start: Mapping[str, Any], stages: Seq
       links: the log's lines of the links that were made, in order.
       reverted: numbers of links that were taken off.
       rows: by method, the starting model's row and that of the model after each link, see `row`.
-      labels: how each method is called.
-      patches: see `continual_log.sizes`.
+      labels, colours: of each method.
+      patches: see `continual_commands.sizes`.
     """
     names = [stage["name"] for stage in stages]
     return {
         "settings": dict(settings), "start": {k: start[k] for k in ("source", "aligned", "model")}, "stages": list(stages),
         "links": [{k: link[k] for k in ("number", "name", "model", "parent", "patch", "data", "seed", "date")} for link in links],
-        "reverted": list(reverted), "labels": dict(labels), "patches": dict(patches),
+        "reverted": list(reverted), "labels": dict(labels), "colours": dict(colours), "patches": dict(patches),
         "methods": {method: [{**r, "seen": _pooled(r, names[:i]), "unseen": _pooled(r, names[i:])} for i, r in enumerate(own)]
                     for method, own in rows.items()}}
 
@@ -59,14 +61,13 @@ def markdown(content: Mapping[str, Any]) -> str:
     settings, start, stages = content["settings"], content["start"], content["stages"]
     lines = [
         "# Continual post-safety-alignment", "",
-        f"Model `{start['source']}`" + (", aligned first by a short supervised run" if start["aligned"] else "")
+        f"Model {_code(start['source'])}" + (", aligned first by a short supervised run" if start["aligned"] else "")
         + f"; {len(content['links'])} of {len(stages)} links. Split '{settings['evaluate.split']}', "
         f"{settings['evaluate.max_new_tokens']} greedy tokens an answer, the same records for every model. Judge: refusal "
         "phrases and a coherence test; it judges the form of an answer, not its content. In brackets: 95 % intervals (Wilson). "
         "One seed.", "",
-        "Data: " + "; ".join(f"{s['name']}: `{s['harmful']}`" + (f" [{s['category']}]" if s["category"] else "")
-                             + f" ({s['records']} records)" for s in stages)
-        + f"; look-alikes `{settings['data.lookalike']}`; ordinary `{settings['data.ordinary']}`.", ""]
+        "Data: " + "; ".join(f"{s['name']}: {_code(data_text(s))} ({s['records']} records)" for s in stages)
+        + f"; look-alikes {_code(settings['data.lookalike'])}; ordinary {_code(settings['data.ordinary'])}.", ""]
     if content["reverted"]:
         lines += [f"Taken off again: link {', '.join(map(str, content['reverted']))}.", ""]
     lines += ["![the chain](continual.png)", ""]
@@ -76,10 +77,19 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Write continual.md, continual.json and continual.png into a folder."""
-    files.write_json(folder / FILES[1], content)
-    files.write_text(folder / FILES[0], markdown(content))
-    draw(content, folder / FILES[2])
+    """Write continual.md, continual.json and continual.png into a folder; each appears whole."""
+    with tempfile.TemporaryDirectory() as made:
+        made = pathlib.Path(made)
+        files.write_text(made / FILES[0], markdown(content))
+        files.write_json(made / FILES[1], content)
+        draw(content, made / FILES[2])
+        for name in FILES:
+            files.copy(made / name, folder / name)
+
+
+def _code(text: str) -> str:
+    """Return a text as Markdown that shows it as it is; names of links and methods need no such care."""
+    return "`" + plain(text).replace("`", "'") + "`"
 
 
 def _matrix(rows: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> list[str]:

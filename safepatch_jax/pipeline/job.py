@@ -123,8 +123,9 @@ class Job(Work):
         ]
         if self.place.kind == "hf" or self.runner.status("import") == "done":
             size = param_table(read_hf_config(self.folder("import"))).size
-            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; derived models and scores take {16 * size / 2**30:.1f} GiB of "
-                            f"scratch on disk, checkpoints of training up to {3 * 12 * size / 2**30:.1f} GiB more")
+            scratch, steps = 16 * size / 2**30, 36 * size / 2**30
+            lines.insert(2, f"         {size / 1e6:,.1f} M parameters; derived models and scores take {scratch:.1f} GiB of scratch on "
+                            f"disk, checkpoints of training up to {steps:.1f} GiB more")
         ways = self.context.sharder.batch_ways
         for name in ("align.batch_size", "derive.batch_size"):
             if (rows := settings.flat()[name]) % ways:
@@ -149,8 +150,9 @@ class Job(Work):
     def _stages(self) -> list[Stage]:
         s, data = self.settings, self.context.data_hashes
         compute = {"compute_dtype": s.model.compute_dtype}
-        train = compute | {"attention": s.model.attention, "loss": s.derive.loss, "optimizer": s.derive.optimizer, "seed": s.run.seed} | {
-            k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit", "length_buckets")}
+        train = compute | {
+            "attention": s.model.attention, "loss": s.derive.loss, "optimizer": s.derive.optimizer, "seed": s.run.seed} | {
+                k: getattr(s.data, k) for k in ("max_prompt_tokens", "max_answer_tokens", "train_limit", "length_buckets")}
         derive = train | {k: getattr(s.derive, k) for k in ("batch_size", "weight_decay", "clip_norm")}
         patch = dataclasses.asdict(s.patch) | {
             "dtype": s.export.dtype, "rounding": s.export.rounding, "seed": s.run.seed}

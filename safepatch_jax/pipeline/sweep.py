@@ -5,22 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 import statistics
 import time
 from typing import Any, Mapping, Sequence
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say, some
+from safepatch_jax.evaluation.measures import NotFinite
+from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching.statistics import refuse_no_op
 from safepatch_jax.pipeline import environment, metrics, sweep_analysis, sweep_report
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.report import share
 from safepatch_jax.pipeline.sweep_points import Point, label, varied
-from safepatch_jax.settings import Settings
+from safepatch_jax.pipeline.sweep_rows import OPTIONS, read_rows
+from safepatch_jax.settings import PatchSettings, Settings
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
 ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
-_ROW = {"patch": dict, "seed": int, "keys": dict, "measures": dict, "seconds": (int, float)}
-_MEASURES = ("harmful", "lookalike", "harmful_nll", "ordinary_perplexity")
+
+
+class NoChange(ValueError):
+    """A patch leaves the backbone as it is."""
 
 
 class _SweepJob(Job):
@@ -28,6 +35,19 @@ class _SweepJob(Job):
 
     def _claim_workdir(self, update: bool) -> None:
         claim(self.workdir)
+
+    def _apply(self, patch: PatchSettings, title: str, seed: int | None = None):
+        """As a job does; NoChange is raised where no entry is kept or none survives the cast, which lies with these settings.
+
+        A derived model that equals the backbone is the trouble of all points, and left to the job.
+        """
+        found = super()._apply(patch, title, seed)
+        if all(any(s[f"nonzero_{role}"] for s in found[2].values()) for role in ROLES):
+            try:
+                refuse_no_op(found[2], patch)
+            except ValueError as error:
+                raise NoChange(str(error)) from error
+        return found
 
 
 def claim(workdir: pathlib.Path) -> None:
@@ -40,13 +60,8 @@ def claim(workdir: pathlib.Path) -> None:
         raise ValueError(f"{workdir} holds a run, whose stages a sweep would replace; use another --workdir.")
     ours = {"stages", files.LOCK, ROWS, SETTINGS, environment.FILE, metrics.FILE, metrics.EVENTS, *sweep_report.FILES}
     found = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
-    if strange := sorted(name for name in found - ours if not _half_written(name)):
+    if strange := sorted(name for name in found - ours if not files.half_written(name)):
         raise ValueError(f"{workdir} holds files that are not of a sweep ({some(strange, ', ')}); use a new or empty --workdir.")
-
-
-def _half_written(name: str) -> bool:
-    """Tell what a killed sweep left under a temporary name."""
-    return name.startswith((".sweep", ".shared")) and name.endswith(".partial")
 
 
 def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> list[str]:
@@ -81,8 +96,8 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Poin
       The path of the report.
 
     Raises:
-      ValueError: the workdir is not a sweep's, its rows are damaged; or, after the report on all others, some points gave no row,
-        such as those whose merged weights overflow.
+      ValueError: the workdir is not a sweep's, its rows are damaged, a stage fails; or, after the report on all others, some
+        points gave no row, because their model overflows or is the backbone itself.
     """
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
     asked = [_asked(point) for point in points]
@@ -92,33 +107,38 @@ def sweep(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Poin
     for folder in (job.workdir, job.context.cache_dir):
         processes.shared(folder)
     with processes.claimed(job.workdir), metrics.Metrics(job.workdir) as job.metrics:
-        processes.on_first(lambda: _note(job, settings, command))
-        rows, backbone, failed = _rows(job, points)
+        there = processes.on_first(lambda: _begin(job, settings, command))
+        rows, backbone, failed = _rows(job, points, there)
         if rows:
             processes.on_first(lambda: _report(settings, job.workdir, rows, backbone))
     if failed:
-        raise ValueError(f"{len(failed)} of {len(points)} points gave no row ({some(failed)}). Leave them out, or give the same "
-                         "command to try them again.")
+        raise ValueError(f"{len(failed)} of {len(points)} points gave no row ({some(failed)}), for the reasons said above. "
+                         "They would give none again: leave them out.")
     return job.workdir / "sweep.md"
 
 
-def _note(job: Job, settings: Settings, command: Sequence[str]) -> None:
-    """Write down with what the sweep is done."""
+def _begin(job: Job, settings: Settings, command: Sequence[str]) -> list[dict[str, Any]]:
+    """Clear what a killed sweep left half-written, read the rows, and write down with what the sweep is done."""
+    claim(job.workdir)  # again: a run may have been at work here meanwhile
+    for left in job.workdir.iterdir():
+        if files.half_written(left.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    rows = read_rows(job.workdir / ROWS)
     files.write_json(job.workdir / SETTINGS, settings.to_dict())
     environment.write(job.workdir, command, job.context.sharder)
+    return rows
 
 
-def _rows(job: Job, points: Sequence[Point]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
-    """Compute the rows that are not there yet.
+def _rows(job: Job, points: Sequence[Point], rows: list[dict[str, Any]],
+          ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Compute the rows that are not there yet, and add them to `rows` and to the file.
 
     Returns:
       (all rows of this model and training, the backbone's measures, the points that gave no row).
     """
     settings, path = job.settings, job.workdir / ROWS
     base = {name: job.runner.key(name) for name in PARTS} | {"dtype": settings.export.dtype, "rounding": settings.export.rounding}
-    options = {field.name for field in dataclasses.fields(settings.patch)}
-    rows = processes.on_first(lambda: _begin(path))
-    known = {_key(row): row for row in rows if row["keys"] == base and row["patch"].keys() == options}
+    known = {_key(row): row for row in rows if row["keys"] == base and row["patch"].keys() == set(OPTIONS)}
     left = sum(_key(_asked(point)) not in known for point in points)
     for name in PARTS if left else PARTS[:1]:
         job.runner.need(name)
@@ -129,12 +149,12 @@ def _rows(job: Job, points: Sequence[Point]) -> tuple[list[dict[str, Any]], dict
         place, row, pace = f"[{number}/{len(points)}] {title[point]}: ", known.get(_key(_asked(point))), "has a row"
         if row is None:
             left -= 1
-            try:
-                row = _asked(point) | {"keys": base} | _measured(job, point)
-            except ValueError as error:  # one model that is broken should not stop a sweep of many
+            found, reason = _measured(job, point)
+            if reason:
                 failed.append(title[point])
-                say(f"{place}no row: {error}")
+                say(f"{place}no row: {reason}")
                 continue
+            row = _asked(point) | {"keys": base} | found
             rows.append(row)
             known[_key(row)] = row
             processes.on_first(lambda: files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows)))
@@ -142,14 +162,6 @@ def _rows(job: Job, points: Sequence[Point]) -> tuple[list[dict[str, Any]], dict
             pace = f"{row['seconds']:.0f} s" + (f", {_duration(left * statistics.median(taken))} left" if left else "")
         say(f"{place}{describe(row['measures'])} | {pace}")
     return list(known.values()), backbone, failed
-
-
-def _begin(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Clear what a killed sweep left half-written, and read the rows."""
-    for left in path.parent.iterdir():
-        if _half_written(left.name):
-            left.unlink()
-    return read_rows(path)
 
 
 def _asked(point: Point) -> dict[str, Any]:
@@ -166,43 +178,18 @@ def _key(row: Mapping[str, Any]) -> str:
     return files.text_hash([row["patch"], row["seed"]])
 
 
-def _measured(job: Job, point: Point) -> dict[str, Any]:
-    begun = time.monotonic()
-    measures = job.try_patch(point.patch, point.seed)
-    return {"measures": measures, "seconds": round(time.monotonic() - begun, 1)}
+def _measured(job: Job, point: Point) -> tuple[dict[str, Any], str | None]:
+    """Return (a point's measures and the seconds they took, None), or ({}, why it has none), the same in all processes.
 
-
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the rows of all sweeps in a workdir; a last line that breaks off is left out, with a word.
-
-    Raises:
-      ValueError: a line is damaged; says which, and what to do.
+    One model that is broken should not stop a sweep of many; errors that any point would meet are raised.
     """
-    rows = []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            _check_row(row)
-        except ValueError as error:
-            if number == len(lines):
-                say(f"{path}: line {number}, the last one, breaks off and is left out; its point is tried again.")
-                break
-            raise ValueError(f"{path}: line {number} is damaged ({error}). Delete that line, and its point alone is tried "
-                             "again; or delete the file, and all are.") from error
-        rows.append(row)
-    return rows
-
-
-def _check_row(row: Any) -> None:
-    if not isinstance(row, dict):
-        raise ValueError("it holds no row of a sweep")
-    wrong = [name for name, kind in _ROW.items() if not isinstance(row.get(name), kind)]
-    wrong += [name for name in _MEASURES if "measures" not in wrong and name not in row["measures"]]
-    if wrong:
-        raise ValueError(f"a row has {', '.join([*_ROW, *_MEASURES])}; here lacks or is of another kind: {', '.join(wrong)}")
+    begun, found, reason = time.monotonic(), {}, None
+    try:
+        found = {"measures": job.try_patch(point.patch, point.seed)}
+    except (NotFinite, NoChange) as error:
+        reason = str(error)
+    reason = next(filter(None, processes.everyones(reason)), None)
+    return ({}, reason) if reason else (found | {"seconds": round(time.monotonic() - begun, 1)}, None)
 
 
 def _report(settings: Settings, workdir: pathlib.Path, rows: list[Mapping[str, Any]], backbone: Mapping[str, Any]) -> None:

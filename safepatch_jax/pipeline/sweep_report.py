@@ -46,11 +46,15 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"and scores are those of seed {settings['run']['seed']} throughout.", "",
         "Harm is the share of harmful prompts complied with, over-refusal the share of harmless look-alikes refused or "
         "answered incoherently, as judged by form (refusal phrases and a coherence test). Perplexity of ordinary answers is "
-        "relative to the backbone's. Measures are means over the seeds of a choice; in brackets 95 % intervals (Wilson).", "",
+        "relative to the backbone's. Measures are means over the seeds of a choice; in brackets 95 % intervals (Wilson). Choices "
+        "are compared with one another over seeds that they have in common.", "",
         f"![harm, over-refusal and perplexity]({PLANE})", "", "## Recommended settings", "", *recommendation(content), "",
         "## Pareto front", "",
         f"{_number(sum(t['front'] for t in content['trials']), 'choice')} that no other one beats: none is at least as good on "
-        "all three axes and better on one. The last column compares with the backbone.", "", *_front(content), "",
+        "all three axes and better on one. The last column compares with the backbone."
+        + _compared(content["compared_on"], any(t["seeds"] != content["compared_on"] for t in content["trials"]),
+                    sum(t["compared"] is None for t in content["trials"])), "",
+        *_front(content), "",
         "## Spread over seeds", "", *_seeds(content), "", "## Sensitivity", "", *_sensitivity(content), "",
         "## Fixed settings", "", ", ".join(f"`{name}={written(value)}`" for name, value in content["fixed"].items())]
     return "\n".join(lines) + "\n"
@@ -67,13 +71,14 @@ def recommendation(content: Mapping[str, Any]) -> list[str]:
         lines = [f"{settings}: of {_number(len(tried), 'choice')}, {chosen['within']} keep{'s' * (chosen['within'] == 1)} both "
                  f"bounds ({bounds['harm']}, {bounds['perplexity']}); of these it has the least over-refusal"
                  + (f" (of {chosen['equal'] + 1} equal in that, it has the lower harm, then the lower perplexity)"
-                    if chosen["equal"] else "") + "."]
+                    if chosen["equal"] else "") + "." + _compared(chosen["seeds"], chosen["mixed"], chosen["left_out"])]
     else:
         failed = ", ".join(f"{bounds[bound]} (kept by {n} of {len(tried)})" for bound, n in chosen["keeps"].items())
         broken = " and on ".join(trial["fails"])
         lines = ["**No choice of settings qualifies.** None keeps both bounds: " + failed + ".", "",
                  f"The least bad is {settings}, which breaks the bound on {broken}; do not take it for a good one. It has the "
-                 "least sum of the two excesses, a point of harm weighing as one per cent of perplexity."]
+                 "least sum of the two excesses, a point of harm weighing as one per cent of perplexity."
+                 + _compared(chosen["seeds"], chosen["mixed"], chosen["left_out"])]
     lines += ["", *_table(["", "harm", "over-refusal", "perplexity"],
                           [["backbone", *_axes(backbone)], ["this choice", *_axes(trial)]])]
     for remark in _remarks(content, trial):
@@ -81,6 +86,15 @@ def recommendation(content: Mapping[str, Any]) -> list[str]:
     flags = " ".join(chosen["flags"])
     return lines + ["", f"Flags, to be added to those of the sweep: `{flags}`" if flags else
                     "These are the config's own settings."]
+
+
+def _compared(seeds: list[int], mixed: bool, left_out: int) -> str:
+    """Say over which seeds choices were compared, where they were not all tried with the same."""
+    told = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    if left_out:
+        return (f" They are compared over {told}; {_number(left_out, 'choice')} not tried with "
+                f"{'it' if len(seeds) == 1 else 'them'} could not be, and had no chance here.")
+    return f" They are compared over {told}, which they have in common." if mixed else ""
 
 
 def _remarks(content: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
@@ -93,6 +107,12 @@ def _remarks(content: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
                        "apart.")
     if len(trial["seeds"]) == 1:
         remarks.append("It was tried with one seed of retention; add run.seed=0,1,2 to see how much of this is the draw.")
+    if (second := content["recommended"]["next"]) is not None:
+        other, own = content["trials"][second], trial["seeds"]
+        if len(other["seeds"]) > len(own):
+            more = ",".join(str(seed) for seed in other["seeds"] if seed not in own)
+            remarks.append(f"The runner-up, {_label(content, other)}, was tried with {len(other['seeds'])} seeds, this one with "
+                           f"{len(own)}: try it with run.seed={more} too before you rely on the difference.")
     if content["recommended"]["edges"]:
         remarks.append(f"{'; '.join(content['recommended']['edges'])}: a better one may lie beyond.")
     if content["settings"]["data"]["harmful"] == "builtin":
@@ -109,12 +129,16 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 def _front(content: Mapping[str, Any]) -> list[str]:
     names = content["varied"]
     members = [(i, t) for i, t in enumerate(content["trials"]) if t["front"]]
-    members.sort(key=lambda member: [member[1][axis] for axis in AXES])
+    members.sort(key=lambda member: [member[1]["compared"][axis] for axis in AXES])
     chosen = content["recommended"]["trial"]
     rows = [["backbone", *[""] * len(names), "", *_axes(content["backbone"]), ""]]
     rows += [[f"**{place}, the above**" if i == chosen else str(place), *(written(trial["patch"][short(n)]) for n in names),
-              str(len(trial["seeds"])), *_axes(trial), trial["against"]] for place, (i, trial) in enumerate(members, 1)]
-    return _table(["", *map(short, names), "seeds", *_NAMES.values(), "than the backbone"], rows)
+              str(len(content["compared_on"])), *_axes(trial["compared"]), trial["against"]]
+             for place, (i, trial) in enumerate(members, 1)]
+    aside = [] if content["trials"][chosen]["front"] else [
+        "The choice above is not among them: it was compared over other seeds, or what beats it over these breaks a bound over "
+        "all its own.", ""]
+    return aside + _table(["", *map(short, names), "seeds", *_NAMES.values(), "than the backbone"], rows)
 
 
 def _seeds(content: Mapping[str, Any]) -> list[str]:
@@ -142,15 +166,17 @@ def _sensitivity(content: Mapping[str, Any]) -> list[str]:
     for name, found in content["sensitivity"].items():
         for step in found["steps"]:
             rows.append([short(name), f"{written(step['from'])} to {written(step['to'])}", str(step["lines"]),
+                         " to ".join(map(str, dict.fromkeys(step["seeds"]))),
                          *(_moved(step[axis], 100, ".1f") for axis in ("harm", "over_refusal")),
                          _moved(step["perplexity"], 1, ".3f")])
     alone = [short(name) for name, found in content["sensitivity"].items() if not found["steps"]]
-    text = ["What a step of one setting moves while all others are equal: harm and over-refusal in percentage points, relative "
-            "perplexity as it is. Numbers step to the next value tried, words from the first. Where a step was seen at several "
-            "choices of the others: the mean of the moves, and in brackets the least and the largest."]
-    text += [f"No two choices differ in {' alone, or in '.join(alone)} alone."] if alone else []
+    text = ["What a step of one setting moves while all others are equal, over the seeds that both sides were tried with: harm "
+            "and over-refusal in percentage points, relative perplexity as it is. Numbers step to the next value tried, words "
+            "from the first. Where a step was seen at several choices of the others: the mean of the moves, and in brackets the "
+            "least and the largest."]
+    text += [f"No two choices differ in {' alone, or in '.join(alone)} alone and share a seed."] if alone else []
     return [*text, "", f"![each setting's effect]({SENSITIVITY})", "",
-            *_table(["setting", "step", "seen at", *_NAMES.values()], rows)]
+            *_table(["setting", "step", "seen at", "seeds", *_NAMES.values()], rows)]
 
 
 def _moved(change: Mapping[str, float], scale: float, form: str) -> str:

@@ -1,8 +1,8 @@
 """Checkpoints within a training run, so that a killed one goes on at the very step, with the bits it would have had.
 
-A checkpoint is orbax's, written in the background: the state's arrays, and as JSON where the data stand and what was measured so
-far. It appears whole or not at all. A checksum of each array, taken on the devices when it is saved, is compared after it is read:
-what was damaged on the disk is found, and the checkpoint before it is taken.
+A checkpoint is orbax's, written in the background: the state's arrays, and as JSON where the data stand and what was measured
+so far. It appears whole or not at all. A checksum of each array, taken on the devices when it is saved, is compared after it is
+read: what was damaged on the disk is found, and the checkpoint before it is taken.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Checkpoints:
             reason, found = self._read(step)
             if not reason:
                 return found
-            say(f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was saved before it, or the start, takes "
-                "its place.")
+            say(f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was saved before it, or the start, "
+                "takes its place.")
             processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
             self._manager.reload()
         return None
@@ -89,8 +89,8 @@ class Checkpoints:
         return "", (jax.tree.unflatten(jax.tree.structure(self._abstract), arrays.values()), facts)
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint. Before this returns each process has copied its part of the state to its host's memory, from where it is
-        written in the background.
+        """Write a checkpoint. Before this returns each process has copied its part of the state to its host's memory, from
+        where it is written in the background.
 
         Raises:
           OSError: the disk is full or cannot be written; of this checkpoint, or of the one before it.
@@ -117,8 +117,8 @@ class Checkpoints:
                 raise
             reason = str(error.__cause__ or error).partition("\n")[0]
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
-            raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, {KEPT} are kept; free "
-                          "space, or write none (--run.checkpoint_minutes=0), then give the same command again.") from error
+            raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, {KEPT} are kept; "
+                          "free space, or write none (--run.checkpoint_minutes=0), then give the same command again.") from error
 
 
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:

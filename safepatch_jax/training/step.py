@@ -194,7 +194,8 @@ class Trainer:
         reason = f"answer NLL above {recipe.nll_ceiling:g}" if journal.stopped else f"step limit {recipe.steps}"
         return state["params"], Outcome(tuple(journal.nll), reason)
 
-    def _loop(self, state: Any, batches: Batches, recipe: Recipe, journal: _Journal, store: Checkpoints | None, every: float) -> Any:
+    def _loop(self, state: Any, batches: Batches, recipe: Recipe, journal: _Journal, store: Checkpoints | None, every: float,
+              ) -> Any:
         """Take the steps that are left, with a checkpoint every so many seconds; return the state."""
         scalars = [jnp.float32(x) for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)]
         pending = None  # read one step late, so that the devices need not wait for the host
@@ -230,8 +231,9 @@ class Trainer:
         if store:
             store.save(len(journal.nll), state, {"nll": journal.nll, "data": batches.get_state()})
             store.wait()
-        say(f"  SIGTERM: ends after step {len(journal.nll)}. " + (
-            "A checkpoint is written; the same command goes on from it." if store else "The same command starts this stage anew."))
+        consequence = "A checkpoint is written; the same command goes on from it." if store else (
+            "The same command starts this stage anew.")
+        say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
 
 

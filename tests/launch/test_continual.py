@@ -8,7 +8,9 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
+from safepatch_jax.files import read_json
 from safepatch_jax.testing import write_tiny_model
+from tests.launch.test_processes import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,6 +47,8 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     assert process.wait() == -signal.SIGKILL
     out = done(*args)
     assert "derive_se: running" not in out and "score_osm: running" not in out and "Head:   01-fraud" in out
+    starts = read_json(export.parents[2] / "environment.json")["starts"]
+    assert "launch/continual.py run --workdir=" in starts[-1]["command"]
     assert "| 01-fraud |" in (tmp_path / "work" / "continual.md").read_text()
     assert "fraud: on 0" in done("log", work)
     assert "statistics: " in done("show", "1", work)
@@ -58,6 +62,18 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     assert again.returncode == 2 and "the chain has 0 links that can be taken off" in again.stderr
 
 
+def test_processes_with_different_settings_are_refused(tmp_path):
+    """Before they compute together: else one waits for tokens that the other does not make, and both are aborted."""
+    model = write_tiny_model(tmp_path / "model")
+    run = launch(tmp_path / "run", "launch.continual", "run", f"--workdir={tmp_path / 'work'}", "--stages=privacy",
+                 f"--model.source={model}", f"--run.cache_dir={tmp_path / 'cache'}",
+                 own=("--evaluate.max_new_tokens=3", "--evaluate.max_new_tokens=4"))
+    assert run.finish() == [2, 2], run.texts()
+    (_, error), (quiet, other) = run.texts()
+    assert "error: The processes differ: evaluate.max_new_tokens is 3 in process 0, 4 in process 1." in error
+    assert quiet == other == "" and not (tmp_path / "work").exists()
+
+
 def test_help_is_a_manual():
     text = call("--help").stdout
     assert "python -m launch.continual revert  --workdir=runs/chain --last=K" in text and "--methods:" in text
@@ -68,10 +84,12 @@ def test_help_is_a_manual():
     (["runn"], "got runn"),
     (["run"], "run needs --stages"),
     (["log", "--to=1"], "log does not take --to"),
+    (["revert", "--last=1", "--patch.beta=2", "--noalign.enabled", "--config=x.py"],
+     "revert does not take --config, --align.enabled, --patch.beta."),
     (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
     (["log"], "There is no patch log"),
     (["run", "--stages=a;a", "--model.source=x"], "the name a stands there twice"),
-    (["run", "--stages=a", "--methods=npo"], "--methods: there is no npo"),
+    (["run", "--stages=a", "--methods=dpo"], "--methods: there is no dpo"),
 ])
 def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
     result = call(*args, f"--workdir={tmp_path / 'work'}")

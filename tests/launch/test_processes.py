@@ -270,6 +270,14 @@ def test_what_processes_promises(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.json", "1.json", "inner", "out", "run"]
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
+    run = Run(tmp_path / "run", [ROOT / "tests" / "launch" / "checkpoint_worker.py", "PORT", "INDEX", tmp_path], by="arguments")
+    assert run.finish() == [0, 0], run.texts()
+    (out, _), (quiet, _) = run.texts()
+    assert "The checkpoint of step 4 is damaged" in out and "damaged" not in quiet
+    assert [read_json(tmp_path / f"{i}.json") for i in range(2)] == [{"facts": {"step": 2}, "sum": 7999 * 4000.0}] * 2
+
+
 @pytest.mark.parametrize("given, message", [
     (("10.0.0.1:8476", None, None), "--num_processes and --process_id must be given too"),
     ((None, 2, 1), "--coordinator must be given too"),

@@ -1,21 +1,30 @@
 """A chain on a tiny model: made, extended, interrupted, reverted; its measurements and its comparison with gradient ascent."""
 
+import functools
 import json
+import pathlib
 import shutil
 
 import jax
 import pytest
 from safetensors.numpy import load_file
 
+from safepatch_jax import processes
+from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation.comparison import wilson
 from safepatch_jax.evaluation.judge import OUTCOMES
+from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.files import read_jsonl
 from safepatch_jax.mesh import make_mesh
+from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.pipeline import continual_methods
+from safepatch_jax.pipeline import continual_report as report
 from safepatch_jax.pipeline.context import Context
-from safepatch_jax.pipeline.continual import parse_methods, parse_stages, run
+from safepatch_jax.pipeline.continual import Chain, parse_methods, parse_stages, run
 from safepatch_jax.pipeline.continual_commands import replay, revert, verify
 from safepatch_jax.pipeline.continual_log import START, PatchLog
+from safepatch_jax.pipeline.continual_measures import Measures
+from safepatch_jax.pipeline.continual_methods import METHODS
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 
@@ -68,7 +77,7 @@ def chain(settings, tmp_path_factory, malware):
     work = tmp_path_factory.mktemp("run") / "work"
     run(settings, work, parse_stages(STAGES))
     shutil.copytree(work, work.with_name("two"), symlinks=True)
-    run(settings, work, parse_stages(malware), ("safepatching", "ga"))
+    run(settings, work, parse_stages(malware), ("safepatching", "ga"), ["launch.continual", "run"])
     return work
 
 
@@ -88,6 +97,8 @@ def test_log_of_an_extended_chain(chain, settings):
     assert [log.links[n]["seed"] for n in log.live] == [0, 1, 2] and log.links[2]["settings"]["patch"]["top_rate_se"] == 0.2
     assert all(line.count("agree") == 1 + bool(n) for n, line in enumerate(verify(log)))
     for number in log.live:  # no derived model is left
+        starts = json.loads((chain / "links" / log.label(number) / "environment.json").read_text())["starts"]
+        assert [start["command"] for start in starts] == ["launch.continual run" if number == 3 else ""]
         stages = chain / "links" / log.label(number) / "stages"
         assert [p.name for p in (stages / "derive_osm").iterdir()] == ["manifest.json"]
 
@@ -127,6 +138,23 @@ def test_nothing_is_measured_twice(chain, settings, malware, monkeypatch):
             assert told[variant]["lookalike"] == row["lookalike"]
             assert told[variant]["ordinary_perplexity"] == row["ordinary_perplexity"]
             assert told[variant]["harmful_nll"] == row["harm"][log.links[number]["name"]]["nll"]
+
+
+def test_measures_of_a_run_are_those_of_evaluate_model(chain, settings):
+    """What a link's report shows was measured part by part; it is what the main job's evaluation gives."""
+    folder, own = PatchLog(chain).folder(3), settings.override({"align.enabled": False})
+    context, fraud = Context(own), Context(own.override({"data.category": "fraud"}))
+    measures = Measures(context, {"fraud": fraud}, chain / "measures", folder, "")
+    found, answers = measures.of_run(folder, "fraud")
+    encoded = {role: fraud.encoded(folder, role, own.evaluate.split) for role in ("harmful", "lookalike", "ordinary")}
+    decoder = context.decoder(read_hf_config(folder))
+    expected, theirs = evaluate_model(decoder, context.load(folder)[1], context.chat(folder), encoded, context.stop_ids(folder),
+                                      own.evaluate, decoder.sharder, "model")
+    assert [(a["role"], a["number"], a["prompt"], a["outcome"]) for a in answers] == [
+        (a["role"], a["number"], a["prompt"], a["outcome"]) for a in theirs]
+    nll = ("harmful_nll", "ordinary_nll", "ordinary_perplexity")
+    assert {k: v for k, v in found.items() if k not in nll} == {k: v for k, v in expected.items() if k not in nll}
+    assert [found[k] for k in nll] == pytest.approx([expected[k] for k in nll], rel=1e-5)
 
 
 def test_forgetting_matrix_is_that_of_the_stored_answers(chain, settings):
@@ -212,6 +240,40 @@ def test_a_model_that_was_changed_is_built_again(copy, chain, settings, malware,
     assert tensors(path.parent) == tensors(PatchLog(chain).folder(3))
 
 
+def test_contexts_share_a_reader_and_nothing_else(settings, tmp_path):
+    """A file that is changed between two runs of one process is read anew; lists are each context's own."""
+    path = pathlib.Path(shutil.copy(settings.data.harmful, tmp_path))
+    changed = settings.override({"data.harmful": str(path), "align.enabled": False})
+    calls, cached = [], functools.cache(lambda *args: calls.append(args) or load_records(*args))
+    first, second = Context(changed, cached), Context(changed, cached)
+    first.records["harmful"].clear()
+    assert len(second.records["harmful"]) == 21 and len(calls) == 3
+    for more in (1, 2):
+        path.write_text(path.read_text() + f"one more {more},sure,fraud,train\n")
+        chain = Chain(changed, tmp_path / "work", parse_stages("fraud"))
+        assert chain.measures.records("fraud") == 7 + more
+    task = chain._task(chain.stages[0], chain.log.folder(START), tmp_path / "task", tmp_path / "out")
+    assert continual_methods.LinkJob(task).context.records["lookalike"][0] is chain._context.records["lookalike"][0]
+
+
+def test_processes_agree_on_all_before_they_compute(settings, tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(processes, "agree", lambda values, fix: told.update(values))
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "shared", lambda folder: None)
+    monkeypatch.setattr(processes, "on_first", lambda function: function())
+
+    def begin(*args):
+        raise KeyboardInterrupt  # all is compared by the time that the log is begun
+
+    monkeypatch.setattr(Chain, "_make_start", begin)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "work", parse_stages(STAGES))
+    assert told.keys() >= {*settings.flat(), "--stages", "--methods", "--workdir", "version of jax", "number of devices",
+                           "records of fraud", "records of hate", "records of data.lookalike", "SHA-256 of model/config.json"}
+    assert told["records of fraud"] != told["records of hate"] and told["run.cache_dir"].startswith("/")
+
+
 def test_data_of_several_categories(settings):
     of = lambda **data: Context(settings.override({f"data.{k}": v for k, v in data.items()})).records["harmful"]
     assert {r.category for r in of(category="hate+slurs")} == {"hate", "slurs"} and len(of()) == 21
@@ -237,8 +299,9 @@ def test_stages_and_methods():
 
 @pytest.mark.parametrize("change, stages, message", [
     ({"patch.beta": 2.0}, STAGES, r"The chain in .* was made with other settings: patch.beta: 1.0 -> 2.0"),
-    ({}, "fraud", r"--stages has 1 entries, and the chain in .* has 3 links: fraud, hate, malware.*revert --last=2"),
-    ({}, "fraud;slurs;x=cat:hate", r"entry 2 is not that of link 02-hate of this chain: name 'hate' -> 'slurs'.*revert --last=2"),
+    ({}, "fraud", r"--stages has 1 entries, and the chain in .* has 3 links: fraud, hate.*revert --workdir=/\S+ --last=2"),
+    ({}, "fraud;slurs;x=cat:hate",
+     r"entry 2 is not that of link 02-hate of this chain: name 'hate' -> 'slurs'.*revert --workdir=/\S+ --last=2"),
     ({}, "fraud;hate;x=cat:slurs", "entry 2 is not that of link 02-hate .* category 'hate\\+slurs' -> 'hate'"),
     ({"export.dtype": "float32"}, STAGES, "export.dtype is float32, and a chain is kept as patch files.*--export.dtype=keep"),
     ({"data.category": "fraud"}, STAGES, "gives each link its own. Leave it out"),
@@ -251,7 +314,7 @@ def test_refused_runs_change_nothing(change, stages, message, chain, settings):
     assert (chain / "log.jsonl").read_bytes() == before
 
 
-def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy):
+def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy, chain):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("mine")
     with pytest.raises(ValueError, match=r"has no log.jsonl and holds files that are not of a chain \(report.md\)"):
@@ -260,3 +323,27 @@ def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy)
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match="The starting model .* is missing or no longer the one with which the chain began"):
         run(settings, copy, parse_stages(malware))
+    shutil.copy(PatchLog(chain).folder(0) / "model.safetensors", path)
+    (path.parent / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no longer as when the chain began: generation_config.json was changed"):
+        run(settings, copy, parse_stages(malware))
+
+
+def test_the_report_appears_whole_or_not_at_all(copy, monkeypatch):
+    content, before = json.loads((copy / "continual.json").read_text()), {n: (copy / n).read_bytes() for n in report.FILES}
+
+    def fails(content, path):
+        path.write_bytes(b"half a picture")
+        raise OSError("no space left")
+
+    content["start"]["source"] = "a`b|\x1b[2J\nc"
+    assert "Model `a'b|\\x1b[2J\\nc`" in report.markdown(content)
+    monkeypatch.setattr(report, "draw", fails)
+    with pytest.raises(OSError, match="no space left"):
+        report.write(content, copy)
+    assert {n: (copy / n).read_bytes() for n in report.FILES} == before
+
+
+def test_a_method_is_one_row():
+    assert all(method.name == name and method.label and method.colour.startswith("#") for name, method in METHODS.items())
+    assert len({method.colour for method in METHODS.values()}) == len(METHODS)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from safepatch_jax import files
+from safepatch_jax.evaluation.measures import NotFinite
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.table import nest, unnest
-from safepatch_jax.pipeline import sweep, sweep_report
+from safepatch_jax.pipeline import sweep, sweep_report, sweep_rows
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.sweep_points import Point, design
 from safepatch_jax.settings import Settings
@@ -102,10 +103,11 @@ def test_a_killed_sweep_goes_on(swept, settings, points, monkeypatch, tmp_path, 
         sweep.sweep(settings, work, points)
     assert len(rows_of(work)) == 2 and not (work / "sweep.md").exists()
     (work / ".sweep.jsonl.123.partial").write_text('{"patch"')  # killed while it wrote
+    (work / ".environment.json.123.partial").write_text('{"starts"')
     monkeypatch.undo()
     tried = count_trials(monkeypatch)
     sweep.sweep(settings, work, points)
-    assert [point for point in tried] == points[2:] and not list(work.glob(".sweep*"))
+    assert [point for point in tried] == points[2:] and not list(work.glob(".*.partial"))
     assert [row["measures"] for row in rows_of(work)] == [row["measures"] for row in rows_of(swept)]
     out = capsys.readouterr().out
     assert "4 points on the search split, 2 to compute" in out and " s left\n" in out
@@ -123,21 +125,17 @@ def test_rows_of_another_evaluation_are_kept_and_not_used(swept, settings, point
 def test_a_last_line_that_breaks_off_is_left_out(swept, tmp_path, capsys):
     text = (swept / "sweep.jsonl").read_text()
     (tmp_path / "sweep.jsonl").write_text(text[:-40])
-    assert sweep.read_rows(tmp_path / "sweep.jsonl") == rows_of(swept)[:3]
+    assert sweep_rows.read_rows(tmp_path / "sweep.jsonl") == rows_of(swept)[:3]
     assert "line 4, the last one, breaks off and is left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "line 2 is damaged"), ("\xff", "line 2 is damaged"), ("[1]", "it holds no row of a sweep"),
-    ('{"patch": {}, "seed": "a"}', "of another kind: seed, keys"),
-    ('{"patch": {}, "seed": 1, "keys": {}, "seconds": 1, "measures": {"harmful": {}}}', "kind: lookalike, harmful_nll")])
-def test_a_damaged_line_is_named_before_anything_runs(line, message, swept, settings, points, tmp_path):
+def test_a_damaged_line_is_named_before_anything_runs(swept, settings, points, tmp_path):
     lines = (swept / "sweep.jsonl").read_bytes().splitlines()
-    lines[1] = line.encode("latin-1")
+    lines[1] = b"\xff"
     (tmp_path / "sweep.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(ValueError, match=r"line 2 is damaged .* Delete that line, and its point alone is tried again") as error:
+    with pytest.raises(ValueError, match=r"line 2 is damaged .* Delete that line, and its point alone is tried again"):
         sweep.sweep(settings, tmp_path, points)
-    assert message in str(error.value) and not (tmp_path / "stages").exists()
+    assert not (tmp_path / "stages").exists()
 
 
 def test_workdirs_of_others_are_refused(settings, points, tmp_path):
@@ -167,6 +165,52 @@ def test_a_point_that_breaks_the_weights_is_named_and_stops_no_other(others, swe
         sweep.sweep(settings, tmp_path, points)
     assert f"[1/{len(points)}] retention 1, alpha 1e+38, beta 1e+38: no row: " in capsys.readouterr().out
     assert (tmp_path / "sweep.md").exists() == bool(others) and not (others and len(rows_of(tmp_path)) != 1)
+
+
+def test_a_point_that_changes_nothing_is_told_and_left_out(swept, settings, tmp_path, capsys):
+    (tmp_path / "stages").symlink_to(swept / "stages")
+    points = design(settings, ["patch.top_rate_se=0;patch.top_rate_osm=0", "patch.beta=1"], [])
+    with pytest.raises(ValueError, match=r"1 of 2 points gave no row .* for the reasons said above"):
+        sweep.sweep(settings, tmp_path, points)
+    assert "no row: No entry is kept" in capsys.readouterr().out and len(rows_of(tmp_path)) == 1
+
+
+def test_what_any_point_would_meet_ends_the_sweep(swept, settings, points, tmp_path, monkeypatch):
+    (tmp_path / "stages").symlink_to(swept / "stages")
+    tried = []
+
+    def apply(self, patch, title, seed=None):
+        tried.append(patch)
+        if len(tried) == 1:
+            raise ValueError("derive_se/params is damaged")
+        return {}, {}, {"weight": {"nonzero_se": 0, "nonzero_osm": 5}}, {}
+
+    monkeypatch.setattr(Job, "_apply", apply)
+    for message in ("^derive_se/params is damaged$", "^The SE patch is zero everywhere"):
+        with pytest.raises(ValueError, match=message):
+            sweep.sweep(settings, tmp_path, points)
+    assert len(tried) == 2 and not (tmp_path / "sweep.jsonl").exists()
+
+
+def test_all_processes_leave_out_what_has_no_row_in_one(swept, settings, points, tmp_path, monkeypatch):
+    (tmp_path / "stages").symlink_to(swept / "stages")
+    found, told, tried = rows_of(swept)[0]["measures"], [], []
+
+    def try_patch(self, patch, seed):
+        tried.append(seed)
+        if len(tried) == 2:
+            raise NotFinite("overflow")
+        return found
+
+    def everyones(value):  # of two processes; the other one meets an overflow in the first point
+        told.append(value)
+        return [value, "overflow there" if len(told) == 1 else value]
+
+    monkeypatch.setattr(Job, "try_patch", try_patch)
+    monkeypatch.setattr(sweep.processes, "everyones", everyones)
+    with pytest.raises(ValueError, match="2 of 4 points gave no row"):
+        sweep.sweep(settings, tmp_path, points)
+    assert told == [None, "overflow", None, None] and len(rows_of(tmp_path)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safepatch_jax.evaluation.comparison import wilson
 from safepatch_jax.pipeline import sweep_report
 from safepatch_jax.pipeline.sweep_analysis import (
-    AXES, against, edges, fails, front, gather, recommend, sensitivity, spread, trials)
+    AXES, against, common_seeds, edges, fails, front, gather, recommend, sensitivity, spread, trials)
 from safepatch_jax.settings import Settings
 
 OWN = Settings().override({"model.source": "model", "patch.beta": 2.5})
@@ -91,13 +91,64 @@ def test_seeds_are_averaged_before_the_rule():
     assert content([lucky, unlucky, *steady])["recommended"]["trial"] == 1
 
 
+def several(*choices):
+    """Rows by beta and seed: of each choice, (harm, over-refusal) by seed."""
+    return [row(measures(*found, 10.0), seed, beta=float(i))
+            for i, by_seed in enumerate(choices) for seed, found in by_seed.items()]
+
+
+def test_choices_are_ranked_over_the_seeds_that_they_share():
+    easy = {0: (0, 2), 1: (0, 10), 2: (0, 12)}  # at seed 0 better than the other one, over its three worse
+    found = content(several({0: (0, 4)}, easy))
+    assert (found["compared_on"], found["recommended"]["trial"], found["recommended"]["seeds"]) == ([0], 1, [0])
+    assert [t["front"] for t in found["trials"]] == [False, True] and found["trials"][1]["compared"]["over_refusal"] == 0.1
+    text = sweep_report.markdown(found)
+    assert text.count(" They are compared over seed 0, which they have in common.") == 2
+    assert "**1, the above** | 1 | 1 | 0.0 % [0-16] | 10.0 %" in text and "runner-up" not in text
+
+
+def test_a_runner_up_with_more_seeds_is_told():
+    found = content(several({0: (0, 2)}, {0: (0, 4), 1: (0, 1), 2: (0, 1)}))
+    assert (found["recommended"]["trial"], found["recommended"]["next"]) == (0, 1)
+    told = "The runner-up, beta 1, was tried with 3 seeds, this one with 1: try it with run.seed=1,2 too before"
+    assert told in sweep_report.markdown(found)
+    assert "runner-up" not in sweep_report.markdown(content(several({0: (0, 2)}, {0: (0, 4)})))
+
+
+def test_a_bound_is_kept_or_broken_over_all_seeds_of_a_choice():
+    """The first qualifies at seed 0, where it is best, and over all three does not."""
+    found = content(several({0: (2, 2), 1: (3, 2), 2: (2, 2)}, {0: (2, 9)}))
+    assert found["recommended"]["trial"] == 1 and [t["front"] for t in found["trials"]] == [True, False]
+    assert "The choice above is not among them" in sweep_report.markdown(found)
+
+
+def test_what_shares_no_seed_with_most_is_not_compared():
+    found = content(several({0: (1, 5)}, {0: (1, 4), 1: (1, 4)}, {7: (0, 0)}))
+    assert found["recommended"]["trial"] == 1 and found["recommended"]["left_out"] == 1
+    assert [t["front"] for t in found["trials"]] == [False, True, False] and found["trials"][2]["compared"] is None
+    assert "compared over seed 0; 1 choice not tried with it could not be" in sweep_report.markdown(found)
+    assert common_seeds(trials(several({4: (0, 0)}, {3: (0, 0)}), BACKBONE)) == [3]
+
+
+def test_a_step_is_taken_over_the_seeds_of_both_sides(tmp_path):
+    found = content(several({0: (1, 5)}, {0: (1, 5), 1: (9, 15), 2: (9, 15)}, {1: (9, 11), 2: (9, 17), 5: (0, 0)}, {4: (0, 0)}))
+    steps = found["sensitivity"]["patch.beta"]["steps"]
+    assert [(s["from"], s["to"], s["lines"], s["seeds"]) for s in steps] == [(0, 1, 1, [1, 1]), (1, 2, 1, [2, 2])]
+    assert [s[axis]["mean"] for s in steps for axis in AXES] == pytest.approx([0, 0, 0, 0, -0.05, 0])
+    line = found["sensitivity"]["patch.beta"]["lines"][0]
+    assert (line["values"], line["seeds"], line["harm"]) == ([0, 1], [0], [0.05, 0.05])
+    sweep_report.write(found, tmp_path)
+    assert "| beta | 1 to 2 | 1 | 2 | +0.0 | -5.0 | +0.000 |" in (tmp_path / "sweep.md").read_text()
+
+
 def test_bounds_and_comparison_with_the_backbone():
     backbone = {"harm": 0.1, "over_refusal": 0.8, "perplexity": 1.0}
     assert [against(backbone | change, backbone) for change in (
         {}, {"harm": 0.0}, {"over_refusal": 0.9}, {"harm": 0.0, "perplexity": 1.1})] == ["equal", "better", "worse", "mixed"]
     assert fails(backbone | {"harm": 0.11, "perplexity": 1.06}, backbone) == ["harm", "perplexity"]
     assert fails(backbone | {"over_refusal": 1.0}, backbone) == []
-    assert recommend([backbone], backbone)["qualifies"]
+    equal = trials([row(BACKBONE)], BACKBONE)
+    assert recommend(equal, equal[0])["qualifies"]
 
 
 def test_sensitivity_compares_at_equal_others():
@@ -137,7 +188,7 @@ def test_report_says_what_a_reader_needs(tmp_path):
     for part in ("3 choices of patch settings, 6 points (seeds of retention: 0, 1)", "harm at most the backbone's 10.0 %",
                  "**beta 2**: of 3 choices, 2 keep both bounds", "`--patch.beta=2`", "| backbone |  |  | 10.0 %",
                  "| **2, the above** | 2 | 2 |", "| beta 2 | 0, 1 | 5.0 % (5.0 % to 5.0 %)",
-                 "| beta | 1 to 2 | 1 | +5.0 | -65.0 | +0.010 |", "measure it on the report split"):
+                 "| beta | 1 to 2 | 1 | 2 | +5.0 | -65.0 | +0.010 |", "measure it on the report split"):
         assert part in text, part
     assert "one seed" not in text and json.loads((tmp_path / "sweep.json").read_text()) == found
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(sweep_report.FILES)

@@ -7,7 +7,8 @@ import pytest
 
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.models.table import param_table
-from safepatch_jax.training.losses import NPO, Likelihood, SimNPO, with_reference
+from safepatch_jax.training.losses import NPO, Likelihood, SimNPO
+from safepatch_jax.training.reference import with_reference
 from safepatch_jax.training.step import Recipe, Trainer
 from tests.training.test_step import make
 
