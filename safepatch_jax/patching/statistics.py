@@ -94,29 +94,34 @@ def totals(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return total
 
 
+class BadSettings(ValueError):
+    """Patch settings, not the models, make a result of no use."""
+
+
 def refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError if scores or merged weights are NaN or infinite, naming a tensor."""
+    """Raise ValueError if scores or merged weights (BadSettings) are NaN or infinite, naming a tensor."""
     if broken := [name for name, s in statistics.items() if not s["finite"]]:
         raise ValueError(f"The importance scores of {len(broken)} tensors are NaN or infinite, first {broken[0]}: a "
                          "derived model or its gradients overflowed. Lower derive.*_learning_rate.")
     if broken := [name for name, s in statistics.items() if not s["finite_merged"]]:
-        raise ValueError(f"The merged weights of {len(broken)} tensors are NaN or infinite in the storage dtype, first "
-                         f"{broken[0]}. Lower patch.alpha and patch.beta, or use export.dtype=float32.")
+        raise BadSettings(f"The merged weights of {len(broken)} tensors are NaN or infinite in the storage dtype, first "
+                          f"{broken[0]}. Lower patch.alpha and patch.beta, or use export.dtype=float32.")
 
 
 def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
-    """Raise ValueError if the result would equal the backbone, saying why."""
+    """Raise ValueError if the result would equal the backbone, saying why; BadSettings where it lies with the patch settings."""
     for role in ROLES:
         if not any(s[f"nonzero_{role}"] for s in statistics.values()):
             raise ValueError(f"The {role.upper()} patch is zero everywhere: the derived model equals the backbone. Raise "
                              f"derive.{role}_steps or derive.{role}_learning_rate.")
     total = totals(statistics)
     if not total["kept"]:
-        raise ValueError(
+        raise BadSettings(
             f"No entry is kept by '{patch.merge}' (top sets: SE {total['top_se']}, OSM {total['top_osm']}, in both "
             f"{total['top_both']}; combine '{patch.combine}', retention {patch.retention:g}), so the result would equal the "
             "backbone. " + ("Raise patch.top_rate_se, patch.top_rate_osm or patch.retention." if patch.merge == "safepatching"
                             else "Raise patch.density or patch.retention."))
     if not total["survived"]:
-        raise ValueError("Every kept entry is lost when cast to the storage dtype, so the result would equal the backbone. "
-                         "Use export.dtype=float32, export.rounding=stochastic, or larger learning rates.")
+        raise BadSettings(
+            "Every kept entry is lost when cast to the storage dtype, so the result would equal the backbone. "
+            "Use export.dtype=float32, export.rounding=stochastic, or larger learning rates.")

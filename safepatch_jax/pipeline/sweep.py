@@ -13,21 +13,16 @@ from typing import Any, Mapping, Sequence
 from safepatch_jax import files, processes
 from safepatch_jax.console import say, some
 from safepatch_jax.evaluation.measures import NotFinite
-from safepatch_jax.patching.selection import ROLES
-from safepatch_jax.patching.statistics import refuse_no_op
+from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.pipeline import environment, metrics, sweep_analysis, sweep_report
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.report import share
 from safepatch_jax.pipeline.sweep_points import Point, label, varied
 from safepatch_jax.pipeline.sweep_rows import OPTIONS, read_rows
-from safepatch_jax.settings import PatchSettings, Settings
+from safepatch_jax.settings import Settings
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
 ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
-
-
-class NoChange(ValueError):
-    """A patch leaves the backbone as it is."""
 
 
 class _SweepJob(Job):
@@ -35,19 +30,6 @@ class _SweepJob(Job):
 
     def _claim_workdir(self, update: bool) -> None:
         claim(self.workdir)
-
-    def _apply(self, patch: PatchSettings, title: str, seed: int | None = None):
-        """As a job does; NoChange is raised where no entry is kept or none survives the cast, which lies with these settings.
-
-        A derived model that equals the backbone is the trouble of all points, and left to the job.
-        """
-        found = super()._apply(patch, title, seed)
-        if all(any(s[f"nonzero_{role}"] for s in found[2].values()) for role in ROLES):
-            try:
-                refuse_no_op(found[2], patch)
-            except ValueError as error:
-                raise NoChange(str(error)) from error
-        return found
 
 
 def claim(workdir: pathlib.Path) -> None:
@@ -186,7 +168,7 @@ def _measured(job: Job, point: Point) -> tuple[dict[str, Any], str | None]:
     begun, found, reason = time.monotonic(), {}, None
     try:
         found = {"measures": job.try_patch(point.patch, point.seed)}
-    except (NotFinite, NoChange) as error:
+    except (NotFinite, BadSettings) as error:
         reason = str(error)
     reason = next(filter(None, processes.everyones(reason)), None)
     return ({}, reason) if reason else (found | {"seconds": round(time.monotonic() - begun, 1)}, None)

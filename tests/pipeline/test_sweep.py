@@ -157,8 +157,9 @@ def test_the_plan_lists_the_points_and_starts_nothing(swept, settings, tmp_path,
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("others", [[], ["patch.beta=1"]])
-def test_a_point_that_breaks_the_weights_is_named_and_stops_no_other(others, swept, settings, tmp_path, capsys):
+@pytest.mark.parametrize("others, dtype", [([], "keep"), (["patch.beta=1"], "keep"), ([], "float16")])
+def test_a_point_that_breaks_the_weights_is_named_and_stops_no_other(others, dtype, swept, settings, tmp_path, capsys):
+    settings = settings.override({"export.dtype": dtype})
     (tmp_path / "stages").symlink_to(swept / "stages")
     points = design(settings, ["patch.beta=1e38;patch.alpha=1e38;patch.retention=1", *others], [])
     with pytest.raises(ValueError, match=rf"1 of {len(points)} points gave no row \(retention 1, alpha 1e\+38, beta 1e\+38\)"):
