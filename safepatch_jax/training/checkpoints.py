@@ -123,7 +123,8 @@ class Checkpoints:
 
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """Read this process's parts of an array. Raises ValueError if it is absent, damaged, or of another shape or dtype."""
-    stored = ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}", "path": f"{name}/"}}).result()
+    base = {"driver": "file", "path": f"{folder}/"}
+    stored = ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}).result()
     if stored.shape != abstract.shape or stored.dtype.numpy_dtype != abstract.dtype:
         raise ValueError(f"{name} is {stored.dtype.name} {stored.shape}, and not {abstract.dtype} {abstract.shape}")
     return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda part: stored[part].read().result())

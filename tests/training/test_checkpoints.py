@@ -86,10 +86,18 @@ def store(tmp_path):
     """Two checkpoints of a small state, and where they are."""
     state = {"a": jax.numpy.arange(5000.0), "b": (jax.numpy.zeros((), bool), jax.numpy.int32(7))}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    with Checkpoints(tmp_path / "steps", abstract) as checkpoints:
+    folder = tmp_path / "the steps, 100% #1"  # a path is no address
+    with Checkpoints(folder, abstract) as checkpoints:
         for step in (2, 4):
             checkpoints.save(step, state | {"a": state["a"] + step}, {"nll": [0.5] * step})
-    return abstract, tmp_path / "steps"
+    return abstract, folder
+
+
+def test_the_newest_checkpoint_is_taken(store):
+    abstract, folder = store
+    with Checkpoints(folder, abstract) as checkpoints:
+        state, facts = checkpoints.restore()
+    assert facts == {"nll": [0.5] * 4} and float(state["a"][10]) == 14.0
 
 
 def newest_files(folder):
