@@ -50,7 +50,7 @@ def test_a_full_disk_within_a_checkpoint_is_told_and_the_run_goes_on_when_there_
     again = subprocess.run([sys.executable, "-m", "launch.safepatch", *command], cwd=ROOT, env=ENV, text=True, capture_output=True,
                            timeout=300)
     assert again.returncode == 0 and "damaged" not in again.stdout, again.stdout + again.stderr
-    assert not list((tmp_path / "work" / "stages").glob(".*"))
+    assert not list((tmp_path / "work" / "stages").glob(".*.steps"))
 
 
 def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_goes_on(flags, tmp_path):
