@@ -15,6 +15,7 @@ Ends with 1 if a file differs or is missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -69,6 +70,13 @@ class Run:
         while (found := self._lines.get())[1] is not None:
             yield found
 
+    def wait(self, seconds: float, prefix: str) -> None:
+        """Wait so long, or until a line begins so, or to the end."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while (line := self._lines.get(timeout=max(0.0, until - time.monotonic()))[1]) and not line.startswith(prefix):
+                pass
+
     def end(self, with_signal: int | None = None) -> int:
         """Return the exit code, after a signal if one is given."""
         if with_signal is not None:
@@ -104,7 +112,7 @@ def killed(arguments: list[str], stages: list[str], seconds: list[float], times:
         for _ in range(count):
             run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
             if any(line == f"{stage}: running" for _, line in run.lines()):
-                time.sleep(delay)
+                run.wait(delay, f"{stage}: done")  # it may be faster than in the undisturbed run, which compiled
                 code = run.end(getattr(signal, _SIGNAL.value))
             else:
                 code = run.end()  # the stage was finished by the start before, just ahead of its signal
