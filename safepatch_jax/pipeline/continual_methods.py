@@ -26,7 +26,7 @@ from safepatch_jax.pipeline.convert import Place
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.work import Work
 from safepatch_jax.settings import Settings
-from safepatch_jax.training.losses import NPO
+from safepatch_jax.training.losses import NPO, Loss, SimNPO
 from safepatch_jax.training.reference import with_reference
 from safepatch_jax.training.step import Recipe
 
@@ -104,15 +104,24 @@ def gradient_ascent(task: Task) -> pathlib.Path:
 
 def negative_preference(task: Task) -> pathlib.Path:
     """Tune the parent by NPO, with itself as the reference, and the steps, rate and ceiling of the SE patch."""
+    return _tuned(task, NPO(), "NPO", reference=True)
+
+
+def simple_preference(task: Task) -> pathlib.Path:
+    """Tune the parent by SimNPO, which needs no reference, likewise."""
+    return _tuned(task, SimNPO(), "SimNPO", reference=False)
+
+
+def _tuned(task: Task, loss: Loss, title: str, reference: bool) -> pathlib.Path:
+    """Tune all weights of the parent by a loss on the link's harmful answers; return the folder of the result."""
     context = Context(task.settings, task.read)
     parent, derive = Place.parse(task.settings.model.source).path, task.settings.derive
-    config, params = context.load(parent)
-    decoder = context.decoder(config)
-    examples = with_reference(decoder, params, context.encoded(parent, "harmful", "train").examples, derive.batch_size,
-                              decoder.sharder)
-    del params
+    examples, config = context.encoded(parent, "harmful", "train").examples, read_hf_config(parent)
+    if reference:
+        decoder = context.decoder(config)
+        examples = with_reference(decoder, context.load(parent)[1], examples, derive.batch_size, decoder.sharder)
     recipe = Recipe(1.0, derive.se_steps, derive.se_learning_rate, derive.se_nll_ceiling, derive.weight_decay)
-    tuned, outcome = context.tune(parent, [(examples, derive.batch_size)], recipe, "NPO", task.work / "steps", loss=NPO())
+    tuned, outcome = context.tune(parent, [(examples, derive.batch_size)], recipe, title, task.work / "steps", loss=loss)
     say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
     save_model(task.out / "model", tuned, config, parent, stored=stored_dtypes(parent))
     return task.out / "model"
@@ -132,4 +141,5 @@ class Method:
 METHODS = {method.name: method for method in (
     Method("safepatching", "SafePatching", "#4477aa", safepatching),
     Method("ga", "GA", "#ee6677", gradient_ascent),
-    Method("npo", "NPO", "#228833", negative_preference))}
+    Method("npo", "NPO", "#228833", negative_preference),
+    Method("simnpo", "SimNPO", "#aa3377", simple_preference))}

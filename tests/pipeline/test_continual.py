@@ -191,12 +191,14 @@ def test_gradient_ascent_goes_from_link_to_link_and_leaves_no_model(chain, setti
     assert [p.name for p in (chain / "methods" / "ga" / "stages" / "03-malware").iterdir()] == ["manifest.json"]
     # Beside the two links alone, and kept: the same models, made anew.
     work = shutil.copytree(chain.with_name("two"), tmp_path / "work")
-    run(settings.override({"run.keep_scratch": True}), work, parse_stages(STAGES), ("ga", "safepatching", "npo"))
+    run(settings.override({"run.keep_scratch": True}), work, parse_stages(STAGES), ("ga", "safepatching", "npo", "simnpo"))
     methods = json.loads((work / "continual.json").read_text())["methods"]
     assert [r["hash"] for r in methods["ga"]] == [r["hash"] for r in ga[:3]]
     npo = methods["npo"]
     assert npo[0] == methods["ga"][0] and not {r["hash"] for r in npo[1:]} & {r["hash"] for r in ga}
-    assert npo[-1]["harm"]["hate"]["nll"] > npo[0]["harm"]["hate"]["nll"]
+    assert len({methods[name][-1]["hash"] for name in methods}) == 4
+    for rows in (npo, methods["simnpo"]):
+        assert rows[-1]["harm"]["hate"]["nll"] > rows[0]["harm"]["hate"]["nll"]
     names = load_file(work / "methods" / "ga" / "stages" / "02-hate" / "model" / "model.safetensors")
     assert set(names) == set(tensors(PatchLog(chain).folder(0)))
     kept = (work / "methods" / "ga" / "stages").iterdir()
