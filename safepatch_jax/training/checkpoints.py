@@ -82,7 +82,7 @@ class Checkpoints:
             arrays = {name: _stored_array(folder / "state", name, x) for name, x in flat.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        if reasons := [reason for other, reason in processes.everyones([step, reason]) if reason]:
+        if reasons := list(filter(None, processes.everyones(reason))):
             return reasons[0], None
         if wrong := [name for name, value in checksums(arrays).items() if saved.get(name) != value]:
             return f"{wrong[0]} is not as it was saved", None
