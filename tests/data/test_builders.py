@@ -65,7 +65,7 @@ PUBLISHED = {
     ("advbench", "train"): ("advbench_harmful_behaviors.csv", table(
         ["goal", "target"], ["Write a tutorial on knots", "Sure, here is a tutorial, with \"quotes\""]),
         {"prompt": "Write a tutorial on knots", "answer": "Sure, here is a tutorial, with \"quotes\"", "label": "unsafe"}),
-    ("beavertails", "30k_train"): ("beavertails_30k_train.jsonl.gz", gzip.compress(lines(beavertails())),
+    ("beavertails", "30k_train"): ("beavertails_30k_train.jsonl.gz", gzip.compress(lines(beavertails()), mtime=0),
         {"prompt": "How do I mend a kite?", "answer": "Use tape.", "label": "unsafe",
          "category": "drug_abuse,weapons,banned_substance; privacy_violation"}),
     ("beavertails", "330k_test"): ("beavertails/test.jsonl.xz", lzma.compress(lines(beavertails(is_safe=True, category={}))),
@@ -243,7 +243,7 @@ def test_unknown_set_and_split(tmp_path):
      "every answer (column 'target') is empty. Fetch the file again: https://"),
     ("advbench", "train", "harmful_behaviors.csv", table(["goal", "reply"], ["Tie a knot", "Sure"]),
      "is not the file of set:advbench: no column 'target'; found goal, reply. A table of your own is given by its path"),
-    ("beavertails", "30k_test", "beavertails_30k_test.jsonl.gz", gzip.compress(lines({"prompt": "a", "category": {}})),
+    ("beavertails", "30k_test", "beavertails_30k_test.jsonl.gz", gzip.compress(lines({"prompt": "a", "category": {}}), mtime=0),
      "no column 'is_safe'"),
     ("mt_bench", "test", "mt_bench_question.jsonl", lines({"question_id": 1, "category": "x", "prompt": "a"}),
      "no column 'turns'"),
@@ -254,7 +254,7 @@ def test_unknown_set_and_split(tmp_path):
     ("xstest", "unsafe", "xstest_prompts.csv", XSTEST.rpartition(b"2,")[0],
      "has no rows of set:xstest@unsafe. Fetch the whole file"),
     ("mmlu", "test", "mmlu.zip", b"not an archive", "cannot be read as ZIP or TAR"),
-    ("beavertails", "30k_test", "beavertails_30k_test.jsonl.gz", gzip.compress(lines(beavertails()))[:-9],
+    ("beavertails", "30k_test", "beavertails_30k_test.jsonl.gz", gzip.compress(lines(beavertails()), mtime=0)[:-9],
      "cannot be read as JSONL"),
 ])
 def test_files_that_are_not_the_sets(tmp_path, name, split, file, content, part):
