@@ -41,8 +41,8 @@ from safepatch_jax.pipeline import continual_commands, continual_log
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the chain; run makes it.", required=True)
 _STAGES = flags.DEFINE_string("stages", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run.")
 _METHODS = flags.DEFINE_string(
-    "methods", None, "What is run: safepatching, ga (gradient ascent on all weights), npo, simnpo (negative preference optimisation), "
-    "separated by commas; SafePatching always is; run.")
+    "methods", None, "What is run: safepatching (always), and of the methods of launch.compare those that change the weights (ga, npo, "
+    "ties, ...), separated by commas; run.")
 _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
 _FROM = flags.DEFINE_integer("from", None, "Number of the link whose model is given, 0 if left out; replay.")
 _MODEL = flags.DEFINE_string("model", None, "Folder of the model that is given; replay.")

@@ -5,8 +5,8 @@
       --scores_se=RUN/stages/score_se --scores_osm=RUN/stages/score_osm --config=configs/llama2_7b_chat.py --out=NEW_DIR
 
 --patch_se and --patch_osm are derived models: folders in Hugging Face format, patch files that turn the base into one, or
-stages of a run with --run.keep_scratch. SafePatching needs the scores of such a run too; the other methods rank by size, or
-not at all. --config, --merge and the flags below mean what they mean in launch.safepatch, and give the same bits. A run's
+stages of a run with --run.keep_scratch. SNIP (SafePatching) needs the scores of such a run too; what else ranks does so by size, or
+at random, or not at all. --config, --merge and the flags below mean what they mean in launch.safepatch, and give the same bits. A run's
 backbone is its --model.source, or WORKDIR's aligned model; --config's other groups are not used.
 
 Memory is that of a few million entries; a stage of a run is read one stacked parameter at a time. NEW_DIR appears whole or

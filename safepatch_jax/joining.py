@@ -22,6 +22,7 @@ ROOT = "safepatch_jax/"  # of keys in the store of JAX's coordination service
 _ALIVE, _FAILED, _TOLD, _LEFT = ROOT + "alive/", ROOT + "failed/", ROOT + "told", ROOT + "left/"
 _GRACE = 5.0  # seconds in which a process may end by itself after another has failed
 _PATIENCE = 10.0  # seconds in which process 0 waits for what the others have to say about a failure
+_MOMENT = 1.0  # seconds from a process's last word to its end, on a busy machine
 _SILENCE = 40.0  # seconds after which a process that gives no sign of life is taken for dead
 
 
@@ -143,11 +144,12 @@ def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
         finally:
             for folder in tuple(unfinished):
                 shutil.rmtree(folder, ignore_errors=True)
+            _leave()
             os._exit(code)  # an orderly shutdown would wait for all processes
 
 
 def _part(text: str, consequence: bool) -> None:
-    """Tell the others of this process's end, wait until process 0 has printed what all say, and let it be the last."""
+    """Tell the others of this process's end, and wait until process 0 has printed what all say."""
     try:
         client().key_value_set(f"{_FAILED}{_State.index}", json.dumps([text, consequence]))
         if _State.index == 0:
@@ -158,10 +160,15 @@ def _part(text: str, consequence: bool) -> None:
             client().blocking_key_value_get(_TOLD, int(2000 * _PATIENCE))
     except Exception:  # process 0 is gone, or does not answer
         _print_error(f"process {_State.index}: ", text)
+
+
+def _leave() -> None:
+    """Say that nothing is left to do here; process 0 is the last to go."""
     with contextlib.suppress(Exception):
         client().key_value_set(f"{_LEFT}{_State.index}", "")
         if _State.index == 0:  # the coordination service ends with it, which the others would take for an error
             until(lambda: len(client().key_value_dir_get(_LEFT)) == _State.count, _GRACE)
+            time.sleep(_MOMENT)  # from its last word to its end a process may have to wait for the processor
 
 
 def _print_failures(told: Mapping[int, tuple[str, bool]]) -> None:

@@ -117,7 +117,8 @@ class PatchSettings:
         " DARE-TIES (retention), RESTA (beta is its gamma; retention below 1 adds DARE). alpha and beta weigh the two patches"
         " in all of them.", choices=("safepatching", "average", "task_arithmetic", "ties", "dare", "dare_ties", "resta"))
     importance: str = _option(
-        "delta", "The W of SNIP: the patch entry itself, or the derived model's weight.", choices=("delta", "weight"))
+        "delta", "What entries are ranked by: SNIP with W the patch entry itself (delta) or the derived model's weight; without"
+        " SNIP, the entry's magnitude, or random numbers.", choices=("delta", "weight", "magnitude", "random"))
     scope: str = _option(
         "block_linear", "What is scored and patched: linear layers of the blocks, also lm_head, or everything.",
         choices=("block_linear", "all_linear", "all"))
@@ -250,15 +251,20 @@ def load_config(path: str | pathlib.Path) -> Settings:
     Raises:
       ValueError: no such file, no ``CONFIG`` in it, or an invalid setting.
     """
+    namespace = read_config(path)
+    if "CONFIG" not in namespace:
+        raise ValueError(f"{path} defines no CONFIG dictionary; see configs/demo.py for the form.")
+    return Settings.from_dict(namespace["CONFIG"], where=str(path))
+
+
+def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+    """Execute a config file and return its names. Raises ValueError if there is none."""
     path = pathlib.Path(path)
     if not path.is_file():
         here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"No config file '{path}'. " + (f"Found beside it: {', '.join(here)}." if here else
                          "Give the path of a Python file with a CONFIG dictionary, such as configs/demo.py."))
-    namespace = runpy.run_path(str(path))
-    if "CONFIG" not in namespace:
-        raise ValueError(f"{path} defines no CONFIG dictionary; see configs/demo.py for the form.")
-    return Settings.from_dict(namespace["CONFIG"], where=str(path))
+    return runpy.run_path(str(path))
 
 
 def settings_differences(old: Mapping, new: Mapping) -> list[str]:

@@ -16,16 +16,19 @@ import numpy as np
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import VOCABULARY
 
+HARMFUL, MISMATCH, BENIGN = range(3)  # parts of a loss that treats its examples differently: `training.losses.Mismatch`
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token; the text asked; and
-    where a loss needs it, the log-probability (nats) that a reference model gives the answer."""
+    where a loss needs them, the log-probability (nats) that a reference model gives the answer, and the part of the loss."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     prompt: str = ""
     reference: float | None = None
+    part: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +184,7 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
     Returns:
       NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32 (the position whose
       logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an answer token, else 0);
-      reference [B, 1] float32 where the examples have one.
+      reference [B, 1] float32 and part [B, 1] int32 where the examples have one.
     """
     shape = len(examples), length
     tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -197,6 +200,8 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
     batch = {"tokens": tokens, "valid": valid, "predict_at": predict_at, "targets": targets, "weights": weights}
     if examples[0].reference is not None:
         batch["reference"] = np.array([[e.reference] for e in examples], np.float32)
+    if examples[0].part is not None:
+        batch["part"] = np.array([[e.part] for e in examples], np.int32)
     return batch
 
 

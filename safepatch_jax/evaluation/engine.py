@@ -30,6 +30,7 @@ from safepatch_jax.training.objective import over_answers, target_logprobs
 from safepatch_jax.training.step import put_batch
 
 Done = Callable[[int, Any], None]
+Talk = str | Sequence[str]
 LONG = 512  # tokens
 _UNSURE = 4  # tokens
 _NO_STOP = (-2,)  # no token is this
@@ -180,7 +181,16 @@ class Engine(Prompter):
 
         return self._answers([len(p) + max_new for p in prompts], title, done, run)
 
-    def complete_contrasted(self, talks: Sequence[str | Sequence[str]], rule: Rule, max_new: int, title: str = "answers",
+    def answer(self, talks: Sequence[Talk], max_new: int, title: str = "answers", sampling: Sampling = Sampling(),
+               done: Done | None = None, numbers: Sequence[int] | None = None) -> list[list[int]]:
+        """Continue conversations, each a user's text or turns as in `ask`; see `complete_ids`."""
+        return self.complete_ids([self.ask(*_turns(talk)) for talk in talks], max_new, title, sampling, done, numbers)
+
+    def fits(self, talk: Talk, max_new: int) -> bool:
+        """Tell whether a conversation and its answer fit into the model's positions."""
+        return len(self.ask(*_turns(talk))) + max_new <= self.config.max_length
+
+    def complete_contrasted(self, talks: Sequence[Talk], rule: Rule, max_new: int, title: str = "answers",
                             done: Done | None = None, expert: Any = None) -> list[list[int]]:
         """Continue conversations greedily, each token chosen from two streams of logits, those of like length together.
 
@@ -243,30 +253,39 @@ class Engine(Prompter):
     def seconds_per_token(self, new: int = 64, repeats: int = 3) -> float:
         """Return the median time of one decoded token of a full batch, prefill included; no stop token ends it earlier."""
         batch = put_batch(prompt_batch([(self.encode("the") * 32)[:32]] * self.batch_size, 32), self.sharder)
-        return _medians([lambda: self._plain(batch, new)], repeats)[0] / (new * self.batch_size)
+        (times,) = _times([lambda: self._plain(batch, new)], repeats)
+        return statistics.median(times) / (new * self.batch_size)
 
-    def atgr(self, rule: Rule, expert: Any = None, new: int = 64, repeats: int = 3,
-             talk: str = "Tell me about the sea.") -> float:
-        """Return the time of a generated token under a rule divided by that of plain greedy decoding (average token generation
+    def atgr(self, rule: Rule | None = None, expert: Any = None, new: int = 64, repeats: int = 3,
+             talk: str = "Tell me about the sea.", params: Any = None) -> tuple[float, float, float]:
+        """Return the time of a generated token with a method divided by that of plain greedy decoding (average token generation
         time ratio; Xu et al. 2024, arXiv 2402.08983).
 
-        Both are medians over the repeats, for a full batch of one conversation, prefill included; the rule's prompts are as long
-        as its system messages make them. No stop token ends a batch earlier.
+        Both run in turn, so that what slows the machine down slows both. A full batch of one conversation, prefill included; a
+        rule's prompts are as long as its system messages make them. No stop token ends a batch earlier.
 
         Args:
-          rule, expert: see `complete_contrasted`.
+          rule, expert: see `complete_contrasted`; None for a method that leaves decoding alone.
           new: tokens.
           talk: the user's text.
+          params: nested parameters, of the model's shapes, that decode in place of its own (those of a patched model).
+
+        Returns:
+          (median time with / median time without, the least and the largest ratio of one repeat).
 
         Raises:
           ValueError: see `complete_contrasted`.
         """
-        check_expert(rule, self.params, expert)
         batch = self._prompts([self.ask(talk)] * self.batch_size)
-        streams = [list(prompts) * self.batch_size for prompts in self._streams([talk], rule)]
-        contrasted = lambda: self._contrasted(streams, _NO_STOP, rule, expert, new)
-        plain, ruled = _medians([lambda: self._plain(batch, new), contrasted], repeats)
-        return ruled / plain
+        if rule is None:
+            other = lambda: self._plain(batch, new, params)
+        else:
+            check_expert(rule, self.params, expert)
+            streams = [list(prompts) * self.batch_size for prompts in self._streams([talk], rule)]
+            other = lambda: self._contrasted(streams, _NO_STOP, rule, expert, new)
+        without, own = _times([lambda: self._plain(batch, new), other], repeats)
+        ratios = [a / b for a, b in zip(own, without)]
+        return statistics.median(own) / statistics.median(without), min(ratios), max(ratios)
 
     def lay_out(self, examples: Sequence[Example], rows: int) -> dict[str, np.ndarray]:
         """Return a batch for `over_answers`, filled up to so many rows with copies of no weight."""
@@ -300,13 +319,13 @@ class Engine(Prompter):
     def _prompts(self, prompts: Sequence[Sequence[int]]) -> dict[str, jax.Array]:
         return put_batch(prompt_batch(prompts, padded(max(map(len, prompts)))), self.sharder)
 
-    def _streams(self, talks: Sequence[str | Sequence[str]], rule: Rule) -> list[list[list[int]]]:
+    def _streams(self, talks: Sequence[Talk], rule: Rule) -> list[list[list[int]]]:
         """Return the prompts of the first stream and those of the second."""
-        turns = [(talk,) if isinstance(talk, str) else tuple(talk) for talk in talks]
-        return [[self.ask(*t, system=system) for t in turns] for system in rule.systems]
+        return [[self.ask(*_turns(talk), system=system) for talk in talks] for system in rule.systems]
 
-    def _plain(self, batch: dict[str, jax.Array], max_new: int) -> jax.Array:
-        return decode(self.decoder, self.params, batch["tokens"], batch["valid"], np.asarray(_NO_STOP, np.int32), max_new=max_new)
+    def _plain(self, batch: dict[str, jax.Array], max_new: int, params: Any = None) -> jax.Array:
+        own = self.params if params is None else params
+        return decode(self.decoder, own, batch["tokens"], batch["valid"], np.asarray(_NO_STOP, np.int32), max_new=max_new)
 
     def _contrasted(self, streams: Sequence[Sequence[Sequence[int]]], stops: Sequence[int], rule: Rule, expert: Any,
                     max_new: int) -> jax.Array:
@@ -345,15 +364,44 @@ class Engine(Prompter):
                 "key": tensor_keys(sampling.seed, "answer", [str(n) for n in numbers])}
 
 
-def _medians(runs: Sequence[Callable[[], jax.Array]], repeats: int) -> list[float]:
-    """Return the median seconds of each run; they run in turn, so that what slows the machine down slows all of them."""
+class Contrasted:
+    """A model that writes by a decoding rule; greedy. Likelihoods are not touched by a rule, so it has none.
+
+    Args:
+      engine: the model.
+      rule, expert: see `Engine.complete_contrasted`.
+    """
+
+    def __init__(self, engine: Engine, rule: Rule, expert: Any = None):
+        self._engine, self._rule, self._expert = engine, rule, expert
+        self.decode = engine.decode
+
+    def answer(self, talks: Sequence[Talk], max_new: int, title: str = "answers", sampling: Sampling = Sampling(),
+               done: Done | None = None, numbers: Sequence[int] | None = None) -> list[list[int]]:
+        """Continue conversations; see `Engine.answer`. Raises ValueError for a temperature above 0."""
+        if sampling.temperature:
+            raise ValueError(f"{type(self._rule).__name__} chooses the likeliest token; leave the temperature at 0.")
+        return self._engine.complete_contrasted(talks, self._rule, max_new, title, done, self._expert)
+
+    def fits(self, talk: Talk, max_new: int) -> bool:
+        """Tell whether a conversation and its answer fit, with either of the rule's system messages."""
+        longest = max(len(self._engine.ask(*_turns(talk), system=system)) for system in self._rule.systems)
+        return longest + max_new <= self._engine.config.max_length
+
+
+def _turns(talk: Talk) -> tuple[str, ...]:
+    return (talk,) if isinstance(talk, str) else tuple(talk)
+
+
+def _times(runs: Sequence[Callable[[], jax.Array]], repeats: int) -> list[list[float]]:
+    """Return the seconds of each repeat of each run; they run in turn."""
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats + 1):
         for times, run in zip(taken, runs):
             begun = time.perf_counter()
             processes.fetch(run())
             times.append(time.perf_counter() - begun)
-    return [statistics.median(times[1:]) for times in taken]  # the first one compiles
+    return [times[1:] for times in taken]  # the first one compiles
 
 
 def _texts(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Example, list[int]]]:

@@ -13,8 +13,9 @@ from safepatch_jax import processes
 from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Example
 from safepatch_jax.evaluation.engine import Done, Engine
+from safepatch_jax.evaluation.measures import NotFinite
 from safepatch_jax.models.config import same_architecture
-from safepatch_jax.training.objective import over_answers, target_logprobs
+from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 from safepatch_jax.training.step import put_batch
 
 
@@ -43,7 +44,7 @@ def answer_likelihoods(engine: Engine, examples: Sequence[Example], other: Engin
                 engine.decoder, engine.params, other and other.params, batch))
             for i in range(len(group)):
                 if not math.isfinite(nll[i]):
-                    raise ValueError(f"{title}: an NLL is {nll[i]}: the model's weights hold NaN or overflow.")
+                    raise NotFinite(f"{title}: an NLL is {nll[i]}: the model's weights hold NaN or overflow.")
                 row = {"nll": float(nll[i]), "tokens": len(group[i].answer_ids)}
                 done(start + i, row if other is None else row | {"kl": float(kl[i])})
             bar.update(len(group))
@@ -52,13 +53,8 @@ def answer_likelihoods(engine: Engine, examples: Sequence[Example], other: Engin
 @functools.partial(jax.jit, static_argnames="decoder")
 def _sums(decoder, params: Any, reference: Any | None, batch) -> tuple[jax.Array, jax.Array]:
     """Return for each answer its NLL and the sum of KL(reference || model), float32 [B]."""
-    def of_logits(*logits_and_targets):
-        *logits, targets = logits_and_targets
-        ours = jax.nn.log_softmax(logits[0])
-        theirs = jax.nn.log_softmax(logits[-1])
-        return target_logprobs(logits[0], targets), jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-
-    models = [params] if reference is None else [params, reference]
-    logprob_BA, kl_BA = over_answers(decoder, models, batch, of_logits)
-    summed = lambda x_BA: jnp.sum(jnp.where(batch["weights"] > 0, x_BA, 0.0), axis=-1)
-    return -summed(logprob_BA), summed(kl_BA)
+    if reference is None:
+        logprobs_BA, kl_BA = answer_logprobs(decoder, params, batch), jnp.zeros_like(batch["weights"])
+    else:
+        logprobs_BA, kl_BA = answer_divergences(decoder, params, reference, batch)
+    return -jnp.sum(logprobs_BA, axis=-1), jnp.sum(kl_BA, axis=-1)

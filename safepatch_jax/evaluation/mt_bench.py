@@ -15,7 +15,7 @@ from typing import Any, Callable, Mapping, Sequence
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR
 from safepatch_jax.evaluation.endpoint import Client
-from safepatch_jax.evaluation.engine import Engine, Prompter, Sampling
+from safepatch_jax.evaluation.engine import Contrasted, Engine, Prompter, Sampling
 from safepatch_jax.evaluation.judges import ENOUGH
 from safepatch_jax.evaluation.tasks import subset
 
@@ -51,7 +51,7 @@ def questions(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, 
     return found
 
 
-def answer(engine: Engine, asked: Mapping[str, Question], rows: Mapping[str, Row], max_new: int, title: str, sampling: Sampling,
+def answer(engine: Engine | Contrasted, asked: Mapping[str, Question], rows: Mapping[str, Row], max_new: int, title: str, sampling: Sampling,
            done: Callable[[Row], None]) -> None:
     """Let a model answer both turns of each question, its first answer being part of the second conversation.
 
@@ -69,9 +69,9 @@ def answer(engine: Engine, asked: Mapping[str, Question], rows: Mapping[str, Row
     for turn in range(len(TURNS)):
         prompts = {}
         for i in [i for i, row in rows.items() if len(row["answers"]) == turn and "left_out" not in row]:
-            ids = engine.ask(*conversation(asked[i], rows[i]["answers"]))
-            if len(ids) + max_new <= engine.config.max_length:
-                prompts[i] = ids
+            talk = conversation(asked[i], rows[i]["answers"])
+            if engine.fits(talk, max_new):
+                prompts[i] = talk
             else:
                 rows[i] = rows[i] | {"left_out": f"turn {turn + 1} is too long for the model"}
                 done(rows[i])
@@ -83,7 +83,7 @@ def answer(engine: Engine, asked: Mapping[str, Question], rows: Mapping[str, Row
             done(rows[names[k]])
 
         numbers = [int(hashlib.sha256(f"{i}|{turn}".encode()).hexdigest()[:16], 16) for i in names]
-        engine.complete_ids(list(prompts.values()), max_new, f"{title}, turn {turn + 1}", sampling, keep, numbers)
+        engine.answer(list(prompts.values()), max_new, f"{title}, turn {turn + 1}", sampling, keep, numbers)
 
 
 def conversation(question: Question, answers: Sequence[str]) -> list[str]:

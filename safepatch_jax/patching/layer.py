@@ -16,6 +16,7 @@ from safepatch_jax.settings import PatchSettings
 
 TRIMMED = ("ties",)  # their top sets are by magnitude, at patch.density
 UNTRIMMED = ("average", "task_arithmetic", "dare", "dare_ties", "resta")  # they have no top sets
+UNSCORED = ("magnitude", "random")  # importances that need no sensitivity
 DROPPED = ("dare", "dare_ties", "resta")  # they always divide what they keep by patch.retention
 
 
@@ -75,7 +76,7 @@ class Layer:
     Attributes:
       patch: derived model - backbone, float32.
       score: importance, float32, >= 0.
-      keys: uint32 [2] by role, and for 'fill' and 'rounding'.
+      keys: uint32 [2] by role, and for 'fill', 'rounding', 'top_se' and 'top_osm'.
       counts: int32 scalars, sizes of the top sets (of each row where method.by_row).
       knobs: see `Knobs.traced`.
       method: static options.
@@ -136,8 +137,19 @@ class Choice(NamedTuple):
     weight: Mapping[str, jax.Array]
 
 
-def importance(patch: jax.Array, derived: jax.Array, sensitivity: jax.Array, kind: str) -> jax.Array:
-    """Return SNIP's |W| * sensitivity with W the patch entry ('delta') or the derived weight ('weight'), or |patch|."""
+def importance(patch: jax.Array, derived: jax.Array, sensitivity: jax.Array | None, kind: str,
+               key: jax.Array | None = None, start: jax.Array | int = 0) -> jax.Array:
+    """Return the scores of a tensor, or of a run of its entries; float32, >= 0, not finite where the patch is not.
+
+    Args:
+      patch, derived, sensitivity: float32, of one shape; the last may be None for the kinds in `UNSCORED`.
+      kind: SNIP's |W| * sensitivity with W the patch entry ('delta') or the derived weight ('weight'); |patch| ('magnitude');
+        or uniform in (0, 1] in steps of 2^-24, but 0 where the patch is ('random').
+      key, start: of the random bits, see `random_bits`; used by 'random' alone.
+    """
+    if kind == "random":
+        drawn = ((random_bits(key, patch.shape, start) >> 8) + 1).astype(jnp.float32) * jnp.float32(2.0**-24)
+        return jnp.where((patch != 0) & jnp.isfinite(patch), drawn, jnp.abs(patch))
     if kind == "magnitude":
         return jnp.abs(patch)
     return jnp.abs(patch if kind == "delta" else derived) * sensitivity

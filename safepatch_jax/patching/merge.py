@@ -23,7 +23,7 @@ from safepatch_jax.patching.selection import PASSES, ROLES, combine_sets, float_
 from safepatch_jax.patching.statistics import overlap, refuse_broken, tensor_statistics
 from safepatch_jax.settings import PatchSettings
 
-KEYED = (*ROLES, "rounding", "fill")  # what draws random bits
+KEYED = (*ROLES, "rounding", "fill", "top_se", "top_osm")  # what draws random bits
 
 
 def safepatching(layer: Layer) -> Choice:
@@ -41,12 +41,14 @@ METHODS = {"safepatching": safepatching} | BASELINES
 
 
 def patch_and_score(stored: jax.Array, derived: Mapping[str, jax.Array], sensitivity: Mapping[str, jax.Array],
-                    method: Method) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Return the patches and their importance scores, {role: float32}, of one tensor or a part of it."""
+                    keys: Mapping[str, jax.Array], method: Method, start: jax.Array | int = 0,
+                    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Return the patches and their importance scores, {role: float32}, of one tensor or of its entries from `start` on."""
     backbone = stored.astype(jnp.float32)
     derived = {r: derived[r].astype(jnp.float32) for r in ROLES}
     patch = {r: derived[r] - backbone for r in ROLES}
-    return patch, {r: importance(patch[r], derived[r], sensitivity[r], method.importance) for r in ROLES}
+    return patch, {r: importance(patch[r], derived[r], sensitivity[r], method.importance, keys[f"top_{r}"], start)
+                   for r in ROLES}
 
 
 def merge_layer(layer: Layer, stored: jax.Array, dtype: str, rounding: str) -> tuple[jax.Array, Choice]:
@@ -80,7 +82,7 @@ def patch_matrices(theta, derived, sensitivity, keys, counts, knobs, *, method: 
       theta: backbone, storage dtype, the row's shape; donated.
       derived: {'se', 'osm'}: derived models, float32, same shape.
       sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape.
-      keys: {'se', 'osm', 'rounding', 'fill'}: uint32 [L, 2].
+      keys: {user in `KEYED`: uint32 [L, 2]}.
       counts: {'se', 'osm'}: int32 [L], see `Layer`.
       knobs: see `Knobs.traced`.
       method: see `Method`.
@@ -101,7 +103,7 @@ def patch_matrices(theta, derived, sensitivity, keys, counts, knobs, *, method: 
         index, derived, sensitivity, keys, counts = xs
         derived, sensitivity = matrix(derived), matrix(sensitivity)
         stored = matrix(_read_once(result if in_place else backbones, index, knobs["zero"] == 0))
-        patch, score = patch_and_score(stored, derived, sensitivity, method)
+        patch, score = patch_and_score(stored, derived, sensitivity, keys, method)
         merged, choice = merge_layer(Layer(patch, score, keys, counts, knobs, method), stored, dtype, rounding)
         return (lax.dynamic_update_index_in_dim(result, merged.reshape(result.shape[1:]), index, 0),
                 tensor_statistics(patch, score, choice.top, choice.kept, merged, stored))
@@ -121,19 +123,20 @@ def _read_once(stack: jax.Array, index: jax.Array, true: jax.Array) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "shape"))
-def count_at_least(theta, derived, sensitivity, threshold, *, kind: str, shape: tuple[int, ...]):
+def count_at_least(theta, derived, sensitivity, keys, threshold, *, kind: str, shape: tuple[int, ...]):
     """Return the number of scores in each layer whose bits are at least the threshold, int32 [L]."""
     def one_layer(layer):
-        index, derived, sensitivity = layer
+        index, derived, sensitivity, key = layer
         backbone = _read_once(stacked(theta), index, threshold > 0)
-        score = importance(derived - backbone.astype(jnp.float32), derived, sensitivity, kind)
+        score = importance(derived - backbone.astype(jnp.float32), derived, sensitivity, kind, key)
         return jnp.sum(float_bits(score) >= threshold, dtype=jnp.int32)
 
     stacked = lambda x: x if x.shape[0] == shape[0] else x[None]
-    return lax.map(one_layer, (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity)))
+    return lax.map(one_layer, (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity), keys))
 
 
-def _counts(backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
+def _counts(backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchSettings, seed: int,
+            ) -> dict[str, dict[str, np.ndarray]]:
     """Return the sizes of the top sets, {role: {path: int32 [L]}}: of each row or matrix, or of a matrix's part in the
     top set of the whole scope. The order in which ties are broken there is the table's: rows, then layers.
     """
@@ -145,10 +148,12 @@ def _counts(backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchS
     result = {}
     with progress(len(ROLES) * PASSES, "global top sets", "count") as bar:
         for role, rate in rates.items():
+            keys = {row.path: tensor_keys(seed, f"top_{role}", row.hf_names) for row in rows}
+
             def count_at(threshold):
                 bar.update()
                 parts = [count_at_least(backbone[row.path], derived[role][row.path], sensitivity[role][row.path],
-                                         np.int32(threshold), kind=kind, shape=_stack(row)) for row in rows]
+                                         keys[row.path], np.int32(threshold), kind=kind, shape=_stack(row)) for row in rows]
                 return [int(n) for part in parts for n in processes.fetch(part)]
 
             shares = iter(share_out(count_at, top_count(rate, sum(math.prod(row.shape) for row in rows))))
@@ -173,7 +178,7 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise.
       rows: the scope.
       patch: settings.
-      seed: of the random retention and the stochastic rounding.
+      seed: of all random bits.
       sharder: the mesh.
       title: shown at the progress bar.
       dtype: storage dtype of the result; 'keep' is the backbone's.
@@ -189,7 +194,7 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
     if patch.granularity == "global" and patch.merge not in UNTRIMMED:  # every count needs all of them
         held = lambda trees: {role: {row.path: tree[row.path] for row in rows} for role, tree in trees.items()}
         derived, sensitivity = held(derived), held(sensitivity)
-    counts = _counts(backbone, derived, sensitivity, rows, patch)
+    counts = _counts(backbone, derived, sensitivity, rows, patch, seed)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
             of_row = lambda tree: {role: tree[role][row.path] for role in ROLES}

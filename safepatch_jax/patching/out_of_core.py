@@ -50,7 +50,7 @@ class Source:
       name: of the HF tensor.
       backbone: in its stored dtype, of the HF shape.
       derived: {'se', 'osm'}: of the derived models, any float dtype.
-      sensitivity: {'se', 'osm'}: sums of |gradient|, float32; empty where the method ranks by size alone.
+      sensitivity: {'se', 'osm'}: sums of |gradient|, float32; may be empty for the importances in `UNSCORED`.
     """
 
     name: str
@@ -96,12 +96,13 @@ class _Piece(Layer):
         return random_bits(self.keys[user], self.patch["se"].shape, self.start)
 
 
-def _patch_and_score(arrays, method: Method):
-    return patch_and_score(arrays["backbone"], arrays["derived"], arrays["sensitivity"] or dict.fromkeys(ROLES), method)
+def _patch_and_score(arrays, start, keys, method: Method):
+    sensitivity = arrays["sensitivity"] or dict.fromkeys(ROLES)
+    return patch_and_score(arrays["backbone"], arrays["derived"], sensitivity, keys, method, start)
 
 
 def _piece(arrays, limits, start, keys, counts, knobs, method) -> _Piece:
-    patch, score = _patch_and_score(arrays, method)
+    patch, score = _patch_and_score(arrays, start, keys, method)
     return _Piece(patch, score, keys, counts, knobs, method, start, limits)
 
 
@@ -123,8 +124,8 @@ def _merge(arrays, limits, start, keys, counts, knobs, *, method: Method, dtype:
 
 # A program of its own: within the one above XLA on CPU would draw the random bits anew for the counts.
 @functools.partial(jax.jit, static_argnames="method")
-def _statistics(arrays, merged, top, kept, *, method: Method):
-    patch, score = _patch_and_score(arrays, method)
+def _statistics(arrays, merged, top, kept, start, keys, *, method: Method):
+    patch, score = _patch_and_score(arrays, start, keys, method)
     return tensor_statistics(patch, score, top, kept, merged, arrays["backbone"])
 
 
@@ -134,7 +135,7 @@ class Merger:
     Args:
       sources: every tensor of the scope, in the order of the table, by which ties across tensors are broken.
       patch: settings.
-      seed: of the random retention and the stochastic rounding.
+      seed: of all random bits.
       dtype: storage dtype of the result; 'keep' is the backbone's, tensor by tensor.
       rounding: see `patch_matrices`.
       piece: how many entries are held at a time, of each array of a tensor; the bits do not depend on it.
@@ -212,7 +213,7 @@ class Merger:
                 result = program(arrays, limits, np.uint32(start), keys, counts, knobs, method=self._method)
                 if len(result) == 4:
                     merged, top, kept, limits = result
-                    result = merged, _statistics(arrays, merged, top, kept, method=self._method)
+                    result = merged, _statistics(arrays, merged, top, kept, np.uint32(start), keys, method=self._method)
                 running.append((min(step, source.size - start), result))
                 if len(running) > _AHEAD:
                     yield running.popleft()

@@ -9,7 +9,7 @@ from typing import Any, Mapping
 from safepatch_jax.evaluation.comparison import wilson
 from safepatch_jax.evaluation.judge import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.pipeline import certificate as certificates
-from safepatch_jax.pipeline.report import MERGES, describe_patch, share
+from safepatch_jax.pipeline.report import MERGES, WITHOUT_SNIP, describe_patch, share
 
 NAME = "README.md"  # where Hugging Face looks for a model card
 
@@ -78,11 +78,12 @@ def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the rows of the recipe that say which entries are patched."""
     knobs, score = settings["patch"], settings["score"]
     filled = ", filled up with random entries" if knobs["support"] == "fill" else ""
+    snip = f"SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']})"
     return [
         f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per {knobs['granularity']} |",
         f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the top sets, retention "
         f"{knobs['retention']:g}{filled}{', rescaled' if knobs['rescale'] else ''} |",
-        f"| importance | SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']}), scope {knobs['scope']} |",
+        f"| importance | {WITHOUT_SNIP.get(knobs['importance'], snip)}, scope {knobs['scope']} |",
     ]
 
 

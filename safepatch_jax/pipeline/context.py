@@ -37,6 +37,10 @@ class Context:
             jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+    def with_settings(self, settings: Settings) -> Context:
+        """Return a context of other settings that reads records as this one does."""
+        return Context(settings, self._read)
+
     @functools.cached_property
     def sharder(self) -> Sharder:
         return Sharder(make_mesh(self.settings.mesh.shape))
@@ -95,7 +99,7 @@ class Context:
           pools: (examples, rows of a batch) pairs.
           recipe, title, record: see `Trainer.run`.
           steps: the folder of its checkpoints.
-          loss: by default the patches' likelihood.
+          loss: by default the patches' likelihood. One that compares is given the model as it was before tuning.
 
         Returns:
           (nested parameters float32, outcome).
@@ -104,7 +108,9 @@ class Context:
         batches = training_batches(pools, self.settings.run.seed, self.settings.data.length_buckets, rows)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         trainer = self.trainer(read_hf_config(folder), loss)
-        return trainer.run(self.load(folder)[1], batches, recipe, title, saving, record)
+        models = [self.load(folder)[1]]
+        reference = models[0] if loss is not None and loss.compares else None
+        return trainer.run(models.pop(), batches, recipe, title, saving, record, reference)  # popped: `run` may let it go
 
     @functools.cache
     def meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:

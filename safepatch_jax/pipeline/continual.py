@@ -29,7 +29,7 @@ from safepatch_jax.pipeline.continual_commands import sizes
 from safepatch_jax.pipeline.continual_log import (
     FORMAT, LINKS, LOG, NAME, PATCH, START, START_DIR, PatchLog, companion_hashes, data_text, folder_hash, label, patch_hash)
 from safepatch_jax.pipeline.continual_measures import COMMON, Measures, Model
-from safepatch_jax.pipeline.continual_methods import METHODS, Task
+from safepatch_jax.pipeline.continual_methods import CHAINED, COLOURS, Task, beside, safepatching
 from safepatch_jax.pipeline.convert import Place, convert, source_facts
 from safepatch_jax.pipeline.job import PLACE, align_model
 from safepatch_jax.pipeline.stages import FINISHED, Runner, Stage, versions
@@ -88,8 +88,8 @@ def parse_methods(text: str) -> tuple[str, ...]:
       ValueError: an unknown method.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"--methods: there is no {', '.join(unknown)}. There are {', '.join(METHODS)}.")
+    if unknown := [name for name in names if name not in CHAINED]:
+        raise ValueError(f"--methods: there is no {', '.join(unknown)}. There are {', '.join(CHAINED)}.")
     return tuple(dict.fromkeys(("safepatching", *names)))
 
 
@@ -185,7 +185,7 @@ class Chain:
         processes.on_first(lambda: _delete_leftovers(log, name))
         say(f"Link {name}: on {log.label(parent)}, {data_text(self._data(link))}")
         out = self.workdir / LINKS / name
-        folder = METHODS["safepatching"].make(self._task(link, log.model(parent), out, out))
+        folder = safepatching(self._task(link, log.model(parent), out, out))
         log.append("link", processes.on_first(lambda: self._entry(link, number, parent, folder, out / PATCH)))
 
     def _entry(self, link: Link, number: int, parent: int, folder: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
@@ -223,14 +223,16 @@ class Chain:
     def _beside(self, method: str) -> list[dict[str, Any]]:
         """Make and measure the chain of another method; its models are deleted after success."""
         links = list(zip((self.log.label(number) for number in self.log.live), self.stages))
-        s = self.settings
-        apart = ("derive.osm_", "model.source", "data.eval_limit", *(f"data.{role}" for role in ROLES), *PLACE)
-        told = {k: v for k, v in s.flat().items() if k.startswith(("derive.", "model.", "data.")) and not k.startswith(apart)}
+        s, made = self.settings, CHAINED[method]
+        tuned = made.group == "training"  # of the two patches these take at most the SE patch
+        apart = ("model.source", "data.eval_limit", *(f"data.{role}" for role in ROLES), *PLACE, *(["derive.osm_"] if tuned else []))
+        groups = ("derive.", "model.", "data.") if tuned else ("derive.", "model.", "data.", "score.", "patch.")
+        told = {k: v for k, v in s.flat().items() if k.startswith(groups) and not k.startswith(apart)} | dict(made.settings)
         seed = lambda link: self._settings[link.name].run.seed
 
         def make(before: str | None, name: str, link: Link, out: pathlib.Path) -> dict[str, Any]:
             parent = runner.need(before) / "model" if before else self.log.model(START)
-            folder = METHODS[method].make(self._task(link, parent, runner.aside(name), out))
+            folder = beside(made, self._task(link, parent, runner.aside(name), out))
             return {"model": processes.on_first(lambda: folder_hash(folder))}
 
         names: list[str | None] = [None, *(name for name, _ in links)]
@@ -244,17 +246,17 @@ class Chain:
             rows = [self._row_beside(method, runner, name) for name, _ in links]
         except BaseException:
             if left := runner.scratch_left():
-                say(f"The comparison did not finish. Models of {METHODS[method].label} lie in {', '.join(map(str, left))}: the "
+                say(f"The comparison did not finish. Models of {made.label} lie in {', '.join(map(str, left))}: the "
                     "same command goes on from there; else delete them, they are broken models.")
             raise
         if not s.run.keep_scratch:
             processes.on_first(runner.delete_scratch)
-            say(f"The models of {METHODS[method].label} are deleted (keep with --run.keep_scratch).")
+            say(f"The models of {made.label} are deleted (keep with --run.keep_scratch).")
         return rows
 
     def _row_beside(self, method: str, runner: Runner, name: str) -> dict[str, Any]:
         if runner.status(name) not in FINISHED:
-            say(f"{METHODS[method].label} {name}")
+            say(f"{CHAINED[method].label} {name}")
             runner.need(name)
         digest = runner.result(name)["model"]
         model = Model(digest, lambda: runner.need(name) / "model")
@@ -266,8 +268,8 @@ class Chain:
             settings=_told(self.settings), start=log.start,
             stages=[{"name": s.name, **self._data(s), "records": self.measures.records(s.name)} for s in self.stages],
             links=[log.links[number] for number in log.live], reverted=[n for n in log.links if n not in log.live], rows=rows,
-            labels={method: METHODS[method].label for method in rows},
-            colours={method: METHODS[method].colour for method in rows},
+            labels={method: CHAINED[method].label for method in rows},
+            colours={method: COLOURS[i % len(COLOURS)] for i, method in enumerate(rows)},
             patches=sizes([log.patch(number) for number in log.live]))
 
     # -- what is refused ----------------------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""How a link's model is made from its parent's: SafePatching, and what it is compared with.
-
-A method is a function of a `Task` that returns the folder of the new model. It finds the link's harmful data in the settings.
-"""
+"""How a link's model is made from its parent's: by SafePatching, or by a method of the registry that it is compared with."""
 
 from __future__ import annotations
 
@@ -10,25 +7,16 @@ import json
 import pathlib
 from typing import Any, Callable, Mapping, Sequence
 
-import jax.numpy as jnp
-
 from safepatch_jax import files, processes
-from safepatch_jax.console import say
 from safepatch_jax.data.records import Record
-from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.io.folder import stored_dtypes
 from safepatch_jax.io.hf import save_model
+from safepatch_jax.methods.bench import Bench, Method
+from safepatch_jax.methods.registry import METHODS
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.models.table import param_table
 from safepatch_jax.pipeline.continual_measures import ANSWERS, Measures
-from safepatch_jax.pipeline.context import Context
-from safepatch_jax.pipeline.convert import Place
 from safepatch_jax.pipeline.job import Job
-from safepatch_jax.pipeline.work import Work
 from safepatch_jax.settings import Settings
-from safepatch_jax.training.losses import NPO, Loss, SimNPO
-from safepatch_jax.training.reference import with_reference
-from safepatch_jax.training.step import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +42,12 @@ class Task:
     command: Sequence[str]
 
 
-class TaskWork(Work):
-    """The stages of a task's run, on the records that the chain has read."""
-
-    _task: Task
-
-    def __init__(self, settings: Settings):
-        super().__init__(settings)
-        self.context = Context(settings, self._task.read)
-
-
-class TaskJob(Job, TaskWork):
-    """The run of a task."""
+class TaskJob(Job):
+    """The run of a task, on the records that the chain has read."""
 
     def __init__(self, task: Task):
         self._task = task
-        super().__init__(task.settings, task.work, update=True)
+        super().__init__(task.settings, task.work, update=True, read=task.read)
 
 
 class LinkJob(TaskJob):
@@ -92,54 +70,15 @@ def safepatching(task: Task) -> pathlib.Path:
     return job.folder("export")
 
 
-def gradient_ascent(task: Task) -> pathlib.Path:
-    """Take the parent's ascent on the link's harmful answers as it is: the model that SafePatching derives its SE patch from."""
-    job = TaskJob(task)
-    derived, parent = job.runner.need("derive_se") / "params", job.backbone
-    config = read_hf_config(parent)
-    params = load_tree(derived, param_table(config).abstract(job.context.sharder, jnp.float32))
-    save_model(task.out / "model", params, config, parent, stored=stored_dtypes(parent))
+def beside(method: Method, task: Task) -> pathlib.Path:
+    """Make the link's model by another method of the registry; return its folder."""
+    job = TaskJob(dataclasses.replace(task, work=task.work / "run"))
+    settings = task.settings.override(dict(method.settings), method.name)
+    params = method.make(Bench(job, settings, task.work / "steps", task.work / "notes")).params
+    save_model(task.out / "model", params, read_hf_config(job.backbone), job.backbone, stored=stored_dtypes(job.backbone))
     return task.out / "model"
 
 
-def negative_preference(task: Task) -> pathlib.Path:
-    """Tune the parent by NPO, with itself as the reference, and the steps, rate and ceiling of the SE patch."""
-    return _tuned(task, NPO(), "NPO", reference=True)
-
-
-def simple_preference(task: Task) -> pathlib.Path:
-    """Tune the parent by SimNPO, which needs no reference, likewise."""
-    return _tuned(task, SimNPO(), "SimNPO", reference=False)
-
-
-def _tuned(task: Task, loss: Loss, title: str, reference: bool) -> pathlib.Path:
-    """Tune all weights of the parent by a loss on the link's harmful answers; return the folder of the result."""
-    context = Context(task.settings, task.read)
-    parent, derive = Place.parse(task.settings.model.source).path, task.settings.derive
-    examples, config = context.encoded(parent, "harmful", "train").examples, read_hf_config(parent)
-    if reference:
-        decoder = context.decoder(config)
-        examples = with_reference(decoder, context.load(parent)[1], examples, derive.batch_size, decoder.sharder)
-    recipe = Recipe(1.0, derive.se_steps, derive.se_learning_rate, derive.se_nll_ceiling, derive.weight_decay)
-    tuned, outcome = context.tune(parent, [(examples, derive.batch_size)], recipe, title, task.work / "steps", loss=loss)
-    say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
-    save_model(task.out / "model", tuned, config, parent, stored=stored_dtypes(parent))
-    return task.out / "model"
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to make a link: its name in --methods, its label and colour in the report, and the function that does it."""
-
-    name: str
-    label: str
-    colour: str
-    make: Callable[[Task], pathlib.Path]
-
-
-# SafePatching makes the chain; the models of the others are made beside it, measured and deleted.
-METHODS = {method.name: method for method in (
-    Method("safepatching", "SafePatching", "#4477aa", safepatching),
-    Method("ga", "GA", "#ee6677", gradient_ascent),
-    Method("npo", "NPO", "#228833", negative_preference),
-    Method("simnpo", "SimNPO", "#aa3377", simple_preference))}
+# SafePatching makes the chain; the models of the others are made beside it, measured and deleted. A rule of decoding leaves no model.
+CHAINED = {name: method for name, method in METHODS.items() if method.group not in ("backbone", "decoding")}
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bbbbbb")

@@ -60,13 +60,13 @@ def gather(suite: Sequence[Measure], items: Mapping[str, Mapping[str, Any]],
     for measure in suite:
         of = {who: answers[who, measure.name] for who in about["models"]}
         if measure.kind in COUNTED:
-            found = {who: _judged(measure, items[measure.name], rows, first[who, measure.name]) for who, rows in of.items()}
+            found = {who: judged(measure, items[measure.name], rows, first[who, measure.name]) for who, rows in of.items()}
         elif measure.kind == "text":
-            found = {who: _likelihood(rows[0]) for who, rows in of.items()}
+            found = {who: likelihood(rows[0]) for who, rows in of.items()}
         elif measure.kind == "mt_bench":
-            found = {who: _graded(items[measure.name], rows, grades[who, measure.name]) for who, rows in of.items()}
+            found = {who: graded(items[measure.name], rows, grades[who, measure.name]) for who, rows in of.items()}
         else:
-            found = {who: _accuracy(rows) for who, rows in of.items()}
+            found = {who: accuracy(rows) for who, rows in of.items()}
         holds = {who: x.pop("holds") for who, x in found.items()}
         compared = {"paired": repeats.compare(holds["model"], holds["against"])} if (
             "against" in holds and measure.kind != "text") else {}
@@ -82,7 +82,7 @@ def gather(suite: Sequence[Measure], items: Mapping[str, Mapping[str, Any]],
     return content
 
 
-def _judged(measure: Measure, items: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+def judged(measure: Measure, items: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
             verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return rates of prompts, and of the answers (over all runs) the number of each outcome."""
     said = [v for run in verdicts for v in run.values()]
@@ -104,7 +104,7 @@ def _by_category(holds: Sequence[Mapping[str, bool]], categories: Mapping[str, s
     return {name: [x["count"], x["n"], *x["interval"]] for name, x in rates.items()} if len(rates) > 1 else {}
 
 
-def _graded(items: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], grades: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def graded(items: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], grades: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return mean grades: of all questions, of each turn and category.
 
     A question counts with the mean over its turns and runs, and the intervals are Student's t over questions. `errors` are
@@ -137,7 +137,7 @@ def _graded(items: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], grades:
             "holds": [means(run) for run in runs]}
 
 
-def _likelihood(rows: Mapping[str, Any]) -> dict[str, Any]:
+def likelihood(rows: Mapping[str, Any]) -> dict[str, Any]:
     kept = [row for row in rows.values() if "nll" in row]
     tokens = sum(row["tokens"] for row in kept)
     left_out = {"n": len(kept), "left_out": len(rows) - len(kept), "holds": {}}
@@ -149,7 +149,7 @@ def _likelihood(rows: Mapping[str, Any]) -> dict[str, Any]:
     return left_out | {"nll": nll, "perplexity": math.exp(min(nll, 80.0)), "nll_interval_of_answers": (low, high)} | kl
 
 
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     holds = [{i: row["correct"] for i, row in run.items() if "correct" in row} for run in rows]
     found, end = repeats.rate(holds), rows[0]["complete"]
     categories = {i: row["category"] for run in rows for i, row in run.items() if "correct" in row}

@@ -6,10 +6,11 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from typing import Sequence
+from typing import Callable, Sequence
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
+from safepatch_jax.data.records import Record, load_records
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.merge import ROLES
@@ -29,14 +30,19 @@ PLACE = ("run.keep_scratch", "run.cache_dir", "run.certify", "run.checkpoint_min
 class Job(Work):
     """One run: builds its stages from the settings and runs them in a workdir.
 
+    Args:
+      update: other settings may take the workdir over.
+      read: reads records, as `Context` takes it.
+
     Raises:
       ValueError: bad settings, model or data; a workdir that other settings made; processes that differ in any of it.
     """
 
-    def __init__(self, settings: Settings, workdir: str | pathlib.Path, *, update: bool = False):
+    def __init__(self, settings: Settings, workdir: str | pathlib.Path, *, update: bool = False,
+                 read: Callable[..., Sequence[Record]] = load_records):
         if not settings.model.source:
             raise ValueError("No model given. Set --model.source to a Hugging Face folder, a .gguf file, or 'smollm2'.")
-        super().__init__(settings)
+        super().__init__(settings, read)
         self.context.check_batches()
         self.workdir, self._update = pathlib.Path(workdir).expanduser().absolute(), update
         self._agree(update)

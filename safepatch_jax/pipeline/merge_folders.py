@@ -21,7 +21,7 @@ from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table
-from safepatch_jax.patching.layer import Method
+from safepatch_jax.patching.layer import UNSCORED, Method
 from safepatch_jax.patching.out_of_core import Merger, Readable, Source
 from safepatch_jax.patching.patch_apply import AFTER, check_names, refuse_strangers, states
 from safepatch_jax.patching.patch_file import BITS, RUN, PatchFile, runs_of
@@ -44,7 +44,7 @@ def merge_folders(base: str, patches: Mapping[str, str], scores: Mapping[str, st
       patches: {'se', 'osm'}: each a folder of a derived model in that format, a patch file that turns `base` into one, or the
         derive_* stage of a run that kept its scratch.
       scores: {'se', 'osm'}: each a folder of float32 safetensors, sums of |gradient| by HF name, or the score_* stage of such
-        a run; may be empty where the merging method ranks by size alone.
+        a run; may be empty where entries are not ranked by SNIP.
       out: the new folder.
       settings: its groups patch and export, and run.seed, are used.
 
@@ -62,7 +62,7 @@ def merge_folders(base: str, patches: Mapping[str, str], scores: Mapping[str, st
     table = param_table(config)
     check_keys(checkpoint, table, config)
     rows = table.scope(patch.scope)
-    if Method.of(patch).importance == "magnitude":
+    if Method.of(patch).importance in UNSCORED:
         scores = {}
     elif missing := [f"--scores_{role}" for role in ROLES if not scores.get(role)]:
         raise ValueError(f"patch.merge={patch.merge} ranks entries by SNIP and needs {' and '.join(missing)}: the stages "

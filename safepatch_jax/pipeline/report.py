@@ -21,6 +21,7 @@ MERGES = {
     "safepatching": "SafePatching", "average": "average", "task_arithmetic": "task arithmetic", "ties": "TIES", "dare": "DARE",
     "dare_ties": "DARE-TIES", "resta": "RESTA",
 }
+WITHOUT_SNIP = {"magnitude": "by magnitude (no SNIP)", "random": "at random (no SNIP)"}
 
 
 def gather(settings: Settings, measures: Mapping[str, Mapping[str, Any]], patch: Mapping[str, Any],
@@ -164,9 +165,10 @@ def describe_patch(settings: Mapping[str, Mapping[str, Any]]) -> str:
     factors = f"alpha = {knobs['alpha']:g}, beta = {knobs['beta']:g}, scope {knobs['scope']}"
     if knobs["merge"] == "safepatching":
         retention = "up to a share p" if knobs["support"] == "fill" else "retained with probability p"
+        snip = f"of '{knobs['importance']}' ({settings['score']['mode']})"
         return (f"a = {knobs['top_rate_se']:g}, b = {knobs['top_rate_osm']:g} per {knobs['granularity']}, {knobs['combine']} of "
-                f"the top sets, {retention} = {knobs['retention']:g}{', rescaled' if knobs['rescale'] else ''}, importance of "
-                f"'{knobs['importance']}' ({settings['score']['mode']}), {factors}")
+                f"the top sets, {retention} = {knobs['retention']:g}{', rescaled' if knobs['rescale'] else ''}, "
+                f"importance {WITHOUT_SNIP.get(knobs['importance'], snip)}, {factors}")
     own = {"ties": f"density {knobs['density']:g} per {knobs['granularity']}, "}.get(knobs["merge"], "")
     if knobs["merge"] in ("dare", "dare_ties", "resta"):
         own = f"retention {knobs['retention']:g}, rescaled, "

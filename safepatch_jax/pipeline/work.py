@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import pathlib
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,18 @@ import numpy as np
 
 from safepatch_jax import files, processes
 from safepatch_jax.console import say
-from safepatch_jax.data.chat import Chat
+from safepatch_jax.data.chat import Chat, Example
 from safepatch_jax.data.pipeline import Pool, shapes
 from safepatch_jax.data.records import ROLES as EVALUATED
+from safepatch_jax.data.records import Record, load_records
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io.checkpoint import StoredTree, load_tree, read_description, save_tree
 from safepatch_jax.io.folder import Checkpoint, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
-from safepatch_jax.patching.importance import mode_agreement, witness_row
+from safepatch_jax.patching.importance import SensitivityMeter, mode_agreement, witness_row
+from safepatch_jax.patching.layer import UNSCORED
 from safepatch_jax.patching.merge import ROLES, apply_patching
 from safepatch_jax.patching.patch_file import create
 from safepatch_jax.patching.selection import top_count
@@ -35,8 +37,11 @@ from safepatch_jax.pipeline.convert import Place, convert
 from safepatch_jax.pipeline.figures import PATCH, draw_patch
 from safepatch_jax.pipeline.metrics import Metrics
 from safepatch_jax.pipeline.stages import Runner, versions
-from safepatch_jax.settings import PatchSettings, Settings
+from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
 from safepatch_jax.training.step import Outcome, Recipe, ignore
+
+
+_MODES = ("per_sample", "batched")
 
 
 class Work:
@@ -45,8 +50,8 @@ class Work:
     runner: Runner
     metrics: Metrics | None = None
 
-    def __init__(self, settings: Settings):
-        self.settings, self.context = settings, Context(settings)
+    def __init__(self, settings: Settings, read: Callable[..., Sequence[Record]] = load_records):
+        self.settings, self.context = settings, Context(settings, read)
 
     @functools.cached_property
     def place(self) -> Place:
@@ -158,23 +163,33 @@ class Work:
 
     def _score(self, role: str, out: pathlib.Path) -> Mapping[str, Any]:
         """Sum gradient magnitudes of the derived model, of each sample or of each batch, over calibration samples."""
-        examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
-        config = read_hf_config(self.backbone)
-        order = np.random.default_rng(self.settings.run.seed).permutation(len(examples))
-        score, derived = self.settings.score, self._derived(role)
-        chosen = [examples[i] for i in order[:score.samples]]
+        score = self.settings.score
+        chosen = self._samples(score)
         if len(chosen) < score.samples:
             say(f"  only {len(chosen)} of score.samples = {score.samples} samples are there; all are used")
-        size = {"per_sample": 1, "batched": score.batch_size}
-        padded = shapes(examples, self.settings.data.length_buckets)
-        measure = lambda meter, chosen, mode: meter.measure(
-            derived, chosen, padded, f"score {role.upper()} {mode}", size[mode])
-        save_tree(out / "sensitivity", nest(measure(self.context.meter(config), chosen, score.mode)))
+        save_tree(out / "sensitivity", nest(self.sensitivity(role, score)))
         if score.mode == "batched":  # both modes over two batches, on one weight: see _mode_overlap
-            meter = self.context.meter(config, witness=True)
+            meter = self.context.meter(read_hf_config(self.backbone), witness=True)
             save_tree(out / "compared", {
-                mode: nest(measure(meter, chosen[:2 * score.batch_size], mode)) for mode in size})
+                mode: nest(self._sensitivity(meter, role, chosen[:2 * score.batch_size], mode, score)) for mode in _MODES})
         return {"samples": len(chosen)}
+
+    def sensitivity(self, role: str, score: ScoreSettings) -> dict[str, jax.Array]:
+        """Return the summed gradient magnitudes of a derived model that is in place, flat, float32, over the scope."""
+        meter = self.context.meter(read_hf_config(self.backbone))
+        return self._sensitivity(meter, role, self._samples(score), score.mode, score)
+
+    def _samples(self, score: ScoreSettings) -> list[Example]:
+        examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
+        order = np.random.default_rng(self.settings.run.seed).permutation(len(examples))
+        return [examples[i] for i in order[:score.samples]]
+
+    def _sensitivity(self, meter: SensitivityMeter, role: str, chosen: Sequence[Example], mode: str, score: ScoreSettings,
+                     ) -> dict[str, jax.Array]:
+        examples = self.context.encoded(self.folder("import"), "harmful", "train").examples
+        padded = shapes(examples, self.settings.data.length_buckets)
+        size = score.batch_size if mode == "batched" else 1
+        return meter.measure(self.derived(role), chosen, padded, f"score {role.upper()} {mode}", size)
 
     def _patch(self, out: pathlib.Path) -> Mapping[str, Any]:
         """Merge the kept entries of both patches into the backbone."""
@@ -231,7 +246,7 @@ class Work:
         """Measure one model of the comparison."""
         folder = {"shipped": self.folder("import"), "safepatching": self.folder("export")}.get(variant, self.backbone)
         if variant in ROLES:
-            flat = self._derived(variant, self.settings.model.compute_dtype)  # to which it would be cast at each use
+            flat = self.derived(variant, self.settings.model.compute_dtype)  # to which it would be cast at each use
         elif variant == "intersection":
             patch = dataclasses.replace(self.settings.patch, merge="safepatching", combine="intersection")
             merged, rest, *_ = self._apply(patch, "intersection")
@@ -244,17 +259,24 @@ class Work:
         return measures
 
     def try_patch(self, patch: PatchSettings, seed: int | None = None) -> dict[str, Any]:
-        """Return the measures of a patched model without writing anything; the scores must be in place.
+        """Return the measures of a patched model without writing anything; see `patched`."""
+        return self._measure(self.patched(patch, seed), "patched")[0]
+
+    def patched(self, patch: PatchSettings, seed: int | None = None,
+                sensitivity: Mapping[str, Mapping[str, jax.Array]] | None = None) -> dict[str, jax.Array]:
+        """Return the flat parameters of a patched model in their storage dtype, without writing anything.
 
         Args:
+          patch: settings; derived models and scores must be in place.
           seed: of the random retention and the stochastic rounding, if not the run's.
+          sensitivity: {'se', 'osm'}: takes the place of the stored scores, see `sensitivity`.
 
         Raises:
           ValueError: the patch changes nothing.
         """
-        merged, rest, statistics, _ = self._apply(patch, "patch", seed)
+        merged, rest, statistics, _ = self._apply(patch, "patch", seed, sensitivity)
         refuse_no_op(statistics, patch)
-        return self._measure(self._cast(rest) | merged, "patched")[0]
+        return self._cast(rest) | merged
 
     def _report(self, out: pathlib.Path) -> Mapping[str, Any]:
         return processes.on_first(lambda: self._write_report(out))
@@ -282,11 +304,12 @@ class Work:
         return evaluate_model(decoder, nest(flat), self.context.chat(source), encoded, self.context.stop_ids(source),
                               self.settings.evaluate, decoder.sharder, title)
 
-    def _derived(self, role: str, dtype: str = "float32") -> dict[str, jax.Array]:
+    def derived(self, role: str, dtype: str = "float32") -> dict[str, jax.Array]:
+        """Return the flat parameters of a derived model; its stage must be in place."""
         abstract = param_table(read_hf_config(self.backbone)).abstract(self.context.sharder, jnp.dtype(dtype))
         return unnest(load_tree(self.runner.folder(f"derive_{role}") / "params", abstract))
 
-    def _apply(self, patch, title, seed=None):
+    def _apply(self, patch, title, seed=None, sensitivity=None):
         """Run the patch operation on a freshly loaded backbone, whose buffers it takes over.
 
         Returns:
@@ -298,7 +321,7 @@ class Work:
         abstract = nest({r.path: table[r.path] for r in rows})
         stored = lambda stage, name: {  # read weight by weight: the backbone is all that is held whole
             role: StoredTree(self.runner.folder(f"{stage}_{role}") / name, abstract) for role in ROLES}
-        derived, sensitivity = stored("derive", "params"), stored("score", "sensitivity")
+        derived, sensitivity = stored("derive", "params"), sensitivity or stored("score", "sensitivity")
         backbone = unnest(params)
         modes = self._mode_overlap(backbone, derived, abstract, witness_row(rows)) if patch is self.settings.patch else {}
         merged, statistics = apply_patching(
@@ -308,7 +331,7 @@ class Work:
 
     def _mode_overlap(self, backbone, derived, abstract, row) -> dict[str, float]:
         """Return the Jaccard index of the top sets by batched and per-sample scores, taken in each matrix of one weight."""
-        if self.settings.score.mode != "batched":
+        if self.settings.score.mode != "batched" or self.settings.patch.importance in UNSCORED:
             return {}
         patch, overlaps = self.settings.patch, {}
         one = nest({row.path: unnest(abstract)[row.path]})

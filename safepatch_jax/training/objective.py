@@ -15,6 +15,22 @@ def answer_logprobs(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array
     return batch["weights"] * over_answers(decoder, [params], batch, target_logprobs, chunk)
 
 
+def answer_divergences(decoder: Decoder, params: Any, reference: Any, batch: Mapping[str, jax.Array], chunk: int = 64,
+                       ) -> tuple[jax.Array, jax.Array]:
+    """Return log p of each answer token and, where it is predicted, KL(reference || model) over the vocabulary, in nats.
+
+    Both are float32 [B, A] (0 where there is no token). No gradient flows into the reference, nested parameters of a model of
+    the same architecture.
+    """
+    def of_logits(logits_BCV, reference_BCV, targets_BC):
+        ours_BCV, theirs_BCV = jax.nn.log_softmax(logits_BCV), jax.nn.log_softmax(reference_BCV)
+        return target_logprobs(logits_BCV, targets_BC), jnp.sum(jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1)
+
+    models = [params, jax.lax.stop_gradient(reference)]
+    logprobs_BA, kl_BA = over_answers(decoder, models, batch, of_logits, chunk)
+    return batch["weights"] * logprobs_BA, batch["weights"] * kl_BA
+
+
 def target_logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     """Return log p of each target, float32 [B, C]."""
     vocabulary_V = jnp.arange(logits_BCV.shape[-1])  # compared, not indexed: a cut vocabulary then stays cut

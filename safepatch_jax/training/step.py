@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from safepatch_jax import stopping
 from safepatch_jax.console import progress, say
+from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import ParamTable
 from safepatch_jax.training.checkpoints import Checkpoints
-from safepatch_jax.training.losses import Likelihood, Loss
-from safepatch_jax.training.objective import answer_logprobs
+from safepatch_jax.training.losses import Likelihood, Loss, rows_per_own
+from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 
 
 # Each makes steps of about the size of the learning rate.
@@ -73,7 +74,8 @@ def ignore(step: int, values: Mapping[str, float]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Per-step answer NLL (nats a token, before each update) and why the run ended."""
+    """Per-step answer NLL (nats a token, before each update; of the harmful rows, where a batch has parts) and why the run
+    ended."""
 
     nll: tuple[float, ...]
     stopped_by: str
@@ -113,29 +115,34 @@ class Trainer:
         self._abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                                       jax.eval_shape(self._init_state, params), self._shardings)
 
-    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
-        """Return the train step traced for a batch of these shapes and shardings; nothing is run."""
-        return self._step.trace(self._abstract, batch, *[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
+    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None) -> jax.stages.Traced:
+        """Return the train step traced for a batch (and reference) of these shapes and shardings; nothing is run."""
+        return self._step.trace(self._abstract, batch, *[jax.ShapeDtypeStruct((), jnp.float32)] * 4, reference)
 
     def _init_state(self, params):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         return {"params": params, "moments": self._optimizer.init(params), "stopped": jnp.zeros((), bool)}
 
-    def _gradients(self, params, batch, sign, rows):
+    def _gradients(self, params, reference, batch, sign, rows):
         """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences, and its summed log p."""
         def objective(params):
-            logprobs_BA = answer_logprobs(self._decoder, params, batch, self._chunk)
-            return sign * jnp.sum(self._loss(logprobs_BA, batch)) / rows, jnp.sum(logprobs_BA)
+            if self._loss.compares:
+                logprobs_BA, *kl = answer_divergences(self._decoder, params, reference, batch, self._chunk)
+            else:
+                logprobs_BA, kl = answer_logprobs(self._decoder, params, batch, self._chunk), ()
+            return sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows, jnp.sum(_reported(batch, logprobs_BA))
 
         return jax.grad(objective, has_aux=True)(params)
 
-    def _train_step(self, state, batch, sign, learning_rate, weight_decay, nll_ceiling):
+    def _train_step(self, state, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None):
         params, rows = state["params"], batch["tokens"].shape[0]
+        if "part" in batch:  # before the batch is cut: a micro-batch may have its parts in other shares
+            batch = batch | {"rows_per_own": rows_per_own(batch["part"])}
         if self._accumulate == 1:
-            gradients, logprob = self._gradients(params, batch, sign, rows)
+            gradients, logprob = self._gradients(params, reference, batch, sign, rows)
         else:
             def add(total, micro):
-                return jax.tree.map(jnp.add, total, self._gradients(params, micro, sign, rows)), None
+                return jax.tree.map(jnp.add, total, self._gradients(params, reference, micro, sign, rows)), None
 
             # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
             micros = {name: self._sharder.constrain(
@@ -144,7 +151,7 @@ class Trainer:
             zeros = jax.tree.map(lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
                                  params, self._shardings["params"])
             (gradients, logprob), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), micros)
-        token_nll = -logprob / jnp.sum(batch["weights"])
+        token_nll = -logprob / jnp.sum(_reported(batch, batch["weights"]))
         updates, moments = self._optimizer.update(gradients, state["moments"], params)
         stopped = state["stopped"] | (token_nll > nll_ceiling)
         # Chosen, not multiplied by 0: an update that is not taken may be NaN.
@@ -153,7 +160,7 @@ class Trainer:
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
 
     def run(self, params: Any, batches: Batches, recipe: Recipe, title: str, saving: Saving | None = None,
-            record: Recorder = ignore) -> tuple[Any, Outcome]:
+            record: Recorder = ignore, reference: Any = None) -> tuple[Any, Outcome]:
         """Tune a copy of `params`.
 
         Args:
@@ -165,15 +172,20 @@ class Trainer:
             SIGTERM one is written after the step, and the process ends.
           record: called with the number of steps done and the measures of the last: answer_nll (nats a token, before its
             update) and gradient_norm.
+          reference: nested parameters of the model that the loss compares with, where it compares; any float dtype.
 
         Returns:
           (tuned parameters float32, outcome).
 
         Raises:
           ValueError: the loss or a gradient became NaN or infinite (names the step and what to change); a batch that
-            `accumulate` and the mesh do not divide.
+            `accumulate` and the mesh do not divide; a loss that compares without a reference, or the other way round.
           OSError: a checkpoint could not be written.
         """
+        if self._loss.compares != (reference is not None):
+            raise ValueError(f"{title}: the loss {type(self._loss).__name__} " + (
+                "compares with a reference model and none was given. Give its parameters as `reference`."
+                if self._loss.compares else "compares with no reference model and one was given. Leave out `reference`."))
         with contextlib.ExitStack() as stack:
             store = stack.enter_context(Checkpoints(saving.folder, self._abstract)) if saving else None
             restored = store.restore() if store else None
@@ -188,14 +200,14 @@ class Trainer:
             stack.enter_context(stopping.listening())
             journal = _Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
-            state = self._loop(state, batches, recipe, journal, store, 60 * saving.minutes if saving else 0.0)
+            state = self._loop(state, batches, recipe, journal, store, 60 * saving.minutes if saving else 0.0, reference)
             if max(journal.call, int(self._sharder.most(_END if stopping.asked() else _GO_ON))) == _END:
                 self._end(state, batches, journal, store)
         reason = f"answer NLL above {recipe.nll_ceiling:g}" if journal.stopped else f"step limit {recipe.steps}"
         return state["params"], Outcome(tuple(journal.nll), reason)
 
     def _loop(self, state: Any, batches: Batches, recipe: Recipe, journal: _Journal, store: Checkpoints | None, every: float,
-              ) -> Any:
+              reference: Any) -> Any:
         """Take the steps that are left, with a checkpoint every so many seconds; return the state."""
         scalars = [jnp.float32(x) for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)]
         pending = None  # read one step late, so that the devices need not wait for the host
@@ -203,7 +215,7 @@ class Trainer:
         for done in range(len(journal.nll) + 1, 0 if journal.stopped else recipe.steps + 1):
             batch = put_batch(next(batches), self._sharder)
             check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
-            state, metrics = self._step(state, batch, *scalars)
+            state, metrics = self._step(state, batch, *scalars, reference)
             due = every > 0 and time.monotonic() - saved > every
             # One process's clock or signal is enough, and all learn of it at the same step.
             metrics["call"] = self._sharder.most(_END if stopping.asked() else _SAVE if due else _GO_ON)
@@ -256,6 +268,11 @@ class _Journal:
         self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
         self._bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
         self._bar.update()
+
+
+def _reported(batch: Mapping[str, jax.Array], x_BA: jax.Array) -> jax.Array:
+    """Keep what belongs to the rows whose NLL is reported: the harmful ones where the batch has parts, else all."""
+    return jnp.where(batch["part"] == HARMFUL, x_BA, 0.0) if "part" in batch else x_BA
 
 
 def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.evaluation.decoding import Rose, SafeDecoding, SelfCD, candidates
-from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.engine import Contrasted, Engine, Sampling
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
@@ -315,8 +315,29 @@ def test_without_is_what_the_template_makes_of_it(engine):
 @each_rule
 def test_atgr(pair, rule):
     engine, expert = pair
-    ratio = engine.atgr(rule, expert if rule.needs_expert else None, new=4, repeats=1)
-    assert math.isfinite(ratio) and 0 < ratio < 100
+    ratio, least, most = engine.atgr(rule, expert if rule.needs_expert else None, new=4, repeats=2)
+    assert math.isfinite(ratio) and 0 < least <= most < 1000 and 0 < ratio < 1000
+
+
+def test_atgr_of_other_weights(pair):
+    engine, expert = pair
+    ratio, least, most = engine.atgr(params=expert, new=4, repeats=2)
+    assert 0 < least <= most and 0 < ratio < 1000
+    with pytest.raises(ValueError, match="two prompts and one model"):
+        engine.atgr(Rose(), expert)
+
+
+def test_a_rule_answers_as_an_engine_does(pair):
+    engine, _ = pair
+    contrasted, told = Contrasted(engine, Rose()), {}
+    talks = ["Hi", ("Hi", "Yes.", "And now?")]
+    found = contrasted.answer(talks, 5, done=told.__setitem__)
+    assert found == engine.complete_contrasted(talks, Rose(), 5) and told == dict(enumerate(found))
+    assert contrasted.fits("Hi", 5) and not contrasted.fits("x" * engine.config.max_length, 5)
+    room = engine.config.max_length - len(engine.ask("Hi"))
+    assert engine.fits("Hi", room) and not contrasted.fits("Hi", room)  # the rule's system messages are longer
+    with pytest.raises(ValueError, match="Rose chooses the likeliest token"):
+        contrasted.answer(talks, 5, sampling=Sampling(temperature=0.5))
 
 
 # Errors.

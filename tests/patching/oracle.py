@@ -41,9 +41,13 @@ def flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
-def patch_and_score(theta, derived, sensitivity, importance):
+def patch_and_score(theta, derived, sensitivity, importance, key=None):
     derived = flushed(derived)
     patch = flushed(derived - flushed(theta.astype(np.float32)))
+    if importance == "random":
+        return patch, np.where(patch != 0, (random_bits(key, patch.shape) + 1.0) / 2**24, 0)
+    if importance == "magnitude":
+        return patch, np.abs(patch)
     return patch, flushed(np.abs(patch if importance == "delta" else derived) * flushed(sensitivity))
 
 
@@ -134,8 +138,8 @@ def safepatched(tensors, patch, seed):
 
     Returns (merged tensors, kept sets as (SE, OSM) pairs).
     """
-    pairs = [[patch_and_score(t["theta"], t[r], t["sensitivity_" + r], patch.importance) for r in ("se", "osm")]
-             for t in tensors]
+    pairs = [[patch_and_score(t["theta"], t[r], t["sensitivity_" + r], patch.importance, key(seed, f"top_{r}", t["name"]))
+              for r in ("se", "osm")] for t in tensors]
     tops = zip(*(top_sets([pair[i][1] for pair in pairs], rate, patch.granularity)
                  for i, rate in enumerate((patch.top_rate_se, patch.top_rate_osm))))
     scale = 1 / patch.retention if patch.rescale else 1.0

@@ -26,6 +26,8 @@ OPTIONS = [
     dict(support="fill", combine="union"), dict(granularity="row", combine="intersection", support="fill"),
     dict(granularity="global", support="fill"),
 ]
+ABLATIONS = [dict(importance="random"), dict(importance="random", granularity="row", support="fill"),
+             dict(importance="random", granularity="global"), dict(importance="magnitude", granularity="global")]
 KINDS = ("plain", "ties", "zeros", "equal", "denormal", "huge")
 rates = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1).map(lambda r: round(r, 3)))
 
@@ -91,7 +93,7 @@ def check(tensors, patch, rows, devices=1):
     return statistics, kept
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()) or "default")
+@pytest.mark.parametrize("options", OPTIONS + ABLATIONS, ids=lambda o: "-".join(o.values()) or "default")
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 2**20), kinds=st.lists(st.sampled_from(KINDS), min_size=8, max_size=8), a=rates, b=rates,
        p=st.sampled_from([0.3, 0.55, 1.0, 0.013]), rescale=st.booleans(), alpha=st.sampled_from([1.0, 0.7]))
@@ -125,6 +127,19 @@ def test_global_ties_go_to_the_earlier_tensor():
     assert [statistics[t["name"]]["top_se"] for t in tensors] == [13, 13, 13, 13, 7, 0, 0, 0]  # 59 of 149
 
 
+def test_random_top_sets_are_exact_and_independent():
+    patch = PatchSettings(importance="random", combine="union", top_rate_se=0.3, top_rate_osm=0.2, retention=0.5)
+    theta, derived, sensitivity = inputs(rows=FEW)
+    statistics, _ = check(as_list(theta, derived, sensitivity, FEW), patch, FEW)
+    for name, s in statistics.items():
+        assert s["top_se"] == s["size"] * 3 // 10 and s["top_osm"] == s["size"] // 5, name
+    total = totals(statistics)
+    within = lambda found, n, p: abs(found - n * p) < 5 * math.sqrt(n * p * (1 - p))
+    assert within(total["top_both"], total["top_se"], 0.2)
+    for role in ("se", "osm"):
+        assert within(total[f"kept_{role}"], total[f"top_{role}"], 0.5)  # the draw of the retention is another one
+
+
 @pytest.mark.parametrize("combine", ["difference", "intersection", "union"])
 def test_fill_is_exact_and_disjoint(combine):
     theta, derived, sensitivity = inputs(rows=FEW)
@@ -153,7 +168,8 @@ def test_baselines_equal_their_formulas(merge, dtype):
 
 
 @pytest.mark.parametrize("options", [
-    *OPTIONS[1:], dict(merge="ties"), dict(merge="ties", granularity="global"), dict(merge="dare_ties"), dict(merge="resta")],
+    *OPTIONS[1:], ABLATIONS[2], dict(merge="ties"), dict(merge="ties", granularity="global"), dict(merge="dare_ties"),
+    dict(merge="resta")],
     ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_same_bits_on_several_devices(options, devices):
@@ -165,7 +181,8 @@ def test_same_bits_on_several_devices(options, devices):
         assert one[path].tobytes() == many[path].tobytes(), path
 
 
-@pytest.mark.parametrize("options", [dict(granularity="global"), dict(granularity="row"), dict(merge="ties")],
+@pytest.mark.parametrize("options", [dict(granularity="global"), dict(granularity="row"), dict(importance="random"),
+                                     dict(merge="ties")],
                          ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_broken_scores_name_the_tensor(options, bad):

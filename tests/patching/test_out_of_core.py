@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.models.table import Param
+from safepatch_jax.patching.layer import UNSCORED
 from safepatch_jax.patching.out_of_core import Merger, Source
 from safepatch_jax.settings import PatchSettings
 from tests.patching.test_merge import SEED, run
@@ -14,7 +15,9 @@ KINDS = ("equal", "huge", "ties", "plain", "ties")
 SAFEPATCHING = [
     dict(), dict(granularity="row"), dict(granularity="global"), dict(importance="weight", combine="union"),
     dict(support="fill", retention=0.6), dict(granularity="row", support="fill", retention=0.6, combine="intersection"),
-    dict(granularity="global", support="fill", retention=0.5), dict(top_rate_se=0.0), dict(top_rate_se=1.0, rescale=True)]
+    dict(granularity="global", support="fill", retention=0.5), dict(top_rate_se=0.0), dict(top_rate_se=1.0, rescale=True),
+    dict(importance="random"), dict(importance="random", granularity="row"), dict(importance="random", granularity="global"),
+    dict(importance="magnitude")]
 BASELINES = [dict(merge=m) for m in ("average", "task_arithmetic", "ties", "dare", "dare_ties", "resta")]
 SETTINGS = [*SAFEPATCHING, *BASELINES, dict(merge="ties", granularity="row"), dict(merge="ties", granularity="global")]
 
@@ -38,8 +41,9 @@ def tensors(dtype):
 
 
 def merged(own, patch, piece, dtype="keep", rounding="nearest"):
+    scored = ("se", "osm") if patch.importance not in UNSCORED else ()
     sources = [Source(t["name"], InMemory(t["theta"]), {r: InMemory(t[r]) for r in ("se", "osm")},
-                      {r: InMemory(t["sensitivity_" + r]) for r in ("se", "osm")}) for t in own]
+                      {r: InMemory(t["sensitivity_" + r]) for r in scored}) for t in own]
     merger = Merger(sources, patch, SEED, dtype, rounding, piece=piece)
     return [np.concatenate(list(merger.parts(t["name"]))) for t in own], merger.statistics
 

@@ -48,7 +48,8 @@ def moved(program):
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(granularity="row"), dict(support="fill"), dict(merge="ties"), dict(merge="dare_ties")],
+    dict(), dict(granularity="row"), dict(support="fill"), dict(importance="random"), dict(merge="ties"),
+    dict(merge="dare_ties")],
     ids=lambda o: "-".join(o.values()) or "default")
 def test_only_counts_cross_devices(options):
     most = 4 * OUT if options.get("granularity") == "row" else 32  # a few counts for each row, or a few numbers
@@ -58,9 +59,10 @@ def test_only_counts_cross_devices(options):
     assert set(found) <= {"all-reduce", "all-gather"}, found
 
 
-def test_global_counts_are_all_that_crosses():
-    (theta, derived, sensitivity, *_), _ = arguments(4, jnp.bfloat16)
-    program = count_at_least.lower(theta, derived["se"], sensitivity["se"], np.int32(1), kind="delta",
+@pytest.mark.parametrize("kind", ["delta", "random"])
+def test_global_counts_are_all_that_crosses(kind):
+    (theta, derived, sensitivity, keys, _), _ = arguments(4, jnp.bfloat16)
+    program = count_at_least.lower(theta, derived["se"], sensitivity["se"], keys["top_se"], np.int32(1), kind=kind,
                                    shape=theta.shape).compile()
     assert moved(program) == {"all-reduce": 1}
     assert program.memory_analysis().temp_size_in_bytes < 3 * MATRIX

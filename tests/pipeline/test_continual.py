@@ -24,7 +24,7 @@ from safepatch_jax.pipeline.continual import Chain, parse_methods, parse_stages,
 from safepatch_jax.pipeline.continual_commands import replay, revert, verify
 from safepatch_jax.pipeline.continual_log import START, PatchLog
 from safepatch_jax.pipeline.continual_measures import Measures
-from safepatch_jax.pipeline.continual_methods import METHODS
+from safepatch_jax.pipeline.continual_methods import CHAINED
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 
@@ -346,6 +346,7 @@ def test_the_report_appears_whole_or_not_at_all(copy, monkeypatch):
     assert {n: (copy / n).read_bytes() for n in report.FILES} == before
 
 
-def test_a_method_is_one_row():
-    assert all(method.name == name and method.label and method.colour.startswith("#") for name, method in METHODS.items())
-    assert len({method.colour for method in METHODS.values()}) == len(METHODS)
+def test_methods_without_a_model_make_no_chain():
+    assert {"safepatching", "ga", "npo", "ties", "osm"} <= CHAINED.keys() and not {"backbone", "rose"} & CHAINED.keys()
+    with pytest.raises(ValueError, match="there is no rose"):
+        parse_methods("ga,rose")

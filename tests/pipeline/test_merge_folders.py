@@ -72,7 +72,8 @@ def test_the_launcher_gives_the_weights_of_the_job(run, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"patch.merge": "dare", "patch.scope": "all"}, {"patch.merge": "ties"},
-                                     {"patch.merge": "dare_ties", "export.dtype": "bfloat16"}], ids=lambda o: o["patch.merge"])
+                                     {"patch.merge": "dare_ties", "export.dtype": "bfloat16"},
+                                     {"patch.importance": "random"}], ids=lambda o: next(iter(o.values())))
 def test_folders_and_patch_files_give_the_same(run, derived, options, tmp_path):
     settings = Settings().override(options)
     merge_folders(run.backbone, derived, {}, tmp_path / "folders", settings)

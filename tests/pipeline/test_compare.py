@@ -1,0 +1,229 @@
+"""Comparisons on a tiny model: rows, seeds, resumption, what is deleted, what is refused, and a method of one's own."""
+
+import json
+import pathlib
+import re
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from safepatch_jax import files
+from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.methods import registry
+from safepatch_jax.methods.bench import Bench, Method
+from safepatch_jax.methods.registry import METHODS, parse_methods
+from safepatch_jax.models.table import unnest
+from safepatch_jax.pipeline import answering, compare_report
+from safepatch_jax.pipeline.compare import Options, compare
+from safepatch_jax.pipeline.job import Job
+from safepatch_jax.settings import Settings
+from tests.pipeline.test_job import FAST
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "compare.md"
+CHOSEN = "ga_mismatch,npo,ties,rose,osm,random"
+
+
+@pytest.fixture(scope="module")
+def settings(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    data = {}
+    for role in ("harmful", "lookalike", "ordinary"):
+        rows = [f"{role} {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
+        (folder / f"{role}.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
+        data[f"data.{role}"] = str(folder / f"{role}.csv")
+    return Settings().override({
+        **FAST, **data, "align.enabled": False, "model.source": str(tiny), "run.cache_dir": str(folder / "cache"),
+        "patch.beta": 4.0, "patch.alpha": 3.0})
+
+
+@pytest.fixture(scope="module")
+def suite(settings, tmp_path_factory):
+    path = tmp_path_factory.mktemp("suite") / "mine.json"
+    measure = lambda name, kind, role: {
+        "name": name, "kind": kind, "source": settings.flat()[f"data.{role}"], "split": "report", "max_new": 5}
+    path.write_text(json.dumps([measure("harm", "harm", "harmful"), measure("look", "refusal", "lookalike"),
+                                measure("text", "text", "ordinary")]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def options(suite):
+    return Options(methods=CHOSEN, suite=suite, seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def compared(settings, options, tmp_path_factory):
+    """An undisturbed comparison; read only."""
+    workdir = tmp_path_factory.mktemp("compared") / "work"
+    compare(settings, workdir, options, ["a command"])
+    return workdir
+
+
+def answers(workdir):
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted((workdir / "answers").rglob("*.jsonl"))}
+
+
+def test_the_table_has_each_method_with_its_seeds(compared):
+    content = json.loads((compared / "compare.json").read_text())
+    assert list(content["methods"]) == ["backbone", "safepatching", "ga_mismatch", "npo", "ties", "rose", "osm", "random"]
+    rows = content["methods"]
+    for name, row in rows.items():
+        assert set(row["measures"]) == ({"harm", "look"} if name == "rose" else {"harm", "look", "text"})
+        harm, seeded = row["measures"]["harm"], METHODS[name].seeded
+        assert harm["n"] == 3 and ("by_run" in harm) == seeded
+        assert sum(harm[o] for o in ("complied", "refused", "incoherent", "unknown")) == 3 * (2 if seeded else 1)
+        assert ("paired" in harm) == (name != "backbone") and ("paired_ours" in harm) == (name != "safepatching")
+        assert (row["atgr"] is not None) == (name in ("safepatching", "rose"))
+    kl = {name: row["measures"]["text"]["kl"] for name, row in rows.items() if name != "rose"}
+    assert abs(kl["backbone"]) < 1e-6 < kl["osm"]
+    assert rows["ties"]["settings"] == {"patch.alpha": 1.0, "patch.beta": 1.0, "patch.merge": "ties", "patch.density": 0.2}
+    assert rows["ga_mismatch"]["settings"] == {"derive.se_learning_rate": 2e-6}
+    text = (compared / "compare.md").read_text()
+    for row in ("| SafePatching | **SafePatching** |", "| training | GA + Mismatch |", "| decoding | ROSE |", "| ablations | OSM alone |"):
+        assert row in text
+    assert [o["statement"].partition(":")[0] for o in content["orderings"]] == ["SafePatching", "SafePatching", "OSM alone"]
+    assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_and_the_answers_of_jailbroken_ones_are_deleted(compared):
+    assert not (compared / "seeds").exists()
+    rows = lambda name, measure: files.read_jsonl(compared / "answers" / name / "seed-0" / f"{measure}.jsonl")
+    assert all("answer" in row for row in rows("ties", "harm")) and not any("answer" in row for row in rows("osm", "harm"))
+    assert all("nll" in row for row in rows("osm", "text"))
+    assert json.loads((compared / "compare.json").read_text())["methods"]["osm"]["measures"]["harm"]["n"] == 3
+
+
+def test_again_nothing_is_done_and_the_report_is_the_same(settings, options, compared, monkeypatch):
+    before, report = answers(compared), (compared / "compare.md").read_bytes()
+    monkeypatch.setattr(Bench, "__init__", lambda *_: pytest.fail("a method is made again"))
+    compare(settings, compared, options)
+    assert answers(compared) == before and (compared / "compare.md").read_bytes() == report
+
+
+def test_killed_within_a_method_it_goes_on_with_the_same_answers(settings, options, compared, tmp_path, monkeypatch):
+    add, added = answering.Lines.add, []
+
+    def killed(self, row):
+        if len(added) == 17:
+            raise KeyboardInterrupt
+        added.append(row)
+        add(self, row)
+
+    monkeypatch.setattr(answering.Lines, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, tmp_path / "work", options)
+    assert (tmp_path / "work" / "seeds").is_dir() and not (tmp_path / "work" / "compare.md").exists()
+    monkeypatch.undo()
+    compare(settings, tmp_path / "work", options)
+    assert answers(tmp_path / "work") == answers(compared)
+
+
+def test_methods_one_after_another_and_other_settings(settings, suite, compared, tmp_path):
+    work, one = tmp_path / "work", Options(methods="npo", suite=suite, seeds=(1,))
+    assert list(compare(settings, work, one)["methods"]) == ["backbone", "safepatching", "npo"]
+    more = Options(methods="ties", suite=suite, seeds=(1,), settings={"ties": {"patch.density": 0.5}})
+    found = compare(settings, work, more)["methods"]
+    assert list(found) == ["backbone", "safepatching", "npo", "ties"] and found["ties"]["settings"]["patch.density"] == 0.5
+    theirs = answers(compared)
+    assert all(theirs[name] == text for name, text in answers(work).items() if "ties" not in name)
+    for other, message in (
+            ((settings, Options(methods="ties", suite=suite, seeds=(1,))), "with other methods .ties: .*0.5.* there, .*0.2.* here"),
+            ((settings.override({"derive.se_steps": 1}), one), r"other settings .derive.se_steps: 2 there, 1 here"),
+            ((settings, Options(methods="npo", suite="quick", seeds=(1,))), "with other suite; items")):
+        with pytest.raises(ValueError, match=message):
+            compare(other[0], work, other[1])
+
+
+def test_a_method_that_cannot_be_made_is_told_and_the_others_stand(settings, suite, tmp_path):
+    with pytest.raises(ValueError, match="1 of 4 methods are not in the table .*: SafeDecoding"):
+        compare(settings, tmp_path / "work", Options(methods="safe_decoding,self_cd", suite=suite))
+    content = json.loads((tmp_path / "work" / "compare.json").read_text())
+    assert list(content["methods"]) == ["backbone", "safepatching", "self_cd"]
+
+
+def bench(settings, folder, **own):
+    job = Job(settings.override({"run.keep_scratch": True}), folder / "job")
+    return Bench(job, job.settings.override({name.replace("_", ".", 1): value for name, value in own.items()}),
+                 folder / "steps", folder / "notes")
+
+
+def test_patched_models_are_those_of_the_job(settings, tmp_path):
+    def bits(params):
+        return {path: np.asarray(jax.device_get(x)).tobytes() for path, x in params.items()}
+
+    for own in ({"patch_merge": "ties"}, {"score_mode": "batched"}, {"patch_importance": "random"}):
+        mine = bench(settings, tmp_path, **own)
+        job = Job(mine.settings, tmp_path / next(iter(own.values())))
+        for stage in ("score_se", "score_osm"):
+            job.runner.need(stage)
+        assert bits(unnest(mine.patched())) == bits(job.patched(mine.settings.patch))
+
+
+def test_the_documented_method_is_one_file_and_one_line(settings, suite, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text().partition("## Adding a method")[2], re.S)
+    module = types.ModuleType("gradient_difference")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(blocks[0], str(DOCS), "exec"), module.__dict__)
+    assert len(blocks[0].splitlines()) <= 40
+    (method,) = eval(f"({blocks[1].strip()})", {"Method": Method, "gradient_difference": module})
+    monkeypatch.setitem(registry.METHODS, method.name, method)
+    found = compare(settings, tmp_path / "work", Options(methods="grad_diff", suite=suite))
+    row = found["methods"]["grad_diff"]
+    assert row["label"] == "GradDiff" and row["measures"]["harm"]["n"] == 3
+    assert row["measures"]["text"]["kl"] > 0
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"methods": "gaa"}, "there is no 'gaa' .did you mean 'ga'"), ({"methods": "mergin"}, "did you mean 'merging'"),
+    ({"seeds": (1, 1)}, "--seeds must be different"), ({"seeds": ()}, "--seeds must be different"),
+    ({"settings": {"tie": {}}}, "COMPARE, settings: there is no method 'tie'"),
+    ({"settings": {"ties": {"derive.se_steps": 3}}}, r"settings of ties: derive.se_steps is not one .*patch.\*, score.\*"),
+    ({"settings": {"ga": {"derive.se_steps": 3}}}, r"settings of ga: .*\(none\)"),
+    ({"settings": {"ties": {"patch.densty": 0.1}}}, "did you mean 'patch.density'"),
+    ({"judge": "phrase"}, "phrase"), ({"grader": "x", "suite": "mt_bench"}, "a measure of kind harm and one of kind refusal"),
+])
+def test_mistakes_are_told_before_anything_is_made(settings, options, tmp_path, change, message):
+    base = {"methods": "ties", "suite": options.suite}
+    with pytest.raises(ValueError, match=message):
+        compare(settings, tmp_path / "work", Options(**base | change))
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_of_something_else_and_a_merge_of_its_own_are_refused(settings, options, tmp_path):
+    with pytest.raises(ValueError, match="patch.merge is ties, and the comparison has the baselines"):
+        compare(settings.override({"patch.merge": "ties"}), tmp_path / "work", options)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="files that are not of a comparison .notes.txt"):
+        compare(settings, tmp_path, options)
+
+
+def test_options_of_a_config_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("COMPARE = {'seeds': [0, 2], 'suite': 'quick'}")
+    assert Options.load(path).replaced({"methods": "ga", "seeds": "3,4"}) == Options(methods="ga", seeds=(3, 4))
+    assert Options.load(path).seeds == (0, 2)
+    with pytest.raises(ValueError, match="--seeds takes whole numbers"):
+        Options().replaced({"seeds": "1;2"})
+    path.write_text("COMPARE = {'seed': 1}")
+    with pytest.raises(ValueError, match="COMPARE has no 'seed'; there are .*seeds"):
+        Options.load(path)
+
+
+def test_groups_and_names():
+    assert parse_methods("") == ("backbone", "safepatching")
+    assert parse_methods("npo, merging,npo")[2:] == ("npo", "average", "task_arithmetic", "ties", "dare", "dare_ties", "resta")
+    assert set(parse_methods("all")) == set(METHODS)
+    assert all(m.name == name and m.label and m.group in registry.GROUPS for name, m in METHODS.items())
+
+
+def test_a_report_without_text_or_verdicts(tmp_path):
+    """A row whose measures gave nothing is drawn and written all the same."""
+    measure = Measure("harm", "harm", "builtin")
+    about = {"settings": Settings().flat(), "overrides": {"backbone": {}}, "suite": "mine", "seeds": [0], "judge": "phrases"}
+    content = compare_report.gather([METHODS["backbone"]], [(measure, lambda _: [measure])], {"harm": {}},
+                                    {("backbone", "harm"): [{}]}, {("backbone", "harm"): [{}]}, {}, {"backbone": [{}]}, about)
+    compare_report.write(content, tmp_path)
+    assert "| backbone | backbone | - | 1 |" in (tmp_path / "compare.md").read_text()
