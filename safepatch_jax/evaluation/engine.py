@@ -234,7 +234,7 @@ class Engine(Prompter):
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         texts = _texts(pairs)
         with progress(len(pairs), title, "text") as bar:
-            for rows, group in self._groups([len(e.prompt_ids) + len(e.answer_ids) for e, _ in texts]):
+            for rows, group in self.groups([len(e.prompt_ids) + len(e.answer_ids) for e, _ in texts]):
                 batch = self.lay_out([texts[g][0] for g in group], rows)
                 ends = np.zeros((rows, max(len(texts[g][1]) for g in group)), np.int32)
                 for row, g in zip(ends, group):
@@ -306,7 +306,7 @@ class Engine(Prompter):
         answers: list[list[int]] = [[] for _ in sizes]
         stops, tokens, begun = np.asarray(self.stop_ids or _NO_STOP, np.int32), 0, time.perf_counter()
         with progress(len(sizes), title, "answer") as bar:
-            for rows, group in self._groups(sizes):
+            for rows, group in self.groups(sizes):
                 for i, ids in zip(group, run(group + [group[-1]] * (rows - len(group)), stops)):
                     answers[i] = [int(t) for t in ids if t >= 0 and t not in stops]
                     tokens += int(np.sum(ids >= 0))
@@ -333,7 +333,7 @@ class Engine(Prompter):
         return decode_contrasted(self.decoder, params, tuple(map(self._prompts, streams)), np.asarray(stops, np.int32), rule=rule,
                                  max_new=max_new)
 
-    def _groups(self, sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
+    def groups(self, sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Return (rows, indices) of each batch: those of like size together, and the largest memory at the beginning."""
         order, groups = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
         while order:

@@ -36,17 +36,15 @@ def answer_likelihoods(engine: Engine, examples: Sequence[Example], other: Engin
         raise ValueError("the two models are of different architectures; their predictions are compared where config.json says the "
                          "same. Give --against the model that was patched, or a suite without measures of kind 'text'.")
     with progress(len(examples), title, "answer") as bar:
-        rows = engine.rows(max(len(e.prompt_ids) + len(e.answer_ids) for e in examples)) if examples else 1
-        for start in range(0, len(examples), rows):
-            group = examples[start:start + rows]
-            batch = put_batch(engine.lay_out(group, rows), engine.sharder)
+        for rows, group in engine.groups([len(e.prompt_ids) + len(e.answer_ids) for e in examples]):
+            batch = put_batch(engine.lay_out([examples[i] for i in group], rows), engine.sharder)
             nll, kl = (processes.fetch(x) for x in _sums(
                 engine.decoder, engine.params, other and other.params, batch))
-            for i in range(len(group)):
-                if not math.isfinite(nll[i]):
-                    raise NotFinite(f"{title}: an NLL is {nll[i]}: the model's weights hold NaN or overflow.")
-                row = {"nll": float(nll[i]), "tokens": len(group[i].answer_ids)}
-                done(start + i, row if other is None else row | {"kl": float(kl[i])})
+            for i, own_nll, own_kl in zip(group, nll, kl):
+                if not math.isfinite(own_nll):
+                    raise NotFinite(f"{title}: an NLL is {own_nll}: the model's weights hold NaN or overflow.")
+                row = {"nll": float(own_nll), "tokens": len(examples[i].answer_ids)}
+                done(i, row if other is None else row | {"kl": float(own_kl)})
             bar.update(len(group))
 
 

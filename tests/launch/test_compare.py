@@ -1,0 +1,62 @@
+"""launch.compare as a user calls it: help, a kill and the same command again, several processes, mistakes."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+
+from tests.launch.test_launchers import ROOT, call, command, flags  # noqa: F401 (a fixture)
+from tests.launch.test_processes import launch, succeed
+
+
+@pytest.fixture
+def asked(flags, tmp_path):
+    measures = [{"name": name, "kind": kind, "source": "builtin", "split": "report", "limit": 2, "max_new": 3}
+                for name, kind in (("harm", "harm"), ("look", "refusal"), ("text", "text"))]
+    (tmp_path / "suite.json").write_text(json.dumps(measures))
+    return [*flags, f"--suite={tmp_path / 'suite.json'}"]
+
+
+def rows_of(work):
+    return json.loads((work / "compare.json").read_text())["methods"]
+
+
+def test_help_is_a_manual():
+    result = call("launch.compare", "--help")
+    for part in ("python -m launch.compare --config=configs/compare_demo.py", "decoding   self_cd, rose, safe_decoding", "--methods:",
+                 "--patch.beta:"):
+        assert part in result.stdout, part
+
+
+def test_a_killed_comparison_goes_on(asked, tmp_path):
+    args = ("launch.compare", f"--workdir={tmp_path / 'work'}", "--methods=npo,self_cd", *asked)
+    with subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("[3/4] NPO"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "work" / "compare.md").exists()
+    result = call(*args)
+    assert result.returncode == 0 and "[2/4] SafePatching, seed 0: answered before" in result.stdout, result.stderr
+    assert list(rows_of(tmp_path / "work")) == ["backbone", "safepatching", "npo", "self_cd"]
+    assert not (tmp_path / "work" / "seeds").exists()
+    again = call(*args, "--methods=ga")
+    assert again.returncode == 0 and list(rows_of(tmp_path / "work")) == ["backbone", "safepatching", "ga", "npo", "self_cd"]
+
+
+@pytest.mark.parametrize("own, message", [
+    (["--methods=gaa"], "there is no 'gaa' (did you mean 'ga'?)"), (["--seeds=1;2"], "--seeds takes whole numbers"),
+    (["--merge=ties"], "leave it out, and pick methods with --methods"), (["--suite=mt_bench"], "one of kind refusal")])
+def test_mistakes_end_with_one_clear_line_before_anything_runs(own, message, asked, tmp_path):
+    result = call("launch.compare", f"--workdir={tmp_path / 'work'}", *asked, *own)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
+def test_two_processes_compare_as_one(asked, tmp_path):
+    work, own = tmp_path / "work", [*asked, "--derive.batch_size=8"]
+    succeed(tmp_path / "both", "launch.compare", f"--workdir={work}", "--methods=ga_mismatch,rose", *own)
+    assert [row["measures"]["harm"]["n"] for row in rows_of(work).values()] == [2] * 4
+    run = launch(tmp_path / "differ", "launch.compare", f"--workdir={work}", *own, own=("--methods=ga", "--methods=npo"))
+    assert run.finish() == [2, 2] and "The processes differ: --methods" in run.texts()[0][1]
