@@ -34,7 +34,7 @@ from safepatch_jax.settings import Settings, read_config
 ANSWERS, SEEDS, NOTES, CLAIM = "answers", "seeds", "notes", "comparison.json"
 TIMED = ("patching", "decoding")  # groups whose ATGR is measured; of the others it is 1 by construction
 WRITTEN = ("harm", "refusal", "mt_bench")  # kinds that a decoding rule has a part in
-_ATGR = {"new": 32, "repeats": 5}
+_REPEATS = 5  # of the ATGR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,8 @@ class Comparison:
         notes = self._lines(method, "notes", run)
         if "atgr" not in notes.rows and run in (None, self.options.seeds[0]) and method.group in TIMED:
             params = None if made.params is None else engine.params
-            ratio, least, most = backbone.atgr(made.rule, made.expert, params=params, **_ATGR)
+            new = max(m.max_new for m in self.suite if m.kind in JUDGED)
+            ratio, least, most = backbone.atgr(made.rule, made.expert, new, _REPEATS, params=params)
             notes.add({"id": "atgr", "ratio": ratio, "least": least, "most": most})
         processes.on_first(lambda: shutil.rmtree(steps, ignore_errors=True))
 
