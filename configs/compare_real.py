@@ -10,8 +10,8 @@ were chosen on the search split of AdvBench and XSTest, the fewest refusals amon
 
   python -m launch.sweep --config=configs/compare_real.py --workdir=runs/sweep --grid='patch.top_rate_osm=0.03,0.1,0.3;patch.beta=1,1.5,2.5'
 
-The other methods have their sources' settings, but for GA + Mismatch: its source takes about a thousand steps at 2e-6, here it has 30
-at ten times that rate.
+The other methods have their sources' formulas and weights, and the run's steps and rates; none was tuned. GA + Mismatch, whose
+source takes about a thousand steps at 2e-6, has 30 at ten times that rate.
 """
 
 import pathlib

@@ -12,15 +12,15 @@ Methods: backbone and safepatching (always), and
   ablation   osm (the OSM patch alone), no_retention, intersection, union, random, magnitude, batched
 by name or group; 'all' for all of them. Each seed derives and scores the two patches once, for all methods.
 
-A method takes its source's settings, and the run's for the rest: SafePatching those of --patch.*, training methods the steps,
-rate and ceiling of --derive.se_*. The config file may hold COMPARE = {"suite": ..., "seeds": (0, 1, 2), "settings": {"ties":
+A method takes its source's formula and weights, and the run's settings for the rest: SafePatching those of --patch.*, training methods
+the steps, rate and ceiling of --derive.se_*. The config file may hold COMPARE = {"suite": ..., "seeds": (0, 1, 2), "settings": {"ties":
 {"patch.density": 0.1}}}, with settings of one method alone; flags count more. docs/compare.md tells how each is defined, and how
 to add one.
 
-Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least. A decoding method is measured where
-the model writes. WORKDIR receives compare.md, compare.json and compare.png, answers and verdicts. Killed, it goes on where it
-stopped when the same command is given again; methods and seeds may be asked for one after another, and the report has all that
-are there. Models are deleted when all is done (--run.keep_scratch keeps them).
+Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least, and no prompt that is trained on. A
+decoding method is measured on harm, over-refusal and MT-Bench. WORKDIR receives compare.md, compare.json and compare.png, answers and verdicts. Killed, it goes on where it
+stopped when the same command is given again; methods and seeds may be asked for one after another, and the report has all
+methods that are there with each of the seeds. Models are deleted when all is done (--run.keep_scratch keeps them).
 """
 
 import sys

@@ -26,3 +26,10 @@ def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
 def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:
     """Return the first few items of a list that may be long, and how many more there are."""
     return between.join(items[:most]) + (f"{between}and {len(items) - most} more" if len(items) > most else "")
+
+
+def duration(seconds: float) -> str:
+    """Say about how long something takes."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

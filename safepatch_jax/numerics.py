@@ -1,4 +1,4 @@
-"""Random bits that depend on a tensor's name and a position alone, and the one cast to the storage dtype."""
+"""Random bits that depend on a tensor's name and a position alone, the one cast to the storage dtype, and what is not finite."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+
+class NotFinite(ValueError):
+    """A model's NLL or gradient is NaN or infinite."""
 
 
 def tensor_keys(seed: int, role: str, hf_names: Sequence[str]) -> np.ndarray:

@@ -12,7 +12,7 @@ from safepatch_jax.settings import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "common.py")
-BACKBONES = [path for path in CONFIGS if "demo" not in path.stem]
+BACKBONES = [path for path in CONFIGS if load_config(path).model.architecture]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -25,7 +25,7 @@ from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, stop_ids
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.numerics import tensor_keys
+from safepatch_jax.numerics import NotFinite, tensor_keys
 from safepatch_jax.training.objective import over_answers, target_logprobs
 from safepatch_jax.training.step import put_batch
 
@@ -243,7 +243,7 @@ class Engine(Prompter):
                 for g, row in zip(group, sums):
                     for i, (logprob, greedy) in zip(texts[g][1], row):
                         if not math.isfinite(logprob):
-                            raise ValueError(f"{title}: a log-likelihood is {logprob}: the model's weights hold NaN or overflow.")
+                            raise NotFinite(f"{title}: a log-likelihood is {logprob}: the model's weights hold NaN or overflow.")
                         results[i] = float(logprob), bool(greedy)
                         if done:
                             done(i, results[i])

@@ -13,8 +13,8 @@ from safepatch_jax import processes
 from safepatch_jax.console import progress
 from safepatch_jax.data.chat import Example
 from safepatch_jax.evaluation.engine import Done, Engine
-from safepatch_jax.evaluation.measures import NotFinite
 from safepatch_jax.models.config import same_architecture
+from safepatch_jax.numerics import NotFinite
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 from safepatch_jax.training.step import put_batch
 

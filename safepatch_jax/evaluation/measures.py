@@ -16,13 +16,10 @@ from safepatch_jax.evaluation.generate import generate
 from safepatch_jax.evaluation.judge import OUTCOMES, judge
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.numerics import NotFinite
 from safepatch_jax.settings import EvaluateSettings
 from safepatch_jax.training.objective import answer_logprobs
 from safepatch_jax.training.step import put_batch
-
-
-class NotFinite(ValueError):
-    """A model's NLL is NaN or infinite."""
 
 
 @functools.partial(jax.jit, static_argnames="decoder")

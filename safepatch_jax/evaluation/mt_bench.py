@@ -51,8 +51,8 @@ def questions(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, 
     return found
 
 
-def answer(engine: Engine | Contrasted, asked: Mapping[str, Question], rows: Mapping[str, Row], max_new: int, title: str, sampling: Sampling,
-           done: Callable[[Row], None]) -> None:
+def answer(engine: Engine | Contrasted, asked: Mapping[str, Question], rows: Mapping[str, Row], max_new: int, title: str,
+           sampling: Sampling, done: Callable[[Row], None]) -> None:
     """Let a model answer both turns of each question, its first answer being part of the second conversation.
 
     Args:

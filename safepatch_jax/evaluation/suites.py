@@ -76,7 +76,7 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("OKTest", "refusal", "set:oktest"),
         Measure("MMLU", "mmlu", "set:mmlu@test", limit=2000, shots=5),
         Measure("GSM8K", "gsm8k", "set:gsm8k@test", limit=500, max_new=256),
-        Measure("Alpaca", "text", "set:alpaca", limit=500),
+        Measure("Alpaca", "text", "set:alpaca", "report", limit=500),
     ),
     # Known requests in a dozen forms.
     "jailbreaks": tuple(Measure(f"AdvBench, {form}", "harm", "set:advbench", "report", limit=50, form=form)

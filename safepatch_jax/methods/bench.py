@@ -15,6 +15,7 @@ from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
 from safepatch_jax.patching.merge import ROLES
+from safepatch_jax.pipeline.answering import file_name
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Loss
@@ -49,7 +50,7 @@ class Method:
       group: one of GROUPS.
       make: makes it from a bench.
       settings: {'group.option': value} that it takes instead of the run's, such as its source's learning rate.
-      options: which settings a user may give for it alone; a name that ends with '.' stands for its group.
+      options: which settings a user may give for it alone.
       seeded: whether the seed has a part in it; if not, it is made once.
       jailbroken: its answers are deleted after success, as its model is.
       ablation: its label among the ablations of SafePatching; '' if it is none.
@@ -65,13 +66,9 @@ class Method:
     jailbroken: bool = False
     ablation: str = ""
 
-    def takes(self, option: str) -> bool:
-        """Tell whether a setting may be given for this method alone."""
-        return any(option == name or name.endswith(".") and option.startswith(name) for name in self.options)
 
-
-GROUPS = {"backbone": "backbone", "patching": "SafePatching", "ablation": "ablations", "training": "training", "merging": "merging",
-          "decoding": "decoding"}
+GROUPS = {"backbone": "backbone", "patching": "SafePatching", "ablation": "ablations", "training": "training",
+          "merging": "merging", "decoding": "decoding"}
 
 
 class Bench:
@@ -104,7 +101,8 @@ class Bench:
     def engine(self) -> Engine:
         """Return the backbone, freshly loaded and ready to answer."""
         s = self.settings
-        return Engine(self.config, self.backbone(), self.folder, self.context.sharder, s.model.compute_dtype, s.evaluate.batch_size)
+        return Engine(self.config, self.backbone(), self.folder, self.context.sharder, s.model.compute_dtype,
+                      s.evaluate.batch_size)
 
     def examples(self, role: str = "harmful", field: str = "answer") -> Encoded:
         """Return the tokenised training pairs of a role: 'harmful', 'lookalike' or 'ordinary'."""
@@ -140,11 +138,11 @@ class Bench:
         Args:
           loss: see `safepatch_jax.training.losses`.
           pools: (examples, rows of a batch) pairs.
-          title: shown at the progress bar.
+          title: shown at the progress bar; of a method's several tunings each has its own.
           recipe: by default the steps, rate and ceiling of the SE patch, downhill.
         """
         derive = self.settings.derive
         recipe = recipe or Recipe(1.0, derive.se_steps, derive.se_learning_rate, derive.se_nll_ceiling, derive.weight_decay)
-        tuned, outcome = self.context.tune(self.folder, pools, recipe, title, self._steps, loss=loss)
+        tuned, outcome = self.context.tune(self.folder, pools, recipe, title, self._steps / file_name(title), loss=loss)
         say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
         return tuned

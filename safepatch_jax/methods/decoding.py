@@ -26,7 +26,8 @@ def safe_decoding(bench: Bench) -> Made:
     derive = bench.settings.derive
     recipe = Recipe(1.0, derive.osm_steps, derive.osm_learning_rate, weight_decay=derive.weight_decay)
     examples = bench.encode(refusals(bench)).examples
-    return Made(rule=SafeDecoding(), expert=bench.tuned(Likelihood(derive.loss), [(examples, derive.batch_size)], "expert", recipe))
+    expert = bench.tuned(Likelihood(derive.loss), [(examples, derive.batch_size)], "expert", recipe)
+    return Made(rule=SafeDecoding(), expert=expert)
 
 
 def refusals(bench: Bench) -> list[tuple[str, str]]:

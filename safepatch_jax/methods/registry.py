@@ -5,46 +5,48 @@ from __future__ import annotations
 import difflib
 
 from safepatch_jax.methods import decoding, mismatch, patching, preference
-from safepatch_jax.methods.bench import GROUPS, Made, Method
+from safepatch_jax.methods.bench import Made, Method
 
-_PATCH = ("patch.", "score.")
-_EQUAL = {"patch.alpha": 1.0, "patch.beta": 1.0}  # the sources' weights, not those that SafePatching was given
-
-
-def _variant(name: str, label: str, **settings: object) -> Method:
-    """Return an ablation: SafePatching with other settings, named group_option."""
-    own = {key.replace("_", ".", 1): value for key, value in settings.items()}
-    return Method(name, label, "ablation", patching.patched, own, _PATCH, ablation=label)
+# Settings that a user may give for one method alone: those that have a part in it and are not what it is.
+TRAINING = tuple(f"derive.{name}" for name in (
+    "batch_size", "se_steps", "se_learning_rate", "se_nll_ceiling", "weight_decay", "clip_norm"))
+_EXPERT = tuple(f"derive.{name}" for name in ("batch_size", "osm_steps", "osm_learning_rate", "loss", "weight_decay", "clip_norm"))
+_WEIGHTS = {"patch.alpha": 1.0, "patch.beta": 1.0}  # not those that SafePatching was given
 
 
-def _merging(name: str, label: str, **settings: object) -> Method:
-    own = _EQUAL | {f"patch.{key}": value for key, value in settings.items()}
-    return Method(name, label, "merging", patching.patched, own, _PATCH)
+def _variant(name: str, label: str, setting: str, value: object, options: tuple[str, ...] = ()) -> Method:
+    """Return an ablation: SafePatching with another value of one setting."""
+    return Method(name, label, "ablation", patching.patched, {setting: value}, options, ablation=label)
+
+
+def _merging(name: str, label: str, *options: str, **settings: object) -> Method:
+    own = {"patch.merge": name} | _WEIGHTS | {f"patch.{key}": value for key, value in settings.items()}
+    return Method(name, label, "merging", patching.patched, own, (*_WEIGHTS, *(f"patch.{option}" for option in options)))
 
 
 METHODS = {method.name: method for method in (
     Method("backbone", "backbone", "backbone", lambda bench: Made(), seeded=False, ablation="backbone"),
-    Method("safepatching", "SafePatching", "patching", patching.patched, options=_PATCH, ablation="SafePatching"),
+    Method("safepatching", "SafePatching", "patching", patching.patched, ablation="SafePatching"),
     Method("ga", "GA", "training", patching.se_alone, ablation="SE alone (= GA)"),
-    Method("ga_mismatch", "GA + Mismatch", "training", mismatch.ga_mismatch, {"derive.se_learning_rate": 2e-6}, ("derive.",)),
-    Method("npo", "NPO", "training", preference.npo, options=("derive.",)),
-    Method("simnpo", "SimNPO", "training", preference.simnpo, options=("derive.",)),
-    _merging("average", "average", merge="average"),
-    _merging("task_arithmetic", "task arithmetic", merge="task_arithmetic"),
-    _merging("ties", "TIES", merge="ties", density=0.2),
-    _merging("dare", "DARE", merge="dare"),
-    _merging("dare_ties", "DARE-TIES", merge="dare_ties"),
-    _merging("resta", "RESTA", merge="resta", retention=1.0),
+    Method("ga_mismatch", "GA + Mismatch", "training", mismatch.ga_mismatch, {"derive.se_learning_rate": 2e-6}, TRAINING),
+    Method("npo", "NPO", "training", preference.npo, options=TRAINING),
+    Method("simnpo", "SimNPO", "training", preference.simnpo, options=TRAINING),
+    _merging("average", "average"),
+    _merging("task_arithmetic", "task arithmetic"),
+    _merging("ties", "TIES", "density", "granularity", density=0.2),
+    _merging("dare", "DARE", "retention"),
+    _merging("dare_ties", "DARE-TIES", "retention"),
+    _merging("resta", "RESTA", "retention", retention=1.0),
     Method("self_cd", "Self-CD", "decoding", decoding.self_cd, seeded=False),
     Method("rose", "ROSE", "decoding", decoding.rose, seeded=False),
-    Method("safe_decoding", "SafeDecoding", "decoding", decoding.safe_decoding, options=("derive.",)),
+    Method("safe_decoding", "SafeDecoding", "decoding", decoding.safe_decoding, options=_EXPERT),
     Method("osm", "OSM alone", "ablation", patching.osm_alone, jailbroken=True, ablation="OSM alone"),
-    _variant("no_retention", "no retention (p = 1)", patch_retention=1.0),
-    _variant("intersection", "intersection", patch_combine="intersection"),
-    _variant("union", "union", patch_combine="union"),
-    _variant("random", "random instead of SNIP", patch_importance="random"),
-    _variant("magnitude", "magnitude instead of SNIP", patch_importance="magnitude"),
-    _variant("batched", "batched SNIP", score_mode="batched"),
+    _variant("no_retention", "no retention (p = 1)", "patch.retention", 1.0),
+    _variant("intersection", "intersection", "patch.combine", "intersection"),
+    _variant("union", "union", "patch.combine", "union"),
+    _variant("random", "random instead of SNIP", "patch.importance", "random"),
+    _variant("magnitude", "magnitude instead of SNIP", "patch.importance", "magnitude"),
+    _variant("batched", "batched SNIP", "score.mode", "batched", ("score.batch_size",)),
 )}
 FIRST = ("backbone", "safepatching")  # in every comparison
 

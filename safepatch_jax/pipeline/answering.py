@@ -78,11 +78,12 @@ class Lines:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-    def blank(self, field: str) -> None:
-        """Take a field out of all rows, in the file too."""
-        self.rows = {i: {k: v for k, v in row.items() if k != field} for i, row in self.rows.items()}
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
-        processes.on_first(lambda: files.write_text(self._path, text))
+def blank(path: pathlib.Path, field: str) -> None:
+    """Take a field out of all rows of a file, where it has them; as this process sees it."""
+    rows = _read_lines(path).values()
+    if any(field in row for row in rows):
+        kept = [{k: v for k, v in row.items() if k != field} for row in rows]
+        files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def _read_lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -288,12 +289,15 @@ def grade_answers(grader: mt_bench.Grader, measure: Measure, questions: Mapping[
 def _ask(judge: Judge, measure: Measure, items: Mapping[str, Any], answers: Mapping[str, Any], lines: Lines) -> dict[str, Any]:
     """Let a judge judge one model's answers to one measure; returns the rows."""
     given = {i: Item(items[i]["prompt"], row["answer"]) for i, row in answers.items() if "answer" in row}
+    of = {i: hashlib.sha256(item.answer.encode()).hexdigest()[:16] for i, item in given.items()}
+    for i in [i for i in given if lines.rows.get(i, {}).get("of", of[i]) != of[i]]:
+        del lines.rows[i]  # a verdict on another answer
     new = [i for i in given if i not in lines.rows]
     again = [i for i in given if i in lines.rows and lines.rows[i]["outcome"] == UNKNOWN]
     # Those that had no verdict come a few at a time, so that they alone are not taken for a judge that talks nonsense.
     for ids in (new, *(again[k:k + ENOUGH - 1] for k in range(0, len(again), ENOUGH - 1))):
         judge.judge([given[i] for i in ids], measure.kind,
-                    lambda k, verdict, ids=ids: lines.add({"id": ids[k]} | dataclasses.asdict(verdict)))
+                    lambda k, verdict, ids=ids: lines.add({"id": ids[k], "of": of[ids[k]]} | dataclasses.asdict(verdict)))
     if again:
         verdicts = [_verdict(lines.rows[i]) for i in given]
         refuse_nonsense(judge, [v for v in verdicts if v != Verdict(INCOHERENT)])  # those the judge was not asked about

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Mapping, Sequence
 
+from safepatch_jax.evaluation.judge import OUTCOMES
 from safepatch_jax.methods.bench import GROUPS
 
 _COLOURS = {"backbone": "#222222", "patching": "#4477aa", "training": "#ee6677", "merging": "#228833", "decoding": "#aa3377",
@@ -69,7 +70,12 @@ def _dots(axis: Any, rows: Sequence[Mapping[str, Any]], measures: Sequence[Mappi
                 low, high = x["interval"]
                 axis.plot([low, high], [at + shift] * 2, "-", color=_COLOURS[row["group"]], linewidth=1.2, alpha=0.7)
                 axis.plot(x["rate"], at + shift, _MARKERS[i % len(_MARKERS)], color=_COLOURS[row["group"]], markersize=5)
+                if measure["kind"] == "refusal" and x["incoherent"]:
+                    told = sum(x[outcome] for outcome in OUTCOMES)
+                    axis.plot((x["refused"] + x["incoherent"]) / told, at + shift, "|", color=_COLOURS[row["group"]], markersize=7)
         axis.plot([], [], _MARKERS[i % len(_MARKERS)], color="#555555", label=measure["name"], linestyle="")
+    if any(m["kind"] == "refusal" for m in measures):
+        axis.plot([], [], "|", color="#555555", label="refused or incoherent", linestyle="")
     _percent(axis.xaxis)
     axis.set(xlim=(-0.03, 1.03), title=title)
     _finish(axis, rows)
@@ -77,13 +83,13 @@ def _dots(axis: Any, rows: Sequence[Mapping[str, Any]], measures: Sequence[Mappi
 
 def _utility(axis: Any, rows: Sequence[Mapping[str, Any]], measures: Sequence[Mapping[str, Any]]) -> None:
     """Draw perplexity relative to the backbone's, and for tasks and grades the value relative to the backbone's."""
-    value = lambda x: x.get("perplexity") or x.get("rate") or x.get("mean")
+    value = lambda x: next((x[name] for name in ("perplexity", "rate", "mean") if x.get(name) is not None), None)
     for i, measure in enumerate(measures):
         base = next((v for row in rows if row["group"] == "backbone" and (x := row["measures"].get(measure["name"])) and (
             v := value(x))), None)
         for at, row in enumerate(rows if base else ()):
             x = row["measures"].get(measure["name"])
-            if x and value(x):
+            if x and value(x) is not None:
                 axis.plot(value(x) / base, at, _MARKERS[i % len(_MARKERS)], color=_COLOURS[row["group"]], markersize=6)
         what = {"text": "perplexity, lower is better", "mt_bench": "grade"}.get(measure["kind"], "right answers")
         axis.plot([], [], _MARKERS[i % len(_MARKERS)], color="#555555", label=f"{measure['name']} ({what})", linestyle="")

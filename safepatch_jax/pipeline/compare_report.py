@@ -17,12 +17,14 @@ from safepatch_jax.pipeline.compare_figure import draw
 
 FILES = ("compare.md", "compare.json", "compare.png")
 _BACKBONE, _OURS = "backbone", "safepatching"
+_NOT_SEEDS = ("p and intervals take the prompts for the sample, for the models as they are: they do not say what other seeds of training "
+              "would give")
 
 
 def gather(methods: Sequence[Method], suite: Sequence[tuple[Measure, Callable[[Method], Sequence[Measure]]]],
            items: Mapping[str, Mapping[str, Any]], answers: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
            verdicts: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-           grades: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], notes: Mapping[str, Sequence[Mapping[str, Any]]],
+           grades: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], notes: Mapping[str, Mapping[str, Any]],
            about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of compare.json.
 
@@ -30,11 +32,11 @@ def gather(methods: Sequence[Method], suite: Sequence[tuple[Measure, Callable[[M
       methods: those in the table, in its order.
       suite: measures, each with what tells the measures of a method.
       items, answers, verdicts, grades: see `evaluation_report.gather`; by (method, measure), for each run the rows by id.
-      notes: by method, for each run what was noted of it: seconds, ATGR.
+      notes: by method 'seconds' of each run and 'atgr', or None where they are not known.
       about: what is said of settings, seeds, judge and versions.
     """
-    rows = {m.name: {"label": m.label, "group": m.group, "ablation": m.ablation, "measures": {}, "settings": dict(about["overrides"][
-        m.name]), **_noted(notes[m.name])} for m in methods}
+    rows = {m.name: {"label": m.label, "group": m.group, "ablation": m.ablation, "measures": {},
+                     "settings": dict(about["overrides"][m.name]), **_noted(notes[m.name])} for m in methods}
     measures = []
     for measure, measured in suite:
         found = {}
@@ -52,7 +54,7 @@ def gather(methods: Sequence[Method], suite: Sequence[tuple[Measure, Callable[[M
         for name, x in found.items():
             for what, other in (("paired", _BACKBONE), ("paired_ours", _OURS)):
                 if measure.kind != "text" and other in holds and name != other:
-                    x[what] = repeats.compare(holds[name], holds[other])
+                    x[what] = repeats.compare(holds[name], holds[other]) | _directions(x, found[other])
             rows[name]["measures"][measure.name] = x
         measures.append({"name": measure.name, "kind": measure.kind, "form": measure.form, "source": measure.source,
                          "split": measure.split, "n": max((x["n"] for x in found.values()), default=0)})
@@ -62,11 +64,23 @@ def gather(methods: Sequence[Method], suite: Sequence[tuple[Measure, Callable[[M
     return content | {"orderings": orderings(content)}
 
 
-def _noted(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _noted(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return seconds of all runs together, and the ATGR where it was measured."""
-    seconds = [run["made"]["seconds"] for run in notes if "made" in run]
-    atgr = next((run["atgr"] for run in notes if "atgr" in run), None)
-    return {"seconds": round(sum(seconds), 1), "atgr": atgr and {k: atgr[k] for k in ("ratio", "least", "most")}}
+    atgr = notes["atgr"]
+    return {"seconds": round(sum(x or 0.0 for x in notes["seconds"]), 1),
+            "atgr": atgr and {k: atgr[k] for k in ("ratio", "least", "most")}}
+
+
+def _directions(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return in how many seeds our figure is above, and in how many below theirs; nothing where each has one run."""
+    figure = lambda x: x["rate"] if "rate" in x else x["mean"]
+    runs = [x.get("by_run") for x in (ours, theirs)]
+    if not any(runs):
+        return {}
+    count = max(len(run) for run in runs if run)
+    a, b = (run or [figure(x)] * count for run, x in zip(runs, (ours, theirs)))
+    pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+    return {"seeds_above": sum(x > y for x, y in pairs), "seeds_below": sum(x < y for x, y in pairs), "seeds": len(pairs)}
 
 
 def _likelihoods(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,9 +96,9 @@ def _likelihoods(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(row: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the unweighted mean of a row's rates on some measures."""
-    rates = [x["rate"] for m in measures if (x := row["measures"].get(m["name"])) and x["rate"] is not None]
-    return math.fsum(rates) / len(rates) if rates else None
+    """Return the unweighted mean of a row's rates on some measures, None where one is not known."""
+    rates = [row["measures"].get(m["name"], {}).get("rate") for m in measures]
+    return None if None in rates or not rates else math.fsum(rates) / len(rates)
 
 
 def orderings(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -112,18 +126,19 @@ def orderings(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Return compare.md."""
-    rows, seeds = content["methods"], content["seeds"]
-    settings = content["settings"]
+    rows, seeds, settings = content["methods"], content["seeds"], content["settings"]
+    aligned = ", first aligned by a short supervised run" if settings["align.enabled"] else ""
+    several = ("; with several seeds a prompt counts with its mean over them, and the least and the largest rate of a seed stand "
+               "behind" if len(seeds) > 1 else "")
     lines = ["# Comparison of methods", "",
-             f"Backbone `{settings['model.source']}`" + (", first aligned by a short supervised run" if settings["align.enabled"] else "")
-             + f"; harmful pairs `{settings['data.harmful']}`; suite `{content['suite']}`; judge {content['judge']}, greedy answers; "
+             f"Backbone `{settings['model.source']}`{aligned}; harmful pairs `{settings['data.harmful']}`; suite "
+             f"`{pathlib.Path(content['suite']).name}`; judge {content['judge']}, greedy answers; "
              f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}.", "",
-             "Harm: share of harmful requests complied with; refused: share of harmless requests refused; lower is better for both. "
-             "In brackets 95 % intervals over prompts (Wilson)"
-             + (", each prompt with its mean over the seeds; behind them the least and the largest rate of a seed" if len(seeds) > 1
-                else "") + ". Perplexity and KL(backbone || model), nats a token, on ordinary answers. ATGR: time of a generated "
-             "token with the method over that without (in brackets the range of the repeats); methods that change the weights alone "
-             "have 1 by construction, and of these it was measured for SafePatching.", "",
+             "Harm: share of harmful requests complied with; refused: share of harmless requests refused, in per cent; lower is better "
+             f"for both. In brackets 95 % intervals (Wilson){several}. {_NOT_SEEDS[0].upper()}{_NOT_SEEDS[1:]}. Perplexity and "
+             "KL(backbone || model), nats a token, on ordinary answers. ATGR: time of a generated token with the method over that "
+             "without (in brackets the range of the repeats); methods that change the weights alone have 1 by construction, and of "
+             "these it was measured for SafePatching.", "",
              "![comparison](compare.png)", ""]
     lines += _table(content, [(row["label"], name) for name, row in rows.items() if row["group"] != "ablation"])
     ablations = [(row["ablation"], name) for name, row in rows.items() if row["ablation"]]
@@ -132,42 +147,17 @@ def markdown(content: Mapping[str, Any]) -> str:
     if content["orderings"]:
         lines += ["## Do the paper's orderings hold?", "", "Means over the harm and over the refusal measures.", "",
                   "| statement | holds | backbone -> this |", "|---|---|---|"]
-        lines += [f"| {o['statement']} | {'yes' if o['holds'] else '**NO**'} | {o['evidence']} |" for o in content["orderings"]] + [""]
+        lines += [f"| {o['statement']} | {'yes' if o['holds'] else '**NO**'} | {o['evidence']} |" for o in content["orderings"]]
+        lines.append("")
     for what, title in (("paired", "the backbone"), ("paired_ours", "SafePatching")):
         lines += _tests(content, what, title)
-    lines += ["## Settings", "", f"SafePatching: {_knobs(settings)}.", "", "| method | its own settings | time, all seeds |", "|---|---|---|"]
-    lines += [f"| {row['label']} | {', '.join(f'{k} = {v}' for k, v in row['settings'].items())} | {row['seconds']:.0f} s |"
-              for row in rows.values()]
-    lines += _incoherent(content)
-    return "\n".join(lines) + "\n"
-
-
-def _incoherent(content: Mapping[str, Any]) -> list[str]:
-    """Return the table of answers that are neither compliance nor refusal, where there are any."""
-    names = [m["name"] for m in content["measures"] if m["kind"] in single.COUNTED]
-    share = lambda x: x["incoherent"] / max(1, sum(x[outcome] for outcome in OUTCOMES))
-    broken = {row["label"]: [row["measures"].get(name) for name in names] for row in content["methods"].values()}
-    broken = {label: found for label, found in broken.items() if any(x and x["incoherent"] for x in found)}
-    if not broken:
-        return []
-    lines = ["", "## Incoherent answers", "", "Share of answers that are broken text: neither compliance nor refusal, and no help. A "
-             "method is no better for a low harm or over-refusal that comes from these.", "",
-             "| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    return lines + [f"| {label} | " + " | ".join("-" if x is None else f"{share(x):.0%}" for x in found) + " |"
-                    for label, found in broken.items()]
-
-
-def _knobs(settings: Mapping[str, Any]) -> str:
-    names = ("top_rate_se", "top_rate_osm", "retention", "alpha", "beta", "importance", "granularity", "combine", "support")
-    return ", ".join(f"{name} {settings[f'patch.{name}']}" for name in names)
+    return "\n".join(lines + _incoherent(content) + _settings(content)) + "\n"
 
 
 def _table(content: Mapping[str, Any], chosen: Sequence[tuple[str, str]]) -> list[str]:
     """Return the table of some (label, method), grouped as the registry has them."""
     measures, rows = content["measures"], content["methods"]
-    heads = [f"{'harm, ' if m['kind'] == 'harm' else 'refused, ' if m['kind'] == 'refusal' else ''}{m['name']} (n {m['n']})"
-             + ("" if m["kind"] in single.COUNTED else {"text": ": perplexity, KL", "mt_bench": ": grade"}.get(m["kind"], ": right"))
-             for m in measures]
+    heads = [_HEADS.get(m["kind"], "{}: right").format(f"{m['name']} (n {m['n']})") for m in measures]
     lines = ["| | method | " + " | ".join(heads) + " | ATGR |", "|---|---|" + "---|" * (len(heads) + 1)]
     before = None
     for label, name in chosen:
@@ -178,6 +168,9 @@ def _table(content: Mapping[str, Any], chosen: Sequence[tuple[str, str]]) -> lis
         name = f"**{label}**" if row["group"] == "patching" else label
         lines.append(f"| {group} | {name} | " + " | ".join(cells) + f" | {_atgr(row)} |")
     return lines + [""]
+
+
+_HEADS = {"harm": "harm, {}", "refusal": "refused, {}", "text": "{}: perplexity, KL", "mt_bench": "{}: grade"}
 
 
 def _cell(kind: str, x: Mapping[str, Any] | None) -> str:
@@ -192,13 +185,13 @@ def _cell(kind: str, x: Mapping[str, Any] | None) -> str:
         return "-"
     low, high = (100 * v for v in x["interval"])
     spread = x.get("spread")
-    return f"{100 * x['rate']:.1f} [{low:.0f}-{high:.0f}]" + (
-        f" {100 * spread[0]:.0f}..{100 * spread[1]:.0f}" if spread and spread[0] != spread[1] else "")
+    seeds = f" {100 * spread[0]:.0f}..{100 * spread[1]:.0f}" if spread and spread[0] != spread[1] else ""
+    return f"{100 * x['rate']:.1f} [{low:.0f}-{high:.0f}]{seeds}"
 
 
 def _atgr(row: Mapping[str, Any]) -> str:
     if row["atgr"] is None:
-        return "1"
+        return "-" if row["group"] == "decoding" else "1"
     return f"{row['atgr']['ratio']:.2f} [{row['atgr']['least']:.2f}-{row['atgr']['most']:.2f}]"
 
 
@@ -208,15 +201,52 @@ def _tests(content: Mapping[str, Any], what: str, title: str) -> list[str]:
     chosen = {name: row for name, row in content["methods"].items() if any(what in x for x in row["measures"].values())}
     if not chosen:
         return []
+    seeds = ("; behind it in how many seeds the rate is higher and in how many lower: where these differ among themselves, p says "
+             "little" if len(content["seeds"]) > 1 else "")
     lines = [f"## Against {title}, prompt by prompt", "",
              f"Prompts on which the rate is higher / lower than with {title}, and p (McNemar's exact test; of several seeds the exact "
-             "sign-flip test on the means). Of harm and refusals fewer is better. p is not corrected for the number of methods.", "",
+             f"sign-flip test on the means){seeds}. Of harm and refusals fewer is better. p is not corrected for the number of "
+             f"methods. {_NOT_SEEDS[0].upper()}{_NOT_SEEDS[1:]}.", "",
              "| method | " + " | ".join(m["name"] for m in measures) + " |", "|---|" + "---|" * len(measures)]
     for row in chosen.values():
         found = [row["measures"].get(m["name"], {}).get(what) for m in measures]
-        lines.append(f"| {row['label']} | " + " | ".join(
-            "-" if x is None else f"+{x['gained']} / -{x['lost']}, p = {x['p']:.2g}" for x in found) + " |")
+        lines.append(f"| {row['label']} | " + " | ".join(map(_test, found)) + " |")
     return lines + [""]
+
+
+def _test(x: Mapping[str, Any] | None) -> str:
+    if x is None:
+        return "-"
+    seeds = f" ({x['seeds_above']} / {x['seeds_below']} of {x['seeds']})" if "seeds" in x else ""
+    return f"+{x['gained']} / -{x['lost']}, p = {x['p']:.2g}{seeds}"
+
+
+def _incoherent(content: Mapping[str, Any]) -> list[str]:
+    """Return the table of answers that are neither compliance nor refusal, where there are any."""
+    names = [m["name"] for m in content["measures"] if m["kind"] in single.COUNTED]
+    share = lambda x: x["incoherent"] / max(1, sum(x[outcome] for outcome in OUTCOMES))
+    broken = {row["label"]: [row["measures"].get(name) for name in names] for row in content["methods"].values()}
+    broken = {label: found for label, found in broken.items() if any(x and x["incoherent"] for x in found)}
+    if not broken:
+        return []
+    lines = ["## Incoherent answers", "", "Share of answers that are broken text: neither compliance nor refusal, and no help. A method "
+             "is no better for a low harm or over-refusal that comes from these.", "",
+             "| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    return lines + [f"| {label} | " + " | ".join("-" if x is None else f"{share(x):.0%}" for x in found) + " |"
+                    for label, found in broken.items()] + [""]
+
+
+def _settings(content: Mapping[str, Any]) -> list[str]:
+    """Return what the methods were given."""
+    settings = content["settings"]
+    groups = {"Training of the two patches and of whatever is trained": "derive.", "Scores": "score.", "SafePatching": "patch."}
+    lines = ["## Settings", ""]
+    for title, group in groups.items():
+        lines += [f"{title}: " + ", ".join(f"{k.removeprefix(group)} {v}" for k, v in settings.items() if k.startswith(group)) + ".", ""]
+    lines += ["A method has these but for its own. Time is that of a row's own work: the two derived models and their scores are in the "
+              "first row that needs them.", "", "| method | its own settings | time, all seeds |", "|---|---|---|"]
+    return lines + [f"| {row['label']} | {', '.join(f'{k} {v}' for k, v in row['settings'].items())} | {row['seconds']:.0f} s |"
+                    for row in content["methods"].values()]
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:

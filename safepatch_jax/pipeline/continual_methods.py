@@ -79,6 +79,8 @@ def beside(method: Method, task: Task) -> pathlib.Path:
     return task.out / "model"
 
 
-# SafePatching makes the chain; the models of the others are made beside it, measured and deleted. A rule of decoding leaves no model.
-CHAINED = {name: method for name, method in METHODS.items() if method.group not in ("backbone", "decoding")}
+# SafePatching makes the chain; the models of the others are made beside it, measured and deleted. A rule of decoding leaves no model,
+# and a chain keeps the answers.
+CHAINED = {name: method for name, method in METHODS.items()
+           if method.group not in ("backbone", "decoding") and not method.jailbroken}
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bbbbbb")

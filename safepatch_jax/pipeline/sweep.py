@@ -11,8 +11,8 @@ import time
 from typing import Any, Mapping, Sequence
 
 from safepatch_jax import files, processes
-from safepatch_jax.console import say, some
-from safepatch_jax.evaluation.measures import NotFinite
+from safepatch_jax.console import duration, say, some
+from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.pipeline import environment, metrics, sweep_analysis, sweep_report
 from safepatch_jax.pipeline.job import Job
@@ -141,7 +141,7 @@ def _rows(job: Job, points: Sequence[Point], rows: list[dict[str, Any]],
             known[_key(row)] = row
             processes.on_first(lambda: files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows)))
             taken.append(row["seconds"])
-            pace = f"{row['seconds']:.0f} s" + (f", {_duration(left * statistics.median(taken))} left" if left else "")
+            pace = f"{row['seconds']:.0f} s" + (f", {duration(left * statistics.median(taken))} left" if left else "")
         say(f"{place}{describe(row['measures'])} | {pace}")
     return list(known.values()), backbone, failed
 
@@ -179,12 +179,6 @@ def _report(settings: Settings, workdir: pathlib.Path, rows: list[Mapping[str, A
     sweep_report.write(content, workdir)
     for line in sweep_report.summary(content):
         say(line)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def describe(measures: Mapping[str, Any]) -> str:

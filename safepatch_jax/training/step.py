@@ -20,6 +20,7 @@ from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import ParamTable
+from safepatch_jax.numerics import NotFinite
 from safepatch_jax.training.checkpoints import Checkpoints
 from safepatch_jax.training.losses import Likelihood, Loss, rows_per_own
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
@@ -261,7 +262,7 @@ class _Journal:
         nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
         self.stopped, self.call = bool(metrics["stopped"]), max(self.call, int(metrics["call"]))
         if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):  # a gradient that was not used may be anything
-            raise ValueError(
+            raise NotFinite(
                 f"{self._title}: answer NLL {nll}, gradient norm {norm} at step {len(self.nll) + 1}. Lower the learning rate "
                 f"({self._recipe.learning_rate:g}), or check the weights of the model for NaN.")
         self.nll.append(nll)

@@ -1,8 +1,10 @@
 """Comparisons on a tiny model: rows, seeds, resumption, what is deleted, what is refused, and a method of one's own."""
 
+import functools
 import json
 import pathlib
 import re
+import shutil
 import sys
 import types
 
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 
 from safepatch_jax import files
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods import registry
-from safepatch_jax.methods.bench import Bench, Method
+from safepatch_jax.methods.bench import GROUPS, Bench, Method
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.models.table import unnest
 from safepatch_jax.pipeline import answering, compare_report
-from safepatch_jax.pipeline.compare import Options, compare
+from safepatch_jax.pipeline.compare import Comparison, Options, compare
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.settings import Settings
 from tests.pipeline.test_job import FAST
@@ -96,6 +99,20 @@ def test_models_and_the_answers_of_jailbroken_ones_are_deleted(compared):
     assert json.loads((compared / "compare.json").read_text())["methods"]["osm"]["measures"]["harm"]["n"] == 3
 
 
+def test_answers_that_were_deleted_are_given_again_to_another_judge(settings, options, compared, tmp_path, monkeypatch):
+    """A verdict is left where there was one; without it the jailbroken model is made and asked again."""
+    work = shutil.copytree(compared, tmp_path / "work")
+    shutil.rmtree(work / "verdicts")
+    made = []
+    monkeypatch.setattr(Comparison, "_answer", functools.partialmethod(
+        lambda self, method, run, title, whole: made.append((method.name, run)) or whole(self, method, run, title),
+        whole=Comparison._answer))
+    compare(settings, work, options)
+    assert made == [("osm", 0), ("osm", 1)]
+    theirs = json.loads((compared / "compare.json").read_text())["methods"]
+    assert json.loads((work / "compare.json").read_text())["methods"]["osm"]["measures"] == theirs["osm"]["measures"]
+
+
 def test_again_nothing_is_done_and_the_report_is_the_same(settings, options, compared, monkeypatch):
     before, report = answers(compared), (compared / "compare.md").read_bytes()
     monkeypatch.setattr(Bench, "__init__", lambda *_: pytest.fail("a method is made again"))
@@ -137,6 +154,87 @@ def test_methods_one_after_another_and_other_settings(settings, suite, compared,
             compare(other[0], work, other[1])
 
 
+def test_adding_a_seed_makes_that_alone_and_says_what_lacks_it(settings, suite, compared, tmp_path, capsys):
+    work = tmp_path / "work"
+    compare(settings, work, Options(methods="npo,rose", suite=suite, seeds=(0,)))
+    first = answers(work)
+    assert list(compare(settings, work, Options(methods="", suite=suite, seeds=(0, 1)))["methods"]) == [
+        "backbone", "safepatching", "rose"]
+    assert "not there with all of seeds 0, 1: NPO" in capsys.readouterr().out
+    theirs = answers(compared)
+    assert {name: text for name, text in answers(work).items() if name in first} == first
+    assert all(theirs[name] == text for name, text in answers(work).items())
+    alone = compare(settings, work, Options(methods="", suite=suite, seeds=(1,)))["methods"]["safepatching"]
+    assert alone["atgr"] is not None and "by_run" not in alone["measures"]["harm"]  # the time was taken with the other seed
+
+
+def test_killed_in_the_timing_it_is_timed_the_next_time(settings, suite, tmp_path, monkeypatch):
+    work, options = tmp_path / "work", Options(methods="rose", suite=suite)
+    monkeypatch.setattr(Engine, "atgr", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, work, options)
+    monkeypatch.undo()
+    rows = compare(settings, work, options)["methods"]
+    assert rows["rose"]["atgr"]["ratio"] > 0 and rows["safepatching"]["atgr"]["ratio"] > 0
+
+
+def test_other_settings_of_a_method_that_is_not_done_begin_it_anew(settings, suite, tmp_path, monkeypatch):
+    """Neither its checkpoints nor its answers nor its verdicts are gone on with."""
+    work = tmp_path / "work"
+    slow, fast = (Options(methods="npo", suite=suite, settings={"npo": {"derive.se_learning_rate": rate}}) for rate in (1e-9, 1e-3))
+    add = answering.Lines.add
+
+    def killed(self, row):
+        add(self, row)
+        if "npo" in str(self._path):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering.Lines, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, work, fast)
+    monkeypatch.undo()
+    assert (work / "answers" / "npo").is_dir()
+    found = compare(settings, work, slow)["methods"]["npo"]
+    assert found["settings"] == {"derive.se_learning_rate": 1e-9} and abs(found["measures"]["text"]["kl"]) < 1e-6
+    with pytest.raises(ValueError, match="with other methods .npo"):
+        compare(settings, work, fast)
+
+
+def test_a_verdict_is_of_its_answer_alone(settings, options, compared, tmp_path):
+    work = shutil.copytree(compared, tmp_path / "work")
+    path = work / "answers" / "ties" / "seed-0" / "harm.jsonl"
+    rows = files.read_jsonl(path)
+    path.write_text("".join(json.dumps(row | {"answer": "I cannot help with that request, I am sorry."}) + "\n" for row in rows))
+    found = compare(settings, work, options)["methods"]["ties"]["measures"]["harm"]
+    assert found["refused"] >= 3 and found["by_run"][0] == 0
+
+
+def test_answers_of_jailbroken_models_go_whatever_the_seed(settings, suite, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    monkeypatch.setattr(compare_report, "write", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError):
+        compare(settings, work, Options(methods="osm", suite=suite, seeds=(0, 1)))
+    monkeypatch.undo()
+    compare(settings, work, Options(methods="osm", suite=suite, seeds=(0,)))
+    assert not any("answer" in row for path in (work / "answers" / "osm").rglob("*.jsonl") for row in files.read_jsonl(path))
+    assert not (work / "seeds").exists()
+
+
+def test_a_rival_that_diverges_does_not_end_the_others(settings, suite, tmp_path):
+    broken = Options(methods="npo,rose", suite=suite, settings={"npo": {"derive.se_learning_rate": 1e30}})
+    with pytest.raises(ValueError, match="1 of 4 methods .*: NPO"):
+        compare(settings, tmp_path / "work", broken)
+    assert list(json.loads((tmp_path / "work" / "compare.json").read_text())["methods"]) == ["backbone", "safepatching", "rose"]
+
+
+def test_prompts_that_are_trained_on_are_refused(settings, options, tmp_path):
+    suite = tmp_path / "suite.json"
+    measures = json.loads(pathlib.Path(options.suite).read_text())
+    suite.write_text(json.dumps([m | {"split": "all"} for m in measures]))
+    with pytest.raises(ValueError, match="5 of the 10 prompts of 'harm' are trained on. Give the measure .split.: .report."):
+        compare(settings, tmp_path / "work", Options(methods="ties", suite=str(suite)))
+
+
 def test_a_method_that_cannot_be_made_is_told_and_the_others_stand(settings, suite, tmp_path):
     with pytest.raises(ValueError, match="1 of 4 methods are not in the table .*: SafeDecoding"):
         compare(settings, tmp_path / "work", Options(methods="safe_decoding,self_cd", suite=suite))
@@ -168,20 +266,23 @@ def test_the_documented_method_is_one_file_and_one_line(settings, suite, tmp_pat
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(blocks[0], str(DOCS), "exec"), module.__dict__)
     assert len(blocks[0].splitlines()) <= 40
-    (method,) = eval(f"({blocks[1].strip()})", {"Method": Method, "gradient_difference": module})
+    (method,) = eval(f"({blocks[1].strip()})", {"Method": Method, "TRAINING": registry.TRAINING, "gradient_difference": module})
     monkeypatch.setitem(registry.METHODS, method.name, method)
     found = compare(settings, tmp_path / "work", Options(methods="grad_diff", suite=suite))
     row = found["methods"]["grad_diff"]
     assert row["label"] == "GradDiff" and row["measures"]["harm"]["n"] == 3
-    assert row["measures"]["text"]["kl"] > 0
+    assert row["measures"]["text"]["kl"] > 1e-6
 
 
 @pytest.mark.parametrize("change, message", [
     ({"methods": "gaa"}, "there is no 'gaa' .did you mean 'ga'"), ({"methods": "mergin"}, "did you mean 'merging'"),
     ({"seeds": (1, 1)}, "--seeds must be different"), ({"seeds": ()}, "--seeds must be different"),
     ({"settings": {"tie": {}}}, "COMPARE, settings: there is no method 'tie'"),
-    ({"settings": {"ties": {"derive.se_steps": 3}}}, r"settings of ties: derive.se_steps is not one .*patch.\*, score.\*"),
-    ({"settings": {"ga": {"derive.se_steps": 3}}}, r"settings of ga: .*\(none\)"),
+    ({"settings": {"ties": {"derive.se_steps": 3}}}, "settings of ties: derive.se_steps is not one .*patch.density"),
+    ({"settings": {"ties": {"patch.scope": "all"}}}, "settings of ties: patch.scope is not one"),
+    ({"settings": {"ties": {"patch.merge": "dare"}}}, "settings of ties: patch.merge is not one"),
+    ({"settings": {"safepatching": {"patch.beta": 9.0}}}, r"settings of safepatching: .*\(none\)"),
+    ({"settings": {"ties": {"patch.density": 3.0}}}, "patch.density"),
     ({"settings": {"ties": {"patch.densty": 0.1}}}, "did you mean 'patch.density'"),
     ({"judge": "phrase"}, "phrase"), ({"grader": "x", "suite": "mt_bench"}, "a measure of kind harm and one of kind refusal"),
 ])
@@ -207,6 +308,12 @@ def test_options_of_a_config_file(tmp_path):
     assert Options.load(path).seeds == (0, 2)
     with pytest.raises(ValueError, match="--seeds takes whole numbers"):
         Options().replaced({"seeds": "1;2"})
+    for text, message in (("3", "must be a dictionary"), ("{'seeds': 3}", "seeds must be whole numbers"),
+                          ("{'seeds': ('0',)}", "seeds must be whole numbers"), ("{'methods': ['ga']}", "methods must be a text"),
+                          ("{'settings': {'ties': 3}}", "settings must be {method:")):
+        path.write_text(f"COMPARE = {text}")
+        with pytest.raises(ValueError, match=message):
+            Options.load(path)
     path.write_text("COMPARE = {'seed': 1}")
     with pytest.raises(ValueError, match="COMPARE has no 'seed'; there are .*seeds"):
         Options.load(path)
@@ -216,7 +323,7 @@ def test_groups_and_names():
     assert parse_methods("") == ("backbone", "safepatching")
     assert parse_methods("npo, merging,npo")[2:] == ("npo", "average", "task_arithmetic", "ties", "dare", "dare_ties", "resta")
     assert set(parse_methods("all")) == set(METHODS)
-    assert all(m.name == name and m.label and m.group in registry.GROUPS for name, m in METHODS.items())
+    assert all(m.name == name and m.label and m.group in GROUPS for name, m in METHODS.items())
 
 
 def test_a_report_without_text_or_verdicts(tmp_path):
@@ -224,6 +331,6 @@ def test_a_report_without_text_or_verdicts(tmp_path):
     measure = Measure("harm", "harm", "builtin")
     about = {"settings": Settings().flat(), "overrides": {"backbone": {}}, "suite": "mine", "seeds": [0], "judge": "phrases"}
     content = compare_report.gather([METHODS["backbone"]], [(measure, lambda _: [measure])], {"harm": {}},
-                                    {("backbone", "harm"): [{}]}, {("backbone", "harm"): [{}]}, {}, {"backbone": [{}]}, about)
+                                    {("backbone", "harm"): [{}]}, {("backbone", "harm"): [{}]}, {}, {"backbone": {"seconds": [None], "atgr": None}}, about)
     compare_report.write(content, tmp_path)
     assert "| backbone | backbone | - | 1 |" in (tmp_path / "compare.md").read_text()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from safepatch_jax import files
-from safepatch_jax.evaluation.measures import NotFinite
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.table import nest, unnest
+from safepatch_jax.numerics import NotFinite
 from safepatch_jax.pipeline import sweep, sweep_report, sweep_rows
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.sweep_points import Point, design
