@@ -1,4 +1,4 @@
-"""The comparison on real data: SmolLM2-135M-Instruct, AdvBench, HarmBench, XSTest, OKTest and Alpaca, three seeds.
+"""The comparison on real data: SmolLM2-135M-Instruct, AdvBench, XSTest, OKTest and Alpaca, three seeds.
 
   python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/compare_real
 
