@@ -64,6 +64,15 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
+def published(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary folder; once all its files are made they are copied to `folder`, where each appears whole."""
+    with tempfile.TemporaryDirectory() as made:
+        yield pathlib.Path(made)
+        for path in sorted(pathlib.Path(made).iterdir()):
+            copy(path, folder / path.name)
+
+
+@contextlib.contextmanager
 def locked(path: str | pathlib.Path) -> Iterator[None]:
     """Hold an exclusive lock, which a dead process does not keep, while the block runs."""
     path = pathlib.Path(path)

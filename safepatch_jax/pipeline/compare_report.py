@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-import tempfile
 from typing import Any, Callable, Mapping, Sequence
 
 from safepatch_jax import files
@@ -260,10 +259,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 
 def write(content: Mapping[str, Any], out: pathlib.Path) -> None:
     """Write compare.md, compare.json and compare.png into a folder; each appears whole."""
-    with tempfile.TemporaryDirectory() as made:
-        made = pathlib.Path(made)
+    with files.published(out) as made:
         files.write_text(made / FILES[0], markdown(content))
         files.write_json(made / FILES[1], content)
         draw(content, made / FILES[2])
-        for name in FILES:
-            files.copy(made / name, out / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import tempfile
 from typing import Any, Callable, Mapping, Sequence
 
 from safepatch_jax import files
@@ -78,13 +77,10 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Write continual.md, continual.json and continual.png into a folder; each appears whole."""
-    with tempfile.TemporaryDirectory() as made:
-        made = pathlib.Path(made)
+    with files.published(folder) as made:
         files.write_text(made / FILES[0], markdown(content))
         files.write_json(made / FILES[1], content)
         draw(content, made / FILES[2])
-        for name in FILES:
-            files.copy(made / name, folder / name)
 
 
 def _code(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import tempfile
 from typing import Any, Iterable, Mapping
 
 from safepatch_jax import files
@@ -18,18 +17,14 @@ _NAMES = {"harm": "harm", "over_refusal": "over-refusal", "perplexity": "perplex
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Write sweep.md, sweep.json, sweep.png and, where a setting varies, sweep_sensitivity.png; each appears whole."""
-    with tempfile.TemporaryDirectory() as made:
-        made = pathlib.Path(made)
+    with files.published(folder) as made:
         draw_plane(content, made / PLANE)
         if content["varied"]:
             draw_sensitivity(content, made / SENSITIVITY)
         files.write_json(made / "sweep.json", content)
         files.write_text(made / "sweep.md", markdown(content))
-        for name in FILES:
-            if (made / name).exists():
-                files.copy(made / name, folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)  # of an earlier sweep
+    if not content["varied"]:
+        (folder / SENSITIVITY).unlink(missing_ok=True)  # of an earlier sweep
 
 
 def markdown(content: Mapping[str, Any]) -> str:

@@ -23,23 +23,10 @@ from safepatch_jax.pipeline import answering, compare_report
 from safepatch_jax.pipeline.compare import Comparison, Options, compare
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.settings import Settings
-from tests.pipeline.test_job import FAST
+from tests.pipeline.test_sweep import settings  # noqa: F401 (a fixture)
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "compare.md"
 CHOSEN = "ga_mismatch,npo,ties,rose,osm,random"
-
-
-@pytest.fixture(scope="module")
-def settings(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
-    data = {}
-    for role in ("harmful", "lookalike", "ordinary"):
-        rows = [f"{role} {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
-        (folder / f"{role}.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
-        data[f"data.{role}"] = str(folder / f"{role}.csv")
-    return Settings().override({
-        **FAST, **data, "align.enabled": False, "model.source": str(tiny), "run.cache_dir": str(folder / "cache"),
-        "patch.beta": 4.0, "patch.alpha": 3.0})
 
 
 @pytest.fixture(scope="module")

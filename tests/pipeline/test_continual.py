@@ -295,7 +295,7 @@ def test_stages_and_methods():
     assert [(s.name, s.harmful, s.category) for s in parse_stages("a; b=cat:x+y ;c=f.csv?prompt=q")] == [
         ("a", "", "a"), ("b", "", "x+y"), ("c", "f.csv?prompt=q", "")]
     assert parse_methods("ga") == ("safepatching", "ga") and parse_methods("") == ("safepatching",)
-    with pytest.raises(ValueError, match="there is no dpo. There are safepatching, ga, npo"):
+    with pytest.raises(ValueError, match="there is no dpo. There are safepatching, ga, ga_mismatch, npo"):
         parse_methods("ga,dpo")
 
 

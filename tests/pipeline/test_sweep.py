@@ -180,7 +180,7 @@ def test_what_any_point_would_meet_ends_the_sweep(swept, settings, points, tmp_p
     (tmp_path / "stages").symlink_to(swept / "stages")
     tried = []
 
-    def apply(self, patch, title, seed=None):
+    def apply(self, patch, title, seed=None, sensitivity=None):
         tried.append(patch)
         if len(tried) == 1:
             raise ValueError("derive_se/params is damaged")
