@@ -197,7 +197,8 @@ class Comparison:
                 say(f"{title}: NOT MADE: {reason}")
             else:
                 taken.append(time.monotonic() - begun)
-                self._notes(method, run).add({"id": "made", "seconds": round(taken[-1], 1)})
+                notes = self._notes(method, run)
+                notes.add({"id": "made", "seconds": round(notes.rows.get("made", {}).get("seconds", 0.0) + taken[-1], 1)})
                 rest = f", {duration(left * statistics.median(taken))} left" if left else ""
                 say(f"{title}: done in {taken[-1]:.0f} s{rest}")
         return list(failed.values())

@@ -313,7 +313,7 @@ def _dots(axis, rows: Sequence[tuple[str, Mapping[str, tuple]]], names: Mapping[
     rows = [(name, {who: x for who, x in found.items() if x[0] is not None}) for name, found in rows]
     if not rows:
         return _empty(axis, title)
-    for offset, who in zip((-0.15, 0.15), names):
+    for offset, who in zip((-0.15, 0.15) if len(names) > 1 else (0.0,), names):
         points = [(i, *found[who]) for i, (_, found) in enumerate(rows) if who in found]
         axis.errorbar([100 * p[1] for p in points], [p[0] + offset for p in points],
                       xerr=np.transpose([_arms(*p[1:]) for p in points]) if points else None, fmt="o",
