@@ -2,7 +2,7 @@
 
   python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/compare_real
 
-Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about two hours. The data sets are fetched, or taken from
+Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about two hours (when 2 cores were shared). The data sets are fetched, or taken from
 --data.manual_dir=FOLDER. docs/results/compare_real.md is what came out.
 
 The backbone is the shipped model after the demo's short alignment, on AdvBench refusals and Alpaca answers. SafePatching's b and beta
