@@ -2,8 +2,7 @@
 
   python -m launch.compare --config=configs/compare_demo.py --methods=all --workdir=runs/compare
   python -m launch.compare --config=configs/compare_demo.py --methods=ga,npo,merging --workdir=runs/compare
-  python -m launch.compare --config=configs/compare_demo.py --methods=all --seeds=0,1,2 --workdir=runs/real \\
-      --data=harmful:set:advbench,lookalike:set:xstest,ordinary:set:alpaca --suite=configs/suites/compare_real.json
+  python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/real --data.manual_dir=FILES
 
 Methods: backbone and safepatching (always), and
   training   ga (= the SE patch alone), ga_mismatch, npo, simnpo
@@ -12,15 +11,16 @@ Methods: backbone and safepatching (always), and
   ablation   osm (the OSM patch alone), no_retention, intersection, union, random, magnitude, batched
 by name or group; 'all' for all of them. Each seed derives and scores the two patches once, for all methods.
 
-A method takes its source's formula and weights, and the run's settings for the rest: SafePatching those of --patch.*, training methods
-the steps, rate and ceiling of --derive.se_*. The config file may hold COMPARE = {"suite": ..., "seeds": (0, 1, 2), "settings": {"ties":
-{"patch.density": 0.1}}}, with settings of one method alone; flags count more. docs/compare.md tells how each is defined, and how
-to add one.
+A method takes its source's formula and weights, and the run's settings for the rest: SafePatching those of --patch.*,
+training methods the steps, rate and ceiling of --derive.se_*. The config file may hold COMPARE = {"suite": ..., "seeds":
+(0, 1, 2), "settings": {"ties": {"patch.density": 0.1}}}: the five flags below count more than it, and settings of one method
+more than --derive.* and --patch.*. docs/compare.md tells how each is defined, and how to add one.
 
-Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least, and no prompt that is trained on. A
-decoding method is measured on harm, over-refusal and MT-Bench. WORKDIR receives compare.md, compare.json and compare.png, answers and verdicts. Killed, it goes on where it
-stopped when the same command is given again; methods and seeds may be asked for one after another, and the report has all
-methods that are there with each of the seeds. Models are deleted when all is done (--run.keep_scratch keeps them).
+Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least, and no prompt that is trained
+on. A decoding method is measured on harm, over-refusal and MT-Bench. WORKDIR receives compare.md, compare.json and
+compare.png, answers and verdicts. Killed, it goes on where it stopped when the same command is given again; methods and
+seeds may be asked for one after another, and the report has all methods that are there with each of the seeds. Models are
+deleted when all is done (--run.keep_scratch keeps them).
 """
 
 import sys

@@ -19,9 +19,9 @@ def _variant(name: str, label: str, setting: str, value: object, options: tuple[
     return Method(name, label, "ablation", patching.patched, {setting: value}, options, ablation=label)
 
 
-def _merging(name: str, label: str, *options: str, **settings: object) -> Method:
+def _merging(name: str, label: str, options: tuple[str, ...] = ("alpha", "beta"), **settings: object) -> Method:
     own = {"patch.merge": name} | _WEIGHTS | {f"patch.{key}": value for key, value in settings.items()}
-    return Method(name, label, "merging", patching.patched, own, (*_WEIGHTS, *(f"patch.{option}" for option in options)))
+    return Method(name, label, "merging", patching.patched, own, tuple(f"patch.{option}" for option in options))
 
 
 METHODS = {method.name: method for method in (
@@ -33,10 +33,10 @@ METHODS = {method.name: method for method in (
     Method("simnpo", "SimNPO", "training", preference.simnpo, options=TRAINING),
     _merging("average", "average"),
     _merging("task_arithmetic", "task arithmetic"),
-    _merging("ties", "TIES", "density", "granularity", density=0.2),
-    _merging("dare", "DARE", "retention"),
-    _merging("dare_ties", "DARE-TIES", "retention"),
-    _merging("resta", "RESTA", "retention", retention=1.0),
+    _merging("ties", "TIES", ("alpha", "beta", "density", "granularity"), granularity="global"),  # as its authors trim
+    _merging("dare", "DARE", ("alpha", "beta", "retention")),
+    _merging("dare_ties", "DARE-TIES", ("alpha", "beta", "retention")),
+    _merging("resta", "RESTA", ("beta", "retention"), retention=1.0),
     Method("self_cd", "Self-CD", "decoding", decoding.self_cd, seeded=False),
     Method("rose", "ROSE", "decoding", decoding.rose, seeded=False),
     Method("safe_decoding", "SafeDecoding", "decoding", decoding.safe_decoding, options=_EXPERT),

@@ -119,7 +119,7 @@ def compare(settings: Settings, workdir: str | pathlib.Path, options: Options = 
     workdir = pathlib.Path(workdir).expanduser().absolute()
     suite, methods = load_suite(options.suite), parse_methods(options.methods)
     _check(settings, options, suite)
-    for name in {*methods, *options.settings}:
+    for name in (*methods, *(name for name in options.settings if name not in methods)):
         options.of(METHODS[name], settings)
     judges = answering.open_judges([options.judge], suite, mesh=settings.mesh.shape, compute_dtype=settings.model.compute_dtype,
                                    batch_size=settings.evaluate.batch_size)
@@ -131,7 +131,7 @@ def compare(settings: Settings, workdir: str | pathlib.Path, options: Options = 
     processes.shared(workdir)
     with processes.claimed(workdir):
         try:
-            comparison = Comparison(settings, workdir, options, suite)
+            comparison = Comparison(settings, workdir, options, suite, methods)
             processes.on_first(lambda: environment.write(workdir, command, comparison.base.context.sharder))
             failed = comparison.answer(methods)
             content = comparison.report(judges, grader, methods)
@@ -151,19 +151,24 @@ def compare(settings: Settings, workdir: str | pathlib.Path, options: Options = 
 class Comparison:
     """A comparison that is under way, in a workdir that is claimed.
 
+    Args:
+      methods: those that will be asked for.
+      others: see `compare`.
+
     Raises:
-      ValueError: the workdir is of another comparison.
+      ValueError: the workdir is of another comparison; prompts that are trained on; a batch that does not fit the mesh.
     """
 
-    def __init__(self, settings: Settings, workdir: pathlib.Path, options: Options, suite: Sequence[Measure]):
+    def __init__(self, settings: Settings, workdir: pathlib.Path, options: Options, suite: Sequence[Measure],
+                 methods: Sequence[str] = ()):
         self.settings, self.workdir, self.options, self.suite = settings, workdir, options, tuple(suite)
         self._read = functools.cache(load_records)  # all seeds see the same records
         self.base = _Job(settings, workdir / SEEDS / "backbone", read=self._read)
         self.sources = Sources(settings.data.manual_dir, str(self.base.context.cache_dir / "datasets"))
         self.items = {m.name: self.sources.items(m) for m in suite if m.kind in (*answering.ROLES, "mt_bench")}
         self._refuse_seen()
-        for method in METHODS.values():
-            self.base.context.with_settings(options.of(method, settings)).check_batches()
+        for name in methods:
+            self._check_batches(METHODS[name])
         processes.on_first(lambda: self._claim(None))  # before hours of alignment
         self.backbone = self._backbone()
         processes.on_first(lambda: self._claim(answering.fingerprint(self.backbone)))
@@ -181,7 +186,7 @@ class Comparison:
         """Make the methods and let them answer what is left; return the labels of those that could not be made."""
         todo, failed = [(METHODS[name], run) for name in methods for run in self.runs(METHODS[name])], {}
         left, taken = sum(self._unfinished(method, run) for method, run in todo), []
-        say(f"Compare: {len(methods)} methods on {', '.join(m.name for m in self.suite)}; {len(todo)} models, {left} with "
+        say(f"Compare: {len(methods)} methods on {'; '.join(m.name for m in self.suite)}. {len(todo)} models, {left} with "
             "something left to do.")
         for number, (method, run) in enumerate(todo, 1):
             title = f"[{number}/{len(todo)}] {method.label}" + ("" if run is None else f", seed {run}")
@@ -339,6 +344,12 @@ class Comparison:
             row for path in sorted((self.workdir / NOTES / method.name).rglob("notes.jsonl")) for row in files.read_jsonl(path)
             if row["id"] == "atgr"), None))
 
+    def _check_batches(self, method: Method) -> None:
+        try:
+            self.base.context.with_settings(self.options.of(method, self.settings)).check_batches()
+        except ValueError as error:
+            raise ValueError(f"{method.label}: {error}") from error
+
     def _refuse_seen(self) -> None:
         """Raise ValueError if a measure holds prompts on which models are trained."""
         roles = ("harmful", "ordinary")
@@ -375,10 +386,12 @@ class Comparison:
                 for kind in (ANSWERS, NOTES, "verdicts/*", "grades/*"):
                     for left in self.workdir.glob(f"{kind}/{name}"):
                         shutil.rmtree(left)
-        where = {"mesh": dict(self.base.context.sharder.mesh.shape), "versions": {name: versions()[name] for name in KEYED}}
+        mesh = self.base.context.sharder.mesh
+        where = {"mesh": dict(mesh.shape), "devices": mesh.devices.flat[0].device_kind,
+                 "versions": {name: versions()[name] for name in KEYED}}
         if found and (before := found.get("where", where)) != where:
-            say(f"NOTE: this comparison was begun on mesh {before['mesh']} with {before['versions']}; what is trained now may "
-                "differ from that in the last bits.")
+            say(f"NOTE: this comparison was begun on {before}; what is trained now, on {where}, may differ from that in the last "
+                "bits.")
         files.write_json(path, wanted | {"where": found.get("where", where)})
 
 

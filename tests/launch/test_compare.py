@@ -1,12 +1,11 @@
 """launch.compare as a user calls it: help, a kill and the same command again, several processes, mistakes."""
 
 import json
-import signal
-import subprocess
 
 import pytest
 
-from tests.launch.test_launchers import ROOT, call, command, flags  # noqa: F401 (a fixture)
+from tests.calls import call, call_and_kill
+from tests.launch.test_launchers import flags  # noqa: F401 (a fixture)
 from tests.launch.test_processes import launch, succeed
 
 
@@ -31,12 +30,8 @@ def test_help_is_a_manual():
 
 def test_a_killed_comparison_goes_on(asked, tmp_path):
     args = ("launch.compare", f"--workdir={tmp_path / 'work'}", "--methods=npo,self_cd", *asked)
-    with subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("[3/4] NPO"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "work" / "compare.md").exists()
+    call_and_kill("[3/4] NPO", *args)
+    assert not (tmp_path / "work" / "compare.md").exists()
     result = call(*args)
     assert result.returncode == 0 and "[2/4] SafePatching, seed 0: answered before" in result.stdout, result.stderr
     assert list(rows_of(tmp_path / "work")) == ["backbone", "safepatching", "npo", "self_cd"]

@@ -1,20 +1,16 @@
 """launch.compile_tpu: the manual and mistakes, with or without the TPU compiler."""
 
+import functools
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from safepatch_jax.testing import tiny_config
+from tests import calls
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def call(*args):
-    return subprocess.run([sys.executable, "-m", "launch.compile_tpu", *args], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
+call = functools.partial(calls.call, "launch.compile_tpu")
 
 
 def test_help_is_a_manual():
@@ -39,6 +35,6 @@ def test_without_the_compiler_it_is_named(tmp_path):
     script = ("import sys, runpy; import importlib.util as u; find = u.find_spec; "
               "u.find_spec = lambda name, *a: None if name == 'libtpu' else find(name, *a); "
               "sys.argv[0] = 'compile_tpu'; runpy.run_module('launch.compile_tpu', run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", script, f"--model.source={tmp_path}", "--topology=v5e:4x4"], cwd=ROOT,
+    result = subprocess.run([sys.executable, "-c", script, f"--model.source={tmp_path}", "--topology=v5e:4x4"], cwd=calls.ROOT,
                             capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and "pip install -r requirements-tpu-aot.txt" in result.stderr

@@ -1,32 +1,17 @@
 """launch.continual as a user calls it: a chain of one link that is killed and goes on, each command once, and mistakes."""
 
-import pathlib
-import signal
-import subprocess
-import sys
+import functools
 
 import pytest
 from safetensors.numpy import load_file
 
 from safepatch_jax.files import read_json
 from safepatch_jax.testing import write_tiny_model
+from tests import calls
 from tests.launch.test_processes import launch
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def command(*args):
-    return [sys.executable, "-m", "launch.continual", *map(str, args)]
-
-
-def call(*args):
-    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def done(*args):
-    result = call(*args)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+call = functools.partial(calls.call, "launch.continual")
+done = functools.partial(calls.done, "launch.continual")
 
 
 def test_a_chain_killed_resumed_and_every_command(tmp_path):
@@ -39,12 +24,7 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
             "--derive.batch_size=4", "--derive.se_steps=2", "--derive.osm_steps=2", "--score.samples=2", "--run.certify=hashes",
             "--derive.se_learning_rate=1e-3", "--derive.osm_learning_rate=1e-3", "--evaluate.max_new_tokens=3",
             "--patch.combine=intersection")
-    with subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("patch: running"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.wait() == -signal.SIGKILL
+    calls.call_and_kill("patch: running", "launch.continual", *args)
     out = done(*args)
     assert "derive_se: running" not in out and "score_osm: running" not in out and "Head:   01-fraud" in out
     starts = read_json(export.parents[2] / "environment.json")["starts"]

@@ -1,6 +1,5 @@
 """The launchers as a user calls them: help, plan, errors, and a run that is killed."""
 
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,16 +10,7 @@ import pytest
 from safepatch_jax.files import folder_hashes
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.testing import write_tiny_model
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def command(*args):
-    return [sys.executable, "-m", *map(str, args)]
-
-
-def call(*args):
-    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+from tests.calls import ROOT, call, call_and_kill, command
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +77,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
 def test_killed_run_resumes_to_the_same_model(flags, tmp_path, stage="score_se"):  # other stages: test_faults
     undisturbed = call("launch.safepatch", f"--workdir={tmp_path / 'a'}", *flags)
     assert undisturbed.returncode == 0, undisturbed.stderr
-    args = command("launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
-    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(f"{stage}: running"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.wait() == -signal.SIGKILL
+    call_and_kill(f"{stage}: running", "launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
     resumed = call("launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "derive_se: running" not in resumed.stdout and f"{stage}: running" in resumed.stdout

@@ -1,26 +1,16 @@
 """launch.patch as a user calls it: each command once, and mistakes that end with one clear line."""
 
-import pathlib
-import subprocess
-import sys
+import functools
 
 import pytest
 
 from safepatch_jax.files import folder_hashes
 from safepatch_jax.testing import write_tiny_model
+from tests import calls
 from tests.patching.test_patch_file import assert_same, patched_copy
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def call(*args):
-    return subprocess.run([sys.executable, "-m", "launch.patch", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-
-
-def done(*args):
-    result = call(*args)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+call = functools.partial(calls.call, "launch.patch")
+done = functools.partial(calls.done, "launch.patch")
 
 
 def test_all_commands(tmp_path):

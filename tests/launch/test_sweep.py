@@ -1,12 +1,11 @@
 """launch.sweep as a user calls it: help, the plan, a line a point, several processes, a kill, mistakes."""
 
 import json
-import signal
-import subprocess
 
 import pytest
 
-from tests.launch.test_launchers import ROOT, call, command, flags  # noqa: F401 (a fixture)
+from tests.calls import call, call_and_kill
+from tests.launch.test_launchers import flags  # noqa: F401 (a fixture)
 from tests.launch.test_processes import launch, succeed
 
 
@@ -46,12 +45,8 @@ def test_a_line_a_point_and_again(flags, tmp_path):
 
 def test_a_killed_sweep_goes_on(flags, tmp_path):
     args = ("launch.sweep", f"--workdir={tmp_path / 'work'}", "--grid=patch.beta=1,2,3", *flags)
-    with subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("[1/3]"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.wait() == -signal.SIGKILL and len(rows_of(tmp_path / "work")) in (1, 2)
+    call_and_kill("[1/3]", *args)
+    assert len(rows_of(tmp_path / "work")) in (1, 2)
     result = call(*args)
     assert result.returncode == 0 and "[1/3] beta 1" in result.stdout and "| has a row" in result.stdout, result.stderr
     assert len(rows_of(tmp_path / "work")) == 3 and "derive_se: running" not in result.stdout

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from safepatch_jax import files
+from safepatch_jax import files, methods
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods import registry
-from safepatch_jax.methods.bench import GROUPS, Bench, Method
+from safepatch_jax.methods.bench import GROUPS, Bench
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.models.table import unnest
 from safepatch_jax.pipeline import answering, compare_report
@@ -69,7 +69,7 @@ def test_the_table_has_each_method_with_its_seeds(compared):
         assert (row["atgr"] is not None) == (name in ("safepatching", "rose"))
     kl = {name: row["measures"]["text"]["kl"] for name, row in rows.items() if name != "rose"}
     assert abs(kl["backbone"]) < 1e-6 < kl["osm"]
-    assert rows["ties"]["settings"] == {"patch.alpha": 1.0, "patch.beta": 1.0, "patch.merge": "ties", "patch.density": 0.2}
+    assert rows["ties"]["settings"] == {"patch.alpha": 1.0, "patch.beta": 1.0, "patch.merge": "ties", "patch.granularity": "global"}
     assert rows["ga_mismatch"]["settings"] == {"derive.se_learning_rate": 2e-6}
     text = (compared / "compare.md").read_text()
     for row in ("| SafePatching | **SafePatching** |", "| training | GA + Mismatch |", "| decoding | ROSE |", "| ablations | OSM alone |"):
@@ -134,7 +134,7 @@ def test_methods_one_after_another_and_other_settings(settings, suite, compared,
     theirs = answers(compared)
     assert all(theirs[name] == text for name, text in answers(work).items() if "ties" not in name)
     for other, message in (
-            ((settings, Options(methods="ties", suite=suite, seeds=(1,))), "with other methods .ties: .*0.5.* there, .*0.2.* here"),
+            ((settings, Options(methods="ties", suite=suite, seeds=(1,))), "with other methods .ties: .*'patch.density': 0.5} there, .*'global'} here"),
             ((settings.override({"derive.se_steps": 1}), one), r"other settings .derive.se_steps: 2 there, 1 here"),
             ((settings, Options(methods="npo", suite="quick", seeds=(1,))), "with other suite; items")):
         with pytest.raises(ValueError, match=message):
@@ -248,13 +248,22 @@ def test_patched_models_are_those_of_the_job(settings, tmp_path):
 
 
 def test_the_documented_method_is_one_file_and_one_line(settings, suite, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text().partition("## Adding a method")[2], re.S)
-    module = types.ModuleType("gradient_difference")
+    """The file of the docs, and the registry with the import and the row of the docs."""
+    text = DOCS.read_text().partition("## Adding a method")[2]
+    file, lines = re.findall(r"```python\n(.*?)```", text, re.S)
+    imported, _, row = lines.splitlines()
+    name = imported.rpartition(" ")[2]
+    assert f"`safepatch_jax/methods/{name}.py`" in text and len(file.splitlines()) <= 40
+    module = types.ModuleType(f"safepatch_jax.methods.{name}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(blocks[0], str(DOCS), "exec"), module.__dict__)
-    assert len(blocks[0].splitlines()) <= 40
-    (method,) = eval(f"({blocks[1].strip()})", {"Method": Method, "TRAINING": registry.TRAINING, "gradient_difference": module})
-    monkeypatch.setitem(registry.METHODS, method.name, method)
+    monkeypatch.setattr(methods, name, module, raising=False)
+    exec(compile(file, str(DOCS), "exec"), module.__dict__)
+    end, names = "\n)}\nFIRST", types.ModuleType("registry")
+    source = pathlib.Path(registry.__file__).read_text().replace(end, f"\n{row}{end}")
+    source = source.replace("\nimport difflib", f"\nimport difflib\n{imported}")
+    exec(compile(source, "registry.py", "exec"), names.__dict__)
+    assert names.METHODS.keys() - METHODS.keys() == {"grad_diff"}
+    monkeypatch.setitem(METHODS, "grad_diff", names.METHODS["grad_diff"])
     found = compare(settings, tmp_path / "work", Options(methods="grad_diff", suite=suite))
     row = found["methods"]["grad_diff"]
     assert row["label"] == "GradDiff" and row["measures"]["harm"]["n"] == 3
@@ -278,6 +287,12 @@ def test_mistakes_are_told_before_anything_is_made(settings, options, tmp_path, 
     with pytest.raises(ValueError, match=message):
         compare(settings, tmp_path / "work", Options(**base | change))
     assert not (tmp_path / "work").exists()
+
+
+def test_a_batch_that_does_not_fit_names_its_method(settings, options, tmp_path):
+    own = settings.override({"derive.batch_size": 4, "derive.accumulate": 2, "mesh.shape": "data:1,fsdp:1,tensor:8"})
+    with pytest.raises(ValueError, match="NPO: derive.batch_size of 3 sequences cannot be cut into 2 micro-batches"):
+        compare(own, tmp_path / "work", Options(methods="npo", suite=options.suite, settings={"npo": {"derive.batch_size": 3}}))
 
 
 def test_a_folder_of_something_else_and_a_merge_of_its_own_are_refused(settings, options, tmp_path):

@@ -1,10 +1,9 @@
 """Merging folders tensor by tensor: the bits of the main job, whatever the patches come as, and a user's mistakes."""
 
+import functools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,9 +13,10 @@ from safepatch_jax.patching import patch_file
 from safepatch_jax.pipeline.job import Job
 from safepatch_jax.pipeline.merge_folders import merge_folders
 from safepatch_jax.settings import Settings
+from tests import calls
 from tests.pipeline.test_job import FAST
 
-ROOT = pathlib.Path(__file__).parents[2]
+call = functools.partial(calls.call, "launch.merge")
 STAGES = {f"--{kind}_{role}": f"{stage}_{role}" for kind, stage in (("patch", "derive"), ("scores", "score"))
           for role in ("se", "osm")}
 
@@ -50,10 +50,6 @@ def derived(run, tmp_path_factory):
 
 def weights(folder):
     return {name: x.tobytes() for name, x in load_file(pathlib.Path(folder) / "model.safetensors").items()}
-
-
-def call(*args):
-    return subprocess.run([sys.executable, "-m", "launch.merge", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_launcher_gives_the_weights_of_the_job(run, tmp_path):

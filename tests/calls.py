@@ -1,0 +1,31 @@
+"""The launchers, called as a user calls them, each in a process of its own."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(launcher, *args):
+    return [sys.executable, "-m", launcher, *map(str, args)]
+
+
+def call(launcher, *args):
+    return subprocess.run(command(launcher, *args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def done(launcher, *args):
+    """Return what a launcher prints that ends well."""
+    result = call(launcher, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def call_and_kill(line, launcher, *args):
+    """Kill a launcher as soon as it prints a line that begins so."""
+    with subprocess.Popen(command(launcher, *args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        if any(said.startswith(line) for said in process.stdout):
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
