@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from typing import Any, Iterator
 
 CODE = 143  # of a process that SIGTERM ended
+_GRACE = 30  # seconds, after which those who take a machine away commonly send SIGKILL
 
 
 class _State:
     listeners = 0
-    asked = False
+    holders = 0
+    asked = False  # a listener is to look
+    late = False  # SIGTERM came while the process was held
 
 
 def on_signal(*_: Any) -> None:
-    """Handle SIGTERM: a second one does not wait."""
-    if _State.asked or not _State.listeners:
+    """Handle SIGTERM: a second one does not wait.
+
+    Code that the exception leaves with a lock held may wait for itself for ever: the kernel ends the process then.
+    """
+    if _State.holders:
+        _State.late = True
+    elif _State.asked or not _State.listeners:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_GRACE)
         sys.exit(CODE)
-    _State.asked = True
+    else:
+        _State.asked = True
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let SIGTERM wait until the block has run, which is short and takes locks that threads need to end."""
+    _State.holders += 1
+    try:
+        yield
+    finally:
+        _State.holders -= 1
+    if _State.late and not _State.holders:
+        _State.late = False
+        on_signal()
 
 
 @contextlib.contextmanager

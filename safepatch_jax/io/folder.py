@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Mapping
 
 from safepatch_jax import files
@@ -11,6 +10,7 @@ from safepatch_jax.console import progress, some
 from safepatch_jax.io import safetensors_file, torch_file
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
+from safepatch_jax.workers import Workers
 
 # In the order in which transformers looks for them.
 _LAYOUTS = ((SINGLE, INDEX, safetensors_file.list_tensors),
@@ -71,7 +71,7 @@ def stored_dtypes(folder: str | pathlib.Path) -> dict[str, str]:
 
 def tensor_hashes(tensors: Mapping[str, Stored]) -> dict[str, str]:
     """Return the SHA-256 of each tensor's bytes, by name."""
-    with ThreadPoolExecutor(2) as pool, progress(sum(x.size for x in tensors.values()), "hash", "B") as bar:
+    with Workers(2) as pool, progress(sum(x.size for x in tensors.values()), "hash", "B") as bar:
         hashes = {}
         for (name, x), digest in zip(tensors.items(), pool.map(lambda x: x.sha256(), tensors.values())):
             hashes[name] = digest

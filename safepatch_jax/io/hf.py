@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Mapping
 
 import jax
@@ -22,6 +21,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unnest
 from safepatch_jax.numerics import cast, random_bits, tensor_keys
+from safepatch_jax.workers import Workers
 
 _READERS = 4  # threads; reading is copying from the page cache or waiting for a disk
 
@@ -79,11 +79,11 @@ def load_params(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderCo
     table = param_table(config)
     checkpoint = Checkpoint(folder)
     check_keys(checkpoint, table, config)
-    with ThreadPoolExecutor(_READERS) as pool:
+    with Workers(_READERS) as pool:
         return config, nest({row.path: _read_row(checkpoint, row, sharder, pool) for row in table})
 
 
-def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: ThreadPoolExecutor) -> jax.Array:
+def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: Workers) -> jax.Array:
     tensors = [checkpoint.tensors[name] for name in row.hf_names]
     stored = {x.dtype for x in tensors}
     dtype = DTYPES[stored.pop() if len(stored) == 1 else "float32"]

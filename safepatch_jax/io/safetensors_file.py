@@ -13,7 +13,7 @@ import json
 import math
 import os
 import pathlib
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Callable, Iterator, Mapping
 
 import numpy as np
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safepatch_jax import files
 from safepatch_jax.console import progress
 from safepatch_jax.io.stored import DTYPES, Stored
+from safepatch_jax.workers import Workers, wait
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -96,13 +97,13 @@ def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: T
     weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
     total = sum(planned.size for planned in plan.values())
     # Hashing, and waiting for the disk at the end of a file, go on beside the writing of what comes next.
-    with progress(total, title, "B") as bar, ThreadPoolExecutor(2) as pool:
+    with progress(total, title, "B") as bar, Workers(2) as pool:
         hashes, ends = {}, []
         for name, tensors in zip(names, shards):
             ends.append(_write_file(folder / name, {t: plan[t] for t in tensors}, tensor_of, pool, hashes, bar.update))
         for name, end in zip(names, ends):
             with _explained(folder / name, total):
-                end.result()
+                wait(end)
     if len(shards) > 1:
         parameters = sum(math.prod(planned.shape) for planned in plan.values())
         files.write_json(folder / INDEX, {
@@ -143,13 +144,13 @@ def _write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Tens
                     for start in range(0, len(data), _PIECE):
                         file.write(data[start:start + _PIECE])
                 if before is not None:
-                    before.result()  # so that no more than two tensors, or runs of one, are held
+                    wait(before)  # so that no more than two tensors, or runs of one, are held
                 before = hashing
                 size += len(data)
                 written(len(data))
             assert size == planned.size, (name, size, planned)
             digests[name] = digest
-        before.result()
+        wait(before)
         hashes |= {name: digest.hexdigest() for name, digest in digests.items()}
         with _explained(path, offset):
             file.flush()

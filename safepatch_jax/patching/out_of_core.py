@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import jax
@@ -25,6 +24,7 @@ from safepatch_jax.patching.merge import KEYED, METHODS, merge_layer, patch_and_
 from safepatch_jax.patching.selection import ROLES, lowest, share_out, threshold_of, top_count, top_of_keys
 from safepatch_jax.patching.statistics import combine_statistics, overlap, tensor_statistics
 from safepatch_jax.settings import PatchSettings
+from safepatch_jax.workers import Workers, wait
 
 PIECE = 1 << 18  # entries
 _LOW = 15  # bits of a key that the second histogram tells apart; the first one tells apart the other 16
@@ -204,10 +204,10 @@ class Merger:
         shape = (max(1, self._piece // columns), columns) if self._method.by_row else (min(self._piece, source.size),)
         step = math.prod(shape)
         reading = lambda start: reader.submit(_read, source, start, min(step, source.size - start), shape)
-        with ThreadPoolExecutor(1) as reader:
+        with Workers(1) as reader:
             running, ahead = deque(), reading(0)
             for start in range(0, source.size, step):
-                arrays = ahead.result()
+                arrays = wait(ahead)
                 if start + step < source.size:
                     ahead = reading(start + step)
                 result = program(arrays, limits, np.uint32(start), keys, counts, knobs, method=self._method)

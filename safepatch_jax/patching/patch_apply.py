@@ -15,7 +15,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Iterator, Mapping
 
 import numpy as np
@@ -27,6 +26,7 @@ from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.patching.patch_file import PatchFile, runs_of
+from safepatch_jax.workers import Workers, wait
 
 BEFORE, AFTER, SAME, NEITHER = "before", "after", "same", "neither"  # states of a tensor
 LOCK = ".patching"
@@ -162,7 +162,7 @@ def _in_place(folder: pathlib.Path, shards: Mapping[pathlib.Path, Mapping[str, S
 def _write_shard(source: pathlib.Path, target: pathlib.Path, tensors: Mapping[str, Stored], patch: PatchFile, goal: str,
                  bar) -> None:
     """Copy a weight file, changing the given tensors on the way; on return it is on the disk and has the right hashes."""
-    with open(source, "rb", buffering=0) as reader, open(target, "wb") as writer, ThreadPoolExecutor(1) as pool:
+    with open(source, "rb", buffering=0) as reader, open(target, "wb") as writer, Workers(1) as pool:
         for name, x in sorted(tensors.items(), key=lambda item: item[1].offset):
             _copy(reader, writer, x.offset, bar)
             digest, hashing = hashlib.sha256(), None
@@ -170,12 +170,12 @@ def _write_shard(source: pathlib.Path, target: pathlib.Path, tensors: Mapping[st
                 bits[where] ^= what
                 data = memoryview(bits.view(np.uint8))
                 if hashing:
-                    hashing.result()
+                    wait(hashing)
                 hashing = pool.submit(digest.update, data)
                 for start in range(0, len(data), _PIECE):
                     writer.write(data[start:start + _PIECE])
                 bar.update(len(data))
-            hashing.result()
+            wait(hashing)
             if digest.hexdigest() != getattr(patch.tensors[name], goal):
                 raise ValueError(f"{name} does not become what the manifest of {patch.path} says: the patch is damaged, "
                                  f"or {source} was changed meanwhile. It was left as it is; copy the patch file again.")

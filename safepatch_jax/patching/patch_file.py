@@ -17,7 +17,6 @@ import pathlib
 import platform
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterable, Iterator, Mapping
 
 import numpy as np
@@ -29,6 +28,7 @@ from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import list_tensors
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.patching import positions as coding
+from safepatch_jax.workers import Workers, wait
 
 FORMAT = 1
 KINDS = ("difference", "scaled", "combined")
@@ -203,7 +203,7 @@ def write_patch(path: str | pathlib.Path, kind: str, about: Mapping[str, Any], c
     about, listed, header = _json(about), {}, {}
     total = sum(math.prod(x.shape) * BITS[x.dtype].itemsize for x in changes.values())
     with _explained(path), files.new_file(path) as out, contextlib.ExitStack() as stack:
-        pool, bar = stack.enter_context(ThreadPoolExecutor(2)), stack.enter_context(progress(total, "compare", "B"))
+        pool, bar = stack.enter_context(Workers(2)), stack.enter_context(progress(total, "compare", "B"))
         # The header comes first and needs the sizes of what follows.
         spools = {bits: stack.enter_context(tempfile.TemporaryFile(dir=pathlib.Path(path).parent)) for bits in _CODES}
         for name in sorted(changes):
@@ -221,7 +221,7 @@ def write_patch(path: str | pathlib.Path, kind: str, about: Mapping[str, Any], c
                     entries, last = entries + len(where), int(where[-1]) + start
                 start += len(run[0])
                 for future in hashing:
-                    future.result()
+                    wait(future)
                 bar.update(run[0].nbytes)
             listed[name] = {"dtype": change.dtype, "shape": list(change.shape), "entries": entries,
                             "before": digests[0].hexdigest(), "after": digests[1].hexdigest()}

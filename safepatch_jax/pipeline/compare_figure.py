@@ -95,7 +95,12 @@ def _utility(axis: Any, rows: Sequence[Mapping[str, Any]], measures: Sequence[Ma
         axis.plot([], [], _MARKERS[i % len(_MARKERS)], color="#555555", label=f"{measure['name']} ({what})", linestyle="")
     axis.axvline(1, color="#555555", linewidth=0.8)
     if axis.get_xlim()[1] > 4:
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set(title="utility, relative to the backbone")
     _finish(axis, rows)
 
