@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from safepatch_jax.files import folder_hashes
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.testing import write_tiny_model
 from tests.calls import ROOT, call, call_and_kill, command
@@ -17,17 +16,13 @@ from tests.calls import ROOT, call, call_and_kill, command
 def flags(tmp_path_factory):
     """Flags of a whole job in seconds: few shapes to compile for, and no torch."""
     folder = tmp_path_factory.mktemp("launch")
-    model = write_tiny_model(folder / "model", num_key_value_heads=4, intermediate_size=32)
+    model = write_tiny_model(folder / "model", num_hidden_layers=1, num_key_value_heads=4, intermediate_size=32)
     rows = [f"prompt {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
     (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
     data = ",".join(f"{role}:{folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary"))
     return [f"--model.source={model}", f"--data={data}", f"--run.cache_dir={folder / 'cache'}", "--run.certify=hashes",
             "--derive.batch_size=4", "--derive.se_steps=3", "--derive.osm_steps=3", "--derive.se_learning_rate=1e-3",
             "--derive.osm_learning_rate=1e-3", "--score.samples=3", "--evaluate.max_new_tokens=4"]
-
-
-def model_hash(work):
-    return folder_hashes(work / "stages" / "export" / "model")
 
 
 def test_help_is_a_manual():
@@ -75,14 +70,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_killed_run_resumes_to_the_same_model(flags, tmp_path, stage="score_se"):  # other stages: test_faults
-    undisturbed = call("launch.safepatch", f"--workdir={tmp_path / 'a'}", *flags)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    call_and_kill(f"{stage}: running", "launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
-    resumed = call("launch.safepatch", f"--workdir={tmp_path / 'b'}", *flags)
+def test_a_killed_run_goes_on_with_its_stage(flags, tmp_path):  # to the same bits: test_faults
+    args = ("launch.safepatch", f"--workdir={tmp_path / 'work'}", *flags)
+    call_and_kill("score_se: running", *args)
+    resumed = call(*args)
     assert resumed.returncode == 0, resumed.stderr
-    assert "derive_se: running" not in resumed.stdout and f"{stage}: running" in resumed.stdout
-    assert model_hash(tmp_path / "a") == model_hash(tmp_path / "b")
+    assert "derive_se: running" not in resumed.stdout and "score_se: running" in resumed.stdout
+    assert (tmp_path / "work" / "stages" / "export" / "model" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("args, message", [

@@ -40,10 +40,10 @@ class Run:
     They find one another by flags, as if SLURM had started them, or by arguments of their own (PORT, INDEX).
     """
 
-    def __init__(self, folder, command, *, own=("", ""), by="flags"):
+    def __init__(self, folder, command, *, own=("", ""), by="flags", devices=PER_PROCESS):
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(PER_PROCESS), "XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
         self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(2)]
         self.processes = []
         for i, (out, err) in enumerate(self.files):

@@ -39,8 +39,6 @@ def test_a_line_a_point_and_again(flags, tmp_path):
     again = call("launch.sweep", work, *asked, *flags)
     assert len(points_of(first.stdout)) == 6 and points_of(first.stdout) == points_of(again.stdout)
     assert "answers: 100%" not in again.stderr and again.stdout.count("has a row") == 6
-    other = call("launch.sweep", work, *asked, *flags, "--evaluate.max_new_tokens=5")
-    assert other.stderr.count("answers: 100%") >= 7  # other evaluation settings: nothing stale is returned
 
 
 def test_a_killed_sweep_goes_on(flags, tmp_path):
@@ -65,7 +63,7 @@ def test_mistakes_end_with_one_clear_line_before_anything_runs(asked, message, f
 
 def test_two_processes_sweep_as_one(flags, tmp_path):
     work, own = tmp_path / "work", [*flags, "--evaluate.max_new_tokens=2", "--derive.batch_size=8"]
-    out = succeed(tmp_path / "both", "launch.sweep", f"--workdir={work}", "--grid=patch.beta=1,2", *own)
+    out = succeed(tmp_path / "both", "launch.sweep", f"--workdir={work}", "--grid=patch.beta=1,2", *own, devices=2)
     assert [row["patch"]["beta"] for row in rows_of(work)] == [1, 2] and len(points_of(out)) == 2
     assert {"sweep.md", "sweep.json", "sweep.png", "sweep_sensitivity.png"} < {p.name for p in work.iterdir()}
     run = launch(tmp_path / "differ", "launch.sweep", f"--workdir={work}", *own, own=("--grid=run.seed=1", "--grid=run.seed=2"))
