@@ -12,6 +12,7 @@ _COLOURS = {"backbone": "#222222", "patching": "#4477aa", "training": "#ee6677",
             "ablation": "#999999"}
 _MARKERS = "osD^vP"
 _NEAR = 0.025  # points nearer to one another than this share a label
+_LETTER = 0.021  # about the width of one
 
 
 def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -46,10 +47,18 @@ def _scatter(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
                   alpha=0.85, markeredgecolor="white", zorder=3)
         near = next((p for p in places if abs(p[0] - x) < _NEAR and abs(p[1] - y) < _NEAR), None)
         near[2].append(number) if near else places.append((x, y, [number]))
+    taken: list[tuple[float, float, float]] = []  # the labels: left end, right end, height
     for x, y, numbers in places:
-        right = x > 0.85
-        axis.annotate(", ".join(map(str, numbers)), (x, y), xytext=(-7 if right else 7, 5), textcoords="offset points",
-                      ha="right" if right else "left", fontsize=10)
+        text = ", ".join(map(str, numbers))
+        width = _LETTER * len(text)
+        sides = [(7, 5), (7, -13), (-7, 5), (-7, -13)]  # points to the right, up
+        begin = lambda right: x + right / 400 - (width if right < 0 else 0)
+        ends = lambda right, up: (begin(right), begin(right) + width, y + up / 700)
+        free = lambda a, b, height: -0.04 < a and b < 1.04 and not any(
+            a < d and c < b and abs(height - other) < 0.02 for c, d, other in taken)
+        side = next((side for side in sides if free(*ends(*side))), sides[0])
+        taken.append(ends(*side))
+        axis.annotate(text, (x, y), xytext=side, textcoords="offset points", ha="right" if side[0] < 0 else "left", fontsize=10)
     for group in dict.fromkeys(row["group"] for row in rows):
         axis.plot([], [], "o", color=_COLOURS[group], label=GROUPS[group])
     axis.legend(loc="best", fontsize=9, framealpha=0.9)
