@@ -40,6 +40,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
                     raise
                 text, consequence = _interruption(error)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and the other processes should hear of it
+            signal.alarm(0)
             processes.fail(text, error.code if isinstance(error, SystemExit) else 2, consequence=consequence)
 
     app.run(wrapped)

@@ -8,7 +8,7 @@ import sys
 from typing import Any, Iterator
 
 CODE = 143  # of a process that SIGTERM ended
-_GRACE = 30  # seconds, after which those who take a machine away commonly send SIGKILL
+_GRACE = 300  # seconds: longer than files take to be closed and folders to be cleared away
 
 
 class _State:
@@ -23,11 +23,13 @@ def on_signal(*_: Any) -> None:
 
     Code that the exception leaves with a lock held may wait for itself for ever: the kernel ends the process then.
     """
-    if _State.holders:
-        _State.late = True
-    elif _State.asked or not _State.listeners:
+    if not _State.listeners:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_GRACE)
+    if _State.holders and not _State.late:
+        _State.late = True
+    elif _State.asked or _State.late or not _State.listeners:
+        _State.late = False
         sys.exit(CODE)
     else:
         _State.asked = True
@@ -35,15 +37,15 @@ def on_signal(*_: Any) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Let SIGTERM wait until the block has run, which is short and takes locks that threads need to end."""
+    """Let SIGTERM wait until the block has run or raised, which takes locks that threads need to end. In the main thread alone."""
     _State.holders += 1
     try:
         yield
     finally:
         _State.holders -= 1
-    if _State.late and not _State.holders:
-        _State.late = False
-        on_signal()
+        if _State.late and not _State.holders:
+            _State.late = False
+            on_signal()
 
 
 @contextlib.contextmanager

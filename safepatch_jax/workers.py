@@ -12,12 +12,19 @@ class Workers(ThreadPoolExecutor):
     """Threads that the main thread hands work to.
 
     SIGTERM raises an exception in the main thread wherever that is. Raised while it holds a lock of the pool or of a future, the
-    threads would wait for the lock, and the pool's end for the threads; so SIGTERM waits that long.
+    threads would wait for the lock, and the pool's end for the threads; so SIGTERM waits that long. After an exception what has
+    not begun is not done.
     """
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Future:
         with stopping.held():
             return super().submit(function, *args)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
+        with stopping.held():
+            self.shutdown(wait=False, cancel_futures=kind is not None)
+        self.shutdown(wait=True)
+        return False
 
     def map(self, function: Callable[..., Any], *columns: Iterable[Any]) -> Iterator[Any]:
         """Yield what the function returns for the elements of the columns, in their order; all are begun at once."""

@@ -4,6 +4,8 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,7 +27,13 @@ def done(launcher, *args):
 
 def call_and_kill(line, launcher, *args):
     """Kill a launcher as soon as it prints a line that begins so."""
-    with subprocess.Popen(command(launcher, *args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        if any(said.startswith(line) for said in process.stdout):
-            process.kill()
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            command(launcher, *args), cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        late = threading.Timer(300, process.kill)
+        late.start()
+        seen = any(said.startswith(line) for said in process.stdout)
+        process.kill()
+        late.cancel()
+        errors.seek(0)
+        assert seen, errors.read()
     assert process.wait() == -signal.SIGKILL

@@ -46,11 +46,13 @@ def test_workers_give_results_and_errors_in_order():
             wait(pool.submit(lambda: 1 // 0))
 
 
-@pytest.mark.parametrize("use", ["pool.submit(len, 'x')", "wait(pool.submit(time.sleep, 0.1))", "list(pool.map(len, ['x']))"])
-def test_a_pool_ends_when_sigterm_comes_within_its_locks(use):
+@pytest.mark.parametrize("begin, use", [
+    ("", "pool.submit(len, 'x')"), ("future = pool.submit(time.sleep, 0.3)", "wait(future)"),
+    ("results = pool.map(time.sleep, [0.3])", "list(results)"), ("pool.submit(time.sleep, 0.3), pool.submit(len, 'x')", "1 / 0")])
+def test_a_pool_ends_when_sigterm_comes_within_its_locks(begin, use):
     """Between the taking of a lock and the block that gives it back."""
     script = f"""
-import signal, threading, time
+import signal, sys, threading, time
 from safepatch_jax import stopping
 from safepatch_jax.workers import Workers, wait
 signal.signal(signal.SIGTERM, stopping.on_signal)
@@ -58,17 +60,41 @@ enter = threading.Condition.__enter__
 def interrupted(self):
     entered = enter(self)
     if threading.current_thread() is threading.main_thread():
+        threading.Condition.__enter__ = enter
         signal.raise_signal(signal.SIGTERM)
     return entered
-with Workers(2) as pool:
-    wait(pool.submit(len, "x"))  # the threads have begun
+with Workers(1) as pool:
+    {begin or "pass"}
     threading.Condition.__enter__ = interrupted
-    try:
-        {use}
-    finally:
-        threading.Condition.__enter__ = enter
+    {use}
 """
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=20).returncode == 143
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=20, capture_output=True).returncode == 143
+
+
+def test_sigterm_in_a_block_that_raises_is_not_lost(handled):
+    with pytest.raises(SystemExit):
+        with stopping.held():
+            signal.raise_signal(signal.SIGTERM)
+            raise OSError("the disk is full")
+
+
+def test_a_second_sigterm_does_not_wait(handled):
+    done = []
+    with pytest.raises(SystemExit), stopping.held():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("first")
+        signal.raise_signal(signal.SIGTERM)
+        done.append("second")
+    assert done == ["first"]
+
+
+def test_what_has_not_begun_is_not_done_after_an_error():
+    done = []
+    with pytest.raises(KeyError), Workers(1) as pool:
+        results = pool.map(lambda i: time.sleep(0.05) or done.append(i), range(40))
+        next(results)
+        raise KeyError
+    assert 1 <= len(done) < 10
 
 
 def test_a_process_that_waits_for_itself_is_ended(tmp_path):

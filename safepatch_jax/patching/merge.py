@@ -17,7 +17,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
 from safepatch_jax.numerics import cast, tensor_keys
 from safepatch_jax.patching.baselines import BASELINES
-from safepatch_jax.patching.layer import UNTRIMMED, Choice, Knobs, Layer, Method, importance, rounded, top_rates
+from safepatch_jax.patching.layer import UNSCORED, UNTRIMMED, Choice, Knobs, Layer, Method, importance, rounded, top_rates
 from safepatch_jax.patching.retention import filled
 from safepatch_jax.patching.selection import PASSES, ROLES, combine_sets, float_bits, share_out, top_count
 from safepatch_jax.patching.statistics import overlap, refuse_broken, tensor_statistics
@@ -81,7 +81,7 @@ def patch_matrices(theta, derived, sensitivity, keys, counts, knobs, *, method: 
     Args:
       theta: backbone, storage dtype, the row's shape; donated.
       derived: {'se', 'osm'}: derived models, float32, same shape.
-      sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape.
+      sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape; may be None for the importances in `UNSCORED`.
       keys: {user in `KEYED`: uint32 [L, 2]}.
       counts: {'se', 'osm'}: int32 [L], see `Layer`.
       knobs: see `Knobs.traced`.
@@ -131,7 +131,7 @@ def count_at_least(theta, derived, sensitivity, keys, threshold, *, kind: str, s
         score = importance(derived - backbone.astype(jnp.float32), derived, sensitivity, kind, key)
         return jnp.sum(float_bits(score) >= threshold, dtype=jnp.int32)
 
-    stacked = lambda x: x if x.shape[0] == shape[0] else x[None]
+    stacked = lambda tree: jax.tree.map(lambda x: x if x.shape[0] == shape[0] else x[None], tree)
     return lax.map(one_layer, (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity), keys))
 
 
@@ -175,7 +175,7 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       backbone: flat ``{path: array}``; the patched entries are donated and must not be used again.
       derived: {'se', 'osm'}: flat parameters of the two derived models, float32. Each is asked for once, so a mapping may
         read them when they are; for global granularity all are held.
-      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise.
+      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise, and not asked for by the importances in `UNSCORED`.
       rows: the scope.
       patch: settings.
       seed: of all random bits.
@@ -191,6 +191,8 @@ def apply_patching(backbone: Mapping[str, jax.Array], derived: Mapping[str, Mapp
       ValueError: NaN or infinite scores or merged weights (names the tensors).
     """
     merged, statistics = {}, {}
+    if Method.of(patch).importance in UNSCORED:
+        sensitivity = {role: {row.path: None for row in rows} for role in ROLES}
     if patch.granularity == "global" and patch.merge not in UNTRIMMED:  # every count needs all of them
         held = lambda trees: {role: {row.path: tree[row.path] for row in rows} for role, tree in trees.items()}
         derived, sensitivity = held(derived), held(sensitivity)

@@ -389,7 +389,8 @@ class Comparison:
         mesh = self.base.context.sharder.mesh
         where = {"mesh": dict(mesh.shape), "devices": mesh.devices.flat[0].device_kind,
                  "versions": {name: versions()[name] for name in KEYED}}
-        if found and (before := found.get("where", where)) != where:
+        before = found.get("where", {})
+        if any(where.get(name) != value for name, value in before.items()):
             say(f"NOTE: this comparison was begun on {before}; what is trained now, on {where}, may differ from that in the last "
                 "bits.")
         files.write_json(path, wanted | {"where": found.get("where", where)})
