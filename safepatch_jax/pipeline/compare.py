@@ -119,7 +119,7 @@ def compare(settings: Settings, workdir: str | pathlib.Path, options: Options = 
     workdir = pathlib.Path(workdir).expanduser().absolute()
     suite, methods = load_suite(options.suite), parse_methods(options.methods)
     _check(settings, options, suite)
-    for name in (*methods, *(name for name in options.settings if name not in methods)):
+    for name in dict.fromkeys((*methods, *options.settings)):
         options.of(METHODS[name], settings)
     judges = answering.open_judges([options.judge], suite, mesh=settings.mesh.shape, compute_dtype=settings.model.compute_dtype,
                                    batch_size=settings.evaluate.batch_size)

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safepatch_jax.models.table import Param
+from safepatch_jax.patching.merge import apply_patching
 from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.settings import PatchSettings
+from tests.conftest import sharder_of
 from tests.patching import oracle
-from tests.patching.test_merge import ROWS, SEED, inputs, run
+from tests.patching.test_merge import ROWS, SEED, inputs, place, run
 
 ODD = (
     Param("one_row", ("layers", "mlp", "embed"), (2, 1, 13), "{layer}.one_row", 1, "linear"),
@@ -190,3 +192,14 @@ def test_broken_scores_name_the_tensor(options, bad):
     derived["osm"][FEW[1].path][1, 3, 4] = bad
     with pytest.raises(ValueError, match="1 tensors are NaN or infinite, first model.layers.1.mlp.down_proj.weight"):
         run(theta, derived, sensitivity, PatchSettings(**options), rows=FEW)
+
+
+@pytest.mark.parametrize("options", [
+    {"merge": "ties"}, {"merge": "ties", "granularity": "global"}, {"merge": "dare"}, {"importance": "magnitude"},
+    {"importance": "random", "granularity": "global"}], ids=lambda o: "-".join(o.values()))
+def test_what_ranks_without_scores_asks_for_none(options):
+    patch, (theta, derived, sensitivity), sharder = PatchSettings(**options), inputs(rows=FEW), sharder_of(1)
+    merged, _ = apply_patching(place(theta, sharder, FEW), {r: place(t, sharder, FEW) for r, t in derived.items()}, {}, FEW, patch,
+                               SEED, sharder, "test")
+    with_scores, _ = run(theta, derived, sensitivity, patch, rows=FEW)
+    assert all(np.asarray(merged[path]).tobytes() == x.tobytes() for path, x in with_scores.items())
