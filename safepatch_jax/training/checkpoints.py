@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pathlib
 import shutil
 from typing import Any, Iterator, Mapping
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging as absl_logging
 from jax import lax
 
 from safepatch_jax import files, processes
@@ -37,6 +39,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, abstract: Any):
         self._folder, self._abstract = pathlib.Path(folder).absolute(), abstract
+        absl_logging.get_absl_handler().addFilter(_is_not_raised_too)
         processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
         self._manager = ocp.CheckpointManager(
             self._folder, item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
@@ -119,6 +122,11 @@ class Checkpoints:
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
             raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, {KEPT} are kept; "
                           "free space, or write none (--run.checkpoint_minutes=0), then give the same command again.") from error
+
+
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
+    """Return whether a log record is told by it alone: what orbax, and asyncio beneath it, log of a failed write is raised."""
+    return record.exc_info is None or not (record.name == "asyncio" or "/orbax/" in record.pathname)
 
 
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
