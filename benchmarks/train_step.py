@@ -24,6 +24,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -222,13 +223,13 @@ class Worker:
     """A side in a process of its own."""
 
     def __init__(self, side: str):
-        self._log = pathlib.Path(f"/tmp/train_step_{os.getpid()}_{side}.log")
+        self._log = tempfile.TemporaryFile("w+")
         environment = {**os.environ, "OMP_NUM_THREADS": str(_THREADS.value), "HF_HUB_OFFLINE": "1"}
         if _DEVICE.value == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], f"--side={side}"], text=True, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log.open("w"))
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         self.facts = self._read()
 
     def ask(self, what: str, count: int) -> dict:
@@ -240,13 +241,14 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            sys.exit(f"a side failed:\n{self._log.read_text()[-3000:]}")
+            self._log.seek(0)
+            sys.exit(f"a side failed:\n{self._log.read()[-3000:]}")
         return json.loads(line)
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
-        self._log.unlink(missing_ok=True)
+        self._log.close()
 
 
 def busy_seconds() -> float:
