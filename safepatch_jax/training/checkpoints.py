@@ -27,6 +27,7 @@ from safepatch_jax.io.checkpoint import from_disk, handler
 from safepatch_jax.numerics import row_major_index
 
 KEPT = 2  # the last one may be damaged
+_RAISED_TOO = ("Handler Commit operations", "Save Finalize thread", "_SignalingThread.run() raised", "exception was never retrieved")
 
 
 class Checkpoints:
@@ -53,7 +54,7 @@ class Checkpoints:
         try:
             self.wait()
         except OSError as error:
-            if kind is None:
+            if kind is None or not issubclass(kind, OSError):  # else it may have been this very one
                 say(f"  {error}")
         with contextlib.suppress(Exception):  # what `wait` has told is told again here
             self._manager.close()
@@ -125,8 +126,8 @@ class Checkpoints:
 
 
 def _is_not_raised_too(record: logging.LogRecord) -> bool:
-    """Return whether a log record is told by it alone: what orbax, and asyncio beneath it, log of a failed write is raised."""
-    return record.exc_info is None or not (record.name == "asyncio" or "/orbax/" in record.pathname)
+    """Return whether a log record is the only word of what it tells: a failed write, which orbax and asyncio log, is raised."""
+    return not (record.exc_info and any(text in record.getMessage() for text in _RAISED_TOO))
 
 
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
