@@ -1,6 +1,7 @@
 """Checkpoints within training: a run that was stopped anywhere goes on with the same bits; damage is found; SIGTERM; full disk."""
 
 import re
+import resource
 import signal
 
 import jax
@@ -140,6 +141,22 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(store):
     (folder / "4").rename(folder / "4.orbax-checkpoint-tmp")
     with Checkpoints(folder, abstract) as checkpoints:
         assert len(checkpoints.restore()[1]["nll"]) == 2
+
+
+def test_a_write_that_failed_is_told_beside_another_error(store, capsys):
+    abstract, folder = store
+    state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(Cut), Checkpoints(folder, abstract) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # stands for the full disk
+            checkpoints.save(6, state, {"nll": []})
+            raise Cut
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Cannot write a checkpoint to" in capsys.readouterr().out
+    with Checkpoints(folder, abstract) as checkpoints:
+        assert len(checkpoints.restore()[1]["nll"]) == 4
 
 
 def test_no_checkpoint_at_all(tmp_path):
