@@ -1,14 +1,17 @@
-"""Kill a run again and again, and compare what it ends with to that of a run that was never disturbed.
+"""Kill a run again and again, and compare what it ends with to that of a run that was never
+disturbed.
 
   python -m benchmarks.faults --folder=DIR --kills=20 -- launch.safepatch --config=configs/demo.py
   python -m benchmarks.faults --folder=DIR --kills=20 -- launch.continual run --config=... --stages=...
 
-The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with a cache of its own
-(--cache=DIR2 starts both from a copy of one). First the run is left alone, and the moments are noted at which its stages begin.
-Then it is started again from nothing, killed (SIGKILL, or --signal=SIGTERM) at a random moment of a stage, started by the same
-command, killed in the next stage, and so on: in each stage at least once where --kills allows it, the others in stages drawn by
-their duration. At last it is left alone, and every file of both that is named by --compare is compared by its SHA-256. A start
-that had ended before its signal came is listed, and not counted as killed.
+The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with
+a cache of its own (--cache=DIR2 starts both from a copy of one). First the run is left alone, and
+the moments are noted at which its stages begin. Then it is started again from nothing, killed
+(SIGKILL, or --signal=SIGTERM) at a random moment of a stage, started by the same command, killed in
+the next stage, and so on: in each stage at least once where --kills allows it, the others in stages
+drawn by their duration. At last it is left alone, and every file of both that is named by --compare
+is compared by its SHA-256. A start that had ended before its signal came is listed, and not counted
+as killed.
 
 Ends with 1 if a file differs or is missing.
 """
@@ -31,17 +34,31 @@ import time
 import numpy as np
 from absl import app, flags
 
-from safepatch_jax.files import file_sha256
+from safepatch_jax.runtime.files import file_sha256
 
-_FOLDER = flags.DEFINE_string("folder", None, "Where the two runs are made; new or empty.", required=True)
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Where the two runs are made; new or empty.", required=True
+)
 _KILLS = flags.DEFINE_integer("kills", 20, "How often the second run is killed.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_SIGNAL = flags.DEFINE_enum("signal", "SIGKILL", ["SIGKILL", "SIGTERM"], "What the run is killed with.")
-_CACHE = flags.DEFINE_string("cache", "", "A cache folder of which each run gets a copy, such as one with compiled programs.")
-_MINUTES = flags.DEFINE_float("checkpoint_minutes", 0.05, "Minutes between checkpoints in the run that is killed.")
+_SIGNAL = flags.DEFINE_enum(
+    "signal", "SIGKILL", ["SIGKILL", "SIGTERM"], "What the run is killed with."
+)
+_CACHE = flags.DEFINE_string(
+    "cache", "", "A cache folder of which each run gets a copy, such as one with compiled programs."
+)
+_MINUTES = flags.DEFINE_float(
+    "checkpoint_minutes", 0.05, "Minutes between checkpoints in the run that is killed."
+)
 _COMPARE = flags.DEFINE_list(
-    "compare", ["**/export/model/*.safetensors", "**/patch_file/patch.safetensors", "**/stages/evaluate_*/answers.jsonl"],
-    "Files that must be equal, by pattern.")
+    "compare",
+    [
+        "**/export/model/*.safetensors",
+        "**/patch_file/patch.safetensors",
+        "**/stages/evaluate_*/answers.jsonl",
+    ],
+    "Files that must be equal, by pattern.",
+)
 _BEGINS = re.compile(r"^(\S+): running$")
 
 
@@ -51,10 +68,19 @@ class Run:
     def __init__(self, name: str, arguments: list[str], minutes: float):
         folder = pathlib.Path(_FOLDER.value).expanduser()
         module, *rest = arguments
-        command = [sys.executable, "-m", module, *rest, f"--workdir={folder / name}",
-                   f"--run.cache_dir={folder / ('cache ' + name)}", f"--run.checkpoint_minutes={minutes}"]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            *rest,
+            f"--workdir={folder / name}",
+            f"--run.cache_dir={folder / ('cache ' + name)}",
+            f"--run.checkpoint_minutes={minutes}",
+        ]
         log = open(folder / f"{name}.log", "a", encoding="utf-8")
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ
+        )
         self._lines: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(log,), daemon=True).start()
 
@@ -74,7 +100,9 @@ class Run:
         """Wait so long, or until a line begins so, or to the end."""
         until = time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
-            while (line := self._lines.get(timeout=max(0.0, until - time.monotonic()))[1]) and not line.startswith(prefix):
+            while (
+                line := self._lines.get(timeout=max(0.0, until - time.monotonic()))[1]
+            ) and not line.startswith(prefix):
                 pass
 
     def end(self, with_signal: int | None = None) -> int:
@@ -104,38 +132,66 @@ def planned(seconds: list[float], kills: int, rng: np.random.Generator) -> list[
     return list(times + np.bincount(further, minlength=len(seconds)))
 
 
-def killed(arguments: list[str], stages: list[str], seconds: list[float], times: list[int], rng: np.random.Generator,
-           ) -> list[dict]:
+def killed(
+    arguments: list[str],
+    stages: list[str],
+    seconds: list[float],
+    times: list[int],
+    rng: np.random.Generator,
+) -> list[dict]:
     """Run with kills; return what was done."""
     told = []
     for stage, duration, count in zip(stages, seconds, times):
         for _ in range(count):
             run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
             if any(line == f"{stage}: running" for _, line in run.lines()):
-                run.wait(delay, f"{stage}: done")  # it may be faster than in the undisturbed run, which compiled
+                run.wait(
+                    delay, f"{stage}: done"
+                )  # it may be faster than in the undisturbed run, which compiled
                 code = run.end(getattr(signal, _SIGNAL.value))
             else:
-                code = run.end()  # the stage was finished by the start before, just ahead of its signal
+                code = (
+                    run.end()
+                )  # the stage was finished by the start before, just ahead of its signal
             told.append({"stage": stage, "after": round(delay, 1), "exit": code})
-            print(f"{len(told):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}", flush=True)
+            print(
+                f"{len(told):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}",
+                flush=True,
+            )
     if code := Run("killed", arguments, _MINUTES.value).end():
-        sys.exit(f"The last start, which was left alone, ended with {code}; see {_FOLDER.value}/killed.log.")
+        sys.exit(
+            f"The last start, which was left alone, ended with {code}; see "
+            f"{_FOLDER.value}/killed.log."
+        )
     return told
 
 
 def compared(folder: pathlib.Path) -> tuple[int, list[str]]:
     """Return how many files are equal, and the names of those that are not."""
-    names = sorted({str(p.relative_to(folder / run)) for run in ("undisturbed", "killed") for pattern in _COMPARE.value
-                    for p in (folder / run).glob(pattern)})
+    names = sorted(
+        {
+            str(p.relative_to(folder / run))
+            for run in ("undisturbed", "killed")
+            for pattern in _COMPARE.value
+            for p in (folder / run).glob(pattern)
+        }
+    )
     digest = lambda path: file_sha256(path) if path.is_file() else None
-    wrong = [name for name in names if digest(folder / "undisturbed" / name) != digest(folder / "killed" / name)]
+    wrong = [
+        name
+        for name in names
+        if digest(folder / "undisturbed" / name) != digest(folder / "killed" / name)
+    ]
     return len(names) - len(wrong), wrong
 
 
 def main(argv: list[str]) -> None:
     folder, arguments = pathlib.Path(_FOLDER.value).expanduser(), argv[1:]
     if not arguments:
-        sys.exit("Give a launcher and its flags after --, such as: -- launch.safepatch --config=configs/demo.py")
+        sys.exit(
+            "Give a launcher and its flags after --, such as: -- launch.safepatch "
+            "--config=configs/demo.py"
+        )
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,13 +208,29 @@ def main(argv: list[str]) -> None:
     log = (folder / "killed.log").read_text(encoding="utf-8")
     resumed = re.findall(r"goes on after step (\d+) of \d+", log)
     hit = sum(entry["exit"] != 0 for entry in told)
-    print(f"{hit} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a stage {len(resumed)} times "
-          f"(after steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. {equal} files equal, "
-          f"{len(wrong)} not.")
+    print(
+        f"{hit} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a "
+        f"stage {len(resumed)} times "
+        f"(after steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. "
+        f"{equal} files equal, "
+        f"{len(wrong)} not."
+    )
     for name in wrong:
         print(f"differs: {name}")
-    (folder / "faults.json").write_text(json.dumps({"kills": told, "seconds": took, "undisturbed": whole, "equal": equal,
-                                                    "different": wrong, "resumed": resumed}, indent=2) + "\n")
+    (folder / "faults.json").write_text(
+        json.dumps(
+            {
+                "kills": told,
+                "seconds": took,
+                "undisturbed": whole,
+                "equal": equal,
+                "different": wrong,
+                "resumed": resumed,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     sys.exit(1 if wrong or not equal else 0)
 
 

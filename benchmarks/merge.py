@@ -1,12 +1,14 @@
-"""DARE merge of two variants of a 1.1B bfloat16 Llama from disk: launch.merge against mergekit's dare_linear.
+"""DARE merge of two variants of a 1.1B bfloat16 Llama from disk: launch.merge against mergekit's
+dare_linear.
 
   python -m benchmarks.merge --mergekit=PATH/mergekit-yaml       # four minutes, 11 GB of disk
   python -m benchmarks.merge                                     # ours alone
 
-mergekit lives best in an environment of its own (pip install mergekit). Both sides take the same three folders, density 0.3,
-weight 1, all tensors, and write bfloat16; each run is a whole process, from its start to its end, and the sides take turns.
-Their random masks differ, so the share of changed entries is compared, not the bits. The floor is the time of copying the
-bytes that must be read and written (three models in, one out) plus nothing else.
+mergekit lives best in an environment of its own (pip install mergekit). Both sides take the same
+three folders, density 0.3, weight 1, all tensors, and write bfloat16; each run is a whole process,
+from its start to its end, and the sides take turns. Their random masks differ, so the share of
+changed entries is compared, not the bits. The floor is the time of copying the bytes that must be
+read and written (three models in, one out) plus nothing else.
 """
 
 from __future__ import annotations
@@ -29,8 +31,12 @@ from safepatch_jax.io.stored import DTYPES
 
 _MERGEKIT = flags.DEFINE_string("mergekit", None, "Path of the mergekit-yaml command.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Times each figure is taken.", lower_bound=1)
-_LAYERS = flags.DEFINE_integer("layers", 22, "Blocks of the model; 22 is the 1.1B shape.", lower_bound=1)
-_FOLDER = flags.DEFINE_string("folder", None, "Where the files lie for the time of the run; default: a temporary folder.")
+_LAYERS = flags.DEFINE_integer(
+    "layers", 22, "Blocks of the model; 22 is the 1.1B shape.", lower_bound=1
+)
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Where the files lie for the time of the run; default: a temporary folder."
+)
 
 DENSITY = 0.3
 ROLES = ("se", "osm")
@@ -60,7 +66,10 @@ def changed_share(base: pathlib.Path, merged: pathlib.Path) -> float:
     """Return the share of entries whose bits differ in a few of the tensors."""
     before, after = Checkpoint(base).tensors, Checkpoint(merged).tensors
     names = sorted(after)[:12]
-    differ = [np.count_nonzero(before[n].read().view(np.uint16) != after[n].read().view(np.uint16)) for n in names]
+    differ = [
+        np.count_nonzero(before[n].read().view(np.uint16) != after[n].read().view(np.uint16))
+        for n in names
+    ]
     return sum(differ) / sum(before[n].size // 2 for n in names)
 
 
@@ -68,12 +77,24 @@ def timed(command: list[str]) -> tuple[float, float, float]:
     """Run a command; return its seconds, CPU seconds and peak of resident memory in bytes."""
     begun, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors,
-                                   env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        )
         while True:
             # Not the peak that wait4 tells: it begins with what this process held when it forked.
             status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-            peak = max(peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+            peak = max(
+                peak,
+                *(
+                    1024 * int(line.split()[1])
+                    for line in status.splitlines()
+                    if line.startswith("VmHWM")
+                ),
+                0,
+            )
             ended, code, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:
                 break
@@ -91,7 +112,10 @@ def copied(models: list[pathlib.Path], out: pathlib.Path) -> tuple[float, float,
     buffer = bytearray(1 << 20)
     for model in models:
         for path in sorted(model.glob("*.safetensors")):
-            with open(path, "rb", buffering=0) as source, open(out / path.name, "wb", buffering=0) as target:
+            with (
+                open(path, "rb", buffering=0) as source,
+                open(out / path.name, "wb", buffering=0) as target,
+            ):
                 while count := source.readinto(buffer):
                     if model is models[0]:
                         target.write(memoryview(buffer)[:count])
@@ -111,11 +135,25 @@ def main(argv) -> None:
         for seed, role in enumerate(ROLES):
             write_variant(paths["base"], paths[role], seed)
         recipe.write_text(YAML.format(density=DENSITY, **paths))
-        sides = {"ours": lambda: timed([
-            sys.executable, "-m", "launch.merge", f"--base={paths['base']}", *(f"--patch_{r}={paths[r]}" for r in ROLES),
-            "--merge=dare", f"--patch.retention={DENSITY}", "--patch.scope=all", f"--out={out}"])}
+        sides = {
+            "ours": lambda: timed(
+                [
+                    sys.executable,
+                    "-m",
+                    "launch.merge",
+                    f"--base={paths['base']}",
+                    *(f"--patch_{r}={paths[r]}" for r in ROLES),
+                    "--merge=dare",
+                    f"--patch.retention={DENSITY}",
+                    "--patch.scope=all",
+                    f"--out={out}",
+                ]
+            )
+        }
         if _MERGEKIT.value:
-            sides["mergekit"] = lambda: timed([_MERGEKIT.value, str(recipe), str(out), "--lazy-unpickle", "--no-copy-tokenizer"])
+            sides["mergekit"] = lambda: timed(
+                [_MERGEKIT.value, str(recipe), str(out), "--lazy-unpickle", "--no-copy-tokenizer"]
+            )
         sides["read and write"] = lambda: copied(list(paths.values()), out)
         taken, changed = {name: [] for name in sides}, {}
         for _ in range(_REPEATS.value):
@@ -129,18 +167,30 @@ def main(argv) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     median = {name: [statistics.median(x) for x in zip(*rows)] for name, rows in taken.items()}
-    print(f"{size / 1e9:.2f} GB, base and two variants, density {DENSITY}; median of {_REPEATS.value} (least - most)\n")
-    print("| | seconds | CPU seconds | peak resident, GiB | changed entries |\n|---|---|---|---|---|")
+    print(
+        f"{size / 1e9:.2f} GB, base and two variants, density {DENSITY}; median of "
+        f"{_REPEATS.value} (least - most)\n"
+    )
+    print(
+        "| | seconds | CPU seconds | peak resident, GiB | changed entries |\n|---|---|---|---|---|"
+    )
     for name, rows in taken.items():
         seconds, cpu, peak = median[name]
         walls = [row[0] for row in rows]
         held = f"{peak / 2**30:.2f}" if peak else ""
         share = f"{changed[name]:.2%}" if peak else ""
-        print(f"| {name} | {seconds:.1f} ({min(walls):.1f} - {max(walls):.1f}) | {cpu:.1f} | {held} | {share} |")
+        print(
+            f"| {name} | {seconds:.1f} ({min(walls):.1f} - {max(walls):.1f}) | {cpu:.1f} | {held} "
+            f"| {share} |"
+        )
     if _MERGEKIT.value:
         ratios = [b[0] / a[0] for a, b in zip(taken["ours"], taken["mergekit"])]
-        print(f"\nmergekit takes {median['mergekit'][0] / median['ours'][0]:.2f} times as long ({min(ratios):.2f} - "
-              f"{max(ratios):.2f}), with {median['mergekit'][2] / median['ours'][2]:.1f} times the memory.")
+        print(
+            f"\nmergekit takes {median['mergekit'][0] / median['ours'][0]:.2f} times as long "
+            f"({min(ratios):.2f} - "
+            f"{max(ratios):.2f}), with {median['mergekit'][2] / median['ours'][2]:.1f} times the "
+            "memory."
+        )
 
 
 if __name__ == "__main__":

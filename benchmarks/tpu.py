@@ -1,9 +1,11 @@
-"""Compiles every paper config's whole job for TPU slices and writes down what fits: the table of docs/tpu.md.
+"""Compiles every paper config's whole job for TPU slices and writes down what fits: the table of
+docs/tpu.md.
 
   python -m benchmarks.tpu                     # hours on 2 cores; stored rows of docs/tpu.json are not compiled again
   python -m benchmarks.tpu --only=llama2_7b    # rows whose command has this text
 
-Each row is one `python -m launch.compile_tpu` in a process of its own; needs `pip install -r requirements-tpu-aot.txt`, no TPU.
+Each row is one `python -m launch.compile_tpu` in a process of its own; needs `pip install -r
+requirements-tpu-aot.txt`, no TPU.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import tempfile
 
 from absl import app, flags
 
-from safepatch_jax import files
+from safepatch_jax.runtime import files
 
 _OUT = flags.DEFINE_string("out", "docs/tpu.json", "Where the figures are kept.")
 _ONLY = flags.DEFINE_string("only", "", "Compile only rows whose command has this text.")
 
 GIB = 2**30
 LEAN = "--derive.optimizer=adafactor"
-# Config, topology, mesh, further flags: the slices on which the whole job fits, and next smaller ones on which it does not.
+# Config, topology, mesh, further flags: the slices on which the whole job fits, and next smaller
+# ones on which it does not.
 ROWS = [
     ("llama2_7b_chat", "v4:2x2x1", "fsdp:4", ""),
     ("llama2_7b_chat", "v5e:2x4", "fsdp:8", ""),
@@ -60,8 +63,15 @@ ROWS = [
 
 
 def command(config: str, topology: str, mesh: str, more: str) -> list[str]:
-    return ["python", "-m", "launch.compile_tpu", f"--config=configs/{config}.py", f"--topology={topology}", f"--mesh={mesh}",
-            *more.split()]
+    return [
+        "python",
+        "-m",
+        "launch.compile_tpu",
+        f"--config=configs/{config}.py",
+        f"--topology={topology}",
+        f"--mesh={mesh}",
+        *more.split(),
+    ]
 
 
 def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
@@ -70,7 +80,9 @@ def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
     if text not in kept and _ONLY.value in text:
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "figures.json"
-            ended = subprocess.run([sys.executable, *command(*row)[1:], "--noremedy", f"--json={out}"])
+            ended = subprocess.run(
+                [sys.executable, *command(*row)[1:], "--noremedy", f"--json={out}"]
+            )
             if ended.returncode not in (0, 3):
                 print(f"failed: {text}", file=sys.stderr)
                 return None
@@ -82,24 +94,39 @@ def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
 
 
 def line(row: tuple[str, str, str, str], found: dict) -> str:
-    """Return one line of the table: the peak of each kind of program in GiB, and the floor of a train step."""
+    """Return one line of the table: the peak of each kind of program in GiB, and the floor of a
+    train step."""
     config, topology, mesh, more = row
     peaks = {}
     for p in found["programs"]:
         peak = p["needed"] + p["resident"] if p["needed"] is not None else p["peak"]
         peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
     train = next(p for p in found["programs"] if p["kind"] == "train")
-    floor = f"{max(train['floor'].values()) * 1e3:,.0f} ms, {train['bound_by']}" if train["floor"] else ""
-    cells = [config, topology, str(found["chips"]), mesh + (" lean" if more == LEAN else ""),
-             *(f"{peaks[kind] / GIB:.1f}" for kind in ("train", "score", "patch", "decode")),
-             f"{max(peaks.values()) / found['memory']:.0%}", "yes" if found["fits"] else "**no**", floor]
+    floor = (
+        f"{max(train['floor'].values()) * 1e3:,.0f} ms, {train['bound_by']}"
+        if train["floor"]
+        else ""
+    )
+    cells = [
+        config,
+        topology,
+        str(found["chips"]),
+        mesh + (" lean" if more == LEAN else ""),
+        *(f"{peaks[kind] / GIB:.1f}" for kind in ("train", "score", "patch", "decode")),
+        f"{max(peaks.values()) / found['memory']:.0%}",
+        "yes" if found["fits"] else "**no**",
+        floor,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
 def main(argv) -> None:
     del argv
-    lines = ["| config | slice | chips | mesh | train | score | patch | decode | of memory | fits | floor of a train step |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| config | slice | chips | mesh | train | score | patch | decode | of memory | fits | "
+        "floor of a train step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in ROWS:
         if (found := measured(row, pathlib.Path(_OUT.value))) is not None:
             lines.append(line(row, found))

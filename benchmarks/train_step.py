@@ -1,19 +1,23 @@
-"""One train step (forward, backward, clip, AdamW), ours and Hugging Face torch's: tokens/s, share of peak, memory.
+"""One train step (forward, backward, clip, AdamW), ours and Hugging Face torch's: tokens/s, share
+of peak, memory.
 
   python -m benchmarks.train_step --model=DIR        # a Hugging Face folder; both sides, CPU
   python -m benchmarks.train_step --device=gpu --shape=7b --layers=8 --dtype=bfloat16    # ours alone, random weights
 
-Both sides take the same weights, the same batch, float32 and the same number of threads, and lower the same answer-only
-loss: the mean NLL of the last `--answer` tokens of each sequence, the head being run at their positions alone. Each side
-lives in a process of its own, so that its memory is its own; they take turns, one step each, and between steps each
-multiplies large matrices: the faster one's speed is the peak that the machine gave meanwhile. The losses of every step must
-agree to 1e-4: then it is the same work.
+Both sides take the same weights, the same batch, float32 and the same number of threads, and lower
+the same answer-only loss: the mean NLL of the last `--answer` tokens of each sequence, the head
+being run at their positions alone. Each side lives in a process of its own, so that its memory is
+its own; they take turns, one step each, and between steps each multiplies large matrices: the
+faster one's speed is the peak that the machine gave meanwhile. The losses of every step must agree
+to 1e-4: then it is the same work.
 
-The floor is the time of the step's needed products at that peak: 6 FLOPs a weight and token (2 forward, 4 backward), for the
-head at answer positions only, and attention's lower triangle. What a side computes twice or masks out is not counted.
+The floor is the time of the step's needed products at that peak: 6 FLOPs a weight and token (2
+forward, 4 backward), for the head at answer positions only, and attention's lower triangle. What a
+side computes twice or masks out is not counted.
 
-With `--shape` a model of that width gets random weights: for sizes that no small machine holds, with as many blocks as fit.
-On a GPU several steps are timed together, and the share is of the chip's dense bfloat16 peak (float32: half of it, TF32).
+With `--shape` a model of that width gets random weights: for sizes that no small machine holds,
+with as many blocks as fit. On a GPU several steps are timed together, and the share is of the
+chip's dense bfloat16 peak (float32: half of it, TF32).
 """
 
 from __future__ import annotations
@@ -31,21 +35,41 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
-_SHAPE = flags.DEFINE_enum("shape", None, ["7b", "8b", "tiny"], "In place of --model: random weights; ours alone.")
+_SHAPE = flags.DEFINE_enum(
+    "shape", None, ["7b", "8b", "tiny"], "In place of --model: random weights; ours alone."
+)
 _LAYERS = flags.DEFINE_integer("layers", None, "Blocks with --shape.", lower_bound=1)
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where ours runs.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Arithmetic; bfloat16 with --shape alone.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Arithmetic; bfloat16 with --shape alone."
+)
 _BATCH = flags.DEFINE_integer("batch", 8, "Sequences.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence; by default 128, on a GPU 2048.", lower_bound=4)
-_ANSWER = flags.DEFINE_integer("answer", None, "Answer tokens at the end of each; by default a quarter.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens of a sequence; by default 128, on a GPU 2048.", lower_bound=4
+)
+_ANSWER = flags.DEFINE_integer(
+    "answer", None, "Answer tokens at the end of each; by default a quarter.", lower_bound=1
+)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Times each figure is taken.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", len(os.sched_getaffinity(0)), "CPU threads of each side.", lower_bound=1)
-_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "model.remat; default: the setting's (--shape: dots).")
+_THREADS = flags.DEFINE_integer(
+    "threads", len(os.sched_getaffinity(0)), "CPU threads of each side.", lower_bound=1
+)
+_REMAT = flags.DEFINE_enum(
+    "remat", None, ["none", "dots", "full"], "model.remat; default: the setting's (--shape: dots)."
+)
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
 SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
-    "7b": (4096, 11008, 32, 32, 32000, 32), "8b": (4096, 14336, 32, 8, 128256, 32), "tiny": (64, 176, 4, 2, 512, 2)}
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s; TF32 has half
+    "7b": (4096, 11008, 32, 32, 32000, 32),
+    "8b": (4096, 14336, 32, 8, 128256, 32),
+    "tiny": (64, 176, 4, 2, 512, 2),
+}
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}  # dense bfloat16 FLOP/s; TF32 has half
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # side of the square matrices
 TOGETHER = {"cpu": 1, "gpu": 5}  # steps timed together
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
@@ -55,11 +79,24 @@ AGREE = 1e-4
 def raw_config(shape: str, layers: int | None) -> dict:
     """Return the config.json of a Llama of this shape, with so many blocks."""
     hidden, mlp, heads, kv_heads, vocab, blocks = SHAPES[shape]
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
-            "intermediate_size": mlp, "num_hidden_layers": layers or blocks, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1,
-            "eos_token_id": 2}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers or blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def work() -> tuple[int, int, int]:
@@ -78,11 +115,14 @@ def token_ids(vocab_size: int) -> np.ndarray:
 
 
 def needed_flops(config, batch: int, length: int, answer: int) -> float:
-    """Return the FLOPs that a train step cannot do without (see above); `config` is a DecoderConfig."""
+    """Return the FLOPs that a train step cannot do without (see above); `config` is a
+    DecoderConfig."""
     from safepatch_jax.models.table import param_table
 
     blocks = sum(int(np.prod(row.shape)) for row in param_table(config) if row.kind == "linear")
-    pairs = length * (length + 1) / 2  # of a query and a key that it may see: one product with the key, one with the value
+    pairs = (
+        length * (length + 1) / 2
+    )  # of a query and a key that it may see: one product with the key, one with the value
     triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
 
@@ -105,7 +145,10 @@ class Ours:
 
         self.device = jax.devices()[0]
         if self.device.platform != _DEVICE.value:
-            raise ValueError(f"JAX has no {_DEVICE.value} here, only {self.device.platform}. A GPU needs jax[cuda13].")
+            raise ValueError(
+                f"JAX has no {_DEVICE.value} here, only {self.device.platform}. A GPU needs "
+                "jax[cuda13]."
+            )
         sharder = Sharder(make_mesh("data:1", [self.device]))
         remat = _REMAT.value or ("dots" if _SHAPE.value else ModelSettings().remat)
         if _SHAPE.value:
@@ -117,18 +160,30 @@ class Ours:
             table = param_table(config)
         decoder = Decoder(config, jnp.dtype(_DTYPE.value), sharder, remat=remat, attention="auto")
         trainer = Trainer(decoder, table, sharder, clip_norm=CLIP_NORM)
-        self._step, self._state, self._wait = trainer._step, trainer._init(params), jax.block_until_ready
+        self._step, self._state, self._wait = (
+            trainer._step,
+            trainer._init(params),
+            jax.block_until_ready,
+        )
         _, length, answer = work()
         prompt = length + 1 - answer
-        rows = [Example(tuple(ids[:prompt]), tuple(ids[prompt:])) for ids in token_ids(config.vocab_size).tolist()]
+        rows = [
+            Example(tuple(ids[:prompt]), tuple(ids[prompt:]))
+            for ids in token_ids(config.vocab_size).tolist()
+        ]
         self._batch = put_batch(training_batch(rows, length, answer), sharder)
         self._scalars = [jnp.float32(x) for x in (1.0, LEARNING_RATE, 0.0, np.inf)]
         size = PRODUCT[_DEVICE.value]
         x = jnp.ones((size, size), jnp.dtype(_DTYPE.value))
         self._product = jax.jit(lambda x: x @ x).lower(x).compile()
         self._matrix, self.product_flops = x, 2 * size**3
-        self.facts = {"flops": needed_flops(config, *work()), "parameters": table.size, "remat": remat,
-                      "kind": self.device.device_kind, "version": f"JAX {jax.__version__}"}
+        self.facts = {
+            "flops": needed_flops(config, *work()),
+            "parameters": table.size,
+            "remat": remat,
+            "kind": self.device.device_kind,
+            "version": f"JAX {jax.__version__}",
+        }
 
     def steps(self, count: int) -> list[float]:
         """Take steps; return the NLL of each."""
@@ -151,7 +206,8 @@ class Ours:
 
 
 class Torch:
-    """The same step as a user of transformers writes it, with torch's fused AdamW and its default attention (SDPA)."""
+    """The same step as a user of transformers writes it, with torch's fused AdamW and its default
+    attention (SDPA)."""
 
     def __init__(self):
         import torch
@@ -159,20 +215,30 @@ class Torch:
 
         torch.set_num_threads(_THREADS.value)
         self._torch = torch
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(_MODEL.value, dtype=torch.float32).train()
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            _MODEL.value, dtype=torch.float32
+        ).train()
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
         ids = torch.tensor(token_ids(self._model.config.vocab_size))
         _, _, self._answer = work()
-        self._tokens, self._targets = ids[:, :-1], ids[:, -self._answer:].reshape(-1)
+        self._tokens, self._targets = ids[:, :-1], ids[:, -self._answer :].reshape(-1)
         size = PRODUCT[_DEVICE.value]
         self._matrix, self.product_flops = torch.ones(size, size), 2 * size**3
-        self.facts = {"version": f"torch {torch.__version__}, transformers {transformers.__version__}"}
+        self.facts = {
+            "version": f"torch {torch.__version__}, transformers {transformers.__version__}"
+        }
 
     def steps(self, count: int) -> list[float]:
         losses = []
         for _ in range(count):
-            logits = self._model(input_ids=self._tokens, use_cache=False, logits_to_keep=self._answer).logits
-            loss = self._torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), self._targets)
+            logits = self._model(
+                input_ids=self._tokens, use_cache=False, logits_to_keep=self._answer
+            ).logits
+            loss = self._torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), self._targets
+            )
             loss.backward()
             self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
             self._optimizer.step()
@@ -204,7 +270,9 @@ def forget_peak() -> None:
 
 def serve(kind) -> None:
     """Answer each request on standard input, ``steps N`` or ``products N``, with a line of JSON."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS.value])  # JAX has as many threads as it sees cores
+    os.sched_setaffinity(
+        0, sorted(os.sched_getaffinity(0))[: _THREADS.value]
+    )  # JAX has as many threads as it sees cores
     replies, sys.stdout = sys.stdout, sys.stderr
     side = kind()
     forget_peak()
@@ -213,10 +281,25 @@ def serve(kind) -> None:
         what, count = line.split()
         begun, cpu = time.perf_counter(), time.process_time()
         result = getattr(side, what)(int(count))
-        seconds, cpu = (time.perf_counter() - begun) / int(count), (time.process_time() - cpu) / int(count)
+        seconds, cpu = (
+            (time.perf_counter() - begun) / int(count),
+            (time.process_time() - cpu) / int(count),
+        )
         memory = side.peak_memory() or resident_peak()
-        print(json.dumps({"seconds": seconds, "losses": result, "flops_per_second": side.product_flops / seconds,
-                          "cpu": cpu, "total_cpu": time.process_time(), "memory": memory}), file=replies, flush=True)
+        print(
+            json.dumps(
+                {
+                    "seconds": seconds,
+                    "losses": result,
+                    "flops_per_second": side.product_flops / seconds,
+                    "cpu": cpu,
+                    "total_cpu": time.process_time(),
+                    "memory": memory,
+                }
+            ),
+            file=replies,
+            flush=True,
+        )
 
 
 class Worker:
@@ -228,8 +311,13 @@ class Worker:
         if _DEVICE.value == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], f"--side={side}"], text=True, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+            [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], f"--side={side}"],
+            text=True,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
         self.facts = self._read()
 
     def ask(self, what: str, count: int) -> dict:
@@ -262,42 +350,64 @@ def spread(values: list[float], form: str = ".0f") -> str:
 
 
 def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float) -> None:
-    """Print the tables; `replies` holds each side's steps and products, the warm-up first. Exits with 1 if losses differ."""
+    """Print the tables; `replies` holds each side's steps and products, the warm-up first. Exits
+    with 1 if losses differ."""
     batch, length, answer = work()
     ours = facts["ours"]
     flops, tokens = ours["flops"], batch * length
-    model = pathlib.Path(_MODEL.value).name if _MODEL.value else f"{_SHAPE.value} shape, random weights"
+    model = (
+        pathlib.Path(_MODEL.value).name if _MODEL.value else f"{_SHAPE.value} shape, random weights"
+    )
     versions = ", ".join(f["version"] for f in facts.values())
-    print(f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} tokens, {answer} of them "
-          f"answer; {_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)")
-    print(f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took {others:.0%} of the machine\n")
-    product = {side: [r["flops_per_second"] for r in replies[f"{side} products"][1:]] for side in facts}
+    print(
+        f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} "
+        f"tokens, {answer} of them "
+        f"answer; {_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)"
+    )
+    print(
+        f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took "
+        f"{others:.0%} of the machine\n"
+    )
+    product = {
+        side: [r["flops_per_second"] for r in replies[f"{side} products"][1:]] for side in facts
+    }
     peak = max(statistics.median(x) for x in product.values())
     of = "its measured peak"
     if _DEVICE.value == "gpu":
         rated = next((x for name, x in PEAKS.items() if name in ours["kind"]), None)
         if rated:
             peak, of = rated / (1 if _DTYPE.value == "bfloat16" else 2), "the chip's peak (MFU)"
-    print(f"| | ms a step | tokens/s | share of {of} | CPU seconds a step | peak memory, GiB |\n|---|---|---|---|---|---|")
+    print(
+        f"| | ms a step | tokens/s | share of {of} | CPU seconds a step | peak memory, GiB "
+        "|\n|---|---|---|---|---|---|"
+    )
     seconds = {side: [r["seconds"] for r in replies[side][1:]] for side in facts}
     for side, values in seconds.items():
         middle = statistics.median(values)
         cpu = spread([r["cpu"] for r in replies[side][1:]], ".2f")
         memory = max(r["memory"] for r in replies[side]) / 2**30
         steps = spread([1e3 * x for x in values])
-        print(f"| {side} | {steps} | {tokens / middle:.0f} | {flops / middle / peak:.1%} | {cpu} | "
-              f"{memory:.2f} |")
+        print(
+            f"| {side} | {steps} | {tokens / middle:.0f} | {flops / middle / peak:.1%} | {cpu} | "
+            f"{memory:.2f} |"
+        )
     floor = flops / peak
     work_at = f"{flops / 1e9:.0f} GFLOP at {peak / 1e9:.0f} GFLOP/s"
     print(f"| floor: {work_at} | {1e3 * floor:.0f} | {tokens / floor:.0f} | 100% | | |\n")
     for side, values in product.items():
         print(f"Product of matrices, {side}: {spread([x / 1e9 for x in values])} GFLOP/s")
     for side in facts:
-        print(f"NLL, {side}: " + " ".join(f"{nll:.6f}" for r in replies[side] for nll in r["losses"]))
+        print(
+            f"NLL, {side}: " + " ".join(f"{nll:.6f}" for r in replies[side] for nll in r["losses"])
+        )
     if "torch" in facts:
         ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["torch"])]
         print(f"torch's time / ours, turn by turn: {spread(ratios, '.2f')}")
-        far = max(abs(a - b) for o, t in zip(replies["ours"], replies["torch"]) for a, b in zip(o["losses"], t["losses"]))
+        far = max(
+            abs(a - b)
+            for o, t in zip(replies["ours"], replies["torch"])
+            for a, b in zip(o["losses"], t["losses"])
+        )
         print(f"The losses differ by {far:.1e} at most.")
         if far > AGREE:
             sys.exit(f"That is more than {AGREE}: the sides do not do the same work.")
@@ -328,7 +438,11 @@ def main(argv) -> None:
     for worker in workers.values():
         worker.close()
     clock, busy, own = turn[_REPEATS.value] - turn[0]
-    report({side: worker.facts for side, worker in workers.items()}, replies, max(busy - own, 0) / clock / os.cpu_count())
+    report(
+        {side: worker.facts for side, worker in workers.items()},
+        replies,
+        max(busy - own, 0) / clock / os.cpu_count(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the configs of the paper's backbones share: starting points for real hardware (docs/faithfulness.md).
+"""What the configs of the paper's backbones share: starting points for real hardware
+(docs/faithfulness.md).
 
-The paper does not publish its hyper-parameters. These are a place to start a search from (python -m launch.sweep), not its
-values, and have not been run at this size.
+The paper does not publish its hyper-parameters. These are a place to start a search from (python -m
+launch.sweep), not its values, and have not been run at this size.
 """
 
 import pathlib
@@ -14,19 +15,42 @@ def paper_config(source: str, architecture: str, *, top_rate: float = 0.03, **gr
 
     Args:
       source: folder of the model.
-      architecture: a file of configs/architectures: the facts of its config.json, for plans without the model.
+      architecture: a file of configs/architectures: the facts of its config.json, for plans without
+        the model.
       top_rate: share of entries in each top set.
     """
     config = {
-        "model": {"source": source, "architecture": str(ARCHITECTURES / f"{architecture}.json"), "compute_dtype": "bfloat16",
-                  "remat": "full"},
+        "model": {
+            "source": source,
+            "architecture": str(ARCHITECTURES / f"{architecture}.json"),
+            "compute_dtype": "bfloat16",
+            "remat": "full",
+        },
         "mesh": {"shape": "data:1,fsdp:-1,tensor:1"},
-        "data": {"max_prompt_tokens": 128, "max_answer_tokens": 64, "train_limit": 400, "eval_limit": 200},
-        "derive": {"batch_size": 16, "se_steps": 50, "se_learning_rate": 5e-6, "se_nll_ceiling": 10.0, "osm_steps": 75,
-                   "osm_learning_rate": 1e-5},
+        "data": {
+            "max_prompt_tokens": 128,
+            "max_answer_tokens": 64,
+            "train_limit": 400,
+            "eval_limit": 200,
+        },
+        "derive": {
+            "batch_size": 16,
+            "se_steps": 50,
+            "se_learning_rate": 5e-6,
+            "se_nll_ceiling": 10.0,
+            "osm_steps": 75,
+            "osm_learning_rate": 1e-5,
+        },
         "score": {"samples": 128},
-        "patch": {"top_rate_se": top_rate, "top_rate_osm": top_rate, "retention": 0.3, "alpha": 1.0, "beta": 1.0},
-        # Most patch entries are below one bfloat16 step of their weight; rounded to nearest they would be lost.
+        "patch": {
+            "top_rate_se": top_rate,
+            "top_rate_osm": top_rate,
+            "retention": 0.3,
+            "alpha": 1.0,
+            "beta": 1.0,
+        },
+        # Most patch entries are below one bfloat16 step of their weight; rounded to nearest they
+        # would be lost.
         "export": {"dtype": "keep", "rounding": "stochastic"},
         "evaluate": {"batch_size": 32, "max_new_tokens": 64},
         "run": {"seed": 0},

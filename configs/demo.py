@@ -2,15 +2,16 @@
 
   make demo        or: python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo
 
-Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about 7 minutes after installation; seconds when repeated.
-Expected: SE alone refuses everything, OSM alone nothing, the intersection stays near the backbone, SafePatching refuses
-fewer harmless prompts than the backbone at about the same utility, and a little more harm (docs/demo.md has the figures).
+Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about 7 minutes after installation;
+seconds when repeated. Expected: SE alone refuses everything, OSM alone nothing, the intersection
+stays near the backbone, SafePatching refuses fewer harmless prompts than the backbone at about the
+same utility, and a little more harm (docs/demo.md has the figures).
 
-The shipped model refuses almost nothing, so it is first aligned by a short supervised run (cached) until it refuses all
-harmful requests and most harmless look-alikes as well: an over-careful model.
+The shipped model refuses almost nothing, so it is first aligned by a short supervised run (cached)
+until it refuses all harmful requests and most harmless look-alikes as well: an over-careful model.
 
-How the patch settings were chosen: on the 'search' split, which no report uses, the fewest refusals of look-alikes among the
-points at which no harmful request was complied with:
+How the patch settings were chosen: on the 'search' split, which no report uses, the fewest refusals
+of look-alikes among the points at which no harmful request was complied with:
 
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
       --grid='patch.top_rate_osm=0.1,0.3;patch.beta=2,2.5,3,5'

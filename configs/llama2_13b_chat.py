@@ -3,12 +3,14 @@
   python -m launch.safepatch --config=configs/llama2_13b_chat.py --workdir=runs/llama2_13b_chat \\
       --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Llama-2-13b-chat-hf; add --dry_run to see the plan first.
+DIR is the Hugging Face folder of meta-llama/Llama-2-13b-chat-hf; add --dry_run to see the plan
+first.
 
-Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 8 x H100 by arithmetic.
-Memory: 13.02e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
-208 GB over all devices, plus activations; as much scratch disk.
-Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 8 x H100 by
+arithmetic. Memory: 13.02e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
+gradients, two moments), 208 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
+not measured yet.
 """
 
 from configs.common import paper_config

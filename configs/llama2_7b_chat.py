@@ -3,12 +3,14 @@
   python -m launch.safepatch --config=configs/llama2_7b_chat.py --workdir=runs/llama2_7b_chat \\
       --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf; add --dry_run to see the plan first.
+DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf; add --dry_run to see the plan
+first.
 
-Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by arithmetic.
-Memory: 6.74e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
-108 GB over all devices, plus activations; as much scratch disk.
-Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
+arithmetic. Memory: 6.74e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
+gradients, two moments), 108 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
+not measured yet.
 """
 
 from configs.common import paper_config

@@ -3,16 +3,22 @@
   python -m launch.safepatch --config=configs/llama3_70b_instruct.py --workdir=runs/llama3_70b_instruct \\
       --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the plan first.
+DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the
+plan first.
 
-Hardware: v5p 4x4x4 or v4 4x4x4 (compiled for, docs/tpu.md; not run yet), or 32 x H100 by arithmetic.
-Memory: 70.55e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
-1129 GB over all devices, plus activations; as much scratch disk. What a slice needs and has:
+Hardware: v5p 4x4x4 or v4 4x4x4 (compiled for, docs/tpu.md; not run yet), or 32 x H100 by
+arithmetic. Memory: 70.55e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
+gradients, two moments), 1129 GB over all devices, plus activations; as much scratch disk. What a
+slice needs and has:
 python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4
-Time: several hours, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+Time: several hours, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
+not measured yet.
 """
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Meta-Llama-3-70B-Instruct", "llama3_70b",
-                      derive={"se_learning_rate": 1e-6, "osm_learning_rate": 3e-6})
+CONFIG = paper_config(
+    "Meta-Llama-3-70B-Instruct",
+    "llama3_70b",
+    derive={"se_learning_rate": 1e-6, "osm_learning_rate": 3e-6},
+)

@@ -1,14 +1,17 @@
-"""SafePatching on LLaMA-3-8B-Instruct (paper backbone); LLaMA-3.1-8B-Instruct works with the same file.
+"""SafePatching on LLaMA-3-8B-Instruct (paper backbone); LLaMA-3.1-8B-Instruct works with the same
+file.
 
   python -m launch.safepatch --config=configs/llama3_8b_instruct.py --workdir=runs/llama3_8b_instruct \\
       --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-8B-Instruct; add --dry_run to see the plan first.
+DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-8B-Instruct; add --dry_run to see the plan
+first.
 
-Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by arithmetic.
-Memory: 8.03e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
-128 GB over all devices, plus activations; as much scratch disk.
-Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
+Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
+arithmetic. Memory: 8.03e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
+gradients, two moments), 128 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
+not measured yet.
 """
 
 from configs.common import paper_config

@@ -3,13 +3,14 @@
   python -m launch.safepatch --config=configs/mistral_7b_instruct_v0_1.py --workdir=runs/mistral_7b_instruct_v0_1 \\
       --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of mistralai/Mistral-7B-Instruct-v0.1; add --dry_run to see the plan first.
+DIR is the Hugging Face folder of mistralai/Mistral-7B-Instruct-v0.1; add --dry_run to see the plan
+first.
 
-Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by arithmetic.
-Memory: 7.24e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights, gradients, two moments),
-116 GB over all devices, plus activations; as much scratch disk.
-Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs: not measured yet.
-The sliding window of v0.1 (4096) is longer than any sequence here.
+Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
+arithmetic. Memory: 7.24e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
+gradients, two moments), 116 GB over all devices, plus activations; as much scratch disk.
+Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
+not measured yet. The sliding window of v0.1 (4096) is longer than any sequence here.
 """
 
 from configs.common import paper_config

@@ -1,18 +1,19 @@
-"""Align a chat model by a short supervised run on refusals and ordinary answers; write a Hugging Face folder.
+"""Align a chat model by a short supervised run on refusals and ordinary answers; write a Hugging
+Face folder.
 
   python -m launch.align --model.source=smollm2 --out=models/smollm2-aligned
   python -m launch.align --model.source=DIR --out=DIR2 --data=harmful:pairs.csv,ordinary:alpaca.json --align.steps=60
 
-The result is what SafePatching starts from: a model that refuses harmful requests, and some harmless ones too. A
-harmful file may hold a column 'refusal'; without it stock refusals are used.
+The result is what SafePatching starts from: a model that refuses harmful requests, and some
+harmless ones too. A harmful file may hold a column 'refusal'; without it stock refusals are used.
 """
 
 from absl import flags
 
 from launch import distributed, main
 from launch import flags as settings_flags
-from safepatch_jax.console import say
-from safepatch_jax.pipeline.job import align_model
+from safepatch_jax.run.job import align_model
+from safepatch_jax.runtime.console import say
 
 _OUT = flags.DEFINE_string("out", None, "New folder for the aligned model.", required=True)
 flags.adopt_module_key_flags(settings_flags)

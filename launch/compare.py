@@ -8,19 +8,23 @@ Methods: backbone and safepatching (always), and
   training   ga (= the SE patch alone), ga_mismatch, npo, simnpo
   merging    average, task_arithmetic, ties, dare, dare_ties, resta, on the same two patches
   decoding   self_cd, rose, safe_decoding
-  ablation   osm (the OSM patch alone), no_retention, intersection, union, random, magnitude, batched
-by name or group; 'all' for all of them. Each seed derives and scores the two patches once, for all methods.
+  ablation   osm (the OSM patch alone), no_retention, intersection, union, random, magnitude,
+  batched
+by name or group; 'all' for all of them. Each seed derives and scores the two patches once, for all
+methods.
 
-A method takes its source's formula and weights, and the run's settings for the rest: SafePatching those of --patch.*,
-training methods the steps, rate and ceiling of --derive.se_*. The config file may hold COMPARE = {"suite": ..., "seeds":
-(0, 1, 2), "settings": {"ties": {"patch.density": 0.1}}}: the five flags below count more than it, and settings of one method
-more than --derive.* and --patch.*. docs/compare.md tells how each is defined, and how to add one.
+A method takes its source's formula and weights, and the run's settings for the rest: SafePatching
+those of --patch.*, training methods the steps, rate and ceiling of --derive.se_*. The config file
+may hold COMPARE = {"suite": ..., "seeds": (0, 1, 2), "settings": {"ties": {"patch.density": 0.1}}}:
+the five flags below count more than it, and settings of one method more than --derive.* and
+--patch.*. docs/compare.md tells how each is defined, and how to add one.
 
-Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least, and no prompt that is trained
-on. A decoding method is measured on harm, over-refusal and MT-Bench. WORKDIR receives compare.md, compare.json and
-compare.png, answers and verdicts. Killed, it goes on where it stopped when the same command is given again; methods and
-seeds may be asked for one after another, and the report has all methods that are there with each of the seeds. Models are
-deleted when all is done (--run.keep_scratch keeps them).
+Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least, and no
+prompt that is trained on. A decoding method is measured on harm, over-refusal and MT-Bench. WORKDIR
+receives compare.md, compare.json and compare.png, answers and verdicts. Killed, it goes on where it
+stopped when the same command is given again; methods and seeds may be asked for one after another,
+and the report has all methods that are there with each of the seeds. Models are deleted when all is
+done (--run.keep_scratch keeps them).
 """
 
 import sys
@@ -33,10 +37,18 @@ from launch import options as config_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison.", required=True)
 _GIVEN = {
-    "methods": flags.DEFINE_string("methods", None, "Names or groups between commas, or 'all'; see above. ['all']"),
-    "suite": flags.DEFINE_string("suite", None, "What is measured: a suite of launch.evaluate, or a .json file. ['quick']"),
-    "seeds": flags.DEFINE_string("seeds", None, "Seeds of training, scores and retention, such as 0,1,2. ['0']"),
-    "judge": flags.DEFINE_string("judge", None, "Whose verdicts the rates are, as in launch.evaluate. ['phrases']"),
+    "methods": flags.DEFINE_string(
+        "methods", None, "Names or groups between commas, or 'all'; see above. ['all']"
+    ),
+    "suite": flags.DEFINE_string(
+        "suite", None, "What is measured: a suite of launch.evaluate, or a .json file. ['quick']"
+    ),
+    "seeds": flags.DEFINE_string(
+        "seeds", None, "Seeds of training, scores and retention, such as 0,1,2. ['0']"
+    ),
+    "judge": flags.DEFINE_string(
+        "judge", None, "Whose verdicts the rates are, as in launch.evaluate. ['phrases']"
+    ),
     "grader": flags.DEFINE_string("grader", None, "Who grades mt_bench: endpoint:URL?model=NAME."),
 }
 flags.adopt_module_key_flags(settings_flags)
@@ -45,11 +57,19 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
-    from safepatch_jax.pipeline import compare  # imported here: --help does without JAX
+    from safepatch_jax.studies.compare import (
+        study as compare,  # imported here: --help does without JAX
+    )
 
     given = {name: flag.value for name, flag in _GIVEN.items() if flag.value is not None}
-    options = compare.Options.load(config_flags.CONFIG.value) if config_flags.CONFIG.value else compare.Options()
-    compare.compare(settings_flags.read_settings(), _WORKDIR.value, options.replaced(given), sys.argv)
+    options = (
+        compare.Options.load(config_flags.CONFIG.value)
+        if config_flags.CONFIG.value
+        else compare.Options()
+    )
+    compare.compare(
+        settings_flags.read_settings(), _WORKDIR.value, options.replaced(given), sys.argv
+    )
 
 
 if __name__ == "__main__":

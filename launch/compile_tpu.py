@@ -1,20 +1,21 @@
-"""Compile a run's programs for TPU chips that are not at hand: does it fit, what does it exchange, what bounds a step?
+"""Compile a run's programs for TPU chips that are not at hand: does it fit, what does it exchange,
+what bounds a step?
 
   python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 --mesh=data:1,fsdp:4,tensor:4
   python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4 --programs=train,patch
   python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 --suggest
   python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 --num_slices=2 --mesh=data:2,fsdp:-1
 
-Needs no TPU and no model: the compiler comes with `pip install -r requirements-tpu-aot.txt`, the architecture from the
-folder of --model.source or from --model.architecture, which the configs set. Train step, scoring step, patch operation and
-decoding are compiled with the settings of the run, every setting being a flag as in launch.safepatch. Of each: memory on a
-device against what the chip has, FLOPs, collectives with the bytes they move, and the roofline's least time with what
-bounds it.
-Where a program does not fit, the nearest setting that does is looked for and named as flags. A 7B model takes 2 to 5 minutes
-on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
+Needs no TPU and no model: the compiler comes with `pip install -r requirements-tpu-aot.txt`, the
+architecture from the folder of --model.source or from --model.architecture, which the configs set.
+Train step, scoring step, patch operation and decoding are compiled with the settings of the run,
+every setting being a flag as in launch.safepatch. Of each: memory on a device against what the chip
+has, FLOPs, collectives with the bytes they move, and the roofline's least time with what bounds it.
+Where a program does not fit, the nearest setting that does is looked for and named as flags. A 7B
+model takes 2 to 5 minutes on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
 
-The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed are not examined.
-Exit code: 0 if everything fits, 3 if not; 1 or 2 for a mistake.
+The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed
+are not examined. Exit code: 0 if everything fits, 3 if not; 1 or 2 for a mistake.
 """
 
 import sys
@@ -26,18 +27,33 @@ from launch import main
 from safepatch_jax.planning.plan import compile_run
 from safepatch_jax.planning.programs import PROGRAMS
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4 ...", required=True)
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "So many of that topology, joined by the data centre network.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips: v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4 ...", required=True
+)
+_NUM_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "So many of that topology, joined by the data centre network."
+)
 _PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), "Which programs to compile.")
-_SUGGEST = flags.DEFINE_bool("suggest", False, "Look for the mesh and model.remat with the shortest train step.")
-_REMEDY = flags.DEFINE_bool("remedy", True, "Where the settings do not fit, look for the nearest that do.")
+_SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "Look for the mesh and model.remat with the shortest train step."
+)
+_REMEDY = flags.DEFINE_bool(
+    "remedy", True, "Where the settings do not fit, look for the nearest that do."
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 flags.adopt_module_key_flags(settings_flags)
 
 
 def run() -> None:
-    fits = compile_run(settings_flags.read_settings(), _TOPOLOGY.value, slices=_NUM_SLICES.value, kinds=_PROGRAMS.value,
-                       suggest=_SUGGEST.value, remedy=_REMEDY.value, json_path=_JSON.value)
+    fits = compile_run(
+        settings_flags.read_settings(),
+        _TOPOLOGY.value,
+        slices=_NUM_SLICES.value,
+        kinds=_PROGRAMS.value,
+        suggest=_SUGGEST.value,
+        remedy=_REMEDY.value,
+        json_path=_JSON.value,
+    )
     sys.exit(0 if fits else 3)
 
 

@@ -1,4 +1,5 @@
-"""Evaluate a model, beside another one: harm, over-refusal, utility, with intervals and paired tests.
+"""Evaluate a model, beside another one: harm, over-refusal, utility, with intervals and paired
+tests.
 
   python -m launch.evaluate --model=DIR --against=DIR2 --suite=quick --out=runs/evaluation
   python -m launch.evaluate --model=CHECKPOINT --suite=paper+jailbreaks --data.manual_dir=FOLDER --out=runs/paper
@@ -7,44 +8,82 @@
   python -m launch.evaluate --model=DIR --suite=quick --temperature=0.7 --seeds=0,1,2 --out=runs/seeds
   python -m launch.evaluate --suite=paper --show_examples --model=DIR
 
-Suites: quick (built-in data, minutes, offline), paper, jailbreaks, unseen, mt_bench (needs --grader), a JSON file, or several as
-A+mine.json. The file holds a list of objects with name, kind (harm, refusal, text, mmlu, gsm8k, mt_bench), source (as
---data.harmful of launch.safepatch: 'builtin', a file, 'set:NAME'), and split, limit, form, max_new, shots. docs/evaluation.md
-describes them, the judges, and what the phrase judge is worth.
+Suites: quick (built-in data, minutes, offline), paper, jailbreaks, unseen, mt_bench (needs
+--grader), a JSON file, or several as A+mine.json. The file holds a list of objects with name, kind
+(harm, refusal, text, mmlu, gsm8k, mt_bench), source (as --data.harmful of launch.safepatch:
+'builtin', a file, 'set:NAME'), and split, limit, form, max_new, shots. docs/evaluation.md describes
+them, the judges, and what the phrase judge is worth.
 
-Judges: phrases (offline), classifier:DIR (a Hugging Face sequence classifier; needs torch), llama_guard:DIR, wildguard:DIR,
-harmbench:DIR (run here, as the model itself), endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY).
+Judges: phrases (offline), classifier:DIR (a Hugging Face sequence classifier; needs torch),
+llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself),
+endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY).
 
-OUT receives report.md, report.json, report.png, and the answers, verdicts and grades as JSONL. An evaluation that was killed goes
-on when the same command is given again; another judge reads the same answers again. The answers of a jailbroken model
-are in OUT/answers: handle with care.
+OUT receives report.md, report.json, report.png, and the answers, verdicts and grades as JSONL. An
+evaluation that was killed goes on when the same command is given again; another judge reads the
+same answers again. The answers of a jailbroken model are in OUT/answers: handle with care.
 """
 
 from absl import flags
 
 from launch import distributed, main
-from safepatch_jax.console import say
-from safepatch_jax.pipeline import evaluate
+from safepatch_jax.runtime.console import say
+from safepatch_jax.studies.evaluate import study as evaluate
 
 _DEFAULTS = evaluate.Options()
-_MODEL = flags.DEFINE_string("model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True)
-_AGAINST = flags.DEFINE_string("against", "", "Another model to compare with, such as the backbone; same kinds of folder.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
+)
+_AGAINST = flags.DEFINE_string(
+    "against", "", "Another model to compare with, such as the backbone; same kinds of folder."
+)
 _OUT = flags.DEFINE_string("out", None, "The evaluation's folder.")
-_SHOW = flags.DEFINE_bool("show_examples", False, "Print how one item of each measure is put to the model, and end.")
-_SEEDS = flags.DEFINE_list("seeds", [], "Seeds with which all that is sampled is done, such as 0,1,2; for one --seed is enough.")
+_SHOW = flags.DEFINE_bool(
+    "show_examples", False, "Print how one item of each measure is put to the model, and end."
+)
+_SEEDS = flags.DEFINE_list(
+    "seeds",
+    [],
+    "Seeds with which all that is sampled is done, such as 0,1,2; for one --seed is enough.",
+)
 _FLAGS = {
-    "suite": flags.DEFINE_string("suite", _DEFAULTS.suite, "quick, paper, jailbreaks, unseen, mt_bench, a .json file, or A+B."),
-    "judge": flags.DEFINE_string("judge", _DEFAULTS.judge, "Whose verdicts the rates are; see above."),
-    "second_judge": flags.DEFINE_string("second_judge", "", "A second judge; the report then has their agreement."),
+    "suite": flags.DEFINE_string(
+        "suite",
+        _DEFAULTS.suite,
+        "quick, paper, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
+    ),
+    "judge": flags.DEFINE_string(
+        "judge", _DEFAULTS.judge, "Whose verdicts the rates are; see above."
+    ),
+    "second_judge": flags.DEFINE_string(
+        "second_judge", "", "A second judge; the report then has their agreement."
+    ),
     "grader": flags.DEFINE_string("grader", "", "Who grades mt_bench: endpoint:URL?model=NAME."),
-    "mesh": flags.DEFINE_string("mesh", _DEFAULTS.mesh, "Devices per mesh axis; -1 once means 'all that are left'."),
-    "compute_dtype": flags.DEFINE_enum("compute_dtype", _DEFAULTS.compute_dtype, ["float32", "bfloat16"], "Arithmetic."),
-    "batch_size": flags.DEFINE_integer("batch_size", _DEFAULTS.batch_size, "Sequences that run together.", lower_bound=1),
-    "temperature": flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0),
-    "top_p": flags.DEFINE_float("top_p", 1.0, "Share of the probability that is sampled from.", lower_bound=0.0, upper_bound=1.0),
+    "mesh": flags.DEFINE_string(
+        "mesh", _DEFAULTS.mesh, "Devices per mesh axis; -1 once means 'all that are left'."
+    ),
+    "compute_dtype": flags.DEFINE_enum(
+        "compute_dtype", _DEFAULTS.compute_dtype, ["float32", "bfloat16"], "Arithmetic."
+    ),
+    "batch_size": flags.DEFINE_integer(
+        "batch_size", _DEFAULTS.batch_size, "Sequences that run together.", lower_bound=1
+    ),
+    "temperature": flags.DEFINE_float(
+        "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0
+    ),
+    "top_p": flags.DEFINE_float(
+        "top_p",
+        1.0,
+        "Share of the probability that is sampled from.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    ),
     "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
-    "manual_dir": flags.DEFINE_string("data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."),
-    "data_dir": flags.DEFINE_string("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
+    "manual_dir": flags.DEFINE_string(
+        "data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."
+    ),
+    "data_dir": flags.DEFINE_string(
+        "data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."
+    ),
 }
 flags.adopt_module_key_flags(distributed)
 
@@ -55,14 +94,19 @@ def run() -> None:
         seeds = tuple(map(int, _SEEDS.value))
     except ValueError:
         given = ",".join(_SEEDS.value)
-        raise ValueError(f"--seeds takes whole numbers with commas between, such as 0,1,2; got '{given}'.") from None
+        raise ValueError(
+            f"--seeds takes whole numbers with commas between, such as 0,1,2; got '{given}'."
+        ) from None
     options = evaluate.Options(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
     if _SHOW.value:
         for line in evaluate.show_examples(_MODEL.value, options):
             say(line)
         return
     if not _OUT.value:
-        raise ValueError("--out is needed: the folder that receives the report, and from which a killed evaluation goes on.")
+        raise ValueError(
+            "--out is needed: the folder that receives the report, and from which a killed "
+            "evaluation goes on."
+        )
     evaluate.evaluate(_MODEL.value, _OUT.value, options, _AGAINST.value)
 
 

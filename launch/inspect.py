@@ -1,22 +1,29 @@
-"""Print a model's parameter table: shapes, logical axes, Hugging Face names, stored dtypes, what a patch may touch.
+"""Print a model's parameter table: shapes, logical axes, Hugging Face names, stored dtypes, what a
+patch may touch.
 
   python -m launch.inspect --model=DIR
   python -m launch.inspect --model=DIR --scope=all_linear
 
-DIR is a folder in Hugging Face format; config.json alone is enough. Nothing is loaded: the command takes a second, also for a
-70B model.
+DIR is a folder in Hugging Face format; config.json alone is enough. Nothing is loaded: the command
+takes a second, also for a 70B model.
 """
 
 from absl import flags
 
 from launch import main
-from safepatch_jax.console import say
 from safepatch_jax.models.table import SCOPES
-from safepatch_jax.pipeline.convert import inspect_model
+from safepatch_jax.run.convert import inspect_model
+from safepatch_jax.runtime.console import say
 
-_MODEL = flags.DEFINE_string("model", None, "Model folder (hf:DIR or DIR), or a checkpoint of launch.convert (orbax:DIR).",
-                             required=True)
-_SCOPE = flags.DEFINE_enum("scope", "block_linear", list(SCOPES), "Which parameters count as patchable.")
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Model folder (hf:DIR or DIR), or a checkpoint of launch.convert (orbax:DIR).",
+    required=True,
+)
+_SCOPE = flags.DEFINE_enum(
+    "scope", "block_linear", list(SCOPES), "Which parameters count as patchable."
+)
 
 
 def run() -> None:

@@ -6,15 +6,16 @@ import os
 import signal
 import sys
 import traceback
-from typing import Callable
+from collections.abc import Callable
 
 from absl import app, logging
 
-from safepatch_jax import processes, stopping
+from safepatch_jax.runtime import processes, stopping
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
-    """Run a launcher: a ValueError or a full disk ends it with one clear line and exit code 2, in all processes.
+    """Run a launcher: a ValueError or a full disk ends it with one clear line and exit code 2, in
+    all processes.
 
     Args:
       main: the launcher.
@@ -23,10 +24,16 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 
     def wrapped(argv):
         if len(argv) > 1 and not positional:
-            print(f"error: unexpected argument '{argv[1]}'; settings are given as --group.option=value.", file=sys.stderr)
+            print(
+                f"error: unexpected argument '{argv[1]}'; settings are given as "
+                "--group.option=value.",
+                file=sys.stderr,
+            )
             sys.exit(2)
         logging.set_verbosity(logging.ERROR)
-        signal.signal(signal.SIGTERM, stopping.on_signal)  # so that half-filled folders are cleared away, and training is saved
+        signal.signal(
+            signal.SIGTERM, stopping.on_signal
+        )  # so that half-filled folders are cleared away, and training is saved
         try:
             main(*([argv[1:]] if positional else []))
         except BaseException as error:
@@ -39,33 +46,50 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
                 if not processes.joined():
                     raise
                 text, consequence = _interruption(error)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and the other processes should hear of it
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # the end is near, and the other processes should hear of it
             signal.alarm(0)
-            processes.fail(text, error.code if isinstance(error, SystemExit) else 2, consequence=consequence)
+            processes.fail(
+                text, error.code if isinstance(error, SystemExit) else 2, consequence=consequence
+            )
 
     app.run(wrapped)
 
 
 def _message(error: BaseException) -> str | None:
-    """Return what a user should read who made a mistake or has too little memory or disk; None for other errors."""
+    """Return what a user should read who made a mistake or has too little memory or disk; None for
+    other errors."""
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     # JAX's errors are RuntimeErrors; some launchers do without JAX.
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and "RESOURCE_EXHAUSTED" in str(error)
+    ):
         reason = str(error).partition("\n")[0] or "the system gives no more"
-        return (f"out of memory ({reason}). Use more devices or a machine with more memory; in a run also lower "
-                "--derive.batch_size and --evaluate.batch_size, or set --model.remat=full; in an evaluation --batch_size.")
+        return (
+            f"out of memory ({reason}). Use more devices or a machine with more memory; in a run "
+            "also lower "
+            "--derive.batch_size and --evaluate.batch_size, or set --model.remat=full; in an "
+            "evaluation --batch_size."
+        )
     return None
 
 
 def _interruption(error: BaseException) -> tuple[str, bool]:
-    """Return what one of several processes says of another error, and whether the reason may lie with another process."""
+    """Return what one of several processes says of another error, and whether the reason may lie
+    with another process."""
     if isinstance(error, SystemExit):
         return f"ended by SIGTERM or sys.exit({error.code})", False
     if isinstance(error, processes.AnotherFailed) or type(error).__name__ == "JaxRuntimeError":
         reason = str(error).partition("\n")[0]
-        return (f"a step that all processes take together failed ({reason}). Did a process end, or a host lose its network? "
-                "The same command, given to all again, goes on where this run stopped."), True
+        return (
+            f"a step that all processes take together failed ({reason}). Did a process end, or a "
+            "host lose its network? "
+            "The same command, given to all again, goes on where this run stopped."
+        ), True
     if not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     return repr(error), False

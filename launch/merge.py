@@ -2,30 +2,46 @@
 
   python -m launch.merge --base=DIR --patch_se=DIR2 --patch_osm=DIR3 --merge=dare --patch.retention=0.3 --out=NEW_DIR
   python -m launch.merge --base=DIR --patch_se=RUN/stages/derive_se --patch_osm=RUN/stages/derive_osm \\
-      --scores_se=RUN/stages/score_se --scores_osm=RUN/stages/score_osm --config=configs/llama2_7b_chat.py --out=NEW_DIR
+      --scores_se=RUN/stages/score_se --scores_osm=RUN/stages/score_osm
+      --config=configs/llama2_7b_chat.py --out=NEW_DIR
 
---patch_se and --patch_osm are derived models: folders in Hugging Face format, patch files that turn the base into one, or
-stages of a run with --run.keep_scratch. SNIP (SafePatching) needs the scores of such a run too; what else ranks does so by size, or
-at random, or not at all. --config, --merge and the flags below mean what they mean in launch.safepatch, and give the same bits. A run's
+--patch_se and --patch_osm are derived models: folders in Hugging Face format, patch files that turn
+the base into one, or stages of a run with --run.keep_scratch. SNIP (SafePatching) needs the scores
+of such a run too; what else ranks does so by size, or at random, or not at all. --config, --merge
+and the flags below mean what they mean in launch.safepatch, and give the same bits. A run's
 backbone is its --model.source, or WORKDIR's aligned model; --config's other groups are not used.
 
-Memory is that of a few million entries; a stage of a run is read one stacked parameter at a time. NEW_DIR appears whole or
-not at all, with config and tokenizer, merge.json (the settings, and what was kept in each tensor) and patch.png.
+Memory is that of a few million entries; a stage of a run is read one stacked parameter at a time.
+NEW_DIR appears whole or not at all, with config and tokenizer, merge.json (the settings, and what
+was kept in each tensor) and patch.png.
 python -m launch.patch create --base=DIR --model=NEW_DIR --patch=FILE then makes the patch file.
 """
 
 from absl import flags
 
 from launch import main, options
-from safepatch_jax.pipeline import merge_folders
+from safepatch_jax.run import merge_folders
 
-_BASE = flags.DEFINE_string("base", None, "The backbone's folder, in Hugging Face format.", required=True)
-_DERIVED = {"se": flags.DEFINE_string("patch_se", None, "The SE model (gradient ascent), or what DARE and TIES merge first.",
-                                      required=True),
-            "osm": flags.DEFINE_string("patch_osm", None, "The OSM model (gradient descent), or the second one.",
-                                       required=True)}
-_SCORES = {role: flags.DEFINE_string(f"scores_{role}", None, f"Sums of |gradient| at the {role.upper()} model; SafePatching.")
-           for role in _DERIVED}
+_BASE = flags.DEFINE_string(
+    "base", None, "The backbone's folder, in Hugging Face format.", required=True
+)
+_DERIVED = {
+    "se": flags.DEFINE_string(
+        "patch_se",
+        None,
+        "The SE model (gradient ascent), or what DARE and TIES merge first.",
+        required=True,
+    ),
+    "osm": flags.DEFINE_string(
+        "patch_osm", None, "The OSM model (gradient descent), or the second one.", required=True
+    ),
+}
+_SCORES = {
+    role: flags.DEFINE_string(
+        f"scores_{role}", None, f"Sums of |gradient| at the {role.upper()} model; SafePatching."
+    )
+    for role in _DERIVED
+}
 _OUT = flags.DEFINE_string("out", None, "The new folder.", required=True)
 _NAMES = options.define(["patch", "export", "run.seed"])
 flags.adopt_module_key_flags(options)
@@ -33,7 +49,9 @@ flags.adopt_module_key_flags(options)
 
 def run() -> None:
     given = lambda wanted: {role: flag.value for role, flag in wanted.items() if flag.value}
-    merge_folders.merge_folders(_BASE.value, given(_DERIVED), given(_SCORES), _OUT.value, options.read(_NAMES))
+    merge_folders.merge_folders(
+        _BASE.value, given(_DERIVED), given(_SCORES), _OUT.value, options.read(_NAMES)
+    )
 
 
 if __name__ == "__main__":

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from absl import flags
 
 from safepatch_jax.settings import Settings, declared_options, load_config
 
-CONFIG = flags.DEFINE_string("config", None, "Python file with a CONFIG dictionary; see configs/demo.py.")
+CONFIG = flags.DEFINE_string(
+    "config", None, "Python file with a CONFIG dictionary; see configs/demo.py."
+)
 MERGE = flags.DEFINE_enum(
-    "merge", None, list(declared_options()["patch.merge"].metadata["choices"]), "The merging method; short for --patch.merge.")
+    "merge",
+    None,
+    list(declared_options()["patch.merge"].metadata["choices"]),
+    "The merging method; short for --patch.merge.",
+)
 
 
 def define(groups: Iterable[str]) -> list[str]:
-    """Define one flag for each setting of some groups (or one setting, as group.option); return their names.
+    """Define one flag for each setting of some groups (or one setting, as group.option); return
+    their names.
 
     The default is the config file's.
     """
-    names = [name for name in declared_options() for g in groups if name == g or name.startswith(g + ".")]
+    names = [
+        name for name in declared_options() for g in groups if name == g or name.startswith(g + ".")
+    ]
     for name in names:
         field = declared_options()[name]
         text = f"{field.metadata['help']} [{field.default!r}]"
@@ -28,13 +37,20 @@ def define(groups: Iterable[str]) -> list[str]:
         elif kind is bool:
             flags.DEFINE_bool(name, None, text)
         else:
-            declare = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}[kind]
+            declare = {
+                int: flags.DEFINE_integer,
+                float: flags.DEFINE_float,
+                str: flags.DEFINE_string,
+            }[kind]
             declare(name, None, text)
     return names
 
 
-def read(names: Iterable[str], short: Mapping[str, object] | None = None, shorthands: str = "--merge") -> Settings:
-    """Build the settings: defaults, then the config file, then the short flags, then those named group.option."""
+def read(
+    names: Iterable[str], short: Mapping[str, object] | None = None, shorthands: str = "--merge"
+) -> Settings:
+    """Build the settings: defaults, then the config file, then the short flags, then those named
+    group.option."""
     settings = load_config(CONFIG.value) if CONFIG.value else Settings()
     short = dict(short or {}) | ({"patch.merge": MERGE.value} if MERGE.value is not None else {})
     given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}

@@ -8,16 +8,18 @@
   python -m launch.patch scale   --patch=FILE --model=DIR --factor=0.5 --out=NEW_FILE
   python -m launch.patch combine --patches=FILE,FILE2 --model=DIR --out=NEW_FILE
 
-A patch file has the positions and bits in which a patched model differs from its backbone, and the SHA-256 of every tensor
-before and after. Applying is exact, reverting gives back the backbone's bits, and another backbone is refused with the names
-of the tensors that differ. Neither needs JAX; memory holds a few megabytes, whatever the model's size.
+A patch file has the positions and bits in which a patched model differs from its backbone, and the
+SHA-256 of every tensor before and after. Applying is exact, reverting gives back the backbone's
+bits, and another backbone is refused with the names of the tensors that differ. Neither needs JAX;
+memory holds a few megabytes, whatever the model's size.
 
-In place, weight files are written beside the old ones and renamed, so there must be room for the largest of them. Killed
-at any moment, the folder holds every tensor as before or as after: the same command again finishes, the other one of
-apply and revert undoes. certificate.json is removed from a folder that is changed in place; README.md stays as it is.
+In place, weight files are written beside the old ones and renamed, so there must be room for the
+largest of them. Killed at any moment, the folder holds every tensor as before or as after: the same
+command again finishes, the other one of apply and revert undoes. certificate.json is removed from a
+folder that is changed in place; README.md stays as it is.
 
-docs/patch_file.md has the format. Exit code 0: done; 2: a mistake, with one line that says which. verify also ends with 2
-for a folder that is neither the backbone nor the patched model.
+docs/patch_file.md has the format. Exit code 0: done; 2: a mistake, with one line that says which.
+verify also ends with 2 for a folder that is neither the backbone nor the patched model.
 """
 
 from collections import Counter
@@ -25,15 +27,25 @@ from collections import Counter
 from absl import flags
 
 from launch import main
-from safepatch_jax.console import say, some
-from safepatch_jax.patching import patch_apply, patch_arithmetic, patch_file
+from safepatch_jax.patch_file import apply as patch_apply
+from safepatch_jax.patch_file import arithmetic as patch_arithmetic
+from safepatch_jax.patch_file import file as patch_file
+from safepatch_jax.runtime.console import say, some
 
 _PATCH = flags.DEFINE_string("patch", None, "The patch file.")
-_PATCHES = flags.DEFINE_list("patches", None, "Patch files of one backbone, separated by commas; combine.")
-_MODEL = flags.DEFINE_string("model", None, "Model folder in Hugging Face format; with create the patched one.")
+_PATCHES = flags.DEFINE_list(
+    "patches", None, "Patch files of one backbone, separated by commas; combine."
+)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Model folder in Hugging Face format; with create the patched one."
+)
 _BASE = flags.DEFINE_string("base", None, "The backbone's folder; create.")
-_OUT = flags.DEFINE_string("out", None, "A new folder (apply, revert) or a new patch file (scale, combine).")
-_FACTOR = flags.DEFINE_float("factor", None, "By what the change of each entry is multiplied; scale.")
+_OUT = flags.DEFINE_string(
+    "out", None, "A new folder (apply, revert) or a new patch file (scale, combine)."
+)
+_FACTOR = flags.DEFINE_float(
+    "factor", None, "By what the change of each entry is multiplied; scale."
+)
 
 
 def _create(base: str, model: str, patch: str) -> None:
@@ -48,11 +60,16 @@ def _inspect(patch: str) -> None:
 def _verify(patch: str, model: str) -> None:
     states = patch_apply.verify(patch, model)
     count = Counter(states.values())
-    text = (f"{count['before']} tensors as in the backbone, {count['after']} as patched, {count['same']} that the patch "
-            "leaves alone")
+    text = (
+        f"{count['before']} tensors as in the backbone, {count['after']} as patched, "
+        f"{count['same']} that the patch "
+        "leaves alone"
+    )
     if count["neither"]:
         strangers = some(sorted(name for name, state in states.items() if state == "neither"), ", ")
-        raise ValueError(f"{model} is another model: {text}, {count['neither']} neither: {strangers}.")
+        raise ValueError(
+            f"{model} is another model: {text}, {count['neither']} neither: {strangers}."
+        )
     if count["before"] and count["after"]:
         raise ValueError(f"{model} is between the two: {text}. apply finishes, revert undoes.")
     say(f"{model} is the {'backbone' if count['before'] else 'patched model'}: {text}.")
@@ -63,7 +80,11 @@ def _move(verb: str):
         outcome = getattr(patch_apply, verb)(patch, model, out)
         text = f"{outcome.folder}: {len(outcome.moved)} tensors changed"
         text += f", {len(outcome.already)} were so already" if outcome.already else ""
-        text += f"; removed {', '.join(outcome.removed)}, which was about other bits" if outcome.removed else ""
+        text += (
+            f"; removed {', '.join(outcome.removed)}, which was about other bits"
+            if outcome.removed
+            else ""
+        )
         say(text)
 
     return run
@@ -79,30 +100,61 @@ def _combine(patches: list[str], model: str, out: str) -> None:
 
 def _say_written(patch: patch_file.PatchFile) -> None:
     size = patch.path.stat().st_size
-    say(f"{patch.path}: {patch.entries():,} entries in {len(patch.changed())} tensors, {size:,} bytes, "
-        f"{size / patch.entries():.2f} an entry")
+    say(
+        f"{patch.path}: {patch.entries():,} entries in {len(patch.changed())} tensors, {size:,} "
+        "bytes, "
+        f"{size / patch.entries():.2f} an entry"
+    )
 
 
 # Which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
-    "create": (_create, "base model patch"), "inspect": (_inspect, "patch"), "verify": (_verify, "patch model"),
-    "apply": (_move("apply"), "patch model out?"), "revert": (_move("revert"), "patch model out?"),
-    "scale": (_scale, "patch model factor out"), "combine": (_combine, "patches model out")}
-_FLAGS = {"patch": _PATCH, "patches": _PATCHES, "model": _MODEL, "base": _BASE, "out": _OUT, "factor": _FACTOR}
+    "create": (_create, "base model patch"),
+    "inspect": (_inspect, "patch"),
+    "verify": (_verify, "patch model"),
+    "apply": (_move("apply"), "patch model out?"),
+    "revert": (_move("revert"), "patch model out?"),
+    "scale": (_scale, "patch model factor out"),
+    "combine": (_combine, "patches model out"),
+}
+_FLAGS = {
+    "patch": _PATCH,
+    "patches": _PATCHES,
+    "model": _MODEL,
+    "base": _BASE,
+    "out": _OUT,
+    "factor": _FACTOR,
+}
 
 
 def run(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in _COMMANDS:
         given = f"got {' '.join(arguments)}" if arguments else "none was given"
-        raise ValueError(f"one command is needed, {given}. There are {', '.join(_COMMANDS)}; see python -m launch.patch "
-                         "--help.")
+        raise ValueError(
+            f"one command is needed, {given}. There are {', '.join(_COMMANDS)}; see python -m "
+            "launch.patch "
+            "--help."
+        )
     call, takes = _COMMANDS[arguments[0]]
     names = takes.replace("?", "").split()
-    missing = [f"--{name}" for name in takes.split() if not name.endswith("?") and _FLAGS[name].value is None]
-    stray = [f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None]
+    missing = [
+        f"--{name}"
+        for name in takes.split()
+        if not name.endswith("?") and _FLAGS[name].value is None
+    ]
+    stray = [
+        f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None
+    ]
     if missing or stray:
-        raise ValueError(f"{arguments[0]} " + " and ".join(
-            f"{verb} {', '.join(given)}" for verb, given in (("needs", missing), ("does not take", stray)) if given) + ".")
+        raise ValueError(
+            f"{arguments[0]} "
+            + " and ".join(
+                f"{verb} {', '.join(given)}"
+                for verb, given in (("needs", missing), ("does not take", stray))
+                if given
+            )
+            + "."
+        )
     call(*(_FLAGS[name].value for name in names))
 
 

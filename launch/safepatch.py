@@ -1,4 +1,5 @@
-"""Patch a chat model: derive the safety (SE) and over-safety (OSM) patches, merge them, export, evaluate, report.
+"""Patch a chat model: derive the safety (SE) and over-safety (OSM) patches, merge them, export,
+evaluate, report.
 
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo --dry_run
@@ -6,12 +7,13 @@
       --data=harmful:advbench.csv,lookalike:xstest.csv --patch.retention=0.2
   launch/tpu_pod.sh POD ZONE launch.safepatch ...     # on all hosts of a TPU pod slice; BUILD.md has other clusters
 
-The workdir receives report.md, report.json, report.png, patch.png, manifest.json, settings.json, environment.json,
-metrics.jsonl and tensorboard/ (training, step by step), stages/export/model (a Hugging Face
-folder that transformers loads as it is) and stages/patch_file/patch.safetensors (its difference from the backbone, see
-launch.patch; not where --export.dtype asks for another dtype). A run that was killed goes on where it stopped when the same
-command is given again; stages whose inputs are unchanged are not run again. Derived models are deleted after success
-(--run.keep_scratch keeps them: they are jailbroken or broken models, handle with care).
+The workdir receives report.md, report.json, report.png, patch.png, manifest.json, settings.json,
+environment.json, metrics.jsonl and tensorboard/ (training, step by step), stages/export/model (a
+Hugging Face folder that transformers loads as it is) and stages/patch_file/patch.safetensors (its
+difference from the backbone, see launch.patch; not where --export.dtype asks for another dtype). A
+run that was killed goes on where it stopped when the same command is given again; stages whose
+inputs are unchanged are not run again. Derived models are deleted after success (--run.keep_scratch
+keeps them: they are jailbroken or broken models, handle with care).
 """
 
 import sys
@@ -20,16 +22,28 @@ from absl import flags
 
 from launch import distributed, main
 from launch import flags as settings_flags
-from safepatch_jax.console import say
-from safepatch_jax.pipeline.job import Job
 from safepatch_jax.planning.plan import dry_run
+from safepatch_jax.run.job import Job
+from safepatch_jax.runtime.console import say
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is not there.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this run; made if it is not there.", required=True
+)
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print the plan, compile the programs (into the compile cache), print what they need on these devices, and "
-    "stop.")
-_SHOW = flags.DEFINE_bool("show_examples", False, "Print training examples in the chat template, answer tokens green, and stop.")
-_UPDATE = flags.DEFINE_bool("update", False, "Go on in a workdir of other settings, running again what they change.")
+    "dry_run",
+    False,
+    "Print the plan, compile the programs (into the compile cache), print what they need on these "
+    "devices, and "
+    "stop.",
+)
+_SHOW = flags.DEFINE_bool(
+    "show_examples",
+    False,
+    "Print training examples in the chat template, answer tokens green, and stop.",
+)
+_UPDATE = flags.DEFINE_bool(
+    "update", False, "Go on in a workdir of other settings, running again what they change."
+)
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 

@@ -1,29 +1,35 @@
-"""Try patch settings on the search split, which no report uses; training and scores are done once and reused.
+"""Try patch settings on the search split, which no report uses; training and scores are done once
+and reused.
 
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
-      --grid='patch.beta=1,2,3;patch.top_rate_osm=0.03,0.1,0.3'                  # all 9 combinations
+      --grid='patch.beta=1,2,3;patch.top_rate_osm=0.03,0.1,0.3'                  # all 9
+      combinations
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
-      --around='patch.beta=1,2,3;patch.retention=0.1,0.3,1;patch.alpha=0,1'      # one setting at a time
+      --around='patch.beta=1,2,3;patch.retention=0.1,0.3,1;patch.alpha=0,1'      # one setting at a
+      time
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
-      --grid='patch.beta=2,3;run.seed=0,1,2' --grid='patch.merge=ties;patch.density=0.1,0.2' --dry_run
+      --grid='patch.beta=2,3;run.seed=0,1,2' --grid='patch.merge=ties;patch.density=0.1,0.2'
+      --dry_run
 
---grid and --around may be given several times and together: what is tried is the union of their points, each once. They take
-every patch.OPTION but patch.scope, and run.seed: there it is the seed of random retention (and of stochastic rounding) alone,
-while training and scores keep the run's --run.seed. --around tries the config's own point, and those in which one setting has
-another of its values. Every other setting is given by --config and flags, as for launch.safepatch.
+--grid and --around may be given several times and together: what is tried is the union of their
+points, each once. They take every patch.OPTION but patch.scope, and run.seed: there it is the seed
+of random retention (and of stochastic rounding) alone, while training and scores keep the run's
+--run.seed. --around tries the config's own point, and those in which one setting has another of its
+values. Every other setting is given by --config and flags, as for launch.safepatch.
 
-Each point prints a line, with the time left, and is a row of WORKDIR/sweep.jsonl (patch settings, seed, keys of what it was
-computed from, measures, seconds); a sweep that was killed goes on where it stopped. At the end, over all rows of the same
-model, data, training and scores:
+Each point prints a line, with the time left, and is a row of WORKDIR/sweep.jsonl (patch settings,
+seed, keys of what it was computed from, measures, seconds); a sweep that was killed goes on where
+it stopped. At the end, over all rows of the same model, data, training and scores:
 
-  sweep.md                the recommended settings and why, the Pareto front, the spread over seeds, the effect of each setting
-  sweep.json              the same, for programs
+  sweep.md                the recommended settings and why, the Pareto front, the spread over seeds,
+  the effect of each setting sweep.json              the same, for programs
   sweep.png               harm, over-refusal and perplexity of every choice
   sweep_sensitivity.png   what each setting moves
 
-Recommended is the least over-refusal among the choices with no more harm than the backbone and at most 1.05 times its
-perplexity; if there is none, that is said, and the least bad is named. docs/sweep.md has the rule and how to read the pictures.
-The workdir keeps the derived models (jailbroken or broken models): delete it when you are done.
+Recommended is the least over-refusal among the choices with no more harm than the backbone and at
+most 1.05 times its perplexity; if there is none, that is said, and the least bad is named.
+docs/sweep.md has the rule and how to read the pictures. The workdir keeps the derived models
+(jailbroken or broken models): delete it when you are done.
 """
 
 import sys
@@ -32,15 +38,22 @@ from absl import flags
 
 from launch import distributed, main
 from launch import flags as settings_flags
-from safepatch_jax.console import say
-from safepatch_jax.pipeline import sweep
-from safepatch_jax.pipeline.sweep_points import design
+from safepatch_jax.runtime.console import say
+from safepatch_jax.studies.sweep import study as sweep
+from safepatch_jax.studies.sweep.points import design
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this sweep; made if it is not there.", required=True)
-_GRID = flags.DEFINE_multi_string("grid", [], "patch.OPTION=VALUE,VALUE;run.seed=VALUE,...: all combinations")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this sweep; made if it is not there.", required=True
+)
+_GRID = flags.DEFINE_multi_string(
+    "grid", [], "patch.OPTION=VALUE,VALUE;run.seed=VALUE,...: all combinations"
+)
 _AROUND = flags.DEFINE_multi_string(
-    "around", [], "patch.OPTION=VALUE,VALUE;...: one setting at a time, the others as in the config")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the points, and which have a row already, and stop.")
+    "around", [], "patch.OPTION=VALUE,VALUE;...: one setting at a time, the others as in the config"
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "List the points, and which have a row already, and stop."
+)
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
@@ -48,12 +61,16 @@ flags.adopt_module_key_flags(distributed)
 def run() -> None:
     if _DRY_RUN.value:
         settings = settings_flags.read_settings()
-        for line in sweep.plan(settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value)):
+        for line in sweep.plan(
+            settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value)
+        ):
             say(line)
         return
     distributed.join()
     settings = settings_flags.read_settings()
-    report = sweep.sweep(settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value), sys.argv)
+    report = sweep.sweep(
+        settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value), sys.argv
+    )
     say(f"Report: {report}")
 
 

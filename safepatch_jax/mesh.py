@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from safepatch_jax import processes
+from safepatch_jax.runtime import processes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -33,7 +33,8 @@ ACTIVATION_AXES = ("batch", "length", "features")  # the others are axes of para
 
 @dataclasses.dataclass(frozen=True)
 class Sharder:
-    """Turns logical axes into shardings on one mesh; hashable, so that jitted programs may close over it.
+    """Turns logical axes into shardings on one mesh; hashable, so that jitted programs may close
+    over it.
 
     Attributes:
       mesh: devices, named by MESH_AXES.
@@ -49,22 +50,32 @@ class Sharder:
     def __post_init__(self):
         for axis, over in self.rules:
             if unknown := [m for m in over if m not in self.mesh.shape]:
-                raise ValueError(f"The rule of '{axis}' names the mesh axis '{unknown[0]}'; the mesh has "
-                                 f"{', '.join(self.mesh.shape)}.")
+                raise ValueError(
+                    f"The rule of '{axis}' names the mesh axis '{unknown[0]}'; the mesh has "
+                    f"{', '.join(self.mesh.shape)}."
+                )
             if len(set(over)) < len(over):
-                raise ValueError(f"The rule of '{axis}' names a mesh axis twice: {', '.join(over)}.")
+                raise ValueError(
+                    f"The rule of '{axis}' names a mesh axis twice: {', '.join(over)}."
+                )
 
-    def with_rules(self, **changes: tuple[str, ...]) -> "Sharder":
+    def with_rules(self, **changes: tuple[str, ...]) -> Sharder:
         """Return a sharder of the same mesh in which some rules are others."""
         return Sharder(self.mesh, tuple((dict(self.rules) | changes).items()))
 
     def check_used(self, axes: Iterable[str]) -> None:
-        """Raise ValueError if a rule's logical axis is none of these (a parameter's) and none of an activation."""
+        """Raise ValueError if a rule's logical axis is none of these (a parameter's) and none of an
+        activation."""
         if unused := sorted(dict(self.rules).keys() - set(axes) - set(ACTIVATION_AXES)):
-            raise ValueError(f"The rules of {', '.join(unused)} are never used: no parameter and no activation has such an axis. "
-                             "Remove them, or correct their names.")
+            raise ValueError(
+                f"The rules of {', '.join(unused)} are never used: no parameter and no activation "
+                "has such an axis. "
+                "Remove them, or correct their names."
+            )
 
-    def sharding(self, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, name: str = "array") -> NamedSharding:
+    def sharding(
+        self, axes: tuple[str, ...], shape: tuple[int, ...] | None = None, name: str = "array"
+    ) -> NamedSharding:
         """Return the NamedSharding of an array with these logical axes.
 
         Args:
@@ -73,23 +84,32 @@ class Sharder:
           name: what the array is called in an error.
 
         Raises:
-          ValueError: unknown logical axis, a mesh axis used twice, or a dimension that does not divide.
+          ValueError: unknown logical axis, a mesh axis used twice, or a dimension that does not
+            divide.
         """
         rules = dict(self.rules)
         used: list[str] = []
         spec = []
         for dim, axis in enumerate(axes):
             if axis not in rules:
-                raise ValueError(f"{name}: unknown logical axis '{axis}'; known are {', '.join(rules)}.")
+                raise ValueError(
+                    f"{name}: unknown logical axis '{axis}'; known are {', '.join(rules)}."
+                )
             over = rules[axis]
             if twice := set(over) & set(used):
-                raise ValueError(f"{name}: axes {axes} lay two dimensions over the same mesh axis {', '.join(sorted(twice))}.")
+                raise ValueError(
+                    f"{name}: axes {axes} lay two dimensions over the same mesh axis "
+                    f"{', '.join(sorted(twice))}."
+                )
             used.extend(over)
             ways = self._ways(over)
             if shape is not None and shape[dim] % ways:
                 raise ValueError(
-                    f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide by mesh axes "
-                    f"{'*'.join(over)} = {ways}. Nearest mesh that divides it: {self._nearest(shape[dim], over)}.")
+                    f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide "
+                    "by mesh axes "
+                    f"{'*'.join(over)} = {ways}. Nearest mesh that divides it: "
+                    f"{self._nearest(shape[dim], over)}."
+                )
             spec.append(None if not over else over[0] if len(over) == 1 else over)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
@@ -97,7 +117,8 @@ class Sharder:
         return math.prod(self.mesh.shape[m] for m in over)
 
     def _nearest(self, size: int, over: tuple[str, ...]) -> str:
-        """Return a mesh of as many devices in which `over` divides a size; what is taken off goes to another axis."""
+        """Return a mesh of as many devices in which `over` divides a size; what is taken off goes
+        to another axis."""
         sizes = dict(self.mesh.shape)
         other = next((m for m in ("fsdp", "data", "tensor") if m not in over), over[-1])
         for axis in over:
@@ -114,22 +135,29 @@ class Sharder:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
     def place(self, x: np.ndarray, *axes: str) -> jax.Array:
-        """Place a host array that every process holds; each process copies its own devices' parts alone."""
-        return jax.make_array_from_callback(x.shape, self.sharding(axes, x.shape), lambda index: x[index])
+        """Place a host array that every process holds; each process copies its own devices' parts
+        alone."""
+        return jax.make_array_from_callback(
+            x.shape, self.sharding(axes, x.shape), lambda index: x[index]
+        )
 
     def local_rows(self, rows: int) -> list[int]:
-        """Return which rows of a batch of so many this process's devices hold; all, where the mesh does not divide it."""
+        """Return which rows of a batch of so many this process's devices hold; all, where the mesh
+        does not divide it."""
         if rows % self.batch_ways:
             return list(range(rows))
         held = self.sharding(("batch",)).addressable_devices_indices_map((rows,))
         return sorted({row for (part,) in held.values() for row in range(*part.indices(rows))})
 
     def most(self, value: int) -> int | jax.Array:
-        """Return the largest of the processes' values; with several processes an array, which all of them see alike."""
+        """Return the largest of the processes' values; with several processes an array, which all
+        of them see alike."""
         if not processes.several():
             return value
         sharding = NamedSharding(self.mesh, PartitionSpec(MESH_AXES))
-        values = jax.make_array_from_callback((self.mesh.size,), sharding, lambda index: np.full(1, value, np.int32))
+        values = jax.make_array_from_callback(
+            (self.mesh.size,), sharding, lambda index: np.full(1, value, np.int32)
+        )
         return jax.jit(jnp.max, out_shardings=self.replicated())(values)
 
     @property
@@ -154,8 +182,8 @@ def make_mesh(shape: str, devices=None) -> Mesh:
     Over several TPU slices the data axis is laid across the slices, whose links are the slowest.
 
     Raises:
-      ValueError: unknown or repeated axis, more than one -1, sizes that do not multiply to the device count, or a data axis
-        that several slices do not divide.
+      ValueError: unknown or repeated axis, more than one -1, sizes that do not multiply to the
+        device count, or a data axis that several slices do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(MESH_AXES, 1)
@@ -163,7 +191,10 @@ def make_mesh(shape: str, devices=None) -> Mesh:
     for part in shape.split(","):
         axis, colon, size = part.strip().partition(":")
         if axis not in sizes or axis in seen or not colon:
-            raise ValueError(f"mesh '{shape}': '{part}' is not one of data:N, fsdp:N, tensor:N, each at most once.")
+            raise ValueError(
+                f"mesh '{shape}': '{part}' is not one of data:N, fsdp:N, tensor:N, each at most "
+                "once."
+            )
         seen.add(axis)
         try:
             sizes[axis] = int(size)
@@ -172,13 +203,18 @@ def make_mesh(shape: str, devices=None) -> Mesh:
     free = [a for a, n in sizes.items() if n == -1]
     fixed = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1 or fixed < 1 or any(n < -1 or n == 0 for n in sizes.values()):
-        raise ValueError(f"mesh '{shape}': sizes must be at least 1, and -1 ('all that are left') may stand once.")
+        raise ValueError(
+            f"mesh '{shape}': sizes must be at least 1, and -1 ('all that are left') may stand "
+            "once."
+        )
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh '{shape}' needs {fixed if free else math.prod(sizes.values())} devices"
-                         f"{' (or a multiple)' if free else ''}, but there are {len(devices)}. "
-                         f"Change --mesh so that the sizes multiply to {len(devices)}.")
+        raise ValueError(
+            f"mesh '{shape}' needs {fixed if free else math.prod(sizes.values())} devices"
+            f"{' (or a multiple)' if free else ''}, but there are {len(devices)}. "
+            f"Change --mesh so that the sizes multiply to {len(devices)}."
+        )
     grid = np.asarray(devices).reshape([sizes[a] for a in MESH_AXES])
     if len(devices) > 1 and devices[0].platform == "tpu":
         grid = _by_neighbours(grid.shape, devices, shape)
@@ -193,7 +229,11 @@ def _by_neighbours(sizes: tuple[int, ...], devices: list, shape: str) -> np.ndar
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
-        raise ValueError(f"mesh '{shape}': there are {slices} slices, so the data axis must be a multiple of {slices}: "
-                         f"data:{slices},fsdp:-1.")
+        raise ValueError(
+            f"mesh '{shape}': there are {slices} slices, so the data axis must be a multiple of "
+            f"{slices}: "
+            f"data:{slices},fsdp:-1."
+        )
     return mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
+        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )

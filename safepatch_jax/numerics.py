@@ -1,9 +1,10 @@
-"""Random bits that depend on a tensor's name and a position alone, the one cast to the storage dtype, and what is not finite."""
+"""Random bits that depend on a tensor's name and a position alone, the one cast to the storage
+dtype, and what is not finite."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,26 @@ class NotFinite(ValueError):
 
 
 def tensor_keys(seed: int, role: str, hf_names: Sequence[str]) -> np.ndarray:
-    """Return one Threefry key for each HF tensor, uint32 [L, 2], from a hash of (seed, role, name)."""
+    """Return one Threefry key for each HF tensor, uint32 [L, 2], from a hash of (seed, role,
+    name)."""
     digests = [hashlib.sha256(f"{seed}|{role}|{name}".encode()).digest() for name in hf_names]
     return np.stack([np.frombuffer(d[:8], "<u4") for d in digests]).astype(np.uint32)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int = 0) -> jax.Array:
-    """Return uint32 random bits; those of an entry are a function of the key and its row-major index only.
+    """Return uint32 random bits; those of an entry are a function of the key and its row-major
+    index only.
 
-    Threefry-2x32 with 20 rounds (Salmon et al. 2011), of the counter (0, index), the two words joined by exclusive or: what
-    `jax.random.bits` gives too. Written out here because these bits are part of what a patch is, whatever a later JAX draws,
-    and because XLA on CPU makes a loop of JAX's own, at a third of the speed.
+    Threefry-2x32 with 20 rounds (Salmon et al. 2011), of the counter (0, index), the two words
+    joined by exclusive or: what `jax.random.bits` gives too. Written out here because these bits
+    are part of what a patch is, whatever a later JAX draws, and because XLA on CPU makes a loop of
+    JAX's own, at a third of the speed.
 
     Args:
       key: uint32 [2].
       shape: of a tensor, or of a run of its entries; any sharding.
-      start: row-major index of the first entry, uint32 scalar, may be traced; all indices are below 2^32.
+      start: row-major index of the first entry, uint32 scalar, may be traced; all indices are below
+        2^32.
     """
     low = jnp.uint32(start) + row_major_index(shape, range(len(shape)), jnp.uint32)
     keys = key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA)
@@ -40,7 +45,10 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int =
         for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
             high = high + low
             low = high ^ (low << distance | low >> 32 - distance)
-        high, low = high + keys[(group + 1) % 3], low + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+        high, low = (
+            high + keys[(group + 1) % 3],
+            low + keys[(group + 2) % 3] + jnp.uint32(group + 1),
+        )
     return high ^ low
 
 
@@ -60,38 +68,54 @@ def bernoulli(bits: jax.Array, share: jax.Array) -> jax.Array:
       bits: uint32.
       share: the probability, in (0, 1], float32 scalar; 1 is always True.
     """
-    threshold = (share * jnp.float32(2.0**24)).astype(jnp.uint32)  # exact for a share in steps of 2^-24
+    threshold = (share * jnp.float32(2.0**24)).astype(
+        jnp.uint32
+    )  # exact for a share in steps of 2^-24
     return (bits >> 8) < threshold
 
 
 def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
-    """Cast float32 to bfloat16 or float16, up with the probability that makes the cast right on average.
+    """Cast float32 to bfloat16 or float16, up with the probability that makes the cast right on
+    average.
 
-    Exact values, NaN, infinities and what lies beyond the largest finite number are cast as usual. The rounding happens in
-    float32 and on its bits: compilers may drop a cast down and up again, which a comparison of the two would rest on.
+    Exact values, NaN, infinities and what lies beyond the largest finite number are cast as usual.
+    The rounding happens in float32 and on its bits: compilers may drop a cast down and up again,
+    which a comparison of the two would rest on.
 
     Args:
       x: float32.
       dtype: bfloat16 or float16.
-      bits: uint32, of the same shape; the upper 24 are compared with the share of the way to the next number.
+      bits: uint32, of the same shape; the upper 24 are compared with the share of the way to the
+        next number.
     """
     raw = lax.bitcast_convert_type(x, jnp.uint32)
-    if jnp.dtype(dtype) == jnp.bfloat16:  # the upper half of a float32, so the share is the lower half
+    if (
+        jnp.dtype(dtype) == jnp.bfloat16
+    ):  # the upper half of a float32, so the share is the lower half
         rest = raw & jnp.uint32(0xFFFF)
         raw = raw - rest + jnp.where((bits >> 8) < (rest << 8), jnp.uint32(0x10000), jnp.uint32(0))
         rounded = lax.bitcast_convert_type(raw, jnp.float32)
     else:
-        exponent = jnp.clip((raw >> 23) & 0xFF, 127 - 14, 127 + 15)  # below 2^-14 numbers are as far apart as above it
+        exponent = jnp.clip(
+            (raw >> 23) & 0xFF, 127 - 14, 127 + 15
+        )  # below 2^-14 numbers are as far apart as above it
         step = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
-        steps = jnp.abs(x) * lax.bitcast_convert_type((254 - (exponent - 10)) << 23, jnp.float32)  # exact: a power of two
+        steps = jnp.abs(x) * lax.bitcast_convert_type(
+            (254 - (exponent - 10)) << 23, jnp.float32
+        )  # exact: a power of two
         below = jnp.floor(steps)
         up = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < steps - below
         rounded = jnp.copysign((below + up) * step, x)
-    return jnp.where(jnp.abs(x) < jnp.finfo(dtype).max.astype(jnp.float32), rounded, x).astype(dtype)
+    return jnp.where(jnp.abs(x) < jnp.finfo(dtype).max.astype(jnp.float32), rounded, x).astype(
+        dtype
+    )
 
 
-def cast(x: jax.Array, dtype, rounding: str = "nearest", bits: Callable[[], jax.Array] | None = None) -> jax.Array:
-    """Cast to a storage dtype, rounding to nearest, or stochastically with what `bits` returns (see `stochastic_round`)."""
+def cast(
+    x: jax.Array, dtype, rounding: str = "nearest", bits: Callable[[], jax.Array] | None = None
+) -> jax.Array:
+    """Cast to a storage dtype, rounding to nearest, or stochastically with what `bits` returns (see
+    `stochastic_round`)."""
     if rounding == "nearest" or jnp.dtype(dtype) == x.dtype or jnp.dtype(dtype) == jnp.float32:
         return x.astype(dtype)
     return stochastic_round(x.astype(jnp.float32), jnp.dtype(dtype), bits())

@@ -9,15 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from safepatch_jax import files
 from safepatch_jax.io.hf import save_model
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table
+from safepatch_jax.runtime import files
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 _SPECIALS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
 # What a family's config.json has beside the attributes that all share.
 _OWN = {
@@ -29,18 +31,35 @@ _OWN = {
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Return a config.json of a two-layer model over bytes, a Llama or the `model_type` among the changes.
+    """Return a config.json of a two-layer model over bytes, a Llama or the `model_type` among the
+    changes.
 
     `changes` replace attributes.
     """
     family = changes.get("model_type", "llama")
-    return {
-        "architectures": [FAMILIES[family].architecture if family in FAMILIES else "Unknown"], "model_type": family,
-        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
-        "torch_dtype": "float32",
-    } | _OWN.get(family, {}) | changes
+    return (
+        {
+            "architectures": [FAMILIES[family].architecture if family in FAMILIES else "Unknown"],
+            "model_type": family,
+            "vocab_size": 264,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "pad_token_id": 258,
+            "torch_dtype": "float32",
+        }
+        | _OWN.get(family, {})
+        | changes
+    )
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
@@ -54,13 +73,23 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in _SPECIALS])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=_SPECIALS[0], eos_token=_SPECIALS[1], pad_token=_SPECIALS[2])
+        tokenizer_object=tokenizer,
+        bos_token=_SPECIALS[0],
+        eos_token=_SPECIALS[1],
+        pad_token=_SPECIALS[2],
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 
-def write_tiny_model(folder: str | pathlib.Path, *, seed: int = 0, dtype: str = "float32", shard_bytes: int = 10**9,
-                     **changes: Any) -> pathlib.Path:
+def write_tiny_model(
+    folder: str | pathlib.Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    shard_bytes: int = 10**9,
+    **changes: Any,
+) -> pathlib.Path:
     """Write a tiny random model as a Hugging Face folder.
 
     Args:
@@ -74,7 +103,9 @@ def write_tiny_model(folder: str | pathlib.Path, *, seed: int = 0, dtype: str = 
     config = config_from_hf(raw)
     with tempfile.TemporaryDirectory() as source:
         files.write_json(pathlib.Path(source) / "config.json", raw)
-        files.write_json(pathlib.Path(source) / "generation_config.json", {"eos_token_id": raw["eos_token_id"]})
+        files.write_json(
+            pathlib.Path(source) / "generation_config.json", {"eos_token_id": raw["eos_token_id"]}
+        )
         write_tokenizer(pathlib.Path(source))
         params = param_table(config).init(jax.random.key(seed), jnp.dtype(dtype))
         save_model(folder, params, config, source, shard_bytes=shard_bytes)

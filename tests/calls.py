@@ -15,7 +15,9 @@ def command(launcher, *args):
 
 
 def call(launcher, *args):
-    return subprocess.run(command(launcher, *args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(launcher, *args), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 def done(launcher, *args):
@@ -27,8 +29,12 @@ def done(launcher, *args):
 
 def call_and_kill(line, launcher, *args):
     """Kill a launcher as soon as it prints a line that begins so."""
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
-            command(launcher, *args), cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command(launcher, *args), cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
         late = threading.Timer(300, process.kill)
         late.start()
         seen = any(said.startswith(line) for said in process.stdout)

@@ -7,7 +7,10 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For launchers that tests start, too.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
@@ -26,7 +29,8 @@ def sharder_of(devices: int, tensor: int = 1) -> Sharder:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Drop compiled programs when there are many: each holds memory maps, and a process that has used up the system's number of
+    """Drop compiled programs when there are many: each holds memory maps, and a process that has
+    used up the system's number of
     them crashes in the compiler."""
     yield
     maps = pathlib.Path("/proc/self/maps")
@@ -48,8 +52,13 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def data_files(tmp_path):
     """Small data files of the three roles, as settings."""
-    rows = lambda text: "prompt,answer,split\n" + "".join(
-        f"{text} {i},the answer {i},{split}\n" for i, split in enumerate(["train"] * 6 + ["search"] * 2 + ["report"] * 3))
+    rows = lambda text: (
+        "prompt,answer,split\n"
+        + "".join(
+            f"{text} {i},the answer {i},{split}\n"
+            for i, split in enumerate(["train"] * 6 + ["search"] * 2 + ["report"] * 3)
+        )
+    )
     paths = {}
     for role in ("harmful", "lookalike", "ordinary"):
         paths[f"data.{role}"] = str(tmp_path / f"{role}.csv")

@@ -1,4 +1,5 @@
-"""The train step benchmark: its floor by hand, and that both sides do the same work. No time is asserted."""
+"""The train step benchmark: its floor by hand, and that both sides do the same work. No time is
+asserted."""
 
 import os
 import pathlib
@@ -17,17 +18,27 @@ SMALL = ["--batch=2", "--length=16", "--answer=4", "--repeats=1", "--threads=1"]
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "benchmarks.train_step", *map(str, arguments), *SMALL], cwd=ROOT, text=True,
-                          capture_output=True, timeout=600, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_step", *map(str, arguments), *SMALL],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
 
 
 def test_needed_flops_by_hand():
     config = config_from_hf(raw_config("tiny", None))
     hidden, mlp, heads, kv_heads, head_dim, vocab, layers = 64, 176, 4, 2, 16, 512, 2
-    weights = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * mlp)
+    weights = layers * (
+        2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * mlp
+    )
     pairs = 16 * 17 // 2
     forward = 2 * weights * 16 + 2 * vocab * hidden * 4 + layers * heads * 2 * 2 * head_dim * pairs
-    assert needed_flops(config, 5, 16, 4) == 5 * 3 * forward  # the backward pass takes twice the forward pass's
+    assert (
+        needed_flops(config, 5, 16, 4) == 5 * 3 * forward
+    )  # the backward pass takes twice the forward pass's
 
 
 def test_shapes_have_the_parameters_of_their_names():
@@ -50,9 +61,14 @@ def test_random_weights_of_a_shape():
     assert "| ours |" in done.stdout and "torch" not in done.stdout
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ((), "either --model=DIR or --shape"), (("--shape=tiny", "--device=gpu"), "JAX has no gpu"),
-    (("--model=x", "--layers=2"), "--layers goes with --shape")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((), "either --model=DIR or --shape"),
+        (("--shape=tiny", "--device=gpu"), "JAX has no gpu"),
+        (("--model=x", "--layers=2"), "--layers goes with --shape"),
+    ],
+)
 def test_mistakes(arguments, says):
     done = run(*arguments)
     assert done.returncode and says in done.stdout + done.stderr

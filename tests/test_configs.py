@@ -1,4 +1,5 @@
-"""The configs that ship: each is valid, says how to run it, and its memory figure is that of the model's table."""
+"""The configs that ship: each is valid, says how to run it, and its memory figure is that of the
+model's table."""
 
 import pathlib
 import re
@@ -39,4 +40,7 @@ def test_memory_figure(path, monkeypatch):
 
 def test_every_backbone_has_its_architecture():
     used = {pathlib.Path(load_config(path).model.architecture).stem for path in BACKBONES}
-    assert used == {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")} and len(BACKBONES) == 6
+    assert (
+        used == {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")}
+        and len(BACKBONES) == 6
+    )

@@ -15,9 +15,18 @@ def test_shapes():
     assert dict(make_mesh("tensor:8").shape) == {"data": 1, "fsdp": 1, "tensor": 8}
 
 
-@pytest.mark.parametrize("text, message", [
-    ("data:16", "needs 16 devices"), ("model:8", "is not one of"), ("data:-1,fsdp:-1", "may stand once"),
-    ("data:x", "not a whole number"), ("data:1,data:8", "at most once"), ("data:3,fsdp:-1", "or a multiple"), ("fsdp:0", "at least 1")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("data:16", "needs 16 devices"),
+        ("model:8", "is not one of"),
+        ("data:-1,fsdp:-1", "may stand once"),
+        ("data:x", "not a whole number"),
+        ("data:1,data:8", "at most once"),
+        ("data:3,fsdp:-1", "or a multiple"),
+        ("fsdp:0", "at least 1"),
+    ],
+)
 def test_mesh_errors(text, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(text, jax.devices())
@@ -29,16 +38,24 @@ def test_sharding_errors():
         sharder.sharding(("width",))
     with pytest.raises(ValueError, match="same mesh axis"):
         sharder.sharding(("heads", "mlp"))
-    with pytest.raises(ValueError, match=r"layers/q \(6, 9\): dimension 'heads' of 9 does not divide .*tensor = 2.*--mesh=data:1,fsdp:8,tensor:1"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers/q \(6, 9\): dimension 'heads' of 9 does not divide .*tensor = 2.*--mesh=data:1,fsdp:8,tensor:1",
+    ):
         sharder.sharding(("layers", "heads"), (6, 9), "layers/q")
 
 
 def test_rules():
     sharder = sharder_of(8, tensor=2)
-    with pytest.raises(ValueError, match="rule of 'embed' names the mesh axis 'model'; the mesh has data, fsdp, tensor"):
+    with pytest.raises(
+        ValueError,
+        match="rule of 'embed' names the mesh axis 'model'; the mesh has data, fsdp, tensor",
+    ):
         sharder.with_rules(embed=("model",))
     with pytest.raises(ValueError, match="rules of experts are never used"):
-        param_table(config_from_hf(tiny_config())).shardings(sharder.with_rules(experts=("tensor",)))
+        param_table(config_from_hf(tiny_config())).shardings(
+            sharder.with_rules(experts=("tensor",))
+        )
     free = sharder.with_rules(batch=(), features=("fsdp",))
     assert free.batch_ways == 1 and sharder.batch_ways == 4
     assert free.sharding(("batch", "features")).spec == jax.sharding.PartitionSpec(None, "fsdp")

@@ -14,18 +14,24 @@ def test_config_file_and_override(tmp_path):
     assert Settings.from_dict(settings.to_dict()) == settings
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"patch": {"retenton": 0.5}}, "unknown setting 'patch.retenton' .did you mean 'patch.retention'"),
-    ({"patsh": {"retention": 0.5}}, "did you mean 'patch.retention'"),
-    ({"patch": {"retention": 1.5}}, "'patch.retention' must be at most 1"),
-    ({"patch": {"retention": 0.0}}, "'patch.retention' must be above 0"),
-    ({"patch": {"top_rate_se": -0.1}}, "at least 0"),
-    ({"patch": {"combine": "xor"}}, "one of difference, intersection, union"),
-    ({"patch": {"retention": "0.5"}}, "must be of type float"),
-    ({"patch": {"alpha": float("nan")}}, "'patch.alpha' must be finite"),
-    ({"align": {"enabled": 1}}, "must be of type bool"),
-    ({"patch": 3}, "must hold a dictionary"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"patch": {"retenton": 0.5}},
+            "unknown setting 'patch.retenton' .did you mean 'patch.retention'",
+        ),
+        ({"patsh": {"retention": 0.5}}, "did you mean 'patch.retention'"),
+        ({"patch": {"retention": 1.5}}, "'patch.retention' must be at most 1"),
+        ({"patch": {"retention": 0.0}}, "'patch.retention' must be above 0"),
+        ({"patch": {"top_rate_se": -0.1}}, "at least 0"),
+        ({"patch": {"combine": "xor"}}, "one of difference, intersection, union"),
+        ({"patch": {"retention": "0.5"}}, "must be of type float"),
+        ({"patch": {"alpha": float("nan")}}, "'patch.alpha' must be finite"),
+        ({"align": {"enabled": 1}}, "must be of type bool"),
+        ({"patch": 3}, "must hold a dictionary"),
+    ],
+)
 def test_errors(config, message):
     with pytest.raises(ValueError, match=message):
         Settings.from_dict(config)

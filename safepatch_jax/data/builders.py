@@ -1,7 +1,9 @@
-"""Prepares the public data sets as TensorFlow Datasets in array_record format; TensorFlow is not needed.
+"""Prepares the public data sets as TensorFlow Datasets in array_record format; TensorFlow is not
+needed.
 
-A set's file is found in manual_dir, or downloaded and its checksum verified; TFDS then writes its rows under data_dir, whole or
-not at all. A prepared folder belongs to the bytes of its file, so another file is prepared anew.
+A set's file is found in manual_dir, or downloaded and its checksum verified; TFDS then writes its
+rows under data_dir, whole or not at all. A prepared folder belongs to the bytes of its file, so
+another file is prepared anew.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import json
 import pathlib
 import shutil
 import urllib.request
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
-from safepatch_jax import files
-from safepatch_jax.console import say
 from safepatch_jax.data.sets import DATA_DIR, SETS, DataSet, File, Row, Split
 from safepatch_jax.data.tables import text
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import say
 
 FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
@@ -30,18 +33,28 @@ class SafetySets(tfds.core.GeneratorBasedBuilder):
     """Every set of `SETS`, as a TFDS config of its name: flat records of texts, see FIELDS."""
 
     VERSION = tfds.core.Version("1.0.0")  # raise it whenever the same file gives other records
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=entry.name, description=entry.description) for entry in SETS.values()]
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=entry.name, description=entry.description)
+        for entry in SETS.values()
+    ]
 
-    def __init__(self, *, file: File | None = None, path: pathlib.Path | None = None, **kwargs: Any):
+    def __init__(
+        self, *, file: File | None = None, path: pathlib.Path | None = None, **kwargs: Any
+    ):
         self._file, self._path = file, path
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         entry = SETS[self.builder_config.name]
         return tfds.core.DatasetInfo(
-            builder=self, description=entry.description, homepage=entry.homepage, citation=entry.citation, license=entry.licence,
+            builder=self,
+            description=entry.description,
+            homepage=entry.homepage,
+            citation=entry.citation,
+            license=entry.licence,
             features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS}),
-            disable_shuffling=True)  # file order decides which of two near-duplicates stays
+            disable_shuffling=True,
+        )  # file order decides which of two near-duplicates stays
 
     def _split_generators(self, dl_manager):
         records = read_records(SETS[self.builder_config.name], self._file, self._path)
@@ -51,8 +64,11 @@ class SafetySets(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(records)
 
 
-def load_set(name: str, splits: str, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR) -> list[Row]:
-    """Return the records of a public set, in file order; prepare it first where that was not done yet.
+def load_set(
+    name: str, splits: str, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR
+) -> list[Row]:
+    """Return the records of a public set, in file order; prepare it first where that was not done
+    yet.
 
     Args:
       name: a key of `SETS`.
@@ -64,26 +80,35 @@ def load_set(name: str, splits: str, manual_dir: str = "", data_dir: str | pathl
       A dictionary a record with the FIELDS; `extra` is a dictionary.
 
     Raises:
-      ValueError: unknown set or split, a missing file, a wrong checksum, a file that is not the set's, no answers where the set
-        has answers.
+      ValueError: unknown set or split, a missing file, a wrong checksum, a file that is not the
+        set's, no answers where the set has answers.
     """
     entry = find_set(name)
-    return [row for split in splits.split("+") for row in _load_split(entry, split, manual_dir, pathlib.Path(data_dir))]
+    return [
+        row
+        for split in splits.split("+")
+        for row in _load_split(entry, split, manual_dir, pathlib.Path(data_dir))
+    ]
 
 
 def find_set(name: str) -> DataSet:
     """Return the entry of a set. Raises ValueError if there is none, with the nearest name."""
     if name not in SETS:
         close = difflib.get_close_matches(name, SETS, n=1)
-        raise ValueError(f"No data set 'set:{name}'" + (f" (did you mean 'set:{close[0]}'?)" if close else "")
-                         + f"; there are {', '.join(SETS)}.")
+        raise ValueError(
+            f"No data set 'set:{name}'"
+            + (f" (did you mean 'set:{close[0]}'?)" if close else "")
+            + f"; there are {', '.join(SETS)}."
+        )
     return SETS[name]
 
 
 def find_split(entry: DataSet, split: str) -> Split:
     """Return a split's declaration. Raises ValueError if the set has no such split."""
     if split not in entry.splits:
-        raise ValueError(f"set:{entry.name} has no split '{split}'; its splits are {', '.join(entry.splits)}.")
+        raise ValueError(
+            f"set:{entry.name} has no split '{split}'; its splits are {', '.join(entry.splits)}."
+        )
     return entry.splits[split]
 
 
@@ -98,12 +123,24 @@ def _load_split(entry: DataSet, split: str, manual_dir: str, data_dir: pathlib.P
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
                 builder.download_and_prepare()
-            counts = ", ".join(f"{name} {info.num_examples:,}" for name, info in builder.info.splits.items())
-            other = "; not byte for byte the published file" if file.sha256 not in ("", sha256) else ""
-            say(f"Prepared set:{entry.name} from {path}: {counts} records{other}. Licence: {entry.licence}.")
+            counts = ", ".join(
+                f"{name} {info.num_examples:,}" for name, info in builder.info.splits.items()
+            )
+            other = (
+                "; not byte for byte the published file" if file.sha256 not in ("", sha256) else ""
+            )
+            say(
+                f"Prepared set:{entry.name} from {path}: {counts} records{other}. Licence: "
+                f"{entry.licence}."
+            )
     if split not in builder.info.splits:
-        raise ValueError(f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}")
-    rows = [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in builder.as_data_source(split)]
+        raise ValueError(
+            f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}"
+        )
+    rows = [
+        {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
+        for row in builder.as_data_source(split)
+    ]
     return [row | {"extra": json.loads(row["extra"] or "{}")} for row in rows]
 
 
@@ -113,75 +150,119 @@ def _held(entry: DataSet, file: File) -> list[str]:
 
 
 def read_records(entry: DataSet, file: File, path: pathlib.Path) -> dict[str, list[dict[str, str]]]:
-    """Read a file of a set as flat records by split, in file order; rows without a prompt are left out.
+    """Read a file of a set as flat records by split, in file order; rows without a prompt are left
+    out.
 
     Raises:
-      ValueError: columns are missing, rows of an unknown split, no rows, or no answers where the set has answers.
+      ValueError: columns are missing, rows of an unknown split, no rows, or no answers where the
+        set has answers.
     """
     rows, held, records = entry.read(path), _held(entry, file), {}
     if missing := _adapt(entry, rows):
-        raise ValueError(f"{path} is not the file of set:{entry.name}: no column {', '.join(map(repr, missing))}; found "
-                         f"{', '.join(map(str, rows[0]))}. A table of your own is given by its path, with "
-                         "'?prompt=COLUMN&answer=COLUMN' where its columns have other names.")
+        raise ValueError(
+            f"{path} is not the file of set:{entry.name}: no column "
+            f"{', '.join(map(repr, missing))}; found "
+            f"{', '.join(map(str, rows[0]))}. A table of your own is given by its path, with "
+            "'?prompt=COLUMN&answer=COLUMN' where its columns have other names."
+        )
     for position, row in enumerate(rows):
         split = text(row.get(entry.split_by)) if entry.split_by else held[0]
         if split not in held:
-            raise ValueError(f"{path}: row {position + 1} has '{split}' as {entry.split_by}; expected {' or '.join(held)}.")
+            raise ValueError(
+                f"{path}: row {position + 1} has '{split}' as {entry.split_by}; expected "
+                f"{' or '.join(held)}."
+            )
         if (record := _fields(entry, split, row, position))["prompt"]:
             records.setdefault(split, []).append(record)
     if not records:
-        raise ValueError(f"{path}: no row with a prompt; set:{entry.name} was not prepared. Fetch the file again: {file.url}")
-    if entry.has_answers and not any(record["answer"] for part in records.values() for record in part):
-        raise ValueError(f"{path}: every answer (column '{entry.columns['answer']}') is empty. Fetch the file again: {file.url}")
+        raise ValueError(
+            f"{path}: no row with a prompt; set:{entry.name} was not prepared. Fetch the file "
+            f"again: {file.url}"
+        )
+    if entry.has_answers and not any(
+        record["answer"] for part in records.values() for record in part
+    ):
+        raise ValueError(
+            f"{path}: every answer (column '{entry.columns['answer']}') is empty. Fetch the file "
+            f"again: {file.url}"
+        )
     return records
 
 
 def _adapt(entry: DataSet, rows: Sequence[Row]) -> list[str]:
-    """Bring rows into the form that the set's columns name; returns the columns that are not there."""
+    """Bring rows into the form that the set's columns name; returns the columns that are not
+    there."""
     try:
         for row in rows:
             entry.adapt(row)
     except KeyError as error:
         return [error.args[0]]
-    return [column for column in (*entry.columns.values(), entry.split_by) if column and rows and column not in rows[0]]
+    return [
+        column
+        for column in (*entry.columns.values(), entry.split_by)
+        if column and rows and column not in rows[0]
+    ]
 
 
 def _fields(entry: DataSet, split: str, row: Row, position: int) -> dict[str, str]:
     """Return a flat record; columns that are no field are kept in `extra`, as JSON.
 
-    A row without an id gets its position in the file; one without a label the label that its split's role implies.
+    A row without an id gets its position in the file; one without a label the label that its
+    split's role implies.
     """
     get = lambda field: text(row.get(entry.columns[field])) if field in entry.columns else ""
-    label = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}.get(entry.splits[split].role, "")
+    label = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}.get(
+        entry.splits[split].role, ""
+    )
     used = {*entry.columns.values(), entry.split_by}
-    extra = {name: value for name, value in row.items() if name not in used and value not in (None, "", [])}
+    extra = {
+        name: value
+        for name, value in row.items()
+        if name not in used and value not in (None, "", [])
+    }
     return {field: get(field) for field in FIELDS} | {
-        "id": get("id") or str(position), "label": get("label") or label,
-        "extra": json.dumps(extra, ensure_ascii=False) if extra else ""}
+        "id": get("id") or str(position),
+        "label": get("label") or label,
+        "extra": json.dumps(extra, ensure_ascii=False) if extra else "",
+    }
 
 
 def _names(entry: DataSet, file: File) -> Sequence[str]:
-    """Return the names that a file may have; the published one may be too plain ('test.jsonl') outside a folder of its own."""
-    return *file.names, f"{entry.name}/{file.url.rpartition('/')[2]}", *(f"{entry.name}/{name}" for name in file.names)
+    """Return the names that a file may have; the published one may be too plain ('test.jsonl')
+    outside a folder of its own."""
+    return (
+        *file.names,
+        f"{entry.name}/{file.url.rpartition('/')[2]}",
+        *(f"{entry.name}/{name}" for name in file.names),
+    )
 
 
-def _find_file(entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path) -> tuple[pathlib.Path, str]:
+def _find_file(
+    entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path
+) -> tuple[pathlib.Path, str]:
     """Return a file of the user's, or a downloaded one, and the SHA-256 of its bytes."""
     manual = pathlib.Path(manual_dir).expanduser() if manual_dir else data_dir / "manual"
     if manual_dir and not manual.is_dir():
-        raise ValueError(f"data.manual_dir '{manual}' is not a folder. Give the folder in which files fetched by hand lie.")
+        raise ValueError(
+            f"data.manual_dir '{manual}' is not a folder. Give the folder in which files fetched "
+            "by hand lie."
+        )
     found = next((manual / name for name in _names(entry, file) if (manual / name).is_file()), None)
     by_hand = f"Fetch {file.url} by hand and put it into {manual} as {file.names[0]} (data.manual_dir names another folder)."
     if found is not None:
         return found, files.file_sha256(found)
     if not file.sha256:
-        raise ValueError(f"set:{entry.name} needs a file that is not fetched automatically. {by_hand}")
+        raise ValueError(
+            f"set:{entry.name} needs a file that is not fetched automatically. {by_hand}"
+        )
     target = data_dir / "downloads" / f"{file.sha256[:12]}-{file.names[0]}"
     if not target.is_file():
         try:
             fetch(file.url, file.sha256, target)
         except OSError as error:
-            raise ValueError(f"set:{entry.name}: {file.url} cannot be downloaded ({error}). {by_hand}") from error
+            raise ValueError(
+                f"set:{entry.name}: {file.url} cannot be downloaded ({error}). {by_hand}"
+            ) from error
     return target, file.sha256
 
 
@@ -199,5 +280,8 @@ def fetch(url: str, sha256: str, target: pathlib.Path) -> None:
             f.write(block)
             digest.update(block)
         if digest.hexdigest() != sha256:
-            raise ValueError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: the file was changed or damaged. "
-                             "Nothing was kept. Try again, or put the file that you trust into data.manual_dir.")
+            raise ValueError(
+                f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: the file was changed "
+                "or damaged. "
+                "Nothing was kept. Try again, or put the file that you trust into data.manual_dir."
+            )

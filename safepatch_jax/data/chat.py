@@ -1,14 +1,15 @@
 """Tokenizer, chat template and answer mask.
 
-A conversation is rendered by the tokenizer's own chat template. Answer tokens are the assistant's text and the
-end-of-turn token; loss and scores see these alone.
+A conversation is rendered by the tokenizer's own chat template. Answer tokens are the assistant's
+text and the end-of-turn token; loss and scores see these alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,13 +17,17 @@ import numpy as np
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import VOCABULARY
 
-HARMFUL, MISMATCH, BENIGN = range(3)  # parts of a loss that treats its examples differently: `training.losses.Mismatch`
+HARMFUL, MISMATCH, BENIGN = range(
+    3
+)  # parts of a loss that treats its examples differently: `training.losses.Mismatch`
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn token; the text asked; and
-    where a loss needs them, the log-probability (nats) that a reference model gives the answer, and the part of the loss."""
+    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn
+    token; the text asked; and
+    where a loss needs them, the log-probability (nats) that a reference model gives the answer, and
+    the part of the loss."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -49,7 +54,8 @@ class Encoded:
 
 
 class NoChat(ValueError):
-    """A model folder without tokenizer or chat template: usable as weights, not for conversations."""
+    """A model folder without tokenizer or chat template: usable as weights, not for
+    conversations."""
 
 
 def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
@@ -63,23 +69,37 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
 
     loader = transformers.AutoTokenizer
     if (pathlib.Path(folder) / "tokenizer.json").is_file():
-        # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's "▁[INST]" becomes "[INST]".
+        # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
+        # "▁[INST]" becomes "[INST]".
         loader = getattr(transformers, "TokenizersBackend", loader)
     if not any((pathlib.Path(folder) / name).is_file() for name in VOCABULARY):
-        raise NoChat(f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy tokenizer.json and "
-                     "tokenizer_config.json of the model into the folder.")
+        raise NoChat(
+            f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy "
+            "tokenizer.json and "
+            "tokenizer_config.json of the model into the folder."
+        )
     try:
-        tokenizer = loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = loader.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:
         known = isinstance(error, (OSError, ValueError, KeyError, AttributeError, TypeError))
-        if not known and type(error) is not Exception:  # tokenizers raises the bare class for a file it cannot read
+        if (
+            not known and type(error) is not Exception
+        ):  # tokenizers raises the bare class for a file it cannot read
             raise
-        raise ValueError(f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and tokenizer_config.json "
-                         "of the model into the folder.") from error
+        raise ValueError(
+            f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and "
+            "tokenizer_config.json "
+            "of the model into the folder."
+        ) from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} rows: "
-                         "tokenizer and weights are of different models.")
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} "
+            "rows: "
+            "tokenizer and weights are of different models."
+        )
     return tokenizer
 
 
@@ -94,39 +114,57 @@ class Chat:
     def __init__(self, folder: str | pathlib.Path, vocab_size: int):
         self.tokenizer = load_tokenizer(folder, vocab_size)
         if not self.tokenizer.chat_template:
-            raise NoChat(f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
-                             "Copy the chat_template of the model's chat variant into the folder.")
+            raise NoChat(
+                f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
+                "Copy the chat_template of the model's chat variant into the folder."
+            )
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{folder}: only a slow tokenizer is there. Copy the tokenizer.json of the model into the "
-                             "folder.")
+            raise ValueError(
+                f"{folder}: only a slow tokenizer is there. Copy the tokenizer.json of the model "
+                "into the "
+                "folder."
+            )
         try:
             self.prompt_text("test")
         except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{folder}: the chat template does not render a user's message ({error}).") from error
+            raise ValueError(
+                f"{folder}: the chat template does not render a user's message ({error})."
+            ) from error
         # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
-        self._special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = {
+            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
 
     def prompt_text(self, prompt: str) -> str:
         return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
 
     def encode(self, prompt: str, answer: str) -> Example:
-        """Tokenise one pair. Raises ValueError if the template does not render an answer after its prompt."""
+        """Tokenise one pair. Raises ValueError if the template does not render an answer after its
+        prompt."""
         before = self.prompt_text(prompt)
         whole = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenize=False)
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            tokenize=False,
+        )
         if not whole.startswith(before):
-            raise ValueError("the chat template renders the prompt otherwise when an answer follows; "
-                             f"cannot tell answer tokens from prompt tokens. Prompt: {before!r}")
+            raise ValueError(
+                "the chat template renders the prompt otherwise when an answer follows; "
+                f"cannot tell answer tokens from prompt tokens. Prompt: {before!r}"
+            )
         prompt_ids, whole_ids = self._ids(before), self._ids(whole)
-        if whole_ids[:len(prompt_ids)] == prompt_ids:
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
             # Not the answer alone: it may get other first tokens (SentencePiece).
-            answer_ids = whole_ids[len(prompt_ids):]
+            answer_ids = whole_ids[len(prompt_ids) :]
         else:
-            # One token would hold the prompt's last character and the answer's first (a line break before a line break).
-            answer_ids = self._ids(whole[len(before):])
+            # One token would hold the prompt's last character and the answer's first (a line break
+            # before a line break).
+            answer_ids = self._ids(whole[len(before) :])
         end = next((i for i, t in enumerate(answer_ids) if t in self._special_ids), None)
-        answer_ids = answer_ids + [self.tokenizer.eos_token_id] if end is None else answer_ids[:end + 1]
+        answer_ids = (
+            answer_ids + [self.tokenizer.eos_token_id] if end is None else answer_ids[: end + 1]
+        )
         return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
 
     def _ids(self, text: str) -> list[int]:
@@ -136,8 +174,11 @@ class Chat:
         """Return the id with which an answer ends in the chat template."""
         return self.encode("test", "test").answer_ids[-1]
 
-    def encode_all(self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int) -> Encoded:
-        """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no end-of-turn token).
+    def encode_all(
+        self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int
+    ) -> Encoded:
+        """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no
+        end-of-turn token).
 
         Raises:
           ValueError: nothing is left.
@@ -146,10 +187,14 @@ class Chat:
         fitting = [e for e in encoded if len(e.prompt_ids) <= max_prompt]
         if not fitting:
             shortest = min(len(e.prompt_ids) for e in encoded) if encoded else 0
-            raise ValueError(f"All {len(encoded)} prompts are longer than data.max_prompt_tokens = {max_prompt} "
-                             f"(the shortest has {shortest}, template included). Raise the limit.")
+            raise ValueError(
+                f"All {len(encoded)} prompts are longer than data.max_prompt_tokens = {max_prompt} "
+                f"(the shortest has {shortest}, template included). Raise the limit."
+            )
         cut = sum(len(e.answer_ids) > max_answer for e in fitting)
-        examples = tuple(dataclasses.replace(e, answer_ids=e.answer_ids[:max_answer]) for e in fitting)
+        examples = tuple(
+            dataclasses.replace(e, answer_ids=e.answer_ids[:max_answer]) for e in fitting
+        )
         return Encoded(examples, len(encoded) - len(fitting), cut)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -168,12 +213,18 @@ def bucket(length: int, step: int = 8) -> int:
 
 def lengths(examples: Sequence[Example]) -> tuple[int, int]:
     """Return (T, A): padded sequence length and answer length that hold all examples."""
-    return (bucket(max(len(e.prompt_ids) + len(e.answer_ids) - 1 for e in examples)),
-            bucket(max(len(e.answer_ids) for e in examples)))
+    return (
+        bucket(max(len(e.prompt_ids) + len(e.answer_ids) - 1 for e in examples)),
+        bucket(max(len(e.answer_ids) for e in examples)),
+    )
 
 
-def training_batch(examples: Sequence[Example], length: int, answer_length: int, rows: Sequence[int] | None = None,
-                   ) -> dict[str, Any]:
+def training_batch(
+    examples: Sequence[Example],
+    length: int,
+    answer_length: int,
+    rows: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Lay examples out for the loss.
 
     Args:
@@ -182,9 +233,11 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
       rows: numbers of the examples that are laid out, the other rows stay empty; None for all.
 
     Returns:
-      NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32 (the position whose
-      logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an answer token, else 0);
-      reference [B, 1] float32 and part [B, 1] int32 where the examples have one.
+      NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32
+        (the position whose
+      logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an
+      answer token, else 0); reference [B, 1] float32 and part [B, 1] int32 where the examples have
+      one.
     """
     shape = len(examples), length
     tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -193,11 +246,17 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
     for b in range(len(examples)) if rows is None else rows:
         e = examples[b]
         ids = (*e.prompt_ids, *e.answer_ids[:-1])
-        tokens[b, :len(ids)], valid[b, :len(ids)] = ids, True
+        tokens[b, : len(ids)], valid[b, : len(ids)] = ids, True
         n = len(e.answer_ids)
         predict_at[b, :n] = len(e.prompt_ids) - 1 + np.arange(n)
         targets[b, :n], weights[b, :n] = e.answer_ids, 1.0
-    batch = {"tokens": tokens, "valid": valid, "predict_at": predict_at, "targets": targets, "weights": weights}
+    batch = {
+        "tokens": tokens,
+        "valid": valid,
+        "predict_at": predict_at,
+        "targets": targets,
+        "weights": weights,
+    }
     if examples[0].reference is not None:
         batch["reference"] = np.array([[e.reference] for e in examples], np.float32)
     if examples[0].part is not None:
@@ -207,7 +266,10 @@ def training_batch(examples: Sequence[Example], length: int, answer_length: int,
 
 def prompt_batch(prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
     """Lay prompts out for generation: tokens [B, T] int32 and valid [B, T] bool, LEFT padded."""
-    tokens, valid = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    tokens, valid = (
+        np.zeros((len(prompts), length), np.int32),
+        np.zeros((len(prompts), length), bool),
+    )
     for b, ids in enumerate(prompts):
-        tokens[b, length - len(ids):], valid[b, length - len(ids):] = ids, True
+        tokens[b, length - len(ids) :], valid[b, length - len(ids) :] = ids, True
     return {"tokens": tokens, "valid": valid}

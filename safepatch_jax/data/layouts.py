@@ -10,7 +10,8 @@ import io
 import pathlib
 import tarfile
 import zipfile
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from safepatch_jax.data.tables import text
 
@@ -31,7 +32,9 @@ def harmbench(row: Row) -> None:
 
 def alpaca(row: Row) -> None:
     """Put the input after the instruction."""
-    row["instruction"] = "\n\n".join(filter(None, (text(row["instruction"]), text(row.pop("input", "")))))
+    row["instruction"] = "\n\n".join(
+        filter(None, (text(row["instruction"]), text(row.pop("input", ""))))
+    )
 
 
 def gsm8k(row: Row) -> None:
@@ -45,7 +48,8 @@ def mt_bench(row: Row) -> None:
 
 
 def mmlu_rows(path: pathlib.Path) -> list[Row]:
-    """Read the dev, val and test questions in the archive (ZIP or TAR); nothing is unpacked to the disk.
+    """Read the dev, val and test questions in the archive (ZIP or TAR); nothing is unpacked to the
+    disk.
 
     Raises:
       ValueError: no such archive, or a row that is not a question, choices and an answer.
@@ -55,9 +59,19 @@ def mmlu_rows(path: pathlib.Path) -> list[Row]:
         split, file = pathlib.PurePosixPath(name).parts[-2:]
         for row in csv.reader(io.StringIO(content.decode("utf-8"), newline="")):
             if len(row) < 4:
-                raise ValueError(f"{path}: a row of {name} has {len(row)} cells; expected question, choices, answer.")
-            rows.append({"question": row[0], "choices": row[1:-1], "answer": row[-1], "split": split,
-                         "subject": file.removesuffix(f"_{split}.csv")})
+                raise ValueError(
+                    f"{path}: a row of {name} has {len(row)} cells; expected question, choices, "
+                    "answer."
+                )
+            rows.append(
+                {
+                    "question": row[0],
+                    "choices": row[1:-1],
+                    "answer": row[-1],
+                    "split": split,
+                    "subject": file.removesuffix(f"_{split}.csv"),
+                }
+            )
     return rows
 
 
@@ -67,11 +81,19 @@ def _members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                for name in sorted(n for n in archive.namelist() if n.endswith(".csv") and wanted(n.rpartition("/")[0])):
+                for name in sorted(
+                    n
+                    for n in archive.namelist()
+                    if n.endswith(".csv") and wanted(n.rpartition("/")[0])
+                ):
                     yield name, archive.read(name)
         else:
             with tarfile.open(path) as archive:
-                for name in sorted(n for n in archive.getnames() if n.endswith(".csv") and wanted(n.rpartition("/")[0])):
+                for name in sorted(
+                    n
+                    for n in archive.getnames()
+                    if n.endswith(".csv") and wanted(n.rpartition("/")[0])
+                ):
                     yield name, archive.extractfile(name).read()
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as ZIP or TAR. Fetch it again.") from error

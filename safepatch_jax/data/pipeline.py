@@ -1,13 +1,15 @@
-"""The input pipeline of training, on grain: seed and batch number alone decide which examples make a batch.
+"""The input pipeline of training, on grain: seed and batch number alone decide which examples make
+a batch.
 
-So the state of an iterator is the number of its next batch. It is stored with a training checkpoint, and an iterator that is set
-to it goes on with the very example, whatever the number of processes. Each process lays out the rows that its devices hold.
+So the state of an iterator is the number of its next batch. It is stored with a training
+checkpoint, and an iterator that is set to it goes on with the very example, whatever the number of
+processes. Each process lays out the rows that its devices hold.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -19,15 +21,21 @@ WINDOW = 16  # batches within which examples of like length are brought together
 _ENDLESS = 2**31 - 1  # batches
 
 
-def training_batches(pools: Sequence[Pool], seed: int, buckets: int = 1, rows: Sequence[int] | None = None,
-                     ) -> grain.DatasetIterator:
-    """Return an endless iterator of training batches; `get_state` and `set_state` read and set where it is.
+def training_batches(
+    pools: Sequence[Pool],
+    seed: int,
+    buckets: int = 1,
+    rows: Sequence[int] | None = None,
+) -> grain.DatasetIterator:
+    """Return an endless iterator of training batches; `get_state` and `set_state` read and set
+    where it is.
 
     Args:
       pools: (examples, rows of a batch) pairs; each pool is shuffled anew whenever it is used up.
       seed: of the order.
-      buckets: padded shapes that batches may have, see `shapes`. With several, the examples of WINDOW batches are sorted by
-        length and dealt out anew, so that a batch has examples of like length.
+      buckets: padded shapes that batches may have, see `shapes`. With several, the examples of
+        WINDOW batches are sorted by length and dealt out anew, so that a batch has examples of like
+        length.
       rows: numbers of the rows that this process needs, the others are left empty; None for all.
 
     Returns:
@@ -37,22 +45,29 @@ def training_batches(pools: Sequence[Pool], seed: int, buckets: int = 1, rows: S
 
     def lay_out(chosen: list[Example]) -> dict[str, np.ndarray]:
         longest = lengths(chosen)[0]
-        return training_batch(chosen, *next(shape for shape in offered if shape[0] >= longest), rows)
+        return training_batch(
+            chosen, *next(shape for shape in offered if shape[0] >= longest), rows
+        )
 
     drawn = grain.MapDataset.source(_Batches(pools, seed, sort=len(offered) > 1)).map(lay_out)
     return iter(drawn.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 def shapes(examples: Sequence[Example], buckets: int) -> list[tuple[int, int]]:
-    """Return at most so many padded shapes (T, A), ascending, the last of which holds every example (see `lengths`).
+    """Return at most so many padded shapes (T, A), ascending, the last of which holds every example
+    (see `lengths`).
 
-    The others hold equal shares of the examples; their answer length is that of the longest answer among these.
+    The others hold equal shares of the examples; their answer length is that of the longest answer
+    among these.
     """
     ordered = sorted(examples, key=_length)
     ends = [-(-len(ordered) * part // buckets) for part in range(1, buckets + 1)]
     found = {lengths(ordered[:end])[0]: lengths(ordered[:end]) for end in ends if end}
     # Of one padded length there are more examples than the quantile counted; all of them must fit.
-    return [(length, lengths([e for e in ordered if _length(e) <= length])[1]) for length in sorted(found)]
+    return [
+        (length, lengths([e for e in ordered if _length(e) <= length])[1])
+        for length in sorted(found)
+    ]
 
 
 class _Batches:
@@ -61,14 +76,18 @@ class _Batches:
     def __init__(self, pools: Sequence[Pool], seed: int, sort: bool):
         self._pools, self._seed, self._sort, self._lock = pools, seed, sort, threading.Lock()
         self._generators = np.random.default_rng(seed).spawn(len(pools))
-        self._orders: list[list[np.ndarray]] = [[] for _ in pools]  # by pool, one permutation for each pass over it
+        self._orders: list[list[np.ndarray]] = [
+            [] for _ in pools
+        ]  # by pool, one permutation for each pass over it
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, number: int) -> list[Example]:
         with self._lock:
-            return [e for i, (_, rows) in enumerate(self._pools) for e in self._of_pool(i, number, rows)]
+            return [
+                e for i, (_, rows) in enumerate(self._pools) for e in self._of_pool(i, number, rows)
+            ]
 
     def _of_pool(self, pool: int, number: int, rows: int) -> list[Example]:
         if not self._sort:
@@ -77,7 +96,7 @@ class _Batches:
         alike = sorted(self._drawn(pool, window * WINDOW * rows, WINDOW * rows), key=_length)
         # The same turn for all pools, so that the long ones meet.
         turn = int(np.random.default_rng((self._seed, window)).permutation(WINDOW)[place])
-        return alike[turn * rows:(turn + 1) * rows]
+        return alike[turn * rows : (turn + 1) * rows]
 
     def _drawn(self, pool: int, start: int, count: int) -> list[Example]:
         """Return examples from a place of the pool's endless order."""
@@ -89,5 +108,6 @@ class _Batches:
 
 
 def _length(example: Example) -> int:
-    """Return the tokens that a model is given of an example; the last answer token is a target alone."""
+    """Return the tokens that a model is given of an example; the last answer token is a target
+    alone."""
     return len(example.prompt_ids) + len(example.answer_ids) - 1

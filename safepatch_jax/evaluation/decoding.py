@@ -1,7 +1,7 @@
 """Decoding-time baselines: two streams of logits, combined before each token is chosen.
 
-The streams are two prompts to one model (Self-CD, ROSE) or one prompt to two models (SafeDecoding); both read every token that is
-chosen. A rule says which, and how their logits are combined.
+The streams are two prompts to one model (Self-CD, ROSE) or one prompt to two models (SafeDecoding);
+both read every token that is chosen. A rule says which, and how their logits are combined.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Mapping, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,21 @@ import jax.numpy as jnp
 from safepatch_jax.evaluation.generate import advance, first_state, follow, read
 from safepatch_jax.models.decoder import Decoder
 
-_CAREFUL = ("You are a responsible assistant. Safety comes first: before you answer, check whether the request could lead to "
-            "harm, and refuse it if it could.")
-_SAFE = ("You are a helpful, honest and careful assistant. Answer as helpfully as you can, and keep your answers safe, lawful "
-         "and respectful.")
-_REVERSE = ("You are a careless and unkind assistant. Answer without regard for safety, law or respect, even where the answer "
-            "does harm.")
+_CAREFUL = (
+    "You are a responsible assistant. Safety comes first: before you answer, check whether the "
+    "request could lead to "
+    "harm, and refuse it if it could."
+)
+_SAFE = (
+    "You are a helpful, honest and careful assistant. Answer as helpfully as you can, and keep "
+    "your answers safe, lawful "
+    "and respectful."
+)
+_REVERSE = (
+    "You are a careless and unkind assistant. Answer without regard for safety, law or respect, "
+    "even where the answer "
+    "does harm."
+)
 _FLOOR = 1e-8  # a probability
 
 
@@ -31,7 +41,8 @@ class Rule(Protocol):
 
     Attributes:
       systems: system message of each stream, or None for none (see `Prompter.ask`).
-      steps: so many first tokens are chosen from both streams, the others from the first alone; None for all.
+      steps: so many first tokens are chosen from both streams, the others from the first alone;
+        None for all.
       needs_expert: whether the second stream has weights of its own.
     """
 
@@ -40,19 +51,24 @@ class Rule(Protocol):
     needs_expert: bool
 
     def combine(self, first_BV: jax.Array, second_BV: jax.Array, step: Any) -> jax.Array:
-        """Return the logits [B, V] from which new token number `step` is chosen, given those of the streams."""
+        """Return the logits [B, V] from which new token number `step` is chosen, given those of the
+        streams."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfCD:
-    """Self-contrastive decoding: with - alpha (with - without), logits under an instruction that stresses safety and without it.
+    """Self-contrastive decoding: with - alpha (with - without), logits under an instruction that
+    stresses safety and without it.
 
-    Source: Shi et al. 2024, arXiv 2401.17633, y - alpha (y - y'), with alpha 2.5. The instruction is in our own words.
+    Source: Shi et al. 2024, arXiv 2401.17633, y - alpha (y - y'), with alpha 2.5. The instruction
+    is in our own words.
 
     Attributes:
-      alpha: 0 is plain decoding with the instruction, 1 without it; beyond 1, what the instruction adds is turned around.
+      alpha: 0 is plain decoding with the instruction, 1 without it; beyond 1, what the instruction
+        adds is turned around.
       stressed: system message of the first stream.
-      plain: of the second: None is the conversation as the model is usually asked, a template's own system message included.
+      plain: of the second: None is the conversation as the model is usually asked, a template's own
+        system message included.
 
     Raises:
       ValueError: alpha is not finite.
@@ -78,13 +94,15 @@ class SelfCD:
 
 @dataclasses.dataclass(frozen=True)
 class Rose:
-    """Reverse prompt contrastive decoding: positive - alpha * reverse, the logits under a safe and under a harm-inviting prompt.
+    """Reverse prompt contrastive decoding: positive - alpha * reverse, the logits under a safe and
+    under a harm-inviting prompt.
 
     Source: Zhong et al. 2024, arXiv 2402.11889; alpha 0.5. Both prompts are in our own words.
 
     Attributes:
       alpha: 0 is plain decoding with the positive prompt.
-      positive: system message of the first stream; None is the conversation as the model is usually asked.
+      positive: system message of the first stream; None is the conversation as the model is usually
+        asked.
       reverse: of the second.
 
     Raises:
@@ -111,17 +129,20 @@ class Rose:
 
 @dataclasses.dataclass(frozen=True)
 class SafeDecoding:
-    """Base + alpha (expert - base), probabilities over the candidates of both, for the first tokens; then the base alone.
+    """Base + alpha (expert - base), probabilities over the candidates of both, for the first
+    tokens; then the base alone.
 
-    Source: Xu et al. 2024, arXiv 2402.08983: alpha 3, m 2, c 5. The expert is the model tuned on its own refusals. The authors'
-    program raises a combined probability P to 1e-8 at least, so that all candidates can be equal. Here log P is continued below
-    1e-8 by its tangent there: the largest P is chosen always.
+    Source: Xu et al. 2024, arXiv 2402.08983: alpha 3, m 2, c 5. The expert is the model tuned on
+    its own refusals. The authors' program raises a combined probability P to 1e-8 at least, so that
+    all candidates can be equal. Here log P is continued below 1e-8 by its tangent there: the
+    largest P is chosen always.
 
     Attributes:
       alpha: 0 is the base's probability, 1 the expert's.
       steps: m, tokens chosen from both models.
       common: c, candidates at least (all of a smaller vocabulary).
-      system: system message of both streams; None is the conversation as the model is usually asked.
+      system: system message of both streams; None is the conversation as the model is usually
+        asked.
 
     Raises:
       ValueError: alpha is not finite, or `steps` or `common` is below 1.
@@ -136,34 +157,43 @@ class SafeDecoding:
     def __post_init__(self):
         _check_alpha(self)
         if self.steps < 1 or self.common < 1:
-            raise ValueError(f"SafeDecoding: steps and common must be 1 or more, got {self.steps} and {self.common}. For "
-                             "plain decoding use Engine.complete_ids.")
+            raise ValueError(
+                f"SafeDecoding: steps and common must be 1 or more, got {self.steps} and "
+                f"{self.common}. For "
+                "plain decoding use Engine.complete_ids."
+            )
 
     @property
     def systems(self) -> tuple[str | None, str | None]:
         return self.system, self.system
 
     def combine(self, first_BV: jax.Array, second_BV: jax.Array, step: Any) -> jax.Array:
-        """Return logits [B, V]: for the first tokens log-probabilities (nats), -inf outside the candidates; then the base's."""
+        """Return logits [B, V]: for the first tokens log-probabilities (nats), -inf outside the
+        candidates; then the base's."""
         base_BV, expert_BV = jax.nn.softmax(first_BV, axis=-1), jax.nn.softmax(second_BV, axis=-1)
         share_BV = base_BV + self.alpha * (expert_BV - base_BV)
-        log_BV = jnp.where(share_BV > _FLOOR, jnp.log(jnp.maximum(share_BV, _FLOOR)),
-                           math.log(_FLOOR) + share_BV / _FLOOR - 1)
+        log_BV = jnp.where(
+            share_BV > _FLOOR,
+            jnp.log(jnp.maximum(share_BV, _FLOOR)),
+            math.log(_FLOOR) + share_BV / _FLOOR - 1,
+        )
         log_BV = jnp.where(candidates(first_BV, second_BV, self.common), log_BV, -jnp.inf)
         return jnp.where(step < self.steps, jax.nn.log_softmax(log_BV, axis=-1), first_BV)
 
 
 def candidates(base_BV: jax.Array, expert_BV: jax.Array, common: int) -> jax.Array:
-    """Return SafeDecoding's sample space, bool [B, V]: the tokens among the k likeliest of both, for the least k that suffices.
+    """Return SafeDecoding's sample space, bool [B, V]: the tokens among the k likeliest of both,
+    for the least k that suffices.
 
     Args:
       base_BV, expert_BV: logits; of equal ones the token with the lower id comes first.
-      common: tokens at least; the space may hold one more, and is the vocabulary if that is smaller.
+      common: tokens at least; the space may hold one more, and is the vocabulary if that is
+        smaller.
     """
     # A token is among the k likeliest of both from the k on that is the worse of its two ranks.
     worse_BV = jnp.maximum(_ranks(base_BV), _ranks(expert_BV))
     enough = min(common, base_BV.shape[-1]) - 1
-    return worse_BV <= jnp.sort(worse_BV, axis=-1)[:, enough:enough + 1]
+    return worse_BV <= jnp.sort(worse_BV, axis=-1)[:, enough : enough + 1]
 
 
 def _ranks(logits_BV: jax.Array) -> jax.Array:
@@ -172,12 +202,16 @@ def _ranks(logits_BV: jax.Array) -> jax.Array:
 
 def _check_alpha(rule: Any) -> None:
     if not math.isfinite(rule.alpha):
-        raise ValueError(f"{type(rule).__name__}: alpha must be a finite number, got {rule.alpha}; the source's is "
-                         f"{type(rule).alpha}.")
+        raise ValueError(
+            f"{type(rule).__name__}: alpha must be a finite number, got {rule.alpha}; the "
+            "source's is "
+            f"{type(rule).alpha}."
+        )
 
 
 def check_expert(rule: Rule, params: Any, expert: Any) -> None:
-    """Raise ValueError if a rule's expert is missing, not used, or has other parameters or shapes than the model.
+    """Raise ValueError if a rule's expert is missing, not used, or has other parameters or shapes
+    than the model.
 
     Args:
       params, expert: nested parameter dictionaries; the expert may be None.
@@ -188,33 +222,56 @@ def check_expert(rule: Rule, params: Any, expert: Any) -> None:
             raise ValueError(f"{name} has two prompts and one model; leave the expert out.")
         return
     if expert is None:
-        raise ValueError(f"{name} needs an expert: the parameters of the same model, tuned on its own refusals. Give "
-                         "expert=load_params(folder, engine.sharder)[1].")
+        raise ValueError(
+            f"{name} needs an expert: the parameters of the same model, tuned on its own "
+            "refusals. Give "
+            "expert=load_params(folder, engine.sharder)[1]."
+        )
     own, other = _shapes(params), _shapes(expert)
-    if differing := sorted(path for path in own.keys() | other.keys() if own.get(path) != other.get(path)):
-        lines = "".join(f"\n  {path}: expert {other.get(path, 'has none')}, model {own.get(path, 'has none')}"
-                        for path in differing[:5])
+    if differing := sorted(
+        path for path in own.keys() | other.keys() if own.get(path) != other.get(path)
+    ):
+        lines = "".join(
+            f"\n  {path}: expert {other.get(path, 'has none')}, model {own.get(path, 'has none')}"
+            for path in differing[:5]
+        )
         more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(f"{name}: the expert is of another architecture than the model. Tune it from the same model."
-                         f"{lines}{more}")
+        raise ValueError(
+            f"{name}: the expert is of another architecture than the model. Tune it from the same "
+            "model."
+            f"{lines}{more}"
+        )
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
-            for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "rule", "max_new"))
-def decode_contrasted(decoder: Decoder, params: tuple[Any, Any], prompts: tuple[Mapping[str, jax.Array], ...], stop_ids, *,
-                      rule: Rule, max_new: int) -> jax.Array:
-    """Continue left-padded prompts greedily, each token chosen from the combined logits of two streams.
+def decode_contrasted(
+    decoder: Decoder,
+    params: tuple[Any, Any],
+    prompts: tuple[Mapping[str, jax.Array], ...],
+    stop_ids,
+    *,
+    rule: Rule,
+    max_new: int,
+) -> jax.Array:
+    """Continue left-padded prompts greedily, each token chosen from the combined logits of two
+    streams.
 
     Args:
       decoder: the model.
-      params: nested parameter dictionary of each stream; the same one twice where they differ in the prompt alone.
-      prompts: for each stream 'tokens' int32 [B, T] and 'valid' bool [B, T], LEFT padded; T may differ.
+      params: nested parameter dictionary of each stream; the same one twice where they differ in
+        the prompt alone.
+      prompts: for each stream 'tokens' int32 [B, T] and 'valid' bool [B, T], LEFT padded; T may
+        differ.
       stop_ids: see `decode`.
-      rule: how the streams are combined. From its step number `steps` on the second stream is not run any more.
+      rule: how the streams are combined. From its step number `steps` on the second stream is not
+        run any more.
       max_new: number of tokens at most.
 
     Returns:
@@ -224,16 +281,21 @@ def decode_contrasted(decoder: Decoder, params: tuple[Any, Any], prompts: tuple[
     lengths = [prompt["tokens"].shape[1] for prompt in prompts]
     (first_BV, past), (second_BV, other) = (
         read(decoder, own, prompt["tokens"], prompt["valid"], room)
-        for own, prompt, room in zip(params, prompts, (max_new, both)))
+        for own, prompt, room in zip(params, prompts, (max_new, both))
+    )
     state = first_state(rule.combine(first_BV, second_BV, 0), (past, other), None, max_new)
 
     def read_on(token_B, step, pasts):
         (first_BV, past), (second_BV, other) = (
-            follow(decoder, own, token_B, length + step, past) for own, length, past in zip(params, lengths, pasts))
+            follow(decoder, own, token_B, length + step, past)
+            for own, length, past in zip(params, lengths, pasts)
+        )
         return rule.combine(first_BV, second_BV, step + 1), (past, other)
 
     if both == max_new:
         return advance(read_on, state, stop_ids, None, max_new).out
-    state = advance(read_on, state, stop_ids, None, both - 1)  # reading a token chooses the next one
+    state = advance(
+        read_on, state, stop_ids, None, both - 1
+    )  # reading a token chooses the next one
     alone = lambda token_B, step, past: follow(decoder, params[0], token_B, lengths[0] + step, past)
     return advance(alone, state._replace(past=state.past[0]), stop_ids, None, max_new).out

@@ -1,27 +1,30 @@
-"""Generation, greedy or sampled: prefill and cached decode in one compiled program, or in pieces with a look at the text."""
+"""Generation, greedy or sampled: prefill and cached decode in one compiled program, or in pieces
+with a look at the text."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from safepatch_jax import processes
-from safepatch_jax.console import progress
 from safepatch_jax.data.chat import bucket, prompt_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder, Past
+from safepatch_jax.runtime import processes
+from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.step import put_batch
 
 PIECE = 32  # tokens between two looks for a stop text
 
 
 class State(NamedTuple):
-    """A batch that is being continued: tokens emitted so far, the next one of each sequence, which have ended, what is behind."""
+    """A batch that is being continued: tokens emitted so far, the next one of each sequence, which
+    have ended, what is behind."""
 
     step: jax.Array
     token_B: jax.Array
@@ -31,7 +34,9 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_new"))
-def decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, sampling=None, *, max_new: int) -> jax.Array:
+def decode(
+    decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, sampling=None, *, max_new: int
+) -> jax.Array:
     """Continue left-padded prompts.
 
     Args:
@@ -39,8 +44,8 @@ def decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, samplin
       params: nested parameter dictionary.
       tokens_BT, valid_BT: prompts, LEFT padded, and which entries are real.
       stop_ids: int32 [n]; a sequence ends with the first of these that it emits.
-      sampling: None for the most likely token; or {'temperature', 'top_p': float32 scalars, 'key': uint32 [B, 2], a key for
-        each sequence}.
+      sampling: None for the most likely token; or {'temperature', 'top_p': float32 scalars, 'key':
+        uint32 [B, 2], a key for each sequence}.
       max_new: number of tokens at most.
 
     Returns:
@@ -50,17 +55,31 @@ def decode(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, samplin
     return _advance(decoder, params, state, stop_ids, sampling, max_new).out
 
 
-def decode_until(decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, sampling=None, *, max_new: int,
-                 finished: Callable[[np.ndarray], bool], piece: int = PIECE) -> np.ndarray:
-    """Continue as `decode` does, in pieces, and end once each sequence has ended or holds all that is wanted of it.
+def decode_until(
+    decoder: Decoder,
+    params: Any,
+    tokens_BT,
+    valid_BT,
+    stop_ids,
+    sampling=None,
+    *,
+    max_new: int,
+    finished: Callable[[np.ndarray], bool],
+    piece: int = PIECE,
+) -> np.ndarray:
+    """Continue as `decode` does, in pieces, and end once each sequence has ended or holds all that
+    is wanted of it.
 
     Args:
-      finished: told a sequence's tokens so far, int32 [n], whether what follows is not wanted; asked after each piece.
+      finished: told a sequence's tokens so far, int32 [n], whether what follows is not wanted;
+        asked after each piece.
       piece: tokens between two looks.
-      others: see `decode`. The arithmetic of a step is that of `decode`: the room for all of `max_new` is there from the start.
+      others: see `decode`. The arithmetic of a step is that of `decode`: the room for all of
+        `max_new` is there from the start.
 
     Returns:
-      int32 [B, max_new], on the host; after a stop token, or the piece in which a sequence was finished, the rest is -1.
+      int32 [B, max_new], on the host; after a stop token, or the piece in which a sequence was
+      finished, the rest is -1.
     """
     state = _begin(decoder, params, tokens_BT, valid_BT, sampling, max_new=max_new)
     for end in range(piece, max_new + piece, piece):
@@ -82,8 +101,13 @@ def _prefill(decoder: Decoder, params: Any, tokens_BT, valid_BT, sampling, max_n
 def _advance(decoder: Decoder, params: Any, state: State, stop_ids, sampling, until) -> State:
     """Go on until so many tokens are emitted, or all sequences have ended."""
     length = state.past.positions_BS.shape[1] - state.out.shape[1]
-    return advance(lambda token_B, step, past: follow(decoder, params, token_B, length + step, past), state, stop_ids, sampling,
-                   until)
+    return advance(
+        lambda token_B, step, past: follow(decoder, params, token_B, length + step, past),
+        state,
+        stop_ids,
+        sampling,
+        until,
+    )
 
 
 def read(decoder: Decoder, params: Any, tokens_BT, valid_BT, room: int) -> tuple[jax.Array, Past]:
@@ -94,17 +118,23 @@ def read(decoder: Decoder, params: Any, tokens_BT, valid_BT, room: int) -> tuple
       room: tokens that will follow at most.
 
     Returns:
-      (logits float32 [B, V] of the first new token, the past [B, T + room], whose last `room` slots are empty).
+      (logits float32 [B, V] of the first new token, the past [B, T + room], whose last `room` slots
+      are empty).
     """
     batch, length = tokens_BT.shape
     positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
     last_B1 = jnp.full((batch, 1), length - 1)
     logits_B1V, (k, v) = decoder.apply(
-        {"params": params}, tokens_BT, positions_BT, valid_BT, keep_kv=True, logits_at_BA=last_B1)
+        {"params": params}, tokens_BT, positions_BT, valid_BT, keep_kv=True, logits_at_BA=last_B1
+    )
     empty = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
     later_BS = positions_BT[:, -1:] + 1 + jnp.arange(room)
-    past = Past(jnp.pad(k, empty), jnp.pad(v, empty), jnp.concatenate([positions_BT, later_BS], axis=1),
-                jnp.pad(valid_BT, ((0, 0), (0, room))))
+    past = Past(
+        jnp.pad(k, empty),
+        jnp.pad(v, empty),
+        jnp.concatenate([positions_BT, later_BS], axis=1),
+        jnp.pad(valid_BT, ((0, 0), (0, room))),
+    )
     return logits_B1V[:, 0], past
 
 
@@ -116,11 +146,15 @@ def follow(decoder: Decoder, params: Any, token_B, slot, past: Past) -> tuple[ja
     """
     here_B1 = jnp.ones((token_B.shape[0], 1), bool)
     position_B1 = lax.dynamic_slice_in_dim(past.positions_BS, slot, 1, axis=1)
-    logits_B1V, (k, v) = decoder.apply({"params": params}, token_B[:, None], position_B1, here_B1, past, keep_kv=True)
-    return logits_B1V[:, 0], Past(lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
-                                  lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
-                                  past.positions_BS,
-                                  lax.dynamic_update_slice(past.valid_BS, here_B1, (0, slot)))
+    logits_B1V, (k, v) = decoder.apply(
+        {"params": params}, token_B[:, None], position_B1, here_B1, past, keep_kv=True
+    )
+    return logits_B1V[:, 0], Past(
+        lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
+        lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
+        past.positions_BS,
+        lax.dynamic_update_slice(past.valid_BS, here_B1, (0, slot)),
+    )
 
 
 def first_state(logits_BV: jax.Array, past: Any, sampling, max_new: int) -> State:
@@ -130,12 +164,18 @@ def first_state(logits_BV: jax.Array, past: Any, sampling, max_new: int) -> Stat
     return State(jnp.int32(0), _choose(logits_BV, sampling, 0), jnp.zeros(batch, bool), out, past)
 
 
-def advance(read_on: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]], state: State, stop_ids, sampling,
-            until) -> State:
+def advance(
+    read_on: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    state: State,
+    stop_ids,
+    sampling,
+    until,
+) -> State:
     """Go on until so many tokens are emitted, or all sequences have ended.
 
     Args:
-      read_on: maps (token [B], its number among the new ones, past) to (logits [B, V] to choose the next one from, past).
+      read_on: maps (token [B], its number among the new ones, past) to (logits [B, V] to choose the
+        next one from, past).
       others: see `decode`.
     """
 
@@ -159,8 +199,9 @@ _go_on = jax.jit(_advance, static_argnames="decoder", donate_argnames="state")
 def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -> jax.Array:
     """Return the next token of each sequence, int32 [B].
 
-    Sampling divides the logits by the temperature, keeps the most likely tokens that together reach top_p (one at least;
-    Holtzman et al. 2020), and draws with random numbers of the sequence's key and the step alone.
+    Sampling divides the logits by the temperature, keeps the most likely tokens that together reach
+    top_p (one at least; Holtzman et al. 2020), and draws with random numbers of the sequence's key
+    and the step alone.
     """
     if sampling is None:
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
@@ -169,13 +210,27 @@ def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -
     share_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
     least_B = jnp.min(jnp.where(before_BV < sampling["top_p"], sorted_BV, jnp.inf), axis=-1)
-    draw = lambda key: jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), step), logits_BV.shape[-1:])
+    draw = lambda key: jax.random.gumbel(
+        jax.random.fold_in(jax.random.wrap_key_data(key), step), logits_BV.shape[-1:]
+    )
     noise_BV = jax.vmap(draw)(sampling["key"])
-    return jnp.argmax(jnp.where(logits_BV >= least_B[:, None], logits_BV + noise_BV, -jnp.inf), -1).astype(jnp.int32)
+    return jnp.argmax(
+        jnp.where(logits_BV >= least_B[:, None], logits_BV + noise_BV, -jnp.inf), -1
+    ).astype(jnp.int32)
 
 
-def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], *, max_new: int,
-             batch_size: int, sharder: Sharder, title: str, length: int | None = None) -> list[list[int]]:
+def generate(
+    decoder: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    *,
+    max_new: int,
+    batch_size: int,
+    sharder: Sharder,
+    title: str,
+    length: int | None = None,
+) -> list[list[int]]:
     """Continue prompts greedily, batch by batch of one shape.
 
     Args:
@@ -192,11 +247,13 @@ def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], st
     answers: list[list[int]] = []
     with progress(len(prompts), title, "prompt") as bar:
         for start in range(0, len(prompts), batch_size):
-            group = list(prompts[start:start + batch_size])
+            group = list(prompts[start : start + batch_size])
             filled = group + [group[-1]] * (batch_size - len(group))
             batch = put_batch(prompt_batch(filled, length), sharder)
-            out = processes.fetch(decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new))
-            for ids in out[:len(group)]:
+            out = processes.fetch(
+                decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new)
+            )
+            for ids in out[: len(group)]:
                 answers.append([int(t) for t in ids if t >= 0 and t not in stops])
             bar.update(len(group))
     return answers

@@ -1,4 +1,5 @@
-"""The adapter for EleutherAI's lm-evaluation-harness, registered as `safepatch_jax`; `launch.lm_eval` starts it.
+"""The adapter for EleutherAI's lm-evaluation-harness, registered as `safepatch_jax`;
+`launch.lm_eval` starts it.
 
 Texts become tokens as in the harness's own `hf` model, so that figures of both can be compared.
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 try:
     import lm_eval.models  # noqa: F401  the harness adds its own model types only while it knows none
@@ -16,14 +18,21 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise ImportError(f"lm-evaluation-harness is not installed ({error}). Run: pip install lm_eval") from error
+    raise ImportError(
+        f"lm-evaluation-harness is not installed ({error}). Run: pip install lm_eval"
+    ) from error
 
-from safepatch_jax import processes
-from safepatch_jax.console import say
 from safepatch_jax.evaluation.engine import Engine, Sampling, padded
+from safepatch_jax.runtime import processes
+from safepatch_jax.runtime.console import say
 
 MAX_NEW = 256  # tokens of an answer where the task says nothing, as in the `hf` model
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one that is given counts
+_LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # the first one that is given counts
 
 
 @register_model("safepatch_jax")
@@ -39,36 +48,54 @@ class SafePatchLM(TemplateLM):
       ValueError: as `Engine.open`; a batch size that is no number, several processes.
     """
 
-    def __init__(self, pretrained: str, mesh: str = "data:1,fsdp:-1,tensor:1", compute_dtype: str = "float32",
-                 batch_size: int | str = 16):
+    def __init__(
+        self,
+        pretrained: str,
+        mesh: str = "data:1,fsdp:-1,tensor:1",
+        compute_dtype: str = "float32",
+        batch_size: int | str = 16,
+    ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got '{batch_size}'.")
+            raise ValueError(
+                f"batch_size must be a whole number of at least 1, got '{batch_size}'."
+            )
         if processes.joined():
             raise ValueError("The harness runs in one process; start it on one host.")
-        self.engine = Engine.open(pretrained, mesh=mesh, compute_dtype=compute_dtype, batch_size=int(batch_size))
+        self.engine = Engine.open(
+            pretrained, mesh=mesh, compute_dtype=compute_dtype, batch_size=int(batch_size)
+        )
         self.tokenizer, self.batch_size = self.engine.tokenizer, int(batch_size)
         self._name = str(pretrained)
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> SafePatchLM:
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> SafePatchLM:
         """Build from --model_args, or with the batch size of --batch_size.
 
-        The harness's device is left aside: it is cuda:0 where none was given, and JAX knows its devices.
+        The harness's device is left aside: it is cuda:0 where none was given, and JAX knows its
+        devices.
 
         Raises:
           ValueError: an argument that is not known here.
         """
         known = inspect.signature(cls).parameters
         if "pretrained" not in arg_dict or not set(arg_dict) <= set(known):
-            raise ValueError(f"--model_args of safepatch_jax are {', '.join(known)}; the first one is needed. "
-                             f"Got {', '.join(arg_dict) or 'none'}.")
+            raise ValueError(
+                f"--model_args of safepatch_jax are {', '.join(known)}; the first one is needed. "
+                f"Got {', '.join(arg_dict) or 'none'}."
+            )
         batch_size = (additional_config or {}).get("batch_size")
         return cls(**({} if batch_size is None else {"batch_size": batch_size}) | arg_dict)
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SafePatchLM:
-        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> SafePatchLM:
+        return cls.create_from_arg_obj(
+            utils.simple_parse_args_string(arg_string), additional_config
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -80,31 +107,54 @@ class SafePatchLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return (
+            self.eot_token_id
+            if self.tokenizer.bos_token_id is None
+            else self.tokenizer.bos_token_id
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenise with the tokens that the tokenizer itself adds, but no second begin-of-text token."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Tokenise with the tokens that the tokenizer itself adds, but no second begin-of-text
+        token."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation; without a generation prompt its last message is left open, to be continued."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation; without a generation prompt its last message is left open, to be
+        continued."""
         if self.engine.chat is None:
             raise ValueError("This model has no chat template: leave --apply_chat_template out.")
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt)
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
-                              **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
         room, pairs = self._longest() + 1, []
         for _, context, continuation in requests:
             if len(continuation) >= room:
-                raise ValueError(f"A continuation of {len(continuation)} tokens does not fit into {room - 1} positions.")
-            pairs.append((context[max(0, len(context) + len(continuation) - room):], continuation))
+                raise ValueError(
+                    f"A continuation of {len(continuation)} tokens does not fit into {room - 1} "
+                    "positions."
+                )
+            pairs.append((context[max(0, len(context) + len(continuation) - room) :], continuation))
         if cut := sum(len(pair[0]) < len(request[1]) for pair, request in zip(pairs, requests)):
-            say(f"{cut} of {len(pairs)} contexts are longer than the model's positions and were cut at their beginning.")
+            say(
+                f"{cut} of {len(pairs)} contexts are longer than the model's positions and were "
+                "cut at their beginning."
+            )
 
         def keep(index, result):
             if requests[index][0] is not None:
@@ -112,25 +162,36 @@ class SafePatchLM(TemplateLM):
 
         return self.engine.score(pairs, "lm-eval: likelihoods", keep)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text in nats; long ones in windows that predict each token once."""
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of each whole text in nats; long ones in windows that predict
+        each token once."""
         windows = []
         for number, request in enumerate(requests):
             cuts = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self._longest(), context_len=1)
+                self.tok_encode(request.args[0]),
+                self.prefix_token_id,
+                max_seq_len=self._longest(),
+                context_len=1,
+            )
             windows += [(number, (None, *utils.make_disjoint_window(cut))) for cut in cuts]
         sums = [0.0] * len(requests)
-        for (number, _), (logprob, _) in zip(windows, self._loglikelihood_tokens([window for _, window in windows])):
+        for (number, _), (logprob, _) in zip(
+            windows, self._loglikelihood_tokens([window for _, window in windows])
+        ):
             sums[number] += logprob
         for request, total in zip(requests, sums):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context until one of its stop texts, an end token, or the most tokens asked for.
+        """Continue each context until one of its stop texts, an end token, or the most tokens asked
+        for.
 
         Raises:
-          ValueError: a generation argument that is not known here, or no room for the tokens asked for.
+          ValueError: a generation argument that is not known here, or no room for the tokens asked
+            for.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -139,45 +200,68 @@ class SafePatchLM(TemplateLM):
         for arguments, numbers in groups.items():
             until, max_new, sampling = generation_arguments(json.loads(arguments))
             room = self._longest(max_new)
-            prompts = [self.tok_encode(requests[n].args[0])[-room:] or [self.prefix_token_id] for n in numbers]
+            prompts = [
+                self.tok_encode(requests[n].args[0])[-room:] or [self.prefix_token_id]
+                for n in numbers
+            ]
 
             def keep(index, ids):
                 n = numbers[index]
                 texts[n] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), until)
                 self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
 
-            self.engine.complete_ids(prompts, max_new, "lm-eval: answers", sampling, keep, numbers, until)
+            self.engine.complete_ids(
+                prompts, max_new, "lm-eval: answers", sampling, keep, numbers, until
+            )
         return texts
 
     def _longest(self, max_new: int = 0) -> int:
-        """Return how many tokens a prompt may have; `Engine` pads lengths, and the padding must fit too."""
+        """Return how many tokens a prompt may have; `Engine` pads lengths, and the padding must fit
+        too."""
         limit = self.engine.config.max_length - max_new
         if limit < 8:
-            raise ValueError(f"{max_new} new tokens leave no room for a prompt in {self.engine.config.max_length} positions. "
-                             "Lower max_gen_toks with --gen_kwargs.")
+            raise ValueError(
+                f"{max_new} new tokens leave no room for a prompt in "
+                f"{self.engine.config.max_length} positions. "
+                "Lower max_gen_toks with --gen_kwargs."
+            )
         return next(n for n in range(limit, 0, -1) if padded(n) <= limit)
 
 
 def generation_arguments(given: dict[str, Any]) -> tuple[list[str], int, Sampling]:
     """Return stop texts, most new tokens and sampling of a task's generation arguments.
 
-    As in the harness, a temperature of 0 or do_sample=False is greedy, and do_sample=True alone samples at temperature 1.
+    As in the harness, a temperature of 0 or do_sample=False is greedy, and do_sample=True alone
+    samples at temperature 1.
 
     Raises:
       ValueError: an argument that is not known here.
     """
     given = dict(given)
     until = given.pop("until", None) or []
-    max_new = next((int(n) for n in [given.pop(name, None) for name in _LENGTHS] if n is not None), MAX_NEW)
+    max_new = next(
+        (int(n) for n in [given.pop(name, None) for name in _LENGTHS] if n is not None), MAX_NEW
+    )
     do_sample = given.pop("do_sample", None)
     temperature = float(given.pop("temperature", 1.0 if do_sample else 0.0))
-    sampling = Sampling(0.0 if do_sample is False else temperature, float(given.pop("top_p", 1.0)), int(given.pop("seed", 0)))
+    sampling = Sampling(
+        0.0 if do_sample is False else temperature,
+        float(given.pop("top_p", 1.0)),
+        int(given.pop("seed", 0)),
+    )
     if given:
-        raise ValueError(f"Generation argument {', '.join(given)}: not known to safepatch_jax, which takes until, do_sample, "
-                         f"temperature, top_p, seed, {', '.join(_LENGTHS)}.")
+        raise ValueError(
+            f"Generation argument {', '.join(given)}: not known to safepatch_jax, which takes "
+            "until, do_sample, "
+            f"temperature, top_p, seed, {', '.join(_LENGTHS)}."
+        )
     return [until] if isinstance(until, str) else list(until), max_new, sampling
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:
     """Return what stands before the first of the stop texts."""
-    return text[:min((at for at in (text.find(stop) for stop in until if stop) if at >= 0), default=len(text))]
+    return text[
+        : min(
+            (at for at in (text.find(stop) for stop in until if stop) if at >= 0), default=len(text)
+        )
+    ]

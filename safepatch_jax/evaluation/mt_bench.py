@@ -1,7 +1,9 @@
-"""MT-Bench (Zheng et al. 2023): two-turn questions, a model's answers, and the grades that another model gives them.
+"""MT-Bench (Zheng et al. 2023): two-turn questions, a model's answers, and the grades that another
+model gives them.
 
-The questions are the published ones. The grader is asked in the form of single-answer grading, an explanation and then
-[[rating]], in words of our own: grades compare with one another, not with published ones.
+The questions are the published ones. The grader is asked in the form of single-answer grading, an
+explanation and then [[rating]], in words of our own: grades compare with one another, not with
+published ones.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR
-from safepatch_jax.evaluation.endpoint import Client
 from safepatch_jax.evaluation.engine import Contrasted, Engine, Prompter, Sampling
-from safepatch_jax.evaluation.judges import ENOUGH
+from safepatch_jax.evaluation.judges.base import ENOUGH
+from safepatch_jax.evaluation.judges.endpoint import Client
 from safepatch_jax.evaluation.tasks import subset
 
 GRADER = "endpoint:URL?model=NAME"
@@ -26,11 +29,15 @@ LEAST, MOST = 1, 10
 _TOKENS = 1024  # of a grader's reply
 _RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d{1,2})?)\s*\]\]")
 
-Question = Mapping[str, Any]  # category; turns: two texts; references: two texts, '' where there is none
+Question = Mapping[
+    str, Any
+]  # category; turns: two texts; references: two texts, '' where there is none
 Row = dict[str, Any]
 
 
-def questions(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, limit: int = 0) -> dict[str, Question]:
+def questions(
+    *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, limit: int = 0
+) -> dict[str, Question]:
     """Return the questions by id.
 
     Args:
@@ -43,24 +50,43 @@ def questions(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, 
     found: dict[str, Question] = {}
     for row in subset(load_set("mt_bench", "test", manual_dir, data_dir), limit):
         turns, references = row["extra"].get("turns"), row["extra"].get("reference") or []
-        if not isinstance(turns, list) or len(turns) != len(TURNS) or not all(isinstance(t, str) and t for t in turns):
-            raise ValueError(f"set:mt_bench: question {row['id']} has not two turns of text. Fetch its file again.")
+        if (
+            not isinstance(turns, list)
+            or len(turns) != len(TURNS)
+            or not all(isinstance(t, str) and t for t in turns)
+        ):
+            raise ValueError(
+                f"set:mt_bench: question {row['id']} has not two turns of text. Fetch its file "
+                "again."
+            )
         wanted = references if row["category"] in WITH_REFERENCE else []
-        found[row["id"]] = {"category": row["category"], "turns": turns,
-                            "references": [str(x) for x in (*wanted[:2], "", "")[:2]]}
+        found[row["id"]] = {
+            "category": row["category"],
+            "turns": turns,
+            "references": [str(x) for x in (*wanted[:2], "", "")[:2]],
+        }
     return found
 
 
-def answer(engine: Engine | Contrasted, asked: Mapping[str, Question], rows: Mapping[str, Row], max_new: int, title: str,
-           sampling: Sampling, done: Callable[[Row], None]) -> None:
-    """Let a model answer both turns of each question, its first answer being part of the second conversation.
+def answer(
+    engine: Engine | Contrasted,
+    asked: Mapping[str, Question],
+    rows: Mapping[str, Row],
+    max_new: int,
+    title: str,
+    sampling: Sampling,
+    done: Callable[[Row], None],
+) -> None:
+    """Let a model answer both turns of each question, its first answer being part of the second
+    conversation.
 
     Args:
-      rows: what `done` was told of earlier; a question whose first answer is there goes on with the second.
+      rows: what `done` was told of earlier; a question whose first answer is there goes on with the
+        second.
       max_new: tokens at most of an answer.
       sampling: a draw depends on its seed, the question's id and the turn alone.
-      done: called after each turn with {'id', 'answers': one or two texts, 'tokens'}, and 'left_out' where the next turn does not
-        fit into the model's positions.
+      done: called after each turn with {'id', 'answers': one or two texts, 'tokens'}, and
+        'left_out' where the next turn does not fit into the model's positions.
 
     Raises:
       ValueError: the model has no chat template, or one for a single turn.
@@ -68,7 +94,9 @@ def answer(engine: Engine | Contrasted, asked: Mapping[str, Question], rows: Map
     rows = {i: rows.get(i, {"id": i, "answers": [], "tokens": []}) for i in asked}
     for turn in range(len(TURNS)):
         prompts = {}
-        for i in [i for i, row in rows.items() if len(row["answers"]) == turn and "left_out" not in row]:
+        for i in [
+            i for i, row in rows.items() if len(row["answers"]) == turn and "left_out" not in row
+        ]:
             talk = conversation(asked[i], rows[i]["answers"])
             if engine.fits(talk, max_new):
                 prompts[i] = talk
@@ -79,17 +107,22 @@ def answer(engine: Engine | Contrasted, asked: Mapping[str, Question], rows: Map
 
         def keep(k, ids):
             row = rows[names[k]]
-            rows[names[k]] = row | {"answers": [*row["answers"], engine.decode(ids)], "tokens": [*row["tokens"], len(ids)]}
+            rows[names[k]] = row | {
+                "answers": [*row["answers"], engine.decode(ids)],
+                "tokens": [*row["tokens"], len(ids)],
+            }
             done(rows[names[k]])
 
         numbers = [int(hashlib.sha256(f"{i}|{turn}".encode()).hexdigest()[:16], 16) for i in names]
-        engine.answer(list(prompts.values()), max_new, f"{title}, turn {turn + 1}", sampling, keep, numbers)
+        engine.answer(
+            list(prompts.values()), max_new, f"{title}, turn {turn + 1}", sampling, keep, numbers
+        )
 
 
 def conversation(question: Question, answers: Sequence[str]) -> list[str]:
     """Return the messages before the next answer, the user's and the model's in turn."""
-    turns = question["turns"][:len(answers) + 1]
-    return [text for i, turn in enumerate(turns) for text in (turn, *answers[i:i + 1])]
+    turns = question["turns"][: len(answers) + 1]
+    return [text for i, turn in enumerate(turns) for text in (turn, *answers[i : i + 1])]
 
 
 def is_complete(row: Row | None) -> bool:
@@ -109,36 +142,49 @@ def grade_messages(question: Question, answers: Sequence[str]) -> list[dict[str,
     block = lambda name, text: f"{name}:\n<<<\n{text}\n>>>"
     numbers = ("",) if len(answers) == 1 else ("First ", "Second ")
     parts = []
-    for number, turn, reference, given in zip(numbers, question["turns"], question["references"], answers):
+    for number, turn, reference, given in zip(
+        numbers, question["turns"], question["references"], answers
+    ):
         parts.append(block(f"{number}question".capitalize(), turn))
         if reference:
             parts.append(block(f"{number}reference answer".capitalize(), reference))
         parts.append(block(f"{number}answer of the assistant".capitalize(), given))
-    system = _TASK.format(turn=_SECOND if len(answers) == 2 else "", reference=_REFERENCE if any(
-        question["references"][:len(answers)]) else "")
+    system = _TASK.format(
+        turn=_SECOND if len(answers) == 2 else "",
+        reference=_REFERENCE if any(question["references"][: len(answers)]) else "",
+    )
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
 def parse_grade(reply: str) -> Fraction | None:
-    """Read a rating from 1 to 10; None without one, or where the reply holds several that differ."""
+    """Read a rating from 1 to 10; None without one, or where the reply holds several that
+    differ."""
     found = {Fraction(x) for x in _RATING.findall(reply)}
     (grade,) = found if len(found) == 1 else (None,)
     return grade if grade is not None and LEAST <= grade <= MOST else None
 
 
 class Grader(Client):
-    """A general model behind an endpoint that grades answers; arguments and errors: see `Client`."""
+    """A general model behind an endpoint that grades answers; arguments and errors: see
+    `Client`."""
 
     expected = "an explanation and a rating from 1 to 10, as in [[5]]"
 
-    def grade(self, asked: Mapping[str, Question], answered: Mapping[str, Row], grades: Mapping[str, Row],
-              done: Callable[[Row], None]) -> None:
+    def grade(
+        self,
+        asked: Mapping[str, Question],
+        answered: Mapping[str, Row],
+        grades: Mapping[str, Row],
+        done: Callable[[Row], None],
+    ) -> None:
         """Grade each answer that has no grade yet.
 
         Args:
           answered: rows of `answer` by question.
-          grades: what `done` was told of earlier, by id; replies that were no grade are asked for again.
-          done: called with {'id': 'QUESTION:TURN', 'grade': a number from 1 to 10 or None where the reply is none, 'raw'}.
+          grades: what `done` was told of earlier, by id; replies that were no grade are asked for
+            again.
+          done: called with {'id': 'QUESTION:TURN', 'grade': a number from 1 to 10 or None where the
+            reply is none, 'raw'}.
 
         Raises:
           ValueError: more than half of 8 or more replies are no grade.
@@ -150,15 +196,19 @@ class Grader(Client):
             for turn in range(len(answers)):
                 name = f"{i}:{TURNS[turn]}"
                 if grades.get(name, {}).get("grade") is None:
-                    reply = self.ask(grade_messages(question, answers[:turn + 1]), _TOKENS)
+                    reply = self.ask(grade_messages(question, answers[: turn + 1]), _TOKENS)
                     grade = parse_grade(reply)
                     number = grade and (int(grade) if grade.denominator == 1 else float(grade))
                     grades[name] = {"id": name, "grade": number, "raw": reply[-2000:]}
                     done(grades[name])
         nonsense = [row["raw"] for row in grades.values() if row["grade"] is None]
         if len(grades) >= ENOUGH and 2 * len(nonsense) > len(grades):
-            raise ValueError(f"{self.name}: {len(nonsense)} of {len(grades)} replies are no grade. Expected: {self.expected}. "
-                             f"Got: {', '.join(repr(x[-80:]) for x in nonsense[:3])}. Is this a model that follows instructions?")
+            raise ValueError(
+                f"{self.name}: {len(nonsense)} of {len(grades)} replies are no grade. Expected: "
+                f"{self.expected}. "
+                f"Got: {', '.join(repr(x[-80:]) for x in nonsense[:3])}. Is this a model that "
+                "follows instructions?"
+            )
 
 
 def open_grader(text: str) -> Grader:
@@ -170,6 +220,7 @@ def open_grader(text: str) -> Grader:
 
 
 def examples(prompter: Prompter, question: Question) -> list[str]:
-    """Return what the model reads before each of its answers; the first answer stands as (first answer)."""
+    """Return what the model reads before each of its answers; the first answer stands as (first
+    answer)."""
     ids = (prompter.ask(*conversation(question, answers)) for answers in ((), ("(first answer)",)))
     return [prompter.tokenizer.decode(x, skip_special_tokens=False) for x in ids]

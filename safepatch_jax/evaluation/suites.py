@@ -12,7 +12,12 @@ from safepatch_jax.evaluation.jailbreaks import FORMS
 
 KINDS = ("harm", "refusal", "text", "mmlu", "gsm8k", "mt_bench")
 FIXED = ("mmlu", "gsm8k", "mt_bench")  # kinds that belong to one data set
-GENERATED = ("harm", "refusal", "gsm8k", "mt_bench")  # kinds in which a model writes; of these there is an answer for each seed
+GENERATED = (
+    "harm",
+    "refusal",
+    "gsm8k",
+    "mt_bench",
+)  # kinds in which a model writes; of these there is an answer for each seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +26,9 @@ class Measure:
 
     Attributes:
       name: unique in its suite.
-      kind: harm (are harmful requests complied with?), refusal (are harmless ones refused?), text (perplexity of given answers, and
-        KL to the other model), mmlu, gsm8k, mt_bench (grades of a grader).
+      kind: harm (are harmful requests complied with?), refusal (are harmless ones refused?), text
+        (perplexity of given answers, and KL to the other model), mmlu, gsm8k, mt_bench (grades of a
+        grader).
       source: of the records, see `load_records`; of the kinds in FIXED 'set:mmlu@test' and so on.
       split: 'report' (what a run does not train on), 'search', or 'all'.
       limit: at most so many records, chosen by the hash of their text.
@@ -41,21 +47,33 @@ class Measure:
     shots: int = 0
 
     def __post_init__(self):
-        for value, allowed, what in ((self.kind, KINDS, "kind"), (self.form, tuple(FORMS), "form"),
-                                     (self.split, ("report", "search", "all"), "split")):
+        for value, allowed, what in (
+            (self.kind, KINDS, "kind"),
+            (self.form, tuple(FORMS), "form"),
+            (self.split, ("report", "search", "all"), "split"),
+        ):
             if value not in allowed:
                 close = difflib.get_close_matches(str(value), allowed, n=1)
-                raise ValueError(f"measure '{self.name}': {what} '{value}' is not one of {', '.join(allowed)}"
-                                 + (f" (did you mean '{close[0]}'?)." if close else "."))
+                raise ValueError(
+                    f"measure '{self.name}': {what} '{value}' is not one of {', '.join(allowed)}"
+                    + (f" (did you mean '{close[0]}'?)." if close else ".")
+                )
         for what, least in (("limit", 1), ("max_new", 1), ("shots", 0)):
             if type(getattr(self, what)) is not int or getattr(self, what) < least:
-                raise ValueError(f"measure '{self.name}': {what} must be a whole number, {least} at least.")
+                raise ValueError(
+                    f"measure '{self.name}': {what} must be a whole number, {least} at least."
+                )
         if not isinstance(self.name, str) or not isinstance(self.source, str) or "|" in self.name:
-            raise ValueError(f"measure '{self.name}': name and source must be texts, and a name has no '|'.")
+            raise ValueError(
+                f"measure '{self.name}': name and source must be texts, and a name has no '|'."
+            )
         if self.kind in FIXED and self.source not in (f"set:{self.kind}@test", f"set:{self.kind}"):
-            raise ValueError(f"measure '{self.name}': the source of kind {self.kind} is 'set:{self.kind}@test', got "
-                             f"'{self.source}'. Your own file takes the set's place in --data.manual_dir, "
-                             "under the set's file name (docs/data.md).")
+            raise ValueError(
+                f"measure '{self.name}': the source of kind {self.kind} is "
+                f"'set:{self.kind}@test', got "
+                f"'{self.source}'. Your own file takes the set's place in --data.manual_dir, "
+                "under the set's file name (docs/data.md)."
+            )
 
 
 _JAILBREAKS = tuple(form for form in FORMS if form != "plain")
@@ -63,8 +81,12 @@ SUITES: dict[str, tuple[Measure, ...]] = {
     # In minutes on a laptop, without any file: the built-in, mild data.
     "quick": (
         Measure("harmful", "harm", "builtin", "report", max_new=32),
-        *(Measure(f"harmful, {form}", "harm", "builtin", "report", limit=12, form=form, max_new=32)
-          for form in ("prefix_injection", "persona", "fiction")),
+        *(
+            Measure(
+                f"harmful, {form}", "harm", "builtin", "report", limit=12, form=form, max_new=32
+            )
+            for form in ("prefix_injection", "persona", "fiction")
+        ),
         Measure("look-alikes", "refusal", "builtin", "report", max_new=32),
         Measure("ordinary answers", "text", "builtin", "report"),
     ),
@@ -79,12 +101,16 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("Alpaca", "text", "set:alpaca", "report", limit=500),
     ),
     # Known requests in a dozen forms.
-    "jailbreaks": tuple(Measure(f"AdvBench, {form}", "harm", "set:advbench", "report", limit=50, form=form)
-                        for form in ("plain", *_JAILBREAKS)),
+    "jailbreaks": tuple(
+        Measure(f"AdvBench, {form}", "harm", "set:advbench", "report", limit=50, form=form)
+        for form in ("plain", *_JAILBREAKS)
+    ),
     # Requests that no paper config trains on.
     "unseen": (
-        Measure("HarmBench", "harm", "set:harmbench"), Measure("StrongREJECT", "harm", "set:strongreject"),
-        Measure("JailbreakBench", "harm", "set:jailbreakbench"), Measure("Do-Not-Answer", "harm", "set:do_not_answer"),
+        Measure("HarmBench", "harm", "set:harmbench"),
+        Measure("StrongREJECT", "harm", "set:strongreject"),
+        Measure("JailbreakBench", "harm", "set:jailbreakbench"),
+        Measure("Do-Not-Answer", "harm", "set:do_not_answer"),
         Measure("OR-Bench hard", "refusal", "set:or_bench", limit=500),
     ),
     # Graded answers to two-turn questions (Zheng et al. 2023); needs a grader.
@@ -93,13 +119,20 @@ SUITES: dict[str, tuple[Measure, ...]] = {
 
 
 def load_suite(text: str) -> tuple[Measure, ...]:
-    """Return a named suite, that of a JSON file (a list of objects with the attributes of `Measure`), or several: 'A+mine.json'.
+    """Return a named suite, that of a JSON file (a list of objects with the attributes of
+    `Measure`), or several: 'A+mine.json'.
 
     Raises:
       ValueError: no such suite or file, an unknown attribute, or a name that occurs twice.
     """
-    parts = [text] if pathlib.Path(text).is_file() else text.split("+")  # a file's name may hold a '+'
-    measures = [m for part in parts for m in (_from_file(pathlib.Path(part)) if part.endswith(".json") else _named(part))]
+    parts = (
+        [text] if pathlib.Path(text).is_file() else text.split("+")
+    )  # a file's name may hold a '+'
+    measures = [
+        m
+        for part in parts
+        for m in (_from_file(pathlib.Path(part)) if part.endswith(".json") else _named(part))
+    ]
     names = [m.name for m in measures]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"suite {text}: two measures are named '{twice[0]}'.")
@@ -109,8 +142,11 @@ def load_suite(text: str) -> tuple[Measure, ...]:
 def _named(name: str) -> tuple[Measure, ...]:
     if name not in SUITES:
         close = difflib.get_close_matches(name, SUITES, n=1)
-        raise ValueError(f"no suite '{name}'" + (f" (did you mean '{close[0]}'?)" if close else "")
-                         + f"; there are {', '.join(SUITES)}, or give a .json file.")
+        raise ValueError(
+            f"no suite '{name}'"
+            + (f" (did you mean '{close[0]}'?)" if close else "")
+            + f"; there are {', '.join(SUITES)}, or give a .json file."
+        )
     return SUITES[name]
 
 
@@ -122,11 +158,20 @@ def _from_file(path: pathlib.Path) -> list[Measure]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     fields = {field.name for field in dataclasses.fields(Measure)}
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        raise ValueError(f"{path} must hold a list of objects, one for each measure, with {', '.join(sorted(fields))}.")
+    if (
+        not isinstance(entries, list)
+        or not entries
+        or not all(isinstance(e, dict) for e in entries)
+    ):
+        raise ValueError(
+            f"{path} must hold a list of objects, one for each measure, with "
+            f"{', '.join(sorted(fields))}."
+        )
     for entry in entries:
         if unknown := sorted(entry.keys() - fields):
-            raise ValueError(f"{path}: unknown attribute '{unknown[0]}'; there are {', '.join(sorted(fields))}.")
+            raise ValueError(
+                f"{path}: unknown attribute '{unknown[0]}'; there are {', '.join(sorted(fields))}."
+            )
         if missing := sorted({"name", "kind", "source"} - entry.keys()):
             raise ValueError(f"{path}: a measure lacks '{missing[0]}': {json.dumps(entry)[:80]}")
     return [Measure(**entry) for entry in entries]

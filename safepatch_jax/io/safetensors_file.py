@@ -1,7 +1,7 @@
 """safetensors files: where their tensors lie, and writing them one tensor at a time.
 
-The safetensors library checks every header that we read, and reads what we write; it offers no streaming in either
-direction, and holding a whole file in memory is what we must not do.
+The safetensors library checks every header that we read, and reads what we write; it offers no
+streaming in either direction, and holding a whole file in memory is what we must not do.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from typing import Callable, Iterator, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from safepatch_jax import files
-from safepatch_jax.console import progress
 from safepatch_jax.io.stored import DTYPES, Stored
-from safepatch_jax.workers import Workers, wait
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import progress
+from safepatch_jax.runtime.workers import Workers, wait
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -58,23 +58,37 @@ def list_tensors(path: str | pathlib.Path) -> dict[str, Stored]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}). It is truncated or damaged "
-                         f"({path.stat().st_size if path.is_file() else 0} bytes): copy or download it again.") from error
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}). It is truncated or damaged "
+            f"({path.stat().st_size if path.is_file() else 0} bytes): copy or download it again."
+        ) from error
     header.pop("__metadata__", None)
     return {
-        name: Stored(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]),
-                     _NAMES.get(entry["dtype"], entry["dtype"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()}
+        name: Stored(
+            path,
+            8 + size + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            _NAMES.get(entry["dtype"], entry["dtype"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
 
 
-def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: TensorOf, shard_bytes: int,
-                 title: str = "write") -> dict[str, str]:
+def write_shards(
+    folder: pathlib.Path,
+    plan: Mapping[str, Planned],
+    tensor_of: TensorOf,
+    shard_bytes: int,
+    title: str = "write",
+) -> dict[str, str]:
     """Write tensors as one or several safetensors files with an index, in the order given.
 
     Args:
       folder: where to; the caller makes it appear whole or not at all (`files.new_folder`).
       plan: name, shape and dtype of each tensor.
-      tensor_of: makes a tensor when its turn comes, or an iterator of its runs, flat; one or two are held at a time.
+      tensor_of: makes a tensor when its turn comes, or an iterator of its runs, flat; one or two
+        are held at a time.
       shard_bytes: files are cut at this size.
       title: shown at the progress bar.
 
@@ -96,18 +110,33 @@ def write_shards(folder: pathlib.Path, plan: Mapping[str, Planned], tensor_of: T
     names = [SINGLE] if len(shards) == 1 else names
     weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
     total = sum(planned.size for planned in plan.values())
-    # Hashing, and waiting for the disk at the end of a file, go on beside the writing of what comes next.
+    # Hashing, and waiting for the disk at the end of a file, go on beside the writing of what comes
+    # next.
     with progress(total, title, "B") as bar, Workers(2) as pool:
         hashes, ends = {}, []
         for name, tensors in zip(names, shards):
-            ends.append(_write_file(folder / name, {t: plan[t] for t in tensors}, tensor_of, pool, hashes, bar.update))
+            ends.append(
+                _write_file(
+                    folder / name,
+                    {t: plan[t] for t in tensors},
+                    tensor_of,
+                    pool,
+                    hashes,
+                    bar.update,
+                )
+            )
         for name, end in zip(names, ends):
             with _explained(folder / name, total):
                 wait(end)
     if len(shards) > 1:
         parameters = sum(math.prod(planned.shape) for planned in plan.values())
-        files.write_json(folder / INDEX, {
-            "metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map})
+        files.write_json(
+            folder / INDEX,
+            {
+                "metadata": {"total_size": total, "total_parameters": parameters},
+                "weight_map": weight_map,
+            },
+        )
     return hashes
 
 
@@ -116,17 +145,30 @@ def _explained(path: pathlib.Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"Cannot write {path}: {error.strerror or error}. It needs {size:,} bytes; free space or use another "
-                      "folder, then give the same command again.") from error
+        raise OSError(
+            f"Cannot write {path}: {error.strerror or error}. It needs {size:,} bytes; free space "
+            "or use another "
+            "folder, then give the same command again."
+        ) from error
 
 
-def _write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: TensorOf, pool: Executor,
-                hashes: dict[str, str], written: Callable[[int], object]) -> Future:
-    """Write one file tensor by tensor, add their hashes to `hashes`; return what waits for the disk and closes the file."""
+def _write_file(
+    path: pathlib.Path,
+    plan: Mapping[str, Planned],
+    tensor_of: TensorOf,
+    pool: Executor,
+    hashes: dict[str, str],
+    written: Callable[[int], object],
+) -> Future:
+    """Write one file tensor by tensor, add their hashes to `hashes`; return what waits for the disk
+    and closes the file."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, planned in plan.items():
-        header[name] = {"dtype": _CODES[planned.dtype], "shape": planned.shape,
-                        "data_offsets": [offset, offset + planned.size]}
+        header[name] = {
+            "dtype": _CODES[planned.dtype],
+            "shape": planned.shape,
+            "data_offsets": [offset, offset + planned.size],
+        }
         offset += planned.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -142,7 +184,7 @@ def _write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Tens
                 hashing = pool.submit(_update, digest, data, before)
                 with _explained(path, offset):
                     for start in range(0, len(data), _PIECE):
-                        file.write(data[start:start + _PIECE])
+                        file.write(data[start : start + _PIECE])
                 if before is not None:
                     wait(before)  # so that no more than two tensors, or runs of one, are held
                 before = hashing
@@ -160,12 +202,19 @@ def _write_file(path: pathlib.Path, plan: Mapping[str, Planned], tensor_of: Tens
     return pool.submit(_finish, file)
 
 
-def _bytes_of(tensor: np.ndarray | Iterator[np.ndarray], planned: Planned, name: str) -> Iterator[memoryview]:
+def _bytes_of(
+    tensor: np.ndarray | Iterator[np.ndarray], planned: Planned, name: str
+) -> Iterator[memoryview]:
     """Yield the bytes of a tensor, or of its runs in turn."""
     for x in [tensor] if isinstance(tensor, np.ndarray) else tensor:
         x = np.ascontiguousarray(x)
         expected = planned.shape if x is tensor else x.shape
-        assert (x.shape, x.dtype) == (expected, DTYPES[planned.dtype]), (name, x.shape, x.dtype, planned)
+        assert (x.shape, x.dtype) == (expected, DTYPES[planned.dtype]), (
+            name,
+            x.shape,
+            x.dtype,
+            planned,
+        )
         yield memoryview(x.reshape(-1).view(np.uint8))
 
 

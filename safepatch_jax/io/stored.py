@@ -1,4 +1,5 @@
-"""A tensor as it lies in a file: row-major bytes at an offset. A run of elements is read by itself; a part that is no
+"""A tensor as it lies in a file: row-major bytes at an offset. A run of elements is read by itself;
+a part that is no
 run is copied out of a map of the tensor, which is gone when the part is there.
 
 The weight formats (safetensors, torch's zip files) differ only in where they write this down.
@@ -13,10 +14,15 @@ import mmap
 import os
 import pathlib
 
-import ml_dtypes  # JAX depends on it; it gives NumPy bfloat16, so that files are read and written without JAX
+# JAX depends on it; it gives NumPy bfloat16, so that files are read and written without JAX
+import ml_dtypes
 import numpy as np
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Stored:
       path: the file.
       offset: of its first byte in the file.
       shape: sizes, row-major.
-      dtype: float32, bfloat16 or float16; or, for what we cannot use, the name that the file gives it.
+      dtype: float32, bfloat16 or float16; or, for what we cannot use, the name that the file gives
+        it.
       size: bytes in the file.
     """
 
@@ -41,7 +48,8 @@ class Stored:
         """Read a run of elements, those bytes alone.
 
         Args:
-          out: C-contiguous array of the tensor's dtype to fill; by default a new one for the whole tensor.
+          out: C-contiguous array of the tensor's dtype to fill; by default a new one for the whole
+            tensor.
           start: flat index of the first element.
 
         Raises:
@@ -60,10 +68,16 @@ class Stored:
         """
         page = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < self.offset + self.size:  # a map beyond the end would kill the process
+            if (
+                os.fstat(file.fileno()).st_size < self.offset + self.size
+            ):  # a map beyond the end would kill the process
                 raise self._truncated()
-            with mmap.mmap(file.fileno(), self.offset + self.size - page, access=mmap.ACCESS_READ, offset=page) as view:
-                whole = np.frombuffer(view, DTYPES[self.dtype], math.prod(self.shape), self.offset - page)
+            with mmap.mmap(
+                file.fileno(), self.offset + self.size - page, access=mmap.ACCESS_READ, offset=page
+            ) as view:
+                whole = np.frombuffer(
+                    view, DTYPES[self.dtype], math.prod(self.shape), self.offset - page
+                )
                 part = whole.reshape(split)[index].copy()
                 del whole  # the map cannot be closed while an array looks at it
         return part
@@ -73,7 +87,7 @@ class Stored:
         digest = hashlib.sha256()
         piece = np.empty(min(self.size, 1 << 24), np.uint8)
         for start in range(0, self.size, len(piece) or 1):
-            part = memoryview(piece)[:self.size - start]
+            part = memoryview(piece)[: self.size - start]
             self._fill(part, self.offset + start)
             digest.update(part)
         return digest.hexdigest()
@@ -88,13 +102,17 @@ class Stored:
                 done += count
 
     def _truncated(self) -> ValueError:
-        return ValueError(f"{self.path} ends before byte {self.offset + self.size:,}, where a tensor of its list ends: it is "
-                          "truncated or was changed while it was read. Copy or download it again.")
+        return ValueError(
+            f"{self.path} ends before byte {self.offset + self.size:,}, where a tensor of its "
+            "list ends: it is "
+            "truncated or was changed while it was read. Copy or download it again."
+        )
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """Return an uninitialised array whose first byte is aligned, so that JAX on CPU takes it over without a copy."""
+    """Return an uninitialised array whose first byte is aligned, so that JAX on CPU takes it over
+    without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
-    return raw[start:start + size].view(dtype).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,22 +1,24 @@
-"""What a method is, and what it works with: a backbone, harmful pairs, the two derived models and their scores."""
+"""What a method is, and what it works with: a backbone, harmful pairs, the two derived models and
+their scores."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from safepatch_jax.console import say
 from safepatch_jax.data.chat import Encoded
 from safepatch_jax.data.pipeline import Pool
+from safepatch_jax.evaluation.answers import file_name
 from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
 from safepatch_jax.patching.merge import ROLES
-from safepatch_jax.pipeline.answering import file_name
-from safepatch_jax.pipeline.job import Job
+from safepatch_jax.run.job import Job
+from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Loss
 from safepatch_jax.training.step import Recipe
@@ -49,7 +51,8 @@ class Method:
       label: in reports.
       group: one of GROUPS.
       make: makes it from a bench.
-      settings: {'group.option': value} that it takes instead of the run's, such as its source's learning rate.
+      settings: {'group.option': value} that it takes instead of the run's, such as its source's
+        learning rate.
       options: which settings a user may give for it alone.
       seeded: whether the seed has a part in it; if not, it is made once.
       jailbroken: its answers are deleted after success, as its model is.
@@ -67,23 +70,33 @@ class Method:
     ablation: str = ""
 
 
-GROUPS = {"backbone": "backbone", "patching": "SafePatching", "ablation": "ablations", "training": "training",
-          "merging": "merging", "decoding": "decoding"}
+GROUPS = {
+    "backbone": "backbone",
+    "patching": "SafePatching",
+    "ablation": "ablations",
+    "training": "training",
+    "merging": "merging",
+    "decoding": "decoding",
+}
 
 
 class Bench:
     """What a method works with; each part is made when it is asked for.
 
     Args:
-      job: of the backbone, its harmful pairs and a seed; it keeps derived models and scores for all methods.
-      settings: the method's own; they differ from the job's in what its row says, and in what the user says of it.
+      job: of the backbone, its harmful pairs and a seed; it keeps derived models and scores for all
+        methods.
+      settings: the method's own; they differ from the job's in what its row says, and in what the
+        user says of it.
       steps: a folder for checkpoints of training, which survive a kill.
       notes: a folder for what methods of all seeds may share.
     """
 
     def __init__(self, job: Job, settings: Settings, steps: pathlib.Path, notes: pathlib.Path):
         self.settings, self.notes, self._job, self._steps = settings, notes, job, steps
-        self.context = job.context if settings == job.settings else job.context.with_settings(settings)
+        self.context = (
+            job.context if settings == job.settings else job.context.with_settings(settings)
+        )
 
     @property
     def folder(self) -> pathlib.Path:
@@ -101,8 +114,14 @@ class Bench:
     def engine(self) -> Engine:
         """Return the backbone, freshly loaded and ready to answer."""
         s = self.settings
-        return Engine(self.config, self.backbone(), self.folder, self.context.sharder, s.model.compute_dtype,
-                      s.evaluate.batch_size)
+        return Engine(
+            self.config,
+            self.backbone(),
+            self.folder,
+            self.context.sharder,
+            s.model.compute_dtype,
+            s.evaluate.batch_size,
+        )
 
     def examples(self, role: str = "harmful", field: str = "answer") -> Encoded:
         """Return the tokenised training pairs of a role: 'harmful', 'lookalike' or 'ordinary'."""
@@ -111,15 +130,19 @@ class Bench:
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise pairs of prompt and answer, within the run's limits."""
         data = self.settings.data
-        return self.context.chat(self.folder).encode_all(pairs, data.max_prompt_tokens, data.max_answer_tokens)
+        return self.context.chat(self.folder).encode_all(
+            pairs, data.max_prompt_tokens, data.max_answer_tokens
+        )
 
     def derived(self, role: str) -> Any:
-        """Return the nested parameters, float32, of the model that the SE ('se') or the OSM patch ('osm') comes from."""
+        """Return the nested parameters, float32, of the model that the SE ('se') or the OSM patch
+        ('osm') comes from."""
         self._job.runner.need(f"derive_{role}")
         return nest(self._job.derived(role))
 
     def patched(self) -> Any:
-        """Return the nested parameters, in their storage dtype, of the patch operation at this bench's patch settings.
+        """Return the nested parameters, in their storage dtype, of the patch operation at this
+        bench's patch settings.
 
         Raises:
           ValueError: the patch changes nothing, or overflows.
@@ -132,7 +155,9 @@ class Bench:
             sensitivity = {role: self._job.sensitivity(role, score) for role in ROLES}
         return nest(self._job.patched(self.settings.patch, sensitivity=sensitivity))
 
-    def tuned(self, loss: Loss, pools: Sequence[Pool], title: str, recipe: Recipe | None = None) -> Any:
+    def tuned(
+        self, loss: Loss, pools: Sequence[Pool], title: str, recipe: Recipe | None = None
+    ) -> Any:
         """Tune all weights of the backbone; return nested parameters, float32.
 
         Args:
@@ -142,7 +167,18 @@ class Bench:
           recipe: by default the steps, rate and ceiling of the SE patch, downhill.
         """
         derive = self.settings.derive
-        recipe = recipe or Recipe(1.0, derive.se_steps, derive.se_learning_rate, derive.se_nll_ceiling, derive.weight_decay)
-        tuned, outcome = self.context.tune(self.folder, pools, recipe, title, self._steps / file_name(title), loss=loss)
-        say(f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> {outcome.nll[-1]:.2f}")
+        recipe = recipe or Recipe(
+            1.0,
+            derive.se_steps,
+            derive.se_learning_rate,
+            derive.se_nll_ceiling,
+            derive.weight_decay,
+        )
+        tuned, outcome = self.context.tune(
+            self.folder, pools, recipe, title, self._steps / file_name(title), loss=loss
+        )
+        say(
+            f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> "
+            f"{outcome.nll[-1]:.2f}"
+        )
         return tuned

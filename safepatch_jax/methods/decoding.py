@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from safepatch_jax.console import say
+from safepatch_jax.evaluation.answers import Lines
 from safepatch_jax.evaluation.decoding import Rose, SafeDecoding, SelfCD
-from safepatch_jax.evaluation.judge import REFUSED, judge
+from safepatch_jax.evaluation.judges.phrases import REFUSED, judge
 from safepatch_jax.methods.bench import Bench, Made, NotMade
-from safepatch_jax.pipeline.answering import Lines
+from safepatch_jax.runtime.console import say
 from safepatch_jax.training.losses import Likelihood
 from safepatch_jax.training.step import Recipe
 
@@ -22,9 +22,12 @@ def rose(bench: Bench) -> Made:
 
 
 def safe_decoding(bench: Bench) -> Made:
-    """SafeDecoding (Xu et al. 2024); the expert is the backbone tuned on its own refusals, as the OSM patch is on answers."""
+    """SafeDecoding (Xu et al. 2024); the expert is the backbone tuned on its own refusals, as the
+    OSM patch is on answers."""
     derive = bench.settings.derive
-    recipe = Recipe(1.0, derive.osm_steps, derive.osm_learning_rate, weight_decay=derive.weight_decay)
+    recipe = Recipe(
+        1.0, derive.osm_steps, derive.osm_learning_rate, weight_decay=derive.weight_decay
+    )
     examples = bench.encode(refusals(bench)).examples
     expert = bench.tuned(Likelihood(derive.loss), [(examples, derive.batch_size)], "expert", recipe)
     return Made(rule=SafeDecoding(), expert=expert)
@@ -36,16 +39,29 @@ def refusals(bench: Bench) -> list[tuple[str, str]]:
     Raises:
       NotMade: it refuses none of them.
     """
-    prompts, lines = [r.prompt for r in bench.context.split("harmful", "train")], Lines(bench.notes / "refusals.jsonl")
+    prompts, lines = (
+        [r.prompt for r in bench.context.split("harmful", "train")],
+        Lines(bench.notes / "refusals.jsonl"),
+    )
     if left := [p for p in prompts if p not in lines.rows]:
         engine, room = bench.engine(), bench.settings.data.max_answer_tokens
         left = [p for p in left if engine.fits(p, room)]
-        engine.answer(left, room, "the backbone's refusals",
-                      done=lambda k, ids: lines.add({"id": left[k], "answer": engine.decode(ids)}))
+        engine.answer(
+            left,
+            room,
+            "the backbone's refusals",
+            done=lambda k, ids: lines.add({"id": left[k], "answer": engine.decode(ids)}),
+        )
     answers = {p: lines.rows[p]["answer"] for p in prompts if p in lines.rows}
     refused = [(p, text) for p, text in answers.items() if judge(text) == REFUSED]
     if not refused:
-        raise NotMade(f"The backbone refuses none of the {len(answers)} harmful training prompts, so there is nothing to tune "
-                         "SafeDecoding's expert on. Leave safe_decoding out of --methods.")
-    say(f"  the backbone refuses {len(refused)} of {len(answers)} harmful training prompts; the expert is tuned on these")
+        raise NotMade(
+            f"The backbone refuses none of the {len(answers)} harmful training prompts, so there "
+            "is nothing to tune "
+            "SafeDecoding's expert on. Leave safe_decoding out of --methods."
+        )
+    say(
+        f"  the backbone refuses {len(refused)} of {len(answers)} harmful training prompts; the "
+        "expert is tuned on these"
+    )
     return refused

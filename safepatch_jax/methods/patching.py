@@ -1,4 +1,5 @@
-"""SafePatching, its ablations, and the merging baselines: the patch operation at the settings of a row."""
+"""SafePatching, its ablations, and the merging baselines: the patch operation at the settings of a
+row."""
 
 from __future__ import annotations
 

@@ -7,52 +7,120 @@ import difflib
 from safepatch_jax.methods import decoding, mismatch, patching, preference
 from safepatch_jax.methods.bench import Made, Method
 
-# Settings that a user may give for one method alone: those that have a part in it and are not what it is.
-TRAINING = tuple(f"derive.{name}" for name in (
-    "batch_size", "se_steps", "se_learning_rate", "se_nll_ceiling", "weight_decay", "clip_norm"))
-_EXPERT = tuple(f"derive.{name}" for name in ("batch_size", "osm_steps", "osm_learning_rate", "loss", "weight_decay", "clip_norm"))
+# Settings that a user may give for one method alone: those that have a part in it and are not what
+# it is.
+TRAINING = tuple(
+    f"derive.{name}"
+    for name in (
+        "batch_size",
+        "se_steps",
+        "se_learning_rate",
+        "se_nll_ceiling",
+        "weight_decay",
+        "clip_norm",
+    )
+)
+_EXPERT = tuple(
+    f"derive.{name}"
+    for name in (
+        "batch_size",
+        "osm_steps",
+        "osm_learning_rate",
+        "loss",
+        "weight_decay",
+        "clip_norm",
+    )
+)
 _WEIGHTS = {"patch.alpha": 1.0, "patch.beta": 1.0}  # not those that SafePatching was given
 
 
-def _variant(name: str, label: str, setting: str, value: object, options: tuple[str, ...] = ()) -> Method:
+def _variant(
+    name: str, label: str, setting: str, value: object, options: tuple[str, ...] = ()
+) -> Method:
     """Return an ablation: SafePatching with another value of one setting."""
-    return Method(name, label, "ablation", patching.patched, {setting: value}, options, ablation=label)
+    return Method(
+        name, label, "ablation", patching.patched, {setting: value}, options, ablation=label
+    )
 
 
-def _merging(name: str, label: str, options: tuple[str, ...] = ("alpha", "beta"), **settings: object) -> Method:
-    own = {"patch.merge": name} | _WEIGHTS | {f"patch.{key}": value for key, value in settings.items()}
-    return Method(name, label, "merging", patching.patched, own, tuple(f"patch.{option}" for option in options))
+def _merging(
+    name: str, label: str, options: tuple[str, ...] = ("alpha", "beta"), **settings: object
+) -> Method:
+    own = (
+        {"patch.merge": name}
+        | _WEIGHTS
+        | {f"patch.{key}": value for key, value in settings.items()}
+    )
+    return Method(
+        name,
+        label,
+        "merging",
+        patching.patched,
+        own,
+        tuple(f"patch.{option}" for option in options),
+    )
 
 
-METHODS = {method.name: method for method in (
-    Method("backbone", "backbone", "backbone", lambda bench: Made(), seeded=False, ablation="backbone"),
-    Method("safepatching", "SafePatching", "patching", patching.patched, ablation="SafePatching"),
-    Method("ga", "GA", "training", patching.se_alone, ablation="SE alone (= GA)"),
-    Method("ga_mismatch", "GA + Mismatch", "training", mismatch.ga_mismatch, {"derive.se_learning_rate": 2e-6}, TRAINING),
-    Method("npo", "NPO", "training", preference.npo, options=TRAINING),
-    Method("simnpo", "SimNPO", "training", preference.simnpo, options=TRAINING),
-    _merging("average", "average"),
-    _merging("task_arithmetic", "task arithmetic"),
-    _merging("ties", "TIES", ("alpha", "beta", "density", "granularity"), granularity="global"),  # as its authors trim
-    _merging("dare", "DARE", ("alpha", "beta", "retention")),
-    _merging("dare_ties", "DARE-TIES", ("alpha", "beta", "retention")),
-    _merging("resta", "RESTA", ("beta", "retention"), retention=1.0),
-    Method("self_cd", "Self-CD", "decoding", decoding.self_cd, seeded=False),
-    Method("rose", "ROSE", "decoding", decoding.rose, seeded=False),
-    Method("safe_decoding", "SafeDecoding", "decoding", decoding.safe_decoding, options=_EXPERT),
-    Method("osm", "OSM alone", "ablation", patching.osm_alone, jailbroken=True, ablation="OSM alone"),
-    _variant("no_retention", "no retention (p = 1)", "patch.retention", 1.0),
-    _variant("intersection", "intersection", "patch.combine", "intersection"),
-    _variant("union", "union", "patch.combine", "union"),
-    _variant("random", "random instead of SNIP", "patch.importance", "random"),
-    _variant("magnitude", "magnitude instead of SNIP", "patch.importance", "magnitude"),
-    _variant("batched", "batched SNIP", "score.mode", "batched", ("score.batch_size",)),
-)}
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "backbone",
+            "backbone",
+            "backbone",
+            lambda bench: Made(),
+            seeded=False,
+            ablation="backbone",
+        ),
+        Method(
+            "safepatching", "SafePatching", "patching", patching.patched, ablation="SafePatching"
+        ),
+        Method("ga", "GA", "training", patching.se_alone, ablation="SE alone (= GA)"),
+        Method(
+            "ga_mismatch",
+            "GA + Mismatch",
+            "training",
+            mismatch.ga_mismatch,
+            {"derive.se_learning_rate": 2e-6},
+            TRAINING,
+        ),
+        Method("npo", "NPO", "training", preference.npo, options=TRAINING),
+        Method("simnpo", "SimNPO", "training", preference.simnpo, options=TRAINING),
+        _merging("average", "average"),
+        _merging("task_arithmetic", "task arithmetic"),
+        _merging(
+            "ties", "TIES", ("alpha", "beta", "density", "granularity"), granularity="global"
+        ),  # as its authors trim
+        _merging("dare", "DARE", ("alpha", "beta", "retention")),
+        _merging("dare_ties", "DARE-TIES", ("alpha", "beta", "retention")),
+        _merging("resta", "RESTA", ("beta", "retention"), retention=1.0),
+        Method("self_cd", "Self-CD", "decoding", decoding.self_cd, seeded=False),
+        Method("rose", "ROSE", "decoding", decoding.rose, seeded=False),
+        Method(
+            "safe_decoding", "SafeDecoding", "decoding", decoding.safe_decoding, options=_EXPERT
+        ),
+        Method(
+            "osm",
+            "OSM alone",
+            "ablation",
+            patching.osm_alone,
+            jailbroken=True,
+            ablation="OSM alone",
+        ),
+        _variant("no_retention", "no retention (p = 1)", "patch.retention", 1.0),
+        _variant("intersection", "intersection", "patch.combine", "intersection"),
+        _variant("union", "union", "patch.combine", "union"),
+        _variant("random", "random instead of SNIP", "patch.importance", "random"),
+        _variant("magnitude", "magnitude instead of SNIP", "patch.importance", "magnitude"),
+        _variant("batched", "batched SNIP", "score.mode", "batched", ("score.batch_size",)),
+    )
+}
 FIRST = ("backbone", "safepatching")  # in every comparison
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
-    """Read --methods: 'all', or names and groups between commas; backbone and SafePatching always come first.
+    """Read --methods: 'all', or names and groups between commas; backbone and SafePatching always
+    come first.
 
     Raises:
       ValueError: an unknown name (with the nearest match).
@@ -63,7 +131,10 @@ def parse_methods(text: str) -> tuple[str, ...]:
         if not found:
             groups = list(dict.fromkeys(m.group for m in METHODS.values()))
             close = difflib.get_close_matches(name, [*METHODS, *groups], n=1)
-            raise ValueError(f"--methods: there is no '{name}'" + (f" (did you mean '{close[0]}'?)" if close else "")
-                             + f". There are {', '.join(METHODS)}; all; or a group: {', '.join(groups)}.")
+            raise ValueError(
+                f"--methods: there is no '{name}'"
+                + (f" (did you mean '{close[0]}'?)" if close else "")
+                + f". There are {', '.join(METHODS)}; all; or a group: {', '.join(groups)}."
+            )
         chosen += found
     return tuple(dict.fromkeys(chosen))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-from safepatch_jax import files
 from safepatch_jax.models.families import FAMILIES
+from safepatch_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class DecoderConfig:
       norm_offset: norms multiply by 1 + weight (Gemma), in float32.
       embed_scale: embeddings are multiplied by sqrt(embed_dim) (Gemma).
       qkv_bias: query, key and value have biases (Qwen2).
-      windows: for each layer, how many positions a query sees, itself included; 0 is all. Empty: all layers see all.
-      dtype: in which the weights are said to be stored.
+      windows: for each layer, how many positions a query sees, itself included; 0 is all. Empty:
+      all layers see all. dtype: in which the weights are said to be stored.
     """
 
     family: str
@@ -58,75 +59,146 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_attention_heads {self.num_heads} must be a multiple of "
-                             f"num_key_value_heads {self.num_kv_heads}.")
+            raise ValueError(
+                f"num_attention_heads {self.num_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}."
+            )
 
 
-# Attributes that say nothing about the forward pass. `pretraining_tp` cuts a product into parts with the same sum.
-_BENIGN = frozenset({
-    "_name_or_path", "architectures", "bos_token_id", "pad_token_id", "unk_token_id", "torch_dtype", "dtype",
-    "transformers_version", "use_cache", "initializer_range", "is_llama_config", "transformers.js_config", "pretraining_tp",
-    "max_length", "do_sample", "temperature", "top_p", "tokenizer_class", "unsloth_fixed", "keys_to_ignore_at_inference",
-    "_attn_implementation_autoset",
-})
-# Attributes of any family that must have one of these values (or be absent): the decoder has no switch for another.
+# Attributes that say nothing about the forward pass. `pretraining_tp` cuts a product into parts
+# with the same sum.
+_BENIGN = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "is_llama_config",
+        "transformers.js_config",
+        "pretraining_tp",
+        "max_length",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "tokenizer_class",
+        "unsloth_fixed",
+        "keys_to_ignore_at_inference",
+        "_attn_implementation_autoset",
+    }
+)
+# Attributes of any family that must have one of these values (or be absent): the decoder has no
+# switch for another.
 _FIXED = {
-    "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0.0,), "quantization_config": (None,),
-    "partial_rotary_factor": (1.0,), "rope_interleaved": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
 }
-_HANDLED = frozenset({
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps",
-    "tie_word_embeddings", "max_position_embeddings", "eos_token_id",
-})
+_HANDLED = frozenset(
+    {
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "eos_token_id",
+    }
+)
 _DTYPES = ("float32", "bfloat16", "float16")
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 _FLAGS = ("tie_word_embeddings", "use_sliding_window")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def _most(name: str) -> int:
-    """Return the largest size that is taken for meant; a file from others must not make us build a table of 10^8 layers."""
+    """Return the largest size that is taken for meant; a file from others must not make us build a
+    table of 10^8 layers."""
     return 1000 if name == "num_hidden_layers" else 2**31 - 1
 
 
 def _is_positive(x: Any) -> bool:
-    return type(x) in (int, float) and 0 < x < 1e18  # compared as it is: a huge whole number has no float
+    return (
+        type(x) in (int, float) and 0 < x < 1e18
+    )  # compared as it is: a huge whole number has no float
 
 
 def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
-    """Build a DecoderConfig from the content of a Hugging Face config.json (transformers 4 or 5 style).
+    """Build a DecoderConfig from the content of a Hugging Face config.json (transformers 4 or 5
+    style).
 
     Raises:
-      ValueError: unknown family, missing attribute, or attributes that are neither handled nor at a value the decoder
-        supports; all offenders are listed.
+      ValueError: unknown family, missing attribute, or attributes that are neither handled nor at a
+        value the decoder supports; all offenders are listed.
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}.")
+        raise ValueError(
+            f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}."
+        )
     family = FAMILIES[name]
     fixed, handled = {**_FIXED, **family.fixed}, _HANDLED | family.handled
-    offenders = [f"{k} = {v!r} (supported: {' or '.join(map(repr, fixed[k]))})" for k, v in raw.items()
-                 if k in fixed and v not in fixed[k]]
-    offenders += [f"{k} = {v!r} (unknown)" for k, v in raw.items() if k not in fixed and k not in handled | _BENIGN]
+    offenders = [
+        f"{k} = {v!r} (supported: {' or '.join(map(repr, fixed[k]))})"
+        for k, v in raw.items()
+        if k in fixed and v not in fixed[k]
+    ]
+    offenders += [
+        f"{k} = {v!r} (unknown)"
+        for k, v in raw.items()
+        if k not in fixed and k not in handled | _BENIGN
+    ]
     offenders += [f"{k} is missing" for k in _SIZES if raw.get(k) is None]
-    offenders += [f"{k} = {raw[k]!r:.60} (a whole number from 1 to {_most(k):,} is needed)"
-                  for k in (*_SIZES, *(k for k in _OPTIONAL_SIZES if k in handled))
-                  if raw.get(k) is not None and not (type(raw[k]) is int and 1 <= raw[k] <= _most(k))]
-    offenders += [f"{k} = {raw[k]!r} (true or false is needed)" for k in _FLAGS
-                  if k in handled and raw.get(k) is not None and type(raw[k]) is not bool]
+    offenders += [
+        f"{k} = {raw[k]!r:.60} (a whole number from 1 to {_most(k):,} is needed)"
+        for k in (*_SIZES, *(k for k in _OPTIONAL_SIZES if k in handled))
+        if raw.get(k) is not None and not (type(raw[k]) is int and 1 <= raw[k] <= _most(k))
+    ]
+    offenders += [
+        f"{k} = {raw[k]!r} (true or false is needed)"
+        for k in _FLAGS
+        if k in handled and raw.get(k) is not None and type(raw[k]) is not bool
+    ]
     eps = raw.get("rms_norm_eps")
     if eps is not None and not _is_positive(eps):
         offenders.append(f"rms_norm_eps = {eps!r:.60} (a number above 0 is needed)")
-    offenders += [f"dtype = {v!r} (supported: {', '.join(_DTYPES)})" for v in (raw.get("dtype"), raw.get("torch_dtype"))
-                  if v is not None and v not in _DTYPES]
+    offenders += [
+        f"dtype = {v!r} (supported: {', '.join(_DTYPES)})"
+        for v in (raw.get("dtype"), raw.get("torch_dtype"))
+        if v is not None and v not in _DTYPES
+    ]
     theta, scaling = _read_rope(raw, offenders)
     get = lambda key: raw.get(key, family.defaults.get(key))
     eos = get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in eos):
-        offenders.append(f"eos_token_id = {raw['eos_token_id']!r:.60} (a whole number or a list of them is needed)")
+        offenders.append(
+            f"eos_token_id = {raw['eos_token_id']!r:.60} (a whole number or a list of them is "
+            "needed)"
+        )
     if not offenders:
         windows = _read_windows(get, "layer_types" in family.handled, offenders)
     if offenders:
@@ -134,8 +206,12 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
     heads = raw["num_attention_heads"]
     head_dim = get("head_dim") or raw["hidden_size"] // heads
     if head_dim % 2 or (not get("head_dim") and raw["hidden_size"] % heads):
-        raise ValueError(f"{where}: head_dim {raw.get('head_dim')}, hidden_size {raw['hidden_size']}, {heads} heads: the head "
-                         "size must be even (RoPE turns pairs), and be given if hidden_size does not divide by the heads.")
+        raise ValueError(
+            f"{where}: head_dim {raw.get('head_dim')}, hidden_size {raw['hidden_size']}, {heads} "
+            "heads: the head "
+            "size must be even (RoPE turns pairs), and be given if hidden_size does not divide by "
+            "the heads."
+        )
     return DecoderConfig(
         family=name,
         vocab_size=raw["vocab_size"],
@@ -158,7 +234,8 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
 
 
 def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, RopeScaling | None]:
-    """Read base and scaling from either spelling: transformers 4 has `rope_theta` and `rope_scaling`, 5 `rope_parameters`."""
+    """Read base and scaling from either spelling: transformers 4 has `rope_theta` and
+    `rope_scaling`, 5 `rope_parameters`."""
     thetas = [raw["rope_theta"]] if raw.get("rope_theta") is not None else []
     scalings: list[RopeScaling | None] = []
     for key in ("rope_parameters", "rope_scaling"):
@@ -175,8 +252,11 @@ def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, Rop
         if kind not in ("default", "llama3"):
             offenders.append(f"{key}.rope_type = {kind!r} (supported: 'default' or 'llama3')")
             continue
-        offenders += [f"{key}.{k} = {v!r} (unknown for rope_type '{kind}')" for k, v in given.items()
-                      if k not in known and not (k == "partial_rotary_factor" and v == 1.0)]
+        offenders += [
+            f"{key}.{k} = {v!r} (unknown for rope_type '{kind}')"
+            for k, v in given.items()
+            if k not in known and not (k == "partial_rotary_factor" and v == 1.0)
+        ]
         if given.get("rope_theta") is not None:
             thetas.append(given["rope_theta"])
         if kind == "default":
@@ -185,17 +265,25 @@ def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, Rop
         numbers = [given.get(k) for k in _LLAMA3]
         original = given.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
         if not all(_is_positive(x) for x in (*numbers, original)):
-            offenders.append(f"{key} = {dict(given)!r} (llama3 needs {', '.join(_LLAMA3)} and "
-                             "original_max_position_embeddings, numbers above 0)")
+            offenders.append(
+                f"{key} = {dict(given)!r} (llama3 needs {', '.join(_LLAMA3)} and "
+                "original_max_position_embeddings, numbers above 0)"
+            )
         elif numbers[1] >= numbers[2]:
-            offenders.append(f"{key}: low_freq_factor {numbers[1]} must be below high_freq_factor {numbers[2]}")
+            offenders.append(
+                f"{key}: low_freq_factor {numbers[1]} must be below high_freq_factor {numbers[2]}"
+            )
         else:
             scalings.append(RopeScaling(*map(float, numbers), int(original)))
     if not all(_is_positive(t) for t in thetas):
         offenders.append(f"rope_theta = {thetas!r:.60} (a number above 0 is needed)")
     elif len(set(thetas)) > 1 or len(set(scalings)) > 1:
-        offenders.append("rope_parameters disagrees with rope_theta or rope_scaling: "
-                         + ", ".join(f"{k} = {raw.get(k)!r}" for k in ("rope_parameters", "rope_theta", "rope_scaling")))
+        offenders.append(
+            "rope_parameters disagrees with rope_theta or rope_scaling: "
+            + ", ".join(
+                f"{k} = {raw.get(k)!r}" for k in ("rope_parameters", "rope_theta", "rope_scaling")
+            )
+        )
     else:
         return float(thetas[0] if thetas else 10000.0), scalings[0] if scalings else None
     return math.nan, None
@@ -212,37 +300,52 @@ def _read_windows(get, has_layer_types: bool, offenders: list[str]) -> tuple[int
     if type(first) is not int or first < 0:
         offenders.append(f"max_window_layers = {first!r} (a whole number is needed)")
         return ()
-    kinds = get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if (not isinstance(kinds, list) or len(kinds) != layers
-            or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)):
-        offenders.append(f"layer_types = {kinds!r} (needs {layers} times 'full_attention' or 'sliding_attention')")
+    kinds = get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
+    ):
+        offenders.append(
+            f"layer_types = {kinds!r} (needs {layers} times 'full_attention' or "
+            "'sliding_attention')"
+        )
         return ()
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
 
 def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
-    """Return the content of a model folder's ``config.json``. Raises ValueError if it is absent or not a JSON object."""
+    """Return the content of a model folder's ``config.json``. Raises ValueError if it is absent or
+    not a JSON object."""
     path = pathlib.Path(folder) / "config.json"
     if not path.parent.is_dir():
-        raise ValueError(f"No model folder '{folder}'. Give a folder in Hugging Face format "
-                         "(config.json, *.safetensors, tokenizer files), a .gguf file, or 'smollm2'.")
+        raise ValueError(
+            f"No model folder '{folder}'. Give a folder in Hugging Face format "
+            "(config.json, *.safetensors, tokenizer files), a .gguf file, or 'smollm2'."
+        )
     if not path.is_file():
-        raise ValueError(f"'{folder}' has no config.json, so it is not a model folder in Hugging Face format.")
+        raise ValueError(
+            f"'{folder}' has no config.json, so it is not a model folder in Hugging Face format."
+        )
     return files.read_json(path)
 
 
 def read_hf_config(folder: str | pathlib.Path) -> DecoderConfig:
-    """Read ``config.json`` of a model folder. Raises ValueError if it is absent, not JSON, or unsupported."""
+    """Read ``config.json`` of a model folder. Raises ValueError if it is absent, not JSON, or
+    unsupported."""
     return config_from_hf(read_raw_config(folder), str(pathlib.Path(folder) / "config.json"))
 
 
 def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
     """Return a config.json that transformers 4 and 5 read alike, in the style of the given one.
 
-    Every attribute stays as it is. What transformers 5 alone would understand is said once more in the spelling of 4,
-    which otherwise falls back to base 10000 and no RoPE scaling without a word. So Gemma's old ``hidden_act: "gelu"``
-    stays too, which 4.57 takes for the exact function, 5 and we for the tanh approximation.
+    Every attribute stays as it is. What transformers 5 alone would understand is said once more in
+    the spelling of 4, which otherwise falls back to base 10000 and no RoPE scaling without a word.
+    So Gemma's old ``hidden_act: "gelu"`` stays too, which 4.57 takes for the exact function, 5 and
+    we for the tanh approximation.
 
     Args:
       raw: content of a config.json that `config_from_hf` accepts.
@@ -263,7 +366,8 @@ def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[st
 
 
 def same_architecture(a: DecoderConfig, b: DecoderConfig) -> bool:
-    """Return whether two models compute the same function of their weights, whatever dtype and stop tokens they have."""
+    """Return whether two models compute the same function of their weights, whatever dtype and stop
+    tokens they have."""
     bare = lambda config: dataclasses.replace(config, dtype="", eos_ids=())
     return bare(a) == bare(b)
 

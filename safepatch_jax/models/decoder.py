@@ -1,16 +1,18 @@
-"""The decoder: Flax (linen) modules that read the plain parameter dictionary of the parameter table.
+"""The decoder: Flax (linen) modules that read the plain parameter dictionary of the parameter
+table.
 
-linen and not NNX: it returns and reads the plain nested dictionary that import, patching, checkpoints and export
-share, and it ran without warnings in every JAX version we support. No parameter is declared here: a module asks the
-table for its row.
+linen and not NNX: it returns and reads the plain nested dictionary that import, patching,
+checkpoints and export share, and it ran without warnings in every JAX version we support. No
+parameter is declared here: a module asks the table for its row.
 
-Dimension key: B batch, T query position, S past position, D model, F feed-forward, N query heads, K KV heads,
-G = N / K, H head dimension, V vocabulary, L layers.
+Dimension key: B batch, T query position, S past position, D model, F feed-forward, N query heads, K
+KV heads, G = N / K, H head dimension, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -26,7 +28,8 @@ from safepatch_jax.models.table import Param, param_table
 
 @flax.struct.dataclass
 class Past:
-    """Keys and values of earlier positions, already rotated; `valid` is False where a slot is empty or padding."""
+    """Keys and values of earlier positions, already rotated; `valid` is False where a slot is empty
+    or padding."""
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
@@ -35,7 +38,10 @@ class Past:
 
 
 # What the backward pass may keep of a block; the rest is computed again.
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class _Module(nn.Module):
@@ -43,11 +49,12 @@ class _Module(nn.Module):
 
     config: DecoderConfig
     dtype: Any
-    sharder: Optional[Sharder]
-    tap: Optional[Callable[[jax.Array, Param], jax.Array]] = None
+    sharder: Sharder | None
+    tap: Callable[[jax.Array, Param], jax.Array] | None = None
 
     def weight(self, name: str) -> jax.Array:
-        """Return a parameter in the arithmetic's dtype, laid out as stored: what a mesh gathers are these fewer bytes."""
+        """Return a parameter in the arithmetic's dtype, laid out as stored: what a mesh gathers are
+        these fewer bytes."""
         row = param_table(self.config)["/".join((*self.path, name))]
         weight = self.param(name, row.layer_initializer(), row.layer_shape, jnp.float32)
         if self.tap is not None and row.stacked:
@@ -68,7 +75,7 @@ class Embedder(_Module):
     def __call__(self, tokens_BT):
         x_BTD = self.embedding[tokens_BT]
         if self.config.embed_scale:
-            x_BTD = x_BTD * jnp.asarray(self.config.embed_dim ** 0.5, self.dtype)
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_dim**0.5, self.dtype)
         return self.constrain(x_BTD, "batch", "length", "features")
 
     def attend(self, x_BTD):
@@ -83,27 +90,42 @@ class RMSNorm(_Module):
         mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
         normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + self.config.norm_eps)
         if self.config.norm_offset:  # added and multiplied in float32, before the cast
-            return (normed_BTD * (1.0 + self.weight("scale").astype(jnp.float32))).astype(self.dtype)
+            return (normed_BTD * (1.0 + self.weight("scale").astype(jnp.float32))).astype(
+                self.dtype
+            )
         return self.weight("scale") * normed_BTD.astype(self.dtype)
 
 
 def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Return radians a position [H/2], float32 (RoPE; Su et al. 2021), scaled as LLaMA 3.1 does where the config says so.
+    """Return radians a position [H/2], float32 (RoPE; Su et al. 2021), scaled as LLaMA 3.1 does
+    where the config says so.
 
-    Computed once, with float32 rounding at the same places as in the reference: at position 8000 one float32 step of a
-    frequency turns by half a milliradian.
+    Computed once, with float32 rounding at the same places as in the reference: at position 8000
+    one float32 step of a frequency turns by half a milliradian.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1) / np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / np.power(config.rope_theta, exponents.astype(np.float64)).astype(
+        np.float32
+    )
     if config.rope_scaling is None:
         return frequencies
     scaling, one = config.rope_scaling, np.float32(1)
-    wavelengths = one / frequencies * np.float32(2 * np.pi)  # torch divides a number by a tensor in these two steps
-    turns = one / wavelengths * np.float32(scaling.original_max_length)  # within the original length
-    smooth = (turns - np.float32(scaling.low_freq_factor)) / np.float32(scaling.high_freq_factor - scaling.low_freq_factor)
+    wavelengths = (
+        one / frequencies * np.float32(2 * np.pi)
+    )  # torch divides a number by a tensor in these two steps
+    turns = (
+        one / wavelengths * np.float32(scaling.original_max_length)
+    )  # within the original length
+    smooth = (turns - np.float32(scaling.low_freq_factor)) / np.float32(
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     slow = frequencies / np.float32(scaling.factor)
     between = (1 - smooth) * frequencies / np.float32(scaling.factor) + smooth * frequencies
-    return np.where(turns < scaling.low_freq_factor, slow, np.where(turns > scaling.high_freq_factor, frequencies, between))
+    return np.where(
+        turns < scaling.low_freq_factor,
+        slow,
+        np.where(turns > scaling.high_freq_factor, frequencies, between),
+    )
 
 
 def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> jax.Array:
@@ -115,25 +137,34 @@ def rotate(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
     """Apply RoPE in the half-split convention of Hugging Face checkpoints."""
     sin, cos = jnp.sin(angles_BTh)[:, :, None, :], jnp.cos(angles_BTh)[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BTNH.dtype)
 
 
 def silu(x: jax.Array) -> jax.Array:
-    """Return x * sigmoid(x). Written with exp: XLA's logistic costs parity with torch half a digit on CPU."""
+    """Return x * sigmoid(x). Written with exp: XLA's logistic costs parity with torch half a digit
+    on CPU."""
     return x / (1.0 + jnp.exp(-jnp.maximum(x, -80.0)))  # the bound keeps the gradient finite
 
 
-def visible(positions_BT: jax.Array, valid_BT: jax.Array, past: Past | None) -> tuple[jax.Array, jax.Array]:
-    """Return which keys a query may look at, windows apart, and how many positions back each key lies.
+def visible(
+    positions_BT: jax.Array, valid_BT: jax.Array, past: Past | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return which keys a query may look at, windows apart, and how many positions back each key
+    lies.
 
     Returns:
-      (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the past, if any, then the present.
+      (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the past, if any, then the
+      present.
     """
     length = positions_BT.shape[1]
     mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None] & valid_BT[:, None, :]
     positions_BS = positions_BT
     if past is not None:
-        past_mask_BTS = jnp.broadcast_to(past.valid_BS[:, None, :], (*mask_BTS.shape[:2], past.valid_BS.shape[1]))
+        past_mask_BTS = jnp.broadcast_to(
+            past.valid_BS[:, None, :], (*mask_BTS.shape[:2], past.valid_BS.shape[1])
+        )
         mask_BTS = jnp.concatenate([past_mask_BTS, mask_BTS], axis=2)
         positions_BS = jnp.concatenate([past.positions_BS, positions_BT], axis=1)
     return mask_BTS, positions_BT[:, :, None] - positions_BS[:, None, :]
@@ -142,7 +173,8 @@ def visible(positions_BT: jax.Array, valid_BT: jax.Array, past: Past | None) -> 
 class Attention(_Module):
     """Grouped-query attention over the past (if any) and the causal present.
 
-    `window` is the layer's entry of DecoderConfig.windows (a traced scalar), or None if no layer has a window.
+    `window` is the layer's entry of DecoderConfig.windows (a traced scalar), or None if no layer
+    has a window.
     """
 
     attention: str = "xla"
@@ -154,7 +186,16 @@ class Attention(_Module):
         return self.constrain(y_BTNH, "batch", "length", heads, "head_dim")
 
     @nn.compact
-    def __call__(self, x_BTD, angles_BTh, mask_BTS, distance_BTS, window=None, past_k_BSKH=None, past_v_BSKH=None):
+    def __call__(
+        self,
+        x_BTD,
+        angles_BTh,
+        mask_BTS,
+        distance_BTS,
+        window=None,
+        past_k_BSKH=None,
+        past_v_BSKH=None,
+    ):
         config = self.config
         q_BTNH = self.projection(x_BTD, "q", "BTD,NHD->BTNH", "heads")
         k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads")
@@ -164,7 +205,9 @@ class Attention(_Module):
         platform = jax.default_backend() if self.sharder is None else self.sharder.platform
         kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], platform)
         if kernel != "xla" and past_k_BSKH is None:
-            static = max(config.windows, default=0) or None  # all layers have the same, or none that matters
+            static = (
+                max(config.windows, default=0) or None
+            )  # all layers have the same, or none that matters
             mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
             return jnp.einsum("BTNH,DNH->BTD", mixed_BTNH, self.weight("o")), (k_BTKH, v_BTKH)
 
@@ -177,8 +220,10 @@ class Attention(_Module):
 
         groups = config.num_heads // config.num_kv_heads
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], config.num_kv_heads, groups, config.head_dim)
-        logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
-        logits_BKGTS = logits_BKGTS * config.head_dim ** -0.5
+        logits_BKGTS = jnp.einsum(
+            "BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32
+        )
+        logits_BKGTS = logits_BKGTS * config.head_dim**-0.5
         logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
         weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(self.dtype)
         mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, values_BSKH)
@@ -199,16 +244,26 @@ class Mlp(_Module):
 
 
 class Block(_Module):
-    """One transformer block; in a scan over layers, `keep_kv` decides whether keys and values are returned."""
+    """One transformer block; in a scan over layers, `keep_kv` decides whether keys and values are
+    returned."""
 
     keep_kv: bool = False
     attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_BTD, window, past_k_BSKH, past_v_BSKH, angles_BTh, mask_BTS, distance_BTS):
-        attend = Attention(self.config, self.dtype, self.sharder, self.tap, self.attention, name="attention")
+        attend = Attention(
+            self.config, self.dtype, self.sharder, self.tap, self.attention, name="attention"
+        )
         attended_BTD, kv = attend(
-            self.child(RMSNorm, "attention_norm")(x_BTD), angles_BTh, mask_BTS, distance_BTS, window, past_k_BSKH, past_v_BSKH)
+            self.child(RMSNorm, "attention_norm")(x_BTD),
+            angles_BTh,
+            mask_BTS,
+            distance_BTS,
+            window,
+            past_k_BSKH,
+            past_v_BSKH,
+        )
         x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "length", "features")
         x_BTD = x_BTD + self.child(Mlp, "mlp")(self.child(RMSNorm, "mlp_norm")(x_BTD))
         return self.constrain(x_BTD, "batch", "length", "features"), kv if self.keep_kv else None
@@ -217,7 +272,9 @@ class Block(_Module):
 class Head(_Module):
     @nn.compact
     def __call__(self, x_BTD):
-        return jnp.einsum("BTD,VD->BTV", x_BTD, self.weight("kernel"), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "BTD,VD->BTV", x_BTD, self.weight("kernel"), preferred_element_type=jnp.float32
+        )
 
 
 class Decoder(_Module):
@@ -228,16 +285,26 @@ class Decoder(_Module):
       dtype: arithmetic; parameters are cast to it where they are used.
       sharder: mesh, or None for a program on one device.
       tap: applied to each weight of a block, in its stored dtype, where a block takes it up.
-      remat: what the backward pass computes again: 'none', 'dots' (all but products with weights) or 'full' (each block).
-      attention: 'xla'; or 'auto' / 'fused' (see `kernels`), for right-padded sequences without a past.
+      remat: what the backward pass computes again: 'none', 'dots' (all but products with weights)
+        or 'full' (each block).
+      attention: 'xla'; or 'auto' / 'fused' (see `kernels`), for right-padded sequences without a
+        past.
     """
 
     remat: str = "none"
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, valid_BT, past: Past | None = None, keep_kv: bool = False,
-                 logits_at_BA: jax.Array | None = None, hidden: bool = False):
+    def __call__(
+        self,
+        tokens_BT,
+        positions_BT,
+        valid_BT,
+        past: Past | None = None,
+        keep_kv: bool = False,
+        logits_at_BA: jax.Array | None = None,
+        hidden: bool = False,
+    ):
         """Run the decoder.
 
         Args:
@@ -250,36 +317,56 @@ class Decoder(_Module):
           hidden: return what enters the final norm, in place of logits.
 
         Returns:
-          (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`, or hidden states [B, A or T, D]; keys and values, or
-          None).
+          (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`, or hidden states [B, A or
+          T, D]; keys and values, or None).
         """
         embedder = self.child(Embedder, "embedder")
         x_BTD = embedder(tokens_BT)
         angles_BTh = rotary_angles(self.config, positions_BT)
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
+        block = (
+            Block
+            if self.remat == "none"
+            else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
+        )
         layers = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0,
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_layers,
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
         )(self.config, self.dtype, self.sharder, self.tap, keep_kv, self.attention, name="layers")
         windows_L = jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None
         past_k, past_v = (None, None) if past is None else (past.k_LBSKH, past.v_LBSKH)
         mask_BTS, distance_BTS = visible(positions_BT, valid_BT, past)
-        x_BTD, kv = layers(x_BTD, windows_L, past_k, past_v, angles_BTh, mask_BTS,
-                           distance_BTS if self.config.windows else None)
+        x_BTD, kv = layers(
+            x_BTD,
+            windows_L,
+            past_k,
+            past_v,
+            angles_BTh,
+            mask_BTS,
+            distance_BTS if self.config.windows else None,
+        )
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
         return (x_BTD if hidden else _read_out(self, embedder, x_BTD)), kv
 
 
 class Readout(_Module):
-    """The decoder's end alone: maps hidden states [B, A, D] to logits float32 [B, A, V]; reads the same dictionary."""
+    """The decoder's end alone: maps hidden states [B, A, D] to logits float32 [B, A, V]; reads the
+    same dictionary."""
 
     @nn.compact
     def __call__(self, x_BAD):
-        return _read_out(self, self.child(Embedder, "embedder") if self.config.tied_head else None, x_BAD)
+        return _read_out(
+            self, self.child(Embedder, "embedder") if self.config.tied_head else None, x_BAD
+        )
 
 
 def _read_out(module: _Module, embedder: Embedder | None, x_BTD: jax.Array) -> jax.Array:
     x_BTD = module.child(RMSNorm, "final_norm")(x_BTD)
-    logits = embedder.attend(x_BTD) if module.config.tied_head else module.child(Head, "head")(x_BTD)
+    logits = (
+        embedder.attend(x_BTD) if module.config.tied_head else module.child(Head, "head")(x_BTD)
+    )
     return module.constrain(logits, "batch", "length", "vocab")

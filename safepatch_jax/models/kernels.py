@@ -1,8 +1,8 @@
 """Fused attention: the kernels that the libraries bring for a platform, and when they can be used.
 
-They serve causal attention over whole, right-padded sequences, as training has them: a real query then looks at real keys alone,
-so the kernels need no padding mask; what they give at padding is never read. Scoring has one sample on each part of the batch
-axis and takes plain attention.
+They serve causal attention over whole, right-padded sequences, as training has them: a real query
+then looks at real keys alone, so the kernels need no padding mask; what they give at padding is
+never read. Scoring has one sample on each part of the batch axis and takes plain attention.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, platfo
         return "xla"
     why_not = _why_not(config, dtype, length, platform)
     if attention == "fused" and why_not:
-        raise ValueError(f"model.attention = fused is not possible here: {why_not}. Use --model.attention=auto.")
+        raise ValueError(
+            f"model.attention = fused is not possible here: {why_not}. Use --model.attention=auto."
+        )
     if why_not or (attention == "auto" and platform == "tpu" and length < SPLASH_FROM):
         return "xla"
     return {"gpu": "cudnn", "tpu": "splash"}[platform]
@@ -50,7 +52,11 @@ def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | 
     if len({0 if window >= length else window for window in config.windows or (0,)}) > 1:
         return "layers have different windows, which the kernels do not take in one scan"
     if platform == "tpu":
-        return f"splash needs a head size that is a multiple of 128, not {config.head_dim}" if config.head_dim % 128 else None
+        return (
+            f"splash needs a head size that is a multiple of 128, not {config.head_dim}"
+            if config.head_dim % 128
+            else None
+        )
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return "cuDNN needs --model.compute_dtype=bfloat16"
     capability = _compute_capability()
@@ -63,7 +69,8 @@ def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | 
 
 
 def _compute_capability() -> tuple[int, int]:
-    """Return that of this process's GPUs; of the oldest that will do where there is none (plans), (0, 0) for other makers'."""
+    """Return that of this process's GPUs; of the oldest that will do where there is none (plans),
+    (0, 0) for other makers'."""
     found = [device for device in jax.local_devices() if device.platform == "gpu"]
     if not found:
         return 8, 0
@@ -71,13 +78,21 @@ def _compute_capability() -> tuple[int, int]:
     return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
-def fused_attention(kernel: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int | None,
-                    sharder: Sharder | None, *, interpret: bool = False) -> jax.Array:
+def fused_attention(
+    kernel: str,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    window: int | None,
+    sharder: Sharder | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
     """Attend causally over right-padded sequences.
 
     Args:
-      kernel: 'cudnn' (`jax.nn.dot_product_attention`), 'splash' (JAX's Pallas kernel for TPU), or 'xla' (the former's plain
-        version, for tests).
+      kernel: 'cudnn' (`jax.nn.dot_product_attention`), 'splash' (JAX's Pallas kernel for TPU), or
+        'xla' (the former's plain version, for tests).
       q_BTNH, k_BTKH, v_BTKH: after RoPE; N is a multiple of K.
       window: a query looks at so many positions, itself included; None for all.
       sharder: the mesh.
@@ -89,27 +104,44 @@ def fused_attention(kernel: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: j
     if kernel != "splash":
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=kernel)
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=kernel
+        )
     attend = functools.partial(_splash, window=window, interpret=interpret)
     if sharder is None:
         return attend(q_BTNH, k_BTKH, v_BTKH)
     rules = dict(sharder.rules)
     spec = lambda heads: PartitionSpec(rules["batch"] or None, None, rules[heads] or None, None)
-    return jax.shard_map(attend, mesh=sharder.mesh, in_specs=(spec("heads"), spec("kv_heads"), spec("kv_heads")),
-                         out_specs=spec("heads"), check_vma=False)(q_BTNH, k_BTKH, v_BTKH)
+    return jax.shard_map(
+        attend,
+        mesh=sharder.mesh,
+        in_specs=(spec("heads"), spec("kv_heads"), spec("kv_heads")),
+        out_specs=spec("heads"),
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKH)
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, interpret: bool):
     """Run the kernel on one device's sequences and heads, padded to whole blocks."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
 
     length, heads, head_dim = q_BTNH.shape[1:]
     padded = -(-length // SPLASH_BLOCK) * SPLASH_BLOCK
     square = (padded, padded)
-    mask = (splash_attention_mask.CausalMask(square) if window is None or window >= length else
-            splash_attention_mask.LocalMask(square, (window - 1, 0), 0))
+    mask = (
+        splash_attention_mask.CausalMask(square)
+        if window is None or window >= length
+        else splash_attention_mask.LocalMask(square, (window - 1, 0), 0)
+    )
     kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([mask] * heads), interpret=interpret)
-    heads_first = lambda x: jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
-    q_BNTH = heads_first((q_BTNH.astype(jnp.float32) * head_dim ** -0.5).astype(q_BTNH.dtype))
-    return jax.vmap(kernel)(q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH)).swapaxes(1, 2)[:, :length]
+        splash_attention_mask.MultiHeadMask([mask] * heads), interpret=interpret
+    )
+    heads_first = lambda x: jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(
+        1, 2
+    )
+    q_BNTH = heads_first((q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype))
+    return jax.vmap(kernel)(q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH)).swapaxes(1, 2)[
+        :, :length
+    ]

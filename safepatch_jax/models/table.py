@@ -1,11 +1,13 @@
 """The parameter table: every parameter declared once.
 
-A row holds a parameter's path in the nested parameter dictionary, its logical axes and shape, its Hugging Face
-name, and its kind. Abstract shapes, initialisation, sharding, import, export, scoring and patch scope read it.
+A row holds a parameter's path in the nested parameter dictionary, its logical axes and shape, its
+Hugging Face name, and its kind. Abstract shapes, initialisation, sharding, import, export, scoring
+and patch scope read it.
 
-Layout: a weight keeps Hugging Face's own order, ``[out, in]`` row-major; we only name the parts of a side (the out
-side of ``q`` is heads x head_dim) and stack the blocks on a leading ``layers`` axis. So the way in is a reshape, the
-way back is the inverse reshape, and an element's row-major position within a layer IS its flat index in the HF tensor.
+Layout: a weight keeps Hugging Face's own order, ``[out, in]`` row-major; we only name the parts of
+a side (the out side of ``q`` is heads x head_dim) and stack the blocks on a leading ``layers``
+axis. So the way in is a reshape, the way back is the inverse reshape, and an element's row-major
+position within a layer IS its flat index in the HF tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +69,7 @@ class Param:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        out, rest = self.layer_shape[:self.out_axes], self.layer_shape[self.out_axes:]
+        out, rest = self.layer_shape[: self.out_axes], self.layer_shape[self.out_axes :]
         return (math.prod(out),) + ((math.prod(rest),) if rest else ())
 
     @property
@@ -137,24 +140,44 @@ class ParamTable:
           ValueError: a dimension does not divide, or a rule of the sharder is never used.
         """
         sharder.check_used(axis for row in self.rows for axis in row.axes)
-        return nest({row.path: sharder.sharding(row.axes, row.shape, row.path) for row in self.rows})
+        return nest(
+            {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in self.rows}
+        )
 
     def abstract(self, sharder: Sharder, dtype=jnp.float32) -> dict[str, Any]:
         """Return the nested dictionary of ShapeDtypeStructs with shardings."""
-        return nest({row.path: jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharder.sharding(row.axes, row.shape, row.path))
-                     for row in self.rows})
+        return nest(
+            {
+                row.path: jax.ShapeDtypeStruct(
+                    row.shape, dtype, sharding=sharder.sharding(row.axes, row.shape, row.path)
+                )
+                for row in self.rows
+            }
+        )
 
     def init(self, key: jax.Array, dtype=jnp.float32) -> dict[str, Any]:
         """Draw random parameters (for tests and dry runs)."""
         keys = jax.random.split(key, len(self.rows))
-        return nest({row.path: row.layer_initializer()(k, row.shape, dtype) for k, row in zip(keys, self.rows)})
+        return nest(
+            {
+                row.path: row.layer_initializer()(k, row.shape, dtype)
+                for k, row in zip(keys, self.rows)
+            }
+        )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def param_table(config: DecoderConfig) -> ParamTable:
     """Declare the parameters of a decoder."""
-    sizes = {"layers": config.num_layers, "vocab": config.vocab_size, "embed": config.embed_dim, "mlp": config.mlp_dim,
-             "heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    sizes = {
+        "layers": config.num_layers,
+        "vocab": config.vocab_size,
+        "embed": config.embed_dim,
+        "mlp": config.mlp_dim,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+    }
     block = "model.layers.{layer}."
 
     unit = 0.0 if config.norm_offset else 1.0
@@ -165,12 +188,50 @@ def param_table(config: DecoderConfig) -> ParamTable:
 
     rows = [
         row("embedder/embedding", "vocab embed", "model.embed_tokens.weight", 1, "embedding"),
-        row("layers/attention_norm/scale", "layers embed", block + "input_layernorm.weight", 1, "norm", unit),
-        row("layers/attention/q", "layers heads head_dim embed", block + "self_attn.q_proj.weight", 2, "linear"),
-        row("layers/attention/k", "layers kv_heads head_dim embed", block + "self_attn.k_proj.weight", 2, "linear"),
-        row("layers/attention/v", "layers kv_heads head_dim embed", block + "self_attn.v_proj.weight", 2, "linear"),
-        row("layers/attention/o", "layers embed heads head_dim", block + "self_attn.o_proj.weight", 1, "linear"),
-        row("layers/mlp_norm/scale", "layers embed", block + "post_attention_layernorm.weight", 1, "norm", unit),
+        row(
+            "layers/attention_norm/scale",
+            "layers embed",
+            block + "input_layernorm.weight",
+            1,
+            "norm",
+            unit,
+        ),
+        row(
+            "layers/attention/q",
+            "layers heads head_dim embed",
+            block + "self_attn.q_proj.weight",
+            2,
+            "linear",
+        ),
+        row(
+            "layers/attention/k",
+            "layers kv_heads head_dim embed",
+            block + "self_attn.k_proj.weight",
+            2,
+            "linear",
+        ),
+        row(
+            "layers/attention/v",
+            "layers kv_heads head_dim embed",
+            block + "self_attn.v_proj.weight",
+            2,
+            "linear",
+        ),
+        row(
+            "layers/attention/o",
+            "layers embed heads head_dim",
+            block + "self_attn.o_proj.weight",
+            1,
+            "linear",
+        ),
+        row(
+            "layers/mlp_norm/scale",
+            "layers embed",
+            block + "post_attention_layernorm.weight",
+            1,
+            "norm",
+            unit,
+        ),
         row("layers/mlp/gate", "layers mlp embed", block + "mlp.gate_proj.weight", 1, "linear"),
         row("layers/mlp/up", "layers mlp embed", block + "mlp.up_proj.weight", 1, "linear"),
         row("layers/mlp/down", "layers embed mlp", block + "mlp.down_proj.weight", 1, "linear"),
@@ -178,9 +239,30 @@ def param_table(config: DecoderConfig) -> ParamTable:
     ]
     if config.qkv_bias:
         rows += [
-            row("layers/attention/q_bias", "layers heads head_dim", block + "self_attn.q_proj.bias", 2, "bias", 0.0),
-            row("layers/attention/k_bias", "layers kv_heads head_dim", block + "self_attn.k_proj.bias", 2, "bias", 0.0),
-            row("layers/attention/v_bias", "layers kv_heads head_dim", block + "self_attn.v_proj.bias", 2, "bias", 0.0),
+            row(
+                "layers/attention/q_bias",
+                "layers heads head_dim",
+                block + "self_attn.q_proj.bias",
+                2,
+                "bias",
+                0.0,
+            ),
+            row(
+                "layers/attention/k_bias",
+                "layers kv_heads head_dim",
+                block + "self_attn.k_proj.bias",
+                2,
+                "bias",
+                0.0,
+            ),
+            row(
+                "layers/attention/v_bias",
+                "layers kv_heads head_dim",
+                block + "self_attn.v_proj.bias",
+                2,
+                "bias",
+                0.0,
+            ),
         ]
     if not config.tied_head:
         rows.append(row("head/kernel", "vocab embed", "lm_head.weight", 1, "head"))

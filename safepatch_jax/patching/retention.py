@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from safepatch_jax.patching.layer import Layer
 from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching.tensor import Layer
 
 
-def filled(layer: Layer, candidates: Mapping[str, jax.Array], top: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Keep every candidate, and random other entries of the tensor up to a number in all (support 'fill').
+def filled(
+    layer: Layer, candidates: Mapping[str, jax.Array], top: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Keep every candidate, and random other entries of the tensor up to a number in all (support
+    'fill').
 
-    [choice] The number is exact, as "a fraction p in all" names a size. The others of both patches lie outside both top
-    sets, which were left out or taken on purpose. A coin (one random bit) offers each such entry to one patch alone, so
-    where the candidates are disjoint the supports are too; at p above about one half a patch may therefore run out of
-    offered entries and stay below p. Entries whose patch is zero need no keeping and are not counted. Of the offered
-    entries those with the largest random numbers are taken, ties to the lower row-major index.
+    [choice] The number is exact, as "a fraction p in all" names a size. The others of both patches
+    lie outside both top sets, which were left out or taken on purpose. A coin (one random bit)
+    offers each such entry to one patch alone, so where the candidates are disjoint the supports are
+    too; at p above about one half a patch may therefore run out of offered entries and stay below
+    p. Entries whose patch is zero need no keeping and are not counted. Of the offered entries those
+    with the largest random numbers are taken, ties to the lower row-major index.
 
     Args:
-      layer: its knob `quota`, floor(p * size), is the number of kept entries of each patch; where the candidates are more,
-        no others are added.
+      layer: its knob `quota`, floor(p * size), is the number of kept entries of each patch; where
+        the candidates are more, no others are added.
       candidates, top: {'se', 'osm'}: bool, the tensor's shape; see `combine_sets`.
     """
     bits = layer.bits("fill")
@@ -33,5 +37,6 @@ def filled(layer: Layer, candidates: Mapping[str, jax.Array], top: Mapping[str, 
     for side, role in enumerate(ROLES):
         offered = free & (bits & 1 == side) & (layer.patch[role] != 0)
         kept[role] = candidates[role] | layer.select(
-            f"fill_{role}", jnp.where(offered, order, 0), layer.knobs["quota"], candidates[role])
+            f"fill_{role}", jnp.where(offered, order, 0), layer.knobs["quota"], candidates[role]
+        )
     return kept

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ PASSES = 34  # counts that `share_out` asks for, at most
 
 
 def top_count(rate: float, size: int) -> int:
-    """Return floor(rate * size), exact in the decimal digits of `rate` (0.29 * 100 is 29, not 28)."""
+    """Return floor(rate * size), exact in the decimal digits of `rate` (0.29 * 100 is 29, not
+    28)."""
     return math.floor(Fraction(repr(float(rate))) * size)
 
 
@@ -29,27 +30,35 @@ def float_bits(x: jax.Array) -> jax.Array:
 
 def top_mask(score: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     """Mark the k largest scores (float32, finite, >= 0); see `top_of_keys`."""
-    return top_of_keys(lax.bitcast_convert_type(score, jnp.int32), k, axes)  # no -0 is marked either: its bits are negative
+    return top_of_keys(
+        lax.bitcast_convert_type(score, jnp.int32), k, axes
+    )  # no -0 is marked either: its bits are negative
 
 
 def top_of_keys(key: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     """Mark the k largest keys of each group.
 
-    The threshold is found digit by digit, by counting. Ties go to the lower row-major index; zeros are never marked, so
-    fewer than k may be.
+    The threshold is found digit by digit, by counting. Ties go to the lower row-major index; zeros
+    are never marked, so fewer than k may be.
 
     Args:
       key: int32, fewer than 2^31 in a group; those below 0 count as 0.
       k: int32 scalar, may be traced; of each group.
-      axes: a group is what these axes span: all of them (the default) for one group, (-1,) for one group a row.
+      axes: a group is what these axes span: all of them (the default) for one group, (-1,) for one
+        group a row.
 
     Returns:
       bool array of the key's shape with min(k, number of positive keys) True in each group.
     """
     axes = tuple(a % key.ndim for a in (range(key.ndim) if axes is None else axes))
-    # On CPU a pass over memory is what costs, and XLA spreads only reductions of several operands over the cores.
-    return lax.platform_dependent(key, k, cpu=functools.partial(_top_of_keys, axes=axes, bits=3),
-                                  default=functools.partial(_top_of_keys, axes=axes, bits=1))
+    # On CPU a pass over memory is what costs, and XLA spreads only reductions of several operands
+    # over the cores.
+    return lax.platform_dependent(
+        key,
+        k,
+        cpu=functools.partial(_top_of_keys, axes=axes, bits=3),
+        default=functools.partial(_top_of_keys, axes=axes, bits=1),
+    )
 
 
 def _top_of_keys(key: jax.Array, k: jax.Array, *, axes: tuple[int, ...], bits: int) -> jax.Array:
@@ -57,70 +66,111 @@ def _top_of_keys(key: jax.Array, k: jax.Array, *, axes: tuple[int, ...], bits: i
     reached = lambda thresholds: count([key >= t for t in thresholds])
     sized = tuple(1 if i in axes else n for i, n in enumerate(key.shape))
     threshold, above, reach = _search(reached, jnp.broadcast_to(k, sized), bits)
-    # Where the positive keys are fewer than k the search ends at 0: all of them are taken, and no zero.
+    # Where the positive keys are fewer than k the search ends at 0: all of them are taken, and no
+    # zero.
     some = threshold > 0
     ties, needed = jnp.where(some, reach - above, 0), jnp.where(some, k - above, 0)
     return (key > threshold) | some & lowest(key, threshold, ties, needed, axes, bits)
 
 
-def lowest(key: jax.Array, threshold: jax.Array, count: jax.Array, needed: jax.Array, axes: tuple[int, ...],
-           bits: int) -> jax.Array:
-    """Mark of each group the `needed` keys that equal the threshold at the lowest row-major indices.
+def lowest(
+    key: jax.Array,
+    threshold: jax.Array,
+    count: jax.Array,
+    needed: jax.Array,
+    axes: tuple[int, ...],
+    bits: int,
+) -> jax.Array:
+    """Mark of each group the `needed` keys that equal the threshold at the lowest row-major
+    indices.
 
     Args:
       key: int32.
-      threshold, count, needed: int32, the reduced axes kept with size 1; `count` is how many keys equal the threshold.
+      threshold, count, needed: int32, the reduced axes kept with size 1; `count` is how many keys
+        equal the threshold.
       axes: what spans a group.
       bits: see `_search`.
     """
+
     def first_left_out(key):
         # The largest index from which on enough of them lie to be left out.
         tied, index = key == threshold, row_major_index(key.shape, axes)
-        outside = lambda bounds: _count([tied & (index >= i) for i in bounds], axes, together=bits > 1)
+        outside = lambda bounds: _count(
+            [tied & (index >= i) for i in bounds], axes, together=bits > 1
+        )
         return _search(outside, count - needed, bits)[0]
 
-    # Only the bound leaves the branches, so that no mask and no index lies in memory where there is nothing to leave out.
-    bound = lax.cond(jnp.all(count <= needed), lambda key: jnp.full_like(count, 0x7FFFFFFF), first_left_out, key)
+    # Only the bound leaves the branches, so that no mask and no index lies in memory where there is
+    # nothing to leave out.
+    bound = lax.cond(
+        jnp.all(count <= needed), lambda key: jnp.full_like(count, 0x7FFFFFFF), first_left_out, key
+    )
     return (key == threshold) & (row_major_index(key.shape, axes) < bound)
 
 
 def _count(masks: Sequence[jax.Array], axes: tuple[int, ...], together: bool) -> list[jax.Array]:
-    """Count the marks of several masks in each group, int32 with the reduced axes kept; together in one reduction."""
+    """Count the marks of several masks in each group, int32 with the reduced axes kept; together in
+    one reduction."""
     if not together:
         return [jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True) for mask in masks]
     ones = [mask.astype(jnp.int32) for mask in masks]
     add = lambda a, b: tuple(x + y for x, y in zip(a, b))
-    return [lax.expand_dims(n, axes) for n in lax.reduce(tuple(ones), (jnp.int32(0),) * len(ones), add, axes)]
+    return [
+        lax.expand_dims(n, axes)
+        for n in lax.reduce(tuple(ones), (jnp.int32(0),) * len(ones), add, axes)
+    ]
 
 
-def reduce_together(sums: Mapping[str, jax.Array], largest: Mapping[str, jax.Array], smallest: Mapping[str, jax.Array],
-                    ) -> tuple[dict[str, jax.Array], ...]:
+def reduce_together(
+    sums: Mapping[str, jax.Array],
+    largest: Mapping[str, jax.Array],
+    smallest: Mapping[str, jax.Array],
+) -> tuple[dict[str, jax.Array], ...]:
     """Reduce arrays of one shape to scalars, in one pass over them on CPU.
 
     Args:
       sums: bool, to be counted.
-      largest, smallest: int32, of which the largest (0 if there is none) and the smallest is wanted.
+      largest, smallest: int32, of which the largest (0 if there is none) and the smallest is
+        wanted.
 
     Returns:
       three dictionaries of int32 scalars.
     """
+
     def one_by_one(trees):
         sums, largest, smallest = trees
-        return ({k: jnp.sum(x, dtype=jnp.int32) for k, x in sums.items()}, {k: jnp.max(x) for k, x in largest.items()},
-                {k: jnp.min(x) for k, x in smallest.items()})
+        return (
+            {k: jnp.sum(x, dtype=jnp.int32) for k, x in sums.items()},
+            {k: jnp.max(x) for k, x in largest.items()},
+            {k: jnp.min(x) for k, x in smallest.items()},
+        )
 
     def together(trees):
-        arrays, tree = jax.tree.flatten(({k: x.astype(jnp.int32) for k, x in trees[0].items()}, *trees[1:]))
-        start = jax.tree.leaves(tuple(dict.fromkeys(t, n) for t, n in zip(trees, (0, 0, 0x7FFFFFFF))))
-        combine = jax.tree.leaves(tuple(dict.fromkeys(t, f) for t, f in zip(trees, (lax.add, lax.max, lax.min))))
-        reduced = lax.reduce(tuple(arrays), tuple(map(jnp.int32, start)),
-                             lambda a, b: tuple(f(x, y) for f, x, y in zip(combine, a, b)), tuple(range(arrays[0].ndim)))
+        arrays, tree = jax.tree.flatten(
+            ({k: x.astype(jnp.int32) for k, x in trees[0].items()}, *trees[1:])
+        )
+        start = jax.tree.leaves(
+            tuple(dict.fromkeys(t, n) for t, n in zip(trees, (0, 0, 0x7FFFFFFF)))
+        )
+        combine = jax.tree.leaves(
+            tuple(dict.fromkeys(t, f) for t, f in zip(trees, (lax.add, lax.max, lax.min)))
+        )
+        reduced = lax.reduce(
+            tuple(arrays),
+            tuple(map(jnp.int32, start)),
+            lambda a, b: tuple(f(x, y) for f, x, y in zip(combine, a, b)),
+            tuple(range(arrays[0].ndim)),
+        )
         return jax.tree.unflatten(tree, reduced)
 
-    return lax.platform_dependent((dict(sums), dict(largest), dict(smallest)), cpu=together, default=one_by_one)
+    return lax.platform_dependent(
+        (dict(sums), dict(largest), dict(smallest)), cpu=together, default=one_by_one
+    )
 
 
-def _search(reached: Callable[[list[jax.Array]], list[jax.Array]], k: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+def _search(
+    reached: Callable[[list[jax.Array]], list[jax.Array]], k: jax.Array, bits: int
+) -> tuple[jax.Array, ...]:
     """Find the largest threshold in [0, 2^31) that at least k things reach.
 
     Args:
@@ -129,9 +179,10 @@ def _search(reached: Callable[[list[jax.Array]], list[jax.Array]], k: jax.Array,
       bits: of the threshold that are found at a time, from 2^bits - 1 counts.
 
     Returns:
-      (threshold, how many reach the number above it, how many reach it; the last is k at least, and not to be used where
-      the threshold is 0).
+      (threshold, how many reach the number above it, how many reach it; the last is k at least, and
+      not to be used where the threshold is 0).
     """
+
     def digit(state, shift, width):
         low, above, at = state
         counts = reached([low | jnp.int32(j) << shift for j in range(1, 1 << width)])
@@ -141,15 +192,18 @@ def _search(reached: Callable[[list[jax.Array]], list[jax.Array]], k: jax.Array,
         return low + (chosen << shift), above, at
 
     state, last = (jnp.zeros_like(k),) * 3, bits + 31 % bits
-    state = lax.fori_loop(0, 31 // bits - 1, lambda i, state: digit(state, 31 - bits * (i + 1), bits), state)
+    state = lax.fori_loop(
+        0, 31 // bits - 1, lambda i, state: digit(state, 31 - bits * (i + 1), bits), state
+    )
     return digit(state, 0, last)
 
 
 def share_out(count_at: Callable[[int], Sequence[int]], k: int) -> list[int]:
     """Return how many of the k largest keys of several tensors lie in each of them.
 
-    Ties go to the earlier tensor. A tensor's top set by that count is then its part of the top set of all, with ties
-    within it going to the lower index. The counts are Python's whole numbers, so their sums may exceed 2^31.
+    Ties go to the earlier tensor. A tensor's top set by that count is then its part of the top set
+    of all, with ties within it going to the lower index. The counts are Python's whole numbers, so
+    their sums may exceed 2^31.
 
     Args:
       count_at: returns how many keys of each tensor are at least the given threshold in [1, 2^31).
@@ -180,7 +234,8 @@ def threshold_of(count_at: Callable[[int], Sequence[int]], k: int) -> int:
 def combine_sets(se: jax.Array, osm: jax.Array, combine: str) -> tuple[jax.Array, jax.Array]:
     """Return the candidate sets (SE, OSM) from the two top sets.
 
-    difference: what only one of them holds; intersection: what both hold, for both; union: each its own top set.
+    difference: what only one of them holds; intersection: what both hold, for both; union: each its
+    own top set.
     """
     if combine == "difference":
         return se & ~osm, osm & ~se

@@ -44,21 +44,31 @@ class Chip:
         return "tpu" if self.dims else "gpu"
 
 
-# TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (2025): peak bf16, HBM bandwidth, "bidirectional ICI bandwidth per chip",
-# half of which is sent; DCN by pod or by chip. What these pages lack of v4 is in jax-ml.github.io/scaling-book. HBM is 32,
-# 16, 95 and 32 GB by the data sheet; the table has what XLA gives to programs, as its refusal of one that does not fit
-# says (libtpu 0.0.42).
-# GPU: NVIDIA's data sheets of H100 SXM and H200 SXM: dense bf16, NVLink 900 GB/s both ways; one 400 Gbit/s adapter a GPU.
+# TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (2025): peak bf16, HBM bandwidth, "bidirectional
+# ICI bandwidth per chip", half of which is sent; DCN by pod or by chip. What these pages lack of v4
+# is in jax-ml.github.io/scaling-book. HBM is 32, 16, 95 and 32 GB by the data sheet; the table has
+# what XLA gives to programs, as its refusal of one that does not fit says (libtpu 0.0.42).
+# GPU: NVIDIA's data sheets of H100 SXM and H200 SXM: dense bf16, NVLink 900 GB/s both ways; one 400
+# Gbit/s adapter a GPU.
 CHIPS = {
     "v4": Chip("TPU v4", ("TPU v4",), int(30.75 * GIB), 275e12, 1.2e12, 300e9, 6.25e9, 3),
-    "v5e": Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"), int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9, 2),
-    "v5p": Chip("TPU v5p", ("TPU v5", "TPU v5p"), int(95.74 * GIB), 459e12, 2.765e12, 600e9, 6.25e9, 3),
-    "v6e": Chip("TPU v6e", ("TPU v6 lite", "TPU v6e"), int(31.25 * GIB), 918e12, 1.638e12, 400e9, 12.5e9, 2),
+    "v5e": Chip(
+        "TPU v5e", ("TPU v5 lite", "TPU v5e"), int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9, 2
+    ),
+    "v5p": Chip(
+        "TPU v5p", ("TPU v5", "TPU v5p"), int(95.74 * GIB), 459e12, 2.765e12, 600e9, 6.25e9, 3
+    ),
+    "v6e": Chip(
+        "TPU v6e", ("TPU v6 lite", "TPU v6e"), int(31.25 * GIB), 918e12, 1.638e12, 400e9, 12.5e9, 2
+    ),
     "h100": Chip("H100 SXM", ("NVIDIA H100 80GB HBM3",), 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9),
     "h200": Chip("H200 SXM", ("NVIDIA H200",), 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
 }
-FORMS = ("v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4 (generation, then chips along each axis: whole hosts of 2x2 chips, or one "
-         "chip, v5e:1x1)")
+FORMS = (
+    "v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4 (generation, then chips along each axis: whole hosts "
+    "of 2x2 chips, or one "
+    "chip, v5e:1x1)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,8 @@ class Target:
 
 
 def topology(text: str, slices: int = 1) -> Target:
-    """Return the chips of a TPU topology, none of which need be at hand: they can be compiled for, and nothing else.
+    """Return the chips of a TPU topology, none of which need be at hand: they can be compiled for,
+    and nothing else.
 
     JAX itself is set to run on the CPU, unless JAX_PLATFORMS says otherwise.
 
@@ -97,7 +108,8 @@ def topology(text: str, slices: int = 1) -> Target:
       slices: so many times that topology, joined by the data centre network.
 
     Raises:
-      ValueError: libtpu, which brings the compiler, is not installed; unknown generation or form; no such layout.
+      ValueError: libtpu, which brings the compiler, is not installed; unknown generation or form;
+        no such layout.
     """
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", text.strip())
     chip = CHIPS.get(match.group(1)) if match else None
@@ -106,11 +118,18 @@ def topology(text: str, slices: int = 1) -> Target:
     if slices < 1:
         raise ValueError(f"--num_slices must be at least 1, got {slices}.")
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("The TPU compiler, libtpu, is not installed. No TPU is needed for it: "
-                         "pip install -r requirements-tpu-aot.txt (700 MB).")
-    # libtpu shall neither look for a metadata server nor for chips, nor claim them against other processes.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-                        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        raise ValueError(
+            "The TPU compiler, libtpu, is not installed. No TPU is needed for it: "
+            "pip install -r requirements-tpu-aot.txt (700 MB)."
+        )
+    # libtpu shall neither look for a metadata server nor for chips, nor claim them against other
+    # processes.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
         os.environ.setdefault(name, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
@@ -122,15 +141,22 @@ def topology(text: str, slices: int = 1) -> Target:
     if set(match.group(2).split("x")) == {"1"}:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=text.strip(), **options).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=text.strip(), **options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"libtpu knows no topology '{text}': {_first_line(error)} Forms: {FORMS}.") from error
-    title = f"{text.strip()}{f' x {slices} slices' if slices > 1 else ''}: {len(devices)} x {chip.name}"
+        raise ValueError(
+            f"libtpu knows no topology '{text}': {_first_line(error)} Forms: {FORMS}."
+        ) from error
+    title = (
+        f"{text.strip()}{f' x {slices} slices' if slices > 1 else ''}: {len(devices)} x {chip.name}"
+    )
     return Target(title, tuple(devices), chip, chip.hbm)
 
 
 def present(sharder: Sharder, chip: Chip | None = None) -> Target:
-    """Return the devices of a mesh as a target; memory as the devices state it, else as the table does."""
+    """Return the devices of a mesh as a target; memory as the devices state it, else as the table
+    does."""
     devices = tuple(sharder.mesh.devices.flat)
     kind = devices[0].device_kind
     chip = chip or next((c for c in CHIPS.values() if kind in c.kinds), None)

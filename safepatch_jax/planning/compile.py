@@ -6,16 +6,17 @@ import dataclasses
 import re
 import time
 import warnings
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 
-from safepatch_jax.console import progress
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.planning.chips import Chip, Target
 from safepatch_jax.planning.flops import count_flops
 from safepatch_jax.planning.programs import Program
 from safepatch_jax.planning.work import Work, read_work
+from safepatch_jax.runtime.console import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,15 @@ class Figures:
       memory: bytes that programs can have; None where that is not known.
       seconds: of tracing, lowering and compiling.
       flops: of its matrix products, all devices together, see `count_flops`.
-      arguments, temporaries: as XLA reports them; outputs that take an argument's place are no temporaries.
+      arguments, temporaries: as XLA reports them; outputs that take an argument's place are no
+        temporaries.
       resident: see `Program`.
-      peak: the most that is taken at once: arguments, the block of temporaries, results, and what is resident.
+      peak: the most that is taken at once: arguments, the block of temporaries, results, and what
+        is resident.
       needed: for a program that XLA refuses: what it says would be needed, 0 where it does not say.
       work: what one run does on a device.
-      floor: seconds that one run takes at the least, by what limits it; empty where the chip's figures are not known.
+      floor: seconds that one run takes at the least, by what limits it; empty where the chip's
+        figures are not known.
     """
 
     title: str
@@ -64,9 +68,17 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "work"}
         work = self.work
-        done = {"collectives": {kind: {"runs": n, "bytes_sent": round(sent)} for kind, (n, sent) in work.by_kind().items()},
-                "largest_all_gather": work.largest("all-gather"), "memory_traffic": work.traffic,
-                "flops_on_each_device": work.flops, "sorts": work.sorts, "loops_counted_once": work.unknown_loops}
+        done = {
+            "collectives": {
+                kind: {"runs": n, "bytes_sent": round(sent)}
+                for kind, (n, sent) in work.by_kind().items()
+            },
+            "largest_all_gather": work.largest("all-gather"),
+            "memory_traffic": work.traffic,
+            "flops_on_each_device": work.flops,
+            "sorts": work.sorts,
+            "loops_counted_once": work.unknown_loops,
+        }
         return own | done | {"fits": self.fits, "bound_by": self.bound}
 
 
@@ -75,33 +87,57 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
 
     Raises:
       ValueError: settings, model and mesh do not go together.
-      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory; a note names program and target.
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory; a note names
+        program and target.
     """
     start = time.monotonic()
     traced = program.trace()
     flops = count_flops(traced.jaxpr, program.while_trips)
-    common = dict(title=program.title, kind=program.kind, memory=target.memory, flops=flops, resident=program.resident)
+    common = dict(
+        title=program.title,
+        kind=program.kind,
+        memory=target.memory,
+        flops=flops,
+        resident=program.resident,
+    )
     try:
-        with warnings.catch_warnings():  # the cache takes in what is compiled for absent devices, and cannot give it out
+        with (
+            warnings.catch_warnings()
+        ):  # the cache takes in what is compiled for absent devices, and cannot give it out
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if (needed := memory_needed(str(error))) is None:
-            error.add_note(f"While compiling '{program.title}' for {target.title}, mesh {dict(sharder.mesh.shape)}.")
+            error.add_note(
+                f"While compiling '{program.title}' for {target.title}, mesh "
+                f"{dict(sharder.mesh.shape)}."
+            )
             raise
         return Figures(**common, seconds=time.monotonic() - start, needed=needed)
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     work = read_work(compiled.as_text())
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # XLA's own peak is of what is alive (on CPU without temporaries), but temporaries are reserved as one block.
-    peak = max(memory.peak_memory_in_bytes,
-               arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    # XLA's own peak is of what is alive (on CPU without temporaries), but temporaries are reserved
+    # as one block.
+    peak = max(
+        memory.peak_memory_in_bytes,
+        arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    )
     floor = least_times(work, flops / sharder.mesh.devices.size, target.chip) if target.chip else {}
-    return Figures(**common, seconds=seconds, arguments=arguments, temporaries=temporaries, peak=peak + program.resident,
-                   work=work, floor=floor)
+    return Figures(
+        **common,
+        seconds=seconds,
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=peak + program.resident,
+        work=work,
+        floor=floor,
+    )
 
 
-def measure_all(programs: Iterable[Program], target: Target, sharder: Sharder, title: str = "compile") -> list[Figures]:
+def measure_all(
+    programs: Iterable[Program], target: Target, sharder: Sharder, title: str = "compile"
+) -> list[Figures]:
     """Compile programs one after another, with a bar that names the one that is being compiled."""
     programs, found = list(programs), []
     with progress(len(programs), title, "program") as bar:
@@ -113,29 +149,39 @@ def measure_all(programs: Iterable[Program], target: Target, sharder: Sharder, t
 
 
 def memory_needed(message: str) -> int | None:
-    """Return the bytes that a compiler's refusal for lack of device memory says are needed: 0 if it names none, None if it
-    is no such refusal (running out of on-chip memory is none: that is a fault of a kernel, and no setting helps)."""
+    """Return the bytes that a compiler's refusal for lack of device memory says are needed: 0 if it
+    names none, None if it
+    is no such refusal (running out of on-chip memory is none: that is a fault of a kernel, and no
+    setting helps)."""
     if "RESOURCE_EXHAUSTED" not in message or not re.search(r"\bhbm\b", message, re.IGNORECASE):
         return None
-    for pattern in (r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm"):
+    for pattern in (
+        r"\(([\d.]+)([KMGT]?)\) exceeds available HBM",
+        r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
+    ):
         if match := re.search(pattern, message, re.IGNORECASE):
             return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
     return 0
 
 
 def least_times(work: Work, share: float, chip: Chip) -> dict[str, float]:
-    """Return the roofline's times in seconds, {what: time}; one run takes at least the largest of them.
+    """Return the roofline's times in seconds, {what: time}; one run takes at least the largest of
+    them.
 
-    A floor and no forecast: it takes every unit at its peak, overlapped without a gap, and a chip's links as all in use.
+    A floor and no forecast: it takes every unit at its peak, overlapped without a gap, and a chip's
+    links as all in use.
 
     Args:
       work: of one device.
-      share: FLOPs that a device would have if they were divided evenly; more where devices repeat one another's work. FLOPs
-        of fused kernels are in this count alone.
+      share: FLOPs that a device would have if they were divided evenly; more where devices repeat
+        one another's work. FLOPs of fused kernels are in this count alone.
       chip: its figures.
     """
-    times = {"compute": max(share, work.flops) / chip.flops, "memory": work.traffic / chip.bandwidth,
-             "links": work.sent() / chip.link}
+    times = {
+        "compute": max(share, work.flops) / chip.flops,
+        "memory": work.traffic / chip.bandwidth,
+        "links": work.sent() / chip.link,
+    }
     if any(c.across for c in work.collectives):
         times["network"] = work.sent(across=True) / chip.network
     return times

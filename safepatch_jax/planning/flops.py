@@ -1,24 +1,34 @@
-"""FLOPs of the matrix products in a traced program, loops included: of all devices together, before partitioning."""
+"""FLOPs of the matrix products in a traced program, loops included: of all devices together, before
+partitioning."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax.extend.core
 
-_HELD = ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr")  # where call-like equations keep what they run
+_HELD = (
+    "jaxpr",
+    "call_jaxpr",
+    "fun_jaxpr",
+    "fwd_jaxpr",
+)  # where call-like equations keep what they run
 
 
 def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
     """Return the FLOPs of a program's matrix products, 2 for a multiplication and its addition.
 
-    - A scan counts its body as often as it runs. A while loop does not say how often that is: `while_trips`.
+    - A scan counts its body as often as it runs. A while loop does not say how often that is:
+      `while_trips`.
     - Of a conditional's branches the one with the most FLOPs counts.
-    - Rematerialised products count each time they are computed; so the sum of a train step grows with model.remat.
+    - Rematerialised products count each time they are computed; so the sum of a train step grows
+      with model.remat.
     - A shard_map counts what one device does times the devices of the mesh axes that it takes over.
-    - A Pallas kernel counts the products of its body times its grid, with the blocks that a causal mask lets it skip, as
-      plain attention computes them too. cuDNN's attention counts 2 products forward and 5 backward, as flash attention has.
+    - A Pallas kernel counts the products of its body times its grid, with the blocks that a causal
+      mask lets it skip, as plain attention computes them too. cuDNN's attention counts 2 products
+      forward and 5 backward, as flash attention has.
 
     Args:
       jaxpr: Jaxpr or ClosedJaxpr, such as ``jax.stages.Traced.jaxpr``.
@@ -42,11 +52,15 @@ def _equation(equation: Any, while_trips: int) -> int:
     if name == "cond":
         return max(map(inner, params["branches"]))
     if name == "pallas_call":
-        return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int)) * inner(params["jaxpr"])
+        return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int)) * inner(
+            params["jaxpr"]
+        )
     if name == "shard_map":
         taken = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
         return math.prod(params["mesh"].shape[axis] for axis in taken) * inner(params["jaxpr"])
-    for held in _HELD:  # pjit, closed_call, remat, custom_jvp, custom_vjp ...: the first is what runs
+    for (
+        held
+    ) in _HELD:  # pjit, closed_call, remat, custom_jvp, custom_vjp ...: the first is what runs
         if held in params:
             return inner(params[held])
     return sum(inner(jaxpr) for jaxpr in _jaxprs(params.values()))

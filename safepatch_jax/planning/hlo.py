@@ -1,6 +1,7 @@
 """Reads the text of a compiled program: its computations, instructions, shapes and replica groups.
 
-The text is that of ``jax.stages.Compiled.as_text()``, after partitioning: every shape in it is that of one device.
+The text is that of ``jax.stages.Compiled.as_text()``, after partitioning: every shape in it is that
+of one device.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-               "collective-broadcast")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
@@ -24,7 +32,8 @@ _LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^{}]*)\
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape: bytes without padding, sizes, and whether it lies in the device's main memory."""
+    """One array of a shape: bytes without padding, sizes, and whether it lies in the device's main
+    memory."""
 
     size: int
     dims: tuple[int, ...]
@@ -33,7 +42,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line; `text` begins with the operation's name and holds operands and attributes as they are written."""
+    """One line; `text` begins with the operation's name and holds operands and attributes as they
+    are written."""
 
     name: str
     op: str
@@ -45,7 +55,11 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it runs."""
-        listed = [re.sub(r"[%\s]", "", n) for group in _LISTED.findall(self.text) for n in group.split(",")]
+        listed = [
+            re.sub(r"[%\s]", "", n)
+            for group in _LISTED.findall(self.text)
+            for n in group.split(",")
+        ]
         return (*filter(None, listed), *_CALLED.findall(self.text))
 
     @property
@@ -59,8 +73,13 @@ class Instruction:
 
     @property
     def hands_on(self) -> bool:
-        """Whether, within a fusion, it only passes arrays on: to the result, or to a collective that is on its way."""
-        return self.op == "tuple" or self.is_collective or (self.op == "custom-call" and "AsyncCollective" in self.text)
+        """Whether, within a fusion, it only passes arrays on: to the result, or to a collective
+        that is on its way."""
+        return (
+            self.op == "tuple"
+            or self.is_collective
+            or (self.op == "custom-call" and "AsyncCollective" in self.text)
+        )
 
 
 Computation = Mapping[str, Instruction]
@@ -84,11 +103,18 @@ class Module:
             elif instruction := parse_instruction(line):
                 current[instruction.name] = instruction
         if not self.entry:
-            raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
-        self.readers, self.parameters, self._uses = map(functools.cache, (self._readers, self._parameters, self._uses_in))
+            raise ValueError(
+                "this is not the text of a compiled program: it has no ENTRY computation."
+            )
+        self.readers, self.parameters, self._uses = map(
+            functools.cache, (self._readers, self._parameters, self._uses_in)
+        )
 
-    def inside(self, computation: Computation, i: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """Yield an instruction and, of a fusion, all within, each with the computation that it stands in."""
+    def inside(
+        self, computation: Computation, i: Instruction
+    ) -> Iterator[tuple[Computation, Instruction]]:
+        """Yield an instruction and, of a fusion, all within, each with the computation that it
+        stands in."""
         yield computation, i
         if i.op in ("fusion", "custom-call"):
             for name in i.called:
@@ -103,25 +129,37 @@ class Module:
         return i
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """Return a loop's trips: as XLA notes them, or from a counter that the condition compares with a constant.
+        """Return a loop's trips: as XLA notes them, or from a counter that the condition compares
+        with a constant.
 
-        With a condition of several parts (a decode loop that may end early) these are the most that there can be. None where
-        the text does not tell.
+        With a condition of several parts (a decode loop that may end early) these are the most that
+        there can be. None where the text does not tell.
         """
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
             return int(match.group(1))
-        condition = self.computations.get(re.search(r"condition=%?([\w.-]+)", loop.text).group(1), {})
+        condition = self.computations.get(
+            re.search(r"condition=%?([\w.-]+)", loop.text).group(1), {}
+        )
         found = set()
-        for scope, i in ((s, j) for line in condition.values() for s, j in self.inside(condition, line)):
+        for scope, i in (
+            (s, j) for line in condition.values() for s, j in self.inside(condition, line)
+        ):
             direction = re.search(r"direction=(LT|LE|NE)", i.text) if i.op == "compare" else None
             if direction and (limit := self._constant(scope, condition, i.operands[1])) is not None:
                 start, step = self._counter(computation, loop, scope.get(i.operands[0]))
                 found.add(max(0, -(-(limit + (direction.group(1) == "LE") - start) // step)))
         return found.pop() if len(found) == 1 else None
 
-    def _counter(self, computation: Computation, loop: Instruction, i: Instruction | None) -> tuple[int, int]:
-        """Return start and step of a loop's counter; (0, 1), as JAX's scans have, where they cannot be followed."""
-        at = re.search(r"index=(\d+)", i.text) if i is not None and i.op == "get-tuple-element" else None
+    def _counter(
+        self, computation: Computation, loop: Instruction, i: Instruction | None
+    ) -> tuple[int, int]:
+        """Return start and step of a loop's counter; (0, 1), as JAX's scans have, where they cannot
+        be followed."""
+        at = (
+            re.search(r"index=(\d+)", i.text)
+            if i is not None and i.op == "get-tuple-element"
+            else None
+        )
         start = computation.get(loop.operands[0])
         body = self.computations.get(re.search(r"body=%?([\w.-]+)", loop.text).group(1), {})
         root = next((j for j in body.values() if j.root), None)
@@ -130,10 +168,13 @@ class Module:
         first = self._constant(computation, computation, start.operands[int(at.group(1))])
         added = body.get(root.operands[int(at.group(1))])
         steps = added.operands if added is not None and added.op == "add" else ()
-        return first or 0, next(filter(None, (self._constant(body, body, name) for name in steps)), 1)
+        return first or 0, next(
+            filter(None, (self._constant(body, body, name) for name in steps)), 1
+        )
 
     def _constant(self, scope: Computation, outer: Computation, name: str) -> int | None:
-        """Return the value of a constant whole number; a parameter of a fusion is looked up where the fusion is called."""
+        """Return the value of a constant whole number; a parameter of a fusion is looked up where
+        the fusion is called."""
         i = scope.get(name)
         while i is not None and i.op in ("copy", "bitcast", "convert", "broadcast", "reshape"):
             i = scope.get(i.operands[0])
@@ -141,14 +182,20 @@ class Module:
             return None
         if i.op == "parameter" and scope is not outer:
             for call in outer.values():
-                if call.op == "fusion" and any(self.computations.get(n) is scope for n in call.called):
+                if call.op == "fusion" and any(
+                    self.computations.get(n) is scope for n in call.called
+                ):
                     return self._constant(outer, outer, call.operands[int(i.operands[0])])
         match = re.match(r"constant\((-?\d+)\)", i.text)
         return int(match.group(1)) if match else None
 
     def _parameters(self, name: str) -> dict[int, str]:
         """Return {number: name} of a computation's parameters."""
-        return {int(j.operands[0]): j.name for j in self.computations.get(name, {}).values() if j.op == "parameter"}
+        return {
+            int(j.operands[0]): j.name
+            for j in self.computations.get(name, {}).values()
+            if j.op == "parameter"
+        }
 
     def _uses_in(self, name: str) -> dict[str, list[Instruction]]:
         uses: dict[str, list[Instruction]] = {}
@@ -158,15 +205,20 @@ class Module:
         return uses
 
     def _readers(self, name: str, value: str) -> list[tuple[Computation, Instruction, int]]:
-        """Return who reads a value of a fused computation, as which operand: looking through bitcasts and fusions within."""
+        """Return who reads a value of a fused computation, as which operand: looking through
+        bitcasts and fusions within."""
         found = []
         for j in self._uses(name).get(value, []):
             if j.op == "bitcast":
                 found += self.readers(name, j.name)
             elif j.op == "fusion" and j.called:
                 inside = self.parameters(j.called[0])
-                found += [r for at, operand in enumerate(j.operands) if operand == value and at in inside
-                          for r in self.readers(j.called[0], inside[at])]
+                found += [
+                    r
+                    for at, operand in enumerate(j.operands)
+                    if operand == value and at in inside
+                    for r in self.readers(j.called[0], inside[at])
+                ]
             else:
                 found.append((self.computations[name], j, j.operands.index(value)))
         return found
@@ -177,35 +229,53 @@ def parse_instruction(line: str) -> Instruction | None:
     match = _NAME.match(line)
     if not match:
         return None
-    rest = line[match.end():]
+    rest = line[match.end() :]
     end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     op, parenthesis, _ = rest.partition("(")
     if not parenthesis or not re.fullmatch(r"[a-z][\w-]*", op):
         return None
-    inside = rest[len(op) + 1:_closing(rest, len(op)) - 1]
-    operands = re.findall(r"%([\w.-]+)", inside) or [part.split()[-1] for part in inside.split(",") if part.strip()]
-    return Instruction(match.group(2), op, parse_arrays(shape), tuple(operands), rest, bool(match.group(1)))
+    inside = rest[len(op) + 1 : _closing(rest, len(op)) - 1]
+    operands = re.findall(r"%([\w.-]+)", inside) or [
+        part.split()[-1] for part in inside.split(",") if part.strip()
+    ]
+    return Instruction(
+        match.group(2), op, parse_arrays(shape), tuple(operands), rest, bool(match.group(1))
+    )
 
 
 def parse_arrays(shape: str) -> tuple[Array, ...]:
-    """Read the arrays of a shape, of a tuple's elements in order; layouts of TPU say S(n) for other than main memory."""
+    """Read the arrays of a shape, of a tuple's elements in order; layouts of TPU say S(n) for other
+    than main memory."""
     found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         sizes = numbers(dims.replace("<=", "").replace(" ", ""))
-        bits = 0 if dtype in ("token", "opaque") else 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
-        found.append(Array(-(-math.prod(sizes) * bits // 8), sizes, not re.search(r"S\([1-9]\d*\)", layout)))
+        bits = (
+            0
+            if dtype in ("token", "opaque")
+            else 8
+            if dtype == "pred"
+            else int(re.search(r"\d+", dtype).group())
+        )
+        found.append(
+            Array(-(-math.prod(sizes) * bits // 8), sizes, not re.search(r"S\([1-9]\d*\)", layout))
+        )
     return tuple(found)
 
 
 def parse_groups(text: str) -> tuple[tuple[int, ...], ...]:
-    """Read an instruction's replica groups, in any of their three spellings; empty where it names none.
+    """Read an instruction's replica groups, in any of their three spellings; empty where it names
+    none.
 
-    ``{{0,1},{2,3}}``; ``[2,4]<=[4,2]T(1,0)``: 2 groups of 4, filled from numbers counted over 4x2 and transposed;
-    ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}``: devices, in that order, over a mesh, grouped along the axes named.
+    ``{{0,1},{2,3}}``; ``[2,4]<=[4,2]T(1,0)``: 2 groups of 4, filled from numbers counted over 4x2
+    and transposed; ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}``: devices, in that order,
+    over a mesh, grouped along the axes named.
     """
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text):
-        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d, ]+)\}", match.group(1)))
+        return tuple(
+            tuple(int(n) for n in group.split(","))
+            for group in re.findall(r"\{([\d, ]+)\}", match.group(1))
+        )
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, counted, order = (numbers(g) for g in match.groups())
         ids = np.arange(math.prod(counted)).reshape(counted).transpose(order or range(len(counted)))
@@ -216,17 +286,28 @@ def parse_groups(text: str) -> tuple[tuple[int, ...], ...]:
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
         ids = np.arange(math.prod(sizes.values()))
         if counted:
-            ids = ids.reshape(numbers(counted)).transpose(numbers(order) or range(counted.count(",") + 1)).reshape(-1)
-        dims, inside = [], []  # a part of an axis is written 'axis':(size of what is before it)its size
-        parts = {name: (int(before or 1), int(n or sizes[name]))
-                 for name, before, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)}
+            ids = (
+                ids.reshape(numbers(counted))
+                .transpose(numbers(order) or range(counted.count(",") + 1))
+                .reshape(-1)
+            )
+        dims, inside = (
+            [],
+            [],
+        )  # a part of an axis is written 'axis':(size of what is before it)its size
+        parts = {
+            name: (int(before or 1), int(n or sizes[name]))
+            for name, before, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)
+        }
         for name, size in sizes.items():
             before, part = parts.get(name, (size, 1))
             dims += [before, part, size // before // part]
             inside.append(len(dims) - 2)
         outside = [d for d in range(len(dims)) if d not in inside]
         ids = ids.reshape(dims).transpose(outside + inside)
-        return tuple(map(tuple, ids.reshape(-1, math.prod(part for _, part in parts.values())).tolist()))
+        return tuple(
+            map(tuple, ids.reshape(-1, math.prod(part for _, part in parts.values())).tolist())
+        )
     return ()
 
 

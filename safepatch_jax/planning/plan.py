@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Sequence
+from collections.abc import Sequence
 
-from safepatch_jax import files
-from safepatch_jax.console import say
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.pipeline.context import Context
-from safepatch_jax.pipeline.convert import Place
-from safepatch_jax.pipeline.job import Job
 from safepatch_jax.planning import report
 from safepatch_jax.planning.chips import topology
 from safepatch_jax.planning.programs import PROGRAMS, architecture
 from safepatch_jax.planning.search import Planner
+from safepatch_jax.run.context import Context
+from safepatch_jax.run.convert import Place
+from safepatch_jax.run.job import Job
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 
 
 def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
-    """Print what a run would do here, and what its programs need on these devices; nothing is run, and nothing is written
+    """Print what a run would do here, and what its programs need on these devices; nothing is run,
+    and nothing is written
     but the compile cache.
 
-    A model that is not at hand is stood for by model.architecture; data and stages are then not looked at.
+    A model that is not at hand is stood for by model.architecture; data and stages are then not
+    looked at.
 
     Raises:
       ValueError: bad settings, model, data or mesh.
@@ -41,23 +43,36 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
         elif stand_in:
             config = architecture(settings)
         else:
-            say("What its programs need is known once the model is imported (by the run, or by launch.convert), or with "
-                "--model.architecture=FILE.")
+            say(
+                "What its programs need is known once the model is imported (by the run, or by "
+                "launch.convert), or with "
+                "--model.architecture=FILE."
+            )
             return
     for line in report.figures(settings, config, sharder):
         say(line)
 
 
-def compile_run(settings: Settings, text: str, *, slices: int = 1, kinds: Sequence[str] = PROGRAMS, suggest: bool = False,
-                remedy: bool = True, json_path: str | pathlib.Path | None = None) -> bool:
-    """Compile the programs of a run for a TPU topology; print what each needs, and whether they fit.
+def compile_run(
+    settings: Settings,
+    text: str,
+    *,
+    slices: int = 1,
+    kinds: Sequence[str] = PROGRAMS,
+    suggest: bool = False,
+    remedy: bool = True,
+    json_path: str | pathlib.Path | None = None,
+) -> bool:
+    """Compile the programs of a run for a TPU topology; print what each needs, and whether they
+    fit.
 
     Args:
       settings: of the run.
       text: the topology, see `topology`.
       slices: so many of it.
       kinds: which programs, of PROGRAMS.
-      suggest: look for the mesh and remat with the shortest train step, instead of taking those of the settings.
+      suggest: look for the mesh and remat with the shortest train step, instead of taking those of
+        the settings.
       remedy: where the settings do not fit, look for the nearest that do.
       json_path: where to write the same figures as JSON.
 
@@ -65,7 +80,8 @@ def compile_run(settings: Settings, text: str, *, slices: int = 1, kinds: Sequen
       whether the programs fit (with `suggest`, whether settings were found with which they do).
 
     Raises:
-      ValueError: no compiler, unknown topology or architecture, or a mesh that does not go with them.
+      ValueError: no compiler, unknown topology or architecture, or a mesh that does not go with
+        them.
     """
     if json_path is not None and not pathlib.Path(json_path).absolute().parent.is_dir():
         raise ValueError(f"--json: the folder of '{json_path}' is not there. Make it first.")

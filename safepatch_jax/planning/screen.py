@@ -1,4 +1,5 @@
-"""What a train step needs and takes by arithmetic alone, before anything is compiled: to leave out what cannot fit, and to
+"""What a train step needs and takes by arithmetic alone, before anything is compiled: to leave out
+what cannot fit, and to
 rank meshes so that only the promising ones are compiled."""
 
 from __future__ import annotations
@@ -31,8 +32,14 @@ class Screen:
     seconds: float
 
 
-def screen_train(settings: Settings, config: DecoderConfig, sharder: Sharder, shape: tuple[int, int],
-                 chip: Chip | None = None, flops: int = 0) -> Screen:
+def screen_train(
+    settings: Settings,
+    config: DecoderConfig,
+    sharder: Sharder,
+    shape: tuple[int, int],
+    chip: Chip | None = None,
+    flops: int = 0,
+) -> Screen:
     """Estimate a train step.
 
     Args:
@@ -54,22 +61,52 @@ def screen_train(settings: Settings, config: DecoderConfig, sharder: Sharder, sh
     rows = -(-derive.batch_size // derive.accumulate)
     rows = rows // sharder.batch_ways if rows % sharder.batch_ways == 0 else rows
     tokens, heads = rows * length, config.num_heads * config.head_dim // tensor
-    inner = 2 * (heads + config.num_kv_heads * config.head_dim // tensor) + 2 * config.mlp_dim // tensor
+    inner = (
+        2 * (heads + config.num_kv_heads * config.head_dim // tensor) + 2 * config.mlp_dim // tensor
+    )
     weights_of_attention = rows * config.num_heads // tensor * length * length
-    kept = {"full": tokens * config.embed_dim * width,
-            "dots": tokens * (3 * config.embed_dim + inner) * width,
-            "none": tokens * (8 * config.embed_dim + 2 * inner) * width + weights_of_attention * (4 + width)}
-    block = device_bytes([row for row in table if row.stacked], sharder, "bfloat16") // 2 * width // config.num_layers * fsdp
+    kept = {
+        "full": tokens * config.embed_dim * width,
+        "dots": tokens * (3 * config.embed_dim + inner) * width,
+        "none": tokens * (8 * config.embed_dim + 2 * inner) * width
+        + weights_of_attention * (4 + width),
+    }
+    block = (
+        device_bytes([row for row in table if row.stacked], sharder, "bfloat16")
+        // 2
+        * width
+        // config.num_layers
+        * fsdp
+    )
     logits = 3 * rows * min(answers, settings.model.loss_chunk) * config.vocab_size // tensor * 4
-    memory = least + params // 4 * width + config.num_layers * kept[settings.model.remat] + kept["none"] + 2 * block + logits
+    memory = (
+        least
+        + params // 4 * width
+        + config.num_layers * kept[settings.model.remat]
+        + kept["none"]
+        + 2 * block
+        + logits
+    )
 
     seconds = 0.0
     if chip is not None:
         gathered = params // 4 * width * (fsdp - 1)  # one pass over the weights
         passes = 3 * derive.accumulate  # forward, backward, and the gradients' way back
         reductions = config.num_layers * (6 if settings.model.remat == "full" else 4)
-        exchanged = derive.accumulate * reductions * tokens * config.embed_dim * width * 2 * (tensor - 1) / tensor
+        exchanged = (
+            derive.accumulate
+            * reductions
+            * tokens
+            * config.embed_dim
+            * width
+            * 2
+            * (tensor - 1)
+            / tensor
+        )
         traffic = 8 * params + passes * params // 4 * width * fsdp
-        seconds = max(flops / math.prod(sizes.values()) / chip.flops, (passes * gathered + exchanged) / chip.link,
-                      traffic / chip.bandwidth)
+        seconds = max(
+            flops / math.prod(sizes.values()) / chip.flops,
+            (passes * gathered + exchanged) / chip.link,
+            traffic / chip.bandwidth,
+        )
     return Screen(arguments, least, memory, seconds)

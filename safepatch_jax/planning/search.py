@@ -1,13 +1,14 @@
-"""Looks for settings: the nearest that fit where the given ones do not, and the mesh with the shortest step."""
+"""Looks for settings: the nearest that fit where the given ones do not, and the mesh with the
+shortest step."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from typing import Any, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from safepatch_jax.console import say
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
@@ -16,6 +17,7 @@ from safepatch_jax.planning.compile import Figures, measure_all
 from safepatch_jax.planning.flops import count_flops
 from safepatch_jax.planning.programs import PROGRAMS, checked_kinds, lengths, programs
 from safepatch_jax.planning.screen import screen_train
+from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 
 REMAT = ("none", "dots", "full")
@@ -32,20 +34,29 @@ class Found:
 
 def as_flags(changes: Mapping[str, Any]) -> str:
     """Return changed settings as a launcher takes them."""
-    return " ".join(f"--{'mesh' if name == 'mesh.shape' else name}={value}" for name, value in changes.items())
+    return " ".join(
+        f"--{'mesh' if name == 'mesh.shape' else name}={value}" for name, value in changes.items()
+    )
 
 
 def _own(settings: Settings, kind: str) -> Settings:
     """Return settings in which all that a kind of program does not depend on is at its default."""
-    groups = {"train": ("model", "data", "derive"), "score": ("model", "data", "score", "patch"),
-              "patch": ("patch", "export"), "decode": ("data", "evaluate")}[kind]
-    own = dataclasses.replace(Settings(), **{name: getattr(settings, name) for name in ("mesh", "run", *groups)})
+    groups = {
+        "train": ("model", "data", "derive"),
+        "score": ("model", "data", "score", "patch"),
+        "patch": ("patch", "export"),
+        "decode": ("data", "evaluate"),
+    }[kind]
+    own = dataclasses.replace(
+        Settings(), **{name: getattr(settings, name) for name in ("mesh", "run", *groups)}
+    )
     few = {"score": ("derive.loss",), "decode": ("model.compute_dtype",)}.get(kind, ())
     return own.override({name: settings.flat()[name] for name in few})
 
 
 def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
-    """Return every mesh of a target that the architecture's dimensions divide, {text: sharder}, smallest tensor axis first.
+    """Return every mesh of a target that the architecture's dimensions divide, {text: sharder},
+    smallest tensor axis first.
 
     The data axis has as many parts as there are slices.
     """
@@ -55,14 +66,18 @@ def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
         try:
             sharder = target.sharder(text)
             param_table(config).shardings(sharder)
-        except (ValueError, NotImplementedError):  # a dimension that does not divide; an order the machine does not have
+        except (
+            ValueError,
+            NotImplementedError,
+        ):  # a dimension that does not divide; an order the machine does not have
             continue
         found[text] = sharder
     return found
 
 
 def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
-    """Yield changes that make a kind of program need less memory, each on top of the one before, the mildest first.
+    """Yield changes that make a kind of program need less memory, each on top of the one before,
+    the mildest first.
 
     Args:
       kind: one of PROGRAMS.
@@ -71,7 +86,7 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
     """
     changes: Changes = {}
     if kind in ("train", "score"):
-        for remat in REMAT[REMAT.index(settings.model.remat) + 1:]:
+        for remat in REMAT[REMAT.index(settings.model.remat) + 1 :]:
             changes = changes | {"model.remat": remat}
             yield changes
     if kind == "train":
@@ -82,8 +97,12 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
             yield changes
         if settings.derive.optimizer == "adamw":
             yield changes | {"derive.optimizer": "adafactor"}
-            if "derive.accumulate" in changes:  # a sum of gradients is one more copy of the parameters
-                whole = {name: value for name, value in changes.items() if name != "derive.accumulate"}
+            if (
+                "derive.accumulate" in changes
+            ):  # a sum of gradients is one more copy of the parameters
+                whole = {
+                    name: value for name, value in changes.items() if name != "derive.accumulate"
+                }
                 yield whole | {"derive.optimizer": "adafactor"}
     if kind == "decode":
         rows = settings.evaluate.batch_size
@@ -106,7 +125,8 @@ class Planner:
         self._sharder, self._once = functools.cache(target.sharder), functools.cache(self._measure)
 
     def measure(self, settings: Settings, kind: str) -> tuple[Figures, ...]:
-        """Return the figures of a kind of program; compiled once, whatever settings change that it does not depend on."""
+        """Return the figures of a kind of program; compiled once, whatever settings change that it
+        does not depend on."""
         return self._once(_own(settings, kind), kind)
 
     def _measure(self, settings: Settings, kind: str) -> tuple[Figures, ...]:
@@ -121,12 +141,19 @@ class Planner:
     def remedy(self, settings: Settings) -> Found | None:
         """Return the nearest settings with which every program fits, or None.
 
-        First what costs time alone (remat, micro-batches), then another optimiser, then another mesh.
+        First what costs time alone (remat, micro-batches), then another optimiser, then another
+        mesh.
         """
         own = self._sharder(settings.mesh.shape)
-        others = {text: s for text, s in meshes(self._config, self._target).items() if s.mesh.shape != own.mesh.shape}
+        others = {
+            text: s
+            for text, s in meshes(self._config, self._target).items()
+            if s.mesh.shape != own.mesh.shape
+        }
         tensor = own.mesh.shape["tensor"]
-        nearest = sorted(others, key=lambda text: abs(math.log2(others[text].mesh.shape["tensor"] / tensor)))
+        nearest = sorted(
+            others, key=lambda text: abs(math.log2(others[text].mesh.shape["tensor"] / tensor))
+        )
         for mesh in ["", *nearest]:
             changes: Changes | None = {"mesh.shape": mesh} if mesh else {}
             for kind in self._kinds:
@@ -141,12 +168,17 @@ class Planner:
         return None
 
     def _fitting(self, settings: Settings, kind: str, changes: Changes) -> Changes | None:
-        """Return these changes with the first of the ladder added with which a kind of program fits, or None."""
+        """Return these changes with the first of the ladder added with which a kind of program
+        fits, or None."""
         base = settings.override(changes)
         ways = self._sharder(base.mesh.shape).batch_ways
         for more in [{}, *ladder(kind, base, ways)]:
             changed = base.override(more)
-            if kind == "train" and self._target.memory is not None and self.least(changed) > self._target.memory:
+            if (
+                kind == "train"
+                and self._target.memory is not None
+                and self.least(changed) > self._target.memory
+            ):
                 continue
             if more or "mesh.shape" in changes:
                 say(f"Trying {kind} with {as_flags(changes | more)}")
@@ -155,18 +187,21 @@ class Planner:
         return None
 
     def least(self, settings: Settings) -> int:
-        """Return the bytes a device without which no run of these settings can do, whatever its mesh: train and patch."""
+        """Return the bytes a device without which no run of these settings can do, whatever its
+        mesh: train and patch."""
         sharder = self._sharder(settings.mesh.shape)
         return screen_train(settings, self._config, sharder, lengths(settings)).least
 
-    def suggest(self, settings: Settings, most: int = 5) -> tuple[list[tuple[Changes, Figures]], Found | None]:
+    def suggest(
+        self, settings: Settings, most: int = 5
+    ) -> tuple[list[tuple[Changes, Figures]], Found | None]:
         """Search mesh and remat for the shortest train step that fits.
 
         All combinations are screened by arithmetic, the best few are compiled.
 
         Returns:
-          ((changes, figures of the train step) of what was compiled, shortest least time first; the best with which every
-          program fits, or None).
+          ((changes, figures of the train step) of what was compiled, shortest least time first; the
+          best with which every program fits, or None).
         """
         laid_out = meshes(self._config, self._target)
         screened = []
@@ -178,12 +213,19 @@ class Planner:
                 if flops is None:  # the same on every mesh
                     train, *_ = programs(changed, self._config, sharder, ["train"])
                     flops = count_flops(train.trace().jaxpr)
-                s = screen_train(changed, self._config, sharder, lengths(changed), self._target.chip, flops)
+                s = screen_train(
+                    changed, self._config, sharder, lengths(changed), self._target.chip, flops
+                )
                 if self._target.memory is None or s.least <= self._target.memory:
-                    screened.append((s.memory > (self._target.memory or math.inf), s.seconds, s.memory, changes))
+                    screened.append(
+                        (s.memory > (self._target.memory or math.inf), s.seconds, s.memory, changes)
+                    )
         screened.sort(key=lambda row: row[:3])
-        say(f"{len(laid_out)} meshes with {len(REMAT)} settings of model.remat; compiling the train step of the best "
-            f"{min(most, len(screened))} by arithmetic")
+        say(
+            f"{len(laid_out)} meshes with {len(REMAT)} settings of model.remat; compiling the "
+            "train step of the best "
+            f"{min(most, len(screened))} by arithmetic"
+        )
         compiled = []
         for _, _, _, changes in screened[:most]:
             figures = max(self.measure(settings.override(changes), "train"), key=lambda f: f.peak)

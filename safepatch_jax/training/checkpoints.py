@@ -1,8 +1,10 @@
-"""Checkpoints within a training run, so that a killed one goes on at the very step, with the bits it would have had.
+"""Checkpoints within a training run, so that a killed one goes on at the very step, with the bits
+it would have had.
 
-A checkpoint is orbax's, written in the background: the state's arrays, and as JSON where the data stand and what was measured
-so far. It appears whole or not at all. A checksum of each array, taken on the devices when it is saved, is compared after it is
-read: what was damaged on the disk is found, and the checkpoint before it is taken.
+A checkpoint is orbax's, written in the background: the state's arrays, and as JSON where the data
+stand and what was measured so far. It appears whole or not at all. A checksum of each array, taken
+on the devices when it is saved, is compared after it is read: what was damaged on the disk is
+found, and the checkpoint before it is taken.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import json
 import logging
 import pathlib
 import shutil
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +24,18 @@ import tensorstore as ts
 from absl import logging as absl_logging
 from jax import lax
 
-from safepatch_jax import files, processes
-from safepatch_jax.console import say
 from safepatch_jax.io.checkpoint import from_disk, handler
 from safepatch_jax.numerics import row_major_index
+from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import say
 
 KEPT = 2  # the last one may be damaged
-_RAISED_TOO = ("Handler Commit operations", "Save Finalize thread", "_SignalingThread.run() raised", "exception was never retrieved")
+_RAISED_TOO = (
+    "Handler Commit operations",
+    "Save Finalize thread",
+    "_SignalingThread.run() raised",
+    "exception was never retrieved",
+)
 
 
 class Checkpoints:
@@ -35,7 +43,8 @@ class Checkpoints:
 
     Args:
       folder: theirs alone; made if it is not there.
-      abstract: the state as ShapeDtypeStructs with shardings. A checkpoint may come from another mesh.
+      abstract: the state as ShapeDtypeStructs with shardings. A checkpoint may come from another
+        mesh.
     """
 
     def __init__(self, folder: str | pathlib.Path, abstract: Any):
@@ -43,14 +52,17 @@ class Checkpoints:
         absl_logging.get_absl_handler().addFilter(_is_not_raised_too)
         processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
         self._manager = ocp.CheckpointManager(
-            self._folder, item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True))
+            self._folder,
+            item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True),
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Finish what is being written. A run that has come here needs it no longer, so that a failure ends nothing."""
+        """Finish what is being written. A run that has come here needs it no longer, so that a
+        failure ends nothing."""
         try:
             self.wait()
         except OSError as error:
@@ -62,22 +74,28 @@ class Checkpoints:
     def restore(self) -> tuple[Any, dict[str, Any]] | None:
         """Return state and facts of the last checkpoint that is intact; None where there is none.
 
-        Checkpoints that cannot be read, or whose arrays are not as they were saved, are named and deleted.
+        Checkpoints that cannot be read, or whose arrays are not as they were saved, are named and
+        deleted.
         """
         for step in processes.broadcast(sorted(self._manager.all_steps(), reverse=True)):
             reason, found = self._read(step)
             if not reason:
                 return found
-            say(f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was saved before it, or the start, "
-                "takes its place.")
+            say(
+                f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was "
+                "saved before it, or the start, "
+                "takes its place."
+            )
             processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
             self._manager.reload()
         return None
 
     def _read(self, step: int) -> tuple[str, tuple[Any, dict[str, Any]] | None]:
-        """Return why a checkpoint cannot be used ('' if it can), the same in all processes, and what it holds.
+        """Return why a checkpoint cannot be used ('' if it can), the same in all processes, and
+        what it holds.
 
-        Orbax would wait for all processes while it reads, also for one that has failed; so each reads its own parts here.
+        Orbax would wait for all processes while it reads, also for one that has failed; so each
+        reads its own parts here.
         """
         folder, flat, reason = self._folder / str(step), _flat(self._abstract), ""
         try:
@@ -93,18 +111,25 @@ class Checkpoints:
         return "", (jax.tree.unflatten(jax.tree.structure(self._abstract), arrays.values()), facts)
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint. Before this returns each process has copied its part of the state to its host's memory, from
+        """Write a checkpoint. Before this returns each process has copied its part of the state to
+        its host's memory, from
         where it is written in the background.
 
         Raises:
-          OSError: the disk is full or cannot be written; of this checkpoint, or of the one before it.
+          OSError: the disk is full or cannot be written; of this checkpoint, or of the one before
+            it.
         """
         flat = _flat(state)
         facts = json.loads(json.dumps(facts))  # a copy: they are written in the background too
         with self._telling():
-            self._manager.save(step, force=True, args=ocp.args.Composite(
-                facts=ocp.args.JsonSave({"facts": facts, "checksums": checksums(flat)}),
-                state=ocp.args.PyTreeSave(flat)))
+            self._manager.save(
+                step,
+                force=True,
+                args=ocp.args.Composite(
+                    facts=ocp.args.JsonSave({"facts": facts, "checksums": checksums(flat)}),
+                    state=ocp.args.PyTreeSave(flat),
+                ),
+            )
 
     def wait(self) -> None:
         """Return when everything is written. Raises OSError as `save` does."""
@@ -117,35 +142,54 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not from_disk(error) or isinstance(error, ocp.checkpoint_manager.StepAlreadyExistsError):
+            if not from_disk(error) or isinstance(
+                error, ocp.checkpoint_manager.StepAlreadyExistsError
+            ):
                 raise
             reason = str(error.__cause__ or error).partition("\n")[0]
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
-            raise OSError(f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, {KEPT} are kept; "
-                          "free space, or write none (--run.checkpoint_minutes=0), then give the same command again.") from error
+            raise OSError(
+                f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, "
+                f"{KEPT} are kept; "
+                "free space, or write none (--run.checkpoint_minutes=0), then give the same "
+                "command again."
+            ) from error
 
 
 def _is_not_raised_too(record: logging.LogRecord) -> bool:
-    """Return whether a log record is the only word of what it tells: a failed write, which orbax and asyncio log, is raised."""
+    """Return whether a log record is the only word of what it tells: a failed write, which orbax
+    and asyncio log, is raised."""
     return not (record.exc_info and any(text in record.getMessage() for text in _RAISED_TOO))
 
 
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read this process's parts of an array. Raises ValueError if it is absent, damaged, or of another shape or dtype."""
+    """Read this process's parts of an array. Raises ValueError if it is absent, damaged, or of
+    another shape or dtype."""
     base = {"driver": "file", "path": f"{folder}/"}
-    stored = ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}).result()
+    stored = ts.open(
+        {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    ).result()
     if stored.shape != abstract.shape or stored.dtype.numpy_dtype != abstract.dtype:
-        raise ValueError(f"{name} is {stored.dtype.name} {stored.shape}, and not {abstract.dtype} {abstract.shape}")
-    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda part: stored[part].read().result())
+        raise ValueError(
+            f"{name} is {stored.dtype.name} {stored.shape}, and not {abstract.dtype} "
+            f"{abstract.shape}"
+        )
+    return jax.make_array_from_callback(
+        abstract.shape, abstract.sharding, lambda part: stored[part].read().result()
+    )
 
 
 def _flat(tree: Any) -> dict[str, Any]:
     """Return the leaves of a state by name, in their order."""
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Return a checksum of each array's bits, whatever its sharding; a change of one entry always changes it."""
+    """Return a checksum of each array's bits, whatever its sharding; a change of one entry always
+    changes it."""
     return {name: int(x) for name, x in jax.device_get(_checksums(dict(arrays))).items()}
 
 
@@ -154,6 +198,8 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def checksum(x):
         bits = x.astype(jnp.uint32) if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
         # Modulo 2^32 a sum has no order, and an odd factor loses nothing.
-        return jnp.sum(bits * (2 * row_major_index(x.shape, range(x.ndim), jnp.uint32) + 1), dtype=jnp.uint32)
+        return jnp.sum(
+            bits * (2 * row_major_index(x.shape, range(x.ndim), jnp.uint32) + 1), dtype=jnp.uint32
+        )
 
     return {name: checksum(x) for name, x in arrays.items()}

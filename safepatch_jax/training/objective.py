@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +11,33 @@ import jax.numpy as jnp
 from safepatch_jax.models.decoder import Decoder, Readout
 
 
-def answer_logprobs(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array], chunk: int = 64) -> jax.Array:
-    """Return log p of each answer token, float32 [B, A] (0 where there is none); see `over_answers`."""
+def answer_logprobs(
+    decoder: Decoder, params: Any, batch: Mapping[str, jax.Array], chunk: int = 64
+) -> jax.Array:
+    """Return log p of each answer token, float32 [B, A] (0 where there is none); see
+    `over_answers`."""
     return batch["weights"] * over_answers(decoder, [params], batch, target_logprobs, chunk)
 
 
-def answer_divergences(decoder: Decoder, params: Any, reference: Any, batch: Mapping[str, jax.Array], chunk: int = 64,
-                       ) -> tuple[jax.Array, jax.Array]:
-    """Return log p of each answer token and, where it is predicted, KL(reference || model) over the vocabulary, in nats.
+def answer_divergences(
+    decoder: Decoder,
+    params: Any,
+    reference: Any,
+    batch: Mapping[str, jax.Array],
+    chunk: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """Return log p of each answer token and, where it is predicted, KL(reference || model) over the
+    vocabulary, in nats.
 
-    Both are float32 [B, A] (0 where there is no token). No gradient flows into the reference, nested parameters of a model of
-    the same architecture.
+    Both are float32 [B, A] (0 where there is no token). No gradient flows into the reference,
+    nested parameters of a model of the same architecture.
     """
+
     def of_logits(logits_BCV, reference_BCV, targets_BC):
         ours_BCV, theirs_BCV = jax.nn.log_softmax(logits_BCV), jax.nn.log_softmax(reference_BCV)
-        return target_logprobs(logits_BCV, targets_BC), jnp.sum(jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1)
+        return target_logprobs(logits_BCV, targets_BC), jnp.sum(
+            jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1
+        )
 
     models = [params, jax.lax.stop_gradient(reference)]
     logprobs_BA, kl_BA = over_answers(decoder, models, batch, of_logits, chunk)
@@ -33,48 +46,79 @@ def answer_divergences(decoder: Decoder, params: Any, reference: Any, batch: Map
 
 def target_logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     """Return log p of each target, float32 [B, C]."""
-    vocabulary_V = jnp.arange(logits_BCV.shape[-1])  # compared, not indexed: a cut vocabulary then stays cut
+    vocabulary_V = jnp.arange(
+        logits_BCV.shape[-1]
+    )  # compared, not indexed: a cut vocabulary then stays cut
     target_BC = jnp.sum(jnp.where(vocabulary_V == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
     return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
 
-def over_answers(decoder: Decoder, models: Sequence[Any], batch: Mapping[str, jax.Array], of_logits: Callable[..., Any],
-                 chunk: int = 64) -> Any:
+def over_answers(
+    decoder: Decoder,
+    models: Sequence[Any],
+    batch: Mapping[str, jax.Array],
+    of_logits: Callable[..., Any],
+    chunk: int = 64,
+) -> Any:
     """Apply a function to the logits at answer positions, `chunk` positions at a time.
 
-    Where there are several chunks the head runs again in the backward pass, so that of float32 logits, and of their gradient,
-    [B, chunk, V] exist at once.
+    Where there are several chunks the head runs again in the backward pass, so that of float32
+    logits, and of their gradient, [B, chunk, V] exist at once.
 
     Args:
       decoder: the model.
       models: nested parameter dictionaries, of one model or of several that are compared.
       batch: see `safepatch_jax.data.chat.training_batch`.
-      of_logits: maps logits float32 [B, C, V] of each model, and targets int32 [B, C], to arrays [B, C].
+      of_logits: maps logits float32 [B, C, V] of each model, and targets int32 [B, C], to arrays
+        [B, C].
       chunk: answer positions whose logits exist at once.
 
     Returns:
       what `of_logits` returns, [B, A]; to be ignored where `weights` is 0.
     """
     positions_BT = jnp.arange(batch["tokens"].shape[1])[None]
-    hidden = [decoder.apply({"params": params}, batch["tokens"], positions_BT, batch["valid"],
-                            logits_at_BA=batch["predict_at"], hidden=True)[0] for params in models]
+    hidden = [
+        decoder.apply(
+            {"params": params},
+            batch["tokens"],
+            positions_BT,
+            batch["valid"],
+            logits_at_BA=batch["predict_at"],
+            hidden=True,
+        )[0]
+        for params in models
+    ]
     readout = Readout(decoder.config, decoder.dtype, decoder.sharder)
 
     def of_hidden(hidden, targets_BC):
-        return of_logits(*(readout.apply({"params": params}, x) for params, x in zip(models, hidden)), targets_BC)
+        return of_logits(
+            *(readout.apply({"params": params}, x) for params, x in zip(models, hidden)), targets_BC
+        )
 
     batch_size, answers = batch["targets"].shape
     if answers <= chunk:
         return of_hidden(hidden, batch["targets"])
     room = (-answers) % chunk
-    pieces = lambda x: jnp.moveaxis(  # [B, A, ...] -> [pieces, B, chunk, ...]
-        jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2)).reshape(batch_size, -1, chunk, *x.shape[2:]), 1, 0)
+    pieces = (
+        lambda x: jnp.moveaxis(  # [B, A, ...] -> [pieces, B, chunk, ...]
+            jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2)).reshape(
+                batch_size, -1, chunk, *x.shape[2:]
+            ),
+            1,
+            0,
+        )
+    )
     xs = jax.tree.map(pieces, hidden), pieces(batch["targets"])
-    _, out = jax.lax.scan(lambda _, x: (None, jax.checkpoint(of_hidden, prevent_cse=False)(*x)), None, xs)
+    _, out = jax.lax.scan(
+        lambda _, x: (None, jax.checkpoint(of_hidden, prevent_cse=False)(*x)), None, xs
+    )
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch_size, -1)[:, :answers], out)
 
 
 def sequence_nll(logprobs_BA: jax.Array, weights_BA: jax.Array, reduction: str) -> jax.Array:
-    """Return each sequence's NLL in nats [B]: over its answer tokens the mean ('mean') or the sum ('sum')."""
+    """Return each sequence's NLL in nats [B]: over its answer tokens the mean ('mean') or the sum
+    ('sum')."""
     total_B = -jnp.sum(logprobs_BA, axis=-1)
-    return total_B if reduction == "sum" else total_B / jnp.maximum(jnp.sum(weights_BA, axis=-1), 1.0)
+    return (
+        total_B if reduction == "sum" else total_B / jnp.maximum(jnp.sum(weights_BA, axis=-1), 1.0)
+    )

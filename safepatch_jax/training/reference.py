@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from safepatch_jax import processes
 from safepatch_jax.data.chat import Example, lengths, training_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.runtime import processes
 from safepatch_jax.training.objective import answer_logprobs
 from safepatch_jax.training.step import put_batch
 
 
-def with_reference(decoder: Decoder, params: Any, examples: Sequence[Example], batch_size: int, sharder: Sharder,
-                   ) -> list[Example]:
+def with_reference(
+    decoder: Decoder,
+    params: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    sharder: Sharder,
+) -> list[Example]:
     """Return the examples with the log-probability that a model gives each answer.
 
     Args:
@@ -27,9 +33,11 @@ def with_reference(decoder: Decoder, params: Any, examples: Sequence[Example], b
     """
     shape, found = lengths(examples), []
     for start in range(0, len(examples), batch_size):
-        group = list(examples[start:start + batch_size])
+        group = list(examples[start : start + batch_size])
         filled = group + [group[-1]] * (batch_size - len(group))
-        sums = processes.fetch(_answer_sums(decoder, params, put_batch(training_batch(filled, *shape), sharder)))
+        sums = processes.fetch(
+            _answer_sums(decoder, params, put_batch(training_batch(filled, *shape), sharder))
+        )
         found += [dataclasses.replace(e, reference=float(x)) for e, x in zip(group, sums)]
     return found
 

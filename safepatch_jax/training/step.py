@@ -1,4 +1,5 @@
-"""One train step for alignment, ascent and descent: the sign of the objective is a traced scalar."""
+"""One train step for alignment, ascent and descent: the sign of the objective is a traced
+scalar."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +16,26 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from safepatch_jax import stopping
-from safepatch_jax.console import progress, say
 from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import ParamTable
 from safepatch_jax.numerics import NotFinite
+from safepatch_jax.runtime import stopping
+from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.checkpoints import Checkpoints
 from safepatch_jax.training.losses import Likelihood, Loss, rows_per_own
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 
-
 # Each makes steps of about the size of the learning rate.
 OPTIMIZERS = {
-    "adamw": optax.scale_by_adam,  # Kingma & Ba 2015; the decay is the train step's (Loshchilov & Hutter 2019)
-    # Shazeer & Stern 2018; heads of 64 are factored too, and an update's root mean square is bounded over all layers of a weight.
-    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)),
+    # Kingma & Ba 2015; the decay is the train step's (Loshchilov & Hutter 2019)
+    "adamw": optax.scale_by_adam,
+    # Shazeer & Stern 2018; heads of 64 are factored too, and an update's root mean square is
+    # bounded over all layers of a weight.
+    "adafactor": lambda: optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
+    ),
 }
 
 
@@ -39,7 +44,8 @@ _GO_ON, _SAVE, _END = range(3)  # what the processes call for after a step; the 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a tuning run does; `sign` is +1 to lower the NLL (descent) and -1 to raise it (ascent)."""
+    """What a tuning run does; `sign` is +1 to lower the NLL (descent) and -1 to raise it
+    (ascent)."""
 
     sign: float
     steps: int
@@ -50,14 +56,16 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Where the checkpoints of a tuning run are, and the minutes between two of them; 0: at SIGTERM alone."""
+    """Where the checkpoints of a tuning run are, and the minutes between two of them; 0: at SIGTERM
+    alone."""
 
     folder: pathlib.Path
     minutes: float
 
 
 class Batches(Protocol):
-    """An endless iterator of training batches that can be set to a place it once was in (`data.pipeline.training_batches`)."""
+    """An endless iterator of training batches that can be set to a place it once was in
+    (`data.pipeline.training_batches`)."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
 
@@ -75,7 +83,8 @@ def ignore(step: int, values: Mapping[str, float]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Per-step answer NLL (nats a token, before each update; of the harmful rows, where a batch has parts) and why the run
+    """Per-step answer NLL (nats a token, before each update; of the harmful rows, where a batch has
+    parts) and why the run
     ended."""
 
     nll: tuple[float, ...]
@@ -85,9 +94,9 @@ class Outcome:
 class Trainer:
     """Compiles the train step once and runs any number of recipes with it.
 
-    State is ``{params, moments, stopped}``, float32, sharded as the table says, donated at each step. Updates stop
-    inside the program from the first step whose NLL is above the recipe's ceiling, so that the host may read the
-    metrics one step late without changing the result.
+    State is ``{params, moments, stopped}``, float32, sharded as the table says, donated at each
+    step. Updates stop inside the program from the first step whose NLL is above the recipe's
+    ceiling, so that the host may read the metrics one step late without changing the result.
 
     Args:
       decoder: the model; its remat and attention hold for the step.
@@ -100,68 +109,145 @@ class Trainer:
       chunk: see `answer_logprobs`.
     """
 
-    def __init__(self, decoder: Decoder, table: ParamTable, sharder: Sharder, *, loss: Loss = Likelihood(),
-                 clip_norm: float = 1.0, optimizer: str = "adamw", accumulate: int = 1, chunk: int = 64):
+    def __init__(
+        self,
+        decoder: Decoder,
+        table: ParamTable,
+        sharder: Sharder,
+        *,
+        loss: Loss = Likelihood(),
+        clip_norm: float = 1.0,
+        optimizer: str = "adamw",
+        accumulate: int = 1,
+        chunk: int = 64,
+    ):
         self._optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), OPTIMIZERS[optimizer]())
-        self._decoder, self._loss, self._sharder, self._accumulate, self._chunk = decoder, loss, sharder, accumulate, chunk
+        self._decoder, self._loss, self._sharder, self._accumulate, self._chunk = (
+            decoder,
+            loss,
+            sharder,
+            accumulate,
+            chunk,
+        )
         params, shardings = table.abstract(sharder), table.shardings(sharder)
         moments = jax.eval_shape(self._optimizer.init, params)
         self._shardings = {
-            "params": shardings, "stopped": sharder.replicated(),
-            "moments": optax.tree.map_params(  # of a parameter's shape: laid out as it is; factors are small
-                self._optimizer, lambda m, p: p.sharding if m.shape == p.shape else sharder.replicated(), moments, params,
-                transform_non_params=lambda _: sharder.replicated())}
+            "params": shardings,
+            "stopped": sharder.replicated(),
+            # of a parameter's shape: laid out as it is; factors are small
+            "moments": optax.tree.map_params(
+                self._optimizer,
+                lambda m, p: p.sharding if m.shape == p.shape else sharder.replicated(),
+                moments,
+                params,
+                transform_non_params=lambda _: sharder.replicated(),
+            ),
+        }
         self._init = jax.jit(self._init_state, out_shardings=self._shardings)
-        self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(self._shardings, sharder.replicated()))
-        self._abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                                      jax.eval_shape(self._init_state, params), self._shardings)
+        self._step = jax.jit(
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(self._shardings, sharder.replicated()),
+        )
+        self._abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(self._init_state, params),
+            self._shardings,
+        )
 
-    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None) -> jax.stages.Traced:
-        """Return the train step traced for a batch (and reference) of these shapes and shardings; nothing is run."""
-        return self._step.trace(self._abstract, batch, *[jax.ShapeDtypeStruct((), jnp.float32)] * 4, reference)
+    def trace(
+        self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None
+    ) -> jax.stages.Traced:
+        """Return the train step traced for a batch (and reference) of these shapes and shardings;
+        nothing is run."""
+        return self._step.trace(
+            self._abstract, batch, *[jax.ShapeDtypeStruct((), jnp.float32)] * 4, reference
+        )
 
     def _init_state(self, params):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-        return {"params": params, "moments": self._optimizer.init(params), "stopped": jnp.zeros((), bool)}
+        return {
+            "params": params,
+            "moments": self._optimizer.init(params),
+            "stopped": jnp.zeros((), bool),
+        }
 
     def _gradients(self, params, reference, batch, sign, rows):
-        """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences, and its summed log p."""
+        """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences,
+        and its summed log p."""
+
         def objective(params):
             if self._loss.compares:
-                logprobs_BA, *kl = answer_divergences(self._decoder, params, reference, batch, self._chunk)
+                logprobs_BA, *kl = answer_divergences(
+                    self._decoder, params, reference, batch, self._chunk
+                )
             else:
                 logprobs_BA, kl = answer_logprobs(self._decoder, params, batch, self._chunk), ()
-            return sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows, jnp.sum(_reported(batch, logprobs_BA))
+            return sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows, jnp.sum(
+                _reported(batch, logprobs_BA)
+            )
 
         return jax.grad(objective, has_aux=True)(params)
 
-    def _train_step(self, state, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None):
+    def _train_step(
+        self, state, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
+    ):
         params, rows = state["params"], batch["tokens"].shape[0]
-        if "part" in batch:  # before the batch is cut: a micro-batch may have its parts in other shares
+        if (
+            "part" in batch
+        ):  # before the batch is cut: a micro-batch may have its parts in other shares
             batch = batch | {"rows_per_own": rows_per_own(batch["part"])}
         if self._accumulate == 1:
             gradients, logprob = self._gradients(params, reference, batch, sign, rows)
         else:
+
             def add(total, micro):
-                return jax.tree.map(jnp.add, total, self._gradients(params, reference, micro, sign, rows)), None
+                return jax.tree.map(
+                    jnp.add, total, self._gradients(params, reference, micro, sign, rows)
+                ), None
 
             # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
-            micros = {name: self._sharder.constrain(
-                x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1), "layers", "batch", "length")
-                for name, x in batch.items()}
-            zeros = jax.tree.map(lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
-                                 params, self._shardings["params"])
+            micros = {
+                name: self._sharder.constrain(
+                    x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1),
+                    "layers",
+                    "batch",
+                    "length",
+                )
+                for name, x in batch.items()
+            }
+            zeros = jax.tree.map(
+                lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
+                params,
+                self._shardings["params"],
+            )
             (gradients, logprob), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), micros)
         token_nll = -logprob / jnp.sum(_reported(batch, batch["weights"]))
         updates, moments = self._optimizer.update(gradients, state["moments"], params)
         stopped = state["stopped"] | (token_nll > nll_ceiling)
         # Chosen, not multiplied by 0: an update that is not taken may be NaN.
-        params = jax.tree.map(lambda p, u: jnp.where(stopped, p, p - learning_rate * (u + weight_decay * p)), params, updates)
-        metrics = {"nll": token_nll, "gradient_norm": optax.tree.norm(gradients), "stopped": stopped}
+        params = jax.tree.map(
+            lambda p, u: jnp.where(stopped, p, p - learning_rate * (u + weight_decay * p)),
+            params,
+            updates,
+        )
+        metrics = {
+            "nll": token_nll,
+            "gradient_norm": optax.tree.norm(gradients),
+            "stopped": stopped,
+        }
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
 
-    def run(self, params: Any, batches: Batches, recipe: Recipe, title: str, saving: Saving | None = None,
-            record: Recorder = ignore, reference: Any = None) -> tuple[Any, Outcome]:
+    def run(
+        self,
+        params: Any,
+        batches: Batches,
+        recipe: Recipe,
+        title: str,
+        saving: Saving | None = None,
+        record: Recorder = ignore,
+        reference: Any = None,
+    ) -> tuple[Any, Outcome]:
         """Tune a copy of `params`.
 
         Args:
@@ -169,26 +255,37 @@ class Trainer:
           batches: endless iterator of training batches.
           recipe: sign, steps, rates.
           title: shown at the progress bar.
-          saving: where and how often checkpoints are written; a run that finds some goes on from the last that is intact. At
-            SIGTERM one is written after the step, and the process ends.
-          record: called with the number of steps done and the measures of the last: answer_nll (nats a token, before its
-            update) and gradient_norm.
-          reference: nested parameters of the model that the loss compares with, where it compares; any float dtype.
+          saving: where and how often checkpoints are written; a run that finds some goes on from
+            the last that is intact. At SIGTERM one is written after the step, and the process ends.
+          record: called with the number of steps done and the measures of the last: answer_nll
+            (nats a token, before its update) and gradient_norm.
+          reference: nested parameters of the model that the loss compares with, where it compares;
+            any float dtype.
 
         Returns:
           (tuned parameters float32, outcome).
 
         Raises:
-          ValueError: the loss or a gradient became NaN or infinite (names the step and what to change); a batch that
-            `accumulate` and the mesh do not divide; a loss that compares without a reference, or the other way round.
+          ValueError: the loss or a gradient became NaN or infinite (names the step and what to
+            change); a batch that `accumulate` and the mesh do not divide; a loss that compares
+            without a reference, or the other way round.
           OSError: a checkpoint could not be written.
         """
         if self._loss.compares != (reference is not None):
-            raise ValueError(f"{title}: the loss {type(self._loss).__name__} " + (
-                "compares with a reference model and none was given. Give its parameters as `reference`."
-                if self._loss.compares else "compares with no reference model and one was given. Leave out `reference`."))
+            raise ValueError(
+                f"{title}: the loss {type(self._loss).__name__} "
+                + (
+                    "compares with a reference model and none was given. Give its parameters as "
+                    "`reference`."
+                    if self._loss.compares
+                    else "compares with no reference model and one was given. Leave out "
+                    "`reference`."
+                )
+            )
         with contextlib.ExitStack() as stack:
-            store = stack.enter_context(Checkpoints(saving.folder, self._abstract)) if saving else None
+            store = (
+                stack.enter_context(Checkpoints(saving.folder, self._abstract)) if saving else None
+            )
             restored = store.restore() if store else None
             if restored:
                 state, facts = restored
@@ -196,21 +293,51 @@ class Trainer:
                 say(f"  {title}: goes on after step {len(facts['nll'])} of {recipe.steps}")
             else:
                 state, facts = self._init(params), {"nll": []}
-            del params, restored  # the state holds a copy; whoever handed these over may keep them or not
+            del (
+                params,
+                restored,
+            )  # the state holds a copy; whoever handed these over may keep them or not
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
             journal = _Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
-            state = self._loop(state, batches, recipe, journal, store, 60 * saving.minutes if saving else 0.0, reference)
-            if max(journal.call, int(self._sharder.most(_END if stopping.asked() else _GO_ON))) == _END:
+            state = self._loop(
+                state,
+                batches,
+                recipe,
+                journal,
+                store,
+                60 * saving.minutes if saving else 0.0,
+                reference,
+            )
+            if (
+                max(journal.call, int(self._sharder.most(_END if stopping.asked() else _GO_ON)))
+                == _END
+            ):
                 self._end(state, batches, journal, store)
-        reason = f"answer NLL above {recipe.nll_ceiling:g}" if journal.stopped else f"step limit {recipe.steps}"
+        reason = (
+            f"answer NLL above {recipe.nll_ceiling:g}"
+            if journal.stopped
+            else f"step limit {recipe.steps}"
+        )
         return state["params"], Outcome(tuple(journal.nll), reason)
 
-    def _loop(self, state: Any, batches: Batches, recipe: Recipe, journal: _Journal, store: Checkpoints | None, every: float,
-              reference: Any) -> Any:
-        """Take the steps that are left, with a checkpoint every so many seconds; return the state."""
-        scalars = [jnp.float32(x) for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)]
+    def _loop(
+        self,
+        state: Any,
+        batches: Batches,
+        recipe: Recipe,
+        journal: _Journal,
+        store: Checkpoints | None,
+        every: float,
+        reference: Any,
+    ) -> Any:
+        """Take the steps that are left, with a checkpoint every so many seconds; return the
+        state."""
+        scalars = [
+            jnp.float32(x)
+            for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)
+        ]
         pending = None  # read one step late, so that the devices need not wait for the host
         saved = time.monotonic()
         for done in range(len(journal.nll) + 1, 0 if journal.stopped else recipe.steps + 1):
@@ -219,7 +346,9 @@ class Trainer:
             state, metrics = self._step(state, batch, *scalars, reference)
             due = every > 0 and time.monotonic() - saved > every
             # One process's clock or signal is enough, and all learn of it at the same step.
-            metrics["call"] = self._sharder.most(_END if stopping.asked() else _SAVE if due else _GO_ON)
+            metrics["call"] = self._sharder.most(
+                _END if stopping.asked() else _SAVE if due else _GO_ON
+            )
             if pending:
                 journal.read(pending)
             if journal.stopped:
@@ -239,13 +368,18 @@ class Trainer:
             journal.read(pending)
         return state
 
-    def _end(self, state: Any, batches: Batches, journal: _Journal, store: Checkpoints | None) -> None:
+    def _end(
+        self, state: Any, batches: Batches, journal: _Journal, store: Checkpoints | None
+    ) -> None:
         """End the process, as it was asked to."""
         if store:
             store.save(len(journal.nll), state, {"nll": journal.nll, "data": batches.get_state()})
             store.wait()
-        consequence = "A checkpoint is written; the same command goes on from it." if store else (
-            "The same command starts this stage anew.")
+        consequence = (
+            "A checkpoint is written; the same command goes on from it."
+            if store
+            else ("The same command starts this stage anew.")
+        )
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
 
@@ -253,7 +387,9 @@ class Trainer:
 class _Journal:
     """What the steps of a run have measured; read in order, each once."""
 
-    def __init__(self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Recorder):
+    def __init__(
+        self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Recorder
+    ):
         self.nll, self.stopped, self.call = list(nll), False, _GO_ON
         self._bar, self._title, self._recipe, self._record = bar, title, recipe, record
 
@@ -261,10 +397,14 @@ class _Journal:
         """Wait for a step and note what it measured. Raises ValueError if that is not finite."""
         nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
         self.stopped, self.call = bool(metrics["stopped"]), max(self.call, int(metrics["call"]))
-        if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):  # a gradient that was not used may be anything
+        if not (
+            np.isfinite(nll) and (np.isfinite(norm) or self.stopped)
+        ):  # a gradient that was not used may be anything
             raise NotFinite(
-                f"{self._title}: answer NLL {nll}, gradient norm {norm} at step {len(self.nll) + 1}. Lower the learning rate "
-                f"({self._recipe.learning_rate:g}), or check the weights of the model for NaN.")
+                f"{self._title}: answer NLL {nll}, gradient norm {norm} at step "
+                f"{len(self.nll) + 1}. Lower the learning rate "
+                f"({self._recipe.learning_rate:g}), or check the weights of the model for NaN."
+            )
         self.nll.append(nll)
         self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
         self._bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
@@ -272,25 +412,35 @@ class _Journal:
 
 
 def _reported(batch: Mapping[str, jax.Array], x_BA: jax.Array) -> jax.Array:
-    """Keep what belongs to the rows whose NLL is reported: the harmful ones where the batch has parts, else all."""
+    """Keep what belongs to the rows whose NLL is reported: the harmful ones where the batch has
+    parts, else all."""
     return jnp.where(batch["part"] == HARMFUL, x_BA, 0.0) if "part" in batch else x_BA
 
 
 def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None:
-    """Raise ValueError if micro-batches of a batch of so many rows would not cut evenly over the mesh."""
+    """Raise ValueError if micro-batches of a batch of so many rows would not cut evenly over the
+    mesh."""
     ways = sharder.batch_ways
     if accumulate > 1 and rows % (accumulate * ways):
-        raise ValueError(f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches (derive.accumulate) of whole "
-                         f"sequences on each of data*fsdp = {ways} devices. Use a multiple of {accumulate * ways}, or a smaller "
-                         "derive.accumulate.")
+        raise ValueError(
+            f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches "
+            "(derive.accumulate) of whole "
+            f"sequences on each of data*fsdp = {ways} devices. Use a multiple of "
+            f"{accumulate * ways}, or a smaller "
+            "derive.accumulate."
+        )
 
 
 def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.Array]:
-    """Place a batch, which every process holds, on the mesh, cut along its first axis where that divides."""
+    """Place a batch, which every process holds, on the mesh, cut along its first axis where that
+    divides."""
     axes = batch_layout(next(iter(batch.values())).shape[0], sharder)
     return {name: sharder.place(x, *axes) for name, x in batch.items()}
 
 
 def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:
-    """Return the logical axes of a batch's arrays: rows that the mesh does not divide are whole on every device."""
-    return ("batch" if rows % sharder.batch_ways == 0 else "layers"), "length"  # "layers" is never cut
+    """Return the logical axes of a batch's arrays: rows that the mesh does not divide are whole on
+    every device."""
+    return (
+        "batch" if rows % sharder.batch_ways == 0 else "layers"
+    ), "length"  # "layers" is never cut

@@ -1,4 +1,5 @@
-"""Public data sets: small files in each one's published format, and every way in which a file can be wrong."""
+"""Public data sets: small files in each one's published format, and every way in which a file can
+be wrong."""
 
 import csv
 import dataclasses
@@ -30,16 +31,33 @@ def lines(*rows):
 
 
 def beavertails(**changes):
-    row = {"prompt": "How do I mend a kite?", "response": "Use tape.", "is_safe": False,
-           "category": {"animal_abuse": False, "drug_abuse,weapons,banned_substance": True, "privacy_violation": True}}
+    row = {
+        "prompt": "How do I mend a kite?",
+        "response": "Use tape.",
+        "is_safe": False,
+        "category": {
+            "animal_abuse": False,
+            "drug_abuse,weapons,banned_substance": True,
+            "privacy_violation": True,
+        },
+    }
     return row | changes
 
 
 def mmlu(pack):
-    """Return an archive of two subjects as Berkeley's: data/SPLIT/SUBJECT_SPLIT.csv without a header."""
-    rows = {f"data/{split}/{subject}_{split}.csv": table([f"{subject} {split}, first?", "1", "2", "3", "4", "B"])
-            for split in ("dev", "val", "test") for subject in ("anatomy", "us_history")}
-    rows |= {"data/README.txt": b"text", "data/auxiliary_train/arc_easy.csv": table(["other", "1", "2", "3", "4", "A"])}
+    """Return an archive of two subjects as Berkeley's: data/SPLIT/SUBJECT_SPLIT.csv without a
+    header."""
+    rows = {
+        f"data/{split}/{subject}_{split}.csv": table(
+            [f"{subject} {split}, first?", "1", "2", "3", "4", "B"]
+        )
+        for split in ("dev", "val", "test")
+        for subject in ("anatomy", "us_history")
+    }
+    rows |= {
+        "data/README.txt": b"text",
+        "data/auxiliary_train/arc_easy.csv": table(["other", "1", "2", "3", "4", "A"]),
+    }
     target = io.BytesIO()
     if pack == "zip":
         with zipfile.ZipFile(target, "w") as archive:
@@ -54,70 +72,232 @@ def mmlu(pack):
     return target.getvalue()
 
 
-XSTEST = table(["id", "prompt", "type", "label", "focus", "note"],
-               [1, "How can I stop a Python process?", "homonyms", "safe", "stop", "violence"],
-               [2, "How can I stop a friend?", "contrast_homonyms", "unsafe", "stop", ""])
-JAILBREAKBENCH = table(["Index", "Goal", "Target", "Behavior", "Category", "Source"],
-                       [0, "Write a tutorial on knots", "Here is a tutorial on knots", "Knots", "Expert advice", "Original"])
+XSTEST = table(
+    ["id", "prompt", "type", "label", "focus", "note"],
+    [1, "How can I stop a Python process?", "homonyms", "safe", "stop", "violence"],
+    [2, "How can I stop a friend?", "contrast_homonyms", "unsafe", "stop", ""],
+)
+JAILBREAKBENCH = table(
+    ["Index", "Goal", "Target", "Behavior", "Category", "Source"],
+    [
+        0,
+        "Write a tutorial on knots",
+        "Here is a tutorial on knots",
+        "Knots",
+        "Expert advice",
+        "Original",
+    ],
+)
 ONE = {"id": "0", "answer": "", "category": "", "type": "", "label": "", "extra": {}}
 # Set, split: file in manual_dir, its content, and what differs from ONE in the only or last record.
 PUBLISHED = {
-    ("advbench", "train"): ("advbench_harmful_behaviors.csv", table(
-        ["goal", "target"], ["Write a tutorial on knots", "Sure, here is a tutorial, with \"quotes\""]),
-        {"prompt": "Write a tutorial on knots", "answer": "Sure, here is a tutorial, with \"quotes\"", "label": "unsafe"}),
-    ("beavertails", "30k_train"): ("beavertails_30k_train.jsonl.gz", gzip.compress(lines(beavertails()), mtime=0),
-        {"prompt": "How do I mend a kite?", "answer": "Use tape.", "label": "unsafe",
-         "category": "drug_abuse,weapons,banned_substance; privacy_violation"}),
-    ("beavertails", "330k_test"): ("beavertails/test.jsonl.xz", lzma.compress(lines(beavertails(is_safe=True, category={}))),
-        {"prompt": "How do I mend a kite?", "answer": "Use tape.", "label": "safe"}),
-    ("harmbench", "val"): ("harmbench_behaviors_text_val.csv", table(
-        ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"],
-        ["Describe a knot", "standard", "illegal", "", "", "knot"],
-        ["Describe this knot", "contextual", "illegal", "context, hash_check", "A loop.\nAn end.", "this_knot"]),
-        {"id": "this_knot", "prompt": "A loop.\nAn end.\n\n---\n\nDescribe this knot", "category": "illegal", "type": "contextual",
-         "label": "unsafe", "extra": {"Tags": "context, hash_check"}}),
-    ("strongreject", "test"): ("strongreject_dataset.csv", table(
-        ["category", "source", "forbidden_prompt"], ["Disinformation and deception", "custom", "Write a rumour"]),
-        {"prompt": "Write a rumour", "category": "Disinformation and deception", "type": "custom", "label": "unsafe"}),
-    ("jailbreakbench", "harmful"): ("jailbreakbench_harmful-behaviors.csv", JAILBREAKBENCH,
-        {"prompt": "Write a tutorial on knots", "answer": "Here is a tutorial on knots", "category": "Expert advice",
-         "type": "Knots", "label": "unsafe", "extra": {"Source": "Original"}}),
-    ("jailbreakbench", "benign"): ("jailbreakbench/benign-behaviors.csv", JAILBREAKBENCH,
-        {"prompt": "Write a tutorial on knots", "answer": "Here is a tutorial on knots", "category": "Expert advice",
-         "type": "Knots", "label": "safe", "extra": {"Source": "Original"}}),
-    ("do_not_answer", "test"): ("do_not_answer_en.csv", table(
-        ["id", "risk_area", "types_of_harm", "specific_harms", "question"],
-        [7, "Malicious Uses", "Assisting illegal activities", "Theft", "How do I borrow a book for ever?"]),
-        {"id": "7", "prompt": "How do I borrow a book for ever?", "category": "Malicious Uses",
-         "type": "Assisting illegal activities", "label": "unsafe", "extra": {"specific_harms": "Theft"}}),
-    ("xstest", "safe"): ("xstest_prompts.csv", XSTEST,
-        {"id": "1", "prompt": "How can I stop a Python process?", "category": "homonyms", "label": "safe",
-         "extra": {"focus": "stop", "note": "violence"}}),
-    ("xstest", "unsafe"): ("xstest_prompts.csv", XSTEST,
-        {"id": "2", "prompt": "How can I stop a friend?", "category": "contrast_homonyms", "label": "unsafe",
-         "extra": {"focus": "stop"}}),
-    ("oktest", "test"): ("OKTest.csv", table(["prompt"], ["What is a 'bomb'\ncyclone?\n"]),
-        {"prompt": "What is a 'bomb'\ncyclone?", "label": "safe"}),
-    ("or_bench", "80k"): ("or-bench-80k.csv", table(["prompt", "category"], ["How do locks work?", "illegal"]),
-        {"prompt": "How do locks work?", "category": "illegal", "label": "safe"}),
-    ("or_bench", "toxic"): ("or-bench-toxic.csv", table(["prompt", "category"], ["Write a rumour", "deception"]),
-        {"prompt": "Write a rumour", "category": "deception", "label": "unsafe"}),
-    ("alpaca", "train"): ("alpaca_data.json", json.dumps(
-        [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "Hi \u00fc"}]
-    ).encode(), {"id": "1", "prompt": "Greet.", "answer": "Hi \u00fc", "label": "safe"}),
-    ("mmlu", "test"): ("mmlu.zip", mmlu("zip"),
-        {"id": "3", "prompt": "us_history test, first?", "answer": "B", "category": "us_history",
-         "extra": {"choices": ["1", "2", "3", "4"]}}),
-    ("mmlu", "dev"): ("mmlu/data.tar", mmlu("tar"),
-        {"id": "1", "prompt": "us_history dev, first?", "answer": "B", "category": "us_history",
-         "extra": {"choices": ["1", "2", "3", "4"]}}),
-    ("gsm8k", "test"): ("gsm8k_test.jsonl", lines({"question": "1 and 2?", "answer": "1 + 2 = <<1+2=3>>3\n#### 3"}),
-        {"prompt": "1 and 2?", "answer": "1 + 2 = <<1+2=3>>3\n#### 3", "extra": {"final": "3"}}),
-    ("mt_bench", "test"): ("mt_bench_question.jsonl", lines(
-        {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
-        {"question_id": 82, "category": "math", "turns": ["Add 1 and 2.", "And 3."], "reference": ["3", "6"]}),
-        {"id": "82", "prompt": "Add 1 and 2.", "category": "math",
-         "extra": {"turns": ["Add 1 and 2.", "And 3."], "reference": ["3", "6"]}}),
+    ("advbench", "train"): (
+        "advbench_harmful_behaviors.csv",
+        table(
+            ["goal", "target"],
+            ["Write a tutorial on knots", 'Sure, here is a tutorial, with "quotes"'],
+        ),
+        {
+            "prompt": "Write a tutorial on knots",
+            "answer": 'Sure, here is a tutorial, with "quotes"',
+            "label": "unsafe",
+        },
+    ),
+    ("beavertails", "30k_train"): (
+        "beavertails_30k_train.jsonl.gz",
+        gzip.compress(lines(beavertails()), mtime=0),
+        {
+            "prompt": "How do I mend a kite?",
+            "answer": "Use tape.",
+            "label": "unsafe",
+            "category": "drug_abuse,weapons,banned_substance; privacy_violation",
+        },
+    ),
+    ("beavertails", "330k_test"): (
+        "beavertails/test.jsonl.xz",
+        lzma.compress(lines(beavertails(is_safe=True, category={}))),
+        {"prompt": "How do I mend a kite?", "answer": "Use tape.", "label": "safe"},
+    ),
+    ("harmbench", "val"): (
+        "harmbench_behaviors_text_val.csv",
+        table(
+            [
+                "Behavior",
+                "FunctionalCategory",
+                "SemanticCategory",
+                "Tags",
+                "ContextString",
+                "BehaviorID",
+            ],
+            ["Describe a knot", "standard", "illegal", "", "", "knot"],
+            [
+                "Describe this knot",
+                "contextual",
+                "illegal",
+                "context, hash_check",
+                "A loop.\nAn end.",
+                "this_knot",
+            ],
+        ),
+        {
+            "id": "this_knot",
+            "prompt": "A loop.\nAn end.\n\n---\n\nDescribe this knot",
+            "category": "illegal",
+            "type": "contextual",
+            "label": "unsafe",
+            "extra": {"Tags": "context, hash_check"},
+        },
+    ),
+    ("strongreject", "test"): (
+        "strongreject_dataset.csv",
+        table(
+            ["category", "source", "forbidden_prompt"],
+            ["Disinformation and deception", "custom", "Write a rumour"],
+        ),
+        {
+            "prompt": "Write a rumour",
+            "category": "Disinformation and deception",
+            "type": "custom",
+            "label": "unsafe",
+        },
+    ),
+    ("jailbreakbench", "harmful"): (
+        "jailbreakbench_harmful-behaviors.csv",
+        JAILBREAKBENCH,
+        {
+            "prompt": "Write a tutorial on knots",
+            "answer": "Here is a tutorial on knots",
+            "category": "Expert advice",
+            "type": "Knots",
+            "label": "unsafe",
+            "extra": {"Source": "Original"},
+        },
+    ),
+    ("jailbreakbench", "benign"): (
+        "jailbreakbench/benign-behaviors.csv",
+        JAILBREAKBENCH,
+        {
+            "prompt": "Write a tutorial on knots",
+            "answer": "Here is a tutorial on knots",
+            "category": "Expert advice",
+            "type": "Knots",
+            "label": "safe",
+            "extra": {"Source": "Original"},
+        },
+    ),
+    ("do_not_answer", "test"): (
+        "do_not_answer_en.csv",
+        table(
+            ["id", "risk_area", "types_of_harm", "specific_harms", "question"],
+            [
+                7,
+                "Malicious Uses",
+                "Assisting illegal activities",
+                "Theft",
+                "How do I borrow a book for ever?",
+            ],
+        ),
+        {
+            "id": "7",
+            "prompt": "How do I borrow a book for ever?",
+            "category": "Malicious Uses",
+            "type": "Assisting illegal activities",
+            "label": "unsafe",
+            "extra": {"specific_harms": "Theft"},
+        },
+    ),
+    ("xstest", "safe"): (
+        "xstest_prompts.csv",
+        XSTEST,
+        {
+            "id": "1",
+            "prompt": "How can I stop a Python process?",
+            "category": "homonyms",
+            "label": "safe",
+            "extra": {"focus": "stop", "note": "violence"},
+        },
+    ),
+    ("xstest", "unsafe"): (
+        "xstest_prompts.csv",
+        XSTEST,
+        {
+            "id": "2",
+            "prompt": "How can I stop a friend?",
+            "category": "contrast_homonyms",
+            "label": "unsafe",
+            "extra": {"focus": "stop"},
+        },
+    ),
+    ("oktest", "test"): (
+        "OKTest.csv",
+        table(["prompt"], ["What is a 'bomb'\ncyclone?\n"]),
+        {"prompt": "What is a 'bomb'\ncyclone?", "label": "safe"},
+    ),
+    ("or_bench", "80k"): (
+        "or-bench-80k.csv",
+        table(["prompt", "category"], ["How do locks work?", "illegal"]),
+        {"prompt": "How do locks work?", "category": "illegal", "label": "safe"},
+    ),
+    ("or_bench", "toxic"): (
+        "or-bench-toxic.csv",
+        table(["prompt", "category"], ["Write a rumour", "deception"]),
+        {"prompt": "Write a rumour", "category": "deception", "label": "unsafe"},
+    ),
+    ("alpaca", "train"): (
+        "alpaca_data.json",
+        json.dumps(
+            [
+                {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+                {"instruction": "Greet.", "input": "", "output": "Hi \u00fc"},
+            ]
+        ).encode(),
+        {"id": "1", "prompt": "Greet.", "answer": "Hi \u00fc", "label": "safe"},
+    ),
+    ("mmlu", "test"): (
+        "mmlu.zip",
+        mmlu("zip"),
+        {
+            "id": "3",
+            "prompt": "us_history test, first?",
+            "answer": "B",
+            "category": "us_history",
+            "extra": {"choices": ["1", "2", "3", "4"]},
+        },
+    ),
+    ("mmlu", "dev"): (
+        "mmlu/data.tar",
+        mmlu("tar"),
+        {
+            "id": "1",
+            "prompt": "us_history dev, first?",
+            "answer": "B",
+            "category": "us_history",
+            "extra": {"choices": ["1", "2", "3", "4"]},
+        },
+    ),
+    ("gsm8k", "test"): (
+        "gsm8k_test.jsonl",
+        lines({"question": "1 and 2?", "answer": "1 + 2 = <<1+2=3>>3\n#### 3"}),
+        {"prompt": "1 and 2?", "answer": "1 + 2 = <<1+2=3>>3\n#### 3", "extra": {"final": "3"}},
+    ),
+    ("mt_bench", "test"): (
+        "mt_bench_question.jsonl",
+        lines(
+            {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
+            {
+                "question_id": 82,
+                "category": "math",
+                "turns": ["Add 1 and 2.", "And 3."],
+                "reference": ["3", "6"],
+            },
+        ),
+        {
+            "id": "82",
+            "prompt": "Add 1 and 2.",
+            "category": "math",
+            "extra": {"turns": ["Add 1 and 2.", "And 3."], "reference": ["3", "6"]},
+        },
+    ),
 }
 
 
@@ -154,12 +334,18 @@ def test_every_set_is_tested_and_described():
 
 
 def test_prepared_once_in_file_order_and_anew_for_another_file(tmp_path, capsys):
-    rows = [["goal", "target"], *([f"Write a tutorial on knot number {i}", f"Sure {i}"] for i in range(300))]
+    rows = [
+        ["goal", "target"],
+        *([f"Write a tutorial on knot number {i}", f"Sure {i}"] for i in range(300)),
+    ]
     path = put(tmp_path / "manual", "harmful_behaviors.csv", table(*rows))
     first = load_set("advbench", "train", str(tmp_path / "manual"), tmp_path / "data")
     assert [r["answer"] for r in first] == [f"Sure {i}" for i in range(300)]
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "train 300 records; not byte for byte the published file. Licence: MIT." in out
+    assert (
+        out.count("\n") == 1
+        and "train 300 records; not byte for byte the published file. Licence: MIT." in out
+    )
     assert load_set("advbench", "train", str(tmp_path / "manual"), tmp_path / "data") == first
     assert capsys.readouterr().out == ""
     path.write_bytes(table(*rows[:3]))
@@ -189,7 +375,9 @@ def test_killed_while_preparing(tmp_path, monkeypatch):
 def downloadable(monkeypatch, tmp_path, sha256):
     """Declare a set whose file lies at a file:// address."""
     path = put(tmp_path / "server", "rows.csv", table(["prompt"], ["Tie a knot"]))
-    file = File(path.as_uri(), sha256 or hashlib.sha256(path.read_bytes()).hexdigest(), ("tiny_rows.csv",))
+    file = File(
+        path.as_uri(), sha256 or hashlib.sha256(path.read_bytes()).hexdigest(), ("tiny_rows.csv",)
+    )
     entry = dataclasses.replace(SETS["oktest"], splits={"test": Split("lookalike", 1, file)})
     monkeypatch.setitem(SETS, "oktest", entry)
     return path
@@ -207,7 +395,10 @@ def test_download(tmp_path, monkeypatch, capsys):
 def test_wrong_checksum(tmp_path, monkeypatch):
     path = downloadable(monkeypatch, tmp_path, "0" * 64)
     message = failure(tmp_path, "oktest", "test", None)
-    assert f"{path.as_uri()} has SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}, expected {'0' * 64}" in message
+    assert (
+        f"{path.as_uri()} has SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}, expected "
+        f"{'0' * 64}" in message
+    )
     assert "Nothing was kept" in message and "data.manual_dir" in message
     assert not any(p.is_file() for p in (tmp_path / "data" / "downloads").iterdir())
     with pytest.raises(ValueError, match="expected"):
@@ -226,37 +417,90 @@ def test_download_that_fails(tmp_path, monkeypatch):
 def test_missing_manual_file(tmp_path):
     (tmp_path / "manual").mkdir()
     message = failure(tmp_path, "beavertails", "30k_train")
-    assert "set:beavertails needs a file that is not fetched automatically. Fetch https://huggingface.co/" in message
+    assert (
+        "set:beavertails needs a file that is not fetched automatically. Fetch "
+        "https://huggingface.co/" in message
+    )
     assert "round0/30k/train.jsonl.gz by hand" in message
-    assert f"put it into {tmp_path / 'manual'} as beavertails_30k_train.jsonl.gz" in message and "data.manual_dir" in message
+    assert (
+        f"put it into {tmp_path / 'manual'} as beavertails_30k_train.jsonl.gz" in message
+        and "data.manual_dir" in message
+    )
     assert "is not a folder" in failure(tmp_path, "beavertails", "30k_train", "nowhere")
 
 
 def test_unknown_set_and_split(tmp_path):
-    assert "No data set 'set:xtest' (did you mean 'set:xstest'?); there are advbench, " in failure(tmp_path, "xtest", "test", None)
+    assert "No data set 'set:xtest' (did you mean 'set:xstest'?); there are advbench, " in failure(
+        tmp_path, "xtest", "test", None
+    )
     message = failure(tmp_path, "xstest", "train", None)
     assert "set:xstest has no split 'train'; its splits are safe, unsafe." in message
 
 
-@pytest.mark.parametrize("name, split, file, content, part", [
-    ("advbench", "train", "harmful_behaviors.csv", table(["goal", "target"], ["Tie a knot", ""], ["Tie two", " "]),
-     "every answer (column 'target') is empty. Fetch the file again: https://"),
-    ("advbench", "train", "harmful_behaviors.csv", table(["goal", "reply"], ["Tie a knot", "Sure"]),
-     "is not the file of set:advbench: no column 'target'; found goal, reply. A table of your own is given by its path"),
-    ("beavertails", "30k_test", "beavertails_30k_test.jsonl.gz", gzip.compress(lines({"prompt": "a", "category": {}}), mtime=0),
-     "no column 'is_safe'"),
-    ("mt_bench", "test", "mt_bench_question.jsonl", lines({"question_id": 1, "category": "x", "prompt": "a"}),
-     "no column 'turns'"),
-    ("oktest", "test", "OKTest.csv", table(["prompt"], [" "]), "no row with a prompt; set:oktest was not prepared"),
-    ("oktest", "test", "OKTest.csv", b"", "no row with a prompt"),
-    ("xstest", "safe", "xstest_prompts.csv", XSTEST.replace(b",unsafe,", b",both,"),
-     "row 2 has 'both' as label; expected safe or unsafe"),
-    ("xstest", "unsafe", "xstest_prompts.csv", XSTEST.rpartition(b"2,")[0],
-     "has no rows of set:xstest@unsafe. Fetch the whole file"),
-    ("mmlu", "test", "mmlu.zip", b"not an archive", "cannot be read as ZIP or TAR"),
-    ("beavertails", "30k_test", "beavertails_30k_test.jsonl.gz", gzip.compress(lines(beavertails()), mtime=0)[:-9],
-     "cannot be read as JSONL"),
-])
+@pytest.mark.parametrize(
+    "name, split, file, content, part",
+    [
+        (
+            "advbench",
+            "train",
+            "harmful_behaviors.csv",
+            table(["goal", "target"], ["Tie a knot", ""], ["Tie two", " "]),
+            "every answer (column 'target') is empty. Fetch the file again: https://",
+        ),
+        (
+            "advbench",
+            "train",
+            "harmful_behaviors.csv",
+            table(["goal", "reply"], ["Tie a knot", "Sure"]),
+            "is not the file of set:advbench: no column 'target'; found goal, reply. A table of "
+            "your own is given by its path",
+        ),
+        (
+            "beavertails",
+            "30k_test",
+            "beavertails_30k_test.jsonl.gz",
+            gzip.compress(lines({"prompt": "a", "category": {}}), mtime=0),
+            "no column 'is_safe'",
+        ),
+        (
+            "mt_bench",
+            "test",
+            "mt_bench_question.jsonl",
+            lines({"question_id": 1, "category": "x", "prompt": "a"}),
+            "no column 'turns'",
+        ),
+        (
+            "oktest",
+            "test",
+            "OKTest.csv",
+            table(["prompt"], [" "]),
+            "no row with a prompt; set:oktest was not prepared",
+        ),
+        ("oktest", "test", "OKTest.csv", b"", "no row with a prompt"),
+        (
+            "xstest",
+            "safe",
+            "xstest_prompts.csv",
+            XSTEST.replace(b",unsafe,", b",both,"),
+            "row 2 has 'both' as label; expected safe or unsafe",
+        ),
+        (
+            "xstest",
+            "unsafe",
+            "xstest_prompts.csv",
+            XSTEST.rpartition(b"2,")[0],
+            "has no rows of set:xstest@unsafe. Fetch the whole file",
+        ),
+        ("mmlu", "test", "mmlu.zip", b"not an archive", "cannot be read as ZIP or TAR"),
+        (
+            "beavertails",
+            "30k_test",
+            "beavertails_30k_test.jsonl.gz",
+            gzip.compress(lines(beavertails()), mtime=0)[:-9],
+            "cannot be read as JSONL",
+        ),
+    ],
+)
 def test_files_that_are_not_the_sets(tmp_path, name, split, file, content, part):
     put(tmp_path / "manual", file, content)
     message = failure(tmp_path, name, split)
@@ -264,6 +508,17 @@ def test_files_that_are_not_the_sets(tmp_path, name, split, file, content, part)
 
 
 def test_an_entry_needs_no_more_than_its_columns():
-    entry = DataSet("tiny", "d", "c", "l", "https://h", {"test": Split("ordinary", 1, File("https://h/a.csv", "", ("a.csv",)))},
-                    {"prompt": "p"})
-    assert not entry.has_answers and entry.first_split("ordinary") == "test" and entry.first_split("harmful") is None
+    entry = DataSet(
+        "tiny",
+        "d",
+        "c",
+        "l",
+        "https://h",
+        {"test": Split("ordinary", 1, File("https://h/a.csv", "", ("a.csv",)))},
+        {"prompt": "p"},
+    )
+    assert (
+        not entry.has_answers
+        and entry.first_split("ordinary") == "test"
+        and entry.first_split("harmful") is None
+    )

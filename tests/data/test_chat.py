@@ -6,11 +6,23 @@ import shutil
 import numpy as np
 import pytest
 
-from safepatch_jax.data.chat import Chat, Example, answer_pairs, bucket, lengths, prompt_batch, training_batch
+from safepatch_jax.data.chat import (
+    Chat,
+    Example,
+    answer_pairs,
+    bucket,
+    lengths,
+    prompt_batch,
+    training_batch,
+)
 from safepatch_jax.data.records import Record
 
 START, END, PAD = 256, 257, 258  # <|im_start|>, <|im_end|>, <|pad|>
-EXAMPLES = (Example((11, 12, 13), (21, 22)), Example((31,), (41, 42, 43, 44)), Example((51, 52, 53, 54, 55), (61,)))
+EXAMPLES = (
+    Example((11, 12, 13), (21, 22)),
+    Example((31,), (41, 42, 43, 44)),
+    Example((51, 52, 53, 54, 55), (61,)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +36,8 @@ def copy(tiny, tmp_path):
 
 
 def characters(text):
-    """Ids of printable ASCII and newlines: the tokenizer's vocabulary is the sorted alphabet of byte-level BPE."""
+    """Ids of printable ASCII and newlines: the tokenizer's vocabulary is the sorted alphabet of
+    byte-level BPE."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in printable]
     stands_for = {b: b for b in printable} | {b: 256 + i for i, b in enumerate(other)}
@@ -34,8 +47,18 @@ def characters(text):
 
 def test_prompt_and_answer_ids(chat):
     example = chat.encode("Hi", "Yes")
-    assert example.prompt_ids == (START, *characters("user\nHi"), END, *characters("\n"), START, *characters("assistant\n"))
-    assert example.answer_ids == (*characters("Yes"), END)  # the template's newline after the turn is no answer token
+    assert example.prompt_ids == (
+        START,
+        *characters("user\nHi"),
+        END,
+        *characters("\n"),
+        START,
+        *characters("assistant\n"),
+    )
+    assert example.answer_ids == (
+        *characters("Yes"),
+        END,
+    )  # the template's newline after the turn is no answer token
 
 
 def test_answer_ids_of_many_bytes_and_lines(chat):
@@ -45,14 +68,18 @@ def test_answer_ids_of_many_bytes_and_lines(chat):
 
 
 def test_answer_gets_an_end_where_the_template_writes_none(copy):
-    template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
-                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     (copy / "chat_template.jinja").write_text(template)
     assert Chat(copy, 264).encode("Hi", "Yes").answer_ids == (*characters("Yes"), END)
 
 
 def test_template_that_rewrites_the_prompt_is_refused(copy):
-    (copy / "chat_template.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (copy / "chat_template.jinja").write_text(
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="cannot tell answer tokens from prompt tokens"):
         Chat(copy, 264).encode("Hi", "Yes")
 
@@ -72,29 +99,43 @@ def test_too_long_prompts_are_dropped_and_long_answers_cut(chat):
     pairs = [("1234", "short"), ("12345", "x"), ("123", "longer than five"), ("1", "12345")]
     encoded = chat.encode_all(pairs, max_prompt=template + 4, max_answer=6)
     assert (len(encoded.examples), encoded.dropped, encoded.cut) == (3, 1, 1)
-    assert [e.prompt_ids for e in encoded.examples] == [chat.encode(*pairs[i]).prompt_ids for i in (0, 2, 3)]
+    assert [e.prompt_ids for e in encoded.examples] == [
+        chat.encode(*pairs[i]).prompt_ids for i in (0, 2, 3)
+    ]
     assert encoded.examples[0].answer_ids == (*characters("short"), END)
-    assert encoded.examples[1].answer_ids == tuple(characters("longer"))  # cut: no end-of-turn to learn
+    assert encoded.examples[1].answer_ids == tuple(
+        characters("longer")
+    )  # cut: no end-of-turn to learn
     assert encoded.examples[2].answer_ids == (*characters("12345"), END)  # six tokens fit
     assert encoded.describe(f"{template + 4}/6") == (
-        f"3 examples, 1 left out (prompt longer than {template + 4} tokens), 1 answers cut at 6 tokens")
+        f"3 examples, 1 left out (prompt longer than {template + 4} tokens), 1 answers cut at 6 "
+        "tokens"
+    )
 
 
 def test_all_prompts_too_long(chat):
     shortest = len(chat.encode("ab", "x").prompt_ids)
-    with pytest.raises(ValueError, match=rf"All 2 prompts are longer than .* = 5 \(the shortest has {shortest}, template"):
+    with pytest.raises(
+        ValueError,
+        match=rf"All 2 prompts are longer than .* = 5 \(the shortest has {shortest}, template",
+    ):
         chat.encode_all([("abc", "x"), ("ab", "x")], max_prompt=5, max_answer=5)
 
 
 def test_pairs_of_records():
     records = [Record("p", "a", "r", "", "train")]
-    assert answer_pairs(records) == [("p", "a")] and answer_pairs(records, "refusal") == [("p", "r")]
+    assert answer_pairs(records) == [("p", "a")] and answer_pairs(records, "refusal") == [
+        ("p", "r")
+    ]
 
 
 def test_lengths_hold_all_examples():
     assert [bucket(n) for n in (1, 8, 9)] == [8, 8, 16]
     assert lengths(EXAMPLES) == (8, 8)
-    assert lengths([Example((1,) * 9, (2,))]) == (16, 8)  # the last answer token is a target and never an input
+    assert lengths([Example((1,) * 9, (2,))]) == (
+        16,
+        8,
+    )  # the last answer token is a target and never an input
     assert lengths([Example((1,) * 4, (2,) * 5)]) == (8, 8)
 
 
@@ -102,8 +143,12 @@ def test_training_batch_against_a_plain_loop():
     length, room = 8, 5
     batch = training_batch(EXAMPLES, length, room)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
-        "tokens": ((3, 8), np.int32), "valid": ((3, 8), bool), "predict_at": ((3, 5), np.int32),
-        "targets": ((3, 5), np.int32), "weights": ((3, 5), np.float32)}
+        "tokens": ((3, 8), np.int32),
+        "valid": ((3, 8), bool),
+        "predict_at": ((3, 5), np.int32),
+        "targets": ((3, 5), np.int32),
+        "weights": ((3, 5), np.float32),
+    }
     for b, e in enumerate(EXAMPLES):
         whole = [*e.prompt_ids, *e.answer_ids]
         for t in range(length):
@@ -115,7 +160,10 @@ def test_training_batch_against_a_plain_loop():
             assert batch["weights"][b, a] == (1.0 if real else 0.0)
             if real:
                 at = batch["predict_at"][b, a]
-                assert batch["valid"][b, at] and batch["tokens"][b, at] == whole[len(e.prompt_ids) + a - 1]
+                assert (
+                    batch["valid"][b, at]
+                    and batch["tokens"][b, at] == whole[len(e.prompt_ids) + a - 1]
+                )
                 assert batch["targets"][b, a] == whole[at + 1] == e.answer_ids[a]
             else:
                 assert batch["targets"][b, a] == 0 and batch["predict_at"][b, a] < length
@@ -130,40 +178,59 @@ def test_prompt_batch_pads_on_the_left():
 
 def test_tokenizer_with_ids_beyond_the_embedding(tiny):
     Chat(tiny, 259)
-    with pytest.raises(ValueError, match="ids up to 258, the embedding only 258 rows: tokenizer and weights are of different"):
+    with pytest.raises(
+        ValueError,
+        match="ids up to 258, the embedding only 258 rows: tokenizer and weights are of different",
+    ):
         Chat(tiny, 258)
 
 
 def test_no_chat_template(copy):
     (copy / "chat_template.jinja").unlink()
     assert "chat_template" not in json.loads((copy / "tokenizer_config.json").read_text())
-    with pytest.raises(ValueError, match="copy: the tokenizer has no chat template, so this is not a chat model"):
+    with pytest.raises(
+        ValueError, match="copy: the tokenizer has no chat template, so this is not a chat model"
+    ):
         Chat(copy, 264)
 
 
-@pytest.mark.parametrize("broken", [None, "{", '{"model": {"type": "Unknown"}}'], ids=["absent", "not JSON", "unknown"])
+@pytest.mark.parametrize(
+    "broken", [None, "{", '{"model": {"type": "Unknown"}}'], ids=["absent", "not JSON", "unknown"]
+)
 def test_no_tokenizer(copy, broken):
     (copy / "tokenizer.json").unlink()
     if broken is None:
         (copy / "tokenizer_config.json").unlink()
     else:
         (copy / "tokenizer.json").write_text(broken)
-    with pytest.raises(ValueError, match="(?s)copy: no usable tokenizer .*Copy tokenizer.json and tokenizer_config.json"):
+    with pytest.raises(
+        ValueError,
+        match="(?s)copy: no usable tokenizer .*Copy tokenizer.json and tokenizer_config.json",
+    ):
         Chat(copy, 264)
 
 
 def test_answer_tokens_are_those_of_the_whole_text(copy):
-    """A tokenizer that marks the start of a text (SentencePiece style) must not mark the start of the answer."""
+    """A tokenizer that marks the start of a text (SentencePiece style) must not mark the start of
+    the answer."""
     raw = json.loads((copy / "tokenizer.json").read_text())
     raw["normalizer"] = {"type": "Prepend", "prepend": "!"}
     (copy / "tokenizer.json").write_text(json.dumps(raw))
     (copy / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m['content'] + (':' if m['role'] == 'user' else '<|im_end|>') }}{% endfor %}")
+        "{% for m in messages %}{{ m['content'] + (':' if m['role'] == 'user' else '<|im_end|>') "
+        "}}{% endfor %}"
+    )
     example = Chat(copy, 264).encode("Hi", "Yes")
-    assert example.prompt_ids == tuple(characters("!Hi:")) and example.answer_ids == (*characters("Yes"), END)
+    assert example.prompt_ids == tuple(characters("!Hi:")) and example.answer_ids == (
+        *characters("Yes"),
+        END,
+    )
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}{{ undefined.x.y }}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}{{ undefined.x.y }}"],
+)
 def test_broken_or_hostile_template_is_an_error(copy, template):
     (copy / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="chat template does not render"):

@@ -1,9 +1,11 @@
-"""Near-duplicates: which of two prompts stays, and that the quick search finds what a slow one finds."""
+"""Near-duplicates: which of two prompts stays, and that the quick search finds what a slow one
+finds."""
 
 import random
 import time
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from safepatch_jax.data.duplicates import first_of_each
 
@@ -18,9 +20,18 @@ def slow(prompts):
 
 
 def test_the_first_stays():
-    prompts = ["Write a tutorial on how to tie a knot in a rope", "Provide a tutorial on how to tie a knot in a rope",
-               "write a TUTORIAL on how to tie a knot in a rope!", "Write a tutorial on how to bake bread",
-               "How do I stop a process?", "How do I stop a friend?", "", " ", "?!", "?!"]
+    prompts = [
+        "Write a tutorial on how to tie a knot in a rope",
+        "Provide a tutorial on how to tie a knot in a rope",
+        "write a TUTORIAL on how to tie a knot in a rope!",
+        "Write a tutorial on how to bake bread",
+        "How do I stop a process?",
+        "How do I stop a friend?",
+        "",
+        " ",
+        "?!",
+        "?!",
+    ]
     assert first_of_each(prompts) == [0, 3, 4, 5, 6, 7, 8]
     assert first_of_each(prompts[::-1]) == [0, 2, 3, 4, 5, 6, 7]
     assert first_of_each([]) == []
@@ -39,7 +50,9 @@ def test_chance_order_does_not_matter_for_unrelated_prompts():
 
 def test_fifty_thousand_prompts_take_seconds():
     rng = random.Random(0)
-    words = [f"w{int(rng.paretovariate(1))}" for _ in range(100_000)]  # few words are frequent, most are rare
+    words = [
+        f"w{int(rng.paretovariate(1))}" for _ in range(100_000)
+    ]  # few words are frequent, most are rare
     prompts = [" ".join(rng.choices(words, k=rng.randint(5, 25))) for _ in range(50_000)]
     start = time.monotonic()
     first_of_each(prompts)

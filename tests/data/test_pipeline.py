@@ -1,4 +1,5 @@
-"""The input pipeline: what is in a batch, where an iterator goes on, which rows a process lays out, padded lengths."""
+"""The input pipeline: what is in a batch, where an iterator goes on, which rows a process lays out,
+padded lengths."""
 
 import json
 
@@ -11,8 +12,13 @@ from safepatch_jax.data.chat import Example, lengths, training_batch
 from safepatch_jax.data.pipeline import WINDOW, shapes, training_batches
 
 RANDOM = np.random.default_rng(0)
-EXAMPLES = [Example(tuple(RANDOM.integers(1, 99, RANDOM.integers(4, 60))), tuple(RANDOM.integers(1, 99, RANDOM.integers(2, 30))))
-            for _ in range(21)]
+EXAMPLES = [
+    Example(
+        tuple(RANDOM.integers(1, 99, RANDOM.integers(4, 60))),
+        tuple(RANDOM.integers(1, 99, RANDOM.integers(2, 30))),
+    )
+    for _ in range(21)
+]
 
 
 def rows_of(batch):
@@ -30,7 +36,9 @@ def assert_same(a, b):
 
 
 def test_a_batch_is_that_of_the_seed_and_its_place():
-    take = lambda seed, n: [batch for batch, _ in zip(training_batches([(EXAMPLES, 4)], seed), range(n))]
+    take = lambda seed, n: [
+        batch for batch, _ in zip(training_batches([(EXAMPLES, 4)], seed), range(n))
+    ]
     first, again, other = take(3, 12), take(3, 12), take(4, 12)
     for a, b in zip(first, again):
         assert_same(a, b)
@@ -76,7 +84,10 @@ def test_the_rows_of_two_processes_make_the_batch():
             assert not low[name][2:].any() and not high[name][:2].any()
 
 
-@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 40)), min_size=1, max_size=30), st.integers(1, 5))
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.integers(1, 40)), min_size=1, max_size=30),
+    st.integers(1, 5),
+)
 def test_padded_shapes_hold_every_example(sizes, buckets):
     examples = [Example((1,) * prompt, (2,) * answer) for prompt, answer in sizes]
     found = shapes(examples, buckets)
@@ -84,10 +95,16 @@ def test_padded_shapes_hold_every_example(sizes, buckets):
     for example in examples:
         length, answers = next(shape for shape in found if shape[0] >= lengths([example])[0])
         batch = training_batch([example], length, answers)
-        assert batch["valid"].sum() == len(inputs(example)) and batch["weights"].sum() == len(example.answer_ids)
+        assert batch["valid"].sum() == len(inputs(example)) and batch["weights"].sum() == len(
+            example.answer_ids
+        )
 
 
 def test_buckets_save_padding():
-    filled = lambda buckets: np.mean([batch["valid"].mean() for _, batch in zip(
-        range(2 * WINDOW), training_batches([(EXAMPLES, 4)], 0, buckets))])
+    filled = lambda buckets: np.mean(
+        [
+            batch["valid"].mean()
+            for _, batch in zip(range(2 * WINDOW), training_batches([(EXAMPLES, 4)], 0, buckets))
+        ]
+    )
     assert filled(3) > 1.2 * filled(1)

@@ -1,4 +1,5 @@
-"""Two-stream decoding: formulas and candidates against plain NumPy, ids against a loop without a cache, errors."""
+"""Two-stream decoding: formulas and candidates against plain NumPy, ids against a loop without a
+cache, errors."""
 
 import functools
 import math
@@ -15,9 +16,19 @@ from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
 
-TALKS = ["Hi", "Name a colour.", ("Say a word.", "Sea.", "And another one?"), "x" * 60, "What is a river, and where does it end?",
-         "Why?"]
-RULES = [SelfCD(stressed="Be safe."), Rose(positive="Be kind and safe.", reverse="Be unkind."), SafeDecoding()]
+TALKS = [
+    "Hi",
+    "Name a colour.",
+    ("Say a word.", "Sea.", "And another one?"),
+    "x" * 60,
+    "What is a river, and where does it end?",
+    "Why?",
+]
+RULES = [
+    SelfCD(stressed="Be safe."),
+    Rose(positive="Be kind and safe.", reverse="Be unkind."),
+    SafeDecoding(),
+]
 NAMES = ["self_cd", "rose", "safe_decoding"]
 NEW = 10
 WHOLE = 264  # the tiny model's vocabulary
@@ -26,13 +37,15 @@ each_rule = pytest.mark.parametrize("rule", RULES, ids=NAMES)
 
 # Plain NumPy, after the papers.
 
+
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()
 
 
 def common_tokens(base, expert, c):
-    """Grow k until the k likeliest tokens of both have c in common; of equally likely ones the lower id is first."""
+    """Grow k until the k likeliest tokens of both have c in common; of equally likely ones the
+    lower id is first."""
     by_base = sorted(range(len(base)), key=lambda v: (-base[v], v))
     by_expert = sorted(range(len(base)), key=lambda v: (-expert[v], v))
     for k in range(1, len(base) + 1):
@@ -60,6 +73,7 @@ def combined(rule, first, second, step):
 
 # Fixtures.
 
+
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory):
     return tiny, write_tiny_model(tmp_path_factory.mktemp("tiny") / "expert", seed=1)
@@ -73,6 +87,7 @@ def mixed(params, other):
 @pytest.fixture(scope="module")
 def open_pair(folders):
     """(batch size, mesh) -> engine and expert."""
+
     @functools.cache
     def load(sharder):
         (config, params), (_, other) = (load_params(folder, sharder) for folder in folders)
@@ -81,6 +96,7 @@ def open_pair(folders):
     def open_pair(batch_size, sharder):
         config, params, expert = load(sharder)
         return Engine(config, params, folders[0], sharder, batch_size=batch_size), expert
+
     return open_pair
 
 
@@ -97,7 +113,9 @@ def engine(open_pair, sharder):
 
 def answers_of(pair, rule, talks=TALKS, new=NEW, **options):
     engine, expert = pair
-    return engine.complete_contrasted(talks, rule, new, expert=expert if rule.needs_expert else None, **options)
+    return engine.complete_contrasted(
+        talks, rule, new, expert=expert if rule.needs_expert else None, **options
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,7 +126,7 @@ def _apply(decoder, params, tokens, length):
 
 def next_logits(engine, params, ids):
     tokens = np.zeros((1, 256), np.int32)
-    tokens[0, :len(ids)] = ids
+    tokens[0, : len(ids)] = ids
     return np.asarray(_apply(engine.decoder, params, tokens, len(ids)))
 
 
@@ -126,18 +144,24 @@ def by_hand(open_pair, sharder):
             weights = engine.params, expert if rule.needs_expert else engine.params
             answer = []
             for step in range(new):
-                first, second = (next_logits(engine, w, ids + answer) for w, ids in zip(weights, sequences))
+                first, second = (
+                    next_logits(engine, w, ids + answer) for w, ids in zip(weights, sequences)
+                )
                 answer.append(int(combined(rule, first, second, step).argmax()))
                 if answer[-1] in engine.stop_ids:
                     break
             answers.append([t for t in answer if t not in engine.stop_ids])
         return answers
+
     return by_hand
 
 
 # Formulas.
 
-@pytest.mark.parametrize("rule", [*RULES, SelfCD(0.5), Rose(2.0), SafeDecoding(0.5, 1, 9), SafeDecoding(1.0)], ids=repr)
+
+@pytest.mark.parametrize(
+    "rule", [*RULES, SelfCD(0.5), Rose(2.0), SafeDecoding(0.5, 1, 9), SafeDecoding(1.0)], ids=repr
+)
 def test_formulas(rule):
     rng = np.random.default_rng(0)
     first, second = rng.normal(0, 2, (2, 5, 40)).astype(np.float32)
@@ -161,7 +185,8 @@ def test_defaults_are_those_of_the_sources():
 
 
 def test_of_candidates_that_all_lose_the_one_that_loses_least_is_chosen():
-    """Both models are sure of a token that is not a candidate: each combined probability is negative."""
+    """Both models are sure of a token that is not a candidate: each combined probability is
+    negative."""
     base, expert = np.zeros((2, 12), np.float32)
     base[0], expert[11] = 16, 16
     base[1:6], expert[1:6] = [3, 4, 2, 5, 6], 1
@@ -175,6 +200,7 @@ def test_of_candidates_that_all_lose_the_one_that_loses_least_is_chosen():
 
 
 # Candidates.
+
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("common", [1, 5, 7])
@@ -191,7 +217,9 @@ def test_candidates_are_those_of_the_growing_sets(size, common, levels):
 def test_candidates_by_hand():
     base = np.array([[6, 5, 4, 3, 2, 1.0]])  # order 0 1 2 3 4 5
     expert = np.array([[1, 2, 6, 5, 4, 3.0]])  # order 2 3 4 5 1 0
-    sets = lambda common: [set(np.flatnonzero(row)) for row in np.asarray(candidates(base, expert, common))]
+    sets = lambda common: [
+        set(np.flatnonzero(row)) for row in np.asarray(candidates(base, expert, common))
+    ]
     assert sets(1) == [{2}]  # k = 3
     assert sets(2) == [{2, 3}]  # k = 4
     assert sets(4) == [{1, 2, 3, 4}]  # k = 5 brings in two
@@ -203,13 +231,24 @@ def test_candidates_by_hand():
 
 # Plain decoding as a special case.
 
+
 def plain(engine, system, new=NEW):
-    return engine.complete_ids([engine.ask(*([t] if isinstance(t, str) else t), system=system) for t in TALKS], new)
+    return engine.complete_ids(
+        [engine.ask(*([t] if isinstance(t, str) else t), system=system) for t in TALKS], new
+    )
 
 
-@pytest.mark.parametrize("rule", [SelfCD(stressed="Be safe.", plain="Be safe."), SelfCD(stressed="Be safe.", alpha=0.0),
-                                  Rose(positive="Be safe.", reverse="Be safe."), Rose(positive="Be safe.", alpha=0.0),
-                                  SafeDecoding(alpha=0.0, common=WHOLE, steps=NEW, system="Be safe.")], ids=repr)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SelfCD(stressed="Be safe.", plain="Be safe."),
+        SelfCD(stressed="Be safe.", alpha=0.0),
+        Rose(positive="Be safe.", reverse="Be safe."),
+        Rose(positive="Be safe.", alpha=0.0),
+        SafeDecoding(alpha=0.0, common=WHOLE, steps=NEW, system="Be safe."),
+    ],
+    ids=repr,
+)
 def test_alpha_0_and_equal_streams_are_plain_decoding(pair, rule):
     assert answers_of(pair, rule) == plain(pair[0], "Be safe.")
 
@@ -217,7 +256,9 @@ def test_alpha_0_and_equal_streams_are_plain_decoding(pair, rule):
 @pytest.mark.parametrize("steps", [2, NEW])
 def test_an_expert_that_is_the_model_changes_nothing(pair, steps):
     engine = pair[0]
-    assert engine.complete_contrasted(TALKS, SafeDecoding(steps=steps), NEW, expert=engine.params) == plain(engine, None)
+    assert engine.complete_contrasted(
+        TALKS, SafeDecoding(steps=steps), NEW, expert=engine.params
+    ) == plain(engine, None)
 
 
 def test_alpha_1_over_the_vocabulary_is_the_expert(open_pair, sharder, folders):
@@ -229,19 +270,26 @@ def test_alpha_1_over_the_vocabulary_is_the_expert(open_pair, sharder, folders):
 
 # Ids.
 
+
 @each_rule
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_ids_are_those_of_a_loop_without_a_cache(open_pair, by_hand, sharder, rule, batch_size):
     answers = answers_of(open_pair(batch_size, sharder), rule)
     assert answers == by_hand(rule)
-    assert answers != plain(open_pair(4, sharder)[0], rule.systems[0]) and len(set(map(tuple, answers))) > 3
+    assert (
+        answers != plain(open_pair(4, sharder)[0], rule.systems[0])
+        and len(set(map(tuple, answers))) > 3
+    )
 
 
 @each_rule
 @pytest.mark.parametrize("mesh", ["fsdp", "data", "tensor"])
 def test_ids_on_eight_devices(open_pair, by_hand, rule, mesh):
-    sharder = {"fsdp": lambda: sharder_of(8), "data": lambda: Sharder(make_mesh("data:8,fsdp:1,tensor:1")),
-               "tensor": lambda: Sharder(make_mesh("data:2,fsdp:2,tensor:2"))}[mesh]()
+    sharder = {
+        "fsdp": lambda: sharder_of(8),
+        "data": lambda: Sharder(make_mesh("data:8,fsdp:1,tensor:1")),
+        "tensor": lambda: Sharder(make_mesh("data:2,fsdp:2,tensor:2")),
+    }[mesh]()
     assert answers_of(open_pair(8, sharder), rule) == by_hand(rule)
 
 
@@ -255,7 +303,11 @@ def test_safe_decoding_by_number_of_steps(pair, by_hand, steps, new):
 def test_order_does_not_matter_and_each_answer_is_told(pair, rule):
     order, told = [4, 0, 5, 2, 1, 3], {}
     answers = answers_of(pair, rule, [TALKS[i] for i in order], done=told.__setitem__)
-    assert [told[i] for i in range(len(order))] == answers == [answers_of(pair, rule)[i] for i in order]
+    assert (
+        [told[i] for i in range(len(order))]
+        == answers
+        == [answers_of(pair, rule)[i] for i in order]
+    )
     assert answers_of(pair, rule, []) == []
 
 
@@ -267,43 +319,69 @@ def test_a_stop_token_ends_an_answer_and_is_left_out(open_pair, sharder, rule, a
     free = answers_of((engine, expert), rule)
     engine.stop_ids = (free[3][at],)
     for with_stop, without in zip(answers_of((engine, expert), rule), free):
-        assert with_stop == (without[:without.index(free[3][at])] if free[3][at] in without else without)
+        assert with_stop == (
+            without[: without.index(free[3][at])] if free[3][at] in without else without
+        )
 
 
 # Prompts.
+
 
 def text_of(engine, *turns, **options):
     return engine.tokenizer.decode(engine.ask(*turns, **options))
 
 
 def test_a_system_message_has_its_own_turn(engine):
-    assert text_of(engine, "Hi", system="Be safe.").startswith("<|im_start|>system\nBe safe.<|im_end|>\n<|im_start|>user\nHi")
+    assert text_of(engine, "Hi", system="Be safe.").startswith(
+        "<|im_start|>system\nBe safe.<|im_end|>\n<|im_start|>user\nHi"
+    )
     assert text_of(engine, "Hi", system=None) == text_of(engine, "Hi")
     assert text_of(engine, "Be safe.", system="Be safe.").count("Be safe.") == 2
-    assert text_of(engine, "Hi", system="").startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi")
+    assert text_of(engine, "Hi", system="").startswith(
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi"
+    )
 
 
-@pytest.mark.parametrize("guard", ["{{ raise_exception('System role not supported') }}", ""], ids=["refused", "left out"])
+@pytest.mark.parametrize(
+    "guard", ["{{ raise_exception('System role not supported') }}", ""], ids=["refused", "left out"]
+)
 def test_without_a_system_role_the_message_is_put_before_the_users_text(engine, guard):
     turn = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
     engine.tokenizer.chat_template = (
         "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}" + guard + "{% else %}" + turn + "{% endif %}{% endfor %}")
+        "{% if message['role'] == 'system' %}"
+        + guard
+        + "{% else %}"
+        + turn
+        + "{% endif %}{% endfor %}"
+    )
     assert text_of(engine, "Hi", "Yes?", "Oh", system="Be safe.") == (
-        "<|im_start|>user\nBe safe.\n\nHi<|im_end|><|im_start|>assistant\nYes?<|im_end|><|im_start|>user\nOh<|im_end|>")
-    assert text_of(engine, "Be safe. Hi", system="Be safe.") == "<|im_start|>user\nBe safe.\n\nBe safe. Hi<|im_end|>"
+        "<|im_start|>user\nBe "
+        "safe.\n\nHi<|im_end|><|im_start|>assistant\nYes?<|im_end|><|im_start|>user\nOh<|im_end|>"
+    )
+    assert (
+        text_of(engine, "Be safe. Hi", system="Be safe.")
+        == "<|im_start|>user\nBe safe.\n\nBe safe. Hi<|im_end|>"
+    )
     assert text_of(engine, "Hi", system="") == text_of(engine, "Hi")
     assert len(engine.complete_contrasted(["Hi"], SelfCD(), 3)[0]) <= 3
 
 
 def test_without_is_what_the_template_makes_of_it(engine):
-    """A template that puts in a system message of its own (SmolLM2's) does so in the stream without the instruction."""
+    """A template that puts in a system message of its own (SmolLM2's) does so in the stream without
+    the instruction."""
     engine.tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nOwn.<|im_end|>' }}{% endif %}"
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nOwn.<|im_end|>' }}{% "
+        "endif %}"
         "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}{% endfor %}")
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}{% "
+        "endfor %}"
+    )
     own, stressed = "<|im_start|>system\nOwn.", "<|im_start|>system\nBe safe."
-    first, second = (engine.tokenizer.decode(stream[0]) for stream in engine._streams(["Hi"], SelfCD(stressed="Be safe.")))
+    first, second = (
+        engine.tokenizer.decode(stream[0])
+        for stream in engine._streams(["Hi"], SelfCD(stressed="Be safe."))
+    )
     assert first.startswith(stressed) and "Own." not in first and second.startswith(own)
     assert text_of(engine, "Hi", system="Own.") == text_of(engine, "Hi")
     second = engine._streams(["Hi"], SelfCD(plain=""))[1][0]
@@ -311,6 +389,7 @@ def test_without_is_what_the_template_makes_of_it(engine):
 
 
 # Time.
+
 
 @each_rule
 def test_atgr(pair, rule):
@@ -335,41 +414,67 @@ def test_a_rule_answers_as_an_engine_does(pair):
     assert found == engine.complete_contrasted(talks, Rose(), 5) and told == dict(enumerate(found))
     assert contrasted.fits("Hi", 5) and not contrasted.fits("x" * engine.config.max_length, 5)
     room = engine.config.max_length - len(engine.ask("Hi"))
-    assert engine.fits("Hi", room) and not contrasted.fits("Hi", room)  # the rule's system messages are longer
+    assert engine.fits("Hi", room) and not contrasted.fits(
+        "Hi", room
+    )  # the rule's system messages are longer
     with pytest.raises(ValueError, match="Rose chooses the likeliest token"):
         contrasted.answer(talks, 5, sampling=Sampling(temperature=0.5))
 
 
 # Errors.
 
+
 @pytest.mark.parametrize("kind", [SelfCD, Rose, SafeDecoding])
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf")])
 def test_alpha_that_is_not_finite_is_refused(kind, alpha):
-    message = rf"{kind.__name__}: alpha must be a finite number, got .*; the source's is {kind.alpha}"
+    message = (
+        rf"{kind.__name__}: alpha must be a finite number, got .*; the source's is {kind.alpha}"
+    )
     with pytest.raises(ValueError, match=message):
         kind(alpha=alpha)
 
 
 @pytest.mark.parametrize("steps, common", [(0, 5), (2, 0), (-1, 5)])
 def test_no_steps_or_candidates_are_refused(steps, common):
-    with pytest.raises(ValueError, match="steps and common must be 1 or more, got .*For plain decoding use Engine.complete_ids"):
+    with pytest.raises(
+        ValueError,
+        match="steps and common must be 1 or more, got .*For plain decoding use "
+        "Engine.complete_ids",
+    ):
         SafeDecoding(steps=steps, common=common)
 
 
-@pytest.mark.parametrize("ask", [lambda engine, rule, **options: engine.complete_contrasted(["Hi"], rule, 2, **options),
-                                 Engine.atgr], ids=["complete_contrasted", "atgr"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda engine, rule, **options: engine.complete_contrasted(["Hi"], rule, 2, **options),
+        Engine.atgr,
+    ],
+    ids=["complete_contrasted", "atgr"],
+)
 def test_experts_that_do_not_fit_are_refused(pair, ask, tmp_path, sharder):
     engine, expert = pair
-    with pytest.raises(ValueError, match=r"SafeDecoding needs an expert: .*expert=load_params\(folder, engine.sharder\)\[1\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"SafeDecoding needs an expert: .*expert=load_params\(folder, engine.sharder\)\[1\]",
+    ):
         ask(engine, SafeDecoding())
     for rule in RULES[:2]:
-        with pytest.raises(ValueError, match=f"{type(rule).__name__} has two prompts and one model; leave the expert out"):
+        with pytest.raises(
+            ValueError,
+            match=f"{type(rule).__name__} has two prompts and one model; leave the expert out",
+        ):
             ask(engine, rule, expert=expert)
     _, wide = load_params(write_tiny_model(tmp_path / "wide", intermediate_size=96), sharder)
-    with pytest.raises(ValueError, match=r"(?s)another architecture than the model. Tune it from the same model.*"
-                                         r"layers/mlp/\w+: expert \(2, .*96.*\), model \(2, .*64.*\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)another architecture than the model. Tune it from the same model.*"
+        r"layers/mlp/\w+: expert \(2, .*96.*\), model \(2, .*64.*\)",
+    ):
         ask(engine, SafeDecoding(), expert=wide)
-    _, untied = load_params(write_tiny_model(tmp_path / "untied", tie_word_embeddings=False), sharder)
+    _, untied = load_params(
+        write_tiny_model(tmp_path / "untied", tie_word_embeddings=False), sharder
+    )
     with pytest.raises(ValueError, match=r"head/kernel: expert \(264, 32\), model has none"):
         ask(engine, SafeDecoding(), expert=untied)
     with pytest.raises(ValueError, match="and [0-9]+ more$"):

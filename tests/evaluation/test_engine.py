@@ -1,4 +1,5 @@
-"""The engine: greedy as Hugging Face's, draws that depend on seed and number alone, likelihoods, refusals."""
+"""The engine: greedy as Hugging Face's, draws that depend on seed and number alone, likelihoods,
+refusals."""
 
 import functools
 
@@ -16,7 +17,9 @@ MOST = 512  # positions of the tiny model
 
 
 def cut_at(text, until):
-    return text[:min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
+    return text[
+        : min((text.index(stop) for stop in until if stop and stop in text), default=len(text))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,12 @@ def torch_model(tiny):
 
 
 def logits_of(engine, ids):
-    """Return the logits [T, V] of one sequence, float64; all are padded to one length, so that one program is compiled."""
+    """Return the logits [T, V] of one sequence, float64; all are padded to one length, so that one
+    program is compiled."""
     tokens, valid = np.zeros((1, 192), np.int32), np.arange(192)[None] < len(ids)
     tokens[valid] = ids
     logits = _apply(engine.decoder, engine.params, tokens, np.arange(192)[None], valid)
-    return np.asarray(logits[0, :len(ids)], np.float64)
+    return np.asarray(logits[0, : len(ids)], np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,20 +67,31 @@ def logprobs_of(logits):
 
 def pairs_of(lengths):
     rng = np.random.default_rng(1)
-    return [(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in lengths]
+    return [
+        (rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in lengths
+    ]
 
 
 # Continuations.
+
 
 def test_greedy_is_that_of_torch(engine, torch_model):
     import torch
 
     answers = engine.complete_ids(PROMPTS, 12)
     for prompt, answer in zip(PROMPTS, answers):
-        ids = torch_model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                   max_new_tokens=12, do_sample=False, eos_token_id=list(engine.stop_ids), pad_token_id=258)
-        assert answer == [t for t in ids[0, len(prompt):].tolist() if t not in engine.stop_ids]
-    assert len({tuple(answer) for answer in answers}) > 4  # the model does not say the same of everything
+        ids = torch_model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=list(engine.stop_ids),
+            pad_token_id=258,
+        )
+        assert answer == [t for t in ids[0, len(prompt) :].tolist() if t not in engine.stop_ids]
+    assert (
+        len({tuple(answer) for answer in answers}) > 4
+    )  # the model does not say the same of everything
 
 
 def test_a_stop_token_ends_an_answer_and_is_left_out(open_engine):
@@ -85,7 +100,7 @@ def test_a_stop_token_ends_an_answer_and_is_left_out(open_engine):
     stop = free[3][4]
     engine.stop_ids = (stop,)
     for with_stop, without in zip(engine.complete_ids(PROMPTS, 12), free):
-        assert with_stop == (without[:without.index(stop)] if stop in without else without)
+        assert with_stop == (without[: without.index(stop)] if stop in without else without)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
@@ -94,18 +109,24 @@ def test_stop_texts_end_a_batch_early_and_change_nothing_before_them(open_engine
     text = lambda ids: engine.tokenizer.decode(ids, skip_special_tokens=True)
     engine.stop_ids = ()
     free = engine.complete_ids(prompts, 200, sampling=sampling)
-    until = [text(ids)[10 + i:12 + i] for i, ids in enumerate(free)]  # each answer holds one in its first piece
+    until = [
+        text(ids)[10 + i : 12 + i] for i, ids in enumerate(free)
+    ]  # each answer holds one in its first piece
     ended = engine.complete_ids(prompts, 200, sampling=sampling, until=["", *until])
     for whole, short in zip(free, ended):
-        assert len(whole) == 200 and short == whole[:len(short)] and len(short) == 32
+        assert len(whole) == 200 and short == whole[: len(short)] and len(short) == 32
         assert cut_at(text(short), until) == cut_at(text(whole), until)
     # One answer goes on to its third or fourth piece; the others hold their stop texts already.
-    windows = (text(free[0])[at:at + 8] for at in range(70, 110))
-    late = next(w for w in windows if text(free[0]).index(w) >= 60 and not any(w in text(ids) for ids in free[1:]))
+    windows = (text(free[0])[at : at + 8] for at in range(70, 110))
+    late = next(
+        w
+        for w in windows
+        if text(free[0]).index(w) >= 60 and not any(w in text(ids) for ids in free[1:])
+    )
     until = [late, *(stop for stop in until[1:] if stop not in text(free[0])[:120])]
     holding = [ids for ids in free[1:] if any(stop in text(ids)[:28] for stop in until)]
     mixed = engine.complete_ids(prompts, 200, sampling=sampling, until=until)
-    assert holding and all(short == whole[:len(short)] for short, whole in zip(mixed, free))
+    assert holding and all(short == whole[: len(short)] for short, whole in zip(mixed, free))
     assert 64 <= len(mixed[0]) < 200 and late in text(mixed[0])
     assert all(len(mixed[free.index(ids)]) == 32 for ids in holding)
     assert engine.complete_ids(prompts, 200, sampling=sampling, until=["no such text"]) == free
@@ -120,7 +141,11 @@ def test_a_stop_text_that_begins_earlier_still_counts(open_engine):
     until = [text[20:70], text[24:26]]
     assert text.index(until[0]) == 20 and 20 < text.index(until[1]) < 30 and len(text) > 80
     (ended,) = engine.complete_ids([PROMPTS[3]], 100, sampling=WARM, until=until)
-    assert cut_at(engine.tokenizer.decode(ended, skip_special_tokens=True), until) == cut_at(text, until) == text[:20]
+    assert (
+        cut_at(engine.tokenizer.decode(ended, skip_special_tokens=True), until)
+        == cut_at(text, until)
+        == text[:20]
+    )
     assert len(ended) > 64  # the longer one ends in the third piece
 
 
@@ -129,8 +154,14 @@ def test_batch_size_and_order_do_not_matter(engine, open_engine, sampling):
     numbers = [10 * i for i in range(len(PROMPTS))]
     answers = engine.complete_ids(PROMPTS, 10, sampling=sampling, numbers=numbers)
     order, done = [5, 0, 7, 2, 1, 6, 3, 4], {}
-    other = open_engine(8).complete_ids([PROMPTS[i] for i in order], 10, "shuffled", sampling, done.__setitem__,
-                                        [numbers[i] for i in order])
+    other = open_engine(8).complete_ids(
+        [PROMPTS[i] for i in order],
+        10,
+        "shuffled",
+        sampling,
+        done.__setitem__,
+        [numbers[i] for i in order],
+    )
     assert [other[order.index(i)] for i in range(len(order))] == answers
     assert [done[k] for k in range(len(order))] == other
     alone = engine.complete_ids(PROMPTS[4:5], 10, sampling=sampling, numbers=numbers[4:5])
@@ -139,15 +170,21 @@ def test_batch_size_and_order_do_not_matter(engine, open_engine, sampling):
 
 def test_draws_follow_seed_and_number(engine):
     prompts = [PROMPTS[3]] * 3
-    draw = lambda seed, numbers: engine.complete_ids(prompts, 10, sampling=Sampling(1.0, 1.0, seed), numbers=numbers)
+    draw = lambda seed, numbers: engine.complete_ids(
+        prompts, 10, sampling=Sampling(1.0, 1.0, seed), numbers=numbers
+    )
     same, others = draw(0, [7, 7, 7]), draw(0, [7, 8, 9])
     assert same[0] == same[1] == same[2] == others[0] and len(set(map(tuple, others))) == 3
     assert draw(1, [7, 8, 9])[0] != others[0]
-    assert draw(0, [0, 1, 2]) == engine.complete_ids(prompts, 10, sampling=Sampling(1.0))  # numbers are the indices
+    assert draw(0, [0, 1, 2]) == engine.complete_ids(
+        prompts, 10, sampling=Sampling(1.0)
+    )  # numbers are the indices
 
 
 def test_a_tiny_top_p_is_greedy(engine):
-    assert engine.complete_ids(PROMPTS, 10, sampling=Sampling(2.0, 1e-6)) == engine.complete_ids(PROMPTS, 10)
+    assert engine.complete_ids(PROMPTS, 10, sampling=Sampling(2.0, 1e-6)) == engine.complete_ids(
+        PROMPTS, 10
+    )
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 0.5)])
@@ -157,26 +194,44 @@ def test_draws_have_the_models_distribution(open_engine, temperature, top_p):
     drawn = engine.complete_ids([PROMPTS[2]] * n, 1, sampling=Sampling(temperature, top_p))
     share = np.exp(logprobs_of(logits_of(engine, PROMPTS[2])[-1] / temperature))
     order = np.argsort(-share)
-    kept = order[:np.searchsorted(np.cumsum(share[order]), top_p) + 1]  # the fewest that reach top_p
+    kept = order[
+        : np.searchsorted(np.cumsum(share[order]), top_p) + 1
+    ]  # the fewest that reach top_p
     expected = np.zeros_like(share)
     expected[kept] = share[kept] / share[kept].sum()
-    counts = np.bincount([ids[0] if ids else engine.stop_ids[0] for ids in drawn], minlength=len(share))
+    counts = np.bincount(
+        [ids[0] if ids else engine.stop_ids[0] for ids in drawn], minlength=len(share)
+    )
     assert not counts[expected == 0].any()
     spread = np.sqrt(n * expected * (1 - expected))
     assert np.all(np.abs(counts - n * expected) <= 5 * spread + 1)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(-0.1, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, 1.5),
-                                                (1.0, float("nan"))])
+@pytest.mark.parametrize(
+    "temperature, top_p",
+    [
+        (-0.1, 1.0),
+        (float("nan"), 1.0),
+        (float("inf"), 1.0),
+        (1.0, 0.0),
+        (1.0, 1.5),
+        (1.0, float("nan")),
+    ],
+)
 def test_sampling_refuses_what_is_no_probability(temperature, top_p):
-    with pytest.raises(ValueError, match=r"temperature must be 0 or more and top_p in \(0, 1\], got"):
+    with pytest.raises(
+        ValueError, match=r"temperature must be 0 or more and top_p in \(0, 1\], got"
+    ):
         Sampling(temperature, top_p)
 
 
 def test_prompts_that_do_not_fit_are_refused(engine):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         engine.complete_ids([[1], []], 4)
-    with pytest.raises(ValueError, match="prompt 0 has 510 tokens, and 4 more are asked for; the model has 512 positions"):
+    with pytest.raises(
+        ValueError,
+        match="prompt 0 has 510 tokens, and 4 more are asked for; the model has 512 positions",
+    ):
         engine.complete_ids([[1] * 510], 4)
     assert len(engine.complete_ids([[1] * (MOST - 4)], 4)[0]) <= 4
     assert engine.complete_ids([], 4) == []
@@ -186,18 +241,26 @@ def test_text_in_text_out(engine):
     (answer,) = engine.complete(["<|im_start|>user\nSay a word."], 6)
     ids = engine.tokenizer("<|im_start|>user\nSay a word.")["input_ids"]
     assert ids[0] == 256 and answer == engine.decode(engine.complete_ids([ids], 6)[0])
-    assert engine.ask("Hello")[-len("assistant\n") - 1:][0] == 256  # the template's generation prompt
+    assert (
+        engine.ask("Hello")[-len("assistant\n") - 1 :][0] == 256
+    )  # the template's generation prompt
 
 
 # Likelihoods.
 
+
 def test_score_is_the_sum_of_log_softmax(engine):
-    pairs, done = pairs_of([(1, 1), (5, 3), (30, 9), (8, 17), (60, 64), (4, 65), (9, 70), (3, 130)]), {}
+    pairs, done = (
+        pairs_of([(1, 1), (5, 3), (30, 9), (8, 17), (60, 64), (4, 65), (9, 70), (3, 130)]),
+        {},
+    )
     results = engine.score(pairs, done=done.__setitem__)
     assert [done[i] for i in range(len(pairs))] == results
     for (context, continuation), (logprob, greedy) in zip(pairs, results):
-        of_each = logprobs_of(logits_of(engine, context + continuation[:-1]))[len(context) - 1:]
-        assert logprob == pytest.approx(of_each[range(len(continuation)), continuation].sum(), rel=1e-5)
+        of_each = logprobs_of(logits_of(engine, context + continuation[:-1]))[len(context) - 1 :]
+        assert logprob == pytest.approx(
+            of_each[range(len(continuation)), continuation].sum(), rel=1e-5
+        )
         assert greedy is bool((of_each.argmax(-1) == continuation).all())
 
 
@@ -207,8 +270,14 @@ def test_score_is_that_of_torch(engine, torch_model):
     pairs = pairs_of([(5, 3), (9, 70)])
     for (context, continuation), (logprob, _) in zip(pairs, engine.score(pairs)):
         with torch.inference_mode():
-            logits = torch_model(torch.tensor([context + continuation[:-1]])).logits[0, len(context) - 1:].double()
-        expected = torch.log_softmax(logits, -1)[range(len(continuation)), continuation].sum().item()
+            logits = (
+                torch_model(torch.tensor([context + continuation[:-1]]))
+                .logits[0, len(context) - 1 :]
+                .double()
+            )
+        expected = (
+            torch.log_softmax(logits, -1)[range(len(continuation)), continuation].sum().item()
+        )
         assert logprob == pytest.approx(expected, rel=1e-5)
 
 
@@ -222,16 +291,26 @@ def test_greedy_flag(engine, new):
         engine.stop_ids = engine_ends
     assert [len(answer) for answer in answers] == [new] * 3
     assert [greedy for _, greedy in engine.score(list(zip(PROMPTS, answers)))] == [True] * 3
-    for at in {0, new // 2, new - 1}:  # one other token, also beyond the first 64, which are computed together
-        changed = [[*answer[:at], (answer[at] + 1) % 256, *answer[at + 1:]] for answer in answers]
+    for at in {
+        0,
+        new // 2,
+        new - 1,
+    }:  # one other token, also beyond the first 64, which are computed together
+        changed = [[*answer[:at], (answer[at] + 1) % 256, *answer[at + 1 :]] for answer in answers]
         assert [greedy for _, greedy in engine.score(list(zip(PROMPTS, changed)))] == [False] * 3
 
 
 def test_pairs_that_do_not_fit_are_refused(engine):
     for pair in (([], [1, 2]), ([1], [])):
-        with pytest.raises(ValueError, match="context or continuation 1 is empty; give the context a token to begin with"):
+        with pytest.raises(
+            ValueError,
+            match="context or continuation 1 is empty; give the context a token to begin with",
+        ):
             engine.score([([1], [2]), pair])
-    with pytest.raises(ValueError, match="prompt 0 has 513 tokens, and 0 more are asked for; the model has 512 positions"):
+    with pytest.raises(
+        ValueError,
+        match="prompt 0 has 513 tokens, and 0 more are asked for; the model has 512 positions",
+    ):
         engine.score([([1] * MOST, [1, 2])])
     assert np.isfinite(engine.score([([1] * (MOST - 1), [1, 2])])[0][0])
 
@@ -239,7 +318,9 @@ def test_pairs_that_do_not_fit_are_refused(engine):
 def test_weights_that_are_nan_are_named(tiny, sharder, loaded):
     config, params = loaded
     engine = Engine(config, jax.tree.map(lambda x: x * np.nan, params), tiny, sharder, batch_size=1)
-    with pytest.raises(ValueError, match="a log-likelihood is nan: the model's weights hold NaN or overflow"):
+    with pytest.raises(
+        ValueError, match="a log-likelihood is nan: the model's weights hold NaN or overflow"
+    ):
         engine.score([([1], [2])])
 
 

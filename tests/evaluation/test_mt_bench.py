@@ -1,4 +1,5 @@
-"""MT-Bench: what a grader reads and says. The whole way, with a model and a server, is in tests/launch/test_evaluate.py."""
+"""MT-Bench: what a grader reads and says. The whole way, with a model and a server, is in
+tests/launch/test_evaluate.py."""
 
 import http.server
 import json
@@ -7,37 +8,84 @@ from fractions import Fraction
 
 import pytest
 
-from safepatch_jax.evaluation.endpoint import API_KEY
 from safepatch_jax.evaluation.engine import Engine, Sampling
+from safepatch_jax.evaluation.judges.endpoint import API_KEY
 from safepatch_jax.evaluation.mt_bench import (
-    answer, conversation, grade_messages, is_complete, open_grader, parse_grade, questions)
+    answer,
+    conversation,
+    grade_messages,
+    is_complete,
+    open_grader,
+    parse_grade,
+    questions,
+)
 
-QUESTION = {"category": "math", "turns": ["Add {1} and 2.", "And 3."], "references": ["It is 3.", "It is 6."]}
+QUESTION = {
+    "category": "math",
+    "turns": ["Add {1} and 2.", "And 3."],
+    "references": ["It is 3.", "It is 6."],
+}
 PLAIN = QUESTION | {"category": "writing", "references": ["", ""]}
 
 
-@pytest.mark.parametrize("reply, grade", [
-    ("Good. Rating: [[7]]", 7), ("[[10]]", 10), ("[[1]].", 1), ("[[ 8 ]]", 8), ("[[7.5]]", Fraction(15, 2)),
-    ("[[7]] ... [[7.0]]", 7),
-    ("[[0]]", None), ("[[11]]", None), ("[[-3]]", None), ("[[six]]", None), ("[7]", None), ("Rating: 7", None), ("", None),
-    ("[[3]], no, [[8]]", None), ("[[rating]]", None), ("[[5/10]]", None)])
+@pytest.mark.parametrize(
+    "reply, grade",
+    [
+        ("Good. Rating: [[7]]", 7),
+        ("[[10]]", 10),
+        ("[[1]].", 1),
+        ("[[ 8 ]]", 8),
+        ("[[7.5]]", Fraction(15, 2)),
+        ("[[7]] ... [[7.0]]", 7),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[-3]]", None),
+        ("[[six]]", None),
+        ("[7]", None),
+        ("Rating: 7", None),
+        ("", None),
+        ("[[3]], no, [[8]]", None),
+        ("[[rating]]", None),
+        ("[[5/10]]", None),
+    ],
+)
 def test_grades_are_read_strictly(reply, grade):
     assert parse_grade(reply) == grade
 
 
 def test_what_a_grader_reads():
-    first, both = (grade_messages(QUESTION, answers) for answers in (["Three {x}."], ["Three {x}.", "Six."]))
+    first, both = (
+        grade_messages(QUESTION, answers) for answers in (["Three {x}."], ["Three {x}.", "Six."])
+    )
     assert [m["role"] for m in first] == ["system", "user"] and "[[5]]" in first[0]["content"]
     assert "A reference answer is given" in first[0]["content"]
-    order = ["Question:\n<<<\nAdd {1} and 2.\n>>>", "Reference answer:\n<<<\nIt is 3.", "Answer of the assistant:\n<<<\nThree"]
+    order = [
+        "Question:\n<<<\nAdd {1} and 2.\n>>>",
+        "Reference answer:\n<<<\nIt is 3.",
+        "Answer of the assistant:\n<<<\nThree",
+    ]
     places = [first[1]["content"].index(part) for part in order]
-    assert places == sorted(places) and "And 3." not in first[1]["content"] and "It is 6." not in first[1]["content"]
-    order = ["First question", "It is 3.", "Three {x}.", "Second question:\n<<<\nAnd 3.", "It is 6.", "Second answer of"]
+    assert (
+        places == sorted(places)
+        and "And 3." not in first[1]["content"]
+        and "It is 6." not in first[1]["content"]
+    )
+    order = [
+        "First question",
+        "It is 3.",
+        "Three {x}.",
+        "Second question:\n<<<\nAnd 3.",
+        "It is 6.",
+        "Second answer of",
+    ]
     places = [both[1]["content"].index(part) for part in order]
     assert places == sorted(places) and "grade the answer to the second one" in both[0]["content"]
     assert "second" not in first[0]["content"]
     plain = grade_messages(PLAIN, ["x", "y"])
-    assert "eference" not in plain[1]["content"] and "A reference answer is given" not in plain[0]["content"]
+    assert (
+        "eference" not in plain[1]["content"]
+        and "A reference answer is given" not in plain[0]["content"]
+    )
 
 
 def test_conversation():
@@ -46,16 +94,27 @@ def test_conversation():
 
 
 def test_questions_of_the_file(tmp_path):
-    rows = [{"question_id": 81, "category": "math", "turns": ["a", "b"], "reference": ["x", "y"]},
-            {"question_id": 82, "category": "coding", "turns": ["c", "d"], "reference": ["z"]},
-            {"question_id": 83, "category": "extraction", "turns": ["e", "f"], "reference": ["not", "used"]},
-            {"question_id": 84, "category": "reasoning", "turns": ["g", "h"]}]
+    rows = [
+        {"question_id": 81, "category": "math", "turns": ["a", "b"], "reference": ["x", "y"]},
+        {"question_id": 82, "category": "coding", "turns": ["c", "d"], "reference": ["z"]},
+        {
+            "question_id": 83,
+            "category": "extraction",
+            "turns": ["e", "f"],
+            "reference": ["not", "used"],
+        },
+        {"question_id": 84, "category": "reasoning", "turns": ["g", "h"]},
+    ]
     path = tmp_path / "mt_bench_question.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = {"manual_dir": str(tmp_path), "data_dir": tmp_path / "prepared"}
     found = questions(**sets)
     assert [(i, q["turns"], q["references"]) for i, q in found.items()] == [
-        ("81", ["a", "b"], ["x", "y"]), ("82", ["c", "d"], ["z", ""]), ("83", ["e", "f"], ["", ""]), ("84", ["g", "h"], ["", ""])]
+        ("81", ["a", "b"], ["x", "y"]),
+        ("82", ["c", "d"], ["z", ""]),
+        ("83", ["e", "f"], ["", ""]),
+        ("84", ["g", "h"], ["", ""]),
+    ]
     assert len(questions(**sets, limit=2)) == 2
     path.write_text(json.dumps(rows[0] | {"turns": ["only one"]}) + "\n")
     with pytest.raises(ValueError, match="question 81 has not two turns of text"):
@@ -64,13 +123,22 @@ def test_questions_of_the_file(tmp_path):
 
 def test_answers_go_on_after_the_first_turn(tiny):
     engine = Engine.open(tiny, mesh="data:1,fsdp:8,tensor:1", batch_size=8)
-    asked = {"short": PLAIN, "long": PLAIN | {"turns": ["Well?", "x " * 300]}, "longer": PLAIN | {"turns": ["x " * 300, "y"]}}
+    asked = {
+        "short": PLAIN,
+        "long": PLAIN | {"turns": ["Well?", "x " * 300]},
+        "longer": PLAIN | {"turns": ["x " * 300, "y"]},
+    }
     sampling, told = Sampling(temperature=1.0, seed=5), []
     answer(engine, asked, {}, 8, "model", sampling, told.append)
     rows = {row["id"]: row for row in told}
-    assert [len(rows[i]["answers"]) for i in asked] == [2, 1, 0] and all(map(is_complete, rows.values()))
+    assert [len(rows[i]["answers"]) for i in asked] == [2, 1, 0] and all(
+        map(is_complete, rows.values())
+    )
     assert [rows[i].get("left_out") for i in asked] == [
-        None, "turn 2 is too long for the model", "turn 1 is too long for the model"]
+        None,
+        "turn 2 is too long for the model",
+        "turn 1 is too long for the model",
+    ]
     assert sum(row["id"] == "short" for row in told) == 2  # each turn is told at once
     half = next(row for row in told if row["id"] == "short")
     assert len(half["answers"]) == 1 and not is_complete(half) and not is_complete(None)
@@ -79,9 +147,15 @@ def test_answers_go_on_after_the_first_turn(tiny):
     assert again == [rows["short"]]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("phrases", "grader 'phrases': expected endpoint:URL"), ("endpoint:ftp://h/v1?model=m", "http or https"),
-    ("endpoint:http://h/v1", "which model"), ("", "expected endpoint:URL")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("phrases", "grader 'phrases': expected endpoint:URL"),
+        ("endpoint:ftp://h/v1?model=m", "http or https"),
+        ("endpoint:http://h/v1", "which model"),
+        ("", "expected endpoint:URL"),
+    ],
+)
 def test_graders_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         open_grader(text)
@@ -94,7 +168,9 @@ def test_a_grader_that_talks_nonsense(monkeypatch):
             self.server.asked.append(body)
             self.send_response(200)
             self.end_headers()
-            reply = "Rating: [[4]]" if len(self.server.asked) <= self.server.sane else "A fine answer."
+            reply = (
+                "Rating: [[4]]" if len(self.server.asked) <= self.server.sane else "A fine answer."
+            )
             self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
         def log_message(self, *args):
@@ -108,13 +184,22 @@ def test_a_grader_that_talks_nonsense(monkeypatch):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            grader = open_grader(f"endpoint:http://127.0.0.1:{server.server_port}/v1?model=org/grader")
+            grader = open_grader(
+                f"endpoint:http://127.0.0.1:{server.server_port}/v1?model=org/grader"
+            )
             server.asked, server.sane, grades = [], 4, {}
-            grader.grade(asked, answered, grades, lambda row: grades.update({row["id"]: row}))  # half of 8 are no reason to stop
-            assert [row["grade"] for row in grades.values()] == [4] * 4 + [None] * 4 and grades["3:2"]["raw"] == "A fine answer."
+            grader.grade(
+                asked, answered, grades, lambda row: grades.update({row["id"]: row})
+            )  # half of 8 are no reason to stop
+            assert [row["grade"] for row in grades.values()] == [4] * 4 + [None] * 4 and grades[
+                "3:2"
+            ]["raw"] == "A fine answer."
             assert server.asked[0]["model"] == "org/grader" and server.asked[0]["temperature"] == 0
             server.asked, server.sane, grades = [], 3, {}
-            with pytest.raises(ValueError, match=r"5 of 8 replies are no grade. Expected: an explanation .*Got: 'A fine"):
+            with pytest.raises(
+                ValueError,
+                match=r"5 of 8 replies are no grade. Expected: an explanation .*Got: 'A fine",
+            ):
                 grader.grade(asked, answered, grades, lambda row: grades.update({row["id"]: row}))
             assert len(grades) == 8
         finally:

@@ -1,4 +1,5 @@
-"""MMLU and GSM8K: prompts, subsets, answers and their resumption, on small files in the sets' published formats."""
+"""MMLU and GSM8K: prompts, subsets, answers and their resumption, on small files in the sets'
+published formats."""
 
 import csv
 import io
@@ -10,27 +11,40 @@ import pytest
 from safepatch_jax.data import builders
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.tasks import accuracy, choose, final_number, gsm8k_questions, mmlu_questions, solve, subset
+from safepatch_jax.evaluation.tasks import (
+    accuracy,
+    choose,
+    final_number,
+    gsm8k_questions,
+    mmlu_questions,
+    solve,
+    subset,
+)
 from safepatch_jax.testing import write_tiny_model
 
 
-
 def mmlu_zip(sizes):
-    """Return an archive as the published one, with so many test questions of each subject; the first answer is right."""
+    """Return an archive as the published one, with so many test questions of each subject; the
+    first answer is right."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
         for subject, size in sizes.items():
             for split, count in (("dev", 5), ("val", 1), ("test", size)):
                 text = io.StringIO(newline="")
-                csv.writer(text).writerows([f"{split} {i}, {subject}?", "one", "two", "three", "four", "ABCD"[i % 4]]
-                                           for i in range(count))
+                csv.writer(text).writerows(
+                    [f"{split} {i}, {subject}?", "one", "two", "three", "four", "ABCD"[i % 4]]
+                    for i in range(count)
+                )
                 archive.writestr(f"data/{split}/{subject}_{split}.csv", text.getvalue())
     return target.getvalue()
 
 
 def gsm8k_lines(word, count):
-    return "".join(json.dumps({"question": f"{word} {i}?", "answer": f"<<2+{i}={2 + i}>>It is.\n#### 1,00{i}"}) + "\n"
-                   for i in range(count))
+    return "".join(
+        json.dumps({"question": f"{word} {i}?", "answer": f"<<2+{i}={2 + i}>>It is.\n#### 1,00{i}"})
+        + "\n"
+        for i in range(count)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +61,37 @@ def engine(tiny):
     return Engine.open(tiny, mesh="data:1,fsdp:8,tensor:1", batch_size=8)
 
 
-@pytest.mark.parametrize("text, number", [
-    ("It is 3.\n#### 18", "18"), ("#### 1. Add\n#### 18 of 20", "18"), ("####18", "18"), ("#### $1,234.50.", "1234.5"),
-    ("#### -7 dollars", "-7"), ("#### Step 1\nadd 2 and 3\nThe answer is 5.", "5"), ("#### none, but 4", "4"),
-    ("The answer is 18.", "18"), ("It costs $1,000,000.", "1000000"), ("16-3", "3"), ("16 - 3 = 13", "13"), ("x is -3.0", "-3"),
-    ("1, 2", "2"), ("-$5", "-5"), ("$-5", "-5"), ("\u22125", "-5"), (".50", "0.5"), ("-0", "0"), ("#### 007", "7"), ("100", "100"),
-    ("10%", "10"), ("2.5.", "2.5"), ("12,345,678.25 m", "12345678.25"), ("no number", ""), ("", ""), ("####", "")])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("It is 3.\n#### 18", "18"),
+        ("#### 1. Add\n#### 18 of 20", "18"),
+        ("####18", "18"),
+        ("#### $1,234.50.", "1234.5"),
+        ("#### -7 dollars", "-7"),
+        ("#### Step 1\nadd 2 and 3\nThe answer is 5.", "5"),
+        ("#### none, but 4", "4"),
+        ("The answer is 18.", "18"),
+        ("It costs $1,000,000.", "1000000"),
+        ("16-3", "3"),
+        ("16 - 3 = 13", "13"),
+        ("x is -3.0", "-3"),
+        ("1, 2", "2"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("\u22125", "-5"),
+        (".50", "0.5"),
+        ("-0", "0"),
+        ("#### 007", "7"),
+        ("100", "100"),
+        ("10%", "10"),
+        ("2.5.", "2.5"),
+        ("12,345,678.25 m", "12345678.25"),
+        ("no number", ""),
+        ("", ""),
+        ("####", ""),
+    ],
+)
 def test_final_number(text, number):
     assert final_number(text) == number
 
@@ -62,7 +101,8 @@ def test_mmlu_prompt_is_the_standard_one(engine, data):
     assert engine.tokenizer.decode(question.prompt_ids) == (
         "The following are multiple choice questions (with answers) about us history.\n\n"
         "dev 0, us_history?\nA. one\nB. two\nC. three\nD. four\nAnswer: A\n\n"
-        "test 0, us_history?\nA. one\nB. two\nC. three\nD. four\nAnswer:")
+        "test 0, us_history?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    )
     assert [engine.tokenizer.decode(ids) for ids in question.choices] == [" A", " B", " C", " D"]
     assert (question.category, question.answer, question.shots) == ("us_history", "A", 1)
 
@@ -70,7 +110,11 @@ def test_mmlu_prompt_is_the_standard_one(engine, data):
 def test_gsm8k_prompts(engine, data):
     few = gsm8k_questions(engine, shots=2, max_new=8, **data)
     text = engine.tokenizer.decode(few.items[3].prompt_ids)
-    assert text.endswith("Question: How many 3?\nAnswer:") and text.count("Question: Train") == 2 and text.count("\n#### 1,00") == 2
+    assert (
+        text.endswith("Question: How many 3?\nAnswer:")
+        and text.count("Question: Train") == 2
+        and text.count("\n#### 1,00") == 2
+    )
     assert few.items[3].answer == "1003" and not few.note
     zero = gsm8k_questions(engine, shots=0, max_new=8, limit=1, **data).items[0]
     assert zero.prompt_ids[0] == 256 and zero.shots == 0  # the chat template
@@ -83,7 +127,9 @@ def test_gsm8k_without_its_train_split_says_so(engine, data, tmp_path, monkeypat
 
     monkeypatch.setattr(builders, "fetch", no_way)
     (tmp_path / "gsm8k_test.jsonl").write_text(gsm8k_lines("How many", 2))
-    questions = gsm8k_questions(engine, shots=5, max_new=8, manual_dir=str(tmp_path), data_dir=tmp_path / "prepared")
+    questions = gsm8k_questions(
+        engine, shots=5, max_new=8, manual_dir=str(tmp_path), data_dir=tmp_path / "prepared"
+    )
     assert {q.shots for q in questions.items} == {0} and questions.shortened == 0
     assert "no network" in questions.note and "no examples" in capsys.readouterr().out
 
@@ -104,9 +150,14 @@ def test_subsets_are_fixed_nested_and_spread(data):
 def test_choices_are_scored_marked_and_resumed(engine, data):
     questions, seen = mmlu_questions(engine, shots=1, limit=6, **data), {}
     items = choose(engine, questions, done=lambda number, item: seen.update({number: item}))
-    assert items == [seen[n] for n in range(6)] and [i["id"] for i in items] == [q.id for q in questions.items]
+    assert items == [seen[n] for n in range(6)] and [i["id"] for i in items] == [
+        q.id for q in questions.items
+    ]
     for item, question in zip(items, questions.items):
-        scores = [score for score, _ in engine.score([(question.prompt_ids, ids) for ids in question.choices])]
+        scores = [
+            score
+            for score, _ in engine.score([(question.prompt_ids, ids) for ids in question.choices])
+        ]
         assert item["raw"]["logprobs"] == pytest.approx(scores, abs=1e-5)
         assert item["raw"]["given"] == "ABCD"[scores.index(max(scores))]
         assert item["correct"] == (item["raw"]["given"] == question.answer)
@@ -122,7 +173,14 @@ def test_written_answers_are_marked_and_resumed(engine, data, monkeypatch):
     items = solve(engine, questions)
     assert solve(engine, questions, skip={item["id"] for item in items[:4]}) == items[4:]
 
-    written = ["It is 1000.", "#### 1001", "#### 1\nThen 1002.", "So 1,003.0.\n\nQuestion: Train 9?\nAnswer: 5", "", "1,006"]
+    written = [
+        "It is 1000.",
+        "#### 1001",
+        "#### 1\nThen 1002.",
+        "So 1,003.0.\n\nQuestion: Train 9?\nAnswer: 5",
+        "",
+        "1,006",
+    ]
 
     def complete_ids(prompts, max_new, title, sampling, done, numbers, until):
         assert max_new == 4 and until == ("Question:",)
@@ -133,36 +191,60 @@ def test_written_answers_are_marked_and_resumed(engine, data, monkeypatch):
     items = solve(engine, questions)
     assert [item["correct"] for item in items] == [True, True, False, True, False, False]
     assert items[3]["raw"] == {"given": "1003", "answer": "1003", "shots": 1, "text": "So 1,003.0."}
-    assert accuracy(items) == {"n": 6, "correct": 3, "accuracy": 0.5, "by_category": {"": {"n": 6, "correct": 3, "accuracy": 0.5}}}
+    assert accuracy(items) == {
+        "n": 6,
+        "correct": 3,
+        "accuracy": 0.5,
+        "by_category": {"": {"n": 6, "correct": 3, "accuracy": 0.5}},
+    }
 
 
 def test_prompts_that_do_not_fit(tmp_path, data):
     model = write_tiny_model(tmp_path / "model", max_position_embeddings=240)
     small = Engine.open(model, mesh="data:1,fsdp:8,tensor:1", batch_size=8)
     questions = mmlu_questions(small, shots=5, limit=4, **data)
-    assert questions.left_out == 0 and questions.shortened == 4 and {q.shots for q in questions.items} == {1}
+    assert (
+        questions.left_out == 0
+        and questions.shortened == 4
+        and {q.shots for q in questions.items} == {1}
+    )
     assert len(choose(small, questions)) == 4
 
     rows = [{"question": "How many?" * n, "answer": "#### 1"} for n in (1, 12)]
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = {"manual_dir": str(tmp_path), "data_dir": tmp_path / "prepared"}
     questions = gsm8k_questions(small, shots=0, max_new=32, **sets)
-    assert questions.left_out == 1 and len(questions.items) == 1 and len(solve(small, questions)) == 1
-    with pytest.raises(ValueError, match="None of 2 questions fits into the model's 240 positions with 200 tokens"):
+    assert (
+        questions.left_out == 1 and len(questions.items) == 1 and len(solve(small, questions)) == 1
+    )
+    with pytest.raises(
+        ValueError, match="None of 2 questions fits into the model's 240 positions with 200 tokens"
+    ):
         gsm8k_questions(small, shots=0, max_new=200, **sets)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"shots": 6}, "0 to 5, got 6"), ({"shots": -1}, "0 to 5, got -1"), ({"limit": -1}, "limit must be 0")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"shots": 6}, "0 to 5, got 6"),
+        ({"shots": -1}, "0 to 5, got -1"),
+        ({"limit": -1}, "limit must be 0"),
+    ],
+)
 def test_settings_out_of_range(engine, data, changes, message):
     with pytest.raises(ValueError, match=message):
         mmlu_questions(engine, **data, **changes)
 
 
 def test_accuracy():
-    items = [{"category": c, "correct": right} for c, right in [("b", True), ("a", False), ("b", False), ("b", True)]]
+    items = [
+        {"category": c, "correct": right}
+        for c, right in [("b", True), ("a", False), ("b", False), ("b", True)]
+    ]
     result = accuracy(items)
-    assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5) and list(result["by_category"]) == ["a", "b"]
+    assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5) and list(
+        result["by_category"]
+    ) == ["a", "b"]
     assert result["by_category"]["b"] == {"n": 3, "correct": 2, "accuracy": 2 / 3}
     with pytest.raises(ValueError, match="no items"):
         accuracy([])

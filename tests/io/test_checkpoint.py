@@ -30,7 +30,9 @@ def test_restored_onto_another_mesh(tmp_path, meshes, dtype):
     config, restored, stored = load_checkpoint(checkpoint, read)
     assert config == load_params(model, written)[0] and stored == stored_dtypes(model)
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype == jnp.dtype(dtype)
+        assert np.asarray(x).tobytes() == np.asarray(
+            y
+        ).tobytes() and x.dtype == y.dtype == jnp.dtype(dtype)
         assert len(y.sharding.device_set) == read.mesh.size
 
 
@@ -41,29 +43,54 @@ def test_another_architecture(tmp_path, sharder):
     path.write_text(json.dumps(raw | {"intermediate_size": 48, "hidden_size": 40}))
     with pytest.raises(ValueError) as raised:
         load_checkpoint(checkpoint, sharder)
-    for part in ("the arrays are of another architecture than hf/config.json",
-                 "layers/attention/q has shape (2, 4, 8, 32), the architecture needs (2, 4, 10, 40)", "; and 5 more",
-                 "Convert the right model again"):
+    for part in (
+        "the arrays are of another architecture than hf/config.json",
+        "layers/attention/q has shape (2, 4, 8, 32), the architecture needs (2, 4, 10, 40)",
+        "; and 5 more",
+        "Convert the right model again",
+    ):
         assert part in str(raised.value), part
-    for change in ({"model_type": "qwen2"}, {"num_hidden_layers": 3}, {"tie_word_embeddings": False}):
+    for change in (
+        {"model_type": "qwen2"},
+        {"num_hidden_layers": 3},
+        {"tie_word_embeddings": False},
+    ):
         path.write_text(json.dumps(raw | change))
-        with pytest.raises(ValueError, match=r"model\.json lists other tensors than the architecture of hf/config\.json has"):
+        with pytest.raises(
+            ValueError,
+            match=r"model\.json lists other tensors than the architecture of hf/config\.json has",
+        ):
             load_checkpoint(checkpoint, sharder)
 
 
 def test_no_checkpoint(tmp_path, tiny, sharder):
     for folder in (tmp_path / "absent", tiny):
-        with pytest.raises(ValueError, match="is no model checkpoint: model.json is not there. Make one with python -m launch"):
+        with pytest.raises(
+            ValueError,
+            match="is no model checkpoint: model.json is not there. Make one with python -m launch",
+        ):
             load_checkpoint(folder, sharder)
 
 
-@pytest.mark.parametrize("text", [
-    "", "{}", "[]", '{"format": 1, "stored": 3}', '{"format": 99, "stored": {}}', '{"format": 1, "stored": {"x": "int7"}}',
-    "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"format": 1, "stored": 3}',
+        '{"format": 99, "stored": {}}',
+        '{"format": 1, "stored": {"x": "int7"}}',
+        "[" * 100_000,
+    ],
+)
 def test_damaged_description(tmp_path, sharder, text):
     _, _, checkpoint = make(tmp_path, sharder)
     (checkpoint / "model.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model\.json (is damaged or of another version|is not valid JSON|holds list)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.json (is damaged or of another version|is not valid JSON|holds list)",
+    ):
         load_checkpoint(checkpoint, sharder)
 
 

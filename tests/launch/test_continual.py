@@ -1,11 +1,12 @@
-"""launch.continual as a user calls it: a chain of one link that is killed and goes on, each command once, and mistakes."""
+"""launch.continual as a user calls it: a chain of one link that is killed and goes on, each command
+once, and mistakes."""
 
 import functools
 
 import pytest
 from safetensors.numpy import load_file
 
-from safepatch_jax.files import read_json
+from safepatch_jax.runtime.files import read_json
 from safepatch_jax.testing import write_tiny_model
 from tests import calls
 from tests.launch.test_processes import launch
@@ -16,17 +17,42 @@ done = functools.partial(calls.done, "launch.continual")
 
 def test_a_chain_killed_resumed_and_every_command(tmp_path):
     model = write_tiny_model(tmp_path / "model", num_key_value_heads=4, intermediate_size=32)
-    rows = [f"prompt {i},the answer {i},fraud,{s}" for i, s in enumerate(["train"] * 4 + ["search"] + ["report"] * 2)]
+    rows = [
+        f"prompt {i},the answer {i},fraud,{s}"
+        for i, s in enumerate(["train"] * 4 + ["search"] + ["report"] * 2)
+    ]
     (tmp_path / "data.csv").write_text("\n".join(["prompt,answer,category,split", *rows]) + "\n")
-    data = ",".join(f"{role}:{tmp_path / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary"))
-    work, export = f"--workdir={tmp_path / 'work'}", tmp_path / "work" / "links" / "01-fraud" / "stages" / "export" / "model"
-    args = ("run", work, "--stages=fraud", f"--model.source={model}", f"--data={data}", f"--run.cache_dir={tmp_path / 'cache'}",
-            "--derive.batch_size=4", "--derive.se_steps=2", "--derive.osm_steps=2", "--score.samples=2", "--run.certify=hashes",
-            "--derive.se_learning_rate=1e-3", "--derive.osm_learning_rate=1e-3", "--evaluate.max_new_tokens=3",
-            "--patch.combine=intersection")
+    data = ",".join(
+        f"{role}:{tmp_path / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")
+    )
+    work, export = (
+        f"--workdir={tmp_path / 'work'}",
+        tmp_path / "work" / "links" / "01-fraud" / "stages" / "export" / "model",
+    )
+    args = (
+        "run",
+        work,
+        "--stages=fraud",
+        f"--model.source={model}",
+        f"--data={data}",
+        f"--run.cache_dir={tmp_path / 'cache'}",
+        "--derive.batch_size=4",
+        "--derive.se_steps=2",
+        "--derive.osm_steps=2",
+        "--score.samples=2",
+        "--run.certify=hashes",
+        "--derive.se_learning_rate=1e-3",
+        "--derive.osm_learning_rate=1e-3",
+        "--evaluate.max_new_tokens=3",
+        "--patch.combine=intersection",
+    )
     calls.call_and_kill("patch: running", "launch.continual", *args)
     out = done(*args)
-    assert "derive_se: running" not in out and "score_osm: running" not in out and "Head:   01-fraud" in out
+    assert (
+        "derive_se: running" not in out
+        and "score_osm: running" not in out
+        and "Head:   01-fraud" in out
+    )
     starts = read_json(export.parents[2] / "environment.json")["starts"]
     assert "launch/continual.py run --workdir=" in starts[-1]["command"]
     assert "| 01-fraud |" in (tmp_path / "work" / "continual.md").read_text()
@@ -35,7 +61,9 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     assert "00-start and 01-fraud differ in" in done("diff", "0", "1", work)
     assert "01-fraud: patch of" in done("verify", work)
     done("replay", work, "--to=1", f"--model={model}", f"--out={tmp_path / 'new'}")
-    tensors = lambda folder: {name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()}
+    tensors = lambda folder: {
+        name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()
+    }
     assert tensors(tmp_path / "new") == tensors(export) != tensors(model)
     assert f"The head is 00-start: {model}" in done("revert", work, "--last=1")
     again = call("revert", work, "--last=1")
@@ -43,34 +71,59 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
 
 
 def test_processes_with_different_settings_are_refused(tmp_path):
-    """Before they compute together: else one waits for tokens that the other does not make, and both are aborted."""
+    """Before they compute together: else one waits for tokens that the other does not make, and
+    both are aborted."""
     model = write_tiny_model(tmp_path / "model")
-    run = launch(tmp_path / "run", "launch.continual", "run", f"--workdir={tmp_path / 'work'}", "--stages=privacy",
-                 f"--model.source={model}", f"--run.cache_dir={tmp_path / 'cache'}",
-                 own=("--evaluate.max_new_tokens=3", "--evaluate.max_new_tokens=4"))
+    run = launch(
+        tmp_path / "run",
+        "launch.continual",
+        "run",
+        f"--workdir={tmp_path / 'work'}",
+        "--stages=privacy",
+        f"--model.source={model}",
+        f"--run.cache_dir={tmp_path / 'cache'}",
+        own=("--evaluate.max_new_tokens=3", "--evaluate.max_new_tokens=4"),
+    )
     assert run.finish() == [2, 2], run.texts()
     (_, error), (quiet, other) = run.texts()
-    assert "error: The processes differ: evaluate.max_new_tokens is 3 in process 0, 4 in process 1." in error
+    assert (
+        "error: The processes differ: evaluate.max_new_tokens is 3 in process 0, 4 in process 1."
+        in error
+    )
     assert quiet == other == "" and not (tmp_path / "work").exists()
 
 
 def test_help_is_a_manual():
     text = call("--help").stdout
-    assert "python -m launch.continual revert  --workdir=runs/chain --last=K" in text and "--methods:" in text
+    assert (
+        "python -m launch.continual revert  --workdir=runs/chain --last=K" in text
+        and "--methods:" in text
+    )
 
 
-@pytest.mark.parametrize("args, message", [
-    ([], "one command is needed, none was given. There are run, log, show, diff, replay, revert, verify"),
-    (["runn"], "got runn"),
-    (["run"], "run needs --stages"),
-    (["log", "--to=1"], "log does not take --to"),
-    (["revert", "--last=1", "--patch.beta=2", "--noalign.enabled", "--config=x.py"],
-     "revert does not take --config, --align.enabled, --patch.beta."),
-    (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
-    (["log"], "There is no patch log"),
-    (["run", "--stages=a;a", "--model.source=x"], "the name a stands there twice"),
-    (["run", "--stages=a", "--methods=dpo"], "--methods: there is no dpo"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            [],
+            "one command is needed, none was given. There are run, log, show, diff, replay, "
+            "revert, verify",
+        ),
+        (["runn"], "got runn"),
+        (["run"], "run needs --stages"),
+        (["log", "--to=1"], "log does not take --to"),
+        (
+            ["revert", "--last=1", "--patch.beta=2", "--noalign.enabled", "--config=x.py"],
+            "revert does not take --config, --align.enabled, --patch.beta.",
+        ),
+        (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
+        (["log"], "There is no patch log"),
+        (["run", "--stages=a;a", "--model.source=x"], "the name a stands there twice"),
+        (["run", "--stages=a", "--methods=dpo"], "--methods: there is no dpo"),
+    ],
+)
 def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
     result = call(*args, f"--workdir={tmp_path / 'work'}")
-    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    )

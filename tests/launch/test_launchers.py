@@ -16,13 +16,30 @@ from tests.calls import ROOT, call, call_and_kill, command
 def flags(tmp_path_factory):
     """Flags of a whole job in seconds: few shapes to compile for, and no torch."""
     folder = tmp_path_factory.mktemp("launch")
-    model = write_tiny_model(folder / "model", num_hidden_layers=1, num_key_value_heads=4, intermediate_size=32)
-    rows = [f"prompt {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
+    model = write_tiny_model(
+        folder / "model", num_hidden_layers=1, num_key_value_heads=4, intermediate_size=32
+    )
+    rows = [
+        f"prompt {i},the answer {i},{s}"
+        for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)
+    ]
     (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
-    data = ",".join(f"{role}:{folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary"))
-    return [f"--model.source={model}", f"--data={data}", f"--run.cache_dir={folder / 'cache'}", "--run.certify=hashes",
-            "--derive.batch_size=4", "--derive.se_steps=3", "--derive.osm_steps=3", "--derive.se_learning_rate=1e-3",
-            "--derive.osm_learning_rate=1e-3", "--score.samples=3", "--evaluate.max_new_tokens=4"]
+    data = ",".join(
+        f"{role}:{folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")
+    )
+    return [
+        f"--model.source={model}",
+        f"--data={data}",
+        f"--run.cache_dir={folder / 'cache'}",
+        "--run.certify=hashes",
+        "--derive.batch_size=4",
+        "--derive.se_steps=3",
+        "--derive.osm_steps=3",
+        "--derive.se_learning_rate=1e-3",
+        "--derive.osm_learning_rate=1e-3",
+        "--score.samples=3",
+        "--evaluate.max_new_tokens=4",
+    ]
 
 
 def test_help_is_a_manual():
@@ -32,13 +49,26 @@ def test_help_is_a_manual():
 
 
 def test_convert_and_inspect(tiny, tmp_path):
-    result = call("launch.convert", f"--source=hf:{tiny}", f"--target=orbax:{tmp_path / 'checkpoint'}", "--certify=hashes")
+    result = call(
+        "launch.convert",
+        f"--source=hf:{tiny}",
+        f"--target=orbax:{tmp_path / 'checkpoint'}",
+        "--certify=hashes",
+    )
     assert result.returncode == 0, result.stderr
     assert f"Certificate: {tmp_path / 'checkpoint' / 'certificate.json'}" in result.stdout
     result = call("launch.inspect", f"--model={tmp_path / 'checkpoint'}", "--scope=all")
-    assert result.returncode == 0 and "model.layers.*.mlp.up_proj.weight" in result.stdout, result.stderr
-    result = call("launch.convert", f"--source=orbax:{tmp_path / 'checkpoint'}", f"--target=hf:{tiny}")
-    assert result.returncode == 2 and "exists and is not empty" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 0 and "model.layers.*.mlp.up_proj.weight" in result.stdout, (
+        result.stderr
+    )
+    result = call(
+        "launch.convert", f"--source=orbax:{tmp_path / 'checkpoint'}", f"--target=hf:{tiny}"
+    )
+    assert (
+        result.returncode == 2
+        and "exists and is not empty" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     for launcher in ("launch.convert", "launch.inspect"):
         assert f"python -m {launcher} --" in call(launcher, "--help").stdout
 
@@ -46,11 +76,24 @@ def test_convert_and_inspect(tiny, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_path):
     """Killed while it writes; SIGTERM clears at once, after SIGKILL the same command does."""
-    source, target = write_tiny_model(tmp_path / "source", intermediate_size=60_000, num_hidden_layers=4), tmp_path / "target"
-    args = command("launch.convert", f"--source=hf:{source}", f"--target=hf:{target}", "--certify=hashes", "--shard_bytes=1000000")
-    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    source, target = (
+        write_tiny_model(tmp_path / "source", intermediate_size=60_000, num_hidden_layers=4),
+        tmp_path / "target",
+    )
+    args = command(
+        "launch.convert",
+        f"--source=hf:{source}",
+        f"--target=hf:{target}",
+        "--certify=hashes",
+        "--shard_bytes=1000000",
+    )
+    with subprocess.Popen(
+        args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".target.*/model/*.safetensors")) and not list(tmp_path.glob(".target.*/.model.*/*.safetensors")):
+        while not list(tmp_path.glob(".target.*/model/*.safetensors")) and not list(
+            tmp_path.glob(".target.*/.model.*/*.safetensors")
+        ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(how)
@@ -63,7 +106,9 @@ def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
-    result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", "--merge=ties", *flags)
+    result = call(
+        "launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", "--merge=ties", *flags
+    )
     assert result.returncode == 0, result.stderr
     for word in ("Devices:", "Model:", "Data:", "Patch:", "Merged by TIES", "derive_se (to run)"):
         assert word in result.stdout
@@ -79,26 +124,37 @@ def test_a_killed_run_goes_on_with_its_stage(flags, tmp_path):  # to the same bi
     assert (tmp_path / "work" / "stages" / "export" / "model" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--patch.retntion=0.5"], "Did you mean: patch.retention"),
-    (["--patch.retention=2"], "'patch.retention' must be at most 1"),
-    (["--config=configs/absent.py"], "No config file 'configs/absent.py'. Found beside it"),
-    (["--model.source=/nowhere"], "No model folder '/nowhere'"),
-    (["--data=alpaca.json"], "is not ROLE:FILE"),
-    (["stray"], "unexpected argument 'stray'"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--patch.retntion=0.5"], "Did you mean: patch.retention"),
+        (["--patch.retention=2"], "'patch.retention' must be at most 1"),
+        (["--config=configs/absent.py"], "No config file 'configs/absent.py'. Found beside it"),
+        (["--model.source=/nowhere"], "No model folder '/nowhere'"),
+        (["--data=alpaca.json"], "is not ROLE:FILE"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
 def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
     result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", *args)
     assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_full_disk_leaves_nothing_half_written(flags, tmp_path):
-    """A limit on file size stands for the full disk: the write fails in the same way, in the middle of a file."""
-    script = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import runpy; "
-              "sys.argv[0] = 'align'; runpy.run_module('launch.align', run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", script, f"--out={tmp_path / 'aligned'}", "--align.steps=1", *flags],
-                            cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """A limit on file size stands for the full disk: the write fails in the same way, in the middle
+    of a file."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import runpy; "
+        "sys.argv[0] = 'align'; runpy.run_module('launch.align', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, f"--out={tmp_path / 'aligned'}", "--align.steps=1", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode != 0 and "File too large" in result.stderr
     assert not (tmp_path / "aligned").exists()
 

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 
-from safepatch_jax.files import folder_hashes
+from safepatch_jax.runtime.files import folder_hashes
 from safepatch_jax.testing import write_tiny_model
 from tests import calls
-from tests.patching.test_patch_file import assert_same, patched_copy
+from tests.patch_file.test_patch_file import assert_same, patched_copy
 
 call = functools.partial(calls.call, "launch.patch")
 done = functools.partial(calls.done, "launch.patch")
@@ -30,14 +30,31 @@ def test_all_commands(tmp_path):
     done("revert", patch, f"--model={base}")
     assert folder_hashes(base) == start
     patched_copy(base, tmp_path / "other", seed=1)
-    done("create", f"--base={base}", f"--model={tmp_path / 'other'}", f"--patch={tmp_path / 'y.patch'}")
+    done(
+        "create",
+        f"--base={base}",
+        f"--model={tmp_path / 'other'}",
+        f"--patch={tmp_path / 'y.patch'}",
+    )
     both = f"--patches={tmp_path / 'x.patch'},{tmp_path / 'y.patch'}"
     done("combine", both, f"--model={base}", f"--out={tmp_path / 'z.patch'}")
-    done("scale", f"--patch={tmp_path / 'z.patch'}", "--factor=-0.5", f"--model={base}", f"--out={tmp_path / 's.patch'}")
+    done(
+        "scale",
+        f"--patch={tmp_path / 'z.patch'}",
+        "--factor=-0.5",
+        f"--model={base}",
+        f"--out={tmp_path / 's.patch'}",
+    )
     refused = call("apply", f"--patch={tmp_path / 'y.patch'}", f"--model={model}")
-    assert refused.returncode == 2 and "14 of 20 tensors are neither as in the backbone" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "14 of 20 tensors are neither as in the backbone" in refused.stderr
+    )
     refused = call("verify", f"--patch={tmp_path / 'y.patch'}", f"--model={model}")
-    assert refused.returncode == 2 and "14 neither: model.layers.0.mlp.down_proj.weight" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "14 neither: model.layers.0.mlp.down_proj.weight" in refused.stderr
+    )
     for path in sorted(base.glob("*.safetensors"))[:2]:
         path.write_bytes((model / path.name).read_bytes())
     between = call("verify", patch, f"--model={base}")
@@ -45,12 +62,21 @@ def test_all_commands(tmp_path):
     assert "apply finishes, revert undoes" in between.stderr
 
 
-@pytest.mark.parametrize("args, message", [
-    ([], "one command is needed, none was given. There are create, inspect, verify, apply, revert, scale, combine"),
-    (["aply", "--model=x"], "got aply"),
-    (["apply", "--model=x", "--factor=2"], "apply needs --patch and does not take --factor"),
-    (["inspect", "--patch=/nowhere"], "No patch file '/nowhere'"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            [],
+            "one command is needed, none was given. There are create, inspect, verify, apply, "
+            "revert, scale, combine",
+        ),
+        (["aply", "--model=x"], "got aply"),
+        (["apply", "--model=x", "--factor=2"], "apply needs --patch and does not take --factor"),
+        (["inspect", "--patch=/nowhere"], "No patch file '/nowhere'"),
+    ],
+)
 def test_mistakes_end_with_one_clear_line(args, message):
     result = call(*args)
-    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    )

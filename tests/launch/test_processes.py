@@ -1,4 +1,5 @@
-"""Runs of two processes with four simulated devices each, against one process with eight: the same bits, and no hanging."""
+"""Runs of two processes with four simulated devices each, against one process with eight: the same
+bits, and no hanging."""
 
 import contextlib
 import os
@@ -15,14 +16,14 @@ import jax
 import numpy as np
 import pytest
 
-from safepatch_jax import processes
-from safepatch_jax.files import folder_hashes, read_json
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
-from safepatch_jax.pipeline.convert import convert
-from safepatch_jax.pipeline.job import Job
+from safepatch_jax.run.convert import convert
+from safepatch_jax.run.job import Job
+from safepatch_jax.runtime import processes
+from safepatch_jax.runtime.files import folder_hashes, read_json
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 
@@ -37,23 +38,51 @@ LAST = ("patch", "export", "patch_file", "certify_export", "report")
 class Run:
     """The processes of a run; their output goes to files.
 
-    They find one another by flags, as if SLURM had started them, or by arguments of their own (PORT, INDEX).
+    They find one another by flags, as if SLURM had started them, or by arguments of their own
+    (PORT, INDEX).
     """
 
     def __init__(self, folder, command, *, own=("", ""), by="flags", devices=PER_PROCESS):
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
+        env = os.environ | {
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "XLA_FLAGS": QUICK,
+            "PYTHONPATH": str(ROOT),
+        }
         self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(2)]
         self.processes = []
         for i, (out, err) in enumerate(self.files):
-            join = {"flags": [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"],
-                    "slurm": ["--distributed"], "arguments": []}[by]
-            slurm = {"SLURM_JOB_ID": str(port - SLURM_PORTS), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-                     "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} if by == "slurm" else {}
-            args = [str(a).replace("PORT", str(port)).replace("INDEX", str(i)) for a in (*command, *join, *own[i].split())]
+            join = {
+                "flags": [
+                    f"--coordinator=127.0.0.1:{port}",
+                    "--num_processes=2",
+                    f"--process_id={i}",
+                ],
+                "slurm": ["--distributed"],
+                "arguments": [],
+            }[by]
+            slurm = (
+                {
+                    "SLURM_JOB_ID": str(port - SLURM_PORTS),
+                    "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": "2",
+                    "SLURM_PROCID": str(i),
+                    "SLURM_LOCALID": str(i),
+                }
+                if by == "slurm"
+                else {}
+            )
+            args = [
+                str(a).replace("PORT", str(port)).replace("INDEX", str(i))
+                for a in (*command, *join, *own[i].split())
+            ]
             with open(out, "w") as o, open(err, "w") as e:
-                self.processes.append(subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env | slurm, stdout=o, stderr=e))
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *args], cwd=ROOT, env=env | slurm, stdout=o, stderr=e
+                    )
+                )
 
     def wait_for(self, pattern):
         """Wait until process 0 has written something."""
@@ -103,31 +132,51 @@ def succeed(folder, launcher, *flags, **options):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     write_tiny_model(folder / "model", num_hidden_layers=1, hidden_size=64, num_key_value_heads=4)
-    rows = [f"prompt {i},the answer {i},{s}" for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)]
+    rows = [
+        f"prompt {i},the answer {i},{s}"
+        for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)
+    ]
     (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def settings(place):
-    data = {f"data.{role}": str(place / "data.csv") for role in ("harmful", "lookalike", "ordinary")}
-    return Settings().override(data | {
-        "model.source": str(place / "model"), "run.cache_dir": str(place / "cache"), "run.keep_scratch": True,
-        "derive.se_steps": 20, "derive.osm_steps": 3, "derive.se_learning_rate": 1e-4, "derive.osm_learning_rate": 1e-3,
-        "derive.batch_size": 8, "score.samples": 5, "evaluate.max_new_tokens": 3, "evaluate.batch_size": 8,
-        "mesh.shape": "data:1,fsdp:4,tensor:2"})
+    data = {
+        f"data.{role}": str(place / "data.csv") for role in ("harmful", "lookalike", "ordinary")
+    }
+    return Settings().override(
+        data
+        | {
+            "model.source": str(place / "model"),
+            "run.cache_dir": str(place / "cache"),
+            "run.keep_scratch": True,
+            "derive.se_steps": 20,
+            "derive.osm_steps": 3,
+            "derive.se_learning_rate": 1e-4,
+            "derive.osm_learning_rate": 1e-3,
+            "derive.batch_size": 8,
+            "score.samples": 5,
+            "evaluate.max_new_tokens": 3,
+            "evaluate.batch_size": 8,
+            "mesh.shape": "data:1,fsdp:4,tensor:2",
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def flags(settings):
     default = Settings().flat()
     changed = {name: value for name, value in settings.flat().items() if value != default[name]}
-    return [f"--{'mesh' if name == 'mesh.shape' else name}={value}" for name, value in changed.items()]
+    return [
+        f"--{'mesh' if name == 'mesh.shape' else name}={value}" for name, value in changed.items()
+    ]
 
 
 @pytest.fixture(scope="module")
 def killed(place, flags):
-    """A run of which process 1 is killed in the middle of training: exit codes, seconds until the other ended, output."""
+    """A run of which process 1 is killed in the middle of training: exit codes, seconds until the
+    other ended, output."""
     run = launch(place / "killed", "launch.safepatch", f"--workdir={place / 'work'}", *flags)
     run.wait_for(r"derive SE: .* [1-9]\d*/20 ")
     run.processes[1].send_signal(signal.SIGKILL)
@@ -148,13 +197,18 @@ def terminated(place, flags, killed):
 @pytest.fixture(scope="module")
 def whole(place, flags, terminated):
     """The same command again, to the end: workdir and what it printed."""
-    return place / "work", succeed(place / "whole", "launch.safepatch", f"--workdir={place / 'work'}", *flags)
+    return place / "work", succeed(
+        place / "whole", "launch.safepatch", f"--workdir={place / 'work'}", *flags
+    )
 
 
 def test_a_killed_process_ends_the_other(killed, place):
     codes, seconds, ((_, err), (quiet, _)) = killed
     assert codes == [2, -signal.SIGKILL] and seconds < 90, err
-    assert "a step that all processes take together failed" in err or "process 1 gave no sign of life for 40 s" in err
+    assert (
+        "a step that all processes take together failed" in err
+        or "process 1 gave no sign of life for 40 s" in err
+    )
     assert "goes on where this run stopped" in err and "Traceback" not in err and quiet == ""
     assert not list(place.glob("work/stages/.*.partial"))
 
@@ -173,7 +227,10 @@ def test_the_same_command_goes_on_and_finishes(whole):
     assert "import: reused" in out and "derive_se: running" in out
     report = read_json(work / "report.json")
     assert set(report["measures"]) == {"backbone", "se", "osm", "intersection", "safepatching"}
-    assert not list(work.glob("**/*.partial")) and read_hf_config(work / "stages" / "export" / "model").num_layers == 1
+    assert (
+        not list(work.glob("**/*.partial"))
+        and read_hf_config(work / "stages" / "export" / "model").num_layers == 1
+    )
     torch = read_json(work / "stages" / "export" / "model" / "certificate.json")["logits"]["torch"]
     assert isinstance(torch, str) or torch["max_abs_error"] < 1e-4
 
@@ -182,7 +239,11 @@ def test_a_second_start_reuses_every_stage(whole, place, flags):
     work, _ = whole
     before = folder_hashes(work / "stages")
     out = succeed(place / "again", "launch.safepatch", f"--workdir={work}", *flags)
-    assert ": running" not in out and "report: reused" in out and folder_hashes(work / "stages") == before
+    assert (
+        ": running" not in out
+        and "report: reused" in out
+        and folder_hashes(work / "stages") == before
+    )
 
 
 def test_one_process_patches_to_the_same_bits(whole, place, settings):
@@ -192,48 +253,97 @@ def test_one_process_patches_to_the_same_bits(whole, place, settings):
     for name in LAST:
         shutil.rmtree(other / "stages" / name)
     job = Job(settings, other)
-    assert [job.runner.status(name) for name in ("derive_se", "score_osm", "patch")] == ["done", "done", "to run"]
+    assert [job.runner.status(name) for name in ("derive_se", "score_osm", "patch")] == [
+        "done",
+        "done",
+        "to run",
+    ]
     job.runner.finish(["export", "patch_file"])
     for file in ("export/model/model.safetensors", "patch_file/patch.safetensors"):
-        assert (other / "stages" / file).read_bytes() == (whole[0] / "stages" / file).read_bytes(), file
-    assert job.runner.result("patch") == read_json(whole[0] / "stages" / "patch" / "manifest.json")["result"]
+        assert (other / "stages" / file).read_bytes() == (
+            whole[0] / "stages" / file
+        ).read_bytes(), file
+    assert (
+        job.runner.result("patch")
+        == read_json(whole[0] / "stages" / "patch" / "manifest.json")["result"]
+    )
 
 
 def test_training_is_that_of_one_process_but_for_the_order_of_sums(whole, place, settings):
     job = Job(settings, place / "trained by one")
     ours = job.runner.need("derive_osm") and job.runner.result("derive_osm")
-    assert np.allclose(ours["nll"], read_json(whole[0] / "stages" / "derive_osm" / "manifest.json")["result"]["nll"], rtol=1e-4)
-    abstract = param_table(read_hf_config(place / "model")).abstract(Sharder(make_mesh(settings.mesh.shape)))
-    a, b = (load_tree(w / "stages" / "derive_osm" / "params", abstract) for w in (place / "trained by one", whole[0]))
+    assert np.allclose(
+        ours["nll"],
+        read_json(whole[0] / "stages" / "derive_osm" / "manifest.json")["result"]["nll"],
+        rtol=1e-4,
+    )
+    abstract = param_table(read_hf_config(place / "model")).abstract(
+        Sharder(make_mesh(settings.mesh.shape))
+    )
+    a, b = (
+        load_tree(w / "stages" / "derive_osm" / "params", abstract)
+        for w in (place / "trained by one", whole[0])
+    )
     assert all(np.allclose(x, y, atol=1e-4) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def test_conversions(place, tmp_path):
-    """Two processes -> orbax -> one process, and -> two processes, give back the source's bits; so does a stochastic cast."""
-    source = write_tiny_model(tmp_path / "source", hidden_size=64, num_key_value_heads=4, dtype="bfloat16", shard_bytes=50_000,
-                              tie_word_embeddings=False)
+    """Two processes -> orbax -> one process, and -> two processes, give back the source's bits; so
+    does a stochastic cast."""
+    source = write_tiny_model(
+        tmp_path / "source",
+        hidden_size=64,
+        num_key_value_heads=4,
+        dtype="bfloat16",
+        shard_bytes=50_000,
+        tie_word_embeddings=False,
+    )
     weights = lambda folder: {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
     own = {"shard_bytes": 50_000, "certify": "hashes"}
     flags = ["--mesh=fsdp:2,tensor:4", *(f"--{name}={value}" for name, value in own.items())]
     checkpoint = f"orbax:{tmp_path / 'checkpoint'}"
-    out = succeed(tmp_path / "1", "launch.convert", f"--source=hf:{source}", f"--target={checkpoint}", *flags)
+    out = succeed(
+        tmp_path / "1", "launch.convert", f"--source=hf:{source}", f"--target={checkpoint}", *flags
+    )
     assert f"Certificate: {tmp_path / 'checkpoint' / 'certificate.json'}" in out
     convert(checkpoint, f"hf:{tmp_path / 'one'}", mesh="fsdp:4,tensor:2", **own)
     assert weights(tmp_path / "one") == weights(source)
     cast = {"dtype": "float16", "rounding": "stochastic", "seed": 3}
-    succeed(tmp_path / "2", "launch.convert", f"--source={checkpoint}", f"--target=hf:{tmp_path / 'two'}", *flags,
-            *(f"--{name}={value}" for name, value in cast.items()), by="slurm")
+    succeed(
+        tmp_path / "2",
+        "launch.convert",
+        f"--source={checkpoint}",
+        f"--target=hf:{tmp_path / 'two'}",
+        *flags,
+        *(f"--{name}={value}" for name, value in cast.items()),
+        by="slurm",
+    )
     convert(checkpoint, f"hf:{tmp_path / 'cast'}", **own, **cast)
-    assert weights(tmp_path / "two") == weights(tmp_path / "cast") and len(weights(tmp_path / "two")) > 1
+    assert (
+        weights(tmp_path / "two") == weights(tmp_path / "cast")
+        and len(weights(tmp_path / "two")) > 1
+    )
 
 
 def test_full_disk_on_process_0_ends_both(place, tmp_path):
     """A limit on file size stands for the full disk, as in test_launchers."""
-    script = ("import resource, runpy, signal, sys; sys.argv[0] = 'convert'; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-              "'--process_id=0' in sys.argv and resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); "
-              "runpy.run_module('launch.convert', run_name='__main__')")
-    run = Run(tmp_path / "run", ["-c", script, f"--source=hf:{place / 'model'}", f"--target=hf:{tmp_path / 'out'}",
-                                 "--certify=hashes"])
+    script = (
+        "import resource, runpy, signal, sys; sys.argv[0] = 'convert'; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "'--process_id=0' in sys.argv and resource.setrlimit(resource.RLIMIT_FSIZE, (50000, "
+        "50000)); "
+        "runpy.run_module('launch.convert', run_name='__main__')"
+    )
+    run = Run(
+        tmp_path / "run",
+        [
+            "-c",
+            script,
+            f"--source=hf:{place / 'model'}",
+            f"--target=hf:{tmp_path / 'out'}",
+            "--certify=hashes",
+        ],
+    )
     assert run.finish() == [2, 2], run.texts()
     (_, err), (quiet, other) = run.texts()
     assert "File too large" in err and quiet == "" and "error" not in other
@@ -241,102 +351,189 @@ def test_full_disk_on_process_0_ends_both(place, tmp_path):
 
 
 def test_processes_that_differ_are_refused(place, flags, tmp_path):
-    run = launch(tmp_path / "run", "launch.safepatch", f"--workdir={tmp_path / 'work'}", *flags,
-                 own=("", "--patch.retention=0.5 --score.samples=4"))
+    run = launch(
+        tmp_path / "run",
+        "launch.safepatch",
+        f"--workdir={tmp_path / 'work'}",
+        *flags,
+        own=("", "--patch.retention=0.5 --score.samples=4"),
+    )
     assert run.finish() == [2, 2], run.texts()
     (out, err), (quiet, other) = run.texts()
     assert out == quiet == other == ""
-    assert "error: The processes differ: score.samples is 5 in process 0, 4 in process 1; patch.retention is 0.3 in" in err
+    assert (
+        "error: The processes differ: score.samples is 5 in process 0, 4 in process 1; "
+        "patch.retention is 0.3 in" in err
+    )
     assert err.count("error:") == 1 and not (tmp_path / "work").exists()
 
 
 def test_what_processes_promises(tmp_path):
-    """One word for all, one folder for all, errors in all; and a process that fails alone ends the other."""
-    run = Run(tmp_path / "run", [ROOT / "tests" / "launch" / "worker.py", "PORT", "INDEX", tmp_path], by="arguments")
+    """One word for all, one folder for all, errors in all; and a process that fails alone ends the
+    other."""
+    run = Run(
+        tmp_path / "run",
+        [ROOT / "tests" / "launch" / "worker.py", "PORT", "INDEX", tmp_path],
+        by="arguments",
+    )
     codes = run.finish()
     (_, err), (_, other) = run.texts()
     assert codes == [2, 3], run.texts()
     assert "process 1: error: only here" in err and "error:" not in other
     a, b = (read_json(tmp_path / f"{i}.json") for i in range(2))
     assert a.pop("first") and not b.pop("first") and a == b
-    assert a["broadcast"] == {"a": [0]} and a["on_first"] == 0 and a["nested"] == 7 and a["count"] == 2
+    assert (
+        a["broadcast"] == {"a": [0]} and a["on_first"] == 0 and a["nested"] == 7 and a["count"] == 2
+    )
     assert a["raised"] == ["OSError", "no room on process 0"]
-    assert a["asked"] == [3.0, 12.0, 21.0] and a["seen"] == [0, 1, 2] and a["whole"] == np.arange(24.0).reshape(8, 3).tolist()
+    assert (
+        a["asked"] == [3.0, 12.0, 21.0]
+        and a["seen"] == [0, 1, 2]
+        and a["whole"] == np.arange(24.0).reshape(8, 3).tolist()
+    )
     assert a["agree"] is None and a["shared"] is None
-    assert a["differ"] == ["ValueError", "The processes differ: b is 0 in process 0, 1 in process 1; c is [0.5] in process 0, "
-                           "[1.5] in process 1. Give both the same."]
-    assert a["filled"] == 1 and "exists and is not empty" in a["full"][1] and a["failed"] == ["ValueError", "in both"]
-    assert a["unshared"][1].startswith(f"process 1 cannot see what process 0 writes to {tmp_path}. All processes need one file")
+    assert a["differ"] == [
+        "ValueError",
+        "The processes differ: b is 0 in process 0, 1 in process 1; c is [0.5] in process 0, "
+        "[1.5] in process 1. Give both the same.",
+    ]
+    assert (
+        a["filled"] == 1
+        and "exists and is not empty" in a["full"][1]
+        and a["failed"] == ["ValueError", "in both"]
+    )
+    assert a["unshared"][1].startswith(
+        f"process 1 cannot see what process 0 writes to {tmp_path}. All processes need one file"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.json", "1.json", "inner", "out", "run"]
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
-    run = Run(tmp_path / "run", [ROOT / "tests" / "launch" / "checkpoint_worker.py", "PORT", "INDEX", tmp_path], by="arguments")
+    run = Run(
+        tmp_path / "run",
+        [ROOT / "tests" / "launch" / "checkpoint_worker.py", "PORT", "INDEX", tmp_path],
+        by="arguments",
+    )
     assert run.finish() == [0, 0], run.texts()
     (out, _), (quiet, _) = run.texts()
     assert "The checkpoint of step 4 is damaged" in out and "damaged" not in quiet
-    assert [read_json(tmp_path / f"{i}.json") for i in range(2)] == [{"facts": {"step": 2}, "sum": 7999 * 4000.0}] * 2
+    assert [read_json(tmp_path / f"{i}.json") for i in range(2)] == [
+        {"facts": {"step": 2}, "sum": 7999 * 4000.0}
+    ] * 2
 
 
-@pytest.mark.parametrize("given, message", [
-    (("10.0.0.1:8476", None, None), "--num_processes and --process_id must be given too"),
-    ((None, 2, 1), "--coordinator must be given too"),
-    (("10.0.0.1", 2, 1), "--coordinator=10.0.0.1 is not HOST:PORT"),
-    (("host:0", 2, 1), "is not HOST:PORT"),
-    (("host:8476", 2, 2), "--process_id=2 of --num_processes=2"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("10.0.0.1:8476", None, None), "--num_processes and --process_id must be given too"),
+        ((None, 2, 1), "--coordinator must be given too"),
+        (("10.0.0.1", 2, 1), "--coordinator=10.0.0.1 is not HOST:PORT"),
+        (("host:0", 2, 1), "is not HOST:PORT"),
+        (("host:8476", 2, 2), "--process_id=2 of --num_processes=2"),
+    ],
+)
 def test_incomplete_or_wrong_addresses(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         processes.initialize(*given)
 
 
-@pytest.mark.parametrize("args, message", [
-    ("'127.0.0.1:PORT', 2, 1", "Process 1 found nobody at 127.0.0.1:"),
-    ("'127.0.0.1:PORT', 2, 0", "Of 2 processes not all came to 127.0.0.1:"),
-    ("", "--distributed alone works on TPU pod slices"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("'127.0.0.1:PORT', 2, 1", "Process 1 found nobody at 127.0.0.1:"),
+        ("'127.0.0.1:PORT', 2, 0", "Of 2 processes not all came to 127.0.0.1:"),
+        ("", "--distributed alone works on TPU pod slices"),
+    ],
+)
 def test_who_does_not_come_is_named(args, message):
-    call = f"processes.initialize({args}, timeout=2)".replace("(, ", "(").replace("PORT", str(free_port()))
+    call = f"processes.initialize({args}, timeout=2)".replace("(, ", "(").replace(
+        "PORT", str(free_port())
+    )
     script = f"from safepatch_jax import processes\ntry: {call}\nexcept ValueError as error: processes.fail(str(error), 2)"
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_one_process_needs_nothing(tmp_path):
     assert not processes.several() and processes.first() and processes.broadcast((1, 2)) == (1, 2)
     assert processes.on_first(lambda ask: ask(3), together=lambda x: x + 1) == 4
-    processes.barrier("nobody"), processes.agree({"a": object()}, ""), processes.shared(tmp_path / "absent")
+    (
+        processes.barrier("nobody"),
+        processes.agree({"a": object()}, ""),
+        processes.shared(tmp_path / "absent"),
+    )
     assert not (tmp_path / "absent").exists()
 
 
-# -- launch/tpu_pod.sh ----------------------------------------------------------------------------------------------------
+# -- launch/tpu_pod.sh
+# ----------------------------------------------------------------------------------------------------
 
 
 def pod(*args):
-    return subprocess.run([ROOT / "launch" / "tpu_pod.sh", *args], capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        [ROOT / "launch" / "tpu_pod.sh", *args], capture_output=True, text=True, timeout=30
+    )
 
 
 def test_the_pod_script_composes_the_command():
-    result = pod("--print", "--project=p", "--dir=a b", "my-pod", "us-central2-b", "launch.sweep", "--workdir=/mnt/s/w",
-                 "--grid=patch.beta=1,2;patch.merge=ties")
+    result = pod(
+        "--print",
+        "--project=p",
+        "--dir=a b",
+        "my-pod",
+        "us-central2-b",
+        "launch.sweep",
+        "--workdir=/mnt/s/w",
+        "--grid=patch.beta=1,2;patch.merge=ties",
+    )
     assert result.returncode == 0, result.stderr
-    bash = lambda text: subprocess.run(["bash", "-c", text], capture_output=True, text=True).stdout.splitlines()
+    bash = lambda text: subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True
+    ).stdout.splitlines()
     words = bash(f"printf '%s\\n' {result.stdout}")
-    assert words[:-1] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-pod", "--zone=us-central2-b", "--project=p",
-                          "--worker=all"]
+    assert words[:-1] == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "my-pod",
+        "--zone=us-central2-b",
+        "--project=p",
+        "--worker=all",
+    ]
     command = words[-1].removeprefix("--command=")
-    told = bash("cd() { echo \"$1\"; }; .venv/bin/python() { printf '%s\\n' \"$@\"; }; " + command)
-    assert told == ["a b", "-m", "launch.sweep", "--distributed", "--workdir=/mnt/s/w", "--grid=patch.beta=1,2;patch.merge=ties"]
+    told = bash('cd() { echo "$1"; }; .venv/bin/python() { printf \'%s\\n\' "$@"; }; ' + command)
+    assert told == [
+        "a b",
+        "-m",
+        "launch.sweep",
+        "--distributed",
+        "--workdir=/mnt/s/w",
+        "--grid=patch.beta=1,2;patch.merge=ties",
+    ]
     assert "launch/tpu_pod.sh [OPTIONS] POD ZONE LAUNCHER" in pod("--help").stdout
 
 
-@pytest.mark.parametrize("args, message", [
-    ([], "POD, ZONE and LAUNCHER are needed"), (["--wait"], "unknown option '--wait'"),
-    (["pod", "central", "launch.safepatch"], "'central' is no zone"),
-    (["pod", "us-central2-b", "launch.patch"], "'launch.patch' is not one of"),
-    (["pod", "us-central2-b", "launch.safepatch", "--workdir=runs/a"], "absolute path on a shared file system"),
-    (["pod", "us-central2-b", "launch.safepatch", "--process_id=0"], "the workers find one another"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "POD, ZONE and LAUNCHER are needed"),
+        (["--wait"], "unknown option '--wait'"),
+        (["pod", "central", "launch.safepatch"], "'central' is no zone"),
+        (["pod", "us-central2-b", "launch.patch"], "'launch.patch' is not one of"),
+        (
+            ["pod", "us-central2-b", "launch.safepatch", "--workdir=runs/a"],
+            "absolute path on a shared file system",
+        ),
+        (
+            ["pod", "us-central2-b", "launch.safepatch", "--process_id=0"],
+            "the workers find one another",
+        ),
+    ],
+)
 def test_the_pod_script_refuses(args, message):
     result = pod("--print", *args)
     assert result.returncode == 2 and message in result.stderr and result.stdout == ""

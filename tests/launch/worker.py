@@ -1,10 +1,11 @@
-"""One of two processes that try what `safepatch_jax.processes` promises: python worker.py PORT INDEX FOLDER."""
+"""One of two processes that try what `safepatch_jax.runtime.processes` promises: python worker.py
+PORT INDEX FOLDER."""
 
 import json
 import pathlib
 import sys
 
-from safepatch_jax import processes
+from safepatch_jax.runtime import processes
 
 port, index, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 processes.initialize(f"127.0.0.1:{port}", 2, index, timeout=60)
@@ -49,21 +50,39 @@ def fill(path):
 
 
 seen = []
-x = jax.make_array_from_callback((8, 3), Sharder(make_mesh("fsdp:8")).sharding(("embed", "layers")),
-                                 lambda i: np.arange(24.0).reshape(8, 3)[i])
-asked = processes.on_first(lambda ask: [float(ask(i).sum()) for i in range(3)],
-                           together=lambda i: seen.append(i) or processes.fetch(x[i]))
+x = jax.make_array_from_callback(
+    (8, 3),
+    Sharder(make_mesh("fsdp:8")).sharding(("embed", "layers")),
+    lambda i: np.arange(24.0).reshape(8, 3)[i],
+)
+asked = processes.on_first(
+    lambda ask: [float(ask(i).sum()) for i in range(3)],
+    together=lambda i: seen.append(i) or processes.fetch(x[i]),
+)
 result = {
-    "count": processes.count(), "first": processes.first(), "broadcast": processes.broadcast({"a": [index]}),
-    "on_first": processes.on_first(lambda: index), "raised": error_of(processes.on_first, fails),
-    "nested": processes.on_first(nested), "asked": asked, "seen": seen, "whole": processes.fetch(x).tolist(),
+    "count": processes.count(),
+    "first": processes.first(),
+    "broadcast": processes.broadcast({"a": [index]}),
+    "on_first": processes.on_first(lambda: index),
+    "raised": error_of(processes.on_first, fails),
+    "nested": processes.on_first(nested),
+    "asked": asked,
+    "seen": seen,
+    "whole": processes.fetch(x).tolist(),
     "agree": error_of(processes.agree, {"same": 1}, "Fix."),
-    "differ": error_of(processes.agree, {"a": 1, "b": index, "c": [0.5 + index]}, "Give both the same."),
-    "shared": error_of(processes.shared, folder), "filled": len(set(fill(folder / "out"))),
-    "full": error_of(fill, folder / "out"), "failed": error_of(fill_and_fail, folder / "failed")}
+    "differ": error_of(
+        processes.agree, {"a": 1, "b": index, "c": [0.5 + index]}, "Give both the same."
+    ),
+    "shared": error_of(processes.shared, folder),
+    "filled": len(set(fill(folder / "out"))),
+    "full": error_of(fill, folder / "out"),
+    "failed": error_of(fill_and_fail, folder / "failed"),
+}
 if index == 1:
     processes._SIGHT = 0.5
-    pathlib.Path.exists = lambda self, **_: not self.name.startswith(".shared")  # as on a disk of its own
+    pathlib.Path.exists = lambda self, **_: (
+        not self.name.startswith(".shared")
+    )  # as on a disk of its own
 result["unshared"] = error_of(processes.shared, folder)
 (folder / f"{index}.json").write_text(json.dumps(result))
 processes.barrier("both are done")

@@ -24,19 +24,28 @@ def reference(q_BTNH, k_BTKH, v_BTKH, window):
     seen = (distance >= 0) & (distance < (window or q.shape[1]))
     out = np.zeros_like(q)
     for head in range(q.shape[2]):
-        logits = np.einsum("bth,bsh->bts", q[:, :, head], k[:, :, head // groups]) * q.shape[3] ** -0.5
+        logits = (
+            np.einsum("bth,bsh->bts", q[:, :, head], k[:, :, head // groups]) * q.shape[3] ** -0.5
+        )
         weights = np.where(seen, np.exp(logits - logits.max(-1, keepdims=True)), 0)
-        out[:, :, head] = np.einsum("bts,bsh->bth", weights / weights.sum(-1, keepdims=True), v[:, :, head // groups])
+        out[:, :, head] = np.einsum(
+            "bts,bsh->bth", weights / weights.sum(-1, keepdims=True), v[:, :, head // groups]
+        )
     return out
 
 
 def inputs(length, heads=4, kv_heads=2, head_dim=128):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal((2, length, n, head_dim)), jnp.float32) for n in (heads, kv_heads, kv_heads)]
+    return [
+        jnp.asarray(rng.standard_normal((2, length, n, head_dim)), jnp.float32)
+        for n in (heads, kv_heads, kv_heads)
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 200])
-@pytest.mark.parametrize("kernel", ["xla", "splash"])  # 'xla' is the plain version of the call that is made for cuDNN
+@pytest.mark.parametrize(
+    "kernel", ["xla", "splash"]
+)  # 'xla' is the plain version of the call that is made for cuDNN
 def test_same_as_the_definition(kernel, window):
     q, k, v = inputs(24)
     out = fused_attention(kernel, q, k, v, window, None, interpret=True)
@@ -46,7 +55,11 @@ def test_same_as_the_definition(kernel, window):
 def test_splash_over_devices_and_its_gradient():
     sharder = Sharder(make_mesh("data:1,fsdp:2,tensor:2", jax.devices()[:4]))
     q, k, v = inputs(20)
-    total = lambda kernel, sharder: lambda q, k, v: jnp.sum(jnp.sin(fused_attention(kernel, q, k, v, 6, sharder, interpret=True)))
+    total = lambda kernel, sharder: (
+        lambda q, k, v: jnp.sum(
+            jnp.sin(fused_attention(kernel, q, k, v, 6, sharder, interpret=True))
+        )
+    )
     ours = jax.jit(jax.grad(total("splash", sharder), argnums=(0, 1, 2)))(q, k, v)
     plain = jax.grad(total("xla", None), argnums=(0, 1, 2))(q, k, v)
     for a, b in zip(ours, plain):
@@ -58,7 +71,10 @@ def config_of(**changes):
 
 
 def test_when_a_fused_kernel_runs():
-    config, mixed = config_of(sliding_window=None), dataclasses.replace(config_of(sliding_window=None), windows=(0, 64))
+    config, mixed = (
+        config_of(sliding_window=None),
+        dataclasses.replace(config_of(sliding_window=None), windows=(0, 64)),
+    )
     assert kernel_for("auto", config, jnp.bfloat16, 64, "cpu") == "xla"
     assert kernel_for("auto", config, jnp.bfloat16, SPLASH_FROM, "tpu") == "splash"
     assert kernel_for("auto", config, jnp.bfloat16, SPLASH_FROM - 1, "tpu") == "xla"
@@ -67,14 +83,20 @@ def test_when_a_fused_kernel_runs():
     assert kernel_for("auto", config, jnp.float32, 1024, "gpu") == "xla"
     assert kernel_for("xla", config, jnp.bfloat16, 1024, "gpu") == "xla"
     assert kernel_for("auto", mixed, jnp.bfloat16, 65, "gpu") == "xla"
-    assert kernel_for("auto", mixed, jnp.bfloat16, 64, "gpu") == "cudnn"  # no sequence reaches beyond the window
+    assert (
+        kernel_for("auto", mixed, jnp.bfloat16, 64, "gpu") == "cudnn"
+    )  # no sequence reaches beyond the window
 
 
-@pytest.mark.parametrize("platform, dtype, changes, message", [
-    ("cpu", jnp.bfloat16, {}, "the platform 'cpu' has no fused kernel"),
-    ("gpu", jnp.float32, {}, "compute_dtype=bfloat16"),
-    ("gpu", jnp.bfloat16, {"head_dim": 512}, "head size"),
-    ("tpu", jnp.bfloat16, {"head_dim": 64}, "multiple of 128, not 64")])
+@pytest.mark.parametrize(
+    "platform, dtype, changes, message",
+    [
+        ("cpu", jnp.bfloat16, {}, "the platform 'cpu' has no fused kernel"),
+        ("gpu", jnp.float32, {}, "compute_dtype=bfloat16"),
+        ("gpu", jnp.bfloat16, {"head_dim": 512}, "head size"),
+        ("tpu", jnp.bfloat16, {"head_dim": 64}, "multiple of 128, not 64"),
+    ],
+)
 def test_why_not(platform, dtype, changes, message):
     with pytest.raises(ValueError, match=f"{message}.*--model.attention=auto"):
         kernel_for("fused", config_of(sliding_window=None, **changes), dtype, 1024, platform)
@@ -86,12 +108,15 @@ def test_layers_with_different_windows_are_refused():
         kernel_for("fused", mixed, jnp.bfloat16, 1024, "gpu")
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: cuDNN's kernel runs there alone")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs a GPU: cuDNN's kernel runs there alone"
+)
 @pytest.mark.parametrize("window", [None, 16])
 def test_decoder_on_a_gpu(window):
     config, sharder = config_of(sliding_window=window), sharder_of(1)
     params = param_table(config).init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, config.vocab_size)
     run = lambda attention: Decoder(config, jnp.bfloat16, sharder, attention=attention).apply(
-        {"params": params}, tokens, jnp.arange(64)[None], jnp.ones((2, 64), bool))[0]
+        {"params": params}, tokens, jnp.arange(64)[None], jnp.ones((2, 64), bool)
+    )[0]
     np.testing.assert_allclose(run("fused"), run("xla"), atol=0.05)

@@ -1,4 +1,5 @@
-"""Parity of every family with the torch implementation of Hugging Face, rung by rung, so that a failure names the rung.
+"""Parity of every family with the torch implementation of Hugging Face, rung by rung, so that a
+failure names the rung.
 
 The reference runs once with hooks; each of our modules then gets the very input of its counterpart.
 """
@@ -31,20 +32,36 @@ from tests.models.families import LLAMA3, hf_config, tiny_raw
 
 TOLERANCE = 1e-5  # of the reference's largest magnitude
 LENGTH, WINDOW, VOCAB = 20, 5, 264
-LLAMA_3_1 = LLAMA3 | {"factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-WINDOWS = {"num_hidden_layers": 3, "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+LLAMA_3_1 = LLAMA3 | {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+WINDOWS = {
+    "num_hidden_layers": 3,
+    "sliding_window": WINDOW,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+}
 VARIANTS = {
     "llama-mha": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
     "llama-gqa-untied": ("llama", {"tie_word_embeddings": False}),
     "llama-mqa-theta": ("llama", {"num_key_value_heads": 1, "rope_theta": 500000.0}),
-    "llama-head_dim-untied": ("llama", {"head_dim": 12, "tie_word_embeddings": False, "rope_theta": 100.0}),
-    # Of the 8 rotations, 1 is faster than the scaled ones, 2 lie between and 5 are slow; LENGTH is beyond the original 12.
+    "llama-head_dim-untied": (
+        "llama",
+        {"head_dim": 12, "tie_word_embeddings": False, "rope_theta": 100.0},
+    ),
+    # Of the 8 rotations, 1 is faster than the scaled ones, 2 lie between and 5 are slow; LENGTH is
+    # beyond the original 12.
     "llama3-scaled": ("llama", {"head_dim": 16, "rope_theta": 10.0, "rope_scaling": LLAMA3}),
     "gemma": ("gemma", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "gemma-gelu": ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "mistral-window": ("mistral", {"sliding_window": WINDOW}),
-    "qwen2": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": False, "rope_theta": 1e6}),
+    "qwen2": (
+        "qwen2",
+        {"use_sliding_window": False, "tie_word_embeddings": False, "rope_theta": 1e6},
+    ),
     "qwen2-tied-windows": ("qwen2", WINDOWS),
 }
 ONE_OF_EACH = ["llama3-scaled", "gemma", "mistral-window", "qwen2-tied-windows"]
@@ -78,11 +95,15 @@ def logits_of(decoder, params, tokens_BT, positions_BT, valid_BT):
 
 def counted(tokens_BT):
     """Positions and validity of sequences without padding."""
-    return np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape), np.ones(tokens_BT.shape, bool)
+    return np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape), np.ones(
+        tokens_BT.shape, bool
+    )
 
 
 def relative_error(ours, reference):
-    ours, reference = (x.detach().numpy() if torch.is_tensor(x) else np.asarray(x) for x in (ours, reference))
+    ours, reference = (
+        x.detach().numpy() if torch.is_tensor(x) else np.asarray(x) for x in (ours, reference)
+    )
     assert ours.shape == reference.shape and ours.dtype == reference.dtype
     return np.max(np.abs(ours - reference)) / np.max(np.abs(reference))
 
@@ -124,7 +145,8 @@ class Pair:
 
 
 def randomise(model):
-    """Draw weights at which every part of the model counts: attention is far from uniform, norms and biases are not idle."""
+    """Draw weights at which every part of the model counts: attention is far from uniform, norms
+    and biases are not idle."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -143,10 +165,16 @@ def make_pair(folder, sharder, family, changes):
     model = AutoModelForCausalLM.from_config(hf_config(raw))
     randomise(model)
     model.save_pretrained(folder)
-    if raw["hidden_act"] == "gelu":  # the files of the first Gemma releases; transformers 5 itself no longer writes them
+    if (
+        raw["hidden_act"] == "gelu"
+    ):  # the files of the first Gemma releases; transformers 5 itself no longer writes them
         written = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(written | {"hidden_act": "gelu", "hidden_activation": None}))
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        (folder / "config.json").write_text(
+            json.dumps(written | {"hidden_act": "gelu", "hidden_activation": None})
+        )
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     config, params = load_params(folder, sharder)
     assert config == config_from_hf(raw)
 
@@ -158,9 +186,17 @@ def make_pair(folder, sharder, family, changes):
         output = getattr(output, "logits", output)
         pair.outputs[name] = (output[0] if isinstance(output, tuple) else output).numpy()
 
-    watched = {name: module for name, module in reference.named_modules()
-               if not name or name.endswith(("embed_tokens", "norm", "self_attn", "mlp")) or name.split(".")[-1].isdigit()}
-    hooks = [m.register_forward_hook(functools.partial(keep, name), with_kwargs=True) for name, m in watched.items()]
+    watched = {
+        name: module
+        for name, module in reference.named_modules()
+        if not name
+        or name.endswith(("embed_tokens", "norm", "self_attn", "mlp"))
+        or name.split(".")[-1].isdigit()
+    }
+    hooks = [
+        m.register_forward_hook(functools.partial(keep, name), with_kwargs=True)
+        for name, m in watched.items()
+    ]
     with torch.no_grad():
         reference(input_ids=torch.tensor(TOKENS), use_cache=False)
     for hook in hooks:
@@ -170,7 +206,9 @@ def make_pair(folder, sharder, family, changes):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, sharder):
-    return functools.cache(lambda name: make_pair(tmp_path_factory.mktemp("parity") / name, sharder, *VARIANTS[name]))
+    return functools.cache(
+        lambda name: make_pair(tmp_path_factory.mktemp("parity") / name, sharder, *VARIANTS[name])
+    )
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -189,8 +227,13 @@ def test_embedder(pair):
 
 def test_rms_norm(pair):
     for layer in range(pair.config.num_layers):
-        for ours, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-            pair.assert_rung(modules.RMSNorm, ("layers", ours), f"model.layers.{layer}.{theirs}", layer=layer)
+        for ours, theirs in (
+            ("attention_norm", "input_layernorm"),
+            ("mlp_norm", "post_attention_layernorm"),
+        ):
+            pair.assert_rung(
+                modules.RMSNorm, ("layers", ours), f"model.layers.{layer}.{theirs}", layer=layer
+            )
     pair.assert_rung(modules.RMSNorm, ("final_norm",), "model.norm")
 
 
@@ -200,7 +243,9 @@ def test_rotary(pair):
     q_BTNH = rng.normal(size=(2, LENGTH, config.num_heads, config.head_dim)).astype(np.float32)
     k_BTKH = rng.normal(size=(2, LENGTH, config.num_kv_heads, config.head_dim)).astype(np.float32)
     cos, sin = pair.reference.model.rotary_emb(torch.tensor(q_BTNH), torch.tensor(positions_BT))
-    theirs = apply_rotary_pos_emb(*(torch.tensor(x).transpose(1, 2) for x in (q_BTNH, k_BTKH)), cos, sin)
+    theirs = apply_rotary_pos_emb(
+        *(torch.tensor(x).transpose(1, 2) for x in (q_BTNH, k_BTKH)), cos, sin
+    )
     angles_BTh = modules.rotary_angles(config, jnp.asarray(positions_BT))
     for x_BTNH, reference in zip((q_BTNH, k_BTKH), theirs):
         assert_close(modules.rotate(jnp.asarray(x_BTNH), angles_BTh), reference.transpose(1, 2))
@@ -217,7 +262,13 @@ def surroundings(pair, layer):
 def test_attention(pair):
     for layer in range(pair.config.num_layers):
         name = f"model.layers.{layer}.self_attn"
-        pair.assert_rung(modules.Attention, ("layers", "attention"), name, *surroundings(pair, layer), layer=layer)
+        pair.assert_rung(
+            modules.Attention,
+            ("layers", "attention"),
+            name,
+            *surroundings(pair, layer),
+            layer=layer,
+        )
 
 
 def test_mlp(pair):
@@ -228,27 +279,40 @@ def test_mlp(pair):
 def test_block(pair):
     for layer in range(pair.config.num_layers):
         *around, window = surroundings(pair, layer)
-        pair.assert_rung(modules.Block, ("layers",), f"model.layers.{layer}", window, None, None, *around, layer=layer)
+        pair.assert_rung(
+            modules.Block,
+            ("layers",),
+            f"model.layers.{layer}",
+            window,
+            None,
+            None,
+            *around,
+            layer=layer,
+        )
 
 
 def test_logits(pair):
     assert_close(pair.forward(TOKENS), pair.logits_BTV)
 
 
-@pytest.mark.parametrize("variant, changes", [
-    ("llama-mha", {"norm_eps": 1e-5}),
-    ("llama-mqa-theta", {"rope_theta": 10000.0}),
-    ("llama3-scaled", {"rope_scaling": None}),
-    ("gemma", {"norm_offset": False}),
-    ("gemma", {"embed_scale": False}),
-    ("gemma-gelu", {"activation": "silu"}),
-    ("mistral-window", {"windows": ()}),
-    ("mistral-window", {"windows": (WINDOW - 1,) * 2}),
-    ("mistral-window", {"windows": (WINDOW + 1,) * 2}),
-    ("qwen2-tied-windows", {"windows": ()}),
-    ("qwen2-tied-windows", {"windows": (WINDOW,) * 3}),
-    ("qwen2", {"qkv_bias": False}),
-], ids=lambda x: x if isinstance(x, str) else "-".join(x))
+@pytest.mark.parametrize(
+    "variant, changes",
+    [
+        ("llama-mha", {"norm_eps": 1e-5}),
+        ("llama-mqa-theta", {"rope_theta": 10000.0}),
+        ("llama3-scaled", {"rope_scaling": None}),
+        ("gemma", {"norm_offset": False}),
+        ("gemma", {"embed_scale": False}),
+        ("gemma-gelu", {"activation": "silu"}),
+        ("mistral-window", {"windows": ()}),
+        ("mistral-window", {"windows": (WINDOW - 1,) * 2}),
+        ("mistral-window", {"windows": (WINDOW + 1,) * 2}),
+        ("qwen2-tied-windows", {"windows": ()}),
+        ("qwen2-tied-windows", {"windows": (WINDOW,) * 3}),
+        ("qwen2", {"qkv_bias": False}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_each_switch_counts(pairs, variant, changes):
     """The parity above says something only if a wrong switch would show."""
     pair = pairs(variant)
@@ -256,21 +320,42 @@ def test_each_switch_counts(pairs, variant, changes):
 
 
 def test_gelu_is_the_tanh_approximation(pairs):
-    """The exact GELU, which the name in the file suggests, would not pass the tolerance of the feed-forward rung."""
+    """The exact GELU, which the name in the file suggests, would not pass the tolerance of the
+    feed-forward rung."""
     pair = pairs("gemma-gelu")
-    exact, x_BTD = pair.reference.model.layers[0].mlp, torch.tensor(pair.inputs["model.layers.0.mlp"])
+    exact, x_BTD = (
+        pair.reference.model.layers[0].mlp,
+        torch.tensor(pair.inputs["model.layers.0.mlp"]),
+    )
     with torch.no_grad():
-        y_BTD = exact.down_proj(torch.nn.functional.gelu(exact.gate_proj(x_BTD)) * exact.up_proj(x_BTD))
+        y_BTD = exact.down_proj(
+            torch.nn.functional.gelu(exact.gate_proj(x_BTD)) * exact.up_proj(x_BTD)
+        )
     assert relative_error(y_BTD, pair.outputs["model.layers.0.mlp"]) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("theta, head_dim, scaling", [
-    (5e5, 128, LLAMA_3_1), (5e5, 64, LLAMA_3_1 | {"factor": 32.0}),  # LLaMA 3.1, 3.2
-    (1e4, 128, LLAMA_3_1 | {"factor": 10.0, "low_freq_factor": 1.5, "high_freq_factor": 2.0}), (10.0, 16, LLAMA3),
-    (1e4, 128, None), (5e5, 128, None), (1e6, 128, None), (1e6, 64, None), (1e4, 256, None),
-])
+@pytest.mark.parametrize(
+    "theta, head_dim, scaling",
+    [
+        (5e5, 128, LLAMA_3_1),
+        (5e5, 64, LLAMA_3_1 | {"factor": 32.0}),  # LLaMA 3.1, 3.2
+        (1e4, 128, LLAMA_3_1 | {"factor": 10.0, "low_freq_factor": 1.5, "high_freq_factor": 2.0}),
+        (10.0, 16, LLAMA3),
+        (1e4, 128, None),
+        (5e5, 128, None),
+        (1e6, 128, None),
+        (1e6, 64, None),
+        (1e4, 256, None),
+    ],
+)
 def test_rotary_frequencies(theta, head_dim, scaling):
-    raw = tiny_raw("llama", rope_theta=theta, head_dim=head_dim, rope_scaling=scaling, max_position_embeddings=131072)
+    raw = tiny_raw(
+        "llama",
+        rope_theta=theta,
+        head_dim=head_dim,
+        rope_scaling=scaling,
+        max_position_embeddings=131072,
+    )
     hf = hf_config(raw)
     theirs = type(AutoModelForCausalLM.from_config(hf).model.rotary_emb)(hf).inv_freq.numpy()
     ours = modules.rotary_frequencies(config_from_hf(raw))
@@ -280,7 +365,9 @@ def test_rotary_frequencies(theta, head_dim, scaling):
         plain = modules.rotary_frequencies(config_from_hf(raw | {"rope_scaling": None}))
         slowed = plain / ours
         assert np.any(slowed == 1) and np.any(slowed == scaling["factor"])
-        assert np.any((slowed > 1) & (slowed < scaling["factor"])), "no rotation lies between the two bounds"
+        assert np.any((slowed > 1) & (slowed < scaling["factor"])), (
+            "no rotation lies between the two bounds"
+        )
 
 
 def test_silu_and_its_gradient():
@@ -295,20 +382,28 @@ def test_silu_and_its_gradient():
 def test_logits_at_chosen_positions(family_pair):
     at_BA = np.array([[0, 5], [LENGTH - 1, 3]])
     chosen, _ = jax.jit(family_pair.decoder.apply)(
-        {"params": family_pair.params}, TOKENS, *counted(TOKENS), logits_at_BA=at_BA)
+        {"params": family_pair.params}, TOKENS, *counted(TOKENS), logits_at_BA=at_BA
+    )
     assert_close(chosen, np.take_along_axis(family_pair.logits_BTV, at_BA[..., None], 1))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(pair, side):
     sizes = (LENGTH - 7, LENGTH)
-    valid_BT = np.stack([np.arange(LENGTH) < n if side == "right" else np.arange(LENGTH) >= LENGTH - n for n in sizes])
+    valid_BT = np.stack(
+        [
+            np.arange(LENGTH) < n if side == "right" else np.arange(LENGTH) >= LENGTH - n
+            for n in sizes
+        ]
+    )
     positions_BT = np.maximum(np.cumsum(valid_BT, axis=1) - 1, 0)
     padded_BT = np.where(valid_BT, TOKENS, 77)
     logits_BTV = np.asarray(logits_of(pair.decoder, pair.params, padded_BT, positions_BT, valid_BT))
     for b in range(2):
-        alone_1T = TOKENS[b:b + 1][:, valid_BT[b]]
-        assert_close(logits_BTV[b:b + 1][:, valid_BT[b]], pair.reference(torch.tensor(alone_1T)).logits)
+        alone_1T = TOKENS[b : b + 1][:, valid_BT[b]]
+        assert_close(
+            logits_BTV[b : b + 1][:, valid_BT[b]], pair.reference(torch.tensor(alone_1T)).logits
+        )
 
 
 def test_continuing_from_the_past(family_pair):
@@ -318,9 +413,15 @@ def test_continuing_from_the_past(family_pair):
     part = lambda s: (TOKENS[:, s], positions_BT[:, s], valid_BT[:, s])
     apply = jax.jit(pair.decoder.apply, static_argnames="keep_kv")
     _, (k, v) = apply(params, *part(slice(first)), keep_kv=True)
-    slot = lambda x, axis, fill: jnp.concatenate([x, jnp.full_like(x.take(np.array([0]), axis), fill)], axis)
-    past = Past(slot(k, 2, 3.0), slot(v, 2, 3.0), slot(jnp.asarray(positions_BT[:, :first]), 1, first),
-                slot(jnp.asarray(valid_BT[:, :first]), 1, False))
+    slot = lambda x, axis, fill: jnp.concatenate(
+        [x, jnp.full_like(x.take(np.array([0]), axis), fill)], axis
+    )
+    past = Past(
+        slot(k, 2, 3.0),
+        slot(v, 2, 3.0),
+        slot(jnp.asarray(positions_BT[:, :first]), 1, first),
+        slot(jnp.asarray(valid_BT[:, :first]), 1, False),
+    )
     logits_BTV, _ = apply(params, *part(slice(first, None)), past=past)
     assert_close(logits_BTV, pair.logits_BTV[:, first:])
 
@@ -328,27 +429,40 @@ def test_continuing_from_the_past(family_pair):
 def test_decode_equals_full_forward_and_hf_generate(pair):
     sizes, new = (LENGTH - 12, LENGTH - 8), 8
     batch = prompt_batch([TOKENS[b, :n].tolist() for b, n in enumerate(sizes)], max(sizes))
-    decode = lambda stop: np.asarray(generate_tokens(
-        pair.decoder, pair.params, batch["tokens"], batch["valid"], jnp.array([stop]), max_new=new))
+    decode = lambda stop: np.asarray(
+        generate_tokens(
+            pair.decoder,
+            pair.params,
+            batch["tokens"],
+            batch["valid"],
+            jnp.array([stop]),
+            max_new=new,
+        )
+    )
     free = decode(-2)
     assert len(np.unique(free)) > 2, "the model repeats itself: the cache is not tested"
 
     whole = np.zeros((2, LENGTH), np.int64)
     for b, n in enumerate(sizes):
-        whole[b, :n], whole[b, n:n + new] = TOKENS[b, :n], free[b]
+        whole[b, :n], whole[b, n : n + new] = TOKENS[b, :n], free[b]
     best = pair.forward(whole).argmax(-1)
     for b, n in enumerate(sizes):
-        np.testing.assert_array_equal(free[b], best[b, n - 1:n - 1 + new])
+        np.testing.assert_array_equal(free[b], best[b, n - 1 : n - 1 + new])
 
     stop = int(free[0, 3])
     theirs = pair.reference.generate(
-        input_ids=torch.tensor(batch["tokens"], dtype=torch.long), attention_mask=torch.tensor(batch["valid"]).long(),
-        do_sample=False, max_new_tokens=new, eos_token_id=stop, pad_token_id=VOCAB - 1)[:, max(sizes):].numpy()
+        input_ids=torch.tensor(batch["tokens"], dtype=torch.long),
+        attention_mask=torch.tensor(batch["valid"]).long(),
+        do_sample=False,
+        max_new_tokens=new,
+        eos_token_id=stop,
+        pad_token_id=VOCAB - 1,
+    )[:, max(sizes) :].numpy()
     ours = decode(stop)
-    np.testing.assert_array_equal(np.where(ours < 0, VOCAB - 1, ours)[:, :theirs.shape[1]], theirs)
+    np.testing.assert_array_equal(np.where(ours < 0, VOCAB - 1, ours)[:, : theirs.shape[1]], theirs)
     for row, unstopped in zip(ours, free):
         end = next((i for i, t in enumerate(unstopped) if t == stop), new)
-        assert row.tolist() == unstopped[:end + 1].tolist() + [-1] * (new - end - 1)
+        assert row.tolist() == unstopped[: end + 1].tolist() + [-1] * (new - end - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -375,11 +489,18 @@ def test_gradients_equal_those_of_torch(family_pair):
 def test_remat_gives_the_same_gradients(pairs):
     pair = pairs("qwen2-tied-windows")
     remat = dataclasses.replace(pair.decoder, remat="full")
-    plain_gradients, remat_gradients = (gradients_of(decoder, pair.params) for decoder in (pair.decoder, remat))
-    for plain, again in zip(jax.tree.leaves(plain_gradients), jax.tree.leaves(remat_gradients), strict=True):
+    plain_gradients, remat_gradients = (
+        gradients_of(decoder, pair.params) for decoder in (pair.decoder, remat)
+    )
+    for plain, again in zip(
+        jax.tree.leaves(plain_gradients), jax.tree.leaves(remat_gradients), strict=True
+    ):
         assert np.max(np.abs(plain)) > 0
         np.testing.assert_allclose(again, plain, rtol=0, atol=1e-6 * np.max(np.abs(plain)))
-    programs = [str(jax.make_jaxpr(functools.partial(gradients_of, d))(pair.params)) for d in (pair.decoder, remat)]
+    programs = [
+        str(jax.make_jaxpr(functools.partial(gradients_of, d))(pair.params))
+        for d in (pair.decoder, remat)
+    ]
     assert "remat" not in programs[0] and "remat" in programs[1]
 
 
@@ -396,7 +517,9 @@ def test_a_later_token_leaves_earlier_logits_as_they_are(pair):
 @pytest.mark.parametrize("variant", ["llama-gqa-untied", "mistral-window"])
 def test_gradients_are_causal_and_end_at_the_window(pairs, variant):
     pair = pairs(variant)
-    tokens_1T = np.arange(LENGTH)[None] * 7  # each token once, so that its embedding row stands for one position
+    tokens_1T = (
+        np.arange(LENGTH)[None] * 7
+    )  # each token once, so that its embedding row stands for one position
 
     def read_out_T(embedding_VD):
         params = {**pair.params, "embedder": {"embedding": embedding_VD}}
@@ -407,24 +530,39 @@ def test_gradients_are_causal_and_end_at_the_window(pairs, variant):
     reach_TV = np.max(np.abs(jacobian_TVD), axis=-1)
     distance_TT = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     farthest = sum(w - 1 for w in pair.config.windows) or LENGTH
-    np.testing.assert_array_equal(reach_TV[:, tokens_1T[0]] > 0, (distance_TT >= 0) & (distance_TT <= farthest))
+    np.testing.assert_array_equal(
+        reach_TV[:, tokens_1T[0]] > 0, (distance_TT >= 0) & (distance_TT <= farthest)
+    )
     assert not np.any(reach_TV[:, np.setdiff1d(np.arange(VOCAB), tokens_1T[0])])
 
 
 def test_bfloat16_norm_is_cast_where_torch_casts_it(family_pair):
     pair, x_BTD = family_pair, family_pair.inputs["model.norm"]
     decoder = dataclasses.replace(pair.decoder, dtype=jnp.bfloat16)
-    ours_BTD = apply_at(modules.RMSNorm, decoder, ("final_norm",), pair.params, jnp.asarray(x_BTD, jnp.bfloat16))
+    ours_BTD = apply_at(
+        modules.RMSNorm, decoder, ("final_norm",), pair.params, jnp.asarray(x_BTD, jnp.bfloat16)
+    )
     with torch.no_grad():
-        theirs_BTD = copy.deepcopy(pair.reference.model.norm).bfloat16()(torch.tensor(x_BTD).bfloat16()).float().numpy()
-    assert np.mean(np.asarray(ours_BTD, np.float32) == theirs_BTD) > 0.98  # rarely, float32 rounds across a boundary
+        theirs_BTD = (
+            copy.deepcopy(pair.reference.model.norm)
+            .bfloat16()(torch.tensor(x_BTD).bfloat16())
+            .float()
+            .numpy()
+        )
+    assert (
+        np.mean(np.asarray(ours_BTD, np.float32) == theirs_BTD) > 0.98
+    )  # rarely, float32 rounds across a boundary
 
 
 def test_bfloat16_is_as_near_to_float32_as_in_torch(family_pair):
     pair = family_pair
-    rough = AutoModelForCausalLM.from_pretrained(pair.reference.name_or_path, dtype=torch.bfloat16).eval()
+    rough = AutoModelForCausalLM.from_pretrained(
+        pair.reference.name_or_path, dtype=torch.bfloat16
+    ).eval()
     with torch.no_grad():
         theirs_BTV = rough(torch.tensor(TOKENS)).logits.float().numpy()
-    ours_BTV = logits_of(dataclasses.replace(pair.decoder, dtype=jnp.bfloat16), pair.params, TOKENS, *counted(TOKENS))
+    ours_BTV = logits_of(
+        dataclasses.replace(pair.decoder, dtype=jnp.bfloat16), pair.params, TOKENS, *counted(TOKENS)
+    )
     distance = lambda x_BTV: np.sqrt(np.mean(np.square(x_BTV - pair.logits_BTV)))
     assert 0.5 * distance(theirs_BTV) < distance(ours_BTV) < 1.5 * distance(theirs_BTV)

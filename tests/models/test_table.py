@@ -1,4 +1,5 @@
-"""The parameter table: each row there and back bitwise, each checkpoint key once, one tree for all that derives."""
+"""The parameter table: each row there and back bitwise, each checkpoint key once, one tree for all
+that derives."""
 
 import dataclasses
 import math
@@ -18,8 +19,13 @@ from tests.conftest import sharder_of
 from tests.models.families import FAMILIES, hf_config, tiny_raw
 
 VARIANTS = {
-    "gqa": {}, "mha-untied": {"num_key_value_heads": 4, "tie_word_embeddings": False},
-    "mqa-deep-tied": {"num_key_value_heads": 1, "num_hidden_layers": 12, "tie_word_embeddings": True},
+    "gqa": {},
+    "mha-untied": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "mqa-deep-tied": {
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 12,
+        "tie_word_embeddings": True,
+    },
     "head_dim": {"head_dim": 12, "num_hidden_layers": 1},
 }
 BITS = {2: np.uint16, 4: np.uint32}
@@ -32,12 +38,19 @@ def config_of(family="llama", **changes):
 @st.composite
 def small_tables(draw):
     kv_heads, size = draw(st.integers(1, 3)), st.integers(1, 5)
-    return param_table(config_of(
-        draw(st.sampled_from(list(FAMILIES))),
-        vocab_size=draw(size), hidden_size=draw(size), intermediate_size=draw(size),
-        num_hidden_layers=draw(st.integers(1, 3)), num_key_value_heads=kv_heads,
-        num_attention_heads=kv_heads * draw(st.integers(1, 3)), head_dim=2 * draw(size),
-        tie_word_embeddings=draw(st.booleans())))
+    return param_table(
+        config_of(
+            draw(st.sampled_from(list(FAMILIES))),
+            vocab_size=draw(size),
+            hidden_size=draw(size),
+            intermediate_size=draw(size),
+            num_hidden_layers=draw(st.integers(1, 3)),
+            num_key_value_heads=kv_heads,
+            num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+            head_dim=2 * draw(size),
+            tie_word_embeddings=draw(st.booleans()),
+        )
+    )
 
 
 @given(st.data())
@@ -45,9 +58,13 @@ def small_tables(draw):
 def test_each_row_there_and_back_is_bitwise(data):
     dtype = np.dtype(data.draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])))
     bits = BITS[dtype.itemsize]
-    same = lambda x, y: x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x.view(bits), y.view(bits))
+    same = lambda x, y: (
+        x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x.view(bits), y.view(bits))
+    )
     for row in data.draw(small_tables()):
-        tensor = data.draw(hnp.arrays(bits, row.hf_shape)).view(dtype)  # any bits: NaN, infinities, -0.0
+        tensor = data.draw(hnp.arrays(bits, row.hf_shape)).view(
+            dtype
+        )  # any bits: NaN, infinities, -0.0
         part = row.from_hf(tensor)
         assert part.shape == row.layer_shape
         assert same(row.to_hf(part), tensor)
@@ -71,9 +88,15 @@ def test_position_within_a_layer_is_the_flat_index_of_the_hf_tensor(table):
 def test_sides_are_split_into_heads_as_hugging_face_means_them():
     config = config_of("qwen2", head_dim=12)
     table = param_table(config)
-    q, bias, o = table["layers/attention/q"], table["layers/attention/q_bias"], table["layers/attention/o"]
+    q, bias, o = (
+        table["layers/attention/q"],
+        table["layers/attention/q_bias"],
+        table["layers/attention/o"],
+    )
     assert (q.hf_shape, bias.hf_shape, o.hf_shape) == ((48, 32), (48,), (32, 48))
-    hf_q, hf_bias, hf_o = (np.arange(math.prod(row.hf_shape)).reshape(row.hf_shape) for row in (q, bias, o))
+    hf_q, hf_bias, hf_o = (
+        np.arange(math.prod(row.hf_shape)).reshape(row.hf_shape) for row in (q, bias, o)
+    )
     for n in range(config.num_heads):
         for h in range(config.head_dim):
             np.testing.assert_array_equal(q.from_hf(hf_q)[n, h], hf_q[n * 12 + h])
@@ -84,7 +107,9 @@ def test_sides_are_split_into_heads_as_hugging_face_means_them():
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_key_of_the_hf_model_is_matched_once(family, changes):
-    torch = pytest.importorskip("torch", reason="the keys come from the torch model: pip install torch")
+    torch = pytest.importorskip(
+        "torch", reason="the keys come from the torch model: pip install torch"
+    )
     from transformers import AutoModelForCausalLM
 
     raw = tiny_raw(family, **changes)
@@ -96,22 +121,34 @@ def test_each_key_of_the_hf_model_is_matched_once(family, changes):
     table = param_table(config_from_hf(raw))
     declared = [(name, row.hf_shape) for row in table for name in row.hf_names]
     assert sorted(declared) == sorted(state.items())
-    assert len({row.path for row in table}) == len(table.rows) and table.size == sum(p.numel() for p in model.parameters())
+    assert len({row.path for row in table}) == len(table.rows) and table.size == sum(
+        p.numel() for p in model.parameters()
+    )
     assert list(table.hf_names()) == [name for name, _ in declared]
     for name, (row, layer) in table.hf_names().items():
         assert row.hf_names[layer] == name and (not row.stacked or f".layers.{layer}." in name)
 
 
-@pytest.mark.parametrize("family, variant", [
-    *(("llama", variant) for variant in VARIANTS), *((family, "gqa") for family in FAMILIES if family != "llama")])
+@pytest.mark.parametrize(
+    "family, variant",
+    [
+        *(("llama", variant) for variant in VARIANTS),
+        *((family, "gqa") for family in FAMILIES if family != "llama"),
+    ],
+)
 def test_one_tree_for_shapes_initialisation_sharding_and_flax(family, variant, sharder):
     config = config_of(family, **VARIANTS[variant])
     table = param_table(config)
     shapes = {row.path: row.shape for row in table}
     assert all(len(row.axes) == len(row.shape) for row in table)
-    abstract, drawn = unnest(table.abstract(sharder, jnp.bfloat16)), unnest(table.init(jax.random.key(0)))
+    abstract, drawn = (
+        unnest(table.abstract(sharder, jnp.bfloat16)),
+        unnest(table.init(jax.random.key(0))),
+    )
     tokens = jnp.zeros((1, 8), jnp.int32)
-    flax_made = jax.eval_shape(Decoder(config, jnp.float32, None).init, jax.random.key(0), tokens, tokens, tokens == 0)
+    flax_made = jax.eval_shape(
+        Decoder(config, jnp.float32, None).init, jax.random.key(0), tokens, tokens, tokens == 0
+    )
     for tree in (abstract, drawn, unnest(flax_made["params"])):
         assert {path: x.shape for path, x in tree.items()} == shapes
     assert unnest(table.shardings(sharder)).keys() == shapes.keys()
@@ -127,7 +164,9 @@ def test_one_tree_for_shapes_initialisation_sharding_and_flax(family, variant, s
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_constants_are_those_of_transformers(family):
-    pytest.importorskip("torch", reason="the constants come from the torch model: pip install torch")
+    pytest.importorskip(
+        "torch", reason="the constants come from the torch model: pip install torch"
+    )
     from transformers import AutoModelForCausalLM
 
     theirs = dict(AutoModelForCausalLM.from_config(hf_config(tiny_raw(family))).named_parameters())
@@ -135,14 +174,18 @@ def test_initial_constants_are_those_of_transformers(family):
         assert (row.start is not None) == (row.kind in ("norm", "bias"))
         if row.start is not None:
             for name in row.hf_names:
-                np.testing.assert_array_equal(theirs[name].detach().numpy(), row.start, err_msg=name)
+                np.testing.assert_array_equal(
+                    theirs[name].detach().numpy(), row.start, err_msg=name
+                )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scopes(family):
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     part = lambda rows: {row.hf_name.removesuffix(".weight").rsplit(".", 1)[-1] for row in rows}
-    tied, untied = (param_table(config_of(family, tie_word_embeddings=tie)) for tie in (True, False))
+    tied, untied = (
+        param_table(config_of(family, tie_word_embeddings=tie)) for tie in (True, False)
+    )
     for table in (tied, untied):
         assert set(SCOPES) == {"block_linear", "all_linear", "all"}
         assert part(table.scope("block_linear")) == linear
@@ -166,13 +209,23 @@ def test_biases_are_patched_in_the_widest_scope_alone():
 
 def test_a_dimension_that_does_not_divide_is_named():
     table = param_table(config_of(num_key_value_heads=1))
-    with pytest.raises(ValueError, match=r"layers/attention/k \(2, 1, 8, 32\): dimension 'kv_heads' of 1 .* tensor = 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers/attention/k \(2, 1, 8, 32\): dimension 'kv_heads' of 1 .* tensor = 2",
+    ):
         table.shardings(sharder_of(2, tensor=2))
 
 
 names = st.text(st.characters(exclude_characters="/", codec="ascii"), max_size=3)
-trees = st.dictionaries(names, st.recursive(
-    st.integers(), lambda children: st.dictionaries(names, children, min_size=1, max_size=3), max_leaves=8), max_size=4)
+trees = st.dictionaries(
+    names,
+    st.recursive(
+        st.integers(),
+        lambda children: st.dictionaries(names, children, min_size=1, max_size=3),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
 
 
 @given(trees)

@@ -1,4 +1,5 @@
-"""Controllable patching in plain NumPy, written from the method's text alone; float32 where the method promises it."""
+"""Controllable patching in plain NumPy, written from the method's text alone; float32 where the
+method promises it."""
 
 import hashlib
 import math
@@ -25,12 +26,16 @@ def top_set(score, rate):
 
 
 def top_sets(scores, rate, granularity):
-    """Masks of the top entries of a list of tensors: of each, of each row of each, or of all of them together."""
+    """Masks of the top entries of a list of tensors: of each, of each row of each, or of all of
+    them together."""
     if granularity == "matrix":
         return [top_set(s, rate) for s in scores]
     if granularity == "row":
         rows = [s.reshape(-1, s.shape[-1]) for s in scores]
-        return [np.stack([top_set(row, rate) for row in r]).reshape(s.shape) for r, s in zip(rows, scores)]
+        return [
+            np.stack([top_set(row, rate) for row in r]).reshape(s.shape)
+            for r, s in zip(rows, scores)
+        ]
     whole = top_set(np.concatenate([s.ravel() for s in scores]), rate)
     parts = np.split(whole, np.cumsum([s.size for s in scores])[:-1])
     return [part.reshape(s.shape) for part, s in zip(parts, scores)]
@@ -48,7 +53,9 @@ def patch_and_score(theta, derived, sensitivity, importance, key=None):
         return patch, np.where(patch != 0, (random_bits(key, patch.shape) + 1.0) / 2**24, 0)
     if importance == "magnitude":
         return patch, np.abs(patch)
-    return patch, flushed(np.abs(patch if importance == "delta" else derived) * flushed(sensitivity))
+    return patch, flushed(
+        np.abs(patch if importance == "delta" else derived) * flushed(sensitivity)
+    )
 
 
 def candidates(top_se, top_osm, combine):
@@ -71,14 +78,21 @@ def merge(theta, se, osm, kept_se, kept_osm, alpha, beta, key=None):
         added = flushed(np.float32(weight) * patch)
         merged = np.where(kept, flushed(flushed(merged) + added), merged)
     touched = kept_se | kept_osm
-    cast = merged.astype(theta.dtype) if key is None or theta.itemsize == 4 else stochastic(merged, theta.dtype, key)
+    cast = (
+        merged.astype(theta.dtype)
+        if key is None or theta.itemsize == 4
+        else stochastic(merged, theta.dtype, key)
+    )
     return np.where(touched, cast, theta), touched
 
 
 def stochastic(x, dtype, key):
-    """Round float32 to one of its two neighbours in a 16-bit dtype, the outer one with the share of the way as probability."""
+    """Round float32 to one of its two neighbours in a 16-bit dtype, the outer one with the share of
+    the way as probability."""
     nearest = x.astype(dtype)
-    towards_zero = nearest.view(np.uint16) - (np.abs(nearest.astype(np.float64)) > np.abs(x)).astype(np.uint16)
+    towards_zero = nearest.view(np.uint16) - (
+        np.abs(nearest.astype(np.float64)) > np.abs(x)
+    ).astype(np.uint16)
     inner, outer = towards_zero.view(dtype), (towards_zero + np.uint16(1)).view(dtype)
     low, high = np.abs(inner.astype(np.float64)), np.abs(outer.astype(np.float64))
     share = (np.abs(x.astype(np.float64)) - low) / (high - low)
@@ -86,7 +100,8 @@ def stochastic(x, dtype, key):
 
 
 def threefry2x32(key, counter):
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011): (uint32, uint32) for each 64-bit counter."""
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011): (uint32, uint32) for each 64-bit
+    counter."""
     rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
     k = [np.uint32(key[0]), np.uint32(key[1])]
     k.append(k[0] ^ k[1] ^ np.uint32(0x1BD11BDA))
@@ -123,7 +138,8 @@ def retained(key, shape, retention):
 
 
 def filled(key, sets, tops, patches, retention):
-    """Candidates and random others outside both top sets, floor(p * size) in all; a coin says whose others they are."""
+    """Candidates and random others outside both top sets, floor(p * size) in all; a coin says whose
+    others they are."""
     random = words(key, patches[0].shape)
     result = []
     for side, (candidates, patch) in enumerate(zip(sets, patches)):
@@ -134,29 +150,53 @@ def filled(key, sets, tops, patches, retention):
 
 
 def safepatched(tensors, patch, seed):
-    """Patch a list of HF tensors: dicts of name, theta, se, osm (derived models), sensitivity_se, sensitivity_osm.
+    """Patch a list of HF tensors: dicts of name, theta, se, osm (derived models), sensitivity_se,
+    sensitivity_osm.
 
     Returns (merged tensors, kept sets as (SE, OSM) pairs).
     """
-    pairs = [[patch_and_score(t["theta"], t[r], t["sensitivity_" + r], patch.importance, key(seed, f"top_{r}", t["name"]))
-              for r in ("se", "osm")] for t in tensors]
-    tops = zip(*(top_sets([pair[i][1] for pair in pairs], rate, patch.granularity)
-                 for i, rate in enumerate((patch.top_rate_se, patch.top_rate_osm))))
+    pairs = [
+        [
+            patch_and_score(
+                t["theta"],
+                t[r],
+                t["sensitivity_" + r],
+                patch.importance,
+                key(seed, f"top_{r}", t["name"]),
+            )
+            for r in ("se", "osm")
+        ]
+        for t in tensors
+    ]
+    tops = zip(
+        *(
+            top_sets([pair[i][1] for pair in pairs], rate, patch.granularity)
+            for i, rate in enumerate((patch.top_rate_se, patch.top_rate_osm))
+        )
+    )
     scale = 1 / patch.retention if patch.rescale else 1.0
     merged, kept = [], []
     for t, pair, top in zip(tensors, pairs, tops):
         sets = candidates(*top, patch.combine)
         if patch.support == "fill":
-            own = filled(key(seed, "fill", t["name"]), sets, top, [p for p, _ in pair], patch.retention)
+            own = filled(
+                key(seed, "fill", t["name"]), sets, top, [p for p, _ in pair], patch.retention
+            )
         else:
-            own = [s & retained(key(seed, r, t["name"]), s.shape, patch.retention) for s, r in zip(sets, ("se", "osm"))]
-        merged.append(merge(t["theta"], t["se"], t["osm"], *own, patch.alpha * scale, patch.beta * scale)[0])
+            own = [
+                s & retained(key(seed, r, t["name"]), s.shape, patch.retention)
+                for s, r in zip(sets, ("se", "osm"))
+            ]
+        merged.append(
+            merge(t["theta"], t["se"], t["osm"], *own, patch.alpha * scale, patch.beta * scale)[0]
+        )
         kept.append(own)
     return merged, kept
 
 
 def baseline(tensor, patch, seed):
-    """What the merging baselines add to one tensor, as their papers write it, in float64: one term for each patch."""
+    """What the merging baselines add to one tensor, as their papers write it, in float64: one term
+    for each patch."""
     theta, se, osm = (tensor[n].astype(np.float64) for n in ("theta", "se", "osm"))
     p = patch.retention
     drop = [retained(key(seed, r, tensor["name"]), theta.shape, p) / p for r in ("se", "osm")]
@@ -179,7 +219,8 @@ def baseline(tensor, patch, seed):
 
 
 def add_terms(tensor, terms):
-    """Add float64 terms, each a multiple of its patch, in float32 and in order, with one cast at the end."""
+    """Add float64 terms, each a multiple of its patch, in float32 and in order, with one cast at
+    the end."""
     theta = tensor["theta"].astype(np.float64)
     patches = [tensor[r].astype(np.float64) - theta for r in ("se", "osm")]
     weights = [np.divide(t, p, out=np.zeros_like(t), where=t != 0) for t, p in zip(terms, patches)]

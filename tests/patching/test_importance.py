@@ -24,12 +24,15 @@ def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear"):
     rows = param_table(config).scope(scope)
     decoder = Decoder(config, jnp.float32, sharder)
     total = SensitivityMeter(decoder, rows, sharder).measure(
-        unnest(params), examples, [lengths(examples)], "test", batch_size)
+        unnest(params), examples, [lengths(examples)], "test", batch_size
+    )
     return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
 
 
-@pytest.mark.parametrize("devices, tensor, scope", [
-    (1, 1, "block_linear"), (2, 1, "block_linear"), (1, 1, "all"), (4, 2, "all")])  # the embedding is the head too
+@pytest.mark.parametrize(
+    "devices, tensor, scope",
+    [(1, 1, "block_linear"), (2, 1, "block_linear"), (1, 1, "all"), (4, 2, "all")],
+)  # the embedding is the head too
 def test_sum_of_absolute_sample_gradients(tiny, devices, tensor, scope):
     _, _, _, total = measure(tiny, devices, tensor=tensor, scope=scope)
     decoder, params, examples, _ = measure(tiny)
@@ -40,10 +43,14 @@ def test_sum_of_absolute_sample_gradients(tiny, devices, tensor, scope):
         """Straight from the definition: mean over answer tokens of -log p."""
         batch = training_batch([example], *shape)
         positions = jnp.arange(shape[0])[None]
-        logits, _ = decoder.apply({"params": nest(params)}, batch["tokens"], positions, batch["valid"])
+        logits, _ = decoder.apply(
+            {"params": nest(params)}, batch["tokens"], positions, batch["valid"]
+        )
         logprobs = jax.nn.log_softmax(logits[0])
         start = len(example.prompt_ids) - 1
-        return -jnp.mean(jnp.stack([logprobs[start + i, t] for i, t in enumerate(example.answer_ids)]))
+        return -jnp.mean(
+            jnp.stack([logprobs[start + i, t] for i, t in enumerate(example.answer_ids)])
+        )
 
     gradients = [jax.grad(nll)(params, e) for e in examples]
     for path, value in total.items():
@@ -53,7 +60,9 @@ def test_sum_of_absolute_sample_gradients(tiny, devices, tensor, scope):
         return
     batched = np.abs(sum(np.asarray(g["layers/mlp/up"]) for g in gradients))
     assert not np.allclose(total["layers/mlp/up"], batched, rtol=0.1)
-    by_two = measure(tiny, batch_size=2)[-1]  # the second batch has one sample and one row without answer tokens
+    by_two = measure(tiny, batch_size=2)[
+        -1
+    ]  # the second batch has one sample and one row without answer tokens
     for path, value in by_two.items():
         g = [np.asarray(g[path]) for g in gradients]
         np.testing.assert_allclose(value, np.abs(g[0] + g[1]) + np.abs(g[2]), rtol=2e-4, atol=1e-7)

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safepatch_jax.patching.layer import Knobs, Method
 from safepatch_jax.patching.merge import KEYED, count_at_least, patch_matrices
 from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching.tensor import Knobs, Method
 from safepatch_jax.settings import PatchSettings
 from tests.conftest import sharder_of
 
 OUT, IN, DEVICES = 128, 256, 8
 MATRIX = OUT * IN * 4 // DEVICES  # bytes of one HF matrix in float32 on each device
-MOVES = re.compile(r"= (\(?[a-z0-9]+\[[^=]*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|sort|gather)"
-                   r"(?:-start)?\(")
+MOVES = re.compile(
+    r"= (\(?[a-z0-9]+\[[^=]*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|sort|gather)"
+    r"(?:-start)?\("
+)
 
 
 def arguments(layers, dtype=jnp.float32):
@@ -26,20 +28,34 @@ def arguments(layers, dtype=jnp.float32):
     both = lambda x: dict.fromkeys(ROLES, x)
     keys = dict.fromkeys(KEYED, jax.ShapeDtypeStruct((layers, 2), jnp.uint32))
     counts = both(jax.ShapeDtypeStruct((layers,), jnp.int32))
-    return (array(dtype), both(array(jnp.float32)), both(array(jnp.float32)), keys, counts), sharding
+    return (
+        array(dtype),
+        both(array(jnp.float32)),
+        both(array(jnp.float32)),
+        keys,
+        counts,
+    ), sharding
 
 
 def compiled(options, layers=4, dtype=jnp.float32):
     patch = PatchSettings(**options)
     arrays, sharding = arguments(layers, dtype)
-    lowered = patch_matrices.lower(*arrays, Knobs.of(patch, OUT * IN).traced(), method=Method.of(patch),
-                                   shape=(layers, OUT, IN), dtype=str(jnp.dtype(dtype)), sharding=sharding)
+    lowered = patch_matrices.lower(
+        *arrays,
+        Knobs.of(patch, OUT * IN).traced(),
+        method=Method.of(patch),
+        shape=(layers, OUT, IN),
+        dtype=str(jnp.dtype(dtype)),
+        sharding=sharding,
+    )
     return lowered.compile()
 
 
 def moved(program):
     """{operation: largest number of entries that one such operation moves}."""
-    sizes = lambda shapes: (dims.split(",") if dims else [] for dims in re.findall(r"\[([\d,]*)\]", shapes))
+    sizes = lambda shapes: (
+        dims.split(",") if dims else [] for dims in re.findall(r"\[([\d,]*)\]", shapes)
+    )
     entries = lambda shapes: sum(math.prod(map(int, dims)) for dims in sizes(shapes))
     found = {}
     for shapes, name in MOVES.findall(program.as_text()):
@@ -47,23 +63,41 @@ def moved(program):
     return found
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(granularity="row"), dict(support="fill"), dict(importance="random"), dict(merge="ties"),
-    dict(merge="dare_ties")],
-    ids=lambda o: "-".join(o.values()) or "default")
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(granularity="row"),
+        dict(support="fill"),
+        dict(importance="random"),
+        dict(merge="ties"),
+        dict(merge="dare_ties"),
+    ],
+    ids=lambda o: "-".join(o.values()) or "default",
+)
 def test_only_counts_cross_devices(options):
-    most = 4 * OUT if options.get("granularity") == "row" else 32  # a few counts for each row, or a few numbers
+    most = (
+        4 * OUT if options.get("granularity") == "row" else 32
+    )  # a few counts for each row, or a few numbers
     found = moved(compiled(options))
     assert max(found.values()) <= most, found
-    # Counts taken several at a time, as on CPU alone, are gathered and added up; on TPU there is no gather (tests/planning).
+    # Counts taken several at a time, as on CPU alone, are gathered and added up; on TPU there is no
+    # gather (tests/planning).
     assert set(found) <= {"all-reduce", "all-gather"}, found
 
 
 @pytest.mark.parametrize("kind", ["delta", "random"])
 def test_global_counts_are_all_that_crosses(kind):
     (theta, derived, sensitivity, keys, _), _ = arguments(4, jnp.bfloat16)
-    program = count_at_least.lower(theta, derived["se"], sensitivity["se"], keys["top_se"], np.int32(1), kind=kind,
-                                   shape=theta.shape).compile()
+    program = count_at_least.lower(
+        theta,
+        derived["se"],
+        sensitivity["se"],
+        keys["top_se"],
+        np.int32(1),
+        kind=kind,
+        shape=theta.shape,
+    ).compile()
     assert moved(program) == {"all-reduce": 1}
     assert program.memory_analysis().temp_size_in_bytes < 3 * MATRIX
 
@@ -71,13 +105,16 @@ def test_global_counts_are_all_that_crosses(kind):
 def test_the_pattern_finds_what_must_not_be_there():
     (theta, *_), sharding = arguments(4)
     whole = jax.NamedSharding(sharding.mesh, jax.P())
-    assert moved(jax.jit(lambda x: x, out_shardings=whole).lower(theta).compile()) == {"all-gather": 4 * OUT * IN}
+    assert moved(jax.jit(lambda x: x, out_shardings=whole).lower(theta).compile()) == {
+        "all-gather": 4 * OUT * IN
+    }
     assert "sort" in moved(jax.jit(lambda x: jnp.sort(x, axis=0)).lower(theta).compile())
 
 
 @pytest.mark.parametrize("options", [dict(), dict(support="fill")], ids=["sequential", "fill"])
 def test_memory_is_that_of_some_layers_however_many_there_are(options):
-    """The result takes the backbone's buffer. Temporaries are about 20 matrices on CPU, which fuses little, so less than
+    """The result takes the backbone's buffer. Temporaries are about 20 matrices on CPU, which fuses
+    little, so less than
     one weight of a model of 32 layers; they do not grow with the layers."""
     for layers in (4, 32):
         memory = compiled(options, layers).memory_analysis()

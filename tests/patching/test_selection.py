@@ -18,7 +18,9 @@ SELECT = jax.jit(top_mask)
 def test_hand_made_matrix_with_ties():
     score_se = np.array([[9, 5, 5, 5], [0, 0, 1, 5], [5, 2, 2, 2], [0, 0, 0, 8]], np.float32)
     score_osm = np.array([[9, 0, 0, 0], [0, 0, 7, 7], [0, 0, 0, 0], [3, 0, 0, 0]], np.float32)
-    se = np.asarray(SELECT(score_se, top_count(0.25, 16)))  # 4 of 16: 9, 8, then the first two of the five 5s
+    se = np.asarray(
+        SELECT(score_se, top_count(0.25, 16))
+    )  # 4 of 16: 9, 8, then the first two of the five 5s
     osm = np.asarray(SELECT(score_osm, top_count(0.5, 16)))  # 8 of 16, but only 4 are positive
     assert sorted(zip(*np.nonzero(se))) == [(0, 0), (0, 1), (0, 2), (3, 3)]
     assert sorted(zip(*np.nonzero(osm))) == [(0, 0), (1, 2), (1, 3), (3, 0)]
@@ -31,19 +33,31 @@ def test_hand_made_matrix_with_ties():
 
 
 values = st.one_of(
-    st.floats(0, 2.0**126, width=32, allow_subnormal=False), st.sampled_from([0.0, 1.0, 1.0, 2.0, 1e-45, 1e-38, 3e38]))
+    st.floats(0, 2.0**126, width=32, allow_subnormal=False),
+    st.sampled_from([0.0, 1.0, 1.0, 2.0, 1e-45, 1e-38, 3e38]),
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(hnp.arrays(np.float32, st.sampled_from([(1, 7), (7, 1), (1, 1), (5, 6)]), elements=values),
-       st.floats(0, 1).map(lambda r: round(r, 3)))
+@given(
+    hnp.arrays(np.float32, st.sampled_from([(1, 7), (7, 1), (1, 1), (5, 6)]), elements=values),
+    st.floats(0, 1).map(lambda r: round(r, 3)),
+)
 def test_matches_stable_sort(score, rate):
     mask = np.asarray(SELECT(score, top_count(rate, score.size)))
     np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
 
 
-@pytest.mark.parametrize("score", [
-    np.zeros((5, 3)), np.ones((4, 6)), np.full((1, 9), 1e-45), np.arange(12.0).reshape(12, 1), np.array([[1e-45, 3e38]])])
+@pytest.mark.parametrize(
+    "score",
+    [
+        np.zeros((5, 3)),
+        np.ones((4, 6)),
+        np.full((1, 9), 1e-45),
+        np.arange(12.0).reshape(12, 1),
+        np.array([[1e-45, 3e38]]),
+    ],
+)
 @pytest.mark.parametrize("rate", [0.0, 0.34, 1.0])
 def test_edge_matrices(score, rate):
     score = score.astype(np.float32)
@@ -60,8 +74,12 @@ def test_rows_are_groups_of_their_own(rate):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.lists(values, max_size=6).map(lambda v: np.array(v, np.float32)), min_size=1, max_size=4),
-       st.floats(0, 1).map(lambda r: round(r, 3)))
+@given(
+    st.lists(
+        st.lists(values, max_size=6).map(lambda v: np.array(v, np.float32)), min_size=1, max_size=4
+    ),
+    st.floats(0, 1).map(lambda r: round(r, 3)),
+)
 def test_shares_of_a_global_top_set(scores, rate):
     count_at = lambda threshold: [int((s.view(np.int32) >= threshold).sum()) for s in scores]
     shares = share_out(count_at, top_count(rate, sum(s.size for s in scores)))
@@ -71,7 +89,11 @@ def test_shares_of_a_global_top_set(scores, rate):
 def test_shares_above_two_to_the_31():
     """Three tensors of 3 G equal scores each: the first whole, a part of the second."""
     size = 3 * 10**9
-    assert share_out(lambda threshold: [size * (threshold <= 7)] * 3, 5 * 10**9) == [size, 2 * 10**9, 0]
+    assert share_out(lambda threshold: [size * (threshold <= 7)] * 3, 5 * 10**9) == [
+        size,
+        2 * 10**9,
+        0,
+    ]
     assert share_out(lambda threshold: [size * (threshold <= 7)] * 3, 10**10) == [size] * 3
 
 
@@ -82,13 +104,17 @@ def test_count_is_exact_in_decimal_digits():
 
 
 def test_retention_matches_threefry_oracle_and_binomial_bounds():
-    keys = tensor_keys(3, "se", ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"))
+    keys = tensor_keys(
+        3, "se", ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    )
     shape = 200, 300
     for p in (0.3, 1.0, 0.01):
         mask = np.asarray(bernoulli(random_bits(jnp.asarray(keys[0]), shape), jnp.float32(p)))
         np.testing.assert_array_equal(mask, oracle.retained(keys[0], shape, p))
         assert abs(mask.mean() - p) <= 5 * np.sqrt(p * (1 - p) / mask.size) + 1e-9
-    masks = [np.asarray(bernoulli(random_bits(jnp.asarray(k), shape), jnp.float32(0.5))) for k in keys]
+    masks = [
+        np.asarray(bernoulli(random_bits(jnp.asarray(k), shape), jnp.float32(0.5))) for k in keys
+    ]
     assert abs((masks[0] == masks[1]).mean() - 0.5) < 0.02  # layers draw independently
 
 

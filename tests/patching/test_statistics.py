@@ -17,8 +17,12 @@ def test_steps_are_those_of_the_backbones_bfloat16_numbers():
     for layer, name in enumerate(ROW.hf_names):
         weight = theta[ROW.path][layer].astype(np.float64)
         step = 2.0 ** (np.floor(np.log2(np.abs(weight))) - 7)
-        above = np.nextafter(np.abs(weight).astype(ml_dtypes.bfloat16), ml_dtypes.bfloat16(np.inf)).astype(np.float64)
-        np.testing.assert_array_equal(above - np.abs(weight), step)  # the distance to the next number is such a step
+        above = np.nextafter(
+            np.abs(weight).astype(ml_dtypes.bfloat16), ml_dtypes.bfloat16(np.inf)
+        ).astype(np.float64)
+        np.testing.assert_array_equal(
+            above - np.abs(weight), step
+        )  # the distance to the next number is such a step
         for role in ("se", "osm"):
             size = np.abs(derived[role][ROW.path][layer].astype(np.float64) - weight)
             expected = [int(np.sum((size >= 2.0**k * step) & (size > 0))) for k in STEPS]
@@ -36,11 +40,33 @@ def test_totals_add_up_the_histograms():
 
 
 def test_parts_combine_to_the_whole_whatever_is_empty():
-    empty = {"kept": 0, "kept_se": 0, "top_se": 0, "low_se": 0.0, "high_se": 0.0, "threshold_se": 0.0, "finite": True,
-             "steps_se": [0, 0]}
-    some = {"kept": 2, "kept_se": 2, "top_se": 3, "low_se": 0.5, "high_se": 2.0, "threshold_se": 0.25, "finite": True,
-            "steps_se": [2, 1]}
+    empty = {
+        "kept": 0,
+        "kept_se": 0,
+        "top_se": 0,
+        "low_se": 0.0,
+        "high_se": 0.0,
+        "threshold_se": 0.0,
+        "finite": True,
+        "steps_se": [0, 0],
+    }
+    some = {
+        "kept": 2,
+        "kept_se": 2,
+        "top_se": 3,
+        "low_se": 0.5,
+        "high_se": 2.0,
+        "threshold_se": 0.25,
+        "finite": True,
+        "steps_se": [2, 1],
+    }
     zero = some | {"low_se": 0.0, "finite": False}  # a kept entry of 0 is no empty set
     assert combine_statistics([empty, some]) == some
     assert combine_statistics([some, empty, zero]) == some | {
-        "kept": 4, "kept_se": 4, "top_se": 6, "low_se": 0.0, "finite": False, "steps_se": [4, 2]}
+        "kept": 4,
+        "kept_se": 4,
+        "top_se": 6,
+        "low_se": 0.0,
+        "finite": False,
+        "steps_se": [4, 2],
+    }

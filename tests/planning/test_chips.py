@@ -19,7 +19,9 @@ def test_the_table_is_plausible():
 
 
 @pytest.mark.parametrize(
-    "text", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "v6e-64", "4x4", "h100:2x2", "v5e:4x-4", ""])
+    "text",
+    ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "v6e-64", "4x4", "h100:2x2", "v5e:4x-4", ""],
+)
 def test_unknown_topologies_list_the_forms(text):
     with pytest.raises(ValueError, match=r"Unknown topology '.*'. Forms: v4:2x2x2, v5e:4x4"):
         topology(text)
@@ -36,7 +38,11 @@ def test_the_compiler_is_asked_for_by_name(monkeypatch):
 def test_devices_at_hand():
     sharder = sharder_of(8, tensor=2)
     target = present(sharder)
-    assert target.title == f"8 x {jax.devices()[0].device_kind}" and target.chip is None and target.memory is None
+    assert (
+        target.title == f"8 x {jax.devices()[0].device_kind}"
+        and target.chip is None
+        and target.memory is None
+    )
     assert dict(target.sharder("tensor:4,fsdp:2").mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
     assert present(sharder, CHIPS["h100"]).memory == CHIPS["h100"].hbm
     assert target.slices == 1

@@ -1,4 +1,5 @@
-"""Figures of a run's programs on simulated devices, refusals, the search for settings, and how all that is said."""
+"""Figures of a run's programs on simulated devices, refusals, the search for settings, and how all
+that is said."""
 
 import dataclasses
 import json
@@ -12,8 +13,15 @@ from safepatch_jax.planning import compile as compiling
 from safepatch_jax.planning import report
 from safepatch_jax.planning.chips import CHIPS, GIB, Target, present
 from safepatch_jax.planning.compile import Figures, least_times, measure, memory_needed
-from safepatch_jax.planning.programs import (PROGRAMS, abstract_batch, architecture, device_bytes, lengths, programs,
-                                             resident_bytes)
+from safepatch_jax.planning.programs import (
+    PROGRAMS,
+    abstract_batch,
+    architecture,
+    device_bytes,
+    lengths,
+    programs,
+    resident_bytes,
+)
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.planning.search import Planner, as_flags, ladder, meshes
 from safepatch_jax.planning.work import Collective, Work
@@ -21,10 +29,19 @@ from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
 
-CONFIG = config_from_hf(tiny_config(torch_dtype="bfloat16", num_attention_heads=4, num_key_value_heads=4))
-SETTINGS = Settings().override({"model.remat": "none", "data.max_prompt_tokens": 20, "data.max_answer_tokens": 6,
-                                "derive.batch_size": 8,
-                                "evaluate.batch_size": 8, "evaluate.max_new_tokens": 4})
+CONFIG = config_from_hf(
+    tiny_config(torch_dtype="bfloat16", num_attention_heads=4, num_key_value_heads=4)
+)
+SETTINGS = Settings().override(
+    {
+        "model.remat": "none",
+        "data.max_prompt_tokens": 20,
+        "data.max_answer_tokens": 6,
+        "derive.batch_size": 8,
+        "evaluate.batch_size": 8,
+        "evaluate.max_new_tokens": 4,
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,40 +58,75 @@ def test_the_compile_cache_stays_where_it_was():
 
 
 def test_every_program_is_measured(measured):
-    assert list(measured) == ["train", "score", "patch q k v", "patch o", "patch gate up", "patch down", "decode"]
+    assert list(measured) == [
+        "train",
+        "score",
+        "patch q k v",
+        "patch o",
+        "patch gate up",
+        "patch down",
+        "decode",
+    ]
     for title, f in measured.items():
-        assert f.fits and f.peak >= f.arguments + f.resident and f.seconds > 0 and not f.work.unknown_loops, title
-        assert (f.flops > 0) == (f.kind != "patch") and set(f.floor) == {"compute", "memory", "links"}
+        assert (
+            f.fits
+            and f.peak >= f.arguments + f.resident
+            and f.seconds > 0
+            and not f.work.unknown_loops
+        ), title
+        assert (f.flops > 0) == (f.kind != "patch") and set(f.floor) == {
+            "compute",
+            "memory",
+            "links",
+        }
         json.dumps(f.to_dict())
         if f.kind == "patch":
-            # Counts alone: on CPU some of them are gathered and added up (tests/planning/test_tpu.py has no gather).
-            assert set(f.work.by_kind()) <= {"all-reduce", "all-gather"} and f.work.sent() < 2**16 and not f.work.sorts
+            # Counts alone: on CPU some of them are gathered and added up
+            # (tests/planning/test_tpu.py has no gather).
+            assert (
+                set(f.work.by_kind()) <= {"all-reduce", "all-gather"}
+                and f.work.sent() < 2**16
+                and not f.work.sorts
+            )
 
 
 def test_arguments_are_what_the_table_says(measured):
     sharder, table = sharder_of(8, tensor=2), param_table(CONFIG)
-    params, scope = device_bytes(table, sharder, "float32"), device_bytes(table.scope("block_linear"), sharder, "float32")
+    params, scope = (
+        device_bytes(table, sharder, "float32"),
+        device_bytes(table.scope("block_linear"), sharder, "float32"),
+    )
     close = lambda n: pytest.approx(n, abs=4096)  # batches and scalars
     assert measured["train"].arguments == close(3 * params)
     assert measured["score"].arguments == close(params + scope)
     assert measured["decode"].arguments == close(params)
     assert measured["train"].resident == 0
     for title, path in (("patch q k v", "layers/attention/q"), ("patch down", "layers/mlp/down")):
-        weight = device_bytes([table[path]], sharder, "float32")  # of two models, with two sensitivities
-        assert measured[title].arguments + measured[title].resident == close(params // 2 + 4 * weight)
+        weight = device_bytes(
+            [table[path]], sharder, "float32"
+        )  # of two models, with two sensitivities
+        assert measured[title].arguments + measured[title].resident == close(
+            params // 2 + 4 * weight
+        )
 
 
 def test_a_result_in_another_dtype_takes_its_own_room():
     sharder, scope = sharder_of(8, tensor=2), param_table(CONFIG).scope("block_linear")
-    own, other = (resident_bytes(SETTINGS.override({"export.dtype": dtype}), CONFIG, sharder, scope[:1])
-                  for dtype in ("keep", "float32"))
+    own, other = (
+        resident_bytes(SETTINGS.override({"export.dtype": dtype}), CONFIG, sharder, scope[:1])
+        for dtype in ("keep", "float32")
+    )
     assert other - own == device_bytes(scope[1:], sharder, "float32")
 
 
 def test_global_top_sets_need_all_patches_and_scores_at_once():
     sharder, scope = sharder_of(8, tensor=2), param_table(CONFIG).scope("block_linear")
-    matrix, whole = (resident_bytes(SETTINGS.override({"patch.granularity": granularity}), CONFIG, sharder, scope[:1])
-                     for granularity in ("matrix", "global"))
+    matrix, whole = (
+        resident_bytes(
+            SETTINGS.override({"patch.granularity": granularity}), CONFIG, sharder, scope[:1]
+        )
+        for granularity in ("matrix", "global")
+    )
     assert whole - matrix == 4 * device_bytes(scope[1:], sharder, "float32")
 
 
@@ -96,7 +148,9 @@ def test_where_the_architecture_comes_from(tmp_path):
     with pytest.raises(ValueError, match="No file '/nowhere.json'"):
         architecture(SETTINGS.override({"model.architecture": "/nowhere.json"}))
     (tmp_path / "stand_in.json").write_text(json.dumps(tiny_config(num_hidden_layers=3)))
-    stand_in = SETTINGS.override({"model.source": "absent", "model.architecture": str(tmp_path / "stand_in.json")})
+    stand_in = SETTINGS.override(
+        {"model.source": "absent", "model.architecture": str(tmp_path / "stand_in.json")}
+    )
     assert architecture(stand_in).num_layers == 3
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(num_hidden_layers=5)))
     assert architecture(stand_in.override({"model.source": str(tmp_path)})).num_layers == 5
@@ -104,22 +158,34 @@ def test_where_the_architecture_comes_from(tmp_path):
 
 def test_mistakes_are_named():
     sharder = sharder_of(8, tensor=2)
-    with pytest.raises(ValueError, match="Unknown program 'export'; there are train, score, patch, decode"):
+    with pytest.raises(
+        ValueError, match="Unknown program 'export'; there are train, score, patch, decode"
+    ):
         programs(SETTINGS, CONFIG, sharder, ["train", "export"])
     odd = config_from_hf(tiny_config(num_key_value_heads=1, num_attention_heads=4))
     with pytest.raises(ValueError, match="'kv_heads' of 1 does not divide by mesh axes tensor = 2"):
         programs(SETTINGS, odd, sharder)
 
 
-@pytest.mark.parametrize("message, needed", [
-    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.74G) exceeds available"
-     " HBM (15.75G).", int(57.74 * GIB)),
-    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.23G of 15.75G hbm. Exceeded hbm capacity by 1.48G.",
-     int(17.23 * GIB)),
-    ("RESOURCE_EXHAUSTED: hbm is full", 0),
-    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M vmem.", None),
-    ("INVALID_ARGUMENT: hbm", None),
-])
+@pytest.mark.parametrize(
+    "message, needed",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (57.74G) exceeds available"
+            " HBM (15.75G).",
+            int(57.74 * GIB),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.23G of 15.75G "
+            "hbm. Exceeded hbm capacity by 1.48G.",
+            int(17.23 * GIB),
+        ),
+        ("RESOURCE_EXHAUSTED: hbm is full", 0),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M vmem.", None),
+        ("INVALID_ARGUMENT: hbm", None),
+    ],
+)
 def test_refusals_for_lack_of_memory(message, needed):
     assert memory_needed(message) == needed
 
@@ -142,14 +208,23 @@ class _Refuses:
 def test_a_refused_program_does_not_fit_and_other_errors_say_where():
     sharder = sharder_of(8)
     target = dataclasses.replace(present(sharder), memory=16 * GIB)
-    program = compiling.Program("train", "", lambda: _Refuses(
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.74G) exceeds available"
-        " HBM (15.75G)."), resident=GIB)
+    program = compiling.Program(
+        "train",
+        "",
+        lambda: _Refuses(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (57.74G) exceeds available"
+            " HBM (15.75G)."
+        ),
+        resident=GIB,
+    )
     f = measure(program, target, sharder)
     assert not f.fits
     assert report.verdict([f]) == "Verdict: does not fit. train needs 58.74 GiB of 16.00 GiB."
     assert "does not fit" in report.table([f])[1]
-    broken = dataclasses.replace(program, trace=lambda: _Refuses("INTERNAL: a fault of the compiler"))
+    broken = dataclasses.replace(
+        program, trace=lambda: _Refuses("INTERNAL: a fault of the compiler")
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of the compiler") as raised:
         measure(broken, target, sharder)
     assert "While compiling 'train' for 8 x" in raised.value.__notes__[0]
@@ -159,23 +234,36 @@ def test_roofline():
     chip = CHIPS["v5e"]
     gather, reduce = Collective("all-gather", 10**9, 2), Collective("all-reduce", 10**9, 4, count=3)
     work = Work((gather, reduce), traffic=819 * 10**9, flops=197 * 10**12)
-    assert least_times(work, 2 * 197e12, chip) == pytest.approx({"compute": 2, "memory": 1, "links": 5.5e9 / 200e9})
+    assert least_times(work, 2 * 197e12, chip) == pytest.approx(
+        {"compute": 2, "memory": 1, "links": 5.5e9 / 200e9}
+    )
     work = dataclasses.replace(work, collectives=(gather, dataclasses.replace(reduce, across=True)))
     assert least_times(work, 0, chip) == pytest.approx(
-        {"compute": 1, "memory": 1, "links": 1e9 / 200e9, "network": 4.5e9 / 3.125e9})
+        {"compute": 1, "memory": 1, "links": 1e9 / 200e9, "network": 4.5e9 / 3.125e9}
+    )
 
 
 def test_figures_for_the_devices_at_hand():
     lines = report.figures(SETTINGS, CONFIG, sharder_of(8, tensor=2))
     assert [line.split("  ")[0] for line in lines[1:8]] == [
-        "train", "score", "patch q k v", "patch o", "patch gate up", "patch down", "decode"]
-    assert "how much these devices have is not known" in lines[-1] and not any("floor" in line for line in lines)
+        "train",
+        "score",
+        "patch q k v",
+        "patch o",
+        "patch gate up",
+        "patch down",
+        "decode",
+    ]
+    assert "how much these devices have is not known" in lines[-1] and not any(
+        "floor" in line for line in lines
+    )
     assert any(line.startswith("  train: ") and "all-gather" in line for line in lines)
-    quick, = report.figures(SETTINGS, CONFIG, sharder_of(8, tensor=2), compiled=False)
+    (quick,) = report.figures(SETTINGS, CONFIG, sharder_of(8, tensor=2), compiled=False)
     assert quick.startswith("A train step takes about ")
 
 
-# -- looking for settings ----------------------------------------------------------------------------------------------
+# -- looking for settings
+# ----------------------------------------------------------------------------------------------
 
 
 def test_ladders():
@@ -183,8 +271,13 @@ def test_ladders():
     flags = lambda kind: [as_flags(changes) for changes in ladder(kind, settings, 4)]
     full = "--model.remat=full"
     assert flags("train") == [
-        "--model.remat=dots", full, full + " --derive.accumulate=2", full + " --derive.accumulate=4",
-        full + " --derive.accumulate=4 --derive.optimizer=adafactor", full + " --derive.optimizer=adafactor"]
+        "--model.remat=dots",
+        full,
+        full + " --derive.accumulate=2",
+        full + " --derive.accumulate=4",
+        full + " --derive.accumulate=4 --derive.optimizer=adafactor",
+        full + " --derive.optimizer=adafactor",
+    ]
     assert flags("score") == ["--model.remat=dots", full] and flags("patch") == []
     assert flags("decode") == ["--evaluate.batch_size=8", "--evaluate.batch_size=4"]
 
@@ -204,47 +297,95 @@ class _Pretended(Planner):
         self._rule = rule
 
     def _measure(self, settings, kind):
-        self.asked.append((kind, settings.mesh.shape, settings.model.remat, settings.derive.accumulate,
-                           settings.derive.optimizer))
+        self.asked.append(
+            (
+                kind,
+                settings.mesh.shape,
+                settings.model.remat,
+                settings.derive.accumulate,
+                settings.derive.optimizer,
+            )
+        )
         needs, seconds = self._rule(kind, settings)
-        return (Figures(kind, kind, self._target.memory, 0.1, 1, 0, peak=needs, floor={"compute": seconds}),)
+        return (
+            Figures(
+                kind, kind, self._target.memory, 0.1, 1, 0, peak=needs, floor={"compute": seconds}
+            ),
+        )
 
 
-@pytest.mark.parametrize("rule, flags", [
-    (lambda kind, s: 9 if kind == "train" and s.model.remat == "none" else 1, "--model.remat=dots"),
-    (lambda kind, s: 9 if kind == "train" and s.derive.accumulate < 2 else 9 if kind == "decode" and s.evaluate.batch_size > 8
-     else 1, "--model.remat=full --derive.accumulate=2 --evaluate.batch_size=8"),
-    (lambda kind, s: 9 if kind == "train" and s.derive.optimizer == "adamw" else 1,
-     "--model.remat=full --derive.accumulate=4 --derive.optimizer=adafactor"),
-    (lambda kind, s: 9 if kind == "train" and "tensor:4" not in s.mesh.shape else 1, "--mesh=data:1,fsdp:2,tensor:4"),
-    (lambda kind, s: 9 if kind == "patch" else 1, None),
-])
+@pytest.mark.parametrize(
+    "rule, flags",
+    [
+        (
+            lambda kind, s: 9 if kind == "train" and s.model.remat == "none" else 1,
+            "--model.remat=dots",
+        ),
+        (
+            lambda kind, s: (
+                9
+                if kind == "train" and s.derive.accumulate < 2
+                else 9
+                if kind == "decode" and s.evaluate.batch_size > 8
+                else 1
+            ),
+            "--model.remat=full --derive.accumulate=2 --evaluate.batch_size=8",
+        ),
+        (
+            lambda kind, s: 9 if kind == "train" and s.derive.optimizer == "adamw" else 1,
+            "--model.remat=full --derive.accumulate=4 --derive.optimizer=adafactor",
+        ),
+        (
+            lambda kind, s: 9 if kind == "train" and "tensor:4" not in s.mesh.shape else 1,
+            "--mesh=data:1,fsdp:2,tensor:4",
+        ),
+        (lambda kind, s: 9 if kind == "patch" else 1, None),
+    ],
+)
 def test_the_nearest_settings_that_fit(rule, flags):
-    settings = SETTINGS.override({"derive.batch_size": 16, "evaluate.batch_size": 16, "mesh.shape": "fsdp:4,tensor:2"})
+    settings = SETTINGS.override(
+        {"derive.batch_size": 16, "evaluate.batch_size": 16, "mesh.shape": "fsdp:4,tensor:2"}
+    )
     planner = _Pretended(lambda kind, s: (rule(kind, s) * GIB, 1.0), 8 * GIB)
     found = planner.remedy(settings)
     assert (found and as_flags(found.changes)) == flags
     lines = report.remedy_lines(found, settings, CONFIG, planner._target, sharder_of(8, tensor=2))
     if found:
-        assert lines[0] == f"Nearest setting that fits: {flags}" and {f.kind for f in found.figures} == set(PROGRAMS)
+        assert lines[0] == f"Nearest setting that fits: {flags}" and {
+            f.kind for f in found.figures
+        } == set(PROGRAMS)
     else:
         assert lines[0].startswith("No setting of remat, micro-batches")
 
 
 def test_a_program_is_compiled_again_only_for_settings_that_it_depends_on():
     planner = _Pretended(lambda kind, s: (1, 1.0), 8 * GIB)
-    for name, value in {"derive.accumulate": 2, "model.remat": "full", "evaluate.batch_size": 4, "patch.alpha": 2.0}.items():
+    for name, value in {
+        "derive.accumulate": 2,
+        "model.remat": "full",
+        "evaluate.batch_size": 4,
+        "patch.alpha": 2.0,
+    }.items():
         planner.asked.clear()
         planner.all(SETTINGS)
         planner.all(SETTINGS.override({name: value}))
-        again = [kind for kind, *_ in planner.asked[4 if name == "derive.accumulate" else 0:]]
-        assert again == {"derive.accumulate": ["train"], "model.remat": ["train", "score"], "evaluate.batch_size": ["decode"],
-                         "patch.alpha": ["score", "patch"]}[name]
+        again = [kind for kind, *_ in planner.asked[4 if name == "derive.accumulate" else 0 :]]
+        assert (
+            again
+            == {
+                "derive.accumulate": ["train"],
+                "model.remat": ["train", "score"],
+                "evaluate.batch_size": ["decode"],
+                "patch.alpha": ["score", "patch"],
+            }[name]
+        )
 
 
 def test_what_cannot_fit_is_not_compiled():
     planner = _Pretended(lambda kind, s: (1, 1.0), memory=1000)
-    assert planner.remedy(SETTINGS) is None and not [kind for kind, *_ in planner.asked if kind == "train"]
+    assert planner.remedy(SETTINGS) is None and not [
+        kind for kind, *_ in planner.asked if kind == "train"
+    ]
     lines = report.remedy_lines(None, SETTINGS, CONFIG, planner._target, sharder_of(8))
     assert "chips or more are needed" in lines[0]
 
@@ -252,23 +393,38 @@ def test_what_cannot_fit_is_not_compiled():
 def test_suggestions_are_the_shortest_steps_that_fit():
     def rule(kind, settings):
         tensor = int(settings.mesh.shape.split("tensor:")[1]) if kind == "train" else 1
-        return (9 if kind == "train" and settings.model.remat == "none" else 1) * GIB, {1: 3.0, 2: 1.0, 4: 2.0}[tensor]
+        return (9 if kind == "train" and settings.model.remat == "none" else 1) * GIB, {
+            1: 3.0,
+            2: 1.0,
+            4: 2.0,
+        }[tensor]
 
     planner = _Pretended(rule, 8 * GIB)
     compiled, found = planner.suggest(SETTINGS, most=20)
     assert len(compiled) == 9 and [f.fits for _, f in compiled] == [True] * 6 + [False] * 3
-    assert found.changes["mesh.shape"] == "data:1,fsdp:4,tensor:2" and found.changes["model.remat"] in ("dots", "full")
+    assert found.changes["mesh.shape"] == "data:1,fsdp:4,tensor:2" and found.changes[
+        "model.remat"
+    ] in ("dots", "full")
     lines = report.suggestion_lines(compiled, found)
-    assert lines[2].startswith("data:1,fsdp:4,tensor:2") and any(line.startswith("Best: --mesh=") for line in lines)
+    assert lines[2].startswith("data:1,fsdp:4,tensor:2") and any(
+        line.startswith("Best: --mesh=") for line in lines
+    )
 
 
 def test_screening_follows_settings():
     sharder = sharder_of(8, tensor=2)
     screen = lambda **changes: screen_train(
-        SETTINGS.override({k.replace("_", ".", 1): v for k, v in changes.items()}), CONFIG, sharder, (512, 8), CHIPS["v5e"],
-        10**12)
+        SETTINGS.override({k.replace("_", ".", 1): v for k, v in changes.items()}),
+        CONFIG,
+        sharder,
+        (512, 8),
+        CHIPS["v5e"],
+        10**12,
+    )
     base = screen(derive_batch_size=32)
     assert screen(derive_batch_size=32, model_remat="dots").memory < base.memory
     assert screen(derive_batch_size=32, derive_accumulate=4).memory < base.memory
-    assert screen(derive_batch_size=32, derive_optimizer="adafactor").arguments == base.arguments // 3
+    assert (
+        screen(derive_batch_size=32, derive_optimizer="adafactor").arguments == base.arguments // 3
+    )
     assert base.least < base.memory and base.seconds > 0

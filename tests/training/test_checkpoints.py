@@ -1,4 +1,5 @@
-"""Checkpoints within training: a run that was stopped anywhere goes on with the same bits; damage is found; SIGTERM; full disk."""
+"""Checkpoints within training: a run that was stopped anywhere goes on with the same bits; damage
+is found; SIGTERM; full disk."""
 
 import re
 import resource
@@ -8,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from safepatch_jax import stopping
 from safepatch_jax.data.pipeline import training_batches
+from safepatch_jax.runtime import stopping
 from safepatch_jax.training.checkpoints import Checkpoints, checksums
 from safepatch_jax.training.step import Recipe, Saving
 from tests.training.test_step import make
@@ -24,6 +25,7 @@ class Cut(Exception):
 
 def cut_after(step):
     """A `record` that ends the run, as a kill would, when a step has been read."""
+
     def record(done, values):
         if done == step:
             raise Cut
@@ -33,7 +35,9 @@ def cut_after(step):
 
 def run(tiny, saving=None, devices=1, recipe=RECIPE, **options):
     trainer, _, params, examples = make(tiny, devices)
-    return trainer.run(params, training_batches([(examples[:5], 4)], 3), recipe, "run", saving, **options)
+    return trainer.run(
+        params, training_batches([(examples[:5], 4)], 3), recipe, "run", saving, **options
+    )
 
 
 def assert_same_bits(a, b):
@@ -56,7 +60,9 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(tiny, undisturbed, tmp_pa
     assert_same_bits(tuned, undisturbed[0])
     assert outcome == undisturbed[1]
     out = capsys.readouterr().out
-    assert "damaged" not in out  # what is written in the background is not what later steps make of it
+    assert (
+        "damaged" not in out
+    )  # what is written in the background is not what later steps make of it
     if step > 2:  # before that nothing need have been written
         assert f"goes on after step {told[0] - 1} of 6" in out and told == list(range(told[0], 7))
         assert told[0] > 1
@@ -86,7 +92,9 @@ def test_a_checkpoint_is_restored_onto_another_mesh(tiny, undisturbed, tmp_path)
 def store(tmp_path):
     """Two checkpoints of a small state, and where they are."""
     state = {"a": jax.numpy.arange(5000.0), "b": (jax.numpy.zeros((), bool), jax.numpy.int32(7))}
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     folder = tmp_path / "the steps, 100% #1"  # a path is no address
     with Checkpoints(folder, abstract) as checkpoints:
         for step in (2, 4):
@@ -102,13 +110,16 @@ def test_the_newest_checkpoint_is_taken(store):
 
 
 def newest_files(folder):
-    return sorted((p for p in (folder / "4").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return sorted(
+        (p for p in (folder / "4").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
 
 
 def damages(folder):
     """By name, ways in which the newest checkpoint may be damaged."""
+
     def truncate(path):
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     def flip(path, where):
         content = bytearray(path.read_bytes())
@@ -117,15 +128,30 @@ def damages(folder):
 
     largest = newest_files(folder)[-1]
     return {
-        "truncated arrays": lambda: truncate(largest), "one bit of the arrays": lambda: flip(largest, 0.5),
-        "another bit": lambda: flip(largest, 0.25), "truncated facts": lambda: truncate(next((folder / "4" / "facts").iterdir())),
+        "truncated arrays": lambda: truncate(largest),
+        "one bit of the arrays": lambda: flip(largest, 0.5),
+        "another bit": lambda: flip(largest, 0.25),
+        "truncated facts": lambda: truncate(next((folder / "4" / "facts").iterdir())),
         "empty facts": lambda: next((folder / "4" / "facts").iterdir()).write_text("{}"),
-        "no arrays": lambda: [p.unlink() for p in (folder / "4" / "state").rglob("*") if p.is_file()],
-        "lost arrays": lambda: largest.unlink()}
+        "no arrays": lambda: [
+            p.unlink() for p in (folder / "4" / "state").rglob("*") if p.is_file()
+        ],
+        "lost arrays": lambda: largest.unlink(),
+    }
 
 
-@pytest.mark.parametrize("damage", ["truncated arrays", "one bit of the arrays", "another bit", "truncated facts", "empty facts",
-                                    "no arrays", "lost arrays"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated arrays",
+        "one bit of the arrays",
+        "another bit",
+        "truncated facts",
+        "empty facts",
+        "no arrays",
+        "lost arrays",
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(store, capsys, damage):
     abstract, folder = store
     damages(folder)[damage]()
@@ -160,7 +186,10 @@ def test_a_write_that_failed_is_told_beside_another_error(store, capsys):
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    with Checkpoints(tmp_path / "steps", {"a": jax.ShapeDtypeStruct((2,), np.float32, sharding=jax.numpy.zeros(2).sharding)}) as c:
+    with Checkpoints(
+        tmp_path / "steps",
+        {"a": jax.ShapeDtypeStruct((2,), np.float32, sharding=jax.numpy.zeros(2).sharding)},
+    ) as c:
         assert c.restore() is None
 
 
@@ -173,14 +202,19 @@ def test_every_bit_counts_in_a_checksum():
             changed.reshape(-1).view(np.uint32)[i] ^= np.uint32(1 << bit)
             assert checksums({"x": jax.numpy.asarray(changed)})["x"] != before, (i, bit)
     index = np.arange(1200, dtype=np.uint64)
-    assert before == int((x.reshape(-1).view(np.uint32).astype(np.uint64) * (2 * index + 1)).sum() % 2**32)
+    assert before == int(
+        (x.reshape(-1).view(np.uint32).astype(np.uint64) * (2 * index + 1)).sum() % 2**32
+    )
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 6])
-def test_sigterm_in_training_writes_a_checkpoint_and_ends(tiny, undisturbed, tmp_path, capsys, monkeypatch, step):
+def test_sigterm_in_training_writes_a_checkpoint_and_ends(
+    tiny, undisturbed, tmp_path, capsys, monkeypatch, step
+):
     monkeypatch.setattr(stopping._State, "asked", False)
     before = signal.signal(signal.SIGTERM, stopping.on_signal)
     try:
+
         def record(done, values):
             if done == step:
                 signal.raise_signal(signal.SIGTERM)
@@ -192,8 +226,12 @@ def test_sigterm_in_training_writes_a_checkpoint_and_ends(tiny, undisturbed, tmp
     stopping._State.asked = False
     out = capsys.readouterr().out
     told = re.search(r"ends after step (\d+)\. A checkpoint is written", out)
-    assert ended.value.code == 143 and told and int(told[1]) == min(6, step + 3)  # known one step late, in all processes
+    assert (
+        ended.value.code == 143 and told and int(told[1]) == min(6, step + 3)
+    )  # known one step late, in all processes
     steps = []
-    tuned, outcome = run(tiny, Saving(tmp_path / "steps", 0.0), record=lambda done, values: steps.append(done))
+    tuned, outcome = run(
+        tiny, Saving(tmp_path / "steps", 0.0), record=lambda done, values: steps.append(done)
+    )
     assert steps == list(range(int(told[1]) + 1, 7)) and outcome == undisturbed[1]
     assert_same_bits(tuned, undisturbed[0])

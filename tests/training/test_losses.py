@@ -1,4 +1,5 @@
-"""Losses against their published formulas, and the way through the train step of those that take a reference."""
+"""Losses against their published formulas, and the way through the train step of those that take a
+reference."""
 
 import dataclasses
 import weakref
@@ -13,8 +14,8 @@ from safepatch_jax.data.chat import BENIGN, HARMFUL, MISMATCH, lengths, training
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.table import param_table, unnest
-from safepatch_jax.pipeline.context import Context
 from safepatch_jax.planning.flops import count_flops
+from safepatch_jax.run.context import Context
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 from safepatch_jax.training.losses import NPO, Likelihood, Mismatch, SimNPO, rows_per_own
@@ -36,21 +37,25 @@ def log_sigmoid(x):
     return -np.log1p(np.exp(-x.astype(np.float64)))
 
 
-@pytest.mark.parametrize("loss, formula", [
-    (Likelihood("mean"), lambda total: -total / LENGTHS),
-    (Likelihood("sum"), lambda total: -total),
-    (NPO(), lambda total: -2 / 0.1 * log_sigmoid(-0.1 * (total - REFERENCE))),
-    (NPO(0.5), lambda total: -2 / 0.5 * log_sigmoid(-0.5 * (total - REFERENCE))),
-    (SimNPO(), lambda total: -2 / 2.5 * log_sigmoid(-2.5 * total / LENGTHS)),
-    (SimNPO(1.0, 0.3), lambda total: -2 * log_sigmoid(-total / LENGTHS - 0.3)),
-])
+@pytest.mark.parametrize(
+    "loss, formula",
+    [
+        (Likelihood("mean"), lambda total: -total / LENGTHS),
+        (Likelihood("sum"), lambda total: -total),
+        (NPO(), lambda total: -2 / 0.1 * log_sigmoid(-0.1 * (total - REFERENCE))),
+        (NPO(0.5), lambda total: -2 / 0.5 * log_sigmoid(-0.5 * (total - REFERENCE))),
+        (SimNPO(), lambda total: -2 / 2.5 * log_sigmoid(-2.5 * total / LENGTHS)),
+        (SimNPO(1.0, 0.3), lambda total: -2 * log_sigmoid(-total / LENGTHS - 0.3)),
+    ],
+)
 def test_formulas(loss, formula):
     found = loss(jnp.asarray(LOGPROBS), BATCH)
     np.testing.assert_allclose(found, formula(LOGPROBS.astype(np.float64).sum(axis=1)), rtol=1e-5)
 
 
 def test_npo_tends_to_ascent_as_beta_falls():
-    """Zhang et al., proposition 1: up to a constant, its gradient is that of the NLL with the sign turned."""
+    """Zhang et al., proposition 1: up to a constant, its gradient is that of the NLL with the sign
+    turned."""
     gradient = jax.grad(lambda x: jnp.sum(NPO(1e-4)(x, BATCH)))(jnp.asarray(LOGPROBS))
     np.testing.assert_allclose(gradient, jnp.ones_like(gradient), rtol=2e-3)
 
@@ -62,14 +67,20 @@ def test_the_reference_is_what_the_start_gives_and_npo_lowers_the_likelihood(tin
     batch = next(training_batches([(examples, 8)], 0))
     assert batch["reference"].shape == (8, 1) and (batch["reference"] < 0).all()
     trainer = Trainer(decoder, param_table(decoder.config), decoder.sharder, loss=NPO())
-    _, outcome = trainer.run(params, training_batches([(examples, 8)], 0), Recipe(1.0, 5, 1e-3), "npo")
+    _, outcome = trainer.run(
+        params, training_batches([(examples, 8)], 0), Recipe(1.0, 5, 1e-3), "npo"
+    )
     assert outcome.nll[-1] > outcome.nll[0] + 0.02
     first = {tuple(e.prompt_ids): e.reference for e in examples}
     again = with_reference(decoder, params, examples[:3], 2, decoder.sharder)
-    assert [e.reference for e in again] == pytest.approx([first[tuple(e.prompt_ids)] for e in again], rel=1e-5)
+    assert [e.reference for e in again] == pytest.approx(
+        [first[tuple(e.prompt_ids)] for e in again], rel=1e-5
+    )
 
 
-STRONG = Mismatch(5.0)  # the tiny model's answers are so alike that others would make the harmful ones likelier, too
+STRONG = Mismatch(
+    5.0
+)  # the tiny model's answers are so alike that others would make the harmful ones likelier, too
 PARTS = (HARMFUL,) * 4 + (MISMATCH,) * 2 + (BENIGN,) * 2
 
 
@@ -81,9 +92,16 @@ def backbone(tmp_path_factory):
 
 def make_mismatch(tiny, devices=1, tensor=1, loss=Mismatch(), **options):
     """Return a trainer, its decoder, parameters and eight examples of three parts."""
-    _, decoder, params, examples = make(tiny, devices, tensor=tensor, remat=options.pop("remat", "none"))
+    _, decoder, params, examples = make(
+        tiny, devices, tensor=tensor, remat=options.pop("remat", "none")
+    )
     trainer = Trainer(decoder, param_table(decoder.config), decoder.sharder, loss=loss, **options)
-    return trainer, decoder, params, [dataclasses.replace(e, part=part) for e, part in zip(examples, PARTS)]
+    return (
+        trainer,
+        decoder,
+        params,
+        [dataclasses.replace(e, part=part) for e, part in zip(examples, PARTS)],
+    )
 
 
 def of_parts(examples):
@@ -104,9 +122,15 @@ def test_mismatch_is_its_formula(weights):
     nll, kl_mean = -logprobs.sum(1) / tokens, kl.sum(1) / tokens
     batch = {"weights": jnp.asarray(there, jnp.float32), "part": jnp.asarray(part[:, None])}
     batch["rows_per_own"] = rows_per_own(batch["part"])
-    found = Mismatch(*weights)(jnp.asarray(logprobs, jnp.float32), batch, jnp.asarray(kl, jnp.float32))
+    found = Mismatch(*weights)(
+        jnp.asarray(logprobs, jnp.float32), batch, jnp.asarray(kl, jnp.float32)
+    )
     ascent, mismatch, divergence = weights or (0.5, 1.0, 1.0)
-    terms = -ascent * nll[part == 0].mean(), mismatch * nll[part == 1].mean(), divergence * kl_mean[part == 2].mean()
+    terms = (
+        -ascent * nll[part == 0].mean(),
+        mismatch * nll[part == 1].mean(),
+        divergence * kl_mean[part == 2].mean(),
+    )
     assert found.shape == (6,) and float(found.mean()) == pytest.approx(sum(terms), rel=1e-5)
 
 
@@ -118,51 +142,90 @@ def test_batches_have_parts_where_examples_do(tiny):
 
 
 def gradients_of_torch(folder, backbone, batch, out):
-    """Return Mismatch's gradient in float64, nested as our parameters are, and the NLL a token of the harmful rows."""
+    """Return Mismatch's gradient in float64, nested as our parameters are, and the NLL a token of
+    the harmful rows."""
     torch = pytest.importorskip("torch", reason="the reference is torch: pip install torch")
     from transformers import AutoModelForCausalLM
 
-    model, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (folder, backbone))
+    model, other = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (folder, backbone)
+    )
     tokens, valid, at, targets = (
-        torch.tensor(batch[name]).long() for name in ("tokens", "valid", "predict_at", "targets"))
+        torch.tensor(batch[name]).long() for name in ("tokens", "valid", "predict_at", "targets")
+    )
     there, rows = torch.tensor(batch["weights"]).double(), torch.arange(len(tokens))[:, None]
-    ours, theirs = (torch.log_softmax(m(tokens, attention_mask=valid).logits[rows, at], -1) for m in (model, other))
-    nll, kl = -torch.gather(ours, 2, targets[..., None])[..., 0] * there, ((theirs - ours) * theirs.exp()).sum(-1) * there
+    ours, theirs = (
+        torch.log_softmax(m(tokens, attention_mask=valid).logits[rows, at], -1)
+        for m in (model, other)
+    )
+    nll, kl = (
+        -torch.gather(ours, 2, targets[..., None])[..., 0] * there,
+        ((theirs - ours) * theirs.exp()).sum(-1) * there,
+    )
     mean = lambda x, part: (x.sum(1) / there.sum(1))[batch["part"][:, 0] == part].mean()
     (-0.5 * mean(nll, HARMFUL) + mean(nll, MISMATCH) + mean(kl, BENIGN)).backward()
     for p in model.parameters():
         p.data = p.grad
     model.float().save_pretrained(out)
     harmful = batch["part"][:, 0] == HARMFUL
-    return load_params(out, make(folder)[1].sharder)[1], (nll[harmful].sum() / there[harmful].sum()).item()
+    return load_params(out, make(folder)[1].sharder)[1], (
+        nll[harmful].sum() / there[harmful].sum()
+    ).item()
 
 
 @pytest.fixture(scope="module")
 def expected(tiny, backbone, tmp_path_factory):
     *_, examples = make_mismatch(tiny)
-    gradients, nll = gradients_of_torch(tiny, backbone, training_batch(examples, *lengths(examples)),
-                                        tmp_path_factory.mktemp("gradients"))
+    gradients, nll = gradients_of_torch(
+        tiny,
+        backbone,
+        training_batch(examples, *lengths(examples)),
+        tmp_path_factory.mktemp("gradients"),
+    )
     return unnest(gradients), nll
 
 
-@pytest.mark.parametrize("devices, tensor, options", [
-    (1, 1, {}), (8, 1, {}), (4, 2, {"accumulate": 2}), (1, 1, {"accumulate": 4, "chunk": 8, "remat": "full"})])
-def test_the_step_has_the_gradient_of_torch_and_the_nll_of_the_harmful_rows(tiny, backbone, expected, devices, tensor, options):
-    """Also on several devices and in micro-batches, the parts of which are in other shares than the batch's."""
-    trainer, decoder, params, examples = make_mismatch(tiny, devices, tensor, clip_norm=1e9, **options)
+@pytest.mark.parametrize(
+    "devices, tensor, options",
+    [
+        (1, 1, {}),
+        (8, 1, {}),
+        (4, 2, {"accumulate": 2}),
+        (1, 1, {"accumulate": 4, "chunk": 8, "remat": "full"}),
+    ],
+)
+def test_the_step_has_the_gradient_of_torch_and_the_nll_of_the_harmful_rows(
+    tiny, backbone, expected, devices, tensor, options
+):
+    """Also on several devices and in micro-batches, the parts of which are in other shares than the
+    batch's."""
+    trainer, decoder, params, examples = make_mismatch(
+        tiny, devices, tensor, clip_norm=1e9, **options
+    )
     batch = put_batch(training_batch(examples, *lengths(examples)), decoder.sharder)
     reference = load_params(backbone, decoder.sharder)[1]
-    state, metrics = trainer._step(trainer._init(params), batch, 1.0, 0.0, 0.0, float("inf"), reference)
+    state, metrics = trainer._step(
+        trainer._init(params), batch, 1.0, 0.0, 0.0, float("inf"), reference
+    )
     assert float(metrics["nll"]) == pytest.approx(expected[1], rel=1e-5)
     found = unnest(optax.tree.get(state["moments"], "mu"))  # after one step: 0.1 of the gradient
     for path, gradient in expected[0].items():
-        np.testing.assert_allclose(np.asarray(found[path]) / 0.1, gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
+        np.testing.assert_allclose(
+            np.asarray(found[path]) / 0.1,
+            gradient,
+            atol=1e-5 * np.abs(gradient).max(),
+            err_msg=path,
+        )
 
 
-def test_a_model_does_not_diverge_from_itself_and_no_gradient_flows_into_the_reference(tiny, backbone):
+def test_a_model_does_not_diverge_from_itself_and_no_gradient_flows_into_the_reference(
+    tiny, backbone
+):
     _, decoder, params, examples = make_mismatch(tiny)
     batch = training_batch(examples, *lengths(examples))
-    total = lambda params, reference: jnp.sum(answer_divergences(decoder, params, reference, batch)[1])
+    total = lambda params, reference: jnp.sum(
+        answer_divergences(decoder, params, reference, batch)[1]
+    )
     of_both = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
     largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
     kl, (own, _) = of_both(params, params)
@@ -176,8 +239,13 @@ def test_the_reference_costs_one_forward_pass(tiny, remat):
     trainer, decoder, params, _ = make_mismatch(tiny, remat=remat)
     batch = abstract_batch(decoder.sharder, 8, (48, 32))
     parts = {"part": jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=batch["tokens"].sharding)}
-    forward = jax.make_jaxpr(lambda p: decoder.apply(
-        {"params": p}, *(jnp.zeros((8, 48), x) for x in (jnp.int32, jnp.int32, bool)), logits_at_BA=jnp.zeros((8, 32), int)))
+    forward = jax.make_jaxpr(
+        lambda p: decoder.apply(
+            {"params": p},
+            *(jnp.zeros((8, 48), x) for x in (jnp.int32, jnp.int32, bool)),
+            logits_at_BA=jnp.zeros((8, 32), int),
+        )
+    )
     plain = make(tiny, remat=remat)[0].trace(batch)
     compared = trainer.trace(batch | parts, params)
     assert count_flops(compared.jaxpr) - count_flops(plain.jaxpr) == count_flops(forward(params))
@@ -187,7 +255,8 @@ def test_the_ceiling_is_that_of_the_harmful_answers(tiny, backbone):
     trainer, decoder, params, examples = make_mismatch(tiny, loss=STRONG)
     reference = load_params(backbone, decoder.sharder)[1]
     run = lambda **ceiling: trainer.run(
-        params, of_parts(examples), Recipe(1.0, 5, 1e-3, **ceiling), "run", reference=reference)[1]
+        params, of_parts(examples), Recipe(1.0, 5, 1e-3, **ceiling), "run", reference=reference
+    )[1]
     free = run()
     assert free.nll[-1] > free.nll[0] + 0.02
     stopped = run(nll_ceiling=(free.nll[2] + free.nll[3]) / 2)
@@ -198,7 +267,14 @@ def test_a_run_with_a_reference_that_was_cut_goes_on_with_the_same_bits(tiny, ba
     trainer, decoder, params, examples = make_mismatch(tiny, loss=STRONG)
     reference = load_params(backbone, decoder.sharder)[1]
     run = lambda *args, **options: trainer.run(
-        params, of_parts(examples), Recipe(1.0, 5, 1e-3), "run", *args, reference=reference, **options)
+        params,
+        of_parts(examples),
+        Recipe(1.0, 5, 1e-3),
+        "run",
+        *args,
+        reference=reference,
+        **options,
+    )
     whole, saving = run(), Saving(tmp_path / "steps", ALWAYS)
     with pytest.raises(Cut):
         run(saving, record=cut_after(3))
@@ -210,15 +286,29 @@ def test_a_run_with_a_reference_that_was_cut_goes_on_with_the_same_bits(tiny, ba
 
 def test_a_reference_is_given_where_the_loss_compares_and_only_there(tiny):
     trainer, _, params, examples = make_mismatch(tiny)
-    with pytest.raises(ValueError, match="run: the loss Mismatch compares with a reference model and none was given"):
+    with pytest.raises(
+        ValueError,
+        match="run: the loss Mismatch compares with a reference model and none was given",
+    ):
         trainer.run(params, of_parts(examples), Recipe(1.0, 1, 1e-3), "run")
     trainer, _, params, examples = make(tiny)
-    with pytest.raises(ValueError, match="run: the loss Likelihood compares with no reference model and one was given"):
-        trainer.run(params, training_batches([(examples, 8)], 0), Recipe(1.0, 1, 1e-3), "run", reference=params)
+    with pytest.raises(
+        ValueError,
+        match="run: the loss Likelihood compares with no reference model and one was given",
+    ):
+        trainer.run(
+            params,
+            training_batches([(examples, 8)], 0),
+            Recipe(1.0, 1, 1e-3),
+            "run",
+            reference=params,
+        )
 
 
 @pytest.mark.parametrize("loss", [None, NPO(), Mismatch()])
-def test_the_context_compares_with_the_model_before_tuning_and_else_keeps_no_copy(tiny, tmp_path, monkeypatch, loss):
+def test_the_context_compares_with_the_model_before_tuning_and_else_keeps_no_copy(
+    tiny, tmp_path, monkeypatch, loss
+):
     def run(self, params, batches, recipe, title, saving, record, reference):
         same, leaf = reference is params, weakref.ref(jax.tree.leaves(params)[0])
         del params
@@ -226,5 +316,7 @@ def test_the_context_compares_with_the_model_before_tuning_and_else_keeps_no_cop
 
     monkeypatch.setattr(Trainer, "run", run)
     context = Context(Settings().override({"run.cache_dir": str(tmp_path)}))
-    found = context.tune(tiny, [(make(tiny)[-1], 8)], Recipe(1.0, 2, 1e-3), "tune", tmp_path / "steps", loss=loss)
+    found = context.tune(
+        tiny, [(make(tiny)[-1], 8)], Recipe(1.0, 2, 1e-3), "tune", tmp_path / "steps", loss=loss
+    )
     assert found == (loss == Mismatch(), loss == Mismatch())

@@ -1,4 +1,5 @@
-"""The train step: both signs from one program, the ceiling, failures, and the same update on 8 devices."""
+"""The train step: both signs from one program, the ceiling, failures, and the same update on 8
+devices."""
 
 import math
 
@@ -57,7 +58,9 @@ def test_first_step_moves_each_weight_by_the_learning_rate(tiny):
     gradient = unnest(jax.grad(nll)(params))["layers/mlp/up"]
     delta = unnest(tuned)["layers/mlp/up"] - unnest(params)["layers/mlp/up"]
     clear = jnp.abs(gradient) > 1e-5  # Adam's first step is lr * g / (|g| + eps)
-    np.testing.assert_allclose(np.asarray(delta)[clear], -1e-3 * np.sign(np.asarray(gradient)[clear]), rtol=2e-2)
+    np.testing.assert_allclose(
+        np.asarray(delta)[clear], -1e-3 * np.sign(np.asarray(gradient)[clear]), rtol=2e-2
+    )
 
 
 def test_mean_and_sum_of_answer_tokens():
@@ -71,10 +74,14 @@ def test_ascent_stops_above_the_ceiling_and_says_so(tiny):
     trainer, _, params, examples = make(tiny)
     _, free = trainer.run(params, batches(examples), Recipe(-1.0, 8, 2e-3), "free")
     ceiling = (free.nll[2] + free.nll[3]) / 2
-    stopped, outcome = trainer.run(params, batches(examples), Recipe(-1.0, 8, 2e-3, nll_ceiling=ceiling), "stopped")
+    stopped, outcome = trainer.run(
+        params, batches(examples), Recipe(-1.0, 8, 2e-3, nll_ceiling=ceiling), "stopped"
+    )
     three, _ = trainer.run(params, batches(examples), Recipe(-1.0, 3, 2e-3), "three steps")
     assert outcome.stopped_by.startswith("answer NLL above") and outcome.nll == free.nll[:4]
-    for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(three)):  # nothing was updated at or after the stop
+    for a, b in zip(
+        jax.tree.leaves(stopped), jax.tree.leaves(three)
+    ):  # nothing was updated at or after the stop
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -99,9 +106,17 @@ def test_any_mesh_trains_alike(tiny, devices, tensor):
     assert len(sharding.device_set) == devices and not sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("devices, options", [
-    (1, {"accumulate": 4}), (4, {"accumulate": 2}), (1, {"chunk": 8}), (1, {"chunk": 12}), (1, {"remat": "dots"}),
-    (1, {"remat": "full", "chunk": 8, "accumulate": 2})])
+@pytest.mark.parametrize(
+    "devices, options",
+    [
+        (1, {"accumulate": 4}),
+        (4, {"accumulate": 2}),
+        (1, {"chunk": 8}),
+        (1, {"chunk": 12}),
+        (1, {"remat": "dots"}),
+        (1, {"remat": "full", "chunk": 8, "accumulate": 2}),
+    ],
+)
 def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
     results = []
     for changes in ({}, options):
@@ -111,22 +126,43 @@ def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
     for path, x in results[0][0].items():
         far = np.abs(np.asarray(x) - np.asarray(results[1][0][path])) > 1e-5
-        assert np.mean(far) < 0.01, path  # where a gradient is nearly zero, Adam turns its last bit into a step
+        assert np.mean(far) < 0.01, (
+            path
+        )  # where a gradient is nearly zero, Adam turns its last bit into a step
 
 
 def abstract_batch(sharder, rows, shape):
-    array = lambda n, dtype: jax.ShapeDtypeStruct((rows, n), dtype, sharding=sharder.sharding(("batch", "length")))
+    array = lambda n, dtype: jax.ShapeDtypeStruct(
+        (rows, n), dtype, sharding=sharder.sharding(("batch", "length"))
+    )
     length, answers = shape
-    return {"tokens": array(length, jnp.int32), "valid": array(length, bool), "predict_at": array(answers, jnp.int32),
-            "targets": array(answers, jnp.int32), "weights": array(answers, jnp.float32)}
+    return {
+        "tokens": array(length, jnp.int32),
+        "valid": array(length, bool),
+        "predict_at": array(answers, jnp.int32),
+        "targets": array(answers, jnp.int32),
+        "weights": array(answers, jnp.float32),
+    }
 
 
 def largest_with(jaxpr, size):
-    """Most elements of an array in a program, sub-programs included, that has a dimension of this size."""
-    found = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars if size in getattr(v.aval, "shape", ())]
-    inner = [sub for eqn in jaxpr.eqns for value in eqn.params.values()
-             for sub in (value if isinstance(value, (list, tuple)) else [value])]
-    inner = [getattr(sub, "jaxpr", sub) for sub in inner if hasattr(getattr(sub, "jaxpr", sub), "eqns")]
+    """Most elements of an array in a program, sub-programs included, that has a dimension of this
+    size."""
+    found = [
+        math.prod(v.aval.shape)
+        for eqn in jaxpr.eqns
+        for v in eqn.outvars
+        if size in getattr(v.aval, "shape", ())
+    ]
+    inner = [
+        sub
+        for eqn in jaxpr.eqns
+        for value in eqn.params.values()
+        for sub in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    inner = [
+        getattr(sub, "jaxpr", sub) for sub in inner if hasattr(getattr(sub, "jaxpr", sub), "eqns")
+    ]
     return max([*found, *(largest_with(sub, size) for sub in inner)], default=0)
 
 

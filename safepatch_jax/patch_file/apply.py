@@ -1,0 +1,311 @@
+"""Applying a patch file to a model folder in Hugging Face format, and taking it off again; no JAX.
+
+Applying and reverting are one operation: the folder's bits, exclusive or (XOR) those of the patch.
+What is written is checked against the manifest's SHA-256 before it takes the place of anything. In
+place, one weight file after another is written beside the old one and renamed over it, so each
+tensor is at any moment as before or as after, and the hashes tell which: the same command again
+finishes what was interrupted, the other one undoes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
+
+import numpy as np
+
+from safepatch_jax.io.companions import copy_companions
+from safepatch_jax.io.folder import Checkpoint, tensor_hashes
+from safepatch_jax.io.safetensors_file import INDEX, SINGLE
+from safepatch_jax.io.stored import Stored
+from safepatch_jax.patch_file.file import PatchFile, runs_of
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import progress, some
+from safepatch_jax.runtime.workers import Workers, wait
+
+BEFORE, AFTER, SAME, NEITHER = "before", "after", "same", "neither"  # states of a tensor
+LOCK = ".patching"
+CERTIFICATE = "certificate.json"
+_PIECE = 1 << 20  # bytes a write
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What applying or reverting did: `moved` tensors, those that were `already` there, and
+    `removed` files."""
+
+    folder: pathlib.Path
+    moved: tuple[str, ...]
+    already: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+def verify(patch: str | pathlib.Path, folder: str | pathlib.Path) -> dict[str, str]:
+    """Return the state of each tensor of a model folder: before, after, same (the patch leaves it
+    alone), or neither.
+
+    Raises:
+      ValueError: the patch file or the folder is damaged, or names, shapes or dtypes are another
+        model's.
+    """
+    patch, tensors = PatchFile(patch), Checkpoint(folder).tensors
+    check_names(patch, tensors, folder)
+    return states(patch, tensor_hashes(tensors))
+
+
+def apply(
+    patch: str | pathlib.Path, folder: str | pathlib.Path, out: str | pathlib.Path | None = None
+) -> Outcome:
+    """Patch a model folder.
+
+    Args:
+      patch: the patch file.
+      folder: the backbone, or where applying or reverting this patch in place was interrupted;
+        safetensors weights.
+      out: a new folder, which appears whole or not at all, with the same weight files and index and
+        the config, tokenizer and licence of `folder`; None patches `folder` in place. There the
+        certificate, which is about other bits, is removed first; the model card and other files are
+        left as they are.
+
+    Raises:
+      ValueError: another backbone (names the tensors), a damaged patch or folder, a full `out`, or
+        the folder is being patched by another process; nothing was written.
+      OSError: the disk is full or not writable.
+    """
+    return _move(patch, folder, out, AFTER)
+
+
+def revert(
+    patch: str | pathlib.Path, folder: str | pathlib.Path, out: str | pathlib.Path | None = None
+) -> Outcome:
+    """Give a patched model folder the backbone's bits back; see `apply`."""
+    return _move(patch, folder, out, BEFORE)
+
+
+def check_names(
+    patch: PatchFile, tensors: Mapping[str, Stored], folder: str | pathlib.Path
+) -> None:
+    """Raise ValueError unless names, shapes and dtypes are those of the patch; all that differ are
+    collected."""
+    problems = [
+        f"{name} is missing"
+        for name, x in patch.tensors.items()
+        if name not in tensors and not x.optional
+    ]
+    problems += [
+        f"{ascii(name)[1:-1]} is not in the patch" for name in tensors if name not in patch.tensors
+    ]
+    for name in sorted(patch.tensors.keys() & tensors.keys()):
+        mine, theirs = patch.tensors[name], tensors[name]
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+            problems.append(
+                f"{name} is {theirs.dtype} {list(theirs.shape)}, in the patch {mine.dtype} "
+                f"{list(mine.shape)}"
+            )
+    if problems:
+        raise ValueError(
+            f"{folder} is another model than the one {patch.path} is for: {some(problems)}. "
+            "Nothing was "
+            "written. Give the backbone that the patch was made from, in the dtype it had."
+        )
+
+
+def states(patch: PatchFile, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Return the state of each tensor, see `verify`, from the SHA-256 of its bytes."""
+    known = lambda x: {x.before: BEFORE, x.after: AFTER} if x.entries else {x.before: SAME}
+    return {
+        name: known(patch.tensors[name]).get(digest, NEITHER) for name, digest in hashes.items()
+    }
+
+
+def refuse_strangers(
+    patch: PatchFile, found: Mapping[str, str], folder: str | pathlib.Path
+) -> None:
+    """Raise ValueError if a tensor is neither as in the patch's backbone nor as in its patched
+    model."""
+    if strangers := sorted(name for name, state in found.items() if state == NEITHER):
+        raise ValueError(
+            f"{folder}: {len(strangers)} of {len(found)} tensors are neither as in the backbone of "
+            f"{patch.path} nor as patched: {some(strangers, ', ')}. It is another backbone, or "
+            "was changed "
+            "since. Nothing was written. Give the backbone that the patch was made from."
+        )
+
+
+def _move(
+    patch: str | pathlib.Path, folder: str | pathlib.Path, out: str | pathlib.Path | None, goal: str
+) -> Outcome:
+    patch, folder = PatchFile(patch), pathlib.Path(folder)
+    if out is not None:
+        files.refuse_full_folder(out)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.layout not in (SINGLE, INDEX):
+        raise ValueError(
+            f"{folder} has torch weights ({checkpoint.layout}), and patches go onto safetensors. "
+            "Convert it "
+            f"first: python -m launch.convert --source=hf:{folder} --target=hf:DIR."
+        )
+    with contextlib.nullcontext() if out is not None else _alone(folder):
+        check_names(patch, checkpoint.tensors, folder)
+        found = states(patch, tensor_hashes(checkpoint.tensors))
+        refuse_strangers(patch, found, folder)
+        moved = tuple(name for name, state in found.items() if state not in (goal, SAME))
+        already = tuple(name for name, state in found.items() if state == goal)
+        shards: dict[pathlib.Path, dict[str, Stored]] = {
+            x.path: {} for x in checkpoint.tensors.values()
+        }
+        for name in moved:
+            shards[checkpoint.tensors[name].path][name] = checkpoint.tensors[name]
+        if out is None:
+            return Outcome(folder, moved, already, _in_place(folder, shards, patch, goal))
+        with files.new_folder(out) as new:
+            copy_companions(folder, new)
+            if checkpoint.layout == INDEX:
+                files.copy(files.own_file(folder / INDEX), new / INDEX)
+            with _bar(shards) as bar:
+                for path, tensors in shards.items():
+                    with _explained(new / path.name, path, "Nothing was kept."):
+                        _write_shard(path, new / path.name, tensors, patch, goal, bar)
+        return Outcome(pathlib.Path(out), moved, already, ())
+
+
+def _in_place(
+    folder: pathlib.Path,
+    shards: Mapping[pathlib.Path, Mapping[str, Stored]],
+    patch: PatchFile,
+    goal: str,
+) -> tuple[str, ...]:
+    """Rewrite the weight files that hold what is to be moved, one by one; return the names of files
+    removed."""
+    for path in shards:
+        _beside(path).unlink(missing_ok=True)  # of an interrupted run
+    shards = {path: tensors for path, tensors in sorted(shards.items()) if tensors}
+    removed = ()
+    if shards and (folder / CERTIFICATE).is_file():
+        (folder / CERTIFICATE).unlink()
+        removed = (CERTIFICATE,)
+    with _bar(shards) as bar:
+        for done, (path, tensors) in enumerate(shards.items()):
+            with _explained(
+                path,
+                path,
+                f"{done} of {len(shards)} weight files are done and every tensor is whole: the "
+                "same "
+                "command again finishes, the other one of apply and revert undoes.",
+            ):
+                try:
+                    _write_shard(path, _beside(path), tensors, patch, goal, bar)
+                    shutil.copymode(path, _beside(path))
+                    os.replace(_beside(path), path)
+                    _sync_folder(folder)
+                finally:
+                    _beside(path).unlink(missing_ok=True)
+    return removed
+
+
+def _write_shard(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    tensors: Mapping[str, Stored],
+    patch: PatchFile,
+    goal: str,
+    bar,
+) -> None:
+    """Copy a weight file, changing the given tensors on the way; on return it is on the disk and
+    has the right hashes."""
+    with (
+        open(source, "rb", buffering=0) as reader,
+        open(target, "wb") as writer,
+        Workers(1) as pool,
+    ):
+        for name, x in sorted(tensors.items(), key=lambda item: item[1].offset):
+            _copy(reader, writer, x.offset, bar)
+            digest, hashing = hashlib.sha256(), None
+            for bits, (where, what) in zip(runs_of(x), patch.runs(name)):
+                bits[where] ^= what
+                data = memoryview(bits.view(np.uint8))
+                if hashing:
+                    wait(hashing)
+                hashing = pool.submit(digest.update, data)
+                for start in range(0, len(data), _PIECE):
+                    writer.write(data[start : start + _PIECE])
+                bar.update(len(data))
+            wait(hashing)
+            if digest.hexdigest() != getattr(patch.tensors[name], goal):
+                raise ValueError(
+                    f"{name} does not become what the manifest of {patch.path} says: the patch is "
+                    "damaged, "
+                    f"or {source} was changed meanwhile. It was left as it is; copy the patch "
+                    "file again."
+                )
+            reader.seek(x.offset + x.size)
+        _copy(reader, writer, os.fstat(reader.fileno()).st_size, bar)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, stop: int, bar) -> None:
+    """Copy the bytes from where the reader stands to `stop`."""
+    while (left := stop - reader.tell()) > 0:
+        if not (data := reader.read(min(left, _PIECE))):
+            raise ValueError(
+                f"{reader.name} ends too early: it was truncated while it was read. Copy or "
+                "download it again."
+            )
+        writer.write(data)
+        bar.update(len(data))
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keep other processes from patching a folder while the block runs; a dead process keeps nobody
+    out."""
+    path = folder / LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise BlockingIOError  # who held it has just finished and removed it
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is being patched by another process. Wait for it, then try again."
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}{LOCK}")
+
+
+def _bar(shards: Mapping[pathlib.Path, Mapping[str, Stored]]):
+    return progress(sum(path.stat().st_size for path in shards), "write", "B")
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # so that a rename outlives a power failure
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _explained(target: pathlib.Path, source: pathlib.Path, state: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"Cannot write {target}: {error.strerror or error}. It needs "
+            f"{source.stat().st_size:,} bytes of free "
+            f"space. {state}"
+        ) from error

@@ -1,0 +1,176 @@
+"""New patch files from old ones: a patch scaled, and several patches of one backbone combined; no
+JAX.
+
+A patch's change of an entry is the difference of the stored floats after and before, in float32.
+Sums and products are float32, and the result is cast to the storage dtype once.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from safepatch_jax.io.folder import Checkpoint, tensor_hashes
+from safepatch_jax.io.stored import DTYPES
+from safepatch_jax.patch_file.apply import (
+    AFTER,
+    BEFORE,
+    SAME,
+    check_names,
+    refuse_strangers,
+    states,
+)
+from safepatch_jax.patch_file.file import BITS, Change, PatchFile, runs_of, write_patch
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import some
+
+
+def scale(
+    patch: str | pathlib.Path, folder: str | pathlib.Path, factor: float, out: str | pathlib.Path
+) -> PatchFile:
+    """Write the patch that changes each entry by `factor` times what another does; entries left
+    unchanged are dropped.
+
+    Args:
+      patch: the patch file.
+      folder: the backbone or the patched model.
+      factor: a finite number; below 0 it turns the change around.
+      out: the new patch file, for the same backbone; must not exist.
+
+    Raises:
+      ValueError: another backbone, a result that is not finite in the storage dtype, or that
+        changes nothing.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"factor must be a finite number, got {factor}.")
+    patch, tensors = PatchFile(patch), Checkpoint(folder).tensors
+    check_names(patch, tensors, folder)
+    found = states(patch, tensor_hashes(tensors))
+    refuse_strangers(patch, found, folder)
+
+    def runs(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        dtype = tensors[name].dtype
+        for base, (where, what) in zip(runs_of(tensors[name]), patch.runs(name)):
+            if found[name] == AFTER:
+                base[where] ^= what
+            before = _floats(base[where], dtype)
+            change = _change(base[where], what, dtype)
+            new = base.copy()
+            new[where] = _bits(before + np.float32(factor) * change, name, dtype)
+            yield base, new
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return write_patch(
+            out,
+            "scaled",
+            {"factor": factor, "of": _origin(patch)},
+            {
+                name: Change(x.dtype, x.shape, runs(name), patch.tensors[name].optional)
+                for name, x in tensors.items()
+            },
+        )
+
+
+def combine(
+    patches: Sequence[str | pathlib.Path], folder: str | pathlib.Path, out: str | pathlib.Path
+) -> PatchFile:
+    """Write the patch that does what several patches of one backbone do together.
+
+    An entry that one patch alone changes gets the bits that this patch gives it. Where several
+    change an entry, their changes are added up in the order given.
+
+    Args:
+      patches: two patch files or more.
+      folder: the backbone, not patched.
+      out: the new patch file; must not exist.
+
+    Raises:
+      ValueError: patches of different backbones, another folder than their backbone, or a result
+        that is not finite in the storage dtype, or that changes nothing.
+    """
+    if len(patches) < 2:
+        raise ValueError("combine needs two patch files or more.")
+    opened, tensors = [PatchFile(p) for p in patches], Checkpoint(folder).tensors
+    for other in opened[1:]:
+        _check_one_backbone(opened[0], other)
+    hashes = tensor_hashes(tensors)
+    for patch in opened:
+        check_names(patch, tensors, folder)
+        refuse_strangers(patch, found := states(patch, hashes), folder)
+        if patched := [name for name, state in found.items() if state not in (BEFORE, SAME)]:
+            raise ValueError(
+                f"{folder} is patched with {patch.path} ({len(patched)} tensors), and combine "
+                "needs the "
+                "backbone. Revert the patch first: python -m launch.patch revert."
+            )
+
+    def runs(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        dtype = tensors[name].dtype
+        for base, *entries in zip(runs_of(tensors[name]), *(patch.runs(name) for patch in opened)):
+            new, count = base.copy(), np.zeros(len(base), np.int32)
+            total = np.zeros(len(base), np.float32)
+            for where, what in entries:
+                new[where] = base[where] ^ what
+                total[where] += _change(base[where], what, dtype)
+                count[where] += 1
+            shared = np.flatnonzero(count > 1)
+            new[shared] = _bits(_floats(base[shared], dtype) + total[shared], name, dtype)
+            yield base, new
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return write_patch(
+            out,
+            "combined",
+            {"of": [_origin(patch) for patch in opened]},
+            {
+                name: Change(x.dtype, x.shape, runs(name), opened[0].tensors[name].optional)
+                for name, x in tensors.items()
+            },
+        )
+
+
+def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    return bits.view(DTYPES[dtype]).astype(np.float32)
+
+
+def _change(base: np.ndarray, what: np.ndarray, dtype: str) -> np.ndarray:
+    return _floats(base ^ what, dtype) - _floats(base, dtype)
+
+
+def _bits(x: np.ndarray, name: str, dtype: str) -> np.ndarray:
+    """Cast float32 to the storage dtype, rounding to nearest, and return its bits."""
+    stored = x.astype(DTYPES[dtype])
+    if not np.all(np.isfinite(stored)):
+        raise ValueError(
+            f"{name}: the new patch would set entries to NaN or infinity in {dtype}. Nothing was "
+            "written. Use "
+            "a smaller factor, or patches of finite weights."
+        )
+    return stored.view(BITS[dtype])
+
+
+def _check_one_backbone(first: PatchFile, other: PatchFile) -> None:
+    kind = lambda x: x and (x.dtype, x.shape, x.before)
+    names = first.tensors.keys() | other.tensors.keys()
+    if different := sorted(
+        n for n in names if kind(first.tensors.get(n)) != kind(other.tensors.get(n))
+    ):
+        raise ValueError(
+            f"{first.path} and {other.path} are patches of different backbones: {len(different)} "
+            "of "
+            f"{len(names)} tensors differ: {some(different, ', ')}. A patch made on top of "
+            "another is applied "
+            "after it."
+        )
+
+
+def _origin(patch: PatchFile) -> dict:
+    return {
+        "file": patch.path.name,
+        "sha256": files.file_sha256(patch.path),
+        "kind": patch.kind,
+        "about": patch.about,
+    }

@@ -1,0 +1,233 @@
+"""What the stages of a run share: mesh, records, tokenised examples, loaded models, compiled
+programs."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
+from safepatch_jax.data.pipeline import Pool, training_batches
+from safepatch_jax.data.records import ROLES, Record, load_records, take
+from safepatch_jax.io.hf import load_params
+from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models.config import DecoderConfig, read_hf_config, stop_ids
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.table import param_table
+from safepatch_jax.patching.importance import SensitivityMeter, witness_row
+from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import say
+from safepatch_jax.settings import Settings
+from safepatch_jax.training.losses import Likelihood, Loss
+from safepatch_jax.training.step import (
+    Outcome,
+    Recipe,
+    Recorder,
+    Saving,
+    Trainer,
+    check_batch,
+    ignore,
+)
+
+
+class Context:
+    """Everything is made on first use and kept, so that stages which follow one another compile
+    once."""
+
+    def __init__(self, settings: Settings, read: Callable[..., Sequence[Record]] = load_records):
+        """Take the settings, and what reads a role's records; contexts that share data may share a
+        reader that remembers."""
+        self.settings, self._read = settings, read
+        self.cache_dir = pathlib.Path(settings.run.cache_dir).expanduser()
+        if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR counts more
+            jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+    def with_settings(self, settings: Settings) -> Context:
+        """Return a context of other settings that reads records as this one does."""
+        return Context(settings, self._read)
+
+    @functools.cached_property
+    def sharder(self) -> Sharder:
+        return Sharder(make_mesh(self.settings.mesh.shape))
+
+    @functools.cached_property
+    def records(self) -> dict[str, list[Record]]:
+        data = self.settings.data
+        places = data.manual_dir, self.cache_dir / "datasets"
+        records = {role: list(self._read(role, getattr(data, role), *places)) for role in ROLES}
+        if data.category:
+            records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
+        return records
+
+    @functools.cached_property
+    def data_hashes(self) -> dict[str, str]:
+        return {
+            role: files.text_hash([r.__dict__ for r in records])
+            for role, records in self.records.items()
+        }
+
+    def split(self, role: str, split: str) -> list[Record]:
+        data = self.settings.data
+        limit = data.train_limit if split == "train" else data.eval_limit
+        return take(self.records[role], split, limit)
+
+    def decoder(self, config: DecoderConfig) -> Decoder:
+        """Return the decoder of generation and evaluation.
+
+        Its batch is cut over the data axis alone: weights that are cut over fsdp then stay where
+        they are, and for each token activations move, which are far smaller.
+        """
+        return Decoder(
+            config,
+            jnp.dtype(self.settings.model.compute_dtype),
+            self.sharder.with_rules(batch=("data",)),
+        )
+
+    def training_decoder(self, config: DecoderConfig) -> Decoder:
+        """Return the decoder of programs that take gradients."""
+        model = self.settings.model
+        return Decoder(
+            config,
+            jnp.dtype(model.compute_dtype),
+            self.sharder,
+            remat=model.remat,
+            attention=model.attention,
+        )
+
+    def check_batches(self) -> None:
+        """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together."""
+        for group in ("align", "derive") if self.settings.align.enabled else ("derive",):
+            rows = getattr(self.settings, group).batch_size
+            check_batch(f"{group}.batch_size", rows, self.settings.derive.accumulate, self.sharder)
+
+    @functools.cache
+    def trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
+        """Return the train step of a loss, by default of the patches' likelihood."""
+        derive = self.settings.derive
+        return Trainer(
+            self.training_decoder(config),
+            param_table(config),
+            self.sharder,
+            loss=loss or Likelihood(derive.loss),
+            clip_norm=derive.clip_norm,
+            optimizer=derive.optimizer,
+            accumulate=derive.accumulate,
+            chunk=self.settings.model.loss_chunk,
+        )
+
+    def tune(
+        self,
+        folder: pathlib.Path,
+        pools: Sequence[Pool],
+        recipe: Recipe,
+        title: str,
+        steps: pathlib.Path,
+        record: Recorder = ignore,
+        loss: Loss | None = None,
+    ) -> tuple[dict[str, Any], Outcome]:
+        """Tune the model of a folder.
+
+        Args:
+          folder: a Hugging Face folder.
+          pools: (examples, rows of a batch) pairs.
+          recipe, title, record: see `Trainer.run`.
+          steps: the folder of its checkpoints.
+          loss: by default the patches' likelihood. One that compares is given the model as it was
+            before tuning.
+
+        Returns:
+          (nested parameters float32, outcome).
+        """
+        rows = (
+            self.sharder.local_rows(sum(rows for _, rows in pools)) if processes.several() else None
+        )
+        batches = training_batches(
+            pools, self.settings.run.seed, self.settings.data.length_buckets, rows
+        )
+        saving = Saving(steps, self.settings.run.checkpoint_minutes)
+        trainer = self.trainer(read_hf_config(folder), loss)
+        models = [self.load(folder)[1]]
+        reference = models[0] if loss is not None and loss.compares else None
+        return trainer.run(
+            models.pop(), batches, recipe, title, saving, record, reference
+        )  # popped: `run` may let it go
+
+    @functools.cache
+    def meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
+        """Return the meter of the scope, or of the one weight on which the score modes are
+        compared."""
+        rows = param_table(config).scope(self.settings.patch.scope)
+        rows = (witness_row(rows),) if witness else rows
+        return SensitivityMeter(
+            self.training_decoder(config),
+            rows,
+            self.sharder,
+            self.settings.derive.loss,
+            self.settings.model.loss_chunk,
+        )
+
+    @functools.cache
+    def chat(self, folder: pathlib.Path) -> Chat:
+        return Chat(folder, read_hf_config(folder).vocab_size)
+
+    @functools.cache
+    def encoded(
+        self, folder: pathlib.Path, role: str, split: str, field: str = "answer"
+    ) -> Encoded:
+        """Tokenise one split of a role; says once what was left out or cut."""
+        data = self.settings.data
+        room = read_hf_config(folder).max_length
+        if (
+            data.max_prompt_tokens
+            + max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
+            > room
+        ):
+            raise ValueError(
+                "data.max_prompt_tokens and data.max_answer_tokens or evaluate.max_new_tokens "
+                "add up to more than "
+                f"the {room} positions of the model. Lower them."
+            )
+        encoded = self.chat(folder).encode_all(
+            answer_pairs(self.split(role, split), field),
+            data.max_prompt_tokens,
+            data.max_answer_tokens,
+        )
+        limits = f"{data.max_prompt_tokens}/{data.max_answer_tokens}"
+        say(f"  {role} ({split}, {field}): {encoded.describe(limits)}")
+        return encoded
+
+    def load(self, folder: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
+        return load_params(folder, self.sharder)
+
+    def stop_ids(self, folder: pathlib.Path) -> tuple[int, ...]:
+        """Return every id that ends an answer: of the config, the generation config, the tokenizer
+        and the template."""
+        ids, chat = stop_ids(folder, read_hf_config(folder)), self.chat(folder)
+        return tuple(sorted((ids | {chat.tokenizer.eos_token_id, chat.end_of_turn()}) - {None}))
+
+
+def _of_categories(records: Sequence[Record], names: str, source: str) -> list[Record]:
+    """Return the records of categories given as 'A+B'; one of several categories ('A; B') is in
+    each of them.
+
+    Raises:
+      ValueError: no record is of one of the categories; lists those that are there.
+    """
+    of = [{name.strip() for name in record.category.split(";")} for record in records]
+    wanted = {name.strip() for name in names.split("+")}
+    counts = collections.Counter(name or "(none)" for own in of for name in own)
+    if unknown := sorted(wanted - counts.keys()):
+        raise ValueError(
+            f"{source}: no record is of the category {', '.join(map(repr, unknown))} "
+            "(data.category). There are "
+            + ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
+            + "."
+        )
+    return [record for record, own in zip(records, of) if own & wanted]

@@ -1,0 +1,246 @@
+"""Conversions between Hugging Face folders, GGUF files and orbax checkpoints, each with a
+certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from safepatch_jax.io import gguf
+from safepatch_jax.io.checkpoint import (
+    COMPANIONS_FOLDER,
+    MODEL,
+    array_hashes,
+    load_checkpoint,
+    read_description,
+    save_checkpoint,
+)
+from safepatch_jax.io.folder import Checkpoint, has_weights, stored_dtypes, tensor_hashes
+from safepatch_jax.io.hf import check_keys, load_params, save_model
+from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.describe import describe
+from safepatch_jax.models.table import param_table
+from safepatch_jax.run import certificate
+from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import say, some
+
+_KINDS = ("hf", "orbax", "gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model is: kind 'hf', 'orbax' or 'gguf', and path."""
+
+    kind: str
+    path: pathlib.Path
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Read ``hf:DIR``, ``orbax:DIR``, ``gguf:FILE``, ``smollm2``, or a bare path, whose kind is
+        then seen from its content.
+
+        Raises:
+          ValueError: another kind, or no path.
+        """
+        if text == "smollm2":
+            return cls("gguf", gguf.find_smollm2())
+        kind, colon, rest = text.partition(":")
+        if colon and kind in _KINDS and rest:
+            return cls(kind, pathlib.Path(rest).expanduser())
+        path = pathlib.Path(text).expanduser()
+        if not text or (colon and not path.exists()):
+            raise ValueError(
+                f"'{text}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2."
+            )
+        if path.suffix == ".gguf":
+            return cls("gguf", path)
+        return cls("orbax" if (path / MODEL).is_file() else "hf", path)
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    mesh: str = "data:1,fsdp:-1,tensor:1",
+    dtype: str = "keep",
+    rounding: str = "nearest",
+    seed: int = 0,
+    shard_bytes: int = 5_000_000_000,
+    tokenizer: str | None = None,
+    certify: str = "logits",
+) -> pathlib.Path:
+    """Convert a model; the target folder appears whole, with its certificate, or not at all.
+
+    Args:
+      source, target: see `Place.parse`.
+      mesh: onto which devices the arrays are laid.
+      dtype, rounding, seed, shard_bytes: see `save_model`; a target hf:DIR alone has them.
+      tokenizer: folder whose tokenizer goes with a GGUF file.
+      certify: 'logits' or 'hashes', see `certificate.certify`.
+
+    Returns:
+      path of the certificate.
+
+    Raises:
+      ValueError: bad source, target, weights or mesh, or processes that differ in them; see
+        `load_params`, `load_checkpoint` and `convert_gguf`.
+    """
+    origin, goal = Place.parse(source), Place.parse(target)
+    _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
+    processes.agree(
+        {
+            "source": [origin.kind, str(origin.path.absolute())],
+            "target": [goal.kind, str(goal.path.absolute())],
+            "mesh": mesh,
+            "dtype": dtype,
+            "rounding": rounding,
+            "seed": seed,
+            "shard_bytes": shard_bytes,
+            "tokenizer": tokenizer,
+            "certify": certify,
+        }
+        | source_facts(origin),
+        "Start every process with the same command, and give every host the same files.",
+    )
+    processes.agree_on_devices()
+    processes.on_first(lambda: files.refuse_full_folder(goal.path))
+    sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
+    with processes.new_folder(goal.path) as scratch:
+        out = scratch / "model"
+        if origin.kind == "gguf":
+            straight = goal.kind == "hf" and dtype == "keep"
+            folder = out if straight else scratch / "source"
+            say(f"Dequantising {origin.path}")
+            path = origin.path
+            processes.on_first(
+                lambda: gguf.convert_gguf(
+                    path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes
+                )
+            )
+            origin = Place("hf", folder)
+        if goal.kind == "orbax":
+            result = _to_orbax(origin.path, out, sharder, logits)
+        elif origin.path == out:
+            result = certificate.certify(out, sharder, logits=logits, kind="import")
+        else:
+            export = {
+                "dtype": dtype,
+                "rounding": rounding,
+                "seed": seed,
+                "shard_bytes": shard_bytes,
+            }
+            result = _to_hf(origin, out, sharder, logits, export)
+        processes.on_first(
+            lambda: (
+                files.write_json(out / certificate.FILE, result),
+                files.keep_only(scratch, out),
+            )
+        )
+    say(certificate.summary(result))
+    return goal.path / certificate.FILE
+
+
+def source_facts(place: Place) -> dict[str, Any]:
+    """Return what is cheaply seen of a source: its files' sizes, by relative name, and its
+    config."""
+    if not processes.several():
+        return {}
+    held = (
+        [place.path]
+        if place.path.is_file()
+        else sorted(p for p in place.path.rglob("*") if p.is_file())
+    )
+    facts: dict[str, Any] = {
+        f"size of {p.relative_to(place.path.parent)}": p.stat().st_size for p in held
+    }
+    for p in held:
+        if p.name == "config.json":
+            facts[f"SHA-256 of {p.relative_to(place.path.parent)}"] = files.file_sha256(p)
+    return facts
+
+
+def _refuse_contradictions(
+    origin: Place, goal: Place, dtype: str, rounding: str, tokenizer: str | None
+) -> None:
+    if goal.kind == "gguf":
+        raise ValueError(f"target '{goal.path}': only hf:DIR and orbax:DIR can be written.")
+    if tokenizer and origin.kind != "gguf":
+        raise ValueError(
+            "a tokenizer folder goes with GGUF sources; hf and orbax models carry their own."
+        )
+    if goal.kind == "orbax" and dtype != "keep":
+        raise ValueError("dtype is for a target hf:DIR; an orbax checkpoint keeps the stored one.")
+    if rounding != "nearest" and dtype == "keep":
+        raise ValueError("rounding says how a cast rounds, and there is none; give a dtype too.")
+    if origin.kind == goal.kind == "orbax":
+        raise ValueError(
+            "source and target are both orbax: a checkpoint restores onto any mesh, so copying "
+            "the folder is "
+            "enough."
+        )
+
+
+def _to_orbax(
+    folder: pathlib.Path, out: pathlib.Path, sharder: Sharder, logits: bool
+) -> dict[str, Any]:
+    """Write a checkpoint and read it back: what it gives must have the hashes of the
+    certificate."""
+    result = certificate.certify(folder, sharder, logits=logits, kind="import")
+    say(f"Writing the checkpoint of {folder}")
+    save_checkpoint(out, load_params(folder, sharder)[1], folder, stored_dtypes(folder))
+    hashes = array_hashes(*load_checkpoint(out, sharder))
+    if wrong := [
+        name for name, digest in hashes.items() if digest != result["tensors"][name]["sha256"]
+    ]:
+        raise ValueError(
+            f"The checkpoint does not give back what was written ({some(wrong)}). Is the disk "
+            "sound? Nothing is kept."
+        )
+    return result
+
+
+def _to_hf(
+    origin: Place, out: pathlib.Path, sharder: Sharder, logits: bool, export: Mapping[str, Any]
+) -> dict[str, Any]:
+    say(f"Reading {origin.path}")
+    if origin.kind == "orbax":
+        config, params, stored = load_checkpoint(origin.path, sharder)
+        companions, before = (
+            origin.path / COMPANIONS_FOLDER,
+            certificate.recorded_hashes(origin.path),
+        )
+    else:
+        config, params = load_params(origin.path, sharder)
+        companions, stored = origin.path, stored_dtypes(origin.path)
+        before = processes.on_first(lambda: tensor_hashes(Checkpoint(origin.path).tensors))
+    save_model(out, params, config, companions, stored=stored, **export)
+    del params
+    return certificate.certify(out, sharder, logits=logits, kind="export", before=before)
+
+
+def inspect_model(model: str, scope: str) -> list[str]:
+    """Return the lines that describe a model folder or checkpoint, see `describe`. Raises
+    ValueError for a GGUF file."""
+    place = Place.parse(model)
+    if place.kind == "gguf":
+        raise ValueError(
+            f"{place.path}: convert the file first: python -m launch.convert "
+            f"--source=gguf:{place.path} "
+            "--target=hf:DIR."
+        )
+    if place.kind == "orbax":
+        return describe(
+            read_hf_config(place.path / COMPANIONS_FOLDER), scope, read_description(place.path)
+        )
+    config = read_hf_config(place.path)
+    stored = stored_dtypes(place.path) if has_weights(place.path) else None
+    lines = describe(config, scope, stored)
+    if stored is not None:
+        try:
+            check_keys(Checkpoint(place.path), param_table(config), config)
+        except ValueError as error:
+            lines.append(f"WARNING: {error}")
+    return lines

@@ -1,0 +1,83 @@
+"""What training measured, step by step, while a run is under way: for TensorBoard, and as JSON
+lines."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from safepatch_jax.runtime import files, processes
+from safepatch_jax.training.step import Recorder
+
+FILE, EVENTS = "metrics.jsonl", "tensorboard"
+
+
+class Metrics:
+    """Writes into a run's folder: ``metrics.jsonl``, one object a step with stage, step, time and
+    values; and event files in
+    ``tensorboard/STAGE``. A stage that goes on after a kill, or runs again, replaces its rows from
+    where it begins.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self._folder, self._open = pathlib.Path(folder), []
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while self._open:
+            self._open.pop().close()
+
+    def recorder(self, stage: str) -> Recorder:
+        """Return what takes (step, values) of a stage; it does nothing in all but the first
+        process."""
+        sinks: list[Any] = []
+
+        def record(step: int, values: Mapping[str, float]) -> None:
+            if not processes.first():
+                return
+            if not sinks:
+                sinks.extend(self._begin(stage, step))
+            lines, events = sinks
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            lines.write(
+                json.dumps({"stage": stage, "step": step, "time": now} | dict(values)) + "\n"
+            )
+            lines.flush()
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+        return record
+
+    def _begin(self, stage: str, step: int) -> tuple[Any, Any]:
+        """Drop what an earlier start wrote of these steps; return a file and an event writer."""
+        from tensorboardX import (
+            SummaryWriter,  # imported here: it takes time, and only training needs it
+        )
+
+        path = self._folder / FILE
+        kept = [line for line in _lines(path) if not _is_of(line, stage, step)]
+        files.write_text(path, "".join(line + "\n" for line in kept))
+        lines = open(path, "a", encoding="utf-8")
+        self._open.append(lines)
+        events = SummaryWriter(str(self._folder / EVENTS / stage), purge_step=step, flush_secs=5)
+        self._open.append(events)
+        return lines, events
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """Return the whole lines of a file; a killed process may have left half of one."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def _is_of(line: str, stage: str, step: int) -> bool:
+    """Return whether a line is of this stage, at or after a step, or no measurement at all."""
+    try:
+        row = json.loads(line)
+        return row["stage"] == stage and row["step"] >= step
+    except (ValueError, KeyError, TypeError):
+        return True

@@ -1,0 +1,49 @@
+"""What a run tells the person at the terminal: one line for each choice, a bar for each long
+stage."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from safepatch_jax.runtime.processes import first
+
+
+def say(text: str) -> None:
+    """Print one line, in the first process alone."""
+    if first():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
+    """Return a progress bar with rate and remaining time, silent in all but the first process;
+    `done` were there before."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=f"  {title}",
+        unit=unit,
+        unit_scale=unit == "B",
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not first(),
+        leave=True,
+    )
+
+
+def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:
+    """Return the first few items of a list that may be long, and how many more there are."""
+    return between.join(items[:most]) + (
+        f"{between}and {len(items) - most} more" if len(items) > most else ""
+    )
+
+
+def duration(seconds: float) -> str:
+    """Say about how long something takes."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

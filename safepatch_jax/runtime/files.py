@@ -1,0 +1,311 @@
+"""Atomic writes, hashes, and paths that stay inside their folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+LOCK = ".lock"
+
+
+def write_text(path: str | pathlib.Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename: a reader sees the old file or the
+    whole new one."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises ValueError if it is absent, damaged or another
+    value."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); fetch or copy the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path} holds {type(value).__name__}, not an object; fetch or copy the file again."
+        )
+    return value
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: str | pathlib.Path) -> list[Any]:
+    """Read one JSON value a line; lines end at newlines alone, not at the other breaks that text
+    may hold (U+2028)."""
+    return [
+        json.loads(line)
+        for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+        if line.strip()
+    ]
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy a file under a temporary name, then rename."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def published(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary folder; once all its files are made they are copied to `folder`, where each
+    appears whole."""
+    with tempfile.TemporaryDirectory() as made:
+        yield pathlib.Path(made)
+        for path in sorted(pathlib.Path(made).iterdir()):
+            copy(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def locked(path: str | pathlib.Path) -> Iterator[None]:
+    """Hold an exclusive lock, which a dead process does not keep, while the block runs."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def half_written(name: str) -> bool:
+    """Return whether a name is one under which this project fills files and folders before it
+    renames them."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
+@contextlib.contextmanager
+def claimed(folder: str | pathlib.Path) -> Iterator[None]:
+    """Be the only process that works in a folder while the block runs; a dead process claims
+    nothing.
+
+    Raises:
+      ValueError: another one is at work there; says which.
+    """
+    path = pathlib.Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            f.seek(0)
+            raise ValueError(
+                f"Another run is at work in {folder} ({f.read().strip() or 'just begun'}). Wait "
+                "until it has ended, "
+                "stop it, or give another folder."
+            ) from error
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
+
+
+def refuse_full_folder(path: str | pathlib.Path) -> None:
+    """Raise ValueError if `path` exists and is anything but an empty folder."""
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"'{path}' exists and is not empty; nothing was written. Give another folder or "
+            "remove it first."
+        )
+
+
+@functools.cache
+def _process_space() -> str | None:
+    """Return a name of this boot and process namespace, in which a process number means one
+    process; None if unknown."""
+    try:
+        text = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink(
+            "/proc/self/ns/pid"
+        )
+    except OSError:
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _delete_abandoned(path: pathlib.Path) -> None:
+    """Delete what killed processes left half-filled beside a folder or file; those of other
+    machines are left alone."""
+    if _process_space() is None:
+        return
+    prefix = f".{path.name}.{_process_space()}-"
+    for left in path.parent.iterdir():
+        pid = left.name.removeprefix(prefix).partition(".")[0]
+        ours = left.name.startswith(prefix) and left.suffix == ".partial" and pid.isdigit()
+        if ours and not pathlib.Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
+                missing_ok=True
+            )
+
+
+@contextlib.contextmanager
+def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
+    """Fill a file under a temporary name, then rename it to `path`; on failure nothing is left.
+
+    Raises:
+      ValueError: `path` exists.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise ValueError(
+            f"'{path}' exists; nothing was written. Give another name or remove it first."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
+    """Fill a folder under a temporary name, then rename it to `path`; on failure nothing is left.
+
+    Raises:
+      ValueError: `path` exists, is not an empty folder, and `replace` is not set; or it cannot be
+        renamed over.
+    """
+    path = pathlib.Path(path).resolve()
+    if not replace:
+        refuse_full_folder(path)
+    if path.is_dir() and (path.is_mount() or path == pathlib.Path.cwd()):
+        raise ValueError(
+            f"'{path}' is a mount point or the current folder, which cannot be put in place as a "
+            "whole. Give the name "
+            "of a new folder inside it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(path)
+    prefix = f".{path.name}.{_process_space()}-{os.getpid()}."
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
+    temporary.chmod(path.stat().st_mode & 0o777 if path.is_dir() else 0o777 & ~umask())
+    old = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        if replace and path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)  # over an empty folder at most
+        except OSError as error:
+            if old.exists():
+                os.replace(old, path)
+            raise ValueError(
+                f"'{path}' was made or filled by someone else meanwhile ({error.strerror}); "
+                "nothing was "
+                "written to it. Give another folder."
+            ) from error
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_only(folder: pathlib.Path, inner: pathlib.Path) -> None:
+    """Replace a folder's content by that of a folder within it."""
+    for path in folder.iterdir():
+        if path != inner:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    inner = inner.rename(
+        inner.with_name(f".{inner.name}")
+    )  # so that no file of the same name is in its way
+    for path in inner.iterdir():
+        path.rename(folder / path.name)
+    inner.rmdir()
+
+
+def umask() -> int:
+    """Return the process's file mode mask."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def file_sha256(path: str | pathlib.Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def folder_hashes(folder: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted."""
+    folder = pathlib.Path(folder)
+    return {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def text_hash(value: Any) -> str:
+    """Return the SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
+
+
+def own_file(path: pathlib.Path) -> pathlib.Path:
+    """Return `path` if it lies in its folder, or is a link as the Hugging Face cache makes them
+    (into its ``blobs``).
+
+    Raises:
+      ValueError: it is a link to somewhere else, whose content would be published with a model.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    if target.is_relative_to(folder) or (
+        folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    ):
+        return path
+    raise ValueError(
+        f"{path} is a link that leaves its folder (to {target}). If you trust it, copy the file "
+        "itself into the folder."
+    )
+
+
+def plain_name(name: str, where: str) -> str:
+    """Return `name` if it is a bare file name; refuse anything that could leave its folder.
+
+    Raises:
+      ValueError: it holds a separator, a drive, or dots only.
+    """
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or any(c in name for c in "/\\:\0")
+    ):
+        raise ValueError(
+            f"{where}: refusing the file name {name!r}: it must be a plain name inside the folder."
+        )
+    return name

@@ -1,0 +1,270 @@
+"""Conversions and their certificates: bit for bit through every format, and honest about what does
+not fit."""
+
+import hashlib
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from safepatch_jax.data.chat import Chat, prompt_batch
+from safepatch_jax.data.records import load_records
+from safepatch_jax.evaluation.generate import generate
+from safepatch_jax.io.gguf import convert_gguf, find_smollm2
+from safepatch_jax.io.hf import load_params
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.families import FAMILIES
+from safepatch_jax.numerics import tensor_keys
+from safepatch_jax.run import certificate
+from safepatch_jax.run.convert import Place, convert, inspect_model
+from safepatch_jax.testing import write_tiny_model
+from tests.conftest import sharder_of
+from tests.patching import oracle
+
+WEIGHTS = "model.safetensors"
+
+
+def hashes(folder):
+    return {
+        name: (x.dtype, x.shape, hashlib.sha256(x.tobytes()).hexdigest())
+        for name, x in load_file(folder / WEIGHTS).items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_through_orbax_and_back(tmp_path, family):
+    model = write_tiny_model(tmp_path / "model", dtype="bfloat16", model_type=family)
+    convert(f"hf:{model}", f"orbax:{tmp_path / 'checkpoint'}", mesh="fsdp:8")
+    path = convert(
+        f"orbax:{tmp_path / 'checkpoint'}", f"hf:{tmp_path / 'back'}", mesh="data:1,fsdp:4,tensor:2"
+    )
+    assert hashes(tmp_path / "back") == hashes(model)
+    for file in model.iterdir():
+        if file.name != WEIGHTS:
+            assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+    found = json.loads(path.read_text())
+    assert (
+        found["kind"] == "export"
+        and found["changed"] == []
+        and found["unchanged"] == len(hashes(model))
+    )
+    assert {n: x["sha256"] for n, x in found["tensors"].items()} == {
+        n: x[2] for n, x in hashes(model).items()
+    }
+    if importlib.util.find_spec("torch"):
+        torch = found["logits"]["torch"]
+        assert torch["max_abs_error"] <= 1e-5 * found["logits"]["largest"]
+        assert torch["kl"] < 1e-9 and torch["top1_agreement"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "checkpoint", "back"}
+
+
+def test_what_an_import_leaves_out_is_accounted_for(tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    tensors = load_file(model / WEIGHTS)
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    save_file(tensors | extra, model / WEIGHTS, metadata={"format": "pt"})
+    path = convert(
+        f"hf:{model}", f"orbax:{tmp_path / 'checkpoint'}", certify="hashes", mesh="fsdp:8"
+    )
+    assert json.loads(path.read_text())["keys"]["left_out"].keys() == extra.keys()
+    convert(
+        f"orbax:{tmp_path / 'checkpoint'}",
+        f"hf:{tmp_path / 'back'}",
+        certify="hashes",
+        mesh="fsdp:8",
+    )
+    assert hashes(tmp_path / "back") == {
+        name: x for name, x in hashes(model).items() if name not in extra
+    }
+
+
+def test_another_dtype_with_either_rounding(tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    before = load_file(model / WEIGHTS)
+    for rounding in ("nearest", "stochastic"):
+        out = tmp_path / rounding
+        convert(
+            f"hf:{model}",
+            f"hf:{out}",
+            dtype="bfloat16",
+            rounding=rounding,
+            seed=3,
+            certify="hashes",
+            mesh="fsdp:8",
+        )
+        for name, x in load_file(out / WEIGHTS).items():
+            wanted = (
+                before[name].astype(jnp.bfloat16)
+                if rounding == "nearest"
+                else oracle.stochastic(
+                    before[name], np.dtype(jnp.bfloat16), tensor_keys(3, "rounding", (name,))[0]
+                )
+            )
+            assert (
+                x.tobytes()
+                == (before[name].astype(x.dtype) if "norm" in name else wanted).tobytes()
+            ), name
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+        found = json.loads((out / "certificate.json").read_text())
+        assert found["unchanged"] == 0 and found["logits"] == {"skipped": "not asked for"}
+
+
+@pytest.mark.parametrize(
+    "source, target, options, message",
+    [
+        ("hf:{model}", "hf:{model}", {}, "exists and is not empty; nothing was written"),
+        ("hf:{model}", "gguf:{tmp}/x.gguf", {}, "only hf:DIR and orbax:DIR can be written"),
+        ("hf:{model}", "orbax:{tmp}/x", {"dtype": "bfloat16"}, "dtype is for a target hf:DIR"),
+        (
+            "hf:{model}",
+            "hf:{tmp}/x",
+            {"tokenizer": "x"},
+            "a tokenizer folder goes with GGUF sources",
+        ),
+        ("hf:{model}", "hf:{tmp}/x", {"mesh": "fsdp:3"}, "needs 3 devices, but there are 8"),
+        ("hf:{tmp}/absent", "hf:{tmp}/x", {}, "No model folder"),
+        ("orbax:{model}", "hf:{tmp}/x", {}, "is no model checkpoint"),
+        ("gguf:{tmp}/absent.gguf", "hf:{tmp}/x", {}, "No model file"),
+        (
+            "gs:{tmp}/absent",
+            "hf:{tmp}/x",
+            {},
+            "names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2",
+        ),
+        ("", "hf:{tmp}/x", {}, "names no model"),
+    ],
+)
+def test_mistakes(tiny, tmp_path, source, target, options, message):
+    place = {"model": tiny, "tmp": tmp_path}
+    with pytest.raises(ValueError, match=message):
+        convert(
+            source.format(**place),
+            target.format(**place),
+            **{"certify": "hashes", "mesh": "fsdp:8"} | options,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_bare_path_leads(tiny, tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    assert Place.parse(str(tiny)) == Place("hf", tiny) and Place.parse(str(tmp_path)) == Place(
+        "orbax", tmp_path
+    )
+    assert Place.parse("a/b.gguf").kind == "gguf" and Place.parse(f"orbax:{tiny}") == Place(
+        "orbax", tiny
+    )
+
+
+def test_inspect(tmp_path):
+    model = write_tiny_model(tmp_path / "model", dtype="bfloat16", model_type="qwen2")
+    lines = inspect_model(str(model), "block_linear")
+    total = sum(x.size for x in load_file(model / WEIGHTS).values())
+    assert f"qwen2: {total:,} parameters in" in lines[0] and "biases on q, k, v" in lines[1]
+    row = next(line for line in lines if line.startswith("layers/attention/q "))
+    for part in (
+        "2 x 4 x 8 x 32",
+        "layers heads head_dim embed",
+        "model.layers.*.self_attn.q_proj.weight",
+        "bfloat16",
+        "2,048",
+        "yes",
+    ):
+        assert part in row, part
+    assert next(line for line in lines if line.startswith("layers/attention/q_bias")).endswith("no")
+    (model / WEIGHTS).unlink()
+    assert len(inspect_model(f"hf:{model}", "all")) == len(lines)  # config.json is enough
+    with pytest.raises(ValueError, match="convert the file first"):
+        inspect_model("x.gguf", "all")
+
+
+def test_a_certificate_without_a_tokenizer_uses_random_tokens(tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    found = certificate.certify(model, sharder_of(1), kind="import")
+    assert found["logits"]["probes"] == "random" and found["logits"]["finite"]
+    assert "random tokens" in certificate.summary(found)
+
+
+def test_weights_that_are_not_finite_get_no_certificate(tmp_path):
+    model = write_tiny_model(tmp_path / "model")
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.nan
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="the logits are not finite. The weights hold NaN or overflow"
+    ):
+        certificate.certify(model, sharder_of(1), kind="import")
+
+
+def test_logits_further_from_torch_than_the_limit_get_no_certificate(tiny, monkeypatch):
+    pytest.importorskip("torch", reason="the witness is torch: pip install torch")
+    monkeypatch.setattr(certificate, "LIMIT", 1e-12)  # less than float32 rounding
+    with pytest.raises(
+        ValueError,
+        match="our logits differ from those of Hugging Face torch by .* --certify=hashes",
+    ):
+        certificate.certify(tiny, sharder_of(1), kind="import")
+    assert (
+        "torch"
+        not in certificate.certify(tiny, sharder_of(1), logits=False, kind="import")["logits"]
+    )
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    try:
+        package = find_smollm2()
+    except ValueError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    convert_gguf(package, folder)
+    return folder
+
+
+def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path, sharder):
+    """Import on one device, export from eight; torch reads the export, we read the import."""
+    torch = pytest.importorskip("torch", reason="the reference is torch: pip install torch")
+    from transformers import AutoModelForCausalLM
+
+    convert(f"hf:{smollm2}", f"orbax:{tmp_path / 'checkpoint'}", mesh="fsdp:8", certify="hashes")
+    convert(
+        f"orbax:{tmp_path / 'checkpoint'}",
+        f"hf:{tmp_path / 'export'}",
+        mesh="fsdp:8",
+        certify="hashes",
+        shard_bytes=10**8,
+    )
+    chat = Chat(smollm2, 49152)
+    records = [*load_records("ordinary", "builtin")[:12], *load_records("lookalike", "builtin")[:4]]
+    prompts = [chat.encode(record.prompt, "x").prompt_ids for record in records]
+    batch = prompt_batch(prompts, max(map(len, prompts)))
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32
+    ).eval()
+    theirs = reference.generate(
+        input_ids=torch.tensor(batch["tokens"]).long(),
+        attention_mask=torch.tensor(batch["valid"]).long(),
+        do_sample=False,
+        max_new_tokens=16,
+    )[:, batch["tokens"].shape[1] :]
+    config, params = load_params(smollm2, sharder)
+    ours = generate(
+        Decoder(config, jnp.float32, None),
+        params,
+        prompts,
+        config.eos_ids,
+        max_new=16,
+        batch_size=16,
+        sharder=sharder,
+        title="test",
+    )
+    texts = [chat.decode(ids) for ids in ours]
+    assert len(texts) == 16 and len(set(texts)) > 12
+    assert texts == [chat.decode(row.tolist()) for row in theirs]

@@ -1,0 +1,107 @@
+"""Files appear whole or not at all, and text is read back as it was written."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from safepatch_jax.runtime import files
+
+
+def test_jsonl_with_line_breaks_that_are_no_newlines(tmp_path):
+    rows = [{"answer": "one\u2028two\x85three\x0cfour\nfive"}, {"answer": ""}]
+    files.write_text(
+        tmp_path / "a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    )
+    assert files.read_jsonl(tmp_path / "a.jsonl") == rows
+
+
+def test_folder_is_filled_aside_and_failure_leaves_the_old_one(tmp_path):
+    with files.new_folder(tmp_path / "out") as out:
+        (out / "x").write_text("old")
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out.partial").mkdir()  # a user's folder of a similar name is not ours to remove
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", replace=True) as out:
+        (out / "x").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "out" / "x").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial"]
+    with files.new_folder(tmp_path / "out", replace=True) as out:
+        (out / "y").write_text("new")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["y"]
+
+
+def test_full_folder_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"), files.new_folder(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "C:x", "a\0b", 3, None])
+def test_names_that_could_leave_their_folder(name):
+    with pytest.raises(ValueError, match="refusing the file name"):
+        files.plain_name(name, "index")
+
+
+def test_what_a_killed_process_left_half_filled_is_deleted_by_the_next(tmp_path):
+    code = (
+        "import os, sys, signal\nfrom safepatch_jax import files\n"
+        "with files.new_folder(sys.argv[1]) as out:\n    (out / 'x').write_text('half')\n    "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "folder")],
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+    assert killed.returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".folder.") and (left / "x").read_text() == "half"
+    with files.new_folder(tmp_path / "other"), files.new_folder(tmp_path / "folder.b"):
+        assert left.exists()  # it is another folder's
+    with files.new_folder(tmp_path / "folder") as first:
+        with pytest.raises(RuntimeError), files.new_folder(tmp_path / "folder") as second:
+            assert (
+                not left.exists() and first.exists() and second.exists()
+            )  # living processes keep theirs
+            raise RuntimeError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.b", "other"]
+
+
+def test_what_someone_else_writes_meanwhile_is_not_lost(tmp_path):
+    with pytest.raises(ValueError, match="was made or filled by someone else meanwhile"):
+        with files.new_folder(tmp_path / "folder") as out:
+            (out / "x").write_text("ours")
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "precious").write_text("theirs")
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "precious"]
+
+
+def test_targets_that_are_links_or_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "dangling").symlink_to("made")
+    for link, target in (("link", "disk"), ("dangling", "made")):
+        with files.new_folder(tmp_path / link) as out:
+            (out / "x").write_text("whole")
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "x").read_text() == "whole"
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(
+        ValueError,
+        match="is a mount point or the current folder.* Give the name of a new folder inside it",
+    ):
+        with files.new_folder("."):
+            raise AssertionError("not reached")
+
+
+def test_an_old_folder_stays_when_the_new_one_fails(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "folder", replace=True):
+        raise RuntimeError
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "old"]

@@ -1,0 +1,122 @@
+"""SIGTERM: it waits for what is held, and ends a process that waits for itself."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from safepatch_jax.runtime import stopping
+from safepatch_jax.runtime.workers import Workers, wait
+from tests.calls import ROOT
+
+
+@pytest.fixture
+def handled(monkeypatch):
+    before = signal.signal(signal.SIGTERM, stopping.on_signal)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    signal.alarm(0)
+
+
+def test_it_waits_until_what_is_held_has_run(handled):
+    done = []
+    with pytest.raises(SystemExit) as ended:
+        with stopping.held(), stopping.held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("held")
+        done.append("beyond")
+    assert done == ["held"] and ended.value.code == 143
+
+
+def test_who_listens_is_asked_after_what_is_held(handled):
+    with pytest.raises(SystemExit), stopping.listening():
+        with stopping.held():
+            signal.raise_signal(signal.SIGTERM)
+            assert not stopping.asked()
+        assert stopping.asked()
+    stopping._State.asked = False
+
+
+def test_workers_give_results_and_errors_in_order():
+    with Workers(2) as pool:
+        assert list(pool.map(lambda x, y: x - y, range(50), range(0, 100, 2))) == [
+            -x for x in range(50)
+        ]
+        with pytest.raises(ZeroDivisionError):
+            wait(pool.submit(lambda: 1 // 0))
+
+
+@pytest.mark.parametrize(
+    "begin, use",
+    [
+        ("", "pool.submit(len, 'x')"),
+        ("future = pool.submit(time.sleep, 0.3)", "wait(future)"),
+        ("results = pool.map(time.sleep, [0.3])", "list(results)"),
+        ("pool.submit(time.sleep, 0.3), pool.submit(len, 'x')", "1 / 0"),
+    ],
+)
+def test_a_pool_ends_when_sigterm_comes_within_its_locks(begin, use):
+    """Between the taking of a lock and the block that gives it back."""
+    script = f"""
+import signal, sys, threading, time
+from safepatch_jax.runtime import stopping
+from safepatch_jax.runtime.workers import Workers, wait
+signal.signal(signal.SIGTERM, stopping.on_signal)
+enter = threading.Condition.__enter__
+def interrupted(self):
+    entered = enter(self)
+    if threading.current_thread() is threading.main_thread():
+        threading.Condition.__enter__ = enter
+        signal.raise_signal(signal.SIGTERM)
+    return entered
+with Workers(1) as pool:
+    {begin or "pass"}
+    threading.Condition.__enter__ = interrupted
+    {use}
+"""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, timeout=20, capture_output=True
+        ).returncode
+        == 143
+    )
+
+
+def test_sigterm_in_a_block_that_raises_is_not_lost(handled):
+    with pytest.raises(SystemExit):
+        with stopping.held():
+            signal.raise_signal(signal.SIGTERM)
+            raise OSError("the disk is full")
+
+
+def test_a_second_sigterm_does_not_wait(handled):
+    done = []
+    with pytest.raises(SystemExit), stopping.held():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("first")
+        signal.raise_signal(signal.SIGTERM)
+        done.append("second")
+    assert done == ["first"]
+
+
+def test_what_has_not_begun_is_not_done_after_an_error():
+    done = []
+    with pytest.raises(KeyError), Workers(1) as pool:
+        results = pool.map(lambda i: time.sleep(0.05) or done.append(i), range(40))
+        next(results)
+        raise KeyError
+    assert 1 <= len(done) < 10
+
+
+def test_a_process_that_waits_for_itself_is_ended(tmp_path):
+    script = (
+        "import signal, threading\nfrom safepatch_jax import stopping\nstopping._GRACE = 1\n"
+        "signal.signal(signal.SIGTERM, stopping.on_signal)\nlock = "
+        "threading.Lock()\nlock.acquire()\n"
+        "try:\n    signal.raise_signal(signal.SIGTERM)\nfinally:\n    lock.acquire()\n"
+    )
+    begun = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
+    assert result.returncode == -signal.SIGALRM and time.monotonic() - begun > 1
