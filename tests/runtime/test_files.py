@@ -49,7 +49,7 @@ def test_names_that_could_leave_their_folder(name):
 
 def test_what_a_killed_process_left_half_filled_is_deleted_by_the_next(tmp_path):
     code = (
-        "import os, sys, signal\nfrom safepatch_jax import files\n"
+        "import os, sys, signal\nfrom safepatch_jax.runtime import files\n"
         "with files.new_folder(sys.argv[1]) as out:\n    (out / 'x').write_text('half')\n    "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
