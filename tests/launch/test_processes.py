@@ -449,7 +449,7 @@ def test_who_does_not_come_is_named(args, message):
     call = f"processes.initialize({args}, timeout=2)".replace("(, ", "(").replace(
         "PORT", str(free_port())
     )
-    script = f"from safepatch_jax import processes\ntry: {call}\nexcept ValueError as error: processes.fail(str(error), 2)"
+    script = f"from safepatch_jax.runtime import processes\ntry: {call}\nexcept ValueError as error: processes.fail(str(error), 2)"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

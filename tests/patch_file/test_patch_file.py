@@ -293,7 +293,7 @@ def test_neither_jax_nor_torch_is_needed(pair):
     code = (
         "import sys; from safepatch_jax.patch_file.apply import apply, verify\n"
         "apply(*sys.argv[1:3]); verify(*sys.argv[1:3])\n"
-        "from safepatch_jax.patching import patch_arithmetic, patch_file\nimport launch.patch\n"
+        "from safepatch_jax.patch_file import arithmetic, file\nimport launch.patch\n"
         "print({'jax', 'jaxlib', 'flax', 'torch', 'transformers'} & set(sys.modules))"
     )
     done = python(code, patch, base)

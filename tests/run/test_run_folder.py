@@ -52,7 +52,7 @@ def test_what_ran_where(finished):  # noqa: F811
 
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_lives(finished):  # noqa: F811
     hold = (
-        "import sys\nfrom safepatch_jax import files\n"
+        "import sys\nfrom safepatch_jax.runtime import files\n"
         "with files.claimed(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

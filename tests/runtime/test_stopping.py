@@ -112,7 +112,7 @@ def test_what_has_not_begun_is_not_done_after_an_error():
 
 def test_a_process_that_waits_for_itself_is_ended(tmp_path):
     script = (
-        "import signal, threading\nfrom safepatch_jax import stopping\nstopping._GRACE = 1\n"
+        "import signal, threading\nfrom safepatch_jax.runtime import stopping\nstopping._GRACE = 1\n"
         "signal.signal(signal.SIGTERM, stopping.on_signal)\nlock = "
         "threading.Lock()\nlock.acquire()\n"
         "try:\n    signal.raise_signal(signal.SIGTERM)\nfinally:\n    lock.acquire()\n"
