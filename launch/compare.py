@@ -57,19 +57,16 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
-    from safepatch_jax.studies.compare import (
-        study as compare,  # imported here: --help does without JAX
-    )
+    # Imported here: --help does without JAX.
+    from safepatch_jax.studies.compare.options import ComparisonOptions
+    from safepatch_jax.studies.compare.study import compare
 
+    options = ComparisonOptions()
+    if config_flags.CONFIG.value:
+        options = ComparisonOptions.load(config_flags.CONFIG.value)
     given = {name: flag.value for name, flag in _GIVEN.items() if flag.value is not None}
-    options = (
-        compare.Options.load(config_flags.CONFIG.value)
-        if config_flags.CONFIG.value
-        else compare.Options()
-    )
-    compare.compare(
-        settings_flags.read_settings(), _WORKDIR.value, options.replaced(given), sys.argv
-    )
+    settings = settings_flags.read_settings()
+    compare(settings, _WORKDIR.value, options.replaced(given), sys.argv)
 
 
 if __name__ == "__main__":

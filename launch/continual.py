@@ -69,15 +69,16 @@ flags.adopt_module_key_flags(distributed)
 
 def _run(stages: str, methods: str | None) -> None:
     distributed.join()
-    from safepatch_jax.studies.continual import (
-        study as continual,  # imported here: the other commands do without JAX
-    )
+    # Imported here: the other commands do without JAX.
+    from safepatch_jax.studies.continual import study as continual
+    from safepatch_jax.studies.continual.links import parse_stages
+    from safepatch_jax.studies.continual.methods import parse_methods
 
     report = continual.run(
         settings_flags.read_settings(),
         _WORKDIR.value,
-        continual.parse_stages(stages),
-        continual.parse_methods(methods or ""),
+        parse_stages(stages),
+        parse_methods(methods or ""),
         sys.argv,
     )
     log = _log()

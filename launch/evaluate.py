@@ -28,8 +28,10 @@ from absl import flags
 from launch import distributed, main
 from safepatch_jax.runtime.console import say
 from safepatch_jax.studies.evaluate import study as evaluate
+from safepatch_jax.studies.evaluate.examples import show_examples
+from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
-_DEFAULTS = evaluate.Options()
+_DEFAULTS = EvaluationOptions()
 _MODEL = flags.DEFINE_string(
     "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
 )
@@ -97,9 +99,9 @@ def run() -> None:
         raise ValueError(
             f"--seeds takes whole numbers with commas between, such as 0,1,2; got '{given}'."
         ) from None
-    options = evaluate.Options(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
+    options = EvaluationOptions(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
     if _SHOW.value:
-        for line in evaluate.show_examples(_MODEL.value, options):
+        for line in show_examples(_MODEL.value, options):
             say(line)
         return
     if not _OUT.value:

@@ -60,9 +60,9 @@ def run() -> None:
         return
     report = job.run(sys.argv)
     say(f"Report: {report}")
-    say(f"Model:  {job.folder('export')}")
-    if job.patch_file is not None:
-        say(f"Patch:  {job.patch_file}")
+    say(f"Model:  {job.state.folder('export')}")
+    if job.state.patch_file is not None:
+        say(f"Patch:  {job.state.patch_file}")
 
 
 if __name__ == "__main__":

@@ -422,17 +422,36 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     return runpy.run_path(str(path))
 
 
+# Settings that say where and how a run is done, not what comes out: names, or their beginnings.
+PLACE = (
+    "run.keep_scratch",
+    "run.cache_dir",
+    "run.certify",
+    "run.checkpoint_minutes",
+    "mesh.",
+    "model.remat",
+    "model.loss_chunk",
+    "model.architecture",
+    "derive.accumulate",
+    "data.manual_dir",
+)
+
+
+def outcome_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that decide what comes out of a run, by dotted name: all but PLACE."""
+    return {name: x for name, x in settings.flat().items() if not name.startswith(PLACE)}
+
+
 def settings_differences(old: Mapping, new: Mapping) -> list[str]:
-    """List the settings in which two resolved dictionaries differ, as ``name: old -> new``."""
+    """List where two resolved dictionaries differ in what comes out, as ``name: old -> new``."""
     lines = []
     for group in sorted(set(old) | set(new)):
         before, after = old.get(group, {}), new.get(group, {})
-        for name in sorted(set(before) | set(after)):
-            if before.get(name) != after.get(name):
-                lines.append(
-                    f"{group}.{name}: {json.dumps(before.get(name))} -> "
-                    f"{json.dumps(after.get(name))}"
-                )
+        for option in sorted(set(before) | set(after)):
+            values = before.get(option), after.get(option)
+            name = f"{group}.{option}"
+            if values[0] != values[1] and not name.startswith(PLACE):
+                lines.append(f"{name}: {json.dumps(values[0])} -> {json.dumps(values[1])}")
     return lines
 
 

@@ -4,7 +4,7 @@ with a look at the text."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from safepatch_jax.data.chat import bucket, prompt_batch
-from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder, Past
 from safepatch_jax.runtime import processes
-from safepatch_jax.runtime.console import progress
-from safepatch_jax.training.step import put_batch
 
 PIECE = 32  # tokens between two looks for a stop text
 
@@ -217,43 +213,3 @@ def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -
     return jnp.argmax(
         jnp.where(logits_BV >= least_B[:, None], logits_BV + noise_BV, -jnp.inf), -1
     ).astype(jnp.int32)
-
-
-def generate(
-    decoder: Decoder,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
-    *,
-    max_new: int,
-    batch_size: int,
-    sharder: Sharder,
-    title: str,
-    length: int | None = None,
-) -> list[list[int]]:
-    """Continue prompts greedily, batch by batch of one shape.
-
-    Args:
-      prompts: token ids of each prompt.
-      stop_ids: ids that end an answer.
-      max_new, batch_size: see EvaluateSettings.
-      length: padded prompt length; by default the longest prompt's, rounded up.
-
-    Returns:
-      for each prompt the new ids, without the stop token.
-    """
-    length = length or bucket(max(map(len, prompts)))
-    stops = np.asarray(sorted(stop_ids) or [-2], np.int32)
-    answers: list[list[int]] = []
-    with progress(len(prompts), title, "prompt") as bar:
-        for start in range(0, len(prompts), batch_size):
-            group = list(prompts[start : start + batch_size])
-            filled = group + [group[-1]] * (batch_size - len(group))
-            batch = put_batch(prompt_batch(filled, length), sharder)
-            out = processes.fetch(
-                decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new)
-            )
-            for ids in out[: len(group)]:
-                answers.append([int(t) for t in ids if t >= 0 and t not in stops])
-            bar.update(len(group))
-    return answers

@@ -35,11 +35,11 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
         config, sharder = architecture(settings), Context(settings).sharder
     else:
         job = Job(settings, workdir, update=True)
-        for line in job.plan():
+        for line in job.plan(statuses=False):
             say(line)
-        sharder = job.context.sharder
-        if job.place.kind == "hf" or job.runner.status("import") == "done":
-            config = read_hf_config(job.folder("import"))
+        sharder = job.state.context.sharder
+        if job.state.source.kind == "hf" or job.runner.status("import") == "done":
+            config = read_hf_config(job.state.imported)
         elif stand_in:
             config = architecture(settings)
         else:

@@ -115,13 +115,9 @@ def programs(
         that the mesh does not divide.
     """
     param_table(config).shardings(sharder)
-    cache = jax.config.jax_compilation_cache_dir
     context = Context(settings)
     context.sharder = sharder
     context.check_batches()
-    jax.config.update(
-        "jax_compilation_cache_dir", cache
-    )  # a run has set its own by now; others shall get none
     shape = shape or lengths(settings)
     made = {
         "train": functools.partial(_train, shape=shape),

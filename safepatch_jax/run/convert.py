@@ -59,6 +59,9 @@ class Place:
             return cls("gguf", path)
         return cls("orbax" if (path / MODEL).is_file() else "hf", path)
 
+    def absolute(self) -> Place:
+        return Place(self.kind, self.path.absolute())
+
 
 def convert(
     source: str,

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 LOCK = ".lock"
@@ -63,6 +63,11 @@ def read_jsonl(path: str | pathlib.Path) -> list[Any]:
         for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n")
         if line.strip()
     ]
+
+
+def write_jsonl(path: str | pathlib.Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -118,42 +118,56 @@ def everyones(value: Any) -> list[Any]:
     return broadcast(_gather("everyones", value))
 
 
-def on_first(function: Callable[..., Any], together: Callable[[Any], Any] | None = None) -> Any:
+def on_first(
+    function: Callable[..., Any], *args: Any, together: Callable[[Any], Any] | None = None
+) -> Any:
     """Run a function on process 0 and return its JSON-able result in all processes.
 
     Args:
-      function: within it process 0 is alone: nothing here waits for the others. Where `together` is
-        given the function takes one argument, `ask`: ask(x) runs together(x) in all processes, and
-        returns what process 0 gets.
+      function: within it process 0 is alone: nothing here waits for the others.
+      args: its arguments. Where `together` is given one more comes first, `ask`: ask(x) runs
+        together(x) in all processes, and returns what process 0 gets.
       together: what needs all processes, such as bringing an array to a host; x must be JSON-able.
 
     Raises:
       ValueError, OSError: of process 0; in all processes, with its text.
     """
     if not several():
-        return function() if together is None else function(together)
+        return function(*args) if together is None else function(together, *args)
     if not first():
-        while True:
-            kind, value = broadcast()
-            if kind == "ask":
-                together(value)
-            elif kind == "result":
-                return value
-            else:
-                raise (ValueError if kind == "ValueError" else OSError)(value)
+        return _follow(together)
 
     def ask(argument):
         with _alone(False):
             broadcast(["ask", argument])
             return together(argument)
 
+    if together is not None:
+        args = (ask, *args)
     try:
         with _alone(True):
-            result = function() if together is None else function(ask)
-    except (ValueError, OSError) as error:
-        broadcast(["ValueError" if isinstance(error, ValueError) else "OSError", str(error)])
+            result = function(*args)
+    except ValueError as error:
+        broadcast(["ValueError", str(error)])
+        raise
+    except OSError as error:
+        broadcast(["OSError", str(error)])
         raise
     return broadcast(["result", result])[1]
+
+
+def _follow(together: Callable[[Any], Any] | None) -> Any:
+    """Do what process 0 asks for within `on_first`; return its result, or raise its error."""
+    while True:
+        kind, value = broadcast()
+        if kind == "ask":
+            together(value)
+        elif kind == "result":
+            return value
+        elif kind == "ValueError":
+            raise ValueError(value)
+        else:
+            raise OSError(value)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def finished(settings, tmp_path_factory):
 
 
 def model_hash(job):
-    return {k: v["sha256"] for k, v in folder_hashes(job.folder("export")).items()}
+    return {k: v["sha256"] for k, v in folder_hashes(job.state.folder("export")).items()}
 
 
 def test_outputs(finished, settings):
@@ -133,7 +133,7 @@ def test_certificates_and_model_card(finished):
     imported = json.loads(
         (finished.runner.folder("certify_import") / "certificate.json").read_text()
     )
-    export = finished.folder("export")
+    export = finished.state.folder("export")
     exported = json.loads((export / "certificate.json").read_text())
     assert (imported["kind"], exported["kind"]) == ("import", "export")
     assert exported["keys"]["matched"] == exported["keys"]["tensors"] == len(exported["tensors"])
@@ -161,7 +161,7 @@ def test_certificates_and_model_card(finished):
         "| after | ",
         "| top rates | a 0.2 (SE), b 0.2 (OSM)",
         "certifies no safety",
-        finished.context.data_hashes["harmful"],
+        finished.state.context.data_hashes["harmful"],
         "`certificate.json` has the SHA-256 of every tensor",
     ):
         assert part in card, part
@@ -170,25 +170,25 @@ def test_certificates_and_model_card(finished):
 
 def test_the_patch_file_turns_the_backbone_into_the_export_and_back(finished, tmp_path):
     patch = finished.runner.folder("patch_file") / "patch.safetensors"
-    patched = patch_apply.apply(patch, finished.backbone, tmp_path / "patched").folder
+    patched = patch_apply.apply(patch, finished.state.backbone, tmp_path / "patched").folder
     tensors = lambda folder: {
         name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()
     }
-    assert tensors(patched) == tensors(finished.folder("export")) != tensors(finished.backbone)
+    assert tensors(patched) == tensors(finished.state.folder("export")) != tensors(finished.state.backbone)
     assert tensors(patch_apply.revert(patch, patched, tmp_path / "back").folder) == tensors(
-        finished.backbone
+        finished.state.backbone
     )
     told = PatchFile(patch)
     assert told.entries() == finished.runner.result("patch")["total"]["survived"]
     assert (
         told.about["settings"]["patch"]["beta"] == 1.0
-        and told.about["data"] == finished.context.data_hashes
+        and told.about["data"] == finished.state.context.data_hashes
     )
 
 
 def test_exported_model_differs_in_the_kept_entries_alone(finished):
     before, after = (
-        load_file(f / "model.safetensors") for f in (finished.backbone, finished.folder("export"))
+        load_file(f / "model.safetensors") for f in (finished.state.backbone, finished.state.folder("export"))
     )
     assert set(before) == set(after)
     changed = {k for k in before if before[k].tobytes() != after[k].tobytes()}
@@ -200,8 +200,8 @@ def test_exported_model_differs_in_the_kept_entries_alone(finished):
         <= statistics["kept"]
     )
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        assert (finished.folder("export") / name).read_bytes() == (
-            finished.backbone / name
+        assert (finished.state.folder("export") / name).read_bytes() == (
+            finished.state.backbone / name
         ).read_bytes()
 
 

@@ -89,7 +89,7 @@ def test_going_on_with_half_the_devices_gives_the_same_selection_and_merge(
     for stage in ("score_se", "score_osm"):
         job.runner.need(stage)
     fewer = Job(kept, tmp_path / "work")
-    fewer.context.__dict__["sharder"] = sharder_of(4)  # as on a machine with four devices
+    fewer.state.context.__dict__["sharder"] = sharder_of(4)  # as on a machine with four devices
     capsys.readouterr()
     fewer.run()
     out = capsys.readouterr().out
