@@ -1,5 +1,6 @@
 # make demo   patch a real 135M chat model end to end (makes its own environment)
-# make test   run the tests                        (makes its own environment)
+# make test   check the code's form, then run the tests   (makes its own environment)
+# make lint   check the code's form alone: ruff
 # make test-tpu   compile for TPUs with the TPU compiler (installs it, 700 MB; no TPU is needed)
 # Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
@@ -7,12 +8,16 @@ VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu clean
+.PHONY: demo test lint test-tpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m launch.safepatch --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 
-test: $(VENV)/.test
+lint: $(VENV)/.test
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+test: lint
 	$(BIN)/python -m pytest -q -n 2 tests $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu

@@ -94,13 +94,22 @@ def _targets(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def top_level_imports(tree: ast.Module) -> list[str]:
+    """Return the names that a module imports when it is itself imported."""
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names += _targets(ast.Module([node], []))
+    return names
+
+
 def room(module: str) -> str:
     """Return the room of a module: the name that follows the package's."""
     return module.split(".")[1] if "." in module else ""
 
 
 def upward(graph: dict[str, set[str]]) -> list[str]:
-    """List imports of a higher floor, or of another room on the same one, as 'importer -> imported'."""
+    """List imports of a higher floor or of a room beside, as 'importer -> imported'."""
     floors = {name: level for level, names in enumerate(FLOORS) for name in names}
     wrong = []
     for importer, targets in sorted(graph.items()):
@@ -114,7 +123,7 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """List groups of modules that import one another in a circle (strongly connected, Tarjan 1972)."""
+    """List groups of modules that import one another in a circle (Tarjan 1972)."""
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
