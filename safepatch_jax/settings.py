@@ -422,8 +422,9 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     return runpy.run_path(str(path))
 
 
-# Settings that say where and how a run is done, not what comes out: names, or their beginnings.
-PLACE = (
+# Settings that say where and how a run is done and do not change what comes out: names, or how they
+# begin.
+NEUTRAL = (
     "run.keep_scratch",
     "run.cache_dir",
     "run.certify",
@@ -438,8 +439,8 @@ PLACE = (
 
 
 def outcome_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that decide what comes out of a run, by dotted name: all but PLACE."""
-    return {name: x for name, x in settings.flat().items() if not name.startswith(PLACE)}
+    """Return the settings that decide what comes out of a run, by dotted name."""
+    return {name: x for name, x in settings.flat().items() if not name.startswith(NEUTRAL)}
 
 
 def settings_differences(old: Mapping, new: Mapping) -> list[str]:
@@ -450,7 +451,7 @@ def settings_differences(old: Mapping, new: Mapping) -> list[str]:
         for option in sorted(set(before) | set(after)):
             values = before.get(option), after.get(option)
             name = f"{group}.{option}"
-            if values[0] != values[1] and not name.startswith(PLACE):
+            if values[0] != values[1] and not name.startswith(NEUTRAL):
                 lines.append(f"{name}: {json.dumps(values[0])} -> {json.dumps(values[1])}")
     return lines
 

@@ -12,7 +12,7 @@ from safepatch_jax.patch_file.log import folder_hash
 from safepatch_jax.run.stages import FINISHED, Runner, Stage
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import PLACE, Settings
+from safepatch_jax.settings import NEUTRAL, Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
@@ -70,7 +70,7 @@ class OtherChain:
     def _stage_settings(self) -> dict[str, Any]:
         """Return the settings on which the method's models depend, each link's data aside."""
         groups = ["derive.", "model.", "data."]
-        apart = ["model.source", "data.eval_limit", *PLACE]
+        apart = ["model.source", "data.eval_limit", *NEUTRAL]
         apart += [f"data.{role}" for role in ("harmful", "lookalike", "ordinary")]
         if self._method.group == "training":  # of the two patches these take at most the SE patch
             apart.append("derive.osm_")

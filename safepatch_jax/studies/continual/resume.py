@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.patch_file.log import PatchLog
-from safepatch_jax.settings import PLACE, Settings, outcome_settings
+from safepatch_jax.settings import NEUTRAL, Settings, outcome_settings
 from safepatch_jax.studies.continual.links import Link
 
 # What may differ between two runs of a chain: where and how it is made, how models are measured.
-_FREE = (*PLACE, "evaluate.", "data.eval_limit")
+_FREE = (*NEUTRAL, "evaluate.", "data.eval_limit")
 
 
 def check_resumable(
