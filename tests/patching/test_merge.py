@@ -92,7 +92,7 @@ def expected(theta, derived, sensitivity, patch, rounding="nearest"):
                 tensor_keys(SEED, "rounding", (name,))[0] if rounding == "stochastic" else None,
             )
             kept_total += touched.sum()
-            result[row.path][layer] = row.from_hf(merged)
+            result[row.path][layer] = merged.reshape(row.layer_shape)
     return result, kept_total
 
 
