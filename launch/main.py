@@ -88,7 +88,7 @@ def _interruption(error: BaseException) -> tuple[str, bool]:
         return (
             f"a step that all processes take together failed ({reason}). Did a process end, or a "
             "host lose its network? "
-            "The same command, given to all again, goes on where this run stopped."
+            "The same command, given to all again, resumes where this run stopped."
         ), True
     if not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)

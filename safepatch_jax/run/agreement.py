@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,8 +41,3 @@ def agree_on_run(
     processes.agree(installed, "Install the same packages on every host.")
     records = {f"records of data.{name}": digest for name, digest in hashes().items()}
     processes.agree(source_facts(source) | records, SAME_FILES)
-
-
-def absolute(path: str | pathlib.Path) -> str:
-    """Return a folder as processes compare it."""
-    return str(resolve(path))

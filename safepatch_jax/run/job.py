@@ -1,35 +1,30 @@
-"""The main job: the table of a run's stages, its workdir, its plan, and what it publishes."""
+"""The main job: a run, its workdir, its plan, and what it publishes."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.selection import ROLES
 from safepatch_jax.run import card, certificate, environment, report, steps
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.context import keep_programs
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
-from safepatch_jax.run.stages import FINISHED, Runner, Stage, version_of, versions
-from safepatch_jax.run.state import Read, Run, check_source, source_hashes
+from safepatch_jax.run.stages import FINISHED, Runner, versions
+from safepatch_jax.run.state import Read, Run, check_source
+from safepatch_jax.run.table import Evaluate, stage_table, variants
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import Workdir, delete
-from safepatch_jax.settings import Settings, outcome_settings, settings_differences
+from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.settings import Settings, settings_differences
 
-# Models compared in the report, in its order.
-VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
 NAMES = ("stages", FILE, EVENTS, environment.FILE, "sweep*")
-Evaluate = Callable[[Run, str, pathlib.Path], steps.Result]
 
 
 def open_run(
@@ -38,14 +33,17 @@ def open_run(
     *,
     read: Read = load_records,
     evaluate: Evaluate = steps.evaluate,
+    flags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Lay out the stages of a run in a folder; nothing is run, and no folder is made.
+    """Lay out the stages of a run in a folder; nothing is run, and no folder is made. From here on
+    compiled programs are kept in the run's cache.
 
     Args:
       settings: of the run.
       folder: of its stages.
       read: reads records, see `Context`.
       evaluate: measures a model of the report; a chain measures its models only once.
+      flags: what else the command was given, JSON-able: the same in all processes.
 
     Raises:
       ValueError: bad settings, model or data; processes that differ in any of it.
@@ -53,193 +51,11 @@ def open_run(
     run = Run(settings, folder, read)
     keep_programs(run.context.cache_dir)
     run.context.check_batches()
-    agree_on_run(
-        settings,
-        run.source,
-        {"--workdir": str(folder)},
-        lambda: run.context.data_hashes,
-    )
+    flags = {"--workdir": str(folder)} | dict(flags or {})
+    agree_on_run(settings, run.source, flags, lambda: run.context.data_hashes)
     processes.on_first(check_source, run.source)
     run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir)
     return run
-
-
-def variants(settings: Settings) -> tuple[str, ...]:
-    """Return the models of the report; without an alignment the shipped one is the backbone."""
-    return VARIANTS if settings.align.enabled else VARIANTS[1:]
-
-
-def stage_table(run: Run, evaluate: Evaluate = steps.evaluate) -> list[Stage]:
-    """Return the stages of a run, each with all that its outputs depend on."""
-    s = run.settings
-    base = "align" if s.align.enabled else "import"
-    data = run.context.data_hashes
-    harmful = {"harmful": data["harmful"]}
-    train = _training_settings(s)
-    patch = _patch_settings(s)
-    witness = {name: version_of(name) for name in ("torch", "transformers")}
-    certify = {"certify": s.run.certify}
-    stages = [
-        Stage(
-            "import",
-            run=functools.partial(steps.import_model, run),
-            sources=lambda: processes.on_first(source_hashes, run.source),
-            shared=True,
-        ),
-        Stage(
-            "certify_import",
-            ("import",),
-            certify,
-            witness,
-            functools.partial(steps.certify_import, run),
-            shared=True,
-        ),
-    ]
-    if s.align.enabled:
-        stages.append(
-            Stage(
-                "align",
-                ("import",),
-                dataclasses.asdict(s.align) | train | {"clip_norm": s.derive.clip_norm},
-                harmful | {"ordinary": data["ordinary"]},
-                functools.partial(steps.align, run),
-                shared=True,
-            )
-        )
-    for role in ROLES:
-        stages.append(
-            Stage(
-                f"derive_{role}",
-                (base,),
-                train | _derive_settings(s, role),
-                harmful,
-                functools.partial(steps.derive, run, role),
-                scratch=True,
-            )
-        )
-    for role in ROLES:
-        stages.append(
-            Stage(
-                f"score_{role}",
-                (f"derive_{role}",),
-                train | _score_settings(s),
-                harmful,
-                functools.partial(steps.score, run, role),
-                scratch=True,
-            )
-        )
-    parts = (base, "derive_se", "derive_osm", "score_se", "score_osm")
-    stages += [
-        Stage("patch", parts, patch, {}, functools.partial(steps.patch, run), scratch=True),
-        Stage(
-            "export",
-            (base, "patch"),
-            dataclasses.asdict(s.export),
-            {},
-            functools.partial(steps.export, run),
-        ),
-    ]
-    if s.export.dtype == "keep":  # a patch file holds differences of bits
-        stages.append(
-            Stage(
-                "patch_file",
-                (base, "export"),
-                run=functools.partial(steps.write_patch_file, run),
-                results=("patch",),
-            )
-        )
-    stages.append(
-        Stage(
-            "certify_export",
-            (base, "export"),
-            certify,
-            witness,
-            functools.partial(steps.certify_export, run),
-            results=("patch",),
-        )
-    )
-    inputs = {
-        "shipped": ("import",),
-        "backbone": (base,),
-        "se": (base, "derive_se"),
-        "osm": (base, "derive_osm"),
-        "intersection": parts,
-        "safepatching": (base, "export"),
-    }
-    for variant in variants(s):
-        measured = _evaluate_settings(s)
-        if variant == "intersection":
-            measured["patch"] = patch
-        stages.append(
-            Stage(
-                f"evaluate_{variant}",
-                inputs[variant],
-                measured,
-                data,
-                functools.partial(evaluate, run, variant),
-                scratch=variant in ("se", "osm", "intersection"),
-            )
-        )
-    reads = ("evaluate_backbone", "evaluate_safepatching", "certify_export")
-    stages.append(
-        Stage(
-            "report",
-            reads,
-            outcome_settings(s),
-            {},
-            functools.partial(steps.write_report, run, variants(s)),
-            results=tuple(stage.name for stage in stages if stage.name not in reads),
-        )
-    )
-    return stages
-
-
-def _training_settings(s: Settings) -> dict[str, Any]:
-    """Return the settings on which every stage that takes gradients depends."""
-    return {
-        "compute_dtype": s.model.compute_dtype,
-        "attention": s.model.attention,
-        "loss": s.derive.loss,
-        "optimizer": s.derive.optimizer,
-        "seed": s.run.seed,
-        "max_prompt_tokens": s.data.max_prompt_tokens,
-        "max_answer_tokens": s.data.max_answer_tokens,
-        "train_limit": s.data.train_limit,
-        "length_buckets": s.data.length_buckets,
-    }
-
-
-def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
-    derive = dataclasses.asdict(s.derive)
-    result = {name: derive[name] for name in ("batch_size", "weight_decay", "clip_norm")}
-    for name, value in derive.items():
-        if name.startswith(role + "_"):
-            result[name] = value
-    return result
-
-
-def _score_settings(s: Settings) -> dict[str, Any]:
-    result = {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
-    if s.score.mode == "batched":
-        result["batch_size"] = s.score.batch_size
-    return result
-
-
-def _patch_settings(s: Settings) -> dict[str, Any]:
-    return dataclasses.asdict(s.patch) | {
-        "dtype": s.export.dtype,
-        "rounding": s.export.rounding,
-        "seed": s.run.seed,
-    }
-
-
-def _evaluate_settings(s: Settings) -> dict[str, Any]:
-    return dataclasses.asdict(s.evaluate) | {
-        "max_prompt_tokens": s.data.max_prompt_tokens,
-        "max_answer_tokens": s.data.max_answer_tokens,
-        "eval_limit": s.data.eval_limit,
-        "compute_dtype": s.model.compute_dtype,
-    }
 
 
 class Job:
@@ -268,12 +84,12 @@ class Job:
         read: Read = load_records,
         evaluate: Evaluate = steps.evaluate,
     ):
-        self._folder = Workdir(workdir, "a run", SETTINGS, NAMES)
+        refuse = self._refuse_other_settings
+        self._folder = Workdir(workdir, "a run", SETTINGS, NAMES, refuse=refuse)
         self.settings, self.workdir, self._update = settings, self._folder.path, update
-        self.state = open_run(settings, self.workdir, read=read, evaluate=evaluate)
-        processes.agree({"--update": update}, "Start every process with the same command.")
-        self._folder.refuse_strangers()
-        processes.on_first(self._refuse_other_settings)
+        self._folder.check()  # before data are read, and with several processes the model is hashed
+        flags = {"--update": update}
+        self.state = open_run(settings, self.workdir, read=read, evaluate=evaluate, flags=flags)
 
     @property
     def runner(self) -> Runner:
@@ -288,8 +104,7 @@ class Job:
         Raises:
           ValueError: another run is at work in the workdir; or what a stage finds wrong.
         """
-        cache = self.state.context.cache_dir
-        with self._folder.claimed(cache, check=self._refuse_other_settings):
+        with self._folder.claimed(self.state.context.cache_dir):
             processes.on_first(self._begin, command)
             for line in self.plan():
                 say(line)
@@ -311,7 +126,7 @@ class Job:
     def _begin(self, command: Sequence[str]) -> None:
         if self.runner.status("report") not in FINISHED:
             for name in (*report.FILES, MANIFEST):  # of other settings, or of an unfinished run
-                delete(self.workdir / name)
+                files.delete(self.workdir / name)
         files.write_json(self.workdir / SETTINGS, self.settings.to_dict())
         environment.write(self.workdir, command, self.state.context.sharder)
 
@@ -335,7 +150,8 @@ class Job:
         """Describe the run: devices, model, data, settings that matter, stages.
 
         Args:
-          statuses: say which stages will run; for that the source model is hashed.
+          statuses: say which stages will run. For that the source is hashed; else only one that is
+            no Hugging Face folder is, to find it in the cache.
         """
         settings, context = self.settings, self.state.context
         mesh = context.sharder.mesh
@@ -459,7 +275,7 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     Raises:
       ValueError: bad settings, model or data; `out` exists and is not empty.
     """
-    out = pathlib.Path(out).expanduser().absolute()
+    out = resolve(out)
     processes.on_first(files.refuse_full_folder, out)
     run = open_run(settings.override({"align.enabled": True}), out)
     with processes.new_folder(out) as folder:

@@ -2,7 +2,7 @@
 
 A stage's key is the hash of its name, its settings, the hashes of its outside inputs and the keys
 of the stages it reads. Its folder appears whole, with a manifest, or not at all, so a killed run
-goes on where it stopped. Scratch stages (derived models and scores) are emptied after success;
+is resumed where it stopped. Scratch stages (derived models and scores) are emptied after success;
 their manifests remain. Where a run has several processes, process 0 reads and writes manifests and
 decides for all.
 """
@@ -24,7 +24,6 @@ from typing import Any
 from safepatch_jax import __version__
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import delete
 
 MANIFEST, _ASIDE = "manifest.json", ".steps"
 FINISHED = ("done", "deleted")
@@ -51,11 +50,11 @@ class Stage:
 
     Attributes:
       name: its folder's name.
+      run: fills the given empty folder and returns a result for the manifest.
       inputs: names of the stages whose folders it reads.
       settings: the settings that its outputs depend on.
       sources: hashes of outside inputs (model files, data files), or what returns them: it is
-        called when the stage's key is first needed.
-      run: fills the given empty folder and returns a result for the manifest.
+        called when the stage's key is first needed, in all processes.
       results: names of the stages of which it reads the reported result alone, so that deleted
         outputs do not matter.
       scratch: its outputs are deleted after success.
@@ -63,15 +62,20 @@ class Stage:
     """
 
     name: str
+    run: Callable[[pathlib.Path], Mapping[str, Any]]
     inputs: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sources: Mapping[str, str] | Callable[[], Mapping[str, str]] = dataclasses.field(
         default_factory=dict
     )
-    run: Callable[[pathlib.Path], Mapping[str, Any]] = lambda out: {}
     results: tuple[str, ...] = ()
     scratch: bool = False
     shared: bool = False
+
+    @functools.cached_property
+    def source_hashes(self) -> dict[str, str]:
+        """The hashes of `sources`."""
+        return dict(self.sources() if callable(self.sources) else self.sources)
 
 
 class Runner:
@@ -80,11 +84,11 @@ class Runner:
     def __init__(self, stages: Iterable[Stage], workdir: pathlib.Path, cache_dir: pathlib.Path):
         self.stages = {stage.name: stage for stage in stages}
         self._workdir, self._cache_dir = workdir, cache_dir
-        self._sources: dict[str, dict[str, str]] = {}
         self._keys: dict[str, str] = {}
         if processes.several():
-            # Together and now: later process 0 may need a key alone, and the others would then wait
-            # for its part in an exchange that it takes for done.
+            # A key may need hashes that process 0 takes and sends to all. So all take them now: a
+            # key that is first needed within `on_first` would never be sent, and the others would
+            # later wait for it.
             for name in self.stages:
                 self.key(name)
 
@@ -98,17 +102,11 @@ class Runner:
                     "versions": {package: versions()[package] for package in KEYED},
                     "stage": name,
                     "settings": dict(stage.settings),
-                    "sources": self._source_hashes(stage),
+                    "sources": stage.source_hashes,
                     "inputs": self._input_keys(stage),
                 }
             )
         return self._keys[name]
-
-    def _source_hashes(self, stage: Stage) -> dict[str, str]:
-        if stage.name not in self._sources:
-            sources = stage.sources
-            self._sources[stage.name] = dict(sources() if callable(sources) else sources)
-        return self._sources[stage.name]
 
     def _input_keys(self, stage: Stage) -> dict[str, str]:
         return {name: self.key(name) for name in (*stage.inputs, *stage.results)}
@@ -119,8 +117,8 @@ class Runner:
         return self._workdir / "stages" / name
 
     def aside(self, name: str) -> pathlib.Path:
-        """Return a folder for what a stage keeps while it is under way: it survives a kill, and
-        goes when the stage is done."""
+        """Return a folder for what a stage keeps while it is under way: it survives a kill, and is
+        deleted when the stage is done."""
         folder = self.folder(name)
         return folder.with_name(f".{folder.name}.{self.key(name)[:16]}{_ASIDE}")
 
@@ -155,30 +153,32 @@ class Runner:
 
     def result(self, name: str) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return processes.on_first(lambda: self.manifest(name)["result"])
+        return processes.on_first(self._result, name)
+
+    def _result(self, name: str) -> dict[str, Any]:
+        return self.manifest(name)["result"]
 
     def need(self, name: str) -> pathlib.Path:
         """Return the folder of a stage with its outputs in place, running it and what it reads
         where needed."""
-        status = self.status(name)
-        if status != "done":
-            if status == "damaged":
-                say(
-                    f"{name}: outputs are missing or have another size than its manifest says; "
-                    "the stage runs again."
-                )
-            stage = self.stages[name]
-            for dependency in stage.inputs:
+        stage, folder, status = self.stages[name], self.folder(name), self.status(name)
+        if status == "done":
+            return folder
+        if status == "damaged":
+            say(
+                f"{name}: outputs are missing or have another size than its manifest says; "
+                "the stage runs again."
+            )
+        for dependency in stage.inputs:
+            self.need(dependency)
+        for dependency in stage.results:
+            if self.status(dependency) not in FINISHED:
                 self.need(dependency)
-            for dependency in stage.results:
-                if self.status(dependency) not in FINISHED:
-                    self.need(dependency)
-            folder = self.folder(name)
-            with processes.locked(folder.with_name(f".{folder.name}.lock")):
-                # Another run that shares the stage may have finished it meanwhile.
-                if self.status(name) != "done":
-                    self._execute(stage)
-        return self.folder(name)
+        with processes.locked(folder.with_name(f".{folder.name}.lock")):
+            # Another run that shares the stage may have finished it meanwhile.
+            if self.status(name) != "done":
+                self._execute(stage)
+        return folder
 
     def finish(self, names: Iterable[str]) -> None:
         """Bring the named stages up to date; what is finished is not run again."""
@@ -223,10 +223,11 @@ class Runner:
             manifest = self.manifest(name)
             if manifest is None:
                 continue
+            # The manifest first: a kill in between must not leave a stage that seems damaged.
             files.write_json(self.folder(name) / MANIFEST, {**manifest, "deleted": True})
             for path in self.folder(name).iterdir():
                 if path.name != MANIFEST:
-                    delete(path)
+                    files.delete(path)
 
     def _execute(self, stage: Stage) -> None:
         say(f"{stage.name}: running")
@@ -245,7 +246,7 @@ class Runner:
             "stage": stage.name,
             "key": self.key(stage.name),
             "settings": dict(stage.settings),
-            "sources": self._source_hashes(stage),
+            "sources": stage.source_hashes,
             "inputs": self._input_keys(stage),
             "result": result,
             "outputs": files.folder_hashes(folder),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import pathlib
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -34,6 +33,7 @@ class Workdir:
       mark: the file that tells that a folder is such a one; where it is, other files may lie too.
       names: patterns of the files and folders that the command puts there.
       flag: with which the folder is given, in errors.
+      refuse: raises ValueError for what else makes the folder unusable; called on process 0.
 
     Attributes:
       path: absolute.
@@ -46,66 +46,52 @@ class Workdir:
         mark: str,
         names: Collection[str],
         flag: str = "--workdir",
+        refuse: Callable[[], Any] | None = None,
     ):
         self.path = resolve(path)
-        self._kind, self._mark, self._flag = kind, mark, flag
+        self._kind, self._mark, self._flag, self._refuse = kind, mark, flag, refuse
         self._names = (*names, files.LOCK)
 
-    def refuse_strangers(self) -> None:
-        """Raise ValueError, in all processes, if the folder is none of this kind and not empty."""
-        processes.on_first(self._refuse_strangers)
+    def check(self) -> None:
+        """Raise ValueError, in all processes, if the folder is none of this kind and not empty, or
+        for what `refuse` raises."""
+        processes.on_first(self._check)
 
-    def _refuse_strangers(self) -> None:
-        if (self.path / self._mark).is_file():
+    def _check(self) -> None:
+        if self._refuse is not None:
+            self._refuse()
+        if (self.path / self._mark).is_file() or not self.path.is_dir():
             return
-        strangers = []
-        for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
-            known = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in self._names)
-            if not known and not files.half_written(path.name):
-                strangers.append(path.name)
+        strangers = [path.name for path in sorted(self.path.iterdir()) if self._is_stranger(path)]
         if strangers:
             raise ValueError(
                 f"{self.path} holds files that are not of {self._kind} "
                 f"({some(strangers, ', ', _MOST)}); use a new or empty folder for {self._flag}."
             )
 
+    def _is_stranger(self, path: pathlib.Path) -> bool:
+        known = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in self._names)
+        return not known and not files.half_written(path.name)
+
     @contextlib.contextmanager
-    def claimed(
-        self, *shared: pathlib.Path, check: Callable[[], Any] | None = None
-    ) -> Iterator[None]:
+    def claimed(self, *others: pathlib.Path) -> Iterator[None]:
         """Be the only run at work in the folder while the block runs.
 
         Args:
-          shared: other folders that all processes must see, such as the cache.
-          check: what else process 0 refuses; called before the folder is touched and again once it
-            is locked, as another run may have been at work meanwhile.
+          others: folders that all processes must share too, such as the cache.
 
         Raises:
-          ValueError: strangers in the folder, another run at work, processes that do not share it,
-            or what `check` raises.
+          ValueError: as `check`; another run at work; processes that do not share a folder.
         """
-        self._check(check)
-        for folder in (self.path, *shared):
+        self.check()  # before the folder is made, or anything is written to it
+        for folder in (self.path, *others):
             processes.shared(folder)
         with processes.claimed(self.path):
-            self._check(check)
+            self.check()  # another run may have been at work meanwhile
             processes.on_first(self._clear_half_written)
             yield
-
-    def _check(self, check: Callable[[], Any] | None) -> None:
-        self.refuse_strangers()
-        if check is not None:
-            processes.on_first(check)
 
     def _clear_half_written(self) -> None:
         for path in self.path.iterdir():
             if files.half_written(path.name):
-                delete(path)
-
-
-def delete(path: pathlib.Path) -> None:
-    """Delete a file or a folder with all that is in it; nothing happens if it is not there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+                files.delete(path)

@@ -311,7 +311,7 @@ class Trainer:
                 reference,
             )
             if (
-                max(journal.call, int(self._sharder.most(_END if stopping.asked() else _GO_ON)))
+                max(journal.call, int(self._sharder.most(_END if stopping.requested() else _GO_ON)))
                 == _END
             ):
                 self._end(state, batches, journal, store)
@@ -347,7 +347,7 @@ class Trainer:
             due = every > 0 and time.monotonic() - saved > every
             # One process's clock or signal is enough, and all learn of it at the same step.
             metrics["call"] = self._sharder.most(
-                _END if stopping.asked() else _SAVE if due else _GO_ON
+                _END if stopping.requested() else _SAVE if due else _GO_ON
             )
             if pending:
                 journal.read(pending)

@@ -23,7 +23,7 @@ def handled(monkeypatch):
 def test_it_waits_until_what_is_held_has_run(handled):
     done = []
     with pytest.raises(SystemExit) as ended:
-        with stopping.held(), stopping.held():
+        with stopping.deferred(), stopping.deferred():
             signal.raise_signal(signal.SIGTERM)
             done.append("held")
         done.append("beyond")
@@ -32,11 +32,11 @@ def test_it_waits_until_what_is_held_has_run(handled):
 
 def test_who_listens_is_asked_after_what_is_held(handled):
     with pytest.raises(SystemExit), stopping.listening():
-        with stopping.held():
+        with stopping.deferred():
             signal.raise_signal(signal.SIGTERM)
-            assert not stopping.asked()
-        assert stopping.asked()
-    stopping._State.asked = False
+            assert not stopping.requested()
+        assert stopping.requested()
+    stopping._State.requested = False
 
 
 def test_workers_give_results_and_errors_in_order():
@@ -86,14 +86,14 @@ with Workers(1) as pool:
 
 def test_sigterm_in_a_block_that_raises_is_not_lost(handled):
     with pytest.raises(SystemExit):
-        with stopping.held():
+        with stopping.deferred():
             signal.raise_signal(signal.SIGTERM)
             raise OSError("the disk is full")
 
 
 def test_a_second_sigterm_does_not_wait(handled):
     done = []
-    with pytest.raises(SystemExit), stopping.held():
+    with pytest.raises(SystemExit), stopping.deferred():
         signal.raise_signal(signal.SIGTERM)
         done.append("first")
         signal.raise_signal(signal.SIGTERM)

@@ -211,7 +211,7 @@ def test_every_bit_counts_in_a_checksum():
 def test_sigterm_in_training_writes_a_checkpoint_and_ends(
     tiny, undisturbed, tmp_path, capsys, monkeypatch, step
 ):
-    monkeypatch.setattr(stopping._State, "asked", False)
+    monkeypatch.setattr(stopping._State, "requested", False)
     before = signal.signal(signal.SIGTERM, stopping.on_signal)
     try:
 
@@ -223,7 +223,7 @@ def test_sigterm_in_training_writes_a_checkpoint_and_ends(
             run(tiny, Saving(tmp_path / "steps", 0.0), record=record)
     finally:
         signal.signal(signal.SIGTERM, before)
-    stopping._State.asked = False
+    stopping._State.requested = False
     out = capsys.readouterr().out
     told = re.search(r"ends after step (\d+)\. A checkpoint is written", out)
     assert (

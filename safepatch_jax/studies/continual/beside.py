@@ -57,10 +57,10 @@ class OtherChain:
             stages.append(
                 Stage(
                     name,
+                    functools.partial(self._make, before, name, link),
                     (before,) if before else (),
                     self._stage_settings() | {"seed": settings.run.seed + place},
                     sources,
-                    functools.partial(self._make, before, name, link),
                     scratch=True,
                 )
             )

@@ -134,7 +134,7 @@ class Measures:
                 "data": self.data_hash(part),
             }
             name = self._stage(model, part)
-            stages.append(Stage(name, (), settings, sources, functools.partial(run, part)))
+            stages.append(Stage(name, functools.partial(run, part), (), settings, sources))
         return Runner(stages, self._workdir, self.context.cache_dir)
 
     def _measure(self, part: str, engine: Engine, out: pathlib.Path) -> dict[str, Any]:

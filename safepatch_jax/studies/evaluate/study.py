@@ -21,7 +21,7 @@ from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import Workdir
+from safepatch_jax.runtime.workdir import Workdir, resolve
 from safepatch_jax.studies.evaluate import report
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
@@ -54,9 +54,9 @@ def evaluate(
     folders = {"model": model}
     if against:
         folders["against"] = against
-    evaluation = _Evaluation(pathlib.Path(out).absolute(), folders, suite, options)
-    folder = Workdir(out, "an evaluation", RECORD, _NAMES, "--out")
-    with folder.claimed(check=evaluation.check_record):
+    evaluation = _Evaluation(resolve(out), folders, suite, options)
+    folder = Workdir(out, "an evaluation", RECORD, _NAMES, "--out", evaluation.check_record)
+    with folder.claimed():
         return evaluation.run()
 
 

@@ -19,7 +19,7 @@ from safepatch_jax.run.report import share
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
-from safepatch_jax.runtime.workdir import Workdir
+from safepatch_jax.runtime.workdir import Workdir, resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import analysis, report
 from safepatch_jax.studies.sweep.points import Point, label, varied
@@ -44,9 +44,8 @@ def open_workdir(path: str | pathlib.Path) -> Workdir:
     Raises:
       ValueError: it holds a run, or files of something else.
     """
-    workdir = Workdir(path, "a sweep", SETTINGS, _NAMES)
-    processes.on_first(_refuse_run, workdir.path)
-    workdir.refuse_strangers()
+    workdir = Workdir(path, "a sweep", SETTINGS, _NAMES, refuse=lambda: _refuse_run(resolve(path)))
+    workdir.check()
     return workdir
 
 
@@ -120,7 +119,7 @@ def sweep(
     )
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
-    with folder.claimed(run.context.cache_dir, check=lambda: _refuse_run(folder.path)):
+    with folder.claimed(run.context.cache_dir):
         with metrics.Metrics(folder.path) as run.metrics:
             earlier = processes.on_first(_begin, run, command)
             rows, backbone, failures = _compute(run, points, earlier)
