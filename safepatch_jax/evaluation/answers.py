@@ -22,16 +22,16 @@ from safepatch_jax.evaluation.engine import Contrasted, Engine, Sampling
 from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.judges.base import (
     ENOUGH,
+    INCOHERENT,
     UNKNOWN,
-    Generative,
     Item,
     Judge,
     Verdict,
-    folder_of,
-    open_judge,
     refuse_nonsense,
 )
-from safepatch_jax.evaluation.judges.phrases import INCOHERENT
+from safepatch_jax.evaluation.judges.endpoint import without_concurrency
+from safepatch_jax.evaluation.judges.generative import Generative
+from safepatch_jax.evaluation.judges.open import folder_of, open_judge
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL
@@ -144,7 +144,7 @@ def lines_of(out: pathlib.Path, kind: str, who: str, measure: Measure, run: int 
 
 def verdicts_of(judge: str) -> str:
     """Return the kind of a judge's lines."""
-    return f"verdicts/{_folder_name(judge)}"
+    return f"verdicts/{_folder_name(without_concurrency(judge))}"
 
 
 def _folder_name(text: str) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 
 from safepatch_jax.data.chat import Chat, Encoded, Example, lengths, training_batch
 from safepatch_jax.evaluation.generate import generate
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES, judge
+from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.numerics import NotFinite

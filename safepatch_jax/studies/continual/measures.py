@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.generate import generate
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES, judge
+from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.measures import answer_nll
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.patch_file.log import folder_hash
