@@ -18,9 +18,12 @@ from typing import Any
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR
 from safepatch_jax.data.sets import Row as SetRow
-from safepatch_jax.evaluation.engine import Contrasted, Engine, Prompter, Sampling
+from safepatch_jax.evaluation.contrasted import Contrasted
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.judges.base import ENOUGH
 from safepatch_jax.evaluation.judges.endpoint import Client
+from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.tasks import subset
 
 GRADER = "endpoint:URL?model=NAME"
@@ -72,7 +75,7 @@ def _are_two_texts(turns: Any) -> bool:
 
 def answer(
     engine: Engine | Contrasted,
-    asked: Mapping[str, Question],
+    items: Mapping[str, Question],
     rows: Mapping[str, Row],
     max_new: int,
     title: str,
@@ -93,13 +96,13 @@ def answer(
     Raises:
       ValueError: the model has no chat template, or one for a single turn.
     """
-    rows = {i: rows.get(i, {"id": i, "answers": [], "tokens": []}) for i in asked}
+    rows = {i: rows.get(i, {"id": i, "answers": [], "tokens": []}) for i in items}
     for turn in range(len(TURNS)):
         prompts = {}
         for i, row in rows.items():
             if len(row["answers"]) != turn or "left_out" in row:
                 continue
-            talk = conversation(asked[i], row["answers"])
+            talk = conversation(items[i], row["answers"])
             if engine.fits(talk, max_new):
                 prompts[i] = talk
             else:
@@ -207,7 +210,7 @@ class Grader(Client):
 
     def grade(
         self,
-        asked: Mapping[str, Question],
+        items: Mapping[str, Question],
         answered: Mapping[str, Row],
         grades: Mapping[str, Row],
         done: Callable[[Row], None],
@@ -229,7 +232,7 @@ number from 1 to 10 or None where the
         """
         grades = dict(grades)
         names, conversations = [], []
-        for i, question in asked.items():
+        for i, question in items.items():
             answers = answered[i]["answers"]
             for k in range(len(answers)):
                 name = f"{i}:{TURNS[k]}"

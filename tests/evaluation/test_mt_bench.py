@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from safepatch_jax.evaluation.engine import Engine, Sampling
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.mt_bench import (
     answer,
     conversation,

@@ -22,10 +22,14 @@ import jax
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation import answers as answering
-from safepatch_jax.evaluation.answers import JUDGED, Lines, Sources, lines_of
+from safepatch_jax.evaluation.answers import JUDGED, Sources
+from safepatch_jax.evaluation.contrasted import Contrasted
 from safepatch_jax.evaluation.decoding import Rule
-from safepatch_jax.evaluation.engine import Contrasted, Engine, Sampling
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.lines import Lines, blank, check_names, lines_of, verdicts_of
 from safepatch_jax.evaluation.suites import Measure, load_suite
+from safepatch_jax.evaluation.timing import atgr
 from safepatch_jax.methods.bench import Bench, Method, NotMade
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.numerics import NotFinite
@@ -402,7 +406,7 @@ class Comparison:
             for path in sorted(
                 (self.workdir / ANSWERS / method.name).rglob("*.jsonl")
             ):  # of all seeds
-                answering.blank(path, "answer")
+                blank(path, "answer")
 
     # -- one method
     # -----------------------------------------------------------------------------------------------------
@@ -434,7 +438,7 @@ class Comparison:
         lines = lines_of(self.workdir, ANSWERS, method.name, measure, run)
         if method.jailbroken and measure.kind in JUDGED:
             judged = lines_of(
-                self.workdir, answering.verdicts_of(self.options.judge), method.name, measure, run
+                self.workdir, verdicts_of(self.options.judge), method.name, measure, run
             ).rows
             lines.rows = {
                 i: row
@@ -483,8 +487,8 @@ class Comparison:
             )
         if self._untimed(method, run):
             new = max(m.max_new for m in self.suite if m.kind in JUDGED)
-            ratio, least, most = backbone.atgr(
-                rule, expert, new, _REPEATS, params=None if rule else engine.params
+            ratio, least, most = atgr(
+                backbone, rule, expert, new, _REPEATS, params=None if rule else engine.params
             )
             self._notes(method, run).add(
                 {"id": "atgr", "ratio": ratio, "least": least, "most": most}
@@ -696,7 +700,7 @@ def _check(settings: Settings, options: Options, suite: Sequence[Measure]) -> No
             f"suite {options.suite}: a comparison needs a measure of kind harm and one of kind "
             "refusal."
         )
-    answering.check_names(suite, options.suite)
+    check_names(suite, options.suite)
 
 
 def _refuse_strangers(workdir: pathlib.Path) -> None:

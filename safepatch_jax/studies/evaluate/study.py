@@ -15,10 +15,14 @@ from typing import Any
 
 from safepatch_jax.evaluation import answers as answering
 from safepatch_jax.evaluation import mt_bench, tasks
-from safepatch_jax.evaluation.answers import JUDGED, ROLES, Lines, Sources, companions, lines_of
-from safepatch_jax.evaluation.engine import Engine, Prompter, Sampling
+from safepatch_jax.evaluation.answers import JUDGED, ROLES, Sources, companions
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.jailbreaks import FORMS
+from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
+from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
+from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
@@ -195,7 +199,7 @@ def _check(suite: Sequence[Measure], folders: Mapping[str, str], options: Option
             raise ValueError(
                 f"seeds {given}: in suite {options.suite} no measure is sampled. Leave --seeds out."
             )
-    answering.check_names(suite, options.suite, {"speed": "the time of a token"})
+    check_names(suite, options.suite, {"speed": "the time of a token"})
     for folder in folders.values():
         if not pathlib.Path(folder).expanduser().is_dir():
             raise ValueError(f"no model folder '{folder}'.")
@@ -298,7 +302,7 @@ def _answer(
             )
     speed = _speed(out, who)
     if "speed" not in speed.rows and any(m.kind in JUDGED for m in suite):
-        speed.add({"id": "speed", "seconds_per_token": engine(folder).seconds_per_token()})
+        speed.add({"id": "speed", "seconds_per_token": seconds_per_token(engine(folder))})
 
 
 def show_examples(model: str, options: Options) -> list[str]:
