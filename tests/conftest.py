@@ -20,6 +20,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
+from tests.endpoint import server  # noqa: F401  (a fixture)
 
 
 def sharder_of(devices: int, tensor: int = 1) -> Sharder:

@@ -8,7 +8,8 @@ from typing import Any
 
 from safepatch_jax.data.chat import Encoded, Example
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES, judge
+from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 
 ANSWERS = "answers.jsonl"

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from safepatch_jax.data.chat import Encoded
 from safepatch_jax.data.pipeline import Pool
-from safepatch_jax.evaluation.answers import file_name
 from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.lines import file_name
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
 from safepatch_jax.patching.selection import ROLES

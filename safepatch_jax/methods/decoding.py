@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from safepatch_jax.evaluation.answers import Lines
 from safepatch_jax.evaluation.decoding import Rose, SafeDecoding, SelfCD
-from safepatch_jax.evaluation.judges.phrases import REFUSED, judge
+from safepatch_jax.evaluation.judges.base import REFUSED
+from safepatch_jax.evaluation.judges.phrases import judge
+from safepatch_jax.evaluation.lines import Lines
 from safepatch_jax.methods.bench import Bench, Made, NotMade
 from safepatch_jax.runtime.console import say
 from safepatch_jax.training.losses import Likelihood

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.run import certificate as certificates
 from safepatch_jax.run.report import MERGES, WITHOUT_SNIP, describe_patch, share

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from safepatch_jax.evaluation.engine import Engine, Sampling
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.io.hf import load_params
 
 RNG = np.random.default_rng(0)
@@ -325,4 +327,4 @@ def test_weights_that_are_nan_are_named(tiny, sharder, loaded):
 
 
 def test_time_of_a_token(engine):
-    assert 0 < engine.seconds_per_token(new=2, repeats=1) < 10
+    assert 0 < seconds_per_token(engine, new=2, repeats=1) < 10

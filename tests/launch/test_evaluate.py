@@ -3,21 +3,16 @@ server that goes down midway."""
 
 import dataclasses
 import functools
-import http.server
 import json
 import pathlib
 import re
 import shutil
-import threading
 import zipfile
 
 import pytest
 
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.judges import base as judges
-from safepatch_jax.evaluation.judges.base import UNKNOWN, JudgeUnavailable, Verdict
-from safepatch_jax.evaluation.judges.endpoint import API_KEY, Endpoint
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
+from safepatch_jax.evaluation.judges.base import OUTCOMES, UNKNOWN, JudgeUnavailable, Verdict
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.runtime.files import read_json, read_jsonl
@@ -224,101 +219,64 @@ def test_given_again_it_answers_nothing(whole, tiny, other, options, tmp_path, m
 # An endpoint.
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A tiny OpenAI-compatible server; `server.replies` are its next replies, a word or an HTTP
-    status; the last one stays."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.server.bodies.append(
-                json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            )
-            self.server.asked += 1
-            reply = (
-                self.server.replies[0]
-                if len(self.server.replies) == 1
-                else self.server.replies.pop(0)
-            )
-            self.send_response(reply if isinstance(reply, int) else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv(API_KEY, raising=False)
-    monkeypatch.setitem(Endpoint.__init__.__kwdefaults__, "sleep", lambda _: None)
-    # The tiny models' answers are broken text, which no judge would be asked about.
-    monkeypatch.setattr(judges, "judge_phrases", lambda answer: "complied")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.bodies, server.text = (
-            0,
-            [],
-            f"endpoint:http://127.0.0.1:{server.server_port}/v1?model=judge",
-        )
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def make_coherent(out):
+    """Replace the tiny models' answers, which are broken text that no judge is asked about, and
+    delete the verdicts on them."""
+    shutil.rmtree(out / "verdicts")
+    for path in (out / "answers").rglob("*.jsonl"):
+        rows = read_jsonl(path)
+        for i, row in enumerate(rows):
+            if "answer" in row:
+                start = "Sure, here is" if i % 2 else "I cannot give you"
+                row["answer"] = f"{start} an answer with the number {i}."
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_second_judge_and_agreement(whole, tiny, other, options, tmp_path, server):
     out, server.replies = copy(whole, tmp_path), ["COMPLIED"]
+    make_coherent(out)
+    alone = evaluate(str(tiny), out, options, str(other))
     evaluate(str(tiny), out, dataclasses.replace(options, second_judge=server.text), str(other))
     content = read_json(out / "report.json")
-    assert content["judges"] == ["phrases", server.text] and server.asked == 18
+    assert content["judges"] == ["phrases", server.text] and len(server.requests) == 18
     for kind, n in (("harm", 12), ("refusal", 6)):
-        found = content["agreement"][kind]
-        rows = [
-            row
-            for path in (out / "verdicts" / "phrases").rglob("*.jsonl")
-            for row in read_jsonl(path)
-            if (path.stem == "look-alikes") == (kind == "refusal")
-        ]
-        assert (
-            found["n"] == len(rows) == n
-            and found["agree"] == sum(row["outcome"] == "complied" for row in rows) / n
-        )
-    assert (
-        content["measures"] == read_json(whole / "report.json")["measures"]
-    )  # the rates are the first judge's
+        rows = []
+        for path in (out / "verdicts" / "phrases").rglob("*.jsonl"):
+            if (path.stem == "look-alikes") == (kind == "refusal"):
+                rows += read_jsonl(path)
+        agreement = content["agreement"][kind]
+        assert agreement["n"] == len(rows) == n
+        assert agreement["agree"] == sum(row["outcome"] == "complied" for row in rows) / n < 1
+    # The rates are the first judge's.
+    assert content["measures"] == json.loads(json.dumps(alone["measures"]))
     assert "Agreement of the judges: harm" in (out / "report.md").read_text()
 
 
 def test_an_endpoint_goes_down_midway(whole, tiny, other, options, tmp_path, server):
-    """What it said is kept, the same command goes on, and a reply that was no verdict is asked for
-    again."""
+    """Verdicts are kept, the same command resumes, and a reply that was no verdict is asked for
+    again; with how many requests at a time makes no difference to what is kept."""
     out, options = copy(whole, tmp_path), dataclasses.replace(options, judge=server.text)
+    make_coherent(out)
     server.replies = ["REFUSED_FULL", "well ...", "COMPLIED", 503]
-    with pytest.raises(
-        JudgeUnavailable,
-        match="no answer in 3 tries .HTTP 503.*the same command goes on from there",
-    ):
+    message = "no answer in 4 tries .HTTP 503.*the same command resumes there"
+    with pytest.raises(JudgeUnavailable, match=message):
         evaluate(str(tiny), out, options, str(other))
-    assert server.asked == 6
-    (stored,) = [p for p in (out / "verdicts").rglob("*.jsonl") if "phrases" not in p.parts]
-    assert stored.name == "harm.jsonl" and [row["outcome"] for row in read_jsonl(stored)] == [
-        "refused",
-        UNKNOWN,
-        "complied",
-    ]
-    assert len(list((out / "verdicts").iterdir())) == 2
-    server.replies, server.asked = ["REFUSED_PARTIAL"], 0
+    assert len(server.requests) == 7
+    (stored,) = (out / "verdicts").rglob("*.jsonl")
+    assert stored.name == "harm.jsonl"
+    outcomes = [row["outcome"] for row in read_jsonl(stored)]
+    assert outcomes == ["refused", UNKNOWN, "complied"]
+    server.replies = ["REFUSED_PARTIAL"]
+    server.requests.clear()
+    options = dataclasses.replace(options, judge=server.address)
     content = evaluate(str(tiny), out, options, str(other))
-    assert server.asked == 18 - 2
+    assert len(server.requests) == 18 - 2 and len(list((out / "verdicts").iterdir())) == 1
     harm = content["measures"][0]["models"]["model"]
-    assert (harm["complied"], harm["refused"], harm["unknown"], harm["degrees"]) == (
-        1,
-        3,
-        0,
-        {"full": 1, "partial": 2},
-    )
+    assert (harm["complied"], harm["refused"], harm["unknown"]) == (1, 3, 0)
+    assert harm["degrees"] == {"full": 1, "partial": 2}
     assert "3 (1 full, 2 partial)" in (out / "report.md").read_text()
     evaluate(str(tiny), out, options, str(other))
-    assert server.asked == 16
+    assert len(server.requests) == 16
 
 
 def test_verdicts_that_stay_unknown(tiny, suite, measures, options, tmp_path, server):
@@ -333,14 +291,14 @@ def test_verdicts_that_stay_unknown(tiny, suite, measures, options, tmp_path, se
         "max_new": 2,
     }
     (tmp_path / "one.json").write_text(json.dumps([one]))
-    options, out = (
-        dataclasses.replace(options, suite=str(tmp_path / "one.json"), judge=server.text),
-        tmp_path / "out",
-    )
+    options, out = dataclasses.replace(options, suite=str(tmp_path / "one.json")), tmp_path / "out"
+    evaluate(str(tiny), out, options)
+    make_coherent(out)
+    options = dataclasses.replace(options, judge=server.text)
     server.replies = ["COMPLIED"] * 6 + ["?"]
     for asked in (10, 14, 18):
         harm = evaluate(str(tiny), out, options)["measures"][0]["models"]["model"]
-        assert (harm["n"], harm["unknown"], server.asked) == (6, 4, asked)
+        assert (harm["n"], harm["unknown"], len(server.requests)) == (6, 4, asked)
     shutil.rmtree(out / "verdicts")
     server.replies = ["?"]
     for _ in range(2):
@@ -445,7 +403,7 @@ def test_grades_of_two_turns(tiny, other, tasks, tmp_path, server):
         and "0 of 6" in text
     )
     rows = {row["id"]: row for row in read_jsonl(out / "answers" / "model" / "mt_bench.jsonl")}
-    asked = [body["messages"][1]["content"] for body in server.bodies]
+    asked = [body["messages"][1]["content"] for _, _, body in server.requests]
     assert [("It is 3." in x, "It is 6." in x, "unused" in x) for x in asked[:6]] == [
         (False,) * 3,
         (False,) * 3,
@@ -465,9 +423,9 @@ def test_grades_of_two_turns(tiny, other, tasks, tmp_path, server):
         [engine.ask("1 and 2?", rows["82"]["answers"][0], "And three?")], 8
     )
     assert again and rows["82"]["answers"][1] == engine.decode(again)
-    server.asked = 0
+    server.requests.clear()
     evaluate(str(tiny), out, options, str(other))
-    assert server.asked == 0
+    assert not server.requests
 
 
 def test_a_grader_goes_down_and_says_what_is_no_grade(tiny, tasks, tmp_path, server, monkeypatch):
@@ -475,7 +433,7 @@ def test_a_grader_goes_down_and_says_what_is_no_grade(tiny, tasks, tmp_path, ser
     server.replies = ["[[7]]", "It is good.", "[[11]]", 503]
     with pytest.raises(
         JudgeUnavailable,
-        match="Answers and what was judged so far are kept; the same command goes on",
+        match="Answers and what was judged so far are kept; the same command resumes",
     ):
         evaluate(str(tiny), out, options)
     (stored,) = (out / "grades").rglob("*.jsonl")
@@ -486,18 +444,20 @@ def test_a_grader_goes_down_and_says_what_is_no_grade(tiny, tasks, tmp_path, ser
     ]
     before = {path: path.read_bytes() for path in (out / "answers").rglob("*.jsonl")}
     monkeypatch.setattr(Engine, "open", lambda *_, **__: pytest.fail("a model was loaded"))
-    server.replies, server.asked = ["no", "[[3]]", "[[4.5]]", "[[6]] or rather [[7]]", "[[5]]"], 0
+    server.replies = ["no", "[[3]]", "[[4.5]]", "[[6]] or rather [[7]]", "[[5]]"]
+    server.requests.clear()
     found = {m["name"]: m for m in evaluate(str(tiny), out, options)["measures"]}["mt_bench"][
         "models"
     ]["model"]
-    assert server.asked == 5 and {path: path.read_bytes() for path in before} == before
+    assert len(server.requests) == 5 and {path: path.read_bytes() for path in before} == before
     assert (found["grades"], found["errors"]) == (4, 2) and "2 of 6" in (
         out / "report.md"
     ).read_text()
     assert found["turns"]["1"]["mean"] == 5.0 and found["turns"]["2"]["mean"] == 4.75
-    server.replies, server.asked = ["[[2]]"], 0
+    server.replies = ["[[2]]"]
+    server.requests.clear()
     evaluate(str(tiny), out, options)
-    assert server.asked == 2
+    assert len(server.requests) == 2
 
 
 def test_tasks_are_gone_on_with_only_on_the_same_data(tiny, tasks, tmp_path, server):

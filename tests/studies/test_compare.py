@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from safepatch_jax import methods
-from safepatch_jax.evaluation import answers as answering
 from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.lines import Lines
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods import registry
 from safepatch_jax.methods.bench import GROUPS, Bench
@@ -179,7 +179,7 @@ def test_again_nothing_is_done_and_the_report_is_the_same(settings, options, com
 def test_killed_within_a_method_it_goes_on_with_the_same_answers(
     settings, options, compared, tmp_path, monkeypatch
 ):
-    add, added = answering.Lines.add, []
+    add, added = Lines.add, []
 
     def killed(self, row):
         if len(added) == 17:
@@ -187,7 +187,7 @@ def test_killed_within_a_method_it_goes_on_with_the_same_answers(
         added.append(row)
         add(self, row)
 
-    monkeypatch.setattr(answering.Lines, "add", killed)
+    monkeypatch.setattr(Lines, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         compare(settings, tmp_path / "work", options)
     assert (tmp_path / "work" / "seeds").is_dir() and not (
@@ -266,14 +266,14 @@ def test_other_settings_of_a_method_that_is_not_done_begin_it_anew(
         Options(methods="npo", suite=suite, settings={"npo": {"derive.se_learning_rate": rate}})
         for rate in (1e-9, 1e-3)
     )
-    add = answering.Lines.add
+    add = Lines.add
 
     def killed(self, row):
         add(self, row)
         if "npo" in str(self._path):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering.Lines, "add", killed)
+    monkeypatch.setattr(Lines, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         compare(settings, work, fast)
     monkeypatch.undo()

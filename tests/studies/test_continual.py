@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from safepatch_jax.data.records import load_records
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
+from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.mesh import make_mesh

@@ -15,10 +15,14 @@ import jax
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation import answers
-from safepatch_jax.evaluation.answers import JUDGED, Lines, Sources, lines_of
+from safepatch_jax.evaluation.answers import JUDGED, Sources
+from safepatch_jax.evaluation.contrasted import Contrasted
 from safepatch_jax.evaluation.decoding import Rule
-from safepatch_jax.evaluation.engine import Contrasted, Engine, Sampling
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.lines import Lines, blank, lines_of, verdicts_of
 from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.evaluation.timing import atgr
 from safepatch_jax.methods.bench import Bench, Made, Method, NotMade
 from safepatch_jax.methods.registry import METHODS
 from safepatch_jax.numerics import NotFinite
@@ -230,7 +234,7 @@ class Comparison:
             if method.jailbroken:
                 folder = self.workdir / ANSWERS / method.name
                 for path in sorted(folder.rglob("*.jsonl")):  # of all seeds
-                    answers.blank(path, "answer")
+                    blank(path, "answer")
 
     def _missing(self, method: Method, seed: int | None) -> list[Measure]:
         """Return the measures that a method has not wholly answered."""
@@ -258,7 +262,7 @@ class Comparison:
         judged them."""
         lines = lines_of(self.workdir, ANSWERS, method.name, measure, seed)
         if method.jailbroken and measure.kind in JUDGED:
-            kind = answers.verdicts_of(self.options.judge)
+            kind = verdicts_of(self.options.judge)
             judged = lines_of(self.workdir, kind, method.name, measure, seed).rows
             rows = {}
             for i, row in lines.rows.items():
@@ -310,7 +314,7 @@ class Comparison:
         """Measure the ATGR of a method and note it."""
         new = max(measure.max_new for measure in self.suite if measure.kind in JUDGED)
         params = None if made.rule else made.params
-        ratio, least, most = backbone.atgr(made.rule, made.expert, new, _REPEATS, params=params)
+        ratio, least, most = atgr(backbone, made.rule, made.expert, new, _REPEATS, params=params)
         row = {"id": "atgr", "ratio": ratio, "least": least, "most": most}
         self._notes(method, seed).add(row)
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
+from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.methods.bench import GROUPS
 
 _COLOURS = {

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation import repeats
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
+from safepatch_jax.evaluation import statistics
+from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods.bench import GROUPS, Method
 from safepatch_jax.runtime import files
@@ -73,7 +73,7 @@ def gather(
         for name, x in found.items():
             for what, other in (("paired", _BACKBONE), ("paired_ours", _OURS)):
                 if measure.kind != "text" and other in holds and name != other:
-                    x[what] = repeats.compare(holds[name], holds[other]) | _directions(
+                    x[what] = statistics.compare(holds[name], holds[other]) | _directions(
                         x, found[other]
                     )
             rows[name]["measures"][measure.name] = x
@@ -134,7 +134,7 @@ def _likelihoods(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "nll": mean("nll"),
         "holds": {},
         "perplexity": math.exp(min(mean("nll"), 80.0)),
-        **repeats.spread([x["nll"] for x in each]),
+        **statistics.spread([x["nll"] for x in each]),
     }
     return found | ({"kl": mean("kl")} if all("kl" in x for x in known) else {})
 

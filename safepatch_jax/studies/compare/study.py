@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from safepatch_jax.evaluation import answers
+from safepatch_jax.evaluation.lines import check_names
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.run import environment, metrics
@@ -134,4 +135,4 @@ def _check(settings: Settings, options: ComparisonOptions, suite: Sequence[Measu
             f"suite {options.suite}: a comparison needs a measure of kind harm and one of kind "
             "refusal."
         )
-    answers.check_names(suite, options.suite)
+    check_names(suite, options.suite)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 
 _SHARE = "% of answers"
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.patch_file.log import data_text, plain
 from safepatch_jax.runtime import files

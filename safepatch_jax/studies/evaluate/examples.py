@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from safepatch_jax.evaluation import mt_bench, tasks
 from safepatch_jax.evaluation.answers import companions
-from safepatch_jax.evaluation.engine import Prompter
 from safepatch_jax.evaluation.jailbreaks import FORMS
+from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.studies.evaluate.options import EvaluationOptions

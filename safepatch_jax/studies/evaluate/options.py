@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from safepatch_jax.evaluation.answers import Sources
-from safepatch_jax.evaluation.engine import Sampling
+from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.suites import GENERATED, Measure
 
 # Options on which stored answers do not depend; judges, graders and seeds have folders of their own.

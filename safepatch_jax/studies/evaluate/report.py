@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.evaluation import repeats
-from safepatch_jax.evaluation.judges.base import UNKNOWN, agreement
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, OUTCOMES, REFUSED
+from safepatch_jax.evaluation import statistics
+from safepatch_jax.evaluation.judges.base import COMPLIED, OUTCOMES, REFUSED, UNKNOWN
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST, TURNS
-from safepatch_jax.evaluation.statistics import mean_interval, wilson
+from safepatch_jax.evaluation.statistics import agreement, mean_interval, wilson
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.runtime import files
 
@@ -92,7 +91,7 @@ def gather(
             found = {who: accuracy(rows) for who, rows in of.items()}
         holds = {who: x.pop("holds") for who, x in found.items()}
         compared = (
-            {"paired": repeats.compare(holds["model"], holds["against"])}
+            {"paired": statistics.compare(holds["model"], holds["against"])}
             if ("against" in holds and measure.kind != "text")
             else {}
         )
@@ -136,7 +135,7 @@ def judged(
     return {
         "left_out": sum("left_out" in row for row in rows[0].values()),
         **counts,
-        **repeats.rate(holds),
+        **statistics.rate(holds),
         "categories": _by_category(holds, {i: item["category"] for i, item in items.items()}),
         "degrees": degrees if any(degrees.values()) else {},
         "holds": holds,
@@ -146,13 +145,13 @@ def judged(
 def _by_category(
     holds: Sequence[Mapping[str, bool]], categories: Mapping[str, str]
 ) -> dict[str, list[float]]:
-    """Return [count, n, low, high] of each category, see `repeats.rate`; nothing where there is but
+    """Return [count, n, low, high] of each category, see `rate`; nothing where there is but
     one."""
     members = collections.defaultdict(set)
     for i in {i for run in holds for i in run}:
         members[categories[i]].add(i)
     rates = {
-        name: repeats.rate([{i: run[i] for i in ids if i in run} for run in holds])
+        name: statistics.rate([{i: run[i] for i in ids if i in run} for run in holds])
         for name, ids in sorted(members.items())
         if name
     }
@@ -182,7 +181,7 @@ def graded(
         )
 
     def means(run: Mapping[tuple[str, str], Fraction]) -> dict[str, Fraction]:
-        return repeats.means([{i: x for (i, turn), x in run.items() if turn == k} for k in TURNS])
+        return means([{i: x for (i, turn), x in run.items() if turn == k} for k in TURNS])
 
     def summary(wanted) -> dict[str, Any]:
         by_question = collections.defaultdict(list)
@@ -190,7 +189,7 @@ def graded(
             if wanted(i, turn):
                 by_question[i].append(x)
         found = [float(sum(x) / len(x)) for x in by_question.values()]
-        interval = repeats.t_interval(found)
+        interval = statistics.t_interval(found)
         return {
             "n": len(found),
             "mean": math.fsum(found) / len(found) if found else None,
@@ -201,7 +200,7 @@ def graded(
     by_run = [float(sum(x) / len(x)) if (x := means(run).values()) else None for run in runs]
     return {
         **summary(lambda *_: True),
-        **repeats.spread(by_run),
+        **statistics.spread(by_run),
         "grades": sum(map(len, runs)),
         "errors": sum(x["grade"] is None for run in grades for x in run.values()),
         "left_out": max(sum("left_out" in row for row in run.values()) for run in rows),
@@ -237,7 +236,7 @@ def likelihood(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     holds = [{i: row["correct"] for i, row in run.items() if "correct" in row} for run in rows]
-    found, end = repeats.rate(holds), rows[0]["complete"]
+    found, end = statistics.rate(holds), rows[0]["complete"]
     categories = {i: row["category"] for run in rows for i, row in run.items() if "correct" in row}
     return {
         "left_out": end["left_out"],

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation import answers
-from safepatch_jax.evaluation.answers import JUDGED, ROLES, Lines, companions, lines_of
+from safepatch_jax.evaluation.answers import JUDGED, ROLES, companions
 from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
+from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
@@ -209,7 +211,7 @@ class _Evaluation:
                 )
         speed = self._speed(who)
         if "speed" not in speed.rows and any(m.kind in JUDGED for m in self._suite):
-            speed.add({"id": "speed", "seconds_per_token": engine(folder).seconds_per_token()})
+            speed.add({"id": "speed", "seconds_per_token": seconds_per_token(engine(folder))})
 
     def _open(self, folder: str) -> Engine:
         say(f"Loading {folder}")
@@ -227,7 +229,7 @@ def _check(
 ) -> None:
     """Raise ValueError for what else would show only after some answers."""
     options.check_seeds(any(measure.kind in GENERATED for measure in suite))
-    answers.check_names(suite, options.suite, {"speed": "the time of a token"})
+    check_names(suite, options.suite, {"speed": "the time of a token"})
     for folder in folders.values():
         if not pathlib.Path(folder).expanduser().is_dir():
             raise ValueError(f"no model folder '{folder}'.")

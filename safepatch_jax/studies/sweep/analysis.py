@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings, declared_options

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
+from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import PatchSettings, Settings
 

@@ -1,31 +1,29 @@
 """Judges: formats and replies, tiny judges of each kind, an endpoint that is up, talks nonsense or
-goes down; agreement."""
+goes down; a judge of one's own."""
 
-import http.server
-import json
+import pathlib
+import re
 import sys
 import threading
+import types
 
 import jax.numpy as jnp
 import pytest
 
 from safepatch_jax.evaluation.generate import generate
-from safepatch_jax.evaluation.judges import base as judges
-from safepatch_jax.evaluation.judges import classifier
+from safepatch_jax.evaluation.judges import base, classifier
 from safepatch_jax.evaluation.judges import formats as judge_formats
-from safepatch_jax.evaluation.judges.base import (
-    UNKNOWN,
-    Item,
-    JudgeUnavailable,
-    Verdict,
-    agreement,
-    open_judge,
-)
+from safepatch_jax.evaluation.judges import open as judge_table
+from safepatch_jax.evaluation.judges.base import UNKNOWN, Item, JudgeUnavailable, Verdict
 from safepatch_jax.evaluation.judges.classifier import Classifier
-from safepatch_jax.evaluation.judges.endpoint import API_KEY, Endpoint
+from safepatch_jax.evaluation.judges.endpoint import API_KEY
+from safepatch_jax.evaluation.judges.labels import read_labels
+from safepatch_jax.evaluation.judges.open import open_judge
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.testing import write_tiny_model, write_tokenizer
+
+DOCS = pathlib.Path(__file__).parents[3] / "docs" / "evaluation.md"
 
 ASK = "Please do the forbidden placeholder thing {really}."
 REFUSES, ANSWERS = (
@@ -110,7 +108,7 @@ def test_prompts_hold_request_and_answer(tmp_path):
         ),
     }
     for kind, (start, end) in ends.items():
-        text = judge_formats.open_format(kind, tmp_path).render(ASK, ANSWERS)
+        text = getattr(judge_formats, kind)(tmp_path).render(ASK, ANSWERS)
         assert text.startswith(start) and text.endswith(end)
         assert text.count(ASK) == text.count(ANSWERS) == 1 and text.index(ASK) < text.index(ANSWERS)
     assert "do not count. \n- Generations should" in text  # the blank is part of HarmBench's prompt
@@ -120,10 +118,10 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(judge_formats, "say", said.append)
     write_tokenizer(tmp_path)
-    text = judge_formats.open_format("llama_guard", tmp_path).render(ASK, ANSWERS)
-    assert (
-        text
-        == f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n{ANSWERS}<|im_end|>\n<|im_start|>assistant\n"
+    text = judge_formats.llama_guard(tmp_path).render(ASK, ANSWERS)
+    assert text == (
+        f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n{ANSWERS}<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     # contents as lists of parts, as in Llama Guard 3 of 1B, which drops plain strings
     (tmp_path / "chat_template.jinja").write_text(
@@ -131,17 +129,17 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
         "{{ m['role'] + ': ' + c['text'] | trim + '\n' }}{% endfor %}{% endfor %}"
     )
     assert (
-        judge_formats.open_format("llama_guard", tmp_path).render(ASK, ANSWERS)
+        judge_formats.llama_guard(tmp_path).render(ASK, ANSWERS)
         == f"user: {ASK}\nassistant: {ANSWERS}\n"
     )
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(
         ValueError, match="does not render a user's message and an assistant's answer"
     ):
-        judge_formats.open_format("llama_guard", tmp_path)
+        judge_formats.llama_guard(tmp_path)
     assert not said
     (tmp_path / "chat_template.jinja").unlink()
-    text = judge_formats.open_format("llama_guard", tmp_path).render(ASK, ANSWERS)
+    text = judge_formats.llama_guard(tmp_path).render(ASK, ANSWERS)
     assert text.startswith(
         "<|im_start|>[INST] Task: Check if there is unsafe content in 'Agent' messages"
     )
@@ -150,7 +148,7 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
     )
     assert "no chat template; the text format of Llama Guard 1 is used" in said[0]
     with pytest.raises(ValueError, match="no usable tokenizer"):
-        judge_formats.open_format("llama_guard", tmp_path / "empty")
+        judge_formats.llama_guard(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +228,10 @@ def test_a_judge_that_talks_nonsense(tmp_path):
     item, done = Item(ASK, ANSWERS), {}
     judge = open_judge(f"harmbench:{tmp_path}", engine("Maybe. " * 100))
     assert judge.judge([item] * 7) == [Verdict(UNKNOWN, "", ("Maybe. " * 100)[:200])] * 7
-    message = r"harmbench:.*: 8 of 8 replies are no verdict\. Expected: 'yes' or 'no'\. Got: ('Maybe.*', ){2}'Maybe.*'\. Is this"
+    message = (
+        r"harmbench:.*: 8 of 8 replies are no verdict\. Expected: 'yes' or 'no'\. "
+        r"Got: ('Maybe.*', ){2}'Maybe.*'\. Is this"
+    )
     with pytest.raises(ValueError, match=message):
         judge.judge([item] * 8 + [ITEMS[3]], done=done.__setitem__)
     assert len(done) == 9
@@ -319,7 +320,7 @@ def write_classifier(folder, labels, bias, head=True):
 
 
 def test_harmful_and_action_longformers(tmp_path, monkeypatch):
-    said, long = [], Item(ASK, judges.__doc__)  # longer than the 64 positions
+    said, long = [], Item(ASK, base.__doc__)  # longer than the 64 positions
     monkeypatch.setattr(classifier, "say", said.append)
     harmful = open_judge(
         f"classifier:{write_classifier(tmp_path / 'h', ['LABEL_0', 'LABEL_1'], [0.0, 9.0])}",
@@ -389,7 +390,7 @@ def test_labels_the_user_reads(tmp_path):
     ],
 )
 def test_known_labels(labels, best, harm, refusal):
-    readings = judge_formats.read_labels(labels, {}, False)
+    readings = read_labels(labels, {}, False)
     assert readings["harm"][labels[best]][0] == harm
     assert (readings["refusal"][labels[best]][0] if "refusal" in readings else None) == refusal
 
@@ -418,54 +419,13 @@ def test_classifier_errors(tmp_path, monkeypatch):
 # An endpoint.
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A tiny OpenAI-compatible server; `server.replies` are its next replies: a word, raw bytes, an
-    HTTP status, or None, which
-    hangs up. The last one stays."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.server.asked.append((self.path, dict(self.headers), json.loads(body)))
-            reply = (
-                self.server.replies[0]
-                if len(self.server.replies) == 1
-                else self.server.replies.pop(0)
-            )
-            if reply is None:
-                return self.connection.close()
-            status = reply if isinstance(reply, int) else 200
-            if isinstance(reply, str):
-                reply = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-            self.send_response(status)
-            if 300 <= status < 400:
-                self.send_header("Location", "/elsewhere")
-            self.end_headers()
-            self.wfile.write(
-                reply
-                if isinstance(reply, bytes)
-                else b"the key " + self.headers.get("Authorization", "").encode() + b" is wrong"
-            )
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv(API_KEY, raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.replies, server.asked, server.waited = ["COMPLIED"], [], []
-        server.text = f"http://127.0.0.1:{server.server_port}/v1/?model=org/judge"
-        server.judge = Endpoint(server.text, timeout=5.0, sleep=server.waited.append)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def long_items(n):
+    return [Item(ASK, f"Answer number {i}, with enough words.") for i in range(n)]
 
 
 def test_endpoint(server, monkeypatch):
     monkeypatch.setenv(API_KEY, "sk-placeholder")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
     server.replies = [
         "REFUSED_FULL",
         "REFUSED_PARTIAL.",
@@ -476,11 +436,8 @@ def test_endpoint(server, monkeypatch):
         b"[]",
         b'{"choices": [{"message": {"content": null}}]}',
     ]
-    judge, done = open_judge(f"endpoint:{server.text}", no_engine), {}
-    items = [Item(ASK, f"Answer number {i}, with enough words.") for i in range(7)] + [
-        Item(ASK, ""),
-        Item(ASK, ANSWERS),
-    ]
+    judge, done = open_judge(server.text, no_engine), {}
+    items = [*long_items(7), Item(ASK, ""), Item(ASK, ANSWERS)]
     verdicts = judge.judge(items, "refusal", done.__setitem__)
     assert verdicts == [
         Verdict("refused", "full", "REFUSED_FULL"),
@@ -493,57 +450,86 @@ def test_endpoint(server, monkeypatch):
         Verdict("incoherent"),
         Verdict(UNKNOWN),
     ]
-    assert [done[i] for i in range(9)] == verdicts and len(server.asked) == 8
-    path, headers, body = server.asked[0]
+    assert [done[i] for i in range(9)] == verdicts and len(server.requests) == 8
+    path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-placeholder"
     assert body["model"] == "org/judge" and body["temperature"] == 0
-    assert (
-        "answers in part" in body["messages"][0]["content"]
-        and "number 0" in body["messages"][1]["content"]
-    )
+    system, user = (message["content"] for message in body["messages"])
+    assert "answers in part" in system and "number 0" in user
+    assert judge.name == server.address
     assert "sk-placeholder" not in f"{judge.name} {verdicts} {vars(judge)}"
 
 
-def test_endpoint_that_stumbles(server):
+def test_endpoint_is_asked_several_things_at_a_time(server):
+    """Four requests wait for one another; the first one is answered last, and stays the first."""
+    four, others_done = threading.Barrier(4), threading.Event()
+
+    def reply(body):
+        number = int(re.search(r"number (\d+)", body["messages"][1]["content"])[1])
+        if number < 4:
+            four.wait(timeout=30)
+        if number == 0:
+            others_done.wait(timeout=30)
+        return ("COMPLIED", "REFUSED_FULL")[number % 2]
+
+    order = []
+
+    def done(number, verdict):
+        order.append(number)
+        if len(order) == 11:
+            others_done.set()
+
+    server.replies = [reply]
+    judge = open_judge(f"{server.address}&concurrency=4", no_engine)
+    verdicts = judge.judge(long_items(12), done=done)
+    assert outcomes(verdicts) == ["complied", "refused"] * 6
+    assert sorted(order) == list(range(12)) and order[-1] == 0 and judge.name == server.address
+
+
+def test_endpoint_that_stumbles(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
     server.replies = [503, None, "COMPLIED"]
-    assert outcomes(server.judge.judge([ITEMS[1]])) == ["complied"] and server.waited == [2.0, 4.0]
-    assert "Authorization" not in server.asked[0][1]
+    judge = open_judge(server.text, no_engine)
+    assert outcomes(judge.judge([ITEMS[1]])) == ["complied"]
+    assert "Authorization" not in server.requests[0][1]
 
 
-@pytest.mark.parametrize("failure", [None, 500, 429])
+@pytest.mark.parametrize("failure", [500, 429])
 def test_endpoint_down_midway_and_resumed(server, failure):
-    items, done = [Item(ASK, f"Answer number {i}, with enough words.") for i in range(5)], {}
+    items, done = long_items(5), {}
     server.replies = ["REFUSED_FULL", "COMPLIED", failure]
-    with pytest.raises(
-        JudgeUnavailable,
-        match="no answer in 3 tries .*judged so far are kept; the same command goes on",
-    ) as error:
-        server.judge.judge(items, done=done.__setitem__)
-    assert (
-        isinstance(error.value, OSError)
-        and outcomes(done.values()) == ["refused", "complied"]
-        and len(server.asked) == 5
-    )
+    judge = open_judge(server.text, no_engine)
+    message = "no answer in 4 tries .*judged so far are kept; the same command resumes there"
+    with pytest.raises(JudgeUnavailable, match=message) as error:
+        judge.judge(items, done=done.__setitem__)
+    assert isinstance(error.value, OSError)
+    assert outcomes(done.values()) == ["refused", "complied"] and len(server.requests) == 6
     server.replies = ["REFUSED_PARTIAL"]
     rest = [i for i in range(5) if i not in done]
-    server.judge.judge(
-        [items[i] for i in rest], done=lambda i, verdict: done.__setitem__(rest[i], verdict)
-    )
-    assert outcomes(done[i] for i in range(5)) == [
-        "refused",
-        "complied",
-        "refused",
-        "refused",
-        "refused",
-    ]
-    assert len(server.asked) == 8
+    verdicts = judge.judge([items[i] for i in rest])
+    assert outcomes(verdicts) == ["refused"] * 3 and len(server.requests) == 9
+
+
+def test_replies_under_way_are_kept_when_one_fails(server):
+    both, done = threading.Barrier(2), {}
+
+    def reply(body):
+        first = "number 0" in body["messages"][1]["content"]
+        both.wait(timeout=30)
+        return 400 if first else "COMPLIED"
+
+    server.replies = [reply]
+    judge = open_judge(f"{server.address}&concurrency=2", no_engine)
+    with pytest.raises(ValueError, match="HTTP 400"):
+        judge.judge(long_items(2), done=done.__setitem__)
+    assert {i: verdict.outcome for i, verdict in done.items()} == {1: "complied"}
 
 
 def test_endpoint_not_there(server):
     server.shutdown()
     server.server_close()
-    with pytest.raises(JudgeUnavailable, match="no answer in 3 tries .*refused"):
-        server.judge.judge([ITEMS[1]])
+    with pytest.raises(JudgeUnavailable, match="no answer in 4 tries .*refused"):
+        open_judge(server.text, no_engine).judge([ITEMS[1]])
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
@@ -552,11 +538,11 @@ def test_endpoint_the_user_must_mend(server, status, monkeypatch):
     server.replies = [status]
     message = rf"HTTP {status} .*Bearer \*\*\* is wrong.*Check URL, model and SAFEPATCH_API_KEY"
     with pytest.raises(ValueError, match=message) as error:
-        server.judge.judge([ITEMS[1]])
-    assert "sk-placeholder" not in str(error.value) and len(server.asked) == 1
+        open_judge(server.text, no_engine).judge([ITEMS[1]])
+    assert "sk-placeholder" not in str(error.value) and len(server.requests) == 1
     monkeypatch.setenv(API_KEY, "sk-place\nholder")
     with pytest.raises(ValueError, match="holds characters that no key has") as error:
-        server.judge.judge([ITEMS[1]])
+        open_judge(server.text, no_engine)
     assert "holder" not in str(error.value)
 
 
@@ -566,37 +552,41 @@ def test_endpoint_that_talks_nonsense(server):
         ValueError,
         match="8 of 8 replies are no verdict. Expected: one word of COMPLIED, REFUSED_FULL",
     ):
-        server.judge.judge([ITEMS[1]] * 8)
+        open_judge(server.address, no_engine).judge([ITEMS[1]] * 8)
 
 
-# Agreement.
+def test_endpoint_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match="not installed: pip install openai"):
+        open_judge("endpoint:http://host/v1?model=m", no_engine)
 
 
-def verdicts_of(text):
-    return [
-        Verdict({"c": "complied", "r": "refused", "i": "incoherent", "?": UNKNOWN}[letter])
-        for letter in text
-    ]
+# A judge of one's own.
 
 
-def test_agreement():
-    result = agreement(
-        verdicts_of("c" * 25 + "r" * 25 + "?i"),
-        verdicts_of("c" * 20 + "r" * 5 + "c" * 10 + "r" * 15 + "c?"),
-    )
-    assert result["table"] == {
-        "complied": {"complied": 20, "refused": 5, "incoherent": 0},
-        "refused": {"complied": 10, "refused": 15, "incoherent": 0},
-        "incoherent": {"complied": 0, "refused": 0, "incoherent": 0},
-    }
-    assert (result["n"], result["unknown"], result["agree"]) == (50, 2, 0.7)
-    assert result["kappa"] == pytest.approx(0.4)  # Cohen's textbook case: chance 0.5
-    assert agreement(verdicts_of("cri"), verdicts_of("cri"))["kappa"] == 1.0
-    assert agreement(verdicts_of("cr"), verdicts_of("rc"))["kappa"] == -1.0
-    assert agreement(verdicts_of("ccc"), verdicts_of("ccr"))["kappa"] == 0.0
-    same = agreement(verdicts_of("rr"), verdicts_of("rr"))
-    assert (same["agree"], same["kappa"]) == (1.0, None)
-    none = agreement(verdicts_of("?"), verdicts_of("c"))
-    assert (none["n"], none["unknown"], none["agree"], none["kappa"]) == (0, 1, None, None)
-    with pytest.raises(ValueError, match="2 verdicts against 1"):
-        agreement(verdicts_of("rr"), verdicts_of("r"))
+def test_the_documented_judge_is_a_class_and_a_row(monkeypatch):
+    """The class of the docs, and the table with the import and the row of the docs."""
+    text = DOCS.read_text().partition("## Adding a judge")[2]
+    file, lines = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(file.splitlines()) <= 25
+    imported, row = lines.splitlines()
+    name = re.match(r"from safepatch_jax\.evaluation\.judges\.(\w+) import", imported)[1]
+    module = types.ModuleType(f"safepatch_jax.evaluation.judges.{name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(file, str(DOCS), "exec"), module.__dict__)
+    table = types.ModuleType("table")
+    source = pathlib.Path(judge_table.__file__).read_text()
+    first_row = '\n    "phrases": '
+    assert source.count(first_row) == 1
+    source = source.replace(first_row, f"\n{row}{first_row}")
+    source = source.replace("\nimport dataclasses", f"\n{imported}\nimport dataclasses", 1)
+    monkeypatch.setitem(sys.modules, "table", table)
+    exec(compile(source, "open.py", "exec"), table.__dict__)
+    assert table.FORMS.keys() - judge_table.FORMS.keys() == {"short"}
+    judge = table.open_judge("short:4", no_engine)
+    done = {}
+    verdicts = judge.judge([*ITEMS, Item(ASK, "No thanks.")], "refusal", done.__setitem__)
+    assert outcomes(verdicts) == ["complied", "complied", "incoherent", "incoherent", "refused"]
+    assert judge.name == "short:4" and [done[i] for i in range(5)] == verdicts
+    with pytest.raises(ValueError, match="judge 'short': expected one of short:WORDS, phrases"):
+        table.open_judge("short", no_engine)
