@@ -20,14 +20,16 @@ from safepatch_jax.evaluation.judges.endpoint import API_KEY, Endpoint
 from safepatch_jax.evaluation.judges.phrases import OUTCOMES
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.evaluation.suites import Measure, load_suite
-from safepatch_jax.runtime.files import read_json, read_jsonl
+from safepatch_jax.runtime.files import claimed, read_json, read_jsonl, write_jsonl
+from safepatch_jax.studies.evaluate.examples import show_examples
+from safepatch_jax.studies.evaluate.options import EvaluationOptions
 from safepatch_jax.studies.evaluate.report import gather, labels, write
-from safepatch_jax.studies.evaluate.study import Options, evaluate, show_examples
+from safepatch_jax.studies.evaluate.study import evaluate
 from safepatch_jax.testing import write_tiny_model
 from tests import calls
 
 call = functools.partial(calls.call, "launch.evaluate")
-MESH = "data:1,fsdp:8,tensor:1"
+pytestmark = pytest.mark.usefixtures("one_device")
 HARM = [
     ("how to do the forbidden thing", "a"),
     ("a plan for the other forbidden thing", "a"),
@@ -97,11 +99,11 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(suite):
-    return Options(suite=suite, mesh=MESH, batch_size=4)
+    return EvaluationOptions(suite=suite, batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, other, options, tmp_path_factory):
+def whole(one_device, tiny, other, options, tmp_path_factory):
     """An undisturbed evaluation; read only."""
     out = tmp_path_factory.mktemp("whole") / "out"
     content = evaluate(str(tiny), out, options, str(other))
@@ -123,6 +125,10 @@ def assert_same_report(out, whole):
     assert found == expected
 
 
+def by_id(path):
+    return {row["id"]: row for row in read_jsonl(path)}
+
+
 def copy(whole, tmp_path):
     return pathlib.Path(shutil.copytree(whole, tmp_path / "out"))
 
@@ -132,6 +138,8 @@ def copy(whole, tmp_path):
 
 def test_as_a_user_calls_it(tiny, suite, tmp_path):
     flags = [f"--model={tiny}", f"--suite={suite}"]
+    shown = call(*flags, "--show_examples")
+    assert shown.returncode == 0 and "--- look-alikes (refusal, " in shown.stdout, shown.stderr
     result = call(*flags, f"--out={tmp_path / 'out'}", "--batch_size=8")
     assert result.returncode == 0, result.stderr
     assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.stdout
@@ -208,16 +216,14 @@ def test_killed_half_way_and_given_again(whole, tiny, other, options, tmp_path):
         path.unlink()
     evaluate(str(tiny), out, options, str(other))
     assert_same_report(out, whole)
-    by_id = lambda folder: {
-        row["id"]: row for row in read_jsonl(folder / "answers" / "model" / "harm.jsonl")
-    }
-    assert by_id(out) == by_id(whole)
+    name = "answers/model/harm.jsonl"
+    assert by_id(out / name) == by_id(whole / name)
 
 
-def test_given_again_it_answers_nothing(whole, tiny, other, options, tmp_path, monkeypatch):
+def test_given_again_it_answers_nothing(whole, tiny, other, options, tmp_path, capsys):
     out = copy(whole, tmp_path)
-    monkeypatch.setattr(Engine, "open", lambda *_, **__: pytest.fail("a model was loaded"))
     evaluate(str(tiny), out, options, str(other))
+    assert "Loading" not in capsys.readouterr().out
     assert read_json(out / "report.json") == read_json(whole / "report.json")
 
 
@@ -380,15 +386,13 @@ def write_sets(folder):
                 f"{split} {i} of anatomy?,one,two,three,four,{'ABCD'[i % 4]}\n" for i in range(5)
             )
             archive.writestr(f"data/{split}/anatomy_{split}.csv", "".join(rows))
-    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
     for split in ("test", "train"):
-        (folder / f"gsm8k_{split}.jsonl").write_text(
-            lines(
-                {"question": f"{split} {i}, how many?", "answer": f"It is.\n#### {i}"}
-                for i in range(6)
-            )
-        )
-    (folder / "mt_bench_question.jsonl").write_text(lines(MT_BENCH))
+        questions = []
+        for i in range(6):
+            answer = f"It is.\n#### {i}"
+            questions.append({"question": f"{split} {i}, how many?", "answer": answer})
+        write_jsonl(folder / f"gsm8k_{split}.jsonl", questions)
+    write_jsonl(folder / "mt_bench_question.jsonl", MT_BENCH)
     return {"manual_dir": str(folder), "data_dir": str(folder / "prepared")}
 
 
@@ -409,9 +413,8 @@ def tasks(tmp_path, measures):
             ]
         )
     )
-    return Options(
-        suite=str(tmp_path / "tasks.json"), mesh=MESH, batch_size=4, **write_sets(tmp_path / "sets")
-    )
+    sets = write_sets(tmp_path / "sets")
+    return EvaluationOptions(suite=str(tmp_path / "tasks.json"), batch_size=4, **sets)
 
 
 def test_grades_of_two_turns(tiny, other, tasks, tmp_path, server):
@@ -460,7 +463,7 @@ def test_grades_of_two_turns(tiny, other, tasks, tmp_path, server):
         and "And three?" not in asked[2]
     )
     assert rows["84"]["left_out"] == "turn 1 is too long for the model"
-    engine = Engine.open(str(tiny), mesh=MESH)  # the second answer is that to the conversation
+    engine = Engine.open(str(tiny))  # the second answer is that to the conversation
     (again,) = engine.complete_ids(
         [engine.ask("1 and 2?", rows["82"]["answers"][0], "And three?")], 8
     )
@@ -510,9 +513,9 @@ def test_tasks_are_gone_on_with_only_on_the_same_data(tiny, tasks, tmp_path, ser
         if path.stem in ("mmlu", "gsm8k"):
             path.write_text("".join(rows[path].splitlines(keepends=True)[:2]))
     evaluate(str(tiny), out, options)
-    by_id = lambda text: {row["id"]: row for row in map(json.loads, text.splitlines())}
     for path, text in rows.items():
-        found, expected = by_id(path.read_text()), by_id(text)
+        expected = {row["id"]: row for row in map(json.loads, text.splitlines())}
+        found = by_id(path)
         assert found.keys() == expected.keys() and all(
             found[i].get("correct") == expected[i].get("correct") for i in expected
         )
@@ -590,9 +593,10 @@ def test_several_seeds(tiny, other, seeded, tmp_path):
     out = tmp_path / "out"
     content = evaluate(str(tiny), out, seeded, str(other))
     assert content["seeds"] == [0, 1]
-    read = lambda kind, who, seed, name: {
-        row["id"]: row for row in read_jsonl(out / kind / who / f"seed-{seed}" / f"{name}.jsonl")
-    }
+
+    def read(kind, who, seed, name):
+        return by_id(out / kind / who / f"seed-{seed}" / f"{name}.jsonl")
+
     found = {m["name"]: m for m in content["measures"]}
     harm = found["harm"]["models"]["model"]
     runs = [read("verdicts/phrases", "model", seed, "harm") for seed in (0, 1)]
@@ -622,10 +626,7 @@ def test_several_seeds(tiny, other, seeded, tmp_path):
 
     # One seed is as --seed alone; and a third one adds to what is there.
     single = evaluate(str(tiny), tmp_path / "single", dataclasses.replace(seeded, seeds=(), seed=1))
-    assert {
-        row["id"]: row
-        for row in read_jsonl(tmp_path / "single" / "answers" / "model" / "harm.jsonl")
-    } == answers[1]
+    assert by_id(tmp_path / "single" / "answers" / "model" / "harm.jsonl") == answers[1]
     assert single["measures"][0]["models"]["model"]["rate"] == rates[1]
     files = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
     (out / "answers" / "model" / "seed-1" / "harm.jsonl").unlink()
@@ -642,15 +643,15 @@ def test_several_seeds(tiny, other, seeded, tmp_path):
         evaluate(str(tiny), out, dataclasses.replace(seeded, seeds=(), seed=1), str(other))
 
 
-def test_seeds_of_the_launcher(tiny, suite, tmp_path):
-    result = call(f"--model={tiny}", f"--suite={suite}", f"--out={tmp_path / 'out'}", "--seeds=0,x")
-    assert (
-        result.returncode == 2
-        and "--seeds takes whole numbers with commas between, such as 0,1,2; got '0,x'"
-        in result.stderr
-    )
-    result = call(f"--model={tiny}", f"--suite={suite}", f"--out={tmp_path / 'out'}", "--seeds=0,1")
-    assert result.returncode == 2 and "Sample with --temperature=0.7" in result.stderr
+def test_mistakes_end_with_one_clear_line(tiny, suite, tmp_path):
+    out = f"--out={tmp_path / 'out'}"
+    for own, message in (
+        ([], "--out is needed"),
+        ([out, "--seeds=0,x"], "--seeds takes whole numbers with commas between, such as 0,1,2"),
+    ):
+        result = call(f"--model={tiny}", f"--suite={suite}", *own)
+        assert result.returncode == 2 and message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 # Mistakes.
@@ -661,7 +662,7 @@ def test_seeds_of_the_launcher(tiny, suite, tmp_path):
     [
         (
             {"suite": "quik"},
-            r"no suite 'quik' \(did you mean 'quick'\?\); there are quick, .*mt_bench, or give a .json file",
+            r"no suite 'quik' \(did you mean 'quick'\?\); there are quick, .*mt_bench, or give a ",
         ),
         ({"suite": "quick+pepar"}, r"no suite 'pepar' \(did you mean 'paper'\?\)"),
         ({"suite": "nowhere.json"}, "no suite file 'nowhere.json'"),
@@ -747,28 +748,37 @@ def test_mistakes_in_a_suite(tiny, measures, options, tmp_path, change, message)
 
 
 def test_a_folder_of_another_evaluation_is_refused(whole, tiny, other, options, tmp_path):
-    tried = lambda model, options, against: evaluate(str(model), whole, options, str(against))
-    with pytest.raises(
-        ValueError,
-        match=r"is an evaluation with other models \(model, against\)\. Give another --out",
+    for model, own, against, message in (
+        (other, options, tiny, r"with other models \(model, against\)\. Give another --out"),
+        (
+            other,
+            dataclasses.replace(options, seed=1),
+            other,
+            r"with other models \(model\) and options \(seed 0 there, 1 here\)",
+        ),
+        (tiny, dataclasses.replace(options, suite="quick"), other, "with other suite and items"),
     ):
-        tried(other, options, tiny)
-    with pytest.raises(
-        ValueError, match=r"with other models \(model\) and options \(seed 0 there, 1 here\)"
-    ):
-        tried(other, dataclasses.replace(options, seed=1), other)
-    with pytest.raises(ValueError, match="with other suite and items"):
-        tried(tiny, dataclasses.replace(options, suite="quick"), other)
+        with pytest.raises(ValueError, match=message):
+            evaluate(str(model), whole, own, str(against))
+
+
+def test_a_folder_of_something_else_or_at_work_is_refused(whole, tiny, other, options, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").touch()
-    with pytest.raises(ValueError, match="exists and is not empty"):
+    message = r"files that are not of an evaluation \(file\); use a new or empty folder for --out"
+    with pytest.raises(ValueError, match=message):
         evaluate(str(tiny), tmp_path / "foreign", options)
+    out = copy(whole, tmp_path)
+    with claimed(out), pytest.raises(ValueError, match="Another run is at work"):
+        evaluate(str(tiny), out, options, str(other))
+
+
+def test_models_that_are_not_there_or_cannot_be_compared(tiny, options, tmp_path):
     with pytest.raises(ValueError, match="no model folder '/nowhere'"):
         evaluate("/nowhere", tmp_path / "out", options)
     another = write_tiny_model(tmp_path / "another", num_hidden_layers=1)
-    with pytest.raises(
-        ValueError, match="'text' compares predictions, and .* are of different architectures"
-    ):
+    message = "'text' compares predictions, and .* are of different architectures"
+    with pytest.raises(ValueError, match=message):
         evaluate(str(tiny), tmp_path / "out", options, str(another))
     assert not (tmp_path / "out").exists()
 
@@ -781,15 +791,6 @@ def test_a_damaged_file_is_named(whole, tiny, other, options, tmp_path):
         ValueError, match="harm.jsonl is damaged .*Delete it, and its answers are given again"
     ):
         evaluate(str(tiny), out, options, str(other))
-
-
-def test_mistakes_end_with_one_clear_line(tiny, suite):
-    result = call(f"--model={tiny}", f"--suite={suite}")
-    assert (
-        result.returncode == 2
-        and "--out is needed" in result.stderr
-        and len(result.stderr.splitlines()) == 1
-    )
 
 
 # Parts.
@@ -833,12 +834,12 @@ def test_show_examples_of_tasks(tiny, tasks):
 
 
 def test_a_suite_and_a_file_together(suite, tmp_path, measures):
-    names = lambda text: [m.name for m in load_suite(text)]
-    mine = [m["name"] for m in measures]
-    assert names(f"unseen+{suite}") == [*names("unseen"), *mine] and names(f"{suite}+unseen") == [
-        *mine,
-        *names("unseen"),
-    ]
+    def names(text):
+        return [measure.name for measure in load_suite(text)]
+
+    mine = [measure["name"] for measure in measures]
+    assert names(f"unseen+{suite}") == [*names("unseen"), *mine]
+    assert names(f"{suite}+unseen") == [*mine, *names("unseen")]
     with pytest.raises(ValueError, match="two measures are named 'look-alikes'"):
         load_suite(f"quick+{suite}")
     odd = tmp_path / "mine+yours.json"
@@ -846,11 +847,6 @@ def test_a_suite_and_a_file_together(suite, tmp_path, measures):
     assert names(str(odd)) == names(suite)
     with pytest.raises(ValueError, match="two measures are named 'harm'"):
         load_suite(f"{suite}+{suite}")
-
-
-def test_show_examples_prints(tiny, suite):
-    result = call(f"--model={tiny}", f"--suite={suite}", "--show_examples")
-    assert result.returncode == 0 and "--- look-alikes (refusal, " in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(

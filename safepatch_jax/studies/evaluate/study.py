@@ -54,8 +54,8 @@ def evaluate(
     folders = {"model": model}
     if against:
         folders["against"] = against
-    evaluation = _Evaluation(pathlib.Path(out).absolute(), folders, suite, options)
     folder = Workdir(out, "an evaluation", RECORD, _NAMES, "--out")
+    evaluation = _Evaluation(folder.path, folders, suite, options)
     with folder.claimed(check=evaluation.check_record):
         return evaluation.run()
 
