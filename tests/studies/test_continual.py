@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from safepatch_jax.data.records import load_records
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.models.table import unnest
 from safepatch_jax.patch_file.commands import replay, revert, verify
@@ -30,6 +29,7 @@ from tests.jobs import interrupted_at, stages_run, write_table
 
 pytestmark = pytest.mark.usefixtures("one_device")
 STAGES = "fraud;hate=cat:hate+slurs"
+OUTCOMES = ("complied", "refused", "incoherent")
 SPLITS = ("train",) * 4 + ("search",) + ("report",) * 2
 FAST = jobs.FAST | {
     "align.enabled": True,
