@@ -3,14 +3,17 @@
 import pytest
 
 from safepatch_jax.settings import Settings
+from safepatch_jax.testing import write_tiny_model
 from tests.jobs import FAST, write_data
 
 
 @pytest.fixture(scope="package")
-def settings(tiny, tmp_path_factory):
+def settings(tmp_path_factory):
+    """Of a model whose patched matrices have one shape, so that there is little to compile."""
     folder = tmp_path_factory.mktemp("studies")
+    square = write_tiny_model(folder / "model", num_key_value_heads=4, intermediate_size=32)
     own = {
-        "model.source": str(tiny),
+        "model.source": str(square),
         "run.cache_dir": str(folder / "cache"),
         "run.seed": 3,
         "patch.beta": 4.0,

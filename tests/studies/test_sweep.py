@@ -19,6 +19,7 @@ from safepatch_jax.studies.sweep.points import design
 from tests.jobs import interrupted_at, stages_run
 
 pytestmark = pytest.mark.usefixtures("one_device")
+HALF = {"export.dtype": "float16", "export.rounding": "stochastic"}
 BROKEN = "patch.beta=1e38;patch.alpha=1e38;patch.retention=1"
 
 
@@ -164,7 +165,7 @@ def test_points_that_give_no_row_are_named_and_stop_no_other(trained, settings, 
 
 
 def test_weights_that_overflow_in_the_storage_dtype_give_no_row(trained, settings, capsys):
-    half = settings.override({"export.dtype": "float16"})
+    half = settings.override(HALF)
     with pytest.raises(ValueError, match="1 of 1 points gave no row"):
         sweep.sweep(half, trained, design(half, [BROKEN.replace("e38", "e20")], []))
     assert "no row: " in capsys.readouterr().out and not (trained / "sweep.md").exists()
@@ -194,7 +195,7 @@ def test_the_runs_own_seed_changes_nothing(swept, run, settings):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"export.dtype": "bfloat16", "export.rounding": "stochastic"}, {"patch.support": "fill"}],
+    [{}, HALF, {"patch.support": "fill"}],
 )
 def test_a_seed_gives_what_a_run_of_that_seed_gives_on_the_same_scores(
     run, swept, tmp_path, change
