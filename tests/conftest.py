@@ -21,6 +21,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
 from tests.endpoint import server  # noqa: F401  (a fixture)
+from tests.jobs import machine_of
 
 
 def sharder_of(devices: int, tensor: int = 1) -> Sharder:
@@ -39,6 +40,12 @@ def few_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    with machine_of(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def sharder():
     return sharder_of(1)
@@ -48,20 +55,3 @@ def sharder():
 def tiny(tmp_path_factory):
     """A tiny model folder; read only."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture
-def data_files(tmp_path):
-    """Small data files of the three roles, as settings."""
-    rows = lambda text: (
-        "prompt,answer,split\n"
-        + "".join(
-            f"{text} {i},the answer {i},{split}\n"
-            for i, split in enumerate(["train"] * 6 + ["search"] * 2 + ["report"] * 3)
-        )
-    )
-    paths = {}
-    for role in ("harmful", "lookalike", "ordinary"):
-        paths[f"data.{role}"] = str(tmp_path / f"{role}.csv")
-        (tmp_path / f"{role}.csv").write_text(rows(role))
-    return paths

@@ -12,36 +12,6 @@ from safepatch_jax.testing import write_tiny_model
 from tests.calls import ROOT, call, call_and_kill, command
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    """Flags of a whole job in seconds: few shapes to compile for, and no torch."""
-    folder = tmp_path_factory.mktemp("launch")
-    model = write_tiny_model(
-        folder / "model", num_hidden_layers=1, num_key_value_heads=4, intermediate_size=32
-    )
-    rows = [
-        f"prompt {i},the answer {i},{s}"
-        for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)
-    ]
-    (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
-    data = ",".join(
-        f"{role}:{folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")
-    )
-    return [
-        f"--model.source={model}",
-        f"--data={data}",
-        f"--run.cache_dir={folder / 'cache'}",
-        "--run.certify=hashes",
-        "--derive.batch_size=4",
-        "--derive.se_steps=3",
-        "--derive.osm_steps=3",
-        "--derive.se_learning_rate=1e-3",
-        "--derive.osm_learning_rate=1e-3",
-        "--score.samples=3",
-        "--evaluate.max_new_tokens=4",
-    ]
-
-
 def test_help_is_a_manual():
     result = call("launch.safepatch", "--help")
     assert "python -m launch.safepatch --config=configs/demo.py" in result.stdout
