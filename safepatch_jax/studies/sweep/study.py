@@ -14,9 +14,9 @@ from typing import Any
 
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
+from safepatch_jax.reporting.tables import share
 from safepatch_jax.run import environment, metrics
 from safepatch_jax.run.job import Job
-from safepatch_jax.run.report import share
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
 from safepatch_jax.settings import Settings
