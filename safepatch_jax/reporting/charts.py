@@ -52,15 +52,15 @@ class Series:
     """Rates of one kind, one a row.
 
     Attributes:
-      label: in the legend.
       points: (share, low, high) of each row, None where there is none.
       colours: of each row.
+      label: in the legend; none without one.
     """
 
-    label: str
     points: Sequence[Sequence[float] | None]
     colours: Sequence[str]
     marker: str = "o"
+    label: str = ""
 
 
 def figure(width: float, height: float) -> Any:
@@ -137,15 +137,22 @@ def name_rows(axis: Any, names: Sequence[str]) -> None:
     axis.set_axisbelow(True)
 
 
+def shift(i: int, series: int) -> float:
+    """Return how far below the middle of its row the i-th of several series lies."""
+    return 0.5 * ((i + 0.5) / series - 0.5)
+
+
 def dots(axis: Any, title: str, names: Sequence[str], series: Sequence[Series]) -> None:
     """Draw rates in per cent with their intervals; the series of a row lie side by side."""
     for i, one in enumerate(series):
-        shift = 0.5 * ((i + 0.5) / len(series) - 0.5)
         for row, (point, colour) in enumerate(zip(one.points, one.colours)):
             if point is not None:
                 value, low, high = (100 * x for x in point)
-                axis.plot([low, high], [row + shift] * 2, "|-", color=colour, markersize=5)
-                axis.plot(value, row + shift, one.marker, color=colour, markersize=5)
+                at = row + shift(i, len(series))
+                axis.plot([low, high], [at, at], color=colour)
+                axis.plot(value, at, one.marker, color=colour, markersize=5)
+        if one.label:
+            explain(axis, one.label, one.marker)
     axis.set(title=title, xlabel="%", xlim=LIMITS)
     name_rows(axis, names)
 
@@ -185,9 +192,7 @@ def arms(value: float, interval: Sequence[float]) -> list[list[float]]:
     return [[max(0.0, 100 * (value - low))], [max(0.0, 100 * (high - value))]]
 
 
-def cross(
-    axis: Any, harm: Mapping[str, Any], refusal: Mapping[str, Any], colour: str, label: str
-) -> None:
+def cross(axis: Any, harm: Mapping[str, Any], refusal: Mapping[str, Any], colour: str) -> None:
     """Draw a model in the plane with both intervals; rates are {'rate', 'interval'}."""
     axis.errorbar(
         100 * harm["rate"],
@@ -198,5 +203,4 @@ def cross(
         color=colour,
         markersize=8,
         capsize=3,
-        label=label,
     )
