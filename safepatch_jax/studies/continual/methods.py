@@ -99,4 +99,3 @@ CHAINED = {
     for name, method in METHODS.items()
     if method.group not in ("backbone", "decoding") and not method.jailbroken
 }
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bbbbbb")

@@ -40,6 +40,7 @@ from safepatch_jax.patch_file.log import (
     patch_hash,
 )
 from safepatch_jax.run import environment
+from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.convert import Place, convert, source_facts
 from safepatch_jax.run.job import PLACE, align_model
@@ -49,7 +50,7 @@ from safepatch_jax.runtime.console import say, some
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
-from safepatch_jax.studies.continual.methods import CHAINED, COLOURS, Task, beside, safepatching
+from safepatch_jax.studies.continual.methods import CHAINED, Task, beside, safepatching
 
 METHODS_DIR, MEASURES = "methods", "measures"
 # What may differ between two runs of a chain: where and how they are done, and how models are
@@ -423,7 +424,7 @@ class Chain:
             reverted=[n for n in log.links if n not in log.live],
             rows=rows,
             labels={method: CHAINED[method].label for method in rows},
-            colours={method: COLOURS[i % len(COLOURS)] for i, method in enumerate(rows)},
+            colours={method: CYCLE[i % len(CYCLE)] for i, method in enumerate(rows)},
             patches=sizes([log.patch(number) for number in log.live]),
         )
 
