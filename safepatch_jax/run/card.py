@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
-from safepatch_jax.evaluation.statistics import wilson
+from safepatch_jax.reporting import tables
+from safepatch_jax.reporting.tables import counted
 from safepatch_jax.run import certificate as certificates
-from safepatch_jax.run.report import MERGES, WITHOUT_SNIP, describe_patch, share
+from safepatch_jax.run.report import describe_patch, importance_text, labels
 
 NAME = "README.md"  # where Hugging Face looks for a model card
 
@@ -29,88 +30,17 @@ def model_card(
       hashes: of the data, by role.
       versions: of the packages.
     """
-    settings, measures, patch = content["settings"], content["measures"], content["patch"]
-    knobs, derive = settings["patch"], settings["derive"]
-    name = pathlib.PurePath(
-        settings["model"]["source"].partition(":")[2] or settings["model"]["source"]
-    ).name
-    architecture = certificate["architecture"]
+    settings = content["settings"]
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [safepatching, safety]",
-        "---",
-        "",
-        f"# {name}, patched",
-        "",
-        f"`{name}` ({architecture['family']}, {certificate['parameters']:,} parameters)"
-        + (", aligned by a short supervised run and then" if settings["align"]["enabled"] else "")
-        + " changed by "
-        + (
-            "SafePatching (arXiv 2405.13820): two sparse weight patches"
-            if knobs["merge"] == "safepatching"
-            else f"{MERGES[knobs['merge']]}, a baseline of SafePatching (arXiv 2405.13820): two "
-            "weight patches"
-        )
-        + ", derived from harmful question/answer pairs alone, meant to lower harm and "
-        "over-refusal and to keep utility. "
-        "Architecture, tokenizer and chat template are those of the model it was made from, whose "
-        "licence and limits apply.",
+        *_introduction(settings, certificate),
         "",
         "## Before and after",
         "",
-        "| model | harmful: complied | look-alike: refused | look-alike: incoherent | perplexity "
-        "of ordinary answers |",
-        "|---|---|---|---|---|",
-    ]
-    for label, variant in (("before", "backbone"), ("after", "safepatching")):
-        m = measures[variant]
-        cells = [
-            _percent(m, role, outcome)
-            for role, outcome in (
-                ("harmful", COMPLIED),
-                ("lookalike", REFUSED),
-                ("lookalike", INCOHERENT),
-            )
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {m['ordinary_perplexity']:.2f} |")
-    broken = [o["statement"] for o in content["orderings"] if not o["holds"]]
-    lines += [
-        "",
-        f"{measures['backbone']['harmful']['n']} harmful and "
-        f"{measures['backbone']['lookalike']['n']} look-alike prompts, "
-        f"{settings['evaluate']['max_new_tokens']} greedy tokens, judged by refusal phrases; 95 % "
-        "intervals (Wilson), one seed. "
-        "This measures the form of answers on a small set and certifies no safety.",
-        *([""] + [f"Not met in this run: {'; '.join(broken)}."] if broken else []),
+        *_before_and_after(content),
         "",
         "## Recipe",
         "",
-        "| | |",
-        "|---|---|",
-        *(
-            _selection(settings)
-            if knobs["merge"] == "safepatching"
-            else [f"| merge | {describe_patch(settings)} |"]
-        ),
-        f"| SE patch | gradient ascent, at most {derive['se_steps']} steps at "
-        f"{derive['se_learning_rate']:g}, stopped by "
-        f"{content['training']['derive_se']['stopped_by']} after "
-        f"{content['training']['derive_se']['steps']} |",
-        f"| OSM patch | gradient descent, {derive['osm_steps']} steps at "
-        f"{derive['osm_learning_rate']:g} |",
-        f"| kept | SE {patch['kept_se']:,}, OSM {patch['kept_osm']:,} of {patch['size']:,} entries "
-        f"({patch['kept'] / patch['size']:.2%}); {patch['survival']:.1%} of them change the "
-        "stored bits |",
-        f"| storage | {settings['export']['dtype']}, rounding {settings['export']['rounding']} |",
-        f"| seed | {settings['run']['seed']} |",
-        *(
-            f"| data, {role} | `{pathlib.PurePath(settings['data'][role]).name}`, SHA-256 of its "
-            f"records {digest} |"
-            for role, digest in hashes.items()
-        ),
-        "| versions | " + ", ".join(f"{k} {v}" for k, v in versions.items()) + " |",
+        *tables.table(["", ""], _recipe(content, hashes, versions)),
         "",
         "All settings, as `config` of the same command takes them (paths left out):",
         "",
@@ -127,18 +57,119 @@ def model_card(
     return "\n".join(lines)
 
 
-def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _introduction(
+    settings: Mapping[str, Mapping[str, Any]], certificate: Mapping[str, Any]
+) -> list[str]:
+    """Return the metadata that Hugging Face reads, and what the model is."""
+    source = settings["model"]["source"]
+    name = pathlib.PurePath(source.partition(":")[2] or source).name
+    aligned = ""
+    if settings["align"]["enabled"]:
+        aligned = ", aligned by a short supervised run and then"
+    method = "SafePatching (arXiv 2405.13820): two sparse weight patches"
+    if settings["patch"]["merge"] != "safepatching":
+        label = labels(settings)["safepatching"]
+        method = f"{label}, a baseline of SafePatching (arXiv 2405.13820): two weight patches"
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [safepatching, safety]",
+        "---",
+        "",
+        f"# {name}, patched",
+        "",
+        f"`{name}` ({certificate['architecture']['family']}, {certificate['parameters']:,} "
+        f"parameters){aligned} changed by {method}, derived from harmful question/answer pairs "
+        "alone, meant to lower harm and over-refusal and to keep utility. "
+        "Architecture, tokenizer and chat template are those of the model it was made from, whose "
+        "licence and limits apply.",
+    ]
+
+
+def _before_and_after(content: Mapping[str, Any]) -> list[str]:
+    measures, rows = content["measures"], []
+    for label, variant in (("before", "backbone"), ("after", "safepatching")):
+        m = measures[variant]
+        rows.append(
+            [
+                label,
+                counted(m["harmful"], COMPLIED),
+                counted(m["lookalike"], REFUSED),
+                counted(m["lookalike"], INCOHERENT),
+                f"{m['ordinary_perplexity']:.2f}",
+            ]
+        )
+    head = ["model", "harmful: complied", "look-alike: refused", "look-alike: incoherent"]
+    lines = [
+        *tables.table([*head, "perplexity of ordinary answers"], rows),
+        "",
+        f"{measures['backbone']['harmful']['n']} harmful and "
+        f"{measures['backbone']['lookalike']['n']} look-alike prompts, "
+        f"{content['settings']['evaluate']['max_new_tokens']} greedy tokens, judged by refusal "
+        "phrases; 95 % intervals (Wilson), one seed. "
+        "This measures the form of answers on a small set and certifies no safety.",
+    ]
+    broken = [o["statement"] for o in content["orderings"] if not o["holds"]]
+    if broken:
+        lines += ["", f"Not met in this run: {'; '.join(broken)}."]
+    return lines
+
+
+def _recipe(
+    content: Mapping[str, Any], hashes: Mapping[str, str], versions: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """Return the rows of the recipe."""
+    settings, derive = content["settings"], content["settings"]["derive"]
+    training, patch = content["training"]["derive_se"], content["patch"]
+    recipe = [
+        *_selection(settings),
+        (
+            "SE patch",
+            f"gradient ascent, at most {derive['se_steps']} steps at "
+            f"{derive['se_learning_rate']:g}, stopped by {training['stopped_by']} after "
+            f"{training['steps']}",
+        ),
+        (
+            "OSM patch",
+            f"gradient descent, {derive['osm_steps']} steps at {derive['osm_learning_rate']:g}",
+        ),
+        (
+            "kept",
+            f"SE {patch['kept_se']:,}, OSM {patch['kept_osm']:,} of {patch['size']:,} entries "
+            f"({patch['kept'] / patch['size']:.2%}); {patch['survival']:.1%} of them change the "
+            "stored bits",
+        ),
+        ("storage", f"{settings['export']['dtype']}, rounding {settings['export']['rounding']}"),
+        ("seed", str(settings["run"]["seed"])),
+    ]
+    for role, digest in hashes.items():
+        source = pathlib.PurePath(settings["data"][role]).name
+        recipe.append((f"data, {role}", f"`{source}`, SHA-256 of its records {digest}"))
+    recipe.append(("versions", ", ".join(f"{name} {x}" for name, x in versions.items())))
+    return recipe
+
+
+def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return the rows of the recipe that say which entries are patched."""
     knobs, score = settings["patch"], settings["score"]
+    if knobs["merge"] != "safepatching":
+        return [("merge", describe_patch(settings))]
     filled = ", filled up with random entries" if knobs["support"] == "fill" else ""
+    rescaled = ", rescaled" * knobs["rescale"]
     snip = f"SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']})"
     return [
-        f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per "
-        f"{knobs['granularity']} |",
-        f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the "
-        "top sets, retention "
-        f"{knobs['retention']:g}{filled}{', rescaled' if knobs['rescale'] else ''} |",
-        f"| importance | {WITHOUT_SNIP.get(knobs['importance'], snip)}, scope {knobs['scope']} |",
+        (
+            "top rates",
+            f"a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per "
+            f"{knobs['granularity']}",
+        ),
+        (
+            "merge",
+            f"alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the top "
+            f"sets, retention {knobs['retention']:g}{filled}{rescaled}",
+        ),
+        ("importance", f"{importance_text(knobs, snip)}, scope {knobs['scope']}"),
     ]
 
 
@@ -150,13 +181,8 @@ def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "data": ("harmful", "lookalike", "ordinary", "manual_dir"),
         "run": ("cache_dir", "keep_scratch"),
     }
-    return {
-        group: {k: v for k, v in options.items() if k not in left_out.get(group, ())}
-        for group, options in settings.items()
-    }
-
-
-def _percent(measures: Mapping[str, Any], role: str, outcome: str) -> str:
-    counts = measures[role]
-    low, high = wilson(counts[outcome], counts["n"])
-    return f"{share(counts, outcome):.0%} [{100 * low:.0f}-{100 * high:.0f}]"
+    result = {}
+    for group, options in settings.items():
+        dropped = left_out.get(group, ())
+        result[group] = {name: x for name, x in options.items() if name not in dropped}
+    return result

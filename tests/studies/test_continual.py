@@ -393,10 +393,15 @@ def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy,
         run(settings, copy, parse_stages(malware))
 
 
-def test_names_are_escaped_in_the_report(chain):
-    content = read_json(chain / "continual.json")
+def test_names_are_escaped_and_the_report_appears_whole_or_not_at_all(copy):
+    content = read_json(copy / "continual.json")
+    before = {name: (copy / name).read_bytes() for name in report.FILES}
     content["start"]["source"] = "a`b|\x1b[2J\nc"
     assert "Model `a'b|\\x1b[2J\\nc`" in report.markdown(content)
+    content["colours"]["safepatching"] = "no colour"
+    with pytest.raises(ValueError, match="no colour"):
+        report.write(content, copy)
+    assert {name: (copy / name).read_bytes() for name in report.FILES} == before
 
 
 def test_methods_without_a_model_make_no_chain():

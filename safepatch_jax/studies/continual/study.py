@@ -36,6 +36,7 @@ from safepatch_jax.patch_file.log import (
     label,
     patch_hash,
 )
+from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
@@ -63,8 +64,6 @@ _NAMES = (
     environment.FILE,
     *report.FILES,
 )
-# Of the lines on the chart, one a method.
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bbbbbb")
 
 
 def run(
@@ -290,7 +289,7 @@ class Chain:
             stages.append({"name": link.name, **self._data(link), "records": records})
         colours = {}
         for i, method in enumerate(rows):
-            colours[method] = _COLOURS[i % len(_COLOURS)]
+            colours[method] = CYCLE[i % len(CYCLE)]
         return report.gather(
             settings=outcome_settings(self.settings),
             start=log.start,

@@ -13,9 +13,9 @@ from typing import Any
 
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
+from safepatch_jax.reporting.tables import share
 from safepatch_jax.run import environment, metrics, models
 from safepatch_jax.run.job import open_run
-from safepatch_jax.run.report import share
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
