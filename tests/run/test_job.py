@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import PatchFile
-from safepatch_jax.run.job import VARIANTS, Job
+from safepatch_jax.run.job import Job
+from safepatch_jax.run.table import VARIANTS
 from safepatch_jax.runtime.files import folder_hashes, read_json
 from tests.jobs import machine_of, stages_run
 
