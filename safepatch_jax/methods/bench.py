@@ -16,7 +16,7 @@ from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
-from safepatch_jax.patching.merge import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
@@ -149,10 +149,10 @@ class Bench:
         """
         score, sensitivity = self.settings.score, None
         for stage in ("derive", "score"):
-            for role in ROLES:
+            for role in PATCH_ROLES:
                 self._job.runner.need(f"{stage}_{role}")
         if score != self._job.settings.score:
-            sensitivity = {role: self._job.sensitivity(role, score) for role in ROLES}
+            sensitivity = {role: self._job.sensitivity(role, score) for role in PATCH_ROLES}
         return nest(self._job.patched(self.settings.patch, sensitivity=sensitivity))
 
     def tuned(

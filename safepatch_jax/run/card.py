@@ -9,8 +9,10 @@ from typing import Any
 
 from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.evaluation.statistics import wilson
+from safepatch_jax.patching.importances import IMPORTANCES
+from safepatch_jax.patching.methods import MERGE_METHODS
 from safepatch_jax.run import certificate as certificates
-from safepatch_jax.run.report import MERGES, WITHOUT_SNIP, describe_patch, share
+from safepatch_jax.run.report import describe_patch, share
 
 NAME = "README.md"  # where Hugging Face looks for a model card
 
@@ -50,7 +52,7 @@ def model_card(
         + (
             "SafePatching (arXiv 2405.13820): two sparse weight patches"
             if knobs["merge"] == "safepatching"
-            else f"{MERGES[knobs['merge']]}, a baseline of SafePatching (arXiv 2405.13820): two "
+            else f"{MERGE_METHODS[knobs['merge']].label}, a baseline of SafePatching (arXiv 2405.13820): two "
             "weight patches"
         )
         + ", derived from harmful question/answer pairs alone, meant to lower harm and "
@@ -132,13 +134,14 @@ def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     knobs, score = settings["patch"], settings["score"]
     filled = ", filled up with random entries" if knobs["support"] == "fill" else ""
     snip = f"SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']})"
+    importance = IMPORTANCES[knobs["importance"]].without_snip or snip
     return [
         f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per "
         f"{knobs['granularity']} |",
         f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the "
         "top sets, retention "
         f"{knobs['retention']:g}{filled}{', rescaled' if knobs['rescale'] else ''} |",
-        f"| importance | {WITHOUT_SNIP.get(knobs['importance'], snip)}, scope {knobs['scope']} |",
+        f"| importance | {importance}, scope {knobs['scope']} |",
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.statistics import STEPS, totals
 
 PATCH = "patch.png"
@@ -86,7 +86,7 @@ def _share(many: list[Mapping[str, Any]], role: str) -> float:
 
 
 def _by_layer(axis, cells, layers: int) -> None:
-    for role in ROLES:
+    for role in PATCH_ROLES:
         values = [
             _share([s for (at, _), s in cells.items() if at == layer], role)
             for layer in range(layers)

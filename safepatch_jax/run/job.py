@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from safepatch_jax.data.records import Record, load_records
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.merge import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import card, certificate, environment, metrics, report
 from safepatch_jax.run.convert import source_facts
 from safepatch_jax.run.stages import FINISHED, Runner, Stage, version_of, versions
@@ -266,7 +266,7 @@ class Job(Work):
                     shared=True,
                 )
             )
-        for role in ROLES:
+        for role in PATCH_ROLES:
             own = {
                 k: v for k, v in dataclasses.asdict(s.derive).items() if k.startswith(role + "_")
             }
@@ -280,7 +280,7 @@ class Job(Work):
                     scratch=True,
                 )
             )
-        for role in ROLES:
+        for role in PATCH_ROLES:
             stages.append(
                 Stage(
                     f"score_{role}",

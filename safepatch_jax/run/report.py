@@ -10,6 +10,7 @@ from typing import Any
 
 from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
 from safepatch_jax.evaluation.statistics import wilson
+from safepatch_jax.patching.methods import describe, merge_method
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
 
@@ -22,17 +23,6 @@ LABELS = {
     "intersection": "intersection",
     "safepatching": "SafePatching",
 }
-# What patch.merge stands for; the patched model goes by its name.
-MERGES = {
-    "safepatching": "SafePatching",
-    "average": "average",
-    "task_arithmetic": "task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "dare_ties": "DARE-TIES",
-    "resta": "RESTA",
-}
-WITHOUT_SNIP = {"magnitude": "by magnitude (no SNIP)", "random": "at random (no SNIP)"}
 
 
 def gather(
@@ -61,7 +51,7 @@ def gather(
         "measures": dict(measures),
         "patch": dict(patch),
         "training": dict(training),
-        "orderings": orderings(measures, MERGES[settings.patch.merge]),
+        "orderings": orderings(measures, settings.patch.method.label),
         "examples": examples,
     }
 
@@ -81,7 +71,7 @@ def share(counts: Mapping[str, int], *outcomes: str) -> float:
 
 def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return how each model of the comparison is called."""
-    return LABELS | {"safepatching": MERGES[settings["patch"]["merge"]]}
+    return LABELS | {"safepatching": merge_method(settings["patch"]["merge"]).label}
 
 
 def orderings(
@@ -295,26 +285,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def describe_patch(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Say the settings that have a part in the merge, in one line."""
-    knobs = settings["patch"]
-    factors = f"alpha = {knobs['alpha']:g}, beta = {knobs['beta']:g}, scope {knobs['scope']}"
-    if knobs["merge"] == "safepatching":
-        retention = (
-            "up to a share p" if knobs["support"] == "fill" else "retained with probability p"
-        )
-        snip = f"of '{knobs['importance']}' ({settings['score']['mode']})"
-        return (
-            f"a = {knobs['top_rate_se']:g}, b = {knobs['top_rate_osm']:g} per "
-            f"{knobs['granularity']}, {knobs['combine']} of "
-            f"the top sets, {retention} = "
-            f"{knobs['retention']:g}{', rescaled' if knobs['rescale'] else ''}, "
-            f"importance {WITHOUT_SNIP.get(knobs['importance'], snip)}, {factors}"
-        )
-    own = {"ties": f"density {knobs['density']:g} per {knobs['granularity']}, "}.get(
-        knobs["merge"], ""
-    )
-    if knobs["merge"] in ("dare", "dare_ties", "resta"):
-        own = f"retention {knobs['retention']:g}, rescaled, "
-    return f"Merged by {MERGES[knobs['merge']]}: {own}{factors}"
+    return describe(settings["patch"], settings["score"]["mode"])
 
 
 def picture(content: Mapping[str, Any], path: pathlib.Path) -> None:

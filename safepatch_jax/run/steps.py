@@ -26,11 +26,12 @@ from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patch_file.file import create
-from safepatch_jax.patching.importance import SensitivityMeter, mode_agreement, witness_row
-from safepatch_jax.patching.merge import ROLES, apply_patching
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.merge import apply_patching
 from safepatch_jax.patching.selection import top_count
+from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
+from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import refuse_no_op, totals
-from safepatch_jax.patching.tensor import UNSCORED
 from safepatch_jax.run import card, certificate, report
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.convert import Place, convert
@@ -39,7 +40,7 @@ from safepatch_jax.run.metrics import Metrics
 from safepatch_jax.run.stages import Runner, versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
+from safepatch_jax.settings import ScoreSettings, Settings
 from safepatch_jax.training.step import Outcome, Recipe, ignore
 
 _MODES = ("per_sample", "batched")
@@ -366,7 +367,7 @@ class Work:
         folder = {"shipped": self.folder("import"), "safepatching": self.folder("export")}.get(
             variant, self.backbone
         )
-        if variant in ROLES:
+        if variant in PATCH_ROLES:
             flat = self.derived(
                 variant, self.settings.model.compute_dtype
             )  # to which it would be cast at each use
@@ -486,7 +487,7 @@ class Work:
         stored = (
             lambda stage, name: {  # read weight by weight: the backbone is all that is held whole
                 role: StoredTree(self.runner.folder(f"{stage}_{role}") / name, abstract)
-                for role in ROLES
+                for role in PATCH_ROLES
             }
         )
         derived, sensitivity = (
@@ -521,7 +522,7 @@ class Work:
     def _mode_overlap(self, backbone, derived, abstract, row) -> dict[str, float]:
         """Return the Jaccard index of the top sets by batched and per-sample scores, taken in each
         matrix of one weight."""
-        if self.settings.score.mode != "batched" or self.settings.patch.importance in UNSCORED:
+        if self.settings.score.mode != "batched" or not self.settings.patch.needs_sensitivity:
             return {}
         patch, overlaps = self.settings.patch, {}
         one = nest({row.path: unnest(abstract)[row.path]})

@@ -177,7 +177,7 @@ def test_another_models_folders_are_refused(run, derived, tmp_path):
         other / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(ValueError, match=f"scores of 1 tensors are NaN or infinite, first {name}"):
+    with pytest.raises(ValueError, match=f"importance of entries in 1 tensors is NaN or infinite, first {name}"):
         merge()
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
