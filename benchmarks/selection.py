@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
+from safepatch_jax.patching.methods import combine_sets
+from safepatch_jax.patching.selection import top_count, top_mask
 
 _ROWS = flags.DEFINE_integer("rows", 4096, "Rows of each matrix.", lower_bound=1)
 _COLUMNS = flags.DEFINE_integer("columns", 11008, "Columns of each matrix.", lower_bound=1)

@@ -16,7 +16,7 @@ from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.lines import file_name
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
-from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import models
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime.console import say
@@ -140,11 +140,11 @@ class Bench:
         """
         run, score = self._run, self.settings.score
         for stage in ("derive", "score"):
-            for role in ROLES:
+            for role in PATCH_ROLES:
                 run.runner.need(f"{stage}_{role}")
         sensitivities = None
         if score != run.settings.score:
-            sensitivities = {role: models.sensitivity(run, role, score) for role in ROLES}
+            sensitivities = {role: models.sensitivity(run, role, score) for role in PATCH_ROLES}
         return nest(models.patched(run, self.settings.patch, sensitivities=sensitivities))
 
     def tuned(

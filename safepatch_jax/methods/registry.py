@@ -6,6 +6,7 @@ import difflib
 
 from safepatch_jax.methods import decoding, mismatch, patching, preference
 from safepatch_jax.methods.bench import Made, Method
+from safepatch_jax.patching.methods import MERGE_METHODS, MergeMethod
 
 # Settings that a user may give for one method alone: those that have a part in it and are not what
 # it is.
@@ -31,7 +32,6 @@ _EXPERT = tuple(
         "clip_norm",
     )
 )
-_WEIGHTS = {"patch.alpha": 1.0, "patch.beta": 1.0}  # not those that SafePatching was given
 
 
 def _variant(
@@ -43,23 +43,16 @@ def _variant(
     )
 
 
-def _merging(
-    name: str, label: str, options: tuple[str, ...] = ("alpha", "beta"), **settings: object
-) -> Method:
-    own = (
-        {"patch.merge": name}
-        | _WEIGHTS
-        | {f"patch.{key}": value for key, value in settings.items()}
-    )
-    return Method(
-        name,
-        label,
-        "merging",
-        patching.patched,
-        own,
-        tuple(f"patch.{option}" for option in options),
-    )
+def _merging(row: MergeMethod) -> Method:
+    """Return a merging baseline: the patch operation with another method."""
+    settings = {"patch.merge": row.name}
+    for name, value in row.comparison.items():
+        settings[f"patch.{name}"] = value
+    options = tuple(f"patch.{name}" for name in row.settings)
+    return Method(row.name, row.label, "merging", patching.patched, settings, options)
 
+
+_BASELINES = [_merging(row) for row in MERGE_METHODS.values() if row.name != "safepatching"]
 
 METHODS = {
     method.name: method
@@ -86,14 +79,7 @@ METHODS = {
         ),
         Method("npo", "NPO", "training", preference.npo, options=TRAINING),
         Method("simnpo", "SimNPO", "training", preference.simnpo, options=TRAINING),
-        _merging("average", "average"),
-        _merging("task_arithmetic", "task arithmetic"),
-        _merging(
-            "ties", "TIES", ("alpha", "beta", "density", "granularity"), granularity="global"
-        ),  # as its authors trim
-        _merging("dare", "DARE", ("alpha", "beta", "retention")),
-        _merging("dare_ties", "DARE-TIES", ("alpha", "beta", "retention")),
-        _merging("resta", "RESTA", ("beta", "retention"), retention=1.0),
+        *_BASELINES,
         Method("self_cd", "Self-CD", "decoding", decoding.self_cd, seeded=False),
         Method("rose", "ROSE", "decoding", decoding.rose, seeded=False),
         Method(

@@ -22,9 +22,9 @@ from safepatch_jax.evaluation.generate import decode
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
 from safepatch_jax.models.table import Param, param_table
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, patch_matrices
-from safepatch_jax.patching.selection import ROLES
-from safepatch_jax.patching.tensor import UNTRIMMED, Knobs, Method
+from safepatch_jax.patching.options import Knobs, program_options
 from safepatch_jax.run.context import Context
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
@@ -165,7 +165,7 @@ def resident_bytes(
     others = [row for row in scope if row not in rows]
     if settings.export.dtype not in ("keep", stored):  # the result takes no buffer of the backbone
         total += device_bytes(others, sharder, settings.export.dtype)
-    if patch.granularity == "global" and patch.merge not in UNTRIMMED:
+    if patch.ranks_whole_scope:
         total += 4 * device_bytes(others, sharder, "float32")
     return total
 
@@ -235,7 +235,7 @@ def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.sta
     patch, export, sharder = context.settings.patch, context.settings.export, context.sharder
     sharding = sharder.sharding(row.axes, row.shape, row.path)
     array = lambda dtype: jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharding)
-    both = lambda x: dict.fromkeys(ROLES, x)
+    both = lambda x: dict.fromkeys(PATCH_ROLES, x)
     small = lambda *shape_and_dtype: jax.ShapeDtypeStruct(*shape_and_dtype)
     return patch_matrices.trace(
         array(jnp.dtype(config.dtype)),
@@ -244,7 +244,7 @@ def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.sta
         dict.fromkeys(KEYED, small((row.num_layers, 2), jnp.uint32)),
         both(small((row.num_layers,), jnp.int32)),
         Knobs.of(patch, math.prod(row.hf_shape)).traced(),
-        method=Method.of(patch),
+        options=program_options(patch),
         shape=(row.num_layers, *row.hf_shape),
         dtype=config.dtype if export.dtype == "keep" else export.dtype,
         rounding=export.rounding,

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.patching.importances import IMPORTANCES
 from safepatch_jax.reporting import tables
 from safepatch_jax.reporting.tables import counted
 from safepatch_jax.run import certificate as certificates
-from safepatch_jax.run.report import describe_patch, importance_text, labels
+from safepatch_jax.run.report import describe_patch, labels
 
 NAME = "README.md"  # where Hugging Face looks for a model card
 
@@ -158,6 +159,7 @@ def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
     filled = ", filled up with random entries" if knobs["support"] == "fill" else ""
     rescaled = ", rescaled" * knobs["rescale"]
     snip = f"SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']})"
+    importance = IMPORTANCES[knobs["importance"]].without_snip or snip
     return [
         (
             "top rates",
@@ -169,7 +171,7 @@ def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str
             f"alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the top "
             f"sets, retention {knobs['retention']:g}{filled}{rescaled}",
         ),
-        ("importance", f"{importance_text(knobs, snip)}, scope {knobs['scope']}"),
+        ("importance", f"{importance}, scope {knobs['scope']}"),
     ]
 
 

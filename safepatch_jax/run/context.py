@@ -21,7 +21,7 @@ from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.importance import SensitivityMeter, witness_row
+from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.workdir import resolve

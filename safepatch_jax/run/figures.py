@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.evaluation.judges.base import OUTCOMES
-from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.statistics import STEPS, totals
 from safepatch_jax.reporting import charts
 from safepatch_jax.reporting.charts import COLOURS
@@ -151,7 +151,7 @@ def _map(
 
 def _by_layer(axis: Any, cells: Mapping[tuple[int, str], Any]) -> None:
     groups = sorted(_groups(cells, 0).items())
-    for role in ROLES:
+    for role in PATCH_ROLES:
         values = [_kept(tensors, role) for _, tensors in groups]
         layers = [layer for layer, _ in groups]
         axis.plot(layers, values, "o-", markersize=3, color=COLOURS[role], label=role.upper())
@@ -166,7 +166,7 @@ def _by_module(
 ) -> None:
     groups = _groups(cells, 1) | {name: [s] for name, s in rest.items()}
     values = {}
-    for role in ROLES:
+    for role in PATCH_ROLES:
         values[role] = [_kept(tensors, role) for tensors in groups.values()]
     _columns(axis, values)
     axis.set(title="Kept entries by module", ylabel="% of the module's entries")
@@ -183,7 +183,7 @@ def _columns(axis: Any, values: Mapping[str, Sequence[float]]) -> None:
 def _sizes(axis: Any, total: Mapping[str, Any]) -> None:
     """Draw how many of the kept patch entries lie between two powers of two of bfloat16 steps."""
     values = {}
-    for role in ROLES:
+    for role in PATCH_ROLES:
         at_least = np.array([total[f"kept_{role}"], *total[f"steps_{role}"], 0])
         values[role] = -100 * np.diff(at_least) / max(1, total[f"kept_{role}"])
     _columns(axis, values)

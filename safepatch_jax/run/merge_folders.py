@@ -23,10 +23,9 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table
 from safepatch_jax.patch_file.apply import AFTER, check_names, refuse_strangers, states
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.out_of_core import Merger, Readable, Source
-from safepatch_jax.patching.selection import ROLES
 from safepatch_jax.patching.statistics import refuse_broken, refuse_no_op, totals
-from safepatch_jax.patching.tensor import UNSCORED, Method
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.stages import MANIFEST, versions
 from safepatch_jax.runtime import files
@@ -74,9 +73,9 @@ def merge_folders(
     table = param_table(config)
     check_keys(checkpoint, table, config)
     rows = table.scope(patch.scope)
-    if Method.of(patch).importance in UNSCORED:
+    if not patch.needs_sensitivity:
         scores = {}
-    elif missing := [f"--scores_{role}" for role in ROLES if not scores.get(role)]:
+    elif missing := [f"--scores_{role}" for role in PATCH_ROLES if not scores.get(role)]:
         raise ValueError(
             f"patch.merge={patch.merge} ranks entries by SNIP and needs {' and '.join(missing)}: "
             "the stages "
@@ -86,7 +85,7 @@ def merge_folders(
         )
     derived = {
         role: _open(patches[role], "derived model", f"--patch_{role}", rows, checkpoint)
-        for role in ROLES
+        for role in PATCH_ROLES
     }
     sensitivity = {
         role: _open(scores[role], "scores", f"--scores_{role}", rows, checkpoint) for role in scores

@@ -18,11 +18,11 @@ from safepatch_jax.evaluation.measures import combine_roles, measure_role
 from safepatch_jax.io.checkpoint import StoredTree, load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, nest, param_table, unnest
-from safepatch_jax.patching.importance import SensitivityMeter, mode_agreement, witness_row
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import apply_patching
-from safepatch_jax.patching.selection import ROLES, top_count
+from safepatch_jax.patching.selection import top_count
+from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
 from safepatch_jax.patching.statistics import refuse_no_op
-from safepatch_jax.patching.tensor import UNSCORED
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
@@ -170,7 +170,7 @@ def apply_patch(
 def _stored(run: Run, stage: str, name: str, abstract: Any) -> dict[str, StoredTree]:
     """Return both patches' arrays of a kind of stage, which are read when they are asked for."""
     trees = {}
-    for role in ROLES:
+    for role in PATCH_ROLES:
         trees[role] = StoredTree(run.runner.folder(f"{stage}_{role}") / name, abstract)
     return trees
 
@@ -189,7 +189,7 @@ def _mode_overlap(
     """Return the Jaccard index of the top sets by batched and per-sample scores, taken in each
     matrix of one weight; nothing where scores are per sample."""
     patch = run.settings.patch
-    if run.settings.score.mode != "batched" or patch.importance in UNSCORED:
+    if run.settings.score.mode != "batched" or not patch.needs_sensitivity:
         return {}
     one = nest({row.path: unnest(abstract)[row.path]})
     theta = row.as_matrices(backbone[row.path])
@@ -203,6 +203,8 @@ def _mode_overlap(
         counts = mode_agreement(theta, model, by_mode, count, kind=patch.importance)
         both, either = (int(processes.fetch(n).sum(dtype=np.int64)) for n in counts)
         overlaps[f"mode_overlap_{role}"] = both / max(1, either)
-    shares = ", ".join(f"{role.upper()} {overlaps[f'mode_overlap_{role}']:.1%}" for role in ROLES)
+    shares = ", ".join(
+        f"{role.upper()} {overlaps[f'mode_overlap_{role}']:.1%}" for role in PATCH_ROLES
+    )
     say(f"  top sets by batched and per-sample scores, Jaccard index on {row.path}: {shares}")
     return overlaps

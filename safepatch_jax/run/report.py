@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
+from safepatch_jax.patching.methods import describe, merge_method
 from safepatch_jax.reporting import tables
 from safepatch_jax.reporting.tables import percent, share
 from safepatch_jax.run.figures import draw_outcomes
@@ -21,17 +22,6 @@ LABELS = {
     "osm": "OSM alone",
     "intersection": "intersection",
 }
-# What patch.merge stands for; the patched model goes by its name.
-MERGES = {
-    "safepatching": "SafePatching",
-    "average": "average",
-    "task_arithmetic": "task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "dare_ties": "DARE-TIES",
-    "resta": "RESTA",
-}
-WITHOUT_SNIP = {"magnitude": "by magnitude (no SNIP)", "random": "at random (no SNIP)"}
 _SHARES = {
     "harm": ("harmful", COMPLIED),
     "refused": ("lookalike", REFUSED),
@@ -93,17 +83,7 @@ def data_text(settings: Mapping[str, Mapping[str, Any]], role: str) -> str:
 
 def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return how each model of the comparison is called."""
-    return LABELS | {"safepatching": MERGES[settings["patch"]["merge"]]}
-
-
-def importance_text(knobs: Mapping[str, Any], snip: str) -> str:
-    """Return by what entries are ranked.
-
-    Args:
-      knobs: the settings of the patch.
-      snip: what to say where it is SNIP.
-    """
-    return WITHOUT_SNIP.get(knobs["importance"], snip)
+    return LABELS | {"safepatching": merge_method(settings["patch"]["merge"]).label}
 
 
 def _figures(measures: Mapping[str, Any]) -> dict[str, float]:
@@ -348,24 +328,7 @@ def _example_lines(content: Mapping[str, Any]) -> list[str]:
 
 def describe_patch(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Say the settings that have a part in the merge, in one line."""
-    knobs = settings["patch"]
-    merge, retention = knobs["merge"], f"{knobs['retention']:g}"
-    factors = f"alpha = {knobs['alpha']:g}, beta = {knobs['beta']:g}, scope {knobs['scope']}"
-    if merge == "safepatching":
-        chance = "up to a share p" if knobs["support"] == "fill" else "retained with probability p"
-        rescaled = ", rescaled" * knobs["rescale"]
-        snip = f"of '{knobs['importance']}' ({settings['score']['mode']})"
-        return (
-            f"a = {knobs['top_rate_se']:g}, b = {knobs['top_rate_osm']:g} per "
-            f"{knobs['granularity']}, {knobs['combine']} of the top sets, {chance} = {retention}"
-            f"{rescaled}, importance {importance_text(knobs, snip)}, {factors}"
-        )
-    thinned = ""
-    if merge == "ties":
-        thinned = f"density {knobs['density']:g} per {knobs['granularity']}, "
-    elif merge in ("dare", "dare_ties", "resta"):
-        thinned = f"retention {retention}, rescaled, "
-    return f"Merged by {labels(settings)['safepatching']}: {thinned}{factors}"
+    return describe(settings["patch"], settings["score"]["mode"])
 
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patch_file.file import create
-from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report
 from safepatch_jax.run.convert import convert
@@ -288,7 +288,7 @@ def evaluate(run: Run, variant: str, out: pathlib.Path) -> Result:
 
 def _variant(run: Run, variant: str) -> models.Flat:
     """Return the flat parameters of a model of the report."""
-    if variant in ROLES:
+    if variant in PATCH_ROLES:
         # In the dtype to which each use would cast it.
         return models.derived(run, variant, run.settings.model.compute_dtype)
     if variant == "intersection":

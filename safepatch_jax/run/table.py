@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
@@ -72,12 +72,12 @@ def _patches(run: Run) -> list[Stage]:
     """Return the stages of the derived models and their scores."""
     s, harmful = run.settings, {"harmful": run.context.data_hashes["harmful"]}
     stages = []
-    for role in ROLES:
+    for role in PATCH_ROLES:
         derive = functools.partial(steps.derive, run, role)
         settings = _derive_settings(s, role)
         stage = Stage(f"derive_{role}", derive, (_base(s),), settings, harmful, scratch=True)
         stages.append(stage)
-    for role in ROLES:
+    for role in PATCH_ROLES:
         score = functools.partial(steps.score, run, role)
         reads = (f"derive_{role}",)
         stage = Stage(f"score_{role}", score, reads, _score_settings(s), harmful, scratch=True)

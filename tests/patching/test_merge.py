@@ -9,8 +9,8 @@ from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching.merge import apply_patching
+from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import refuse_no_op, totals
-from safepatch_jax.settings import PatchSettings
 from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
 from tests.patching import oracle
@@ -200,6 +200,6 @@ def test_broken_scores_name_the_tensor(bad):
     theta, derived, sensitivity = inputs()
     sensitivity["se"]["layers/mlp/up"][1, 3, 4] = bad
     with pytest.raises(
-        ValueError, match="1 tensors are NaN or infinite, first model.layers.1.mlp.up_proj.weight"
+        ValueError, match="1 tensors is NaN or infinite, first model.layers.1.mlp.up_proj.weight"
     ):
         run(theta, derived, sensitivity, PatchSettings())

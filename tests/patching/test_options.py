@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from safepatch_jax.models.table import Param
 from safepatch_jax.patching.merge import apply_patching
+from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import refuse_no_op, totals
-from safepatch_jax.settings import PatchSettings
 from tests.conftest import sharder_of
 from tests.patching import oracle
 from tests.patching.test_merge import ROWS, SEED, inputs, place, run
@@ -302,7 +302,7 @@ def test_broken_scores_name_the_tensor(options, bad):
     theta, derived, sensitivity = inputs(rows=FEW)
     derived["osm"][FEW[1].path][1, 3, 4] = bad
     with pytest.raises(
-        ValueError, match="1 tensors are NaN or infinite, first model.layers.1.mlp.down_proj.weight"
+        ValueError, match="1 tensors is NaN or infinite, first model.layers.1.mlp.down_proj.weight"
     ):
         run(theta, derived, sensitivity, PatchSettings(**options), rows=FEW)
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from safepatch_jax.models.table import Param
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.out_of_core import Merger, Source
-from safepatch_jax.patching.tensor import UNSCORED
-from safepatch_jax.settings import PatchSettings
+from safepatch_jax.patching.settings import PatchSettings
 from tests.patching.test_merge import SEED, run
 from tests.patching.test_options import ODD, as_trees, draw_tensor
 
@@ -65,7 +65,7 @@ def tensors(dtype):
 
 
 def merged(own, patch, piece, dtype="keep", rounding="nearest"):
-    scored = ("se", "osm") if patch.importance not in UNSCORED else ()
+    scored = PATCH_ROLES if patch.needs_sensitivity else ()
     sources = [
         Source(
             t["name"],

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, count_at_least, patch_matrices
-from safepatch_jax.patching.selection import ROLES
-from safepatch_jax.patching.tensor import Knobs, Method
-from safepatch_jax.settings import PatchSettings
+from safepatch_jax.patching.options import Knobs, program_options
+from safepatch_jax.patching.settings import PatchSettings
 from tests.conftest import sharder_of
 
 OUT, IN, DEVICES = 128, 256, 8
@@ -25,7 +25,7 @@ MOVES = re.compile(
 def arguments(layers, dtype=jnp.float32):
     sharding = sharder_of(DEVICES, tensor=2).sharding(("layers", "mlp", "embed"))
     array = lambda dtype: jax.ShapeDtypeStruct((layers, OUT, IN), dtype, sharding=sharding)
-    both = lambda x: dict.fromkeys(ROLES, x)
+    both = lambda x: dict.fromkeys(PATCH_ROLES, x)
     keys = dict.fromkeys(KEYED, jax.ShapeDtypeStruct((layers, 2), jnp.uint32))
     counts = both(jax.ShapeDtypeStruct((layers,), jnp.int32))
     return (
@@ -43,7 +43,7 @@ def compiled(options, layers=4, dtype=jnp.float32):
     lowered = patch_matrices.lower(
         *arrays,
         Knobs.of(patch, OUT * IN).traced(),
-        method=Method.of(patch),
+        options=program_options(patch),
         shape=(layers, OUT, IN),
         dtype=str(jnp.dtype(dtype)),
         sharding=sharding,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from safepatch_jax.numerics import bernoulli, random_bits, tensor_keys
-from safepatch_jax.patching.selection import combine_sets, share_out, top_count, top_mask
+from safepatch_jax.patching.methods import combine_sets
+from safepatch_jax.patching.selection import share_out, top_count, top_mask
 from tests.patching import oracle
 
 SELECT = jax.jit(top_mask)

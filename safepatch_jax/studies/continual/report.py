@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
+from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.patch_file.log import data_text, plain
 from safepatch_jax.reporting import tables
 from safepatch_jax.reporting.tables import counted, percent, share
 from safepatch_jax.studies.continual.figures import draw
-from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.studies.continual.measures import COMMON
 
 FILES = ("continual.md", "continual.json", "continual.png")

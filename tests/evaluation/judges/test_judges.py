@@ -7,10 +7,9 @@ import sys
 import threading
 import types
 
-import jax.numpy as jnp
 import pytest
 
-from safepatch_jax.evaluation.generate import generate
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges import base, classifier
 from safepatch_jax.evaluation.judges import formats as judge_formats
 from safepatch_jax.evaluation.judges import open as judge_table
@@ -20,7 +19,6 @@ from safepatch_jax.evaluation.judges.endpoint import API_KEY
 from safepatch_jax.evaluation.judges.labels import read_labels
 from safepatch_jax.evaluation.judges.open import open_judge
 from safepatch_jax.io.hf import load_params
-from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.testing import write_tiny_model, write_tokenizer
 
 DOCS = pathlib.Path(__file__).parents[3] / "docs" / "evaluation.md"
@@ -251,30 +249,8 @@ def tiny_judge(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["llama_guard", "wildguard", "harmbench"])
 def test_tiny_random_judge_on_our_decoder(kind, tiny_judge, sharder):
-    import transformers
-
     def open_engine(folder):
-        config, params = load_params(folder, sharder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        decoder = Decoder(config, jnp.float32, None)
-
-        def complete(texts, max_new):
-            prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            return [
-                tokenizer.decode(ids, skip_special_tokens=True)
-                for ids in generate(
-                    decoder,
-                    params,
-                    prompts,
-                    config.eos_ids,
-                    max_new=max_new,
-                    batch_size=4,
-                    sharder=sharder,
-                    title="judge",
-                )
-            ]
-
-        return complete
+        return Engine(*load_params(folder, sharder), folder, sharder, batch_size=4).complete
 
     judge = open_judge(f"{kind}:{tiny_judge}", open_engine)
     verdicts = judge.judge(ITEMS)  # random weights speak no judge's format

@@ -1,9 +1,10 @@
-"""SNIP importance: I(W) = sum over samples of |W * dNLL/dW|, absolute value per sample.
+"""Sensitivity: the sum over samples of |dNLL/dW|, absolute value per sample.
 
-W does not depend on the sample, so I(W) = |W| * sum |dNLL/dW|. We accumulate the second factor, the
-sensitivity; the choice of W (patch entry or weight) then costs nothing and can be changed without
-new gradients. A batched gradient gives |sum dNLL/dW| of each batch, another ranking: faster, as an
-option, with a measure of how far the two agree.
+SNIP's importance is I(W) = sum over samples of |W * dNLL/dW|. W does not depend on the sample, so
+I(W) = |W| * sum |dNLL/dW|. Accumulated is the second factor, the sensitivity; the choice of W
+(patch entry or weight) then costs nothing and can be changed without new gradients. A batched
+gradient gives |sum dNLL/dW| of each batch, another ranking: faster, as an option, with a measure of
+how far the two agree.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching.selection import top_mask
-from safepatch_jax.patching.tensor import importance
+from safepatch_jax.patching.tensor import importance_of
 from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 from safepatch_jax.training.step import put_batch
@@ -82,10 +83,9 @@ class SensitivityMeter:
             lambda: {row.path: jnp.zeros(row.shape, jnp.float32) for row in rows},
             out_shardings=shardings,
         )
-        jitted = lambda add: jax.jit(
-            add, donate_argnums=0, out_shardings=(shardings, sharder.replicated())
-        )
-        self._add_samples, self._add_batch = jitted(self._samples), jitted(self._batch)
+        out = shardings, sharder.replicated()
+        self._add_samples = jax.jit(self._samples, donate_argnums=0, out_shardings=out)
+        self._add_batch = jax.jit(self._batch, donate_argnums=0, out_shardings=out)
 
     def _batch(self, total, scoped, rest, batch):
         """Add |gradient of the batch's summed NLL|."""
@@ -101,17 +101,16 @@ class SensitivityMeter:
 
     def _samples(self, total, scoped, rest, batch):
         """Add the sum over the batch's samples of |gradient of a sample's NLL|."""
-        within = self._sharder.with_rules(
-            batch=()
-        )  # the batch axis of the mesh is that of the samples
+        # The batch axis of the mesh is that of the samples.
+        within = self._sharder.with_rules(batch=())
         magnitudes = _Magnitudes(self._sharder)
         decoder = self._decoder.clone(sharder=within, tap=magnitudes, attention="xla")
 
         def objective(scoped, sample):
-            tapped = {
-                row.path: scoped[row.path] if row.stacked else magnitudes(scoped[row.path], row)
-                for row in self._rows
-            }
+            tapped = {}
+            for row in self._rows:  # the decoder taps those of the blocks
+                weight = scoped[row.path]
+                tapped[row.path] = weight if row.stacked else magnitudes(weight, row)
             batch = {name: x[None] for name, x in sample.items()}
             logprobs_1A = answer_logprobs(decoder, nest({**rest, **tapped}), batch, self._chunk)
             return sequence_nll(logprobs_1A, batch["weights"], self._loss)[0]
@@ -155,11 +154,9 @@ class SensitivityMeter:
         """
         scoped = {row.path: params[row.path] for row in self._rows}
         rest = {path: x for path, x in params.items() if path not in scoped}
-        add, size = (
-            (self._add_samples, self._sharder.batch_ways)
-            if batch_size == 1
-            else (self._add_batch, batch_size)
-        )
+        add, size = self._add_batch, batch_size
+        if batch_size == 1:
+            add, size = self._add_samples, self._sharder.batch_ways
         total, losses = self._zeros(), []
         if len(shapes) > 1:
             examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
@@ -171,16 +168,15 @@ class SensitivityMeter:
                 total, nll = add(total, scoped, rest, batch)
                 losses.append(nll)
                 if len(losses) > 1:
-                    jax.block_until_ready(
-                        losses[-2]
-                    )  # one batch stays in flight; the bar shows finished ones
+                    # One batch stays in flight; the bar shows finished ones.
+                    jax.block_until_ready(losses[-2])
                 bar.update(len(chosen))
-        bad = [i * size for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
+        bad = [i for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
         if bad:
             raise ValueError(
                 f"{title}: the NLL is not finite in {len(bad)} of {len(losses)} batches (first: "
-                "from sample "
-                f"{bad[0]}); the derived model is broken. Lower derive.*_learning_rate."
+                f"from sample {bad[0] * size}); the derived model is broken. Lower "
+                "derive.*_learning_rate."
             )
         return total
 
@@ -190,14 +186,15 @@ def _full_batch(
 ) -> dict[str, np.ndarray]:
     """Lay examples out in so many rows; rows beyond them repeat the last one with no answer token,
     so with gradient 0."""
-    batch = training_batch([*examples, *[examples[-1]] * (size - len(examples))], *shape)
+    padding = [examples[-1]] * (size - len(examples))
+    batch = training_batch([*examples, *padding], *shape)
     batch["weights"][len(examples) :] = 0
     return batch
 
 
 def witness_row(rows: Sequence[Param]) -> Param:
-    """Return the weight on which the score modes are compared: the last linear one of the blocks
-    (all layers)."""
+    """Return the weight on which the values of score.mode are compared: the last linear one of the
+    blocks (in all layers)."""
     return next(row for row in reversed(rows) if row.kind == "linear")  # every scope holds some
 
 
@@ -215,17 +212,15 @@ def mode_agreement(
 
     Args:
       backbone, derived: one weight, [L, out, in].
-      sensitivities: of the same shape, by the two modes.
+      sensitivities: of the same shape, by the two values of score.mode.
       k: size of each matrix's top set.
-      kind: see `importance`.
+      kind: see `importance_of`.
     """
 
-    def one_layer(layer):
-        backbone, derived, sensitivities = layer
-        a, b = (
-            top_mask(importance(derived - backbone.astype(jnp.float32), derived, s, kind), k)
-            for s in sensitivities
-        )
+    def one_matrix(xs):
+        backbone, derived, sensitivities = xs
+        patch = derived - backbone.astype(jnp.float32)
+        a, b = (top_mask(importance_of(patch, derived, s, kind), k) for s in sensitivities)
         return jnp.sum(a & b, dtype=jnp.int32), jnp.sum(a | b, dtype=jnp.int32)
 
-    return jax.lax.map(one_layer, (backbone, derived, sensitivities))
+    return jax.lax.map(one_matrix, (backbone, derived, sensitivities))

@@ -9,8 +9,9 @@ from safepatch_jax.data.chat import Chat, lengths, training_batch
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import nest, param_table, unnest
-from safepatch_jax.patching.importance import SensitivityMeter, mode_agreement
-from safepatch_jax.patching.selection import combine_sets, top_mask
+from safepatch_jax.patching.methods import combine_sets
+from safepatch_jax.patching.selection import top_mask
+from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement
 from tests.conftest import sharder_of
 from tests.patching import oracle
 
