@@ -150,7 +150,10 @@ def test_logits(reference, model, batch):
     finally:
         reference.float()  # exact: the weights came from float32
     ours = np.asarray(ours)[valid_BT]
-    distance = lambda x, y: np.max(np.abs(x.astype(np.float64) - y))
+
+    def distance(x, y):
+        return np.max(np.abs(x.astype(np.float64) - y))
+
     assert np.max(np.abs(torch64)) > 20
     assert distance(ours, torch32) <= 3e-4
     assert distance(ours, torch64) <= 3 * distance(torch32, torch64)
@@ -274,9 +277,9 @@ def write_tiny(
     head_dim=64,
     tied=False,
     change=lambda name, x: x,
-    meta={},
+    meta=None,
     drop=(),
-    extra={},
+    extra=None,
     tokens=True,
 ):
     """Write a tiny GGUF file as llama.cpp's converter does; return what a reader must find, by
@@ -309,7 +312,7 @@ def write_tiny(
         fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if family == "mistral":
         fields["attention.sliding_window"] = 128
-    for key, value in (fields | meta).items():
+    for key, value in (fields | (meta or {})).items():
         if key not in drop and value is not None:
             add = {
                 int: writer.add_uint32,
@@ -349,7 +352,7 @@ def write_tiny(
             stored = change(name, stored)
             raw = gguf.GGMLQuantizationType[stored_kind] if stored.dtype == np.uint8 else None
             writer.add_tensor(name, stored, raw_dtype=raw)
-    for name, x in extra.items():
+    for name, x in (extra or {}).items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -824,7 +827,7 @@ def trained() -> dict:
     }
 
 
-def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
+def write_tokenizer_file(path, arch, model, pre=None, more=None, **arrays):
     """Write a GGUF file of metadata alone."""
     gguf = pytest.importorskip(
         "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
@@ -837,7 +840,8 @@ def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
         writer.add_array(f"tokenizer.ggml.{key}", values)
     tokens = arrays["tokens"]
     names = (("bos", "<s>"), ("eos", "</s>"), ("unknown", "<unk>"))
-    values = {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens} | more
+    values = {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens}
+    values |= more or {}
     for key, value in values.items():
         add = {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)]
         add(f"tokenizer.ggml.{key}", value)
@@ -943,26 +947,26 @@ def test_a_chat_template_is_not_needed_here(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model="bert"), r"tokenizer is 'bert' \(unknown\) with pre-tokenizer 'qwen2'"),
+        ({"model": "bert"}, r"tokenizer is 'bert' \(unknown\) with pre-tokenizer 'qwen2'"),
         (
-            dict(model="llama", pre="default"),
+            {"model": "llama", "pre": "default"},
             r"tokenizer is 'llama' \(SentencePiece\) with .*Expected: 'gpt2' \(byte-level BPE\)",
         ),
-        (dict(pre="tekken"), "'tekken'. Expected: .*with smollm, llama-bpe, qwen2"),
-        (dict(pre=None), "pre-tokenizer None"),
-        (dict(merges=["a b c", "x"]), "merges are not of two tokens into a third, as 'a b c'"),
-        (dict(merges=["nothing here"]), "1 merges are not of two tokens"),
-        (dict(merges=[1, 2]), "merges is no list of strings"),
-        (dict(token_type=[1]), "token_type is not one number for each token"),
-        (dict(tokens=[1, 2]), "tokens is no list of strings"),
-        (dict(more={"bos_token_id": 10_000}), "bos_token_id = 10000 is no place in the vocabulary"),
-        (dict(more={"eos_token_id": "x"}), "eos_token_id = 'x' is no place"),
-        (dict(more={"add_bos_token": 3}), "add_bos_token = 3 is neither true nor false"),
-        (dict(double=True), "the token '!' is in the vocabulary twice"),
+        ({"pre": "tekken"}, "'tekken'. Expected: .*with smollm, llama-bpe, qwen2"),
+        ({"pre": None}, "pre-tokenizer None"),
+        ({"merges": ["a b c", "x"]}, "merges are not of two tokens into a third, as 'a b c'"),
+        ({"merges": ["nothing here"]}, "1 merges are not of two tokens"),
+        ({"merges": [1, 2]}, "merges is no list of strings"),
+        ({"token_type": [1]}, "token_type is not one number for each token"),
+        ({"tokens": [1, 2]}, "tokens is no list of strings"),
+        ({"more": {"bos_token_id": 10_000}}, "bos_token_id = 10000 is no place in the vocabulary"),
+        ({"more": {"eos_token_id": "x"}}, "eos_token_id = 'x' is no place"),
+        ({"more": {"add_bos_token": 3}}, "add_bos_token = 3 is neither true nor false"),
+        ({"double": True}, "the token '!' is in the vocabulary twice"),
     ],
 )
 def test_tokenizers_that_cannot_be_built_name_the_flag(tmp_path, change, message):
-    settings = dict(arch="qwen2", model="gpt2", pre="qwen2") | trained() | change
+    settings = {"arch": "qwen2", "model": "gpt2", "pre": "qwen2"} | trained() | change
     if settings.pop("double", False):
         settings["tokens"][5] = settings["tokens"][0]
     if settings["tokens"] == [1, 2]:

@@ -36,21 +36,21 @@ V5 = BOTH | {
     "dtype": "bfloat16",
     "pad_token_id": None,
 }
-READ = dict(
-    vocab_size=264,
-    embed_dim=32,
-    mlp_dim=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e5,
-    norm_eps=1e-5,
-    max_length=512,
-    dtype="bfloat16",
-    eos_ids=(2,),
-    tied_head=False,
-)
+READ = {
+    "vocab_size": 264,
+    "embed_dim": 32,
+    "mlp_dim": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 1e5,
+    "norm_eps": 1e-5,
+    "max_length": 512,
+    "dtype": "bfloat16",
+    "eos_ids": (2,),
+    "tied_head": False,
+}
 
 LLAMA = {
     "model_type": "llama",
@@ -233,23 +233,23 @@ def meaning(hf):
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     eos = hf.eos_token_id
-    return dict(
-        family=hf.model_type,
-        vocab_size=hf.vocab_size,
-        embed_dim=hf.hidden_size,
-        mlp_dim=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        rope_theta=rope["rope_theta"],
-        norm_eps=hf.rms_norm_eps,
-        tied_head=hf.tie_word_embeddings,
-        max_length=hf.max_position_embeddings,
-        eos_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        rope_scaling=scaling and RopeScaling(*scaling),
-        windows=windows if any(windows) else (),
-    )
+    return {
+        "family": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "embed_dim": hf.hidden_size,
+        "mlp_dim": hf.intermediate_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "rope_theta": rope["rope_theta"],
+        "norm_eps": hf.rms_norm_eps,
+        "tied_head": hf.tie_word_embeddings,
+        "max_length": hf.max_position_embeddings,
+        "eos_ids": tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        "rope_scaling": scaling and RopeScaling(*scaling),
+        "windows": windows if any(windows) else (),
+    }
 
 
 def assert_means(config, hf):
