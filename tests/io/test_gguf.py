@@ -171,7 +171,7 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
     )[:, tokens.shape[1] :]
     ours = np.asarray(decode(*model, tokens, valid, jnp.array(model[0].config.eos_ids), max_new=16))
     chat = Chat(folder, 49152)
-    texts = [chat.decode([t for t in row.tolist() if t >= 0]) for row in ours]
+    texts = [chat.decode(row[row >= 0].tolist()) for row in ours]
     assert texts == [chat.decode(row.tolist()) for row in theirs]
     assert "Paris" in texts[1]
 
@@ -269,6 +269,35 @@ def write_tokens(writer, kind="gpt2", pre="smollm"):
     writer.add_chat_template("{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}")
 
 
+def write_fields(writer, arch, fields):
+    """Write metadata; the keys are those of the architecture, or of the tokenizer."""
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+        bool: writer.add_bool,
+    }
+    for key, value in fields.items():
+        add[type(value)](key if key.startswith("tokenizer") else f"{arch}.{key}", value)
+
+
+def stored_and_read(rng, shape, kind):
+    """Return a random tensor as a file of a type holds it, and as it is read."""
+    import gguf
+
+    x = (rng.standard_normal(shape) * 0.05).astype(np.float32)
+    if kind in DTYPES:
+        x = x.astype(DTYPES[kind])
+        return (x.view(np.uint8) if kind == "BF16" else x), x
+    quantisation = gguf.GGMLQuantizationType[kind]
+    if kind.endswith("K"):
+        stored = random_blocks(rng, shape, kind)
+    else:
+        stored = gguf.quants.quantize(x, quantisation)
+    return stored, gguf.quants.dequantize(stored, quantisation)
+
+
 def write_tiny(
     path,
     family="llama",
@@ -312,42 +341,20 @@ def write_tiny(
         fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if family == "mistral":
         fields["attention.sliding_window"] = 128
-    for key, value in (fields | (meta or {})).items():
-        if key not in drop and value is not None:
-            add = {
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-                bool: writer.add_bool,
-            }[type(value)]
-            add(key if key.startswith("tokenizer") else f"{arch}.{key}", value)
+    write_fields(writer, arch, {k: v for k, v in (fields | (meta or {})).items() if k not in drop})
     if tokens:
         write_tokens(writer)
     expected = {}
     for name, (hf, shape) in hf_shapes(family, head_dim, tied).items():
-        x = (rng.standard_normal(shape) * 0.05).astype(np.float32)
         stored_kind = "F32"
         if len(shape) > 1:
             stored_kind = kind if isinstance(kind, str) else kind(name)
-        if stored_kind in DTYPES:
-            want = x.astype(DTYPES[stored_kind])
-            stored = want.view(np.uint8) if stored_kind == "BF16" else want
-        else:
-            quantisation = gguf.GGMLQuantizationType[stored_kind]
-            if stored_kind.endswith("K"):
-                stored = random_blocks(rng, shape, stored_kind)
-            else:
-                stored = gguf.quants.quantize(x, quantisation)
-            want = gguf.quants.dequantize(stored, quantisation)
-        if arch == "llama" and name.endswith(
-            ("attn_q.weight", "attn_k.weight")
-        ):  # rows as llama.cpp wants them
-            heads = N if "attn_q" in name else K
-            stored = (
-                stored.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(stored.shape)
-            )
-        expected[hf] = want
+        stored, expected[hf] = stored_and_read(rng, shape, stored_kind)
+        part = name.rpartition("blk.")[2].partition(".")[2]
+        heads = {"attn_q.weight": N, "attn_k.weight": K}.get(part)
+        if arch == "llama" and heads:  # rows as llama.cpp wants them
+            split = stored.reshape(heads, 2, head_dim // 2, -1)
+            stored = split.swapaxes(1, 2).reshape(stored.shape)
         if name not in drop:
             stored = change(name, stored)
             raw = gguf.GGMLQuantizationType[stored_kind] if stored.dtype == np.uint8 else None
