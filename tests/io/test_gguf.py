@@ -150,7 +150,10 @@ def test_logits(reference, model, batch):
     finally:
         reference.float()  # exact: the weights came from float32
     ours = np.asarray(ours)[valid_BT]
-    distance = lambda x, y: np.max(np.abs(x.astype(np.float64) - y))
+
+    def distance(x, y):
+        return np.max(np.abs(x.astype(np.float64) - y))
+
     assert np.max(np.abs(torch64)) > 20
     assert distance(ours, torch32) <= 3e-4
     assert distance(ours, torch64) <= 3 * distance(torch32, torch64)
@@ -168,7 +171,7 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
     )[:, tokens.shape[1] :]
     ours = np.asarray(decode(*model, tokens, valid, jnp.array(model[0].config.eos_ids), max_new=16))
     chat = Chat(folder, 49152)
-    texts = [chat.decode([t for t in row.tolist() if t >= 0]) for row in ours]
+    texts = [chat.decode(row[row >= 0].tolist()) for row in ours]
     assert texts == [chat.decode(row.tolist()) for row in theirs]
     assert "Paris" in texts[1]
 
@@ -266,6 +269,35 @@ def write_tokens(writer, kind="gpt2", pre="smollm"):
     writer.add_chat_template("{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}")
 
 
+def write_fields(writer, arch, fields):
+    """Write metadata; the keys are those of the architecture, or of the tokenizer."""
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+        bool: writer.add_bool,
+    }
+    for key, value in fields.items():
+        add[type(value)](key if key.startswith("tokenizer") else f"{arch}.{key}", value)
+
+
+def stored_and_read(rng, shape, kind):
+    """Return a random tensor as a file of a type holds it, and as it is read."""
+    import gguf
+
+    x = (rng.standard_normal(shape) * 0.05).astype(np.float32)
+    if kind in DTYPES:
+        x = x.astype(DTYPES[kind])
+        return (x.view(np.uint8) if kind == "BF16" else x), x
+    quantisation = gguf.GGMLQuantizationType[kind]
+    if kind.endswith("K"):
+        stored = random_blocks(rng, shape, kind)
+    else:
+        stored = gguf.quants.quantize(x, quantisation)
+    return stored, gguf.quants.dequantize(stored, quantisation)
+
+
 def write_tiny(
     path,
     family="llama",
@@ -274,9 +306,9 @@ def write_tiny(
     head_dim=64,
     tied=False,
     change=lambda name, x: x,
-    meta={},
+    meta=None,
     drop=(),
-    extra={},
+    extra=None,
     tokens=True,
 ):
     """Write a tiny GGUF file as llama.cpp's converter does; return what a reader must find, by
@@ -309,47 +341,25 @@ def write_tiny(
         fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if family == "mistral":
         fields["attention.sliding_window"] = 128
-    for key, value in (fields | meta).items():
-        if key not in drop and value is not None:
-            add = {
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-                bool: writer.add_bool,
-            }[type(value)]
-            add(key if key.startswith("tokenizer") else f"{arch}.{key}", value)
+    write_fields(writer, arch, {k: v for k, v in (fields | (meta or {})).items() if k not in drop})
     if tokens:
         write_tokens(writer)
     expected = {}
     for name, (hf, shape) in hf_shapes(family, head_dim, tied).items():
-        x = (rng.standard_normal(shape) * 0.05).astype(np.float32)
         stored_kind = "F32"
         if len(shape) > 1:
             stored_kind = kind if isinstance(kind, str) else kind(name)
-        if stored_kind in DTYPES:
-            want = x.astype(DTYPES[stored_kind])
-            stored = want.view(np.uint8) if stored_kind == "BF16" else want
-        else:
-            quantisation = gguf.GGMLQuantizationType[stored_kind]
-            if stored_kind.endswith("K"):
-                stored = random_blocks(rng, shape, stored_kind)
-            else:
-                stored = gguf.quants.quantize(x, quantisation)
-            want = gguf.quants.dequantize(stored, quantisation)
-        if arch == "llama" and name.endswith(
-            ("attn_q.weight", "attn_k.weight")
-        ):  # rows as llama.cpp wants them
-            heads = N if "attn_q" in name else K
-            stored = (
-                stored.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(stored.shape)
-            )
-        expected[hf] = want
+        stored, expected[hf] = stored_and_read(rng, shape, stored_kind)
+        part = name.rpartition("blk.")[2].partition(".")[2]
+        heads = {"attn_q.weight": N, "attn_k.weight": K}.get(part)
+        if arch == "llama" and heads:  # rows as llama.cpp wants them
+            split = stored.reshape(heads, 2, head_dim // 2, -1)
+            stored = split.swapaxes(1, 2).reshape(stored.shape)
         if name not in drop:
             stored = change(name, stored)
             raw = gguf.GGMLQuantizationType[stored_kind] if stored.dtype == np.uint8 else None
             writer.add_tensor(name, stored, raw_dtype=raw)
-    for name, x in extra.items():
+    for name, x in (extra or {}).items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -824,7 +834,7 @@ def trained() -> dict:
     }
 
 
-def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
+def write_tokenizer_file(path, arch, model, pre=None, more=None, **arrays):
     """Write a GGUF file of metadata alone."""
     gguf = pytest.importorskip(
         "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
@@ -837,7 +847,8 @@ def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
         writer.add_array(f"tokenizer.ggml.{key}", values)
     tokens = arrays["tokens"]
     names = (("bos", "<s>"), ("eos", "</s>"), ("unknown", "<unk>"))
-    values = {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens} | more
+    values = {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens}
+    values |= more or {}
     for key, value in values.items():
         add = {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)]
         add(f"tokenizer.ggml.{key}", value)
@@ -943,26 +954,26 @@ def test_a_chat_template_is_not_needed_here(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model="bert"), r"tokenizer is 'bert' \(unknown\) with pre-tokenizer 'qwen2'"),
+        ({"model": "bert"}, r"tokenizer is 'bert' \(unknown\) with pre-tokenizer 'qwen2'"),
         (
-            dict(model="llama", pre="default"),
+            {"model": "llama", "pre": "default"},
             r"tokenizer is 'llama' \(SentencePiece\) with .*Expected: 'gpt2' \(byte-level BPE\)",
         ),
-        (dict(pre="tekken"), "'tekken'. Expected: .*with smollm, llama-bpe, qwen2"),
-        (dict(pre=None), "pre-tokenizer None"),
-        (dict(merges=["a b c", "x"]), "merges are not of two tokens into a third, as 'a b c'"),
-        (dict(merges=["nothing here"]), "1 merges are not of two tokens"),
-        (dict(merges=[1, 2]), "merges is no list of strings"),
-        (dict(token_type=[1]), "token_type is not one number for each token"),
-        (dict(tokens=[1, 2]), "tokens is no list of strings"),
-        (dict(more={"bos_token_id": 10_000}), "bos_token_id = 10000 is no place in the vocabulary"),
-        (dict(more={"eos_token_id": "x"}), "eos_token_id = 'x' is no place"),
-        (dict(more={"add_bos_token": 3}), "add_bos_token = 3 is neither true nor false"),
-        (dict(double=True), "the token '!' is in the vocabulary twice"),
+        ({"pre": "tekken"}, "'tekken'. Expected: .*with smollm, llama-bpe, qwen2"),
+        ({"pre": None}, "pre-tokenizer None"),
+        ({"merges": ["a b c", "x"]}, "merges are not of two tokens into a third, as 'a b c'"),
+        ({"merges": ["nothing here"]}, "1 merges are not of two tokens"),
+        ({"merges": [1, 2]}, "merges is no list of strings"),
+        ({"token_type": [1]}, "token_type is not one number for each token"),
+        ({"tokens": [1, 2]}, "tokens is no list of strings"),
+        ({"more": {"bos_token_id": 10_000}}, "bos_token_id = 10000 is no place in the vocabulary"),
+        ({"more": {"eos_token_id": "x"}}, "eos_token_id = 'x' is no place"),
+        ({"more": {"add_bos_token": 3}}, "add_bos_token = 3 is neither true nor false"),
+        ({"double": True}, "the token '!' is in the vocabulary twice"),
     ],
 )
 def test_tokenizers_that_cannot_be_built_name_the_flag(tmp_path, change, message):
-    settings = dict(arch="qwen2", model="gpt2", pre="qwen2") | trained() | change
+    settings = {"arch": "qwen2", "model": "gpt2", "pre": "qwen2"} | trained() | change
     if settings.pop("double", False):
         settings["tokens"][5] = settings["tokens"][0]
     if settings["tokens"] == [1, 2]:
