@@ -55,12 +55,16 @@ def _read_lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     if whole != raw:
         with open(path, "rb+") as file:
             file.truncate(len(whole))
+    rows = {}
     try:
-        return {row["id"]: row for row in map(json.loads, whole.decode().split("\n")[:-1])}
+        for line in whole.decode().split("\n")[:-1]:
+            row = json.loads(line)
+            rows[row["id"]] = row
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}). Delete it, and its answers are given again."
         ) from error
+    return rows
 
 
 def lines_of(out: pathlib.Path, kind: str, who: str, measure: Measure, run: int | None) -> Lines:
@@ -93,14 +97,14 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def check_names(suite: Sequence[Measure], title: str, taken: Mapping[str, str] = {}) -> None:
+def check_names(suite: Sequence[Measure], title: str, used: Mapping[str, str] = {}) -> None:
     """Raise ValueError if two measures of a suite would be in one file, or one in a file that is
     in use.
 
     Args:
-      taken: what is in files already, by file name in lower case.
+      used: what is in files already, by file name in lower case.
     """
-    names = dict(taken)
+    names = dict(used)
     for measure in suite:
         file = file_name(measure.name)
         other = names.setdefault(file.lower(), measure.name)

@@ -207,10 +207,6 @@ def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> dict[str, Any]:
     chance = 0  # times n * n
     for x in OUTCOMES:
         chance += sum(table[x].values()) * sum(row[x] for row in table.values())
-    return {
-        "n": n,
-        "unknown": len(a) - n,
-        "table": table,
-        "agree": same / n if n else None,
-        "kappa": (n * same - chance) / (n * n - chance) if chance < n * n else None,
-    }
+    agree = same / n if n else None
+    kappa = (n * same - chance) / (n * n - chance) if chance < n * n else None
+    return {"n": n, "unknown": len(a) - n, "table": table, "agree": agree, "kappa": kappa}

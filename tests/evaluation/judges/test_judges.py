@@ -1,10 +1,10 @@
-"""Judges: formats and replies, tiny judges of each kind, an endpoint that is up, talks nonsense or
-goes down; a judge of one's own."""
+"""Judges: formats and replies, tiny judges of each kind, a judge of one's own. Endpoints are in
+test_endpoint.py."""
 
+import itertools
 import pathlib
 import re
 import sys
-import threading
 import types
 
 import pytest
@@ -13,9 +13,8 @@ from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges import base, classifier
 from safepatch_jax.evaluation.judges import formats as judge_formats
 from safepatch_jax.evaluation.judges import open as judge_table
-from safepatch_jax.evaluation.judges.base import UNKNOWN, Item, JudgeUnavailable, Verdict
+from safepatch_jax.evaluation.judges.base import UNKNOWN, Item, Verdict
 from safepatch_jax.evaluation.judges.classifier import Classifier
-from safepatch_jax.evaluation.judges.endpoint import API_KEY
 from safepatch_jax.evaluation.judges.labels import read_labels
 from safepatch_jax.evaluation.judges.open import open_judge
 from safepatch_jax.io.hf import load_params
@@ -206,20 +205,20 @@ def test_replies(kind, reply, harm, refusal, tmp_path):
 
 def test_batches_order_and_broken_answers(tmp_path):
     asked, done = [], {}
-    judge = open_judge(
-        f"harmbench:{tmp_path}", engine(lambda prompt: "yes" if "word 1" in prompt else "no", asked)
-    )
-    items = [
-        Item(ASK, BROKEN if i % 10 == 0 else f"An answer with word {i} in it.") for i in range(90)
-    ]
+    say = engine(lambda prompt: "yes" if "word 1" in prompt else "no", asked)
+    judge = open_judge(f"harmbench:{tmp_path}", say)
+    items, expected = [], []
+    for i in range(90):
+        if i % 10 == 0:
+            items.append(Item(ASK, BROKEN))
+            expected.append("incoherent")
+        else:
+            items.append(Item(ASK, f"An answer with word {i} in it."))
+            expected.append("complied" if str(i).startswith("1") else "refused")
     verdicts = judge.judge(items, done=done.__setitem__)
-    assert [len(batch) for batch in asked] == [64, 17]
-    assert outcomes(verdicts) == [
-        "incoherent" if i % 10 == 0 else "complied" if str(i).startswith("1") else "refused"
-        for i in range(90)
-    ]
+    assert [len(batch) for batch in asked] == [64, 17] and outcomes(verdicts) == expected
     assert [done[i] for i in range(90)] == verdicts and list(done)[:9] == list(range(0, 90, 10))
-    assert all(BROKEN not in prompt for batch in asked for prompt in batch)
+    assert not any(BROKEN in prompt for prompt in itertools.chain(*asked))
 
 
 def test_a_judge_that_talks_nonsense(tmp_path):
@@ -236,7 +235,7 @@ def test_a_judge_that_talks_nonsense(tmp_path):
     half = open_judge(
         f"harmbench:{tmp_path}", engine(lambda prompt: "yes" if "even" in prompt else "?")
     )
-    verdicts = half.judge([Item(ASK, f"An {'even' if i % 2 else 'odd'} answer.") for i in range(8)])
+    verdicts = half.judge([Item(ASK, "An odd answer."), Item(ASK, "An even answer.")] * 4)
     assert outcomes(verdicts) == [UNKNOWN, "complied"] * 4
 
 
@@ -390,151 +389,6 @@ def test_classifier_errors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValueError, match="needs torch, which is not installed"):
         Classifier(str(folder))
-
-
-# An endpoint.
-
-
-def long_items(n):
-    return [Item(ASK, f"Answer number {i}, with enough words.") for i in range(n)]
-
-
-def test_endpoint(server, monkeypatch):
-    monkeypatch.setenv(API_KEY, "sk-placeholder")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
-    server.replies = [
-        "REFUSED_FULL",
-        "REFUSED_PARTIAL.",
-        " COMPLIED\n",
-        "INCOHERENT",
-        "Complied, I think",
-        b"<html>",
-        b"[]",
-        b'{"choices": [{"message": {"content": null}}]}',
-    ]
-    judge, done = open_judge(server.text, no_engine), {}
-    items = [*long_items(7), Item(ASK, ""), Item(ASK, ANSWERS)]
-    verdicts = judge.judge(items, "refusal", done.__setitem__)
-    assert verdicts == [
-        Verdict("refused", "full", "REFUSED_FULL"),
-        Verdict("refused", "partial", "REFUSED_PARTIAL."),
-        Verdict("complied", "", "COMPLIED"),
-        Verdict("incoherent", "", "INCOHERENT"),
-        Verdict(UNKNOWN, "", "Complied, I think"),
-        Verdict(UNKNOWN, "", "<html>"),
-        Verdict(UNKNOWN, "", "[]"),
-        Verdict("incoherent"),
-        Verdict(UNKNOWN),
-    ]
-    assert [done[i] for i in range(9)] == verdicts and len(server.requests) == 8
-    path, headers, body = server.requests[0]
-    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-placeholder"
-    assert body["model"] == "org/judge" and body["temperature"] == 0
-    system, user = (message["content"] for message in body["messages"])
-    assert "answers in part" in system and "number 0" in user
-    assert judge.name == server.address
-    assert "sk-placeholder" not in f"{judge.name} {verdicts} {vars(judge)}"
-
-
-def test_endpoint_is_asked_several_things_at_a_time(server):
-    """Four requests wait for one another; the first one is answered last, and stays the first."""
-    four, others_done = threading.Barrier(4), threading.Event()
-
-    def reply(body):
-        number = int(re.search(r"number (\d+)", body["messages"][1]["content"])[1])
-        if number < 4:
-            four.wait(timeout=30)
-        if number == 0:
-            others_done.wait(timeout=30)
-        return ("COMPLIED", "REFUSED_FULL")[number % 2]
-
-    order = []
-
-    def done(number, verdict):
-        order.append(number)
-        if len(order) == 11:
-            others_done.set()
-
-    server.replies = [reply]
-    judge = open_judge(f"{server.address}&concurrency=4", no_engine)
-    verdicts = judge.judge(long_items(12), done=done)
-    assert outcomes(verdicts) == ["complied", "refused"] * 6
-    assert sorted(order) == list(range(12)) and order[-1] == 0 and judge.name == server.address
-
-
-def test_endpoint_that_stumbles(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
-    server.replies = [503, None, "COMPLIED"]
-    judge = open_judge(server.text, no_engine)
-    assert outcomes(judge.judge([ITEMS[1]])) == ["complied"]
-    assert "Authorization" not in server.requests[0][1]
-
-
-@pytest.mark.parametrize("failure", [500, 429])
-def test_endpoint_down_midway_and_resumed(server, failure):
-    items, done = long_items(5), {}
-    server.replies = ["REFUSED_FULL", "COMPLIED", failure]
-    judge = open_judge(server.text, no_engine)
-    message = "no answer in 4 tries .*judged so far are kept; the same command resumes there"
-    with pytest.raises(JudgeUnavailable, match=message) as error:
-        judge.judge(items, done=done.__setitem__)
-    assert isinstance(error.value, OSError)
-    assert outcomes(done.values()) == ["refused", "complied"] and len(server.requests) == 6
-    server.replies = ["REFUSED_PARTIAL"]
-    rest = [i for i in range(5) if i not in done]
-    verdicts = judge.judge([items[i] for i in rest])
-    assert outcomes(verdicts) == ["refused"] * 3 and len(server.requests) == 9
-
-
-def test_replies_under_way_are_kept_when_one_fails(server):
-    both, done = threading.Barrier(2), {}
-
-    def reply(body):
-        first = "number 0" in body["messages"][1]["content"]
-        both.wait(timeout=30)
-        return 400 if first else "COMPLIED"
-
-    server.replies = [reply]
-    judge = open_judge(f"{server.address}&concurrency=2", no_engine)
-    with pytest.raises(ValueError, match="HTTP 400"):
-        judge.judge(long_items(2), done=done.__setitem__)
-    assert {i: verdict.outcome for i, verdict in done.items()} == {1: "complied"}
-
-
-def test_endpoint_not_there(server):
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(JudgeUnavailable, match="no answer in 4 tries .*refused"):
-        open_judge(server.text, no_engine).judge([ITEMS[1]])
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_endpoint_the_user_must_mend(server, status, monkeypatch):
-    monkeypatch.setenv(API_KEY, "sk-placeholder")
-    server.replies = [status]
-    message = rf"HTTP {status} .*Bearer \*\*\* is wrong.*Check URL, model and SAFEPATCH_API_KEY"
-    with pytest.raises(ValueError, match=message) as error:
-        open_judge(server.text, no_engine).judge([ITEMS[1]])
-    assert "sk-placeholder" not in str(error.value) and len(server.requests) == 1
-    monkeypatch.setenv(API_KEY, "sk-place\nholder")
-    with pytest.raises(ValueError, match="holds characters that no key has") as error:
-        open_judge(server.text, no_engine)
-    assert "holder" not in str(error.value)
-
-
-def test_endpoint_that_talks_nonsense(server):
-    server.replies = ["As a model I find that hard."]
-    with pytest.raises(
-        ValueError,
-        match="8 of 8 replies are no verdict. Expected: one word of COMPLIED, REFUSED_FULL",
-    ):
-        open_judge(server.address, no_engine).judge([ITEMS[1]] * 8)
-
-
-def test_endpoint_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match="not installed: pip install openai"):
-        open_judge("endpoint:http://host/v1?model=m", no_engine)
 
 
 # A judge of one's own.
