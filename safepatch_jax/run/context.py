@@ -41,7 +41,7 @@ from safepatch_jax.training.step import (
 def keep_programs(cache_dir: pathlib.Path) -> None:
     """Keep compiled programs on disk, in the cache of runs.
 
-    It is JAX's setting for the whole process, so a run's entry makes it, never a constructor. The
+    It is JAX's setting for the whole process, so whoever opens a run makes it, not Context. The
     variable JAX_COMPILATION_CACHE_DIR takes precedence.
     """
     if not jax.config.jax_compilation_cache_dir:

@@ -232,14 +232,9 @@ class Job:
         path = self.workdir / SETTINGS
         if not path.is_file():
             return
-        try:
-            settings = files.read_json(path)
-            if not all(isinstance(group, dict) for group in settings.values()):
-                raise ValueError("it holds no settings")
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}). Delete the workdir or use another."
-            ) from error
+        settings = files.read_json(path)
+        if not all(isinstance(group, dict) for group in settings.values()):
+            raise ValueError(f"{path} holds no settings. Delete the workdir or use another.")
         differences = settings_differences(settings, self.settings.to_dict())
         if differences and not self._update:
             raise ValueError(
