@@ -44,7 +44,8 @@ _WEIGHTS = (
     ".onnx",
     ".index.json",
 )
-_ABOUT = (patch_apply.CERTIFICATE, "README.md")  # written about a model, read by nothing
+# Written about a model, read by nothing; "metrics.jsonl" of an alignment holds times.
+_ABOUT = (patch_apply.CERTIFICATE, "README.md", "metrics.jsonl")
 
 # What each kind of line holds: types, patterns of texts, and objects with at least these fields.
 _HASH, _LINE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{64}|")

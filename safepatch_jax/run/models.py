@@ -150,7 +150,7 @@ def apply_patch(
         sensitivities = _stored(run, "score", "sensitivity", abstract)
     backbone = unnest(params)
     overlap = {}
-    if patch is run.settings.patch:
+    if patch is run.settings.patch:  # for the report; other patches are tried many times
         overlap = _mode_overlap(run, backbone, models, abstract, witness_row(rows))
     weights, statistics = apply_patching(
         backbone,
