@@ -133,10 +133,10 @@ class Job:
     def _run_stages(self) -> pathlib.Path:
         self.runner.finish(["import", "certify_import"])
         steps.refuse_mixed_dtypes(self.state)
-        wanted = ["align", "export", "patch_file", "certify_export"]
-        wanted += [f"evaluate_{variant}" for variant in variants(self.settings)]
-        wanted.append("report")
-        self.runner.finish(name for name in wanted if name in self.runner.stages)
+        names = ["align", "export", "patch_file", "certify_export"]
+        names += [f"evaluate_{variant}" for variant in variants(self.settings)]
+        names.append("report")
+        self.runner.finish(name for name in names if name in self.runner.stages)
         processes.on_first(self._publish)
         if not self.settings.run.keep_scratch:
             processes.on_first(self.runner.delete_scratch)

@@ -238,9 +238,9 @@ def _print_failures(failed: Mapping[int, tuple[str, bool]]) -> None:
     by_text: dict[str, list[int]] = {}
     for i, text in causes.items():
         by_text.setdefault(text, []).append(i)
-    for text, whose in by_text.items():
-        plain = len(whose) == _State.count or whose == [0]
-        _print_error("" if plain else f"{who(whose)}: ", text)
+    for text, indices in by_text.items():
+        plain = len(indices) == _State.count or indices == [0]
+        _print_error("" if plain else f"{who(indices)}: ", text)
 
 
 def _print_error(whose: str, text: str) -> None:
