@@ -25,7 +25,7 @@ class Lines:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self.rows: dict[str, dict[str, Any]] = processes.on_first(lambda: _read_lines(path))
+        self.rows: dict[str, dict[str, Any]] = processes.on_first(_read_lines, path)
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows[row["id"]] = dict(row)

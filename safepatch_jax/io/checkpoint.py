@@ -158,7 +158,7 @@ def save_checkpoint(
     """
     with processes.new_folder(folder) as out:
         save_tree(out / PARAMS, params)
-        processes.on_first(lambda: _describe(out, source, stored))
+        processes.on_first(_describe, out, source, stored)
 
 
 def _describe(out: pathlib.Path, source: str | pathlib.Path, stored: Mapping[str, str]) -> None:

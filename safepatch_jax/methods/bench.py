@@ -26,11 +26,11 @@ from safepatch_jax.training.step import Recipe, ignore
 
 
 class NotMade(ValueError):
-    """A method cannot be made from this backbone and data; others can."""
+    """A method has no product from this backbone and data; others have."""
 
 
-class Made(NamedTuple):
-    """What a method has made: weights, or a way of decoding, or nothing (the backbone itself).
+class Product(NamedTuple):
+    """What a method makes: weights, or a way of decoding, or nothing (the backbone itself).
 
     Attributes:
       params: nested parameters of the new model, any float dtype; None for the backbone's.
@@ -63,7 +63,7 @@ class Method:
     name: str
     label: str
     group: str
-    make: Callable[[Bench], Made]
+    make: Callable[[Bench], Product]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: tuple[str, ...] = ()
     seeded: bool = True

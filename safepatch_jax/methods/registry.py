@@ -5,32 +5,26 @@ from __future__ import annotations
 import difflib
 
 from safepatch_jax.methods import decoding, mismatch, patching, preference
-from safepatch_jax.methods.bench import Made, Method
+from safepatch_jax.methods.bench import Method, Product
 from safepatch_jax.patching.methods import MERGE_METHODS, MergeMethod
 
-# Settings that a user may give for one method alone: those that have a part in it and are not what
-# it is.
-TRAINING = tuple(
-    f"derive.{name}"
-    for name in (
-        "batch_size",
-        "se_steps",
-        "se_learning_rate",
-        "se_nll_ceiling",
-        "weight_decay",
-        "clip_norm",
-    )
+# Settings that a user may give for one method alone: those that have a part in it and do not define
+# it.
+TRAINING = (
+    "derive.batch_size",
+    "derive.se_steps",
+    "derive.se_learning_rate",
+    "derive.se_nll_ceiling",
+    "derive.weight_decay",
+    "derive.clip_norm",
 )
-_EXPERT = tuple(
-    f"derive.{name}"
-    for name in (
-        "batch_size",
-        "osm_steps",
-        "osm_learning_rate",
-        "loss",
-        "weight_decay",
-        "clip_norm",
-    )
+_EXPERT = (
+    "derive.batch_size",
+    "derive.osm_steps",
+    "derive.osm_learning_rate",
+    "derive.loss",
+    "derive.weight_decay",
+    "derive.clip_norm",
 )
 
 
@@ -61,7 +55,7 @@ METHODS = {
             "backbone",
             "backbone",
             "backbone",
-            lambda bench: Made(),
+            lambda bench: Product(),
             seeded=False,
             ablation="backbone",
         ),
@@ -112,15 +106,20 @@ def parse_methods(text: str) -> tuple[str, ...]:
       ValueError: an unknown name (with the nearest match).
     """
     chosen = list(FIRST)
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        found = [m.name for m in METHODS.values() if name in ("all", m.name, m.group)]
-        if not found:
-            groups = list(dict.fromkeys(m.group for m in METHODS.values()))
-            close = difflib.get_close_matches(name, [*METHODS, *groups], n=1)
-            raise ValueError(
-                f"--methods: there is no '{name}'"
-                + (f" (did you mean '{close[0]}'?)" if close else "")
-                + f". There are {', '.join(METHODS)}; all; or a group: {', '.join(groups)}."
-            )
-        chosen += found
+    for part in text.split(","):
+        name = part.strip()
+        names = [m.name for m in METHODS.values() if name in ("all", m.name, m.group)]
+        if name and not names:
+            raise ValueError(_unknown(name))
+        chosen += names
     return tuple(dict.fromkeys(chosen))
+
+
+def _unknown(name: str) -> str:
+    groups = list(dict.fromkeys(method.group for method in METHODS.values()))
+    close = difflib.get_close_matches(name, [*METHODS, *groups], n=1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return (
+        f"--methods: there is no '{name}'{hint}. There are {', '.join(METHODS)}; all; or a group: "
+        f"{', '.join(groups)}."
+    )

@@ -44,7 +44,8 @@ _WEIGHTS = (
     ".onnx",
     ".index.json",
 )
-_ABOUT = (patch_apply.CERTIFICATE, "README.md")  # written about a model, read by nothing
+# Written about a model, read by nothing; "metrics.jsonl" of an alignment holds times.
+_ABOUT = (patch_apply.CERTIFICATE, "README.md", "metrics.jsonl")
 
 # What each kind of line holds: types, patterns of texts, and objects with at least these fields.
 _HASH, _LINE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{64}|")
@@ -110,13 +111,13 @@ class PatchLog:
     @classmethod
     def begin(cls, workdir: pathlib.Path, entry: Mapping[str, Any]) -> PatchLog:
         """Write the first line of a new log."""
-        processes.on_first(lambda: _write(workdir, [], {"entry": "start", **entry}))
+        processes.on_first(_write, workdir, [], {"entry": "start", **entry})
         return cls(workdir)
 
     def append(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Add a line; the log on the disk is the old one or the new one at any moment."""
         self.entries.append(
-            processes.on_first(lambda: _write(self.workdir, self.entries, {"entry": kind, **entry}))
+            processes.on_first(_write, self.workdir, self.entries, {"entry": kind, **entry})
         )
 
     @property

@@ -41,7 +41,7 @@ from safepatch_jax.training.step import (
 def keep_programs(cache_dir: pathlib.Path) -> None:
     """Keep compiled programs on disk, in the cache of runs.
 
-    It is JAX's setting for the whole process, so a run's entry makes it, never a constructor. The
+    It is JAX's setting for the whole process, so whoever opens a run makes it, not Context. The
     variable JAX_COMPILATION_CACHE_DIR takes precedence.
     """
     if not jax.config.jax_compilation_cache_dir:
@@ -246,21 +246,21 @@ def _of_categories(records: Sequence[Record], names: str, source: str) -> list[R
     Raises:
       ValueError: no record is of one of the categories; lists those that are there.
     """
-    wanted = _parts(names, "+")
+    choice = _parts(names, "+")
     counts: collections.Counter[str] = collections.Counter()
-    chosen = []
+    result = []
     for record in records:
         categories = _parts(record.category, ";")
         counts.update(name or "(none)" for name in categories)
-        if categories & wanted:
-            chosen.append(record)
-    if unknown := sorted(wanted - counts.keys()):
+        if categories & choice:
+            result.append(record)
+    if unknown := sorted(choice - counts.keys()):
         missing = ", ".join(map(repr, unknown))
         known = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
         raise ValueError(
             f"{source}: no record is of the category {missing} (data.category). There are {known}."
         )
-    return chosen
+    return result
 
 
 def _parts(text: str, separator: str) -> set[str]:

@@ -133,10 +133,10 @@ class Job:
     def _run_stages(self) -> pathlib.Path:
         self.runner.finish(["import", "certify_import"])
         steps.refuse_mixed_dtypes(self.state)
-        wanted = ["align", "export", "patch_file", "certify_export"]
-        wanted += [f"evaluate_{variant}" for variant in variants(self.settings)]
-        wanted.append("report")
-        self.runner.finish(name for name in wanted if name in self.runner.stages)
+        names = ["align", "export", "patch_file", "certify_export"]
+        names += [f"evaluate_{variant}" for variant in variants(self.settings)]
+        names.append("report")
+        self.runner.finish(name for name in names if name in self.runner.stages)
         processes.on_first(self._publish)
         if not self.settings.run.keep_scratch:
             processes.on_first(self.runner.delete_scratch)
@@ -232,14 +232,9 @@ class Job:
         path = self.workdir / SETTINGS
         if not path.is_file():
             return
-        try:
-            settings = files.read_json(path)
-            if not all(isinstance(group, dict) for group in settings.values()):
-                raise ValueError("it holds no settings")
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}). Delete the workdir or use another."
-            ) from error
+        settings = files.read_json(path)
+        if not all(isinstance(group, dict) for group in settings.values()):
+            raise ValueError(f"{path} holds no settings. Delete the workdir or use another.")
         differences = settings_differences(settings, self.settings.to_dict())
         if differences and not self._update:
             raise ValueError(

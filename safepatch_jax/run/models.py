@@ -32,7 +32,7 @@ Flat = dict[str, jax.Array]  # parameters by path
 MODES = ("per_sample", "batched")
 
 
-class Patched(NamedTuple):
+class PatchResult(NamedTuple):
     """What the patch operation gives.
 
     Attributes:
@@ -121,11 +121,12 @@ def measure(run: Run, flat: Flat, title: str) -> tuple[dict[str, Any], list[dict
       (measures, judged answers), see `evaluation.measures`.
     """
     settings, folder = run.settings.evaluate, run.imported
+    # All roles first: records that cannot be used are refused before anything is generated.
+    encoded = {role: run.context.encoded(folder, role, settings.split) for role in DATA_ROLES}
     engine = run.context.engine(folder, nest(flat))
     parts, answers = {}, []
-    for role in DATA_ROLES:
-        encoded = run.context.encoded(folder, role, settings.split)
-        part, rows = measure_role(engine, role, encoded, settings.max_new_tokens, title)
+    for role, examples in encoded.items():
+        part, rows = measure_role(engine, role, examples, settings.max_new_tokens, title)
         parts[role] = part
         answers += rows
     return combine_roles(parts), answers
@@ -137,7 +138,7 @@ def apply_patch(
     title: str,
     seed: int | None = None,
     sensitivities: Mapping[str, Mapping[str, jax.Array]] | None = None,
-) -> Patched:
+) -> PatchResult:
     """Run the patch operation on a freshly loaded backbone, whose buffers it takes over."""
     config, params = run.context.load(run.backbone)
     rows = param_table(config).scope(patch.scope)
@@ -149,7 +150,7 @@ def apply_patch(
         sensitivities = _stored(run, "score", "sensitivity", abstract)
     backbone = unnest(params)
     overlap = {}
-    if patch is run.settings.patch:
+    if patch is run.settings.patch:  # for the report; other patches are tried many times
         overlap = _mode_overlap(run, backbone, models, abstract, witness_row(rows))
     weights, statistics = apply_patching(
         backbone,
@@ -164,7 +165,7 @@ def apply_patch(
         run.settings.export.rounding,
     )
     others = {path: x for path, x in backbone.items() if path not in weights}
-    return Patched(weights, others, statistics, overlap)
+    return PatchResult(weights, others, statistics, overlap)
 
 
 def _stored(run: Run, stage: str, name: str, abstract: Any) -> dict[str, StoredTree]:

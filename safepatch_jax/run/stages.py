@@ -231,16 +231,16 @@ class Runner:
 
     def _execute(self, stage: Stage) -> None:
         say(f"{stage.name}: running")
-        begun = time.monotonic()
+        start = time.monotonic()
         with processes.new_folder(self.folder(stage.name), replace=True) as folder:
             result = stage.run(folder)
             processes.barrier(f"{stage.name} has run")  # so that all outputs are there to be hashed
-            processes.on_first(self._write_manifest, stage, folder, dict(result), begun)
+            processes.on_first(self._write_manifest, stage, folder, dict(result), start)
         processes.on_first(self._clear_aside, stage.name)
-        say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
+        say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
 
     def _write_manifest(
-        self, stage: Stage, folder: pathlib.Path, result: Mapping[str, Any], begun: float
+        self, stage: Stage, folder: pathlib.Path, result: Mapping[str, Any], start: float
     ) -> None:
         manifest = {
             "stage": stage.name,
@@ -252,7 +252,7 @@ class Runner:
             "outputs": files.folder_hashes(folder),
             "deleted": False,
             "versions": versions(),
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         files.write_json(folder / MANIFEST, manifest)

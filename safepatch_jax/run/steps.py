@@ -68,7 +68,7 @@ def certify_import(run: Run, out: pathlib.Path) -> Result:
 
 def certify_export(run: Run, out: pathlib.Path) -> Result:
     """Examine what was written, and that the patched tensors alone differ from the backbone."""
-    hashes = processes.on_first(lambda: tensor_hashes(Checkpoint(run.backbone).tensors))
+    hashes = processes.on_first(tensor_hashes, Checkpoint(run.backbone).tensors)
     result = _certify(run, run.folder("export"), out, "export", hashes)
     if run.settings.export.dtype == "keep":
         _check_changes(run, result["changed"])

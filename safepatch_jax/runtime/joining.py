@@ -238,9 +238,9 @@ def _print_failures(failed: Mapping[int, tuple[str, bool]]) -> None:
     by_text: dict[str, list[int]] = {}
     for i, text in causes.items():
         by_text.setdefault(text, []).append(i)
-    for text, whose in by_text.items():
-        plain = len(whose) == _State.count or whose == [0]
-        _print_error("" if plain else f"{who(whose)}: ", text)
+    for text, indices in by_text.items():
+        plain = len(indices) == _State.count or indices == [0]
+        _print_error("" if plain else f"{who(indices)}: ", text)
 
 
 def _print_error(whose: str, text: str) -> None:
@@ -271,8 +271,7 @@ def _watch() -> None:
             if not _finished.wait(_GRACE):
                 fail("another process failed", 2, consequence=True)
             return
-        last = _last_signs(last, signs)
-        silent = _silent(last)
+        silent = _silent(signs, last)
         if silent:
             fail(
                 f"{who(silent)} gave no sign of life for {_SILENCE:.0f} s: killed, or the host or "
@@ -282,23 +281,17 @@ def _watch() -> None:
             )
 
 
-def _last_signs(
-    last: Mapping[int, tuple[str, float]], signs: Sequence[tuple[str, str]]
-) -> dict[int, tuple[str, float]]:
-    """Return the last sign of each process that still gives any, and when it came. A process that
-    is done has deleted its own, and is not waited for."""
-    now, result = time.monotonic(), {}
+def _silent(signs: Sequence[tuple[str, str]], last: dict[int, tuple[str, float]]) -> list[int]:
+    """Return the processes whose last sign of life is too old; `last` is brought up to date. One
+    that is done has deleted its sign, and nobody waits for another."""
+    now, silent = time.monotonic(), []
     for key, sign in signs:
         i = int(key.rpartition("/")[2])
-        result[i] = (sign, now)
-        if i in last and last[i][0] == sign:
-            result[i] = last[i]
-    return result
-
-
-def _silent(last: Mapping[int, tuple[str, float]]) -> list[int]:
-    now = time.monotonic()
-    return [i for i, (_, when) in sorted(last.items()) if now - when > _SILENCE]
+        if i not in last or last[i][0] != sign:
+            last[i] = sign, now
+        if now - last[i][1] > _SILENCE:
+            silent.append(i)
+    return sorted(silent)
 
 
 def _finish() -> None:

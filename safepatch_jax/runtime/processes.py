@@ -203,7 +203,7 @@ def _compare(everyone: Sequence[Mapping[str, Any]], fix: str) -> None:
             text = json.dumps(values[name]) if name in values else "absent"
             by_value.setdefault(text, []).append(i)
         if len(by_value) > 1:
-            parts = [f"{text} in {who(whose)}" for text, whose in by_value.items()]
+            parts = [f"{text} in {who(indices)}" for text, indices in by_value.items()]
             differences.append(f"{name} is {', '.join(parts)}")
     if differences:
         raise ValueError(f"The processes differ: {'; '.join(differences)}. {fix}")

@@ -86,7 +86,7 @@ class Checkpoints:
                 "saved before it, or the start, "
                 "takes its place."
             )
-            processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
+            processes.on_first(shutil.rmtree, self._folder / str(step))
             self._manager.reload()
         return None
 

@@ -23,7 +23,7 @@ from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.lines import Lines, blank, lines_of, verdicts_of
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.evaluation.timing import atgr
-from safepatch_jax.methods.bench import Bench, Made, Method, NotMade
+from safepatch_jax.methods.bench import Bench, Method, NotMade, Product
 from safepatch_jax.methods.registry import METHODS
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
@@ -288,7 +288,7 @@ class Comparison:
         steps = self.workdir / SEEDS / "steps" / f"{method.name}-{seed}-{digest}"
         bench = Bench(run, settings, steps, self.workdir / NOTES)
         backbone, made = bench.engine(), method.make(bench)
-        made = Made(
+        made = Product(
             self._in_storage_dtype(made.params, backbone),
             made.rule,
             self._in_storage_dtype(made.expert, backbone),
@@ -310,7 +310,7 @@ class Comparison:
             self._time(method, seed, backbone, made)
         processes.on_first(shutil.rmtree, steps, True)
 
-    def _time(self, method: Method, seed: int | None, backbone: Engine, made: Made) -> None:
+    def _time(self, method: Method, seed: int | None, backbone: Engine, made: Product) -> None:
         """Measure the ATGR of a method and note it."""
         new = max(measure.max_new for measure in self.suite if measure.kind in JUDGED)
         params = None if made.rule else made.params
@@ -327,7 +327,7 @@ class Comparison:
             return jax.tree.map(lambda x, own: x.astype(own.dtype), params, backbone.params)
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    def _engine(self, backbone: Engine, made: Made) -> Engine | Contrasted:
+    def _engine(self, backbone: Engine, made: Product) -> Engine | Contrasted:
         rule: Rule | None = made.rule
         if rule is not None:
             return Contrasted(backbone, rule, made.expert)
