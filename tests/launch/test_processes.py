@@ -30,8 +30,6 @@ from tests.jobs import write_data
 
 PER_PROCESS, LIMIT = 4, 240
 SLURM_PORTS = 61440  # JAX takes this and the job's number modulo 4096
-# Fast to compile rather than fast; results between the meshes are compared within each of the two.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LAST = ("patch", "export", "patch_file", "certify_export", "report")
 
 
@@ -47,7 +45,6 @@ class Run:
         port = free_port()
         env = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": QUICK,
             "PYTHONPATH": str(ROOT),
         }
         self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(2)]

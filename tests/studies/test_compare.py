@@ -235,14 +235,14 @@ def test_answers_of_jailbroken_models_go_whatever_the_seed(settings, suite, tmp_
 def test_methods_that_cannot_be_made_do_not_end_the_others(settings, suite, tmp_path, capsys):
     """One that diverges, and one that this backbone gives nothing to learn from."""
     diverging = {"npo": {"derive.se_learning_rate": 1e30}}
-    options = ComparisonOptions("npo,safe_decoding,self_cd", suite, settings=diverging)
+    options = ComparisonOptions("npo,safe_decoding,rose", suite, settings=diverging)
     with pytest.raises(
         ValueError, match="2 of 5 methods are not in the table .*: NPO; SafeDecoding"
     ):
         compare(settings, tmp_path / "work", options)
     assert capsys.readouterr().out.count(": NOT MADE: ") == 2
     rows = read_json(tmp_path / "work" / "compare.json")["methods"]
-    assert list(rows) == ["backbone", "safepatching", "self_cd"]
+    assert list(rows) == ["backbone", "safepatching", "rose"]
 
 
 def test_prompts_that_are_trained_on_are_refused(settings, suite, tmp_path):
@@ -258,20 +258,15 @@ def bits(params):
     return {path: np.asarray(jax.device_get(x)).tobytes() for path, x in params.items()}
 
 
-def test_patched_models_are_those_of_the_job(settings, tmp_path):
+def test_a_method_with_scores_of_its_own_gives_the_patch_of_the_job(settings, tmp_path):
     run = open_run(settings, tmp_path / "run")
-    for change in (
-        {"patch.merge": "ties"},
-        {"patch.importance": "random"},
-        {"score.mode": "batched"},
-    ):
-        settings_of_method = settings.override(change)
-        bench = Bench(run, settings_of_method, tmp_path / "steps", tmp_path / "notes")
-        patched = bits(unnest(bench.patched()))
-        theirs = open_run(settings_of_method, tmp_path / "run")
-        for stage in ("score_se", "score_osm"):
-            theirs.runner.need(stage)
-        assert patched == bits(models.patched(theirs, theirs.settings.patch)), change
+    batched = settings.override({"score.mode": "batched"})
+    bench = Bench(run, batched, tmp_path / "steps", tmp_path / "notes")
+    patched = bits(unnest(bench.patched()))
+    theirs = open_run(batched, tmp_path / "run")
+    for stage in ("score_se", "score_osm"):
+        theirs.runner.need(stage)
+    assert patched == bits(models.patched(theirs, theirs.settings.patch))
 
 
 def test_the_documented_method_is_one_file_and_one_line(settings, suite, tmp_path, monkeypatch):
