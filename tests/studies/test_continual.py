@@ -17,7 +17,8 @@ from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.mesh import make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.patch_file.commands import replay, revert, verify
-from safepatch_jax.patch_file.log import START, PatchLog
+from safepatch_jax.patch_file.log import PatchLog
+from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.run.context import Context
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.files import read_jsonl

@@ -25,13 +25,8 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.patch_file.commands import sizes
 from safepatch_jax.patch_file.file import BITS, PatchFile
 from safepatch_jax.patch_file.log import (
-    FORMAT,
     LINKS,
-    LOG,
-    NAME,
     PATCH,
-    START,
-    START_DIR,
     PatchLog,
     companion_hashes,
     data_text,
@@ -39,6 +34,7 @@ from safepatch_jax.patch_file.log import (
     label,
     patch_hash,
 )
+from safepatch_jax.patch_file.log_lines import FORMAT, LOG, NAME, START, START_DIR
 from safepatch_jax.run import environment
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.convert import Place, convert, source_facts
