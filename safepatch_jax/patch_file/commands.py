@@ -68,7 +68,8 @@ def compare(log: PatchLog, first: int, second: int) -> dict[str, Any]:
     """
     paths = log.path(first), log.path(second)
     opened = {number: log.patch(number) for number in {*paths[0], *paths[1]}}
-    one, other = ([opened[number] for number in path] for path in paths)
+    one = [opened[number] for number in paths[0]]
+    other = [opened[number] for number in paths[1]]
     total = dict.fromkeys(("differ", "first", "second", "both"), 0)
     tensors = {}
     for name in _changed([*one, *other]):

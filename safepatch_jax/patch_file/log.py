@@ -151,8 +151,8 @@ class PatchLog:
         digest = files.file_sha256(path)
         if digest != entry["patch"]["sha256"]:
             raise ValueError(
-                f"The patch file of link {link} was changed: {path} has SHA-256 {digest}, the log says "
-                f"{entry['patch']['sha256']}. {fix}"
+                f"The patch file of link {link} was changed: {path} has SHA-256 {digest}, the log "
+                f"says {entry['patch']['sha256']}. {fix}"
             )
         patch, parent = PatchFile(path), self.hash(entry["parent"]["link"])
         for model, value, logged in (
