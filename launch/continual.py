@@ -43,6 +43,7 @@ from launch import distributed, main
 from launch import flags as settings_flags
 from safepatch_jax.patch_file import commands as continual_commands
 from safepatch_jax.patch_file import log as continual_log
+from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime.console import say
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the chain; run makes it.", required=True)
@@ -95,7 +96,7 @@ def _lines(describe):
 
 
 def _replay(to: int, start: int | None, model: str, out: str) -> None:
-    for line in continual_commands.replay(_log(), to, start or continual_log.START, model, out):
+    for line in continual_commands.replay(_log(), to, start or START, model, out):
         say(line)
     say(f"{out} is the model of link {to}, as the log has it.")
 

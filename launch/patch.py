@@ -29,6 +29,7 @@ from absl import flags
 from launch import main
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file import arithmetic as patch_arithmetic
+from safepatch_jax.patch_file import create as patch_create
 from safepatch_jax.patch_file import file as patch_file
 from safepatch_jax.runtime.console import say, some
 
@@ -49,7 +50,7 @@ _FACTOR = flags.DEFINE_float(
 
 
 def _create(base: str, model: str, patch: str) -> None:
-    _say_written(patch_file.create(base, model, patch))
+    _say_written(patch_create.create(base, model, patch))
 
 
 def _inspect(patch: str) -> None:

@@ -1,8 +1,9 @@
 """Typed, frozen settings of a run, read from a config file and overridden by name.
 
 A config file is Python with one dictionary called ``CONFIG``: ``{group: {option: value}}``. Every
-option is declared once, below, with its default, its bounds and its help text; launch flags,
-validation, the resolved ``settings.json`` and the documentation read these declarations.
+option is declared once, below or (the patch group) in patching/settings.py, with its default, its
+bounds and its help text; launch flags, validation, the resolved ``settings.json`` and the
+documentation read these declarations.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import pathlib
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch_jax.option import nearest, option
@@ -266,11 +267,11 @@ class Settings:
         return dataclasses.asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        return {
-            f"{group}.{name}": value
-            for group, options in self.to_dict().items()
-            for name, value in options.items()
-        }
+        values = {}
+        for group, options in self.to_dict().items():
+            for name, value in options.items():
+                values[f"{group}.{name}"] = value
+        return values
 
     def _replaced(self, values, where, problems):
         known = declared_options()
@@ -288,9 +289,9 @@ class Settings:
             raise ValueError(
                 f"{where}: " + "; ".join(problems) + ". Run with --help to see every setting."
             )
-        groups = {
-            g: dataclasses.replace(getattr(self, g), **options) for g, options in changes.items()
-        }
+        groups = {}
+        for group, options in changes.items():
+            groups[group] = dataclasses.replace(getattr(self, group), **options)
         return dataclasses.replace(self, **groups)
 
 
@@ -321,16 +322,11 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     """Execute a config file and return its names. Raises ValueError if there is none."""
     path = pathlib.Path(path)
     if not path.is_file():
-        here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(
-            f"No config file '{path}'. "
-            + (
-                f"Found beside it: {', '.join(here)}."
-                if here
-                else "Give the path of a Python file with a CONFIG dictionary, such as "
-                "configs/demo.py."
-            )
-        )
+        others = sorted(map(str, path.parent.glob("*.py")))
+        fix = "Give the path of a Python file with a CONFIG dictionary, such as configs/demo.py."
+        if others:
+            fix = f"Found beside it: {', '.join(others)}."
+        raise ValueError(f"No config file '{path}'. {fix}")
     return runpy.run_path(str(path))
 
 
@@ -368,15 +364,14 @@ def settings_differences(old: Mapping, new: Mapping) -> list[str]:
     return lines
 
 
-def _nearest(name: str, known) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """Name the closest known setting: first by the whole dotted name, then by the option alone."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:
-        tails = {k.split(".")[1]: k for k in known}
-        close = [
-            tails[t] for t in difflib.get_close_matches(name.split(".")[-1], tails, n=1, cutoff=0.6)
-        ]
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    text = nearest(name, known)
+    if text:
+        return text
+    names = {setting.split(".")[1]: setting for setting in known}
+    close = difflib.get_close_matches(name.split(".")[-1], names, n=1)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:

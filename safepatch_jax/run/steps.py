@@ -22,7 +22,7 @@ from safepatch_jax.io.folder import Checkpoint, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
-from safepatch_jax.patch_file.file import create
+from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report

@@ -7,7 +7,7 @@ import pytest
 from safepatch_jax.runtime.files import folder_hashes
 from safepatch_jax.testing import write_tiny_model
 from tests import calls
-from tests.patch_file.test_patch_file import assert_same, patched_copy
+from tests.patch_file.models import assert_same, patched_copy
 
 call = functools.partial(calls.call, "launch.patch")
 done = functools.partial(calls.done, "launch.patch")

@@ -13,8 +13,7 @@ from safepatch_jax.patching.importances import IMPORTANCES, Importance
 from safepatch_jax.patching.methods import MERGE_METHODS, describe
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.settings import Settings, declared_options
-from tests.patching.test_merge import inputs, run
-from tests.patching.test_options import FEW
+from tests.patching.cases import FEW, inputs, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = pathlib.Path(methods.__file__).read_text(encoding="utf-8")
@@ -37,8 +36,7 @@ assert not {"jax", "flax", "numpy"} & set(sys.modules)  # --help is quick
 import numpy as np
 from safepatch_jax.methods.registry import METHODS
 from safepatch_jax.run.report import describe_patch
-from tests.patching.test_merge import inputs, run
-from tests.patching.test_options import FEW
+from tests.patching.cases import FEW, inputs, run
 
 settings = Settings().override({"patch.merge": "same_sign", "patch.density": 0.5})
 theta, derived, _ = inputs(rows=FEW)

@@ -73,8 +73,10 @@ def test_agreement_of_the_score_modes():
     rng = np.random.default_rng(0)
     backbone, derived, one, two = (rng.random((3, 6, 7)).astype(np.float32) for _ in range(4))
     both, either = mode_agreement(backbone, derived, (one, two), 8, kind="delta")
-    score = [np.abs(derived - backbone) * s for s in (one, two)]
-    tops = [np.stack([oracle.largest(layer, 8) for layer in s]) for s in score]
+    tops = []
+    for sensitivity in (one, two):
+        importance = np.abs(derived - backbone) * sensitivity
+        tops.append(np.stack([oracle.largest(matrix, 8) for matrix in importance]))
     assert both.tolist() == (tops[0] & tops[1]).sum((1, 2)).tolist()
     assert either.tolist() == (tops[0] | tops[1]).sum((1, 2)).tolist()
 
@@ -83,14 +85,17 @@ def test_common_model_gives_an_empty_difference(tiny):
     *_, first = measure(tiny)
     _, params, _, second = measure(tiny)
     for path in first:
-        score = [np.abs(np.asarray(params[path])) * s for s in (first[path], second[path])]
-        se, osm = (np.asarray(top_mask(jnp.asarray(s), s.size // 10)) for s in score)
+        tops = []
+        for sensitivity in (first[path], second[path]):
+            importance = np.abs(np.asarray(params[path])) * sensitivity
+            tops.append(np.asarray(top_mask(jnp.asarray(importance), importance.size // 10)))
+        se, osm = tops
         assert se.sum() == se.size // 10
         assert not any(d.any() for d in combine_sets(se, osm, "difference"))
 
 
 @pytest.mark.parametrize("devices, tensor", [(2, 1), (4, 2), (8, 1), (8, 2)])
-def test_any_mesh_gives_the_same_scores(tiny, devices, tensor):
+def test_any_mesh_gives_the_same_sensitivities(tiny, devices, tensor):
     one, many = measure(tiny)[-1], measure(tiny, devices, tensor=tensor)[-1]
     for path in one:
         np.testing.assert_allclose(one[path], many[path], rtol=1e-4, atol=1e-7)

@@ -5,7 +5,7 @@ import numpy as np
 
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import STEPS, combine_statistics, totals
-from tests.patching.test_merge import ROWS, inputs, run
+from tests.patching.cases import ROWS, inputs, run
 
 ROW = ROWS[0]
 

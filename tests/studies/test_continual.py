@@ -12,7 +12,8 @@ from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.models.table import unnest
 from safepatch_jax.patch_file.commands import replay, revert, verify
-from safepatch_jax.patch_file.log import START, PatchLog
+from safepatch_jax.patch_file.log import PatchLog
+from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.run import models
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.job import open_run

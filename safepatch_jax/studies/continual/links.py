@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from safepatch_jax.patch_file.log import NAME
+from safepatch_jax.patch_file.log_lines import NAME
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual.measures import COMMON
 

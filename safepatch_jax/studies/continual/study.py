@@ -23,12 +23,8 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.patch_file.commands import sizes
 from safepatch_jax.patch_file.file import BITS, PatchFile
 from safepatch_jax.patch_file.log import (
-    FORMAT,
     LINKS,
-    LOG,
     PATCH,
-    START,
-    START_DIR,
     PatchLog,
     companion_hashes,
     data_text,
@@ -36,6 +32,7 @@ from safepatch_jax.patch_file.log import (
     label,
     patch_hash,
 )
+from safepatch_jax.patch_file.log_lines import FORMAT, LOG, START, START_DIR
 from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
