@@ -210,10 +210,8 @@ def main(argv: list[str]) -> None:
     hit = sum(entry["exit"] != 0 for entry in told)
     print(
         f"{hit} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a "
-        f"stage {len(resumed)} times "
-        f"(after steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. "
-        f"{equal} files equal, "
-        f"{len(wrong)} not."
+        f"stage {len(resumed)} times (after steps {', '.join(resumed)}); damaged checkpoints: "
+        f"{log.count('is damaged')}. {equal} files equal, {len(wrong)} not."
     )
     for name in wrong:
         print(f"differs: {name}")

@@ -109,8 +109,7 @@ def main(argv) -> None:
     for name, seconds in taken.items():
         print(
             f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} - "
-            f"{max(seconds):.2f}) | "
-            f"{tokens / statistics.median(seconds):.0f} |"
+            f"{max(seconds):.2f}) | {tokens / statistics.median(seconds):.0f} |"
         )
     print(
         f"| floor: {steps} x {weights / 1e6:.0f} MB of weights | {floor:.2f} | "

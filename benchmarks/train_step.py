@@ -361,8 +361,8 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     versions = ", ".join(f["version"] for f in facts.values())
     print(
         f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} "
-        f"tokens, {answer} of them "
-        f"answer; {_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)"
+        f"tokens, {answer} of them answer; {_DTYPE.value}, remat {ours['remat']}; median of "
+        f"{_REPEATS.value} (least - most)"
     )
     print(
         f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took "

@@ -53,8 +53,7 @@ _METHODS = flags.DEFINE_string(
     "methods",
     None,
     "What is run: safepatching (always), and of the methods of launch.compare those that change "
-    "the weights (ga, npo, "
-    "ties, ...), separated by commas; run.",
+    "the weights (ga, npo, ties, ...), separated by commas; run.",
 )
 _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
 _FROM = flags.DEFINE_integer(
@@ -135,8 +134,7 @@ def run(arguments: list[str]) -> None:
     if command not in _COMMANDS:
         raise ValueError(
             f"one command is needed, {f'got {command}' if command else 'none was given'}. There "
-            "are "
-            f"{', '.join(_COMMANDS)}; see python -m launch.continual --help."
+            f"are {', '.join(_COMMANDS)}; see python -m launch.continual --help."
         )
     call, count, takes = _COMMANDS[command]
     if len(rest) != count or not all(number.isdecimal() for number in rest):

@@ -13,15 +13,13 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
     "This is one of several processes, which find one another: the command was started on every "
-    "worker "
-    "of a TPU pod slice, or by SLURM (srun), Open MPI or Kubernetes.",
+    "worker of a TPU pod slice, or by SLURM (srun), Open MPI or Kubernetes.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
     "HOST:PORT of process 0, which opens it, where the processes cannot find one another. Each "
-    "also "
-    "needs --num_processes and --process_id.",
+    "also needs --num_processes and --process_id.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "How many processes there are; with --coordinator."

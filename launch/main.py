@@ -71,9 +71,8 @@ def _message(error: BaseException) -> str | None:
         reason = str(error).partition("\n")[0] or "the system gives no more"
         return (
             f"out of memory ({reason}). Use more devices or a machine with more memory; in a run "
-            "also lower "
-            "--derive.batch_size and --evaluate.batch_size, or set --model.remat=full; in an "
-            "evaluation --batch_size."
+            "also lower --derive.batch_size and --evaluate.batch_size, or set --model.remat=full; "
+            "in an evaluation --batch_size."
         )
     return None
 
@@ -87,8 +86,8 @@ def _interruption(error: BaseException) -> tuple[str, bool]:
         reason = str(error).partition("\n")[0]
         return (
             f"a step that all processes take together failed ({reason}). Did a process end, or a "
-            "host lose its network? "
-            "The same command, given to all again, goes on where this run stopped."
+            "host lose its network? The same command, given to all again, goes on where this run "
+            "stopped."
         ), True
     if not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)

@@ -62,8 +62,7 @@ def _verify(patch: str, model: str) -> None:
     count = Counter(states.values())
     text = (
         f"{count['before']} tensors as in the backbone, {count['after']} as patched, "
-        f"{count['same']} that the patch "
-        "leaves alone"
+        f"{count['same']} that the patch leaves alone"
     )
     if count["neither"]:
         strangers = some(sorted(name for name, state in states.items() if state == "neither"), ", ")
@@ -102,8 +101,7 @@ def _say_written(patch: patch_file.PatchFile) -> None:
     size = patch.path.stat().st_size
     say(
         f"{patch.path}: {patch.entries():,} entries in {len(patch.changed())} tensors, {size:,} "
-        "bytes, "
-        f"{size / patch.entries():.2f} an entry"
+        f"bytes, {size / patch.entries():.2f} an entry"
     )
 
 
@@ -132,8 +130,7 @@ def run(arguments: list[str]) -> None:
         given = f"got {' '.join(arguments)}" if arguments else "none was given"
         raise ValueError(
             f"one command is needed, {given}. There are {', '.join(_COMMANDS)}; see python -m "
-            "launch.patch "
-            "--help."
+            "launch.patch --help."
         )
     call, takes = _COMMANDS[arguments[0]]
     names = takes.replace("?", "").split()

@@ -33,8 +33,7 @@ _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
     "Print the plan, compile the programs (into the compile cache), print what they need on these "
-    "devices, and "
-    "stop.",
+    "devices, and stop.",
 )
 _SHOW = flags.DEFINE_bool(
     "show_examples",

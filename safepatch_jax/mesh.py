@@ -69,8 +69,7 @@ class Sharder:
         if unused := sorted(dict(self.rules).keys() - set(axes) - set(ACTIVATION_AXES)):
             raise ValueError(
                 f"The rules of {', '.join(unused)} are never used: no parameter and no activation "
-                "has such an axis. "
-                "Remove them, or correct their names."
+                "has such an axis. Remove them, or correct their names."
             )
 
     def sharding(
@@ -105,9 +104,8 @@ class Sharder:
             ways = self._ways(over)
             if shape is not None and shape[dim] % ways:
                 raise ValueError(
-                    f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide "
-                    "by mesh axes "
-                    f"{'*'.join(over)} = {ways}. Nearest mesh that divides it: "
+                    f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide by "
+                    f"mesh axes {'*'.join(over)} = {ways}. Nearest mesh that divides it: "
                     f"{self._nearest(shape[dim], over)}."
                 )
             spec.append(None if not over else over[0] if len(over) == 1 else over)
@@ -211,9 +209,9 @@ def make_mesh(shape: str, devices=None) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
-            f"mesh '{shape}' needs {fixed if free else math.prod(sizes.values())} devices"
-            f"{' (or a multiple)' if free else ''}, but there are {len(devices)}. "
-            f"Change --mesh so that the sizes multiply to {len(devices)}."
+            f"mesh '{shape}' needs {fixed if free else math.prod(sizes.values())} "
+            f"devices{' (or a multiple)' if free else ''}, but there are {len(devices)}. Change "
+            f"--mesh so that the sizes multiply to {len(devices)}."
         )
     grid = np.asarray(devices).reshape([sizes[a] for a in MESH_AXES])
     if len(devices) > 1 and devices[0].platform == "tpu":
@@ -231,8 +229,7 @@ def _by_neighbours(sizes: tuple[int, ...], devices: list, shape: str) -> np.ndar
     if sizes[0] % slices:
         raise ValueError(
             f"mesh '{shape}': there are {slices} slices, so the data axis must be a multiple of "
-            f"{slices}: "
-            f"data:{slices},fsdp:-1."
+            f"{slices}: data:{slices},fsdp:-1."
         )
     return mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True

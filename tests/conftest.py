@@ -30,8 +30,7 @@ def sharder_of(devices: int, tensor: int = 1) -> Sharder:
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """Drop compiled programs when there are many: each holds memory maps, and a process that has
-    used up the system's number of
-    them crashes in the compiler."""
+    used up the system's number of them crashes in the compiler."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 20_000:

@@ -150,9 +150,8 @@ def measure_all(
 
 def memory_needed(message: str) -> int | None:
     """Return the bytes that a compiler's refusal for lack of device memory says are needed: 0 if it
-    names none, None if it
-    is no such refusal (running out of on-chip memory is none: that is a fault of a kernel, and no
-    setting helps)."""
+    names none, None if it is no such refusal (running out of on-chip memory is none: that is a
+    fault of a kernel, and no setting helps)."""
     if "RESOURCE_EXHAUSTED" not in message or not re.search(r"\bhbm\b", message, re.IGNORECASE):
         return None
     for pattern in (

@@ -20,8 +20,7 @@ from safepatch_jax.settings import Settings
 
 def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
     """Print what a run would do here, and what its programs need on these devices; nothing is run,
-    and nothing is written
-    but the compile cache.
+    and nothing is written but the compile cache.
 
     A model that is not at hand is stood for by model.architecture; data and stages are then not
     looked at.
@@ -45,8 +44,7 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
         else:
             say(
                 "What its programs need is known once the model is imported (by the run, or by "
-                "launch.convert), or with "
-                "--model.architecture=FILE."
+                "launch.convert), or with --model.architecture=FILE."
             )
             return
     for line in report.figures(settings, config, sharder):

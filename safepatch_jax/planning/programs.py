@@ -73,10 +73,9 @@ def architecture(settings: Settings) -> DecoderConfig:
     if not stand_in:
         raise ValueError(
             f"The architecture is not known: model.source '{settings.model.source}' is no folder "
-            "with a "
-            "config.json, and model.architecture is not set. Give --model.architecture=FILE, such "
-            "as one of "
-            "configs/architectures, or --model.source=DIR."
+            "with a config.json, and model.architecture is not set. Give "
+            "--model.architecture=FILE, such as one of configs/architectures, or "
+            "--model.source=DIR."
         )
     if not pathlib.Path(stand_in).is_file():
         raise ValueError(

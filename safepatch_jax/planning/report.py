@@ -18,8 +18,7 @@ from safepatch_jax.settings import Settings
 
 FLOOR = (
     "Times are floors, by the roofline: peak rates of the data sheet, all units busy at once, no "
-    "latency. Nothing was "
-    "run; a real run takes longer."
+    "latency. Nothing was run; a real run takes longer."
 )
 
 
@@ -34,14 +33,12 @@ def heading(
         f"Target:   {target.title}{memory}; mesh "
         + ", ".join(f"{a} {n}" for a, n in sharder.mesh.shape.items()),
         f"Model:    {config.family}, {param_table(config).size / 1e6:,.1f} M parameters, "
-        f"{config.num_layers} layers, width "
-        f"{config.embed_dim}, {config.num_heads} heads over {config.num_kv_heads}, stored as "
-        f"{config.dtype}",
+        f"{config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads over "
+        f"{config.num_kv_heads}, stored as {config.dtype}",
         f"Settings: compute {model.compute_dtype}, remat {model.remat}, attention "
-        f"{model.attention}; train step of "
-        f"{derive.batch_size} x {length} tokens ({answers} of answers) in {derive.accumulate} "
-        f"part(s), {derive.optimizer}; "
-        f"decode {settings.evaluate.batch_size} x {settings.evaluate.max_new_tokens} tokens",
+        f"{model.attention}; train step of {derive.batch_size} x {length} tokens ({answers} of "
+        f"answers) in {derive.accumulate} part(s), {derive.optimizer}; decode "
+        f"{settings.evaluate.batch_size} x {settings.evaluate.max_new_tokens} tokens",
     ]
 
 

@@ -1,6 +1,5 @@
 """What a train step needs and takes by arithmetic alone, before anything is compiled: to leave out
-what cannot fit, and to
-rank meshes so that only the promising ones are compiled."""
+what cannot fit, and to rank meshes so that only the promising ones are compiled."""
 
 from __future__ import annotations
 

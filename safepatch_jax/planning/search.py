@@ -223,8 +223,7 @@ class Planner:
         screened.sort(key=lambda row: row[:3])
         say(
             f"{len(laid_out)} meshes with {len(REMAT)} settings of model.remat; compiling the "
-            "train step of the best "
-            f"{min(most, len(screened))} by arithmetic"
+            f"train step of the best {min(most, len(screened))} by arithmetic"
         )
         compiled = []
         for _, _, _, changes in screened[:most]:

@@ -83,8 +83,7 @@ class Checkpoints:
                 return found
             say(
                 f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was "
-                "saved before it, or the start, "
-                "takes its place."
+                "saved before it, or the start, takes its place."
             )
             processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
             self._manager.reload()
@@ -112,8 +111,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
         """Write a checkpoint. Before this returns each process has copied its part of the state to
-        its host's memory, from
-        where it is written in the background.
+        its host's memory, from where it is written in the background.
 
         Raises:
           OSError: the disk is full or cannot be written; of this checkpoint, or of the one before
@@ -150,9 +148,8 @@ class Checkpoints:
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
             raise OSError(
                 f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, "
-                f"{KEPT} are kept; "
-                "free space, or write none (--run.checkpoint_minutes=0), then give the same "
-                "command again."
+                f"{KEPT} are kept; free space, or write none (--run.checkpoint_minutes=0), then "
+                "give the same command again."
             ) from error
 
 

@@ -77,9 +77,8 @@ class SimNPO:
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
     """Ascent on harmful answers, benign answers to harmful questions, and a tie to the reference
-    model on benign answers
-    (Yao et al. 2023, arXiv 2310.10683): ascent * -NLL(harmful) + mismatch * NLL(mismatch) +
-    divergence * KL(reference || model).
+    model on benign answers (Yao et al. 2023, arXiv 2310.10683): ascent * -NLL(harmful) + mismatch *
+    NLL(mismatch) + divergence * KL(reference || model).
 
     Each term is the mean over a sequence's answer tokens, then over the sequences of its part. The
     batch says what part a row is of ('part' [B, 1], see `data.chat`) and how many rows there are

@@ -84,8 +84,7 @@ def ignore(step: int, values: Mapping[str, float]) -> None:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """Per-step answer NLL (nats a token, before each update; of the harmful rows, where a batch has
-    parts) and why the run
-    ended."""
+    parts) and why the run ended."""
 
     nll: tuple[float, ...]
     stopped_by: str
@@ -402,8 +401,8 @@ class _Journal:
         ):  # a gradient that was not used may be anything
             raise NotFinite(
                 f"{self._title}: answer NLL {nll}, gradient norm {norm} at step "
-                f"{len(self.nll) + 1}. Lower the learning rate "
-                f"({self._recipe.learning_rate:g}), or check the weights of the model for NaN."
+                f"{len(self.nll) + 1}. Lower the learning rate ({self._recipe.learning_rate:g}), "
+                "or check the weights of the model for NaN."
             )
         self.nll.append(nll)
         self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
@@ -424,10 +423,8 @@ def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None
     if accumulate > 1 and rows % (accumulate * ways):
         raise ValueError(
             f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches "
-            "(derive.accumulate) of whole "
-            f"sequences on each of data*fsdp = {ways} devices. Use a multiple of "
-            f"{accumulate * ways}, or a smaller "
-            "derive.accumulate."
+            f"(derive.accumulate) of whole sequences on each of data*fsdp = {ways} devices. Use a "
+            f"multiple of {accumulate * ways}, or a smaller derive.accumulate."
         )
 
 

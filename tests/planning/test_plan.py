@@ -172,13 +172,12 @@ def test_mistakes_are_named():
     [
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (57.74G) exceeds available"
-            " HBM (15.75G).",
+            "temporaries (57.74G) exceeds available HBM (15.75G).",
             int(57.74 * GIB),
         ),
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.23G of 15.75G "
-            "hbm. Exceeded hbm capacity by 1.48G.",
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.23G of 15.75G hbm. "
+            "Exceeded hbm capacity by 1.48G.",
             int(17.23 * GIB),
         ),
         ("RESOURCE_EXHAUSTED: hbm is full", 0),
@@ -213,8 +212,7 @@ def test_a_refused_program_does_not_fit_and_other_errors_say_where():
         "",
         lambda: _Refuses(
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (57.74G) exceeds available"
-            " HBM (15.75G)."
+            "temporaries (57.74G) exceeds available HBM (15.75G)."
         ),
         resident=GIB,
     )
