@@ -145,14 +145,12 @@ def killed(
         for _ in range(count):
             run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
             if any(line == f"{stage}: running" for _, line in run.lines()):
-                run.wait(
-                    delay, f"{stage}: done"
-                )  # it may be faster than in the undisturbed run, which compiled
+                # It may be faster than in the undisturbed run, which compiled.
+                run.wait(delay, f"{stage}: done")
                 code = run.end(getattr(signal, _SIGNAL.value))
             else:
-                code = (
-                    run.end()
-                )  # the stage was finished by the start before, just ahead of its signal
+                # The stage was finished by the start before, just ahead of its signal.
+                code = run.end()
             told.append({"stage": stage, "after": round(delay, 1), "exit": code})
             print(
                 f"{len(told):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}",

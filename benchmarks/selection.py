@@ -73,9 +73,8 @@ def torch_side(a, b, k):
 def main(argv) -> None:
     del argv
     shape, size = (_ROWS.value, _COLUMNS.value), _ROWS.value * _COLUMNS.value
-    rng = np.random.default_rng(
-        0
-    )  # a shuffled ladder of distinct positive floats, spread as the sizes of normal numbers are
+    # A shuffled ladder of distinct positive floats, spread as the sizes of normal numbers are.
+    rng = np.random.default_rng(0)
     scores = []
     for _ in range(2):
         ladder = np.sort(np.abs(rng.standard_normal(size, np.float32))).view(np.int32)

@@ -64,12 +64,13 @@ SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
     "8b": (4096, 14336, 32, 8, 128256, 32),
     "tiny": (64, 176, 4, 2, 512, 2),
 }
+# Dense bfloat16 FLOP/s; TF32 has half.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
-}  # dense bfloat16 FLOP/s; TF32 has half
+}
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # side of the square matrices
 TOGETHER = {"cpu": 1, "gpu": 5}  # steps timed together
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
@@ -120,9 +121,8 @@ def needed_flops(config, batch: int, length: int, answer: int) -> float:
     from safepatch_jax.models.table import param_table
 
     blocks = sum(int(np.prod(row.shape)) for row in param_table(config) if row.kind == "linear")
-    pairs = (
-        length * (length + 1) / 2
-    )  # of a query and a key that it may see: one product with the key, one with the value
+    # Of a query and a key that it may see: one product with the key, one with the value.
+    pairs = length * (length + 1) / 2
     triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
 
@@ -270,9 +270,8 @@ def forget_peak() -> None:
 
 def serve(kind) -> None:
     """Answer each request on standard input, ``steps N`` or ``products N``, with a line of JSON."""
-    os.sched_setaffinity(
-        0, sorted(os.sched_getaffinity(0))[: _THREADS.value]
-    )  # JAX has as many threads as it sees cores
+    # JAX has as many threads as it sees cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     replies, sys.stdout = sys.stdout, sys.stderr
     side = kind()
     forget_peak()

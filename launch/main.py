@@ -31,9 +31,8 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             )
             sys.exit(2)
         logging.set_verbosity(logging.ERROR)
-        signal.signal(
-            signal.SIGTERM, stopping.on_signal
-        )  # so that half-filled folders are cleared away, and training is saved
+        # So that half-filled folders are cleared away, and training is saved.
+        signal.signal(signal.SIGTERM, stopping.on_signal)
         try:
             main(*([argv[1:]] if positional else []))
         except BaseException as error:
@@ -46,9 +45,8 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
                 if not processes.joined():
                     raise
                 text, consequence = _interruption(error)
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # the end is near, and the other processes should hear of it
+            # The end is near, and the other processes should hear of it.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.alarm(0)
             processes.fail(
                 text, error.code if isinstance(error, SystemExit) else 2, consequence=consequence

@@ -101,9 +101,8 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         resident=program.resident,
     )
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # the cache takes in what is compiled for absent devices, and cannot give it out
+        # The cache takes in what is compiled for absent devices, and cannot give it out.
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

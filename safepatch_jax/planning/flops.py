@@ -9,12 +9,13 @@ from typing import Any
 
 import jax.extend.core
 
+# Where call-like equations keep what they run.
 _HELD = (
     "jaxpr",
     "call_jaxpr",
     "fun_jaxpr",
     "fwd_jaxpr",
-)  # where call-like equations keep what they run
+)
 
 
 def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
@@ -58,9 +59,8 @@ def _equation(equation: Any, while_trips: int) -> int:
     if name == "shard_map":
         taken = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
         return math.prod(params["mesh"].shape[axis] for axis in taken) * inner(params["jaxpr"])
-    for (
-        held
-    ) in _HELD:  # pjit, closed_call, remat, custom_jvp, custom_vjp ...: the first is what runs
+    # Pjit, closed_call, remat, custom_jvp, custom_vjp ...: the first is what runs.
+    for held in _HELD:
         if held in params:
             return inner(params[held])
     return sum(inner(jaxpr) for jaxpr in _jaxprs(params.values()))

@@ -291,10 +291,11 @@ def parse_groups(text: str) -> tuple[tuple[int, ...], ...]:
                 .transpose(numbers(order) or range(counted.count(",") + 1))
                 .reshape(-1)
             )
+        # A part of an axis is written 'axis':(size of what is before it)its size.
         dims, inside = (
             [],
             [],
-        )  # a part of an axis is written 'axis':(size of what is before it)its size
+        )
         parts = {
             name: (int(before or 1), int(n or sizes[name]))
             for name, before, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)

@@ -118,9 +118,8 @@ def programs(
     context = Context(settings)
     context.sharder = sharder
     context.check_batches()
-    jax.config.update(
-        "jax_compilation_cache_dir", cache
-    )  # a run has set its own by now; others shall get none
+    # A run has set its own by now; others shall get none.
+    jax.config.update("jax_compilation_cache_dir", cache)
     shape = shape or lengths(settings)
     made = {
         "train": functools.partial(_train, shape=shape),

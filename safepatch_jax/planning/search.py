@@ -97,9 +97,8 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
             yield changes
         if settings.derive.optimizer == "adamw":
             yield changes | {"derive.optimizer": "adafactor"}
-            if (
-                "derive.accumulate" in changes
-            ):  # a sum of gradients is one more copy of the parameters
+            # A sum of gradients is one more copy of the parameters.
+            if "derive.accumulate" in changes:
                 whole = {
                     name: value for name, value in changes.items() if name != "derive.accumulate"
                 }

@@ -173,9 +173,8 @@ class _Reader:
         total, seen = Work(), set()
         for i in scope.values():
             work, within = self._instruction(scope, i)
-            fresh = {
-                key: c for key, c in within.items() if key not in seen
-            }  # parts of an asynchronous one share a channel
+            # Parts of an asynchronous one share a channel.
+            fresh = {key: c for key, c in within.items() if key not in seen}
             seen |= fresh.keys()
             total = Work(
                 (*total.collectives, *work.collectives, *fresh.values()),
@@ -272,9 +271,8 @@ class _Reader:
             return _convolution_flops(i, left, right)
         if i.op == "dot":
             contracted = numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text).group(1))
-        elif match := re.search(
-            r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.text
-        ):  # cuBLAS; its result comes first
+        # CuBLAS; its result comes first.
+        elif match := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.text):
             contracted = numbers(match.group(1).replace('"', ""))
         else:
             return 0

@@ -46,9 +46,8 @@ def answer_divergences(
 
 def target_logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     """Return log p of each target, float32 [B, C]."""
-    vocabulary_V = jnp.arange(
-        logits_BCV.shape[-1]
-    )  # compared, not indexed: a cut vocabulary then stays cut
+    # Compared, not indexed: a cut vocabulary then stays cut.
+    vocabulary_V = jnp.arange(logits_BCV.shape[-1])
     target_BC = jnp.sum(jnp.where(vocabulary_V == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
     return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 

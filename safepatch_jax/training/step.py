@@ -192,9 +192,8 @@ class Trainer:
         self, state, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
     ):
         params, rows = state["params"], batch["tokens"].shape[0]
-        if (
-            "part" in batch
-        ):  # before the batch is cut: a micro-batch may have its parts in other shares
+        # Before the batch is cut: a micro-batch may have its parts in other shares.
+        if "part" in batch:
             batch = batch | {"rows_per_own": rows_per_own(batch["part"])}
         if self._accumulate == 1:
             gradients, logprob = self._gradients(params, reference, batch, sign, rows)
@@ -292,10 +291,11 @@ class Trainer:
                 say(f"  {title}: goes on after step {len(facts['nll'])} of {recipe.steps}")
             else:
                 state, facts = self._init(params), {"nll": []}
+            # The state holds a copy; whoever handed these over may keep them or not.
             del (
                 params,
                 restored,
-            )  # the state holds a copy; whoever handed these over may keep them or not
+            )
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
             journal = _Journal(facts["nll"], bar, title, recipe, record)
@@ -396,9 +396,8 @@ class _Journal:
         """Wait for a step and note what it measured. Raises ValueError if that is not finite."""
         nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
         self.stopped, self.call = bool(metrics["stopped"]), max(self.call, int(metrics["call"]))
-        if not (
-            np.isfinite(nll) and (np.isfinite(norm) or self.stopped)
-        ):  # a gradient that was not used may be anything
+        # A gradient that was not used may be anything.
+        if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):
             raise NotFinite(
                 f"{self._title}: answer NLL {nll}, gradient norm {norm} at step "
                 f"{len(self.nll) + 1}. Lower the learning rate ({self._recipe.learning_rate:g}), "

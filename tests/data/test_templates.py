@@ -47,11 +47,12 @@ VOCAB_SIZES = {
     "smollm2": 49152,
 }
 SENTENCEPIECE = ("llama-2", "mistral-v1", "mistral-v3", "gemma")
+# Templates that strip what a message begins and ends with.
 TRIMMED = (
     "llama-2",
     "llama-3.1",
     "gemma",
-)  # templates that strip what a message begins and ends with
+)
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 CHATML = (
     "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n",

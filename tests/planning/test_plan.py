@@ -102,9 +102,8 @@ def test_arguments_are_what_the_table_says(measured):
     assert measured["decode"].arguments == close(params)
     assert measured["train"].resident == 0
     for title, path in (("patch q k v", "layers/attention/q"), ("patch down", "layers/mlp/down")):
-        weight = device_bytes(
-            [table[path]], sharder, "float32"
-        )  # of two models, with two sensitivities
+        # Of two models, with two sensitivities.
+        weight = device_bytes([table[path]], sharder, "float32")
         assert measured[title].arguments + measured[title].resident == close(
             params // 2 + 4 * weight
         )

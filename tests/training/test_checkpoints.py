@@ -60,9 +60,8 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(tiny, undisturbed, tmp_pa
     assert_same_bits(tuned, undisturbed[0])
     assert outcome == undisturbed[1]
     out = capsys.readouterr().out
-    assert (
-        "damaged" not in out
-    )  # what is written in the background is not what later steps make of it
+    # What is written in the background is not what later steps make of it.
+    assert "damaged" not in out
     if step > 2:  # before that nothing need have been written
         assert f"goes on after step {told[0] - 1} of 6" in out and told == list(range(told[0], 7))
         assert told[0] > 1
@@ -226,9 +225,8 @@ def test_sigterm_in_training_writes_a_checkpoint_and_ends(
     stopping._State.asked = False
     out = capsys.readouterr().out
     told = re.search(r"ends after step (\d+)\. A checkpoint is written", out)
-    assert (
-        ended.value.code == 143 and told and int(told[1]) == min(6, step + 3)
-    )  # known one step late, in all processes
+    # Known one step late, in all processes.
+    assert ended.value.code == 143 and told and int(told[1]) == min(6, step + 3)
     steps = []
     tuned, outcome = run(
         tiny, Saving(tmp_path / "steps", 0.0), record=lambda done, values: steps.append(done)

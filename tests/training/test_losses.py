@@ -78,9 +78,8 @@ def test_the_reference_is_what_the_start_gives_and_npo_lowers_the_likelihood(tin
     )
 
 
-STRONG = Mismatch(
-    5.0
-)  # the tiny model's answers are so alike that others would make the harmful ones likelier, too
+# The tiny model's answers are so alike that others would make the harmful ones likelier, too.
+STRONG = Mismatch(5.0)
 PARTS = (HARMFUL,) * 4 + (MISMATCH,) * 2 + (BENIGN,) * 2
 
 

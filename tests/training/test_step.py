@@ -79,9 +79,8 @@ def test_ascent_stops_above_the_ceiling_and_says_so(tiny):
     )
     three, _ = trainer.run(params, batches(examples), Recipe(-1.0, 3, 2e-3), "three steps")
     assert outcome.stopped_by.startswith("answer NLL above") and outcome.nll == free.nll[:4]
-    for a, b in zip(
-        jax.tree.leaves(stopped), jax.tree.leaves(three)
-    ):  # nothing was updated at or after the stop
+    # Nothing was updated at or after the stop.
+    for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(three)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -126,9 +125,8 @@ def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
     for path, x in results[0][0].items():
         far = np.abs(np.asarray(x) - np.asarray(results[1][0][path])) > 1e-5
-        assert np.mean(far) < 0.01, (
-            path
-        )  # where a gradient is nearly zero, Adam turns its last bit into a step
+        # Where a gradient is nearly zero, Adam turns its last bit into a step.
+        assert np.mean(far) < 0.01, path
 
 
 def abstract_batch(sharder, rows, shape):
