@@ -204,7 +204,7 @@ def main(argv: list[str]) -> None:
     took = time.monotonic() - begun
     equal, wrong = compared(folder)
     log = (folder / "killed.log").read_text(encoding="utf-8")
-    resumed = re.findall(r"goes on after step (\d+) of \d+", log)
+    resumed = re.findall(r"resumed after step (\d+) of \d+", log)
     hit = sum(entry["exit"] != 0 for entry in told)
     print(
         f"{hit} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a "

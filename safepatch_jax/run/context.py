@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
 from safepatch_jax.data.pipeline import Pool, training_batches
-from safepatch_jax.data.records import ROLES, Record, load_records, take
+from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, read_hf_config, stop_ids
@@ -26,11 +26,11 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import (
-    Outcome,
     Recipe,
     Recorder,
     Saving,
     Trainer,
+    TrainingOutcome,
     check_batch,
     ignore,
 )
@@ -61,7 +61,9 @@ class Context:
     def records(self) -> dict[str, list[Record]]:
         data = self.settings.data
         places = data.manual_dir, self.cache_dir / "datasets"
-        records = {role: list(self._read(role, getattr(data, role), *places)) for role in ROLES}
+        records = {
+            role: list(self._read(role, getattr(data, role), *places)) for role in DATA_ROLES
+        }
         if data.category:
             records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
         return records
@@ -131,7 +133,7 @@ class Context:
         steps: pathlib.Path,
         record: Recorder = ignore,
         loss: Loss | None = None,
-    ) -> tuple[dict[str, Any], Outcome]:
+    ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
         Args:

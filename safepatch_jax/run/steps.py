@@ -17,7 +17,7 @@ import numpy as np
 
 from safepatch_jax.data.chat import Chat, Example
 from safepatch_jax.data.pipeline import Pool, shapes
-from safepatch_jax.data.records import ROLES as EVALUATED
+from safepatch_jax.data.records import DATA_ROLES as EVALUATED
 from safepatch_jax.data.records import Record, load_records
 from safepatch_jax.evaluation.measures import evaluate_model
 from safepatch_jax.io.checkpoint import StoredTree, load_tree, read_description, save_tree
@@ -40,7 +40,7 @@ from safepatch_jax.run.stages import Runner, versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
-from safepatch_jax.training.step import Outcome, Recipe, ignore
+from safepatch_jax.training.step import Recipe, TrainingOutcome, ignore
 
 _MODES = ("per_sample", "batched")
 
@@ -205,7 +205,7 @@ class Work:
 
     def _tune(
         self, stage: str, folder: pathlib.Path, pools: Sequence[Pool], recipe: Recipe
-    ) -> tuple[Any, Outcome]:
+    ) -> tuple[Any, TrainingOutcome]:
         """Tune the model of a folder, with checkpoints beside the stage's folder."""
         verb, _, role = stage.partition("_")
         record = self.metrics.recorder(stage) if self.metrics else ignore

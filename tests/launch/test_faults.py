@@ -128,13 +128,13 @@ def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_goes_on(f
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=120)
     ended = re.search(
-        r"SIGTERM: ends after step (\d+)\. A checkpoint is written; the same command goes on from it\.",
+        r"SIGTERM: ends after step (\d+)\. A checkpoint is written; the same command resumes from it\.",
         out,
     )
     assert run.returncode == 143 and ended and "Traceback" not in err, out + err
     assert "Derived models or scores lie in" in out  # in the checkpoint
     again = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"derive SE: goes on after step {ended[1]} of 60" in again.stdout
+    assert f"derive SE: resumed after step {ended[1]} of 60" in again.stdout
     steps = [line for line in metrics.read_text().splitlines() if '"derive_se"' in line]
     assert len(steps) == 60

@@ -218,7 +218,7 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(terminated, whole):
     assert codes == [143, 143], err
     ended = re.search(r"SIGTERM: ends after step (\d+)\. A checkpoint is written", out)
     assert ended and "Traceback" not in err and quiet == "", out + err
-    assert f"derive SE: goes on after step {ended[1]} of 20" in whole[1]
+    assert f"derive SE: resumed after step {ended[1]} of 20" in whole[1]
 
 
 def test_the_same_command_goes_on_and_finishes(whole):

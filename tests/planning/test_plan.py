@@ -24,7 +24,7 @@ from safepatch_jax.planning.programs import (
 )
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.planning.search import Planner, as_flags, ladder, meshes
-from safepatch_jax.planning.work import Collective, Work
+from safepatch_jax.planning.work import Collective, ProgramWork
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
@@ -230,7 +230,7 @@ def test_a_refused_program_does_not_fit_and_other_errors_say_where():
 def test_roofline():
     chip = CHIPS["v5e"]
     gather, reduce = Collective("all-gather", 10**9, 2), Collective("all-reduce", 10**9, 4, count=3)
-    work = Work((gather, reduce), traffic=819 * 10**9, flops=197 * 10**12)
+    work = ProgramWork((gather, reduce), traffic=819 * 10**9, flops=197 * 10**12)
     assert least_times(work, 2 * 197e12, chip) == pytest.approx(
         {"compute": 2, "memory": 1, "links": 5.5e9 / 200e9}
     )

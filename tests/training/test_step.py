@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import subjaxprs
 
-from safepatch_jax.data.chat import Chat
+from safepatch_jax.data.chat import Chat, Example, training_batch
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
@@ -130,38 +131,20 @@ def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
 
 
 def abstract_batch(sharder, rows, shape):
-    array = lambda n, dtype: jax.ShapeDtypeStruct(
-        (rows, n), dtype, sharding=sharder.sharding(("batch", "length"))
-    )
-    length, answers = shape
-    return {
-        "tokens": array(length, jnp.int32),
-        "valid": array(length, bool),
-        "predict_at": array(answers, jnp.int32),
-        "targets": array(answers, jnp.int32),
-        "weights": array(answers, jnp.float32),
-    }
+    batch = training_batch([Example((1,), (1,))] * rows, *shape)
+    sharding = sharder.sharding(("batch", "length"))
+    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for n, x in batch.items()}
 
 
 def largest_with(jaxpr, size):
     """Most elements of an array in a program, sub-programs included, that has a dimension of this
     size."""
-    found = [
-        math.prod(v.aval.shape)
-        for eqn in jaxpr.eqns
-        for v in eqn.outvars
-        if size in getattr(v.aval, "shape", ())
-    ]
-    inner = [
-        sub
-        for eqn in jaxpr.eqns
-        for value in eqn.params.values()
-        for sub in (value if isinstance(value, (list, tuple)) else [value])
-    ]
-    inner = [
-        getattr(sub, "jaxpr", sub) for sub in inner if hasattr(getattr(sub, "jaxpr", sub), "eqns")
-    ]
-    return max([*found, *(largest_with(sub, size) for sub in inner)], default=0)
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+        sizes += [math.prod(shape) for shape in shapes if size in shape]
+    sizes += [largest_with(inner, size) for inner in subjaxprs(jaxpr)]
+    return max(sizes)
 
 
 def test_logits_exist_for_one_chunk_of_answer_positions_alone(tiny):

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.data.records import ROLES, load_records
+from safepatch_jax.data.records import DATA_ROLES, load_records
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
@@ -345,7 +345,7 @@ class Chain:
         apart = (
             "model.source",
             "data.eval_limit",
-            *(f"data.{role}" for role in ROLES),
+            *(f"data.{role}" for role in DATA_ROLES),
             *PLACE,
             *(["derive.osm_"] if tuned else []),
         )
