@@ -1,5 +1,5 @@
-"""Estimates of a train step by arithmetic alone, to leave out what cannot fit, and to rank meshes so
-that only the promising ones are compiled."""
+"""Estimates of a train step by arithmetic alone, to leave out what cannot fit, and to rank meshes
+so that only the promising ones are compiled."""
 
 from __future__ import annotations
 
