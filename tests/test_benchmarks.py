@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from benchmarks.train_step import needed_flops, raw_config
+from benchmarks.common import raw_config
+from benchmarks.train_step import needed_flops
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
 

@@ -209,7 +209,7 @@ def test_a_killed_process_ends_the_other(killed, place):
         "a step that all processes take together failed" in err
         or "process 1 gave no sign of life for 40 s" in err
     )
-    assert "goes on where this run stopped" in err and "Traceback" not in err and quiet == ""
+    assert "resumes this run" in err and "Traceback" not in err and quiet == ""
     assert not list(place.glob("work/stages/.*.partial"))
 
 
