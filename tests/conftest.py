@@ -4,22 +4,27 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# For launchers that tests start, too.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR",
-    os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"),
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
-
+from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
+
+# For the launchers that tests start.
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"safepatch_jax_tests_{os.getuid()}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# For this process: JAX has read the environment when it was imported.
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def sharder_of(devices: int, tensor: int = 1) -> Sharder:
@@ -51,15 +56,11 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def data_files(tmp_path):
     """Small data files of the three roles, as settings."""
-    rows = lambda text: (
-        "prompt,answer,split\n"
-        + "".join(
-            f"{text} {i},the answer {i},{split}\n"
-            for i, split in enumerate(["train"] * 6 + ["search"] * 2 + ["report"] * 3)
-        )
-    )
+    splits = ["train"] * 6 + ["search"] * 2 + ["report"] * 3
     paths = {}
-    for role in ("harmful", "lookalike", "ordinary"):
-        paths[f"data.{role}"] = str(tmp_path / f"{role}.csv")
-        (tmp_path / f"{role}.csv").write_text(rows(role))
+    for role in DATA_ROLES:
+        path = tmp_path / f"{role}.csv"
+        rows = [f"{role} {i},the answer {i},{split}" for i, split in enumerate(splits)]
+        path.write_text("\n".join(["prompt,answer,split", *rows, ""]))
+        paths[f"data.{role}"] = str(path)
     return paths

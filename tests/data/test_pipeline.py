@@ -105,6 +105,7 @@ def test_padded_shapes_hold_every_example(sizes, buckets):
 
 
 def test_buckets_save_padding():
-    one, three = take(2 * WINDOW, 0), take(2 * WINDOW, 0, buckets=3)
-    filled = [np.mean([batch["valid"].mean() for batch in batches]) for batches in (one, three)]
-    assert filled[1] > 1.2 * filled[0]
+    def filled(buckets):
+        return np.mean([batch["valid"].mean() for batch in take(2 * WINDOW, 0, buckets)])
+
+    assert filled(3) > 1.2 * filled(1)

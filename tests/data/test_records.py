@@ -178,7 +178,8 @@ def test_columns_that_the_first_row_lacks_are_read(tmp_path):
         {"prompt": "a", "answer": "b"},
         {"prompt": "c", "answer": "d", "refusal": "No.", "split": "report"},
     ]
-    rows += [row | {"prompt": f"{row['prompt']} {i}"} for i in range(8) for row in rows]
+    for i in range(8):
+        rows += [row | {"prompt": f"{row['prompt']} {i}"} for row in rows[:2]]
     records = load_records("harmful", write(tmp_path / "a.jsonl", rows))
     assert all(r.refusal == "No." and r.split == "report" for r in records if r.answer == "d")
 

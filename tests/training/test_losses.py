@@ -15,6 +15,7 @@ from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.table import param_table, unnest
 from safepatch_jax.planning.flops import count_flops
+from safepatch_jax.planning.programs import abstract_batch
 from safepatch_jax.run.context import Context
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
@@ -23,7 +24,7 @@ from safepatch_jax.training.objective import answer_divergences
 from safepatch_jax.training.reference import with_reference
 from safepatch_jax.training.step import Recipe, Saving, Trainer, put_batch
 from tests.training.test_checkpoints import ALWAYS, Cut, assert_same_bits, cut_after
-from tests.training.test_step import abstract_batch, make
+from tests.training.test_step import make
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = np.array([5, 1, 3, 8])
@@ -244,7 +245,7 @@ def test_a_model_does_not_diverge_from_itself_and_no_gradient_flows_into_the_ref
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_reference_costs_one_forward_pass(tiny, remat):
     trainer, decoder, params, _ = make_mismatch(tiny, remat=remat)
-    batch = abstract_batch(decoder.sharder, 8, (48, 32))
+    batch = abstract_batch(8, (48, 32), decoder.sharder)
     parts = {"part": jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=batch["tokens"].sharding)}
     forward = jax.make_jaxpr(
         lambda p: decoder.apply(

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.extend.core import subjaxprs
 
-from safepatch_jax.data.chat import Chat, Example, training_batch
+from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.planning.programs import abstract_batch
 from safepatch_jax.training.losses import Likelihood
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 from safepatch_jax.training.step import Recipe, Trainer
@@ -130,12 +131,6 @@ def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
         assert np.mean(far) < 0.01, path
 
 
-def abstract_batch(sharder, rows, shape):
-    batch = training_batch([Example((1,), (1,))] * rows, *shape)
-    sharding = sharder.sharding(("batch", "length"))
-    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for n, x in batch.items()}
-
-
 def largest_with(jaxpr, size):
     """Most elements of an array in a program, sub-programs included, that has a dimension of this
     size."""
@@ -150,7 +145,7 @@ def largest_with(jaxpr, size):
 def test_logits_exist_for_one_chunk_of_answer_positions_alone(tiny):
     config, _ = load_params(tiny, sharder_of(1))
     parameters = config.vocab_size * config.embed_dim
-    batch = abstract_batch(sharder_of(1), 64, (48, 32))
+    batch = abstract_batch(64, (48, 32), sharder_of(1))
     for chunk, positions in ((32, 32), (8, 8)):
         trainer = make(tiny, chunk=chunk)[0]
         largest = largest_with(trainer.trace(batch).jaxpr.jaxpr, config.vocab_size)
