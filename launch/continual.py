@@ -1,38 +1,42 @@
 """Patch a model again and again, as harm categories arrive: a chain of links with a log of their
 patches.
 
-  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain --stages='privacy;harassment'
-  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain --stages='privacy;harassment;fraud=fraud.csv' \\
-      --methods=safepatching,ga                        # weeks later: one link more, and gradient
-      ascent to compare with
-  python -m launch.continual log     --workdir=runs/chain
-  python -m launch.continual show N  --workdir=runs/chain               # a line of the log and its patch file
-  python -m launch.continual diff N M --workdir=runs/chain              # in what two models differ, from patch files alone
-  python -m launch.continual replay  --workdir=runs/chain --to=N [--from=M] --model=DIR --out=NEW_DIR
-  python -m launch.continual revert  --workdir=runs/chain --last=K
-  python -m launch.continual verify  --workdir=runs/chain
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
+      --stages='privacy;harassment'
+  # Weeks later: one more link, and gradient ascent to compare with.
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
+      --stages='privacy;harassment;fraud=fraud.csv' --methods=safepatching,ga
+  python -m launch.continual log --workdir=runs/chain
+  # A line of the log and its patch file.
+  python -m launch.continual show N --workdir=runs/chain
+  # The difference of two models, from patch files alone.
+  python -m launch.continual diff N M --workdir=runs/chain
+  python -m launch.continual replay --workdir=runs/chain --to=N [--from=M] --model=DIR --out=NEW_DIR
+  python -m launch.continual revert --workdir=runs/chain --last=K
+  python -m launch.continual verify --workdir=runs/chain
 
-Each link is a whole run of launch.safepatch, from the model that the link before left; its folder
-is WORKDIR/links/NN-NAME, with a report of its own. --stages lists all links of the chain in order,
-with ';' between:
+Each link is a whole run of launch.safepatch that starts from the model of the link before; its
+folder is WORKDIR/links/NN-NAME, with its own report. --stages lists all links of the chain in
+order, separated by ';':
   NAME             the records of data.harmful whose category is NAME
-  NAME=cat:A+B     those of category A or B; also for a category whose name has other signs than
-  letters, digits, '_', '.' and '-' NAME=SOURCE      another data set, given as --data.harmful is
+  NAME=cat:A+B     those of category A or B; also for a category whose name has signs other than
+                   letters, digits, '_', '.' and '-'
+  NAME=SOURCE      another data set, given as for --data.harmful
 Links that are in the log are not made again; those that --stages adds at the end are. To change
 one, revert it first. With --align.enabled the starting model is aligned once, on all of
-data.harmful, and lies in WORKDIR/start-HASH.
+data.harmful, and written to WORKDIR/start-HASH.
 
-After each link harm is measured on every category of --stages, also those to come, and over-refusal
-and utility, always on the same records; the starting model is row 0. WORKDIR/continual.md, .json
-and .png have the forgetting matrix. Models of other methods (--methods) are made beside the chain,
-measured and deleted.
+After each link harm is measured on every category of --stages, also on those of later links, and
+over-refusal and utility, always on the same records; the starting model is row 0.
+WORKDIR/continual.md, .json and .png have the forgetting matrix. Models of other methods (--methods)
+are made beside the chain, measured and deleted.
 
-Model 0 is the starting model. revert moves the head back and deletes nothing; the next run goes on
-from there with new numbers. replay builds the model of link N from that of link M (0 if not given),
-forwards or backwards, bit for bit; what comes out is compared with the log. Settings (--config,
---patch.beta=2, ...) go with run alone. A run that was killed goes on where it stopped when the same
+Model 0 is the starting model. revert moves the head back and deletes nothing; the next run
+continues from there with new numbers. replay builds the model of link N from that of link M (0 by
+default), forwards or backwards, bit for bit, and compares the result with the log. Settings
+(--config, --patch.beta=2, ...) belong to run only. A run that was killed resumes when the same
 command is given again. docs/continual.md has the format. Exit code 0: done; 2: a mistake, with one
-line that says which.
+line that names it.
 """
 
 import sys
@@ -53,9 +57,8 @@ _STAGES = flags.DEFINE_string(
 _METHODS = flags.DEFINE_string(
     "methods",
     None,
-    "What is run: safepatching (always), and of the methods of launch.compare those that change "
-    "the weights (ga, npo, "
-    "ties, ...), separated by commas; run.",
+    "What is run: safepatching (always), and methods of launch.compare that change the weights "
+    "(ga, npo, ties, ...), separated by commas; run.",
 )
 _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
 _FROM = flags.DEFINE_integer(
@@ -70,7 +73,7 @@ flags.adopt_module_key_flags(distributed)
 
 def _run(stages: str, methods: str | None) -> None:
     distributed.join()
-    # Imported here: the other commands do without JAX.
+    # Imported here: the other commands do not need JAX.
     from safepatch_jax.studies.continual import study as continual
     from safepatch_jax.studies.continual.links import parse_stages
     from safepatch_jax.studies.continual.methods import parse_methods
@@ -135,10 +138,10 @@ _FLAGS = {
 def run(arguments: list[str]) -> None:
     command, *rest = arguments or [""]
     if command not in _COMMANDS:
+        problem = f"got {command}" if command else "none was given"
         raise ValueError(
-            f"one command is needed, {f'got {command}' if command else 'none was given'}. There "
-            "are "
-            f"{', '.join(_COMMANDS)}; see python -m launch.continual --help."
+            f"one command is needed, {problem}. There are {', '.join(_COMMANDS)}; see python -m "
+            "launch.continual --help."
         )
     call, count, takes = _COMMANDS[command]
     if len(rest) != count or not all(number.isdecimal() for number in rest):
@@ -146,33 +149,13 @@ def run(arguments: list[str]) -> None:
             f"{command} takes {count or 'no'} number{'s' * (count != 1)} after it, got "
             f"'{' '.join(rest)}'."
         )
-    names = takes.replace("?", "").split()
-    missing = [
-        f"--{name}"
-        for name in takes.split()
-        if not name.endswith("?") and _FLAGS[name].value is None
-    ]
-    stray = [
-        f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None
-    ]
-    if command != "run":  # they would be without effect
-        stray += [
-            f"--{flag.name}"
-            for module in (settings_flags, distributed)
-            for flag in flags.FLAGS.get_key_flags_for_module(module)
-            if flag.present
-        ]
-    if missing or stray:
-        raise ValueError(
-            f"{command} "
-            + " and ".join(
-                f"{verb} {', '.join(given)}"
-                for verb, given in (("needs", missing), ("does not take", stray))
-                if given
-            )
-            + "."
-        )
-    call(*map(int, rest), *(_FLAGS[name].value for name in names))
+    stray = []
+    if command != "run":
+        # Flags of settings and processes would have no effect.
+        for module in (settings_flags, distributed):
+            keys = flags.FLAGS.get_key_flags_for_module(module)
+            stray += [flag.name for flag in keys if flag.present]
+    call(*map(int, rest), *main.command_values(command, takes, _FLAGS, stray))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
 from safepatch_jax.data.pipeline import Pool, training_batches
-from safepatch_jax.data.records import ROLES, Record, load_records, take
+from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -28,11 +28,11 @@ from safepatch_jax.runtime.workdir import resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import (
-    Outcome,
     Recipe,
     Recorder,
     Saving,
     Trainer,
+    TrainingOutcome,
     check_batch,
     ignore,
 )
@@ -76,7 +76,7 @@ class Context:
     def records(self) -> dict[str, list[Record]]:
         data = self.settings.data
         records = {}
-        for role in ROLES:
+        for role in DATA_ROLES:
             source = getattr(data, role)
             records[role] = list(
                 self._read(role, source, data.manual_dir, self.cache_dir / "datasets")
@@ -169,7 +169,7 @@ class Context:
         steps: pathlib.Path,
         record: Recorder = ignore,
         loss: Loss | None = None,
-    ) -> tuple[dict[str, Any], Outcome]:
+    ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
         Args:

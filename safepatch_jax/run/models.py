@@ -13,7 +13,7 @@ import numpy as np
 
 from safepatch_jax.data.chat import Example
 from safepatch_jax.data.pipeline import shapes
-from safepatch_jax.data.records import ROLES as DATA_ROLES
+from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.evaluation.measures import combine_roles, measure_role
 from safepatch_jax.io.checkpoint import StoredTree, load_tree
 from safepatch_jax.models.config import read_hf_config

@@ -32,7 +32,7 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
-from safepatch_jax.training.step import Outcome, Recipe, ignore
+from safepatch_jax.training.step import Recipe, TrainingOutcome, ignore
 
 Result = Mapping[str, Any]
 
@@ -171,7 +171,7 @@ def derive(run: Run, role: str, out: pathlib.Path) -> Result:
 
 def _tune(
     run: Run, stage: str, folder: pathlib.Path, pools: Sequence[Pool], recipe: Recipe
-) -> tuple[Any, Outcome]:
+) -> tuple[Any, TrainingOutcome]:
     """Tune the model of a folder, with checkpoints beside the stage's folder."""
     record = ignore if run.metrics is None else run.metrics.recorder(stage)
     verb, _, role = stage.partition("_")
@@ -179,7 +179,7 @@ def _tune(
     return run.context.tune(folder, pools, recipe, title, run.runner.aside(stage), record)
 
 
-def _summary(outcome: Outcome) -> Result:
+def _summary(outcome: TrainingOutcome) -> Result:
     return {
         "steps": len(outcome.nll),
         "stopped_by": outcome.stopped_by,

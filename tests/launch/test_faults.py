@@ -127,6 +127,6 @@ def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_resumes(f
     assert "Derived models or scores lie in" in out  # the checkpoint holds one
     again = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"derive SE: goes on after step {ended[1]} of 60" in again.stdout
+    assert f"derive SE: resumed after step {ended[1]} of 60" in again.stdout
     steps = [line for line in metrics.read_text().splitlines() if '"derive_se"' in line]
     assert len(steps) == 60
