@@ -16,7 +16,7 @@ from safepatch_jax.evaluation.suites import KINDS, Measure
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, rate
 from safepatch_jax.studies.evaluate.figures import TITLES, draw
-from safepatch_jax.studies.evaluate.results import COUNTED, TASKS, Rows, measured
+from safepatch_jax.studies.evaluate.results import COUNTED, TASKS, Rows, described, measured
 
 
 def labels(folders: Mapping[str, str]) -> dict[str, str]:
@@ -61,25 +61,13 @@ def gather(
     first = next(iter(verdicts.values()), {})
     measures = []
     for measure in suite:
-        models = {}
+        models, of_measure = {}, items.get(measure.name, {})
         for who in about["models"]:
             key = who, measure.name
-            models[who] = measured(
-                measure,
-                items.get(measure.name, {}),
-                answers[key],
-                first.get(key, ()),
-                grades.get(key, ()),
-            )
+            parts = answers[key], first.get(key, ()), grades.get(key, ())
+            models[who] = measured(measure, of_measure, *parts)
         holds = {who: result.pop("holds") for who, result in models.items()}
-        row = {
-            "name": measure.name,
-            "kind": measure.kind,
-            "form": measure.form,
-            "source": measure.source,
-            "split": measure.split,
-            "models": models,
-        }
+        row = described(measure) | {"models": models}
         if "against" in holds and measure.kind != "text":
             row["paired"] = repeats.compare(holds["model"], holds["against"])
         measures.append(row)
