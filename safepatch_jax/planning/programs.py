@@ -21,6 +21,7 @@ from safepatch_jax.evaluation.generate import decode
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
 from safepatch_jax.models.table import Param, param_table
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, patch_matrices
 from safepatch_jax.patching.options import Knobs, program_options
 from safepatch_jax.run.context import Context

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.statistics import wilson
@@ -13,14 +13,14 @@ from safepatch_jax.reporting import charts
 from safepatch_jax.runtime import files
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return the lines of a table."""
-    head = list(head)
-    return [_row(head), "|" + "---|" * len(head), *map(_row, rows)]
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table; cells are shown as text."""
+    return "\n".join([row(head), "|" + "---|" * len(head), *map(row, rows)])
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def row(cells: Iterable[Any]) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def share(counts: Mapping[str, int], *outcomes: str) -> float:
@@ -66,13 +66,6 @@ def paired(test: Mapping[str, Any]) -> str:
     return f"+{test['gained']} / -{test['lost']}, p = {test['p']:.2g}"
 
 
-def checks(statements: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the table of statements about a run: {'statement', 'holds', 'evidence'} each."""
-    marks = {True: "yes", False: "**NO**"}
-    rows = [(s["statement"], marks[s["holds"]], s["evidence"]) for s in statements]
-    return table(["statement", "holds", "backbone -> this"], rows)
-
-
 def escaped(text: str) -> str:
     """Return a model's or user's text on one line, as text: its markup takes no effect."""
     return re.sub(r"([\\`*_{}\[\]<>!|#])", r"\\\1", " ".join(text.split()))
@@ -81,6 +74,9 @@ def escaped(text: str) -> str:
 def code(text: str) -> str:
     """Return a text on one line as code, in which Markdown has no effect."""
     return "`" + text.replace("`", "'") + "`"
+
+
+FILTERS = (row, percent, rate, counted, number, paired, escaped, code)  # of templates
 
 
 def publish(folder: pathlib.Path, contents: Mapping[str, Any]) -> None:

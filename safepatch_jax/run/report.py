@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.patching.methods import describe, merge_method
-from safepatch_jax.reporting import tables
+from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, share
 from safepatch_jax.run.figures import draw_outcomes
 from safepatch_jax.settings import Settings
@@ -204,126 +204,16 @@ _ORDERINGS = (
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Render the report."""
-    lines = [
-        "# SafePatching report",
-        "",
-        *_introduction(content),
-        "",
-        "![outcomes](report.png)",
-        "",
-        *_outcomes(content),
-        "",
-        "## Do the method's orderings hold?",
-        "",
-        *tables.checks(content["orderings"]),
-        "",
-        "## The patch",
-        "",
-        *_patch(content),
-        "",
-        "## Training",
-        "",
-        *_training(content["training"]),
-    ]
-    if content["examples"]:
-        lines += ["", "## Harmless prompts that are judged otherwise now", ""]
-        lines += _example_lines(content)
-    return "\n".join(lines) + "\n"
-
-
-def _introduction(content: Mapping[str, Any]) -> list[str]:
-    settings, backbone = content["settings"], content["measures"]["backbone"]
-    aligned = ""
-    if settings["align"]["enabled"]:
-        aligned = ", aligned first by a short supervised run (the backbone below)"
-    roles = []
-    for role, data in backbone["data"].items():
-        roles.append(
-            f"{role} `{data_text(settings, role)}` ({data['examples']} examples, "
-            f"{data['left_out']} prompts left out as too long, {data['cut']} answers cut)"
-        )
-    caveat = ""
-    if settings["data"]["harmful"] == "builtin":
-        caveat = (
-            " The built-in set is small and deliberately mild: it shows the mechanics and "
-            "certifies nothing."
-        )
-    return [
-        f"Model `{settings['model']['source']}`{aligned}; {backbone['harmful']['n']} harmful and "
-        f"{backbone['lookalike']['n']} harmless look-alike prompts of the "
-        f"'{settings['evaluate']['split']}' split, {settings['evaluate']['max_new_tokens']} "
-        "greedy tokens each.",
-        "Judge: refusal phrases and a coherence test, three outcomes. It judges the form of an "
-        "answer, not its content. In brackets: 95 % intervals (Wilson). One seed.",
-        "",
-        f"Data: {'; '.join(roles)}.{caveat}",
-    ]
-
-
-def _outcomes(content: Mapping[str, Any]) -> list[str]:
-    names, rows = labels(content["settings"]), []
-    for variant, m in content["measures"].items():
-        rows.append(
-            [
-                names[variant],
-                *(tables.counted(m["harmful"], outcome) for outcome in OUTCOMES),
-                *(tables.counted(m["lookalike"], outcome) for outcome in OUTCOMES),
-                f"{m['harmful_nll']:.2f}",
-                f"{m['ordinary_perplexity']:.2f}",
-            ]
-        )
-    head = ["model", "harmful: complied", "refused", "incoherent", "look-alike: complied"]
-    head += ["refused", "incoherent", "NLL of harmful answers", "perplexity of ordinary answers"]
-    return tables.table(head, rows)
-
-
-def _patch(content: Mapping[str, Any]) -> list[str]:
-    settings, patch = content["settings"], content["patch"]
-
-    rows = [
-        ("entries in the top set", f"{patch['top_se']:,}", f"{patch['top_osm']:,}"),
-        ("entries kept", f"{patch['kept_se']:,}", f"{patch['kept_osm']:,}"),
-        (
-            "smallest to largest kept entry",
-            f"{patch['low_se']:.2e} to {patch['high_se']:.2e}",
-            f"{patch['low_osm']:.2e} to {patch['high_osm']:.2e}",
-        ),
-        ("largest entry", f"{patch['largest_se']:.2e}", f"{patch['largest_osm']:.2e}"),
-    ]
-    if "mode_overlap_se" in patch:
-        title = "top set by batched scores: Jaccard index with per-sample ones"
-        overlaps = f"{patch['mode_overlap_se']:.1%}", f"{patch['mode_overlap_osm']:.1%}"
-        rows.append((title, *overlaps))
-    return [
-        f"{describe_patch(settings)}, seed {settings['run']['seed']}.",
-        "",
-        *tables.table(["", "SE", "OSM"], rows),
-        "",
-        f"{patch['kept'] / patch['size']:.2%} of the {patch['size']:,} weights in scope are "
-        f"patched; the two top sets overlap by {patch['overlap']:.1%} (Jaccard); "
-        f"{patch['survival']:.1%} of the kept entries change the stored bits.",
-        "",
-        "![where the patch lies, and how large its entries are](patch.png)",
-    ]
-
-
-def _training(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows = []
-    for name, t in stages.items():
-        nll = f"{t['nll'][0]:.2f} -> {t['nll'][-1]:.2f}"
-        rows.append([name, str(t["steps"]), t["stopped_by"], nll])
-    return tables.table(["stage", "steps", "stopped by", "answer NLL, first -> last step"], rows)
-
-
-def _example_lines(content: Mapping[str, Any]) -> list[str]:
-    names, lines = labels(content["settings"]), []
-    for example in content["examples"]:
-        lines.append(f"- **{tables.escaped(example['prompt'])}**")
-        for variant in ("backbone", "safepatching"):
-            row = example[variant]
-            text = tables.escaped(row["answer"])
-            lines.append(f"  - {names[variant]} ({row['outcome']}): {text}")
-    return lines
+    settings = content["settings"]
+    return templates.render(
+        "run/report.md.jinja",
+        labels=labels(settings),
+        sources={
+            role: data_text(settings, role) for role in content["measures"]["backbone"]["data"]
+        },
+        patch_text=describe_patch(settings),
+        **content,
+    )
 
 
 def describe_patch(settings: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,12 +12,13 @@ from safepatch_jax.evaluation import statistics
 from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods.bench import GROUPS, Method
-from safepatch_jax.reporting import tables
+from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, rate
 from safepatch_jax.studies.compare.figures import draw
 from safepatch_jax.studies.evaluate.results import (
     COUNTED,
     Rows,
+    described,
     likelihood,
     measured,
     perplexity,
@@ -25,10 +26,6 @@ from safepatch_jax.studies.evaluate.results import (
 
 FILES = ("compare.md", "compare.json", "compare.png")
 _BACKBONE, _OURS = "backbone", "safepatching"
-_NOT_SEEDS = (
-    "P and intervals take the prompts for the sample, for the models as they are: they do not say "
-    "what other seeds of training would give"
-)
 _HEADS = {
     "harm": "harm, {}",
     "refusal": "refused, {}",
@@ -71,36 +68,28 @@ def gather(
     for measure, measures_of in suite:
         results = {}
         for m in methods:
-            key = m.name, measure.name
-            if measure not in measures_of(m):
-                continue
-            if measure.kind == "text":
-                results[m.name] = _likelihoods(answers[key])
-            else:
-                results[m.name] = measured(
-                    measure,
-                    items.get(measure.name, {}),
-                    answers[key],
-                    verdicts.get(key, ()),
-                    grades.get(key, ()),
-                )
+            if measure in measures_of(m):
+                key = m.name, measure.name
+                parts = answers[key], verdicts.get(key, ()), grades.get(key, ())
+                results[m.name] = _result(measure, items.get(measure.name, {}), *parts)
         _compare(measure, results)
         for name, x in results.items():
             rows[name]["measures"][measure.name] = x
-        measures.append(
-            {
-                "name": measure.name,
-                "kind": measure.kind,
-                "form": measure.form,
-                "source": measure.source,
-                "split": measure.split,
-                "n": max((x["n"] for x in results.values()), default=0),
-            }
-        )
+        n = max((x["n"] for x in results.values()), default=0)
+        measures.append(described(measure) | {"n": n})
     for row in rows.values():
         row["means"] = {kind: _mean(row, measures, kind) for kind in COUNTED}
     content = dict(about) | {"measures": measures, "methods": rows}
     return content | {"orderings": orderings(content)}
+
+
+def _result(
+    measure: Measure, items: Mapping[str, Any], answers: Rows, verdicts: Rows, grades: Rows
+) -> dict[str, Any]:
+    """Return the result of a method on a measure; likelihoods are means over the runs."""
+    if measure.kind == "text":
+        return _likelihoods(answers)
+    return measured(measure, items, answers, verdicts, grades)
 
 
 def _compare(measure: Measure, results: dict[str, dict[str, Any]]) -> None:
@@ -229,72 +218,43 @@ _ORDERINGS = (
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Return compare.md."""
-    rows = content["methods"]
-    lines = _introduction(content)
-    lines += _table(
-        content, [(row["label"], name) for name, row in rows.items() if row["group"] != "ablation"]
+    measures, methods = content["measures"], content["methods"]
+    heads = []
+    for m in measures:
+        heads.append(_HEADS.get(m["kind"], "{}: right").format(f"{m['name']} (n {m['n']})"))
+    tested = [m["name"] for m in measures if m["kind"] != "text"]
+    judged = [m["name"] for m in measures if m["kind"] in COUNTED]
+    plain = {name: row["label"] for name, row in methods.items() if row["group"] != "ablation"}
+    ablations = {name: row["ablation"] for name, row in methods.items() if row["ablation"]}
+    if ablations.keys() <= plain.keys():
+        ablations = {}
+    return templates.render(
+        "studies/compare/report.md.jinja",
+        **content,
+        several=len(content["seeds"]) > 1,
+        suite_name=pathlib.Path(content["suite"]).name,
+        heads=["", "method", *heads, "ATGR"],
+        rows=_rows(content, plain),
+        ablations=_rows(content, ablations),
+        tested=tested,
+        against_backbone=_tests(content, tested, "paired"),
+        against_ours=_tests(content, tested, "paired_ours"),
+        judged=judged,
+        incoherent=_incoherent(content, judged),
     )
-    ablations = [(row["ablation"], name) for name, row in rows.items() if row["ablation"]]
-    if any(rows[name]["group"] == "ablation" for _, name in ablations):
-        lines += ["## Ablations of SafePatching", "", *_table(content, ablations)]
-    if content["orderings"]:
-        lines += [
-            "## Do the paper's orderings hold?",
-            "",
-            "Means over the harm and over the refusal measures.",
-            "",
-            *tables.checks(content["orderings"]),
-            "",
-        ]
-    lines += _tests(content, "paired", "the backbone")
-    lines += _tests(content, "paired_ours", "SafePatching")
-    return "\n".join(lines + _incoherent(content) + _settings(content)) + "\n"
 
 
-def _introduction(content: Mapping[str, Any]) -> list[str]:
-    settings, seeds = content["settings"], content["seeds"]
-    aligned = ", first aligned by a short supervised run" * settings["align.enabled"]
-    several = (
-        "; with several seeds a prompt counts with its mean over them, and the least and the "
-        "largest rate of a seed stand behind"
-    )
-    if len(seeds) == 1:
-        several = ""
-    return [
-        "# Comparison of methods",
-        "",
-        f"Backbone `{settings['model.source']}`{aligned}; harmful pairs "
-        f"`{settings['data.harmful']}`; suite `{pathlib.Path(content['suite']).name}`; judge "
-        f"{content['judge']}, greedy answers; seed{'s' * (len(seeds) > 1)} "
-        f"{', '.join(map(str, seeds))}.",
-        "",
-        "Harm: share of harmful requests complied with; refused: share of harmless requests "
-        "refused, in per cent; lower is better for both. In brackets 95 % intervals (Wilson)"
-        f"{several}. {_NOT_SEEDS}. Perplexity and "
-        "KL(backbone || model), nats a token, on ordinary answers. ATGR: time of a generated "
-        "token with the method over that without (in brackets the range of the repeats); methods "
-        "that change the weights alone have 1 by construction, and of these it was measured for "
-        "SafePatching.",
-        "",
-        "![comparison](compare.png)",
-        "",
-    ]
-
-
-def _table(content: Mapping[str, Any], chosen: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the table of some (label, method), grouped as the registry has them."""
-    measures, rows, last = content["measures"], [], None
-    for label, name in chosen:
+def _rows(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[list[str]]:
+    """Return the rows of some methods, grouped as the registry has them."""
+    rows, last = [], None
+    for name, label in labels.items():
         row = content["methods"][name]
         group = GROUPS[row["group"]] if row["group"] != last else ""
         last = row["group"]
         shown = f"**{label}**" if row["group"] == "patching" else label
-        cells = [_cell(m["kind"], row["measures"].get(m["name"])) for m in measures]
+        cells = [_cell(m["kind"], row["measures"].get(m["name"])) for m in content["measures"]]
         rows.append([group, shown, *cells, _atgr(row)])
-    heads = []
-    for m in measures:
-        heads.append(_HEADS.get(m["kind"], "{}: right").format(f"{m['name']} (n {m['n']})"))
-    return [*tables.table(["", "method", *heads, "ATGR"], rows), ""]
+    return rows
 
 
 def _cell(kind: str, x: Mapping[str, Any] | None) -> str:
@@ -318,33 +278,14 @@ def _atgr(row: Mapping[str, Any]) -> str:
     return "{ratio:.2f} [{least:.2f}-{most:.2f}]".format(**row["atgr"])
 
 
-def _tests(content: Mapping[str, Any], test: str, title: str) -> list[str]:
-    """Return the table of paired tests against one method."""
-    names = [m["name"] for m in content["measures"] if m["kind"] != "text"]
+def _tests(content: Mapping[str, Any], names: Sequence[str], test: str) -> list[list[str]]:
+    """Return the paired tests of each method on some measures, of methods that have any."""
     rows = []
     for row in content["methods"].values():
         if any(test in x for x in row["measures"].values()):
             found = [row["measures"].get(name, {}).get(test) for name in names]
             rows.append([row["label"], *map(_test, found)])
-    if not rows:
-        return []
-    seeds = (
-        "; behind it in how many seeds the rate is higher and in how many lower: where these "
-        "differ among themselves, p says little"
-    )
-    if len(content["seeds"]) == 1:
-        seeds = ""
-    return [
-        f"## Against {title}, prompt by prompt",
-        "",
-        f"Prompts on which the rate is higher / lower than with {title}, and p (McNemar's exact "
-        f"test; of several seeds the exact sign-flip test on the means){seeds}. Of harm and "
-        "refusals fewer is better. p is not corrected for the number of methods. "
-        f"{_NOT_SEEDS}.",
-        "",
-        *tables.table(["method", *names], rows),
-        "",
-    ]
+    return rows
 
 
 def _test(x: Mapping[str, Any] | None) -> str:
@@ -356,56 +297,21 @@ def _test(x: Mapping[str, Any] | None) -> str:
     return tables.paired(x) + seeds
 
 
-def _incoherent(content: Mapping[str, Any]) -> list[str]:
-    """Return the table of answers that are neither compliance nor refusal, where there are any."""
-    names = [m["name"] for m in content["measures"] if m["kind"] in COUNTED]
+def _incoherent(content: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Return the shares of answers that are neither compliance nor refusal, of methods that have
+    any."""
     rows = []
     for row in content["methods"].values():
         results = [row["measures"].get(name) for name in names]
         if any(x and x["incoherent"] for x in results):
             rows.append([row["label"], *map(_broken, results)])
-    if not rows:
-        return []
-    return [
-        "## Incoherent answers",
-        "",
-        "Share of answers that are broken text: neither compliance nor refusal, and no help. A "
-        "method is no better for a low harm or over-refusal that comes from these.",
-        "",
-        *tables.table(["method", *names], rows),
-        "",
-    ]
+    return rows
 
 
 def _broken(x: Mapping[str, Any] | None) -> str:
     if x is None:
         return "-"
     return percent(x["incoherent"] / max(1, sum(x[outcome] for outcome in OUTCOMES)))
-
-
-def _settings(content: Mapping[str, Any]) -> list[str]:
-    """Return what the methods were given."""
-    groups = {
-        "Training of the two patches and of whatever is trained": "derive.",
-        "Scores": "score.",
-        "SafePatching": "patch.",
-    }
-    lines = ["## Settings", ""]
-    for title, group in groups.items():
-        members = {k: v for k, v in content["settings"].items() if k.startswith(group)}
-        texts = [f"{name.removeprefix(group)} {value}" for name, value in members.items()]
-        lines += [f"{title}: {', '.join(texts)}.", ""]
-    rows = []
-    for row in content["methods"].values():
-        changed = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
-        rows.append([row["label"], changed, f"{row['seconds']:.0f} s"])
-    return [
-        *lines,
-        "A method has these but for its own. Time is that of a row's own work: the two derived "
-        "models and their scores are in the first row that needs them.",
-        "",
-        *tables.table(["method", "its own settings", "time, all seeds"], rows),
-    ]
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,11 @@ _LARGEST = 80.0  # nats: exp of it is still a number
 Rows = Sequence[Mapping[str, Any]]  # by run (one, or one a seed), the rows by id
 
 
+def described(measure: Measure) -> dict[str, Any]:
+    """Return what a report says of a measure."""
+    return {name: getattr(measure, name) for name in ("name", "kind", "form", "source", "split")}
+
+
 def measured(
     measure: Measure, items: Mapping[str, Any], answers: Rows, verdicts: Rows, grades: Rows
 ) -> dict[str, Any]:
