@@ -191,7 +191,8 @@ def _adapt(entry: DataSet, rows: Sequence[Row]) -> list[str]:
     """Adapt rows to the columns that the set names; return the names of those that are missing."""
     try:
         for row in rows:
-            entry.adapt(row)
+            if entry.adapt is not None:
+                entry.adapt(row)
     except KeyError as error:
         return [error.args[0]]
     if not rows:

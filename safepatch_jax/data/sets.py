@@ -62,7 +62,7 @@ class DataSet:
     splits: dict[str, Split]
     columns: dict[str, str]
     split_by: str = ""
-    adapt: Callable[[Row], None] = lambda row: None
+    adapt: Callable[[Row], None] | None = None
     read: Callable[[pathlib.Path], list[Row]] = read_rows
 
     @property

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 try:
-    import lm_eval.models  # noqa: F401  the harness adds its own model types only while it knows none
+    # The harness adds its own model types only while it knows none.
+    import lm_eval.models  # noqa: F401
     from lm_eval import utils
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM

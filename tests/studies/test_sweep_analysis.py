@@ -198,8 +198,11 @@ def test_choices_are_ranked_over_the_seeds_that_they_share():
 def test_a_runner_up_with_more_seeds_is_told():
     found = content(several({0: (0, 2)}, {0: (0, 4), 1: (0, 1), 2: (0, 1)}))
     assert (found["recommended"]["trial"], found["recommended"]["next"]) == (0, 1)
-    told = "The runner-up, beta 1, was tried with 3 seeds, this one with 1: try it with run.seed=1,2 too before"
-    assert told in sweep_report.markdown(found)
+    remark = (
+        "The runner-up, beta 1, was tried with 3 seeds, this one with 1: try it with run.seed=1,2 "
+        "too before"
+    )
+    assert remark in sweep_report.markdown(found)
     assert "runner-up" not in sweep_report.markdown(content(several({0: (0, 2)}, {0: (0, 4)})))
 
 

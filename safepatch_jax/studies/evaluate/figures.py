@@ -73,8 +73,12 @@ def _dots(
     charts.dots(axis, title, list(rates), series)
 
 
+def _has_answers(measure: Mapping[str, Any]) -> bool:
+    return all(result["n"] for result in measure["models"].values())
+
+
 def _perplexities(axis: Any, texts: Measures, names: Mapping[str, str]) -> None:
-    texts = [m for m in texts if all(x["n"] for x in m["models"].values())]
+    texts = [measure for measure in texts if _has_answers(measure)]
     if not texts:
         charts.empty(axis, TITLES["accuracy"])
         return

@@ -9,7 +9,7 @@ from safepatch_jax.evaluation.answers import Sources
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.suites import GENERATED, Measure
 
-# Options on which stored answers do not depend; judges, graders and seeds have folders of their own.
+# Stored answers do not depend on these; judges, graders and seeds have folders of their own.
 _INDEPENDENT = (
     "suite",
     "judge",

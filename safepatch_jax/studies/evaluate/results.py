@@ -77,8 +77,8 @@ def _left_out(rows: Mapping[str, Mapping[str, Any]]) -> int:
 def _by_category(
     holds: Sequence[Mapping[str, bool]], categories: Mapping[str, str]
 ) -> dict[str, list[float]]:
-    """Return [count, n, low, high] of each category, see `statistics.rate`; nothing where there is but
-    one."""
+    """Return [count, n, low, high] of each category, see `statistics.rate`; nothing where there
+    is but one."""
     members: dict[str, list[dict[str, bool]]] = {}
     for number, run in enumerate(holds):
         for i, value in run.items():

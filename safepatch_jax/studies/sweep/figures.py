@@ -198,8 +198,8 @@ def _setting(
             shown = [_value({key: x}, key) for x in line[key]]
             axis.plot(places, shown, ".-", color=COLOURS[colour], **faint)
         if whole:
-            means = [math.fsum(column) / len(whole) for column in zip(*(x[key] for x in whole))]
-            shown = [_value({key: mean}, key) for mean in means]
+            columns = zip(*[line[key] for line in whole])
+            shown = [_value({key: math.fsum(x) / len(whole)}, key) for x in columns]
             axis.plot(shown, "o-", color=COLOURS[colour], linewidth=2.2, markersize=4)
     texts = list(map(written, values))
     turned = any(len(text) > 6 for text in texts)
