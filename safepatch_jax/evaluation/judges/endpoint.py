@@ -210,7 +210,7 @@ def _check_url(url: str) -> None:
     if not web or parts.username or parts.fragment:
         raise ValueError(
             "An endpoint is an http or https URL without user or password, such as "
-            f"endpoint:https://HOST/v1?model=NAME; the key goes into the environment variable "
+            "endpoint:https://HOST/v1?model=NAME; the key goes into the environment variable "
             f"{API_KEY}"
         )
 
