@@ -1,4 +1,4 @@
-"""What can be asked of a chain and done with it from its log and patch files alone; no JAX.
+"""What can be done with a chain from its log and patch files alone; no JAX.
 
 Show what is in it and in what two models differ, build a model again, take links off, verify.
 """

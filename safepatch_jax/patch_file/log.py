@@ -2,7 +2,7 @@
 
 A chain is a model that is patched again and again. Each link of it is a model, its patch file (what
 turned the parent into it), and a line in log.jsonl that holds the hashes of parent, patch and
-result. Nothing is ever taken out of the log: a revert is a line of its own. docs/continual.md has
+result. Nothing is ever removed from the log: a revert is a line of its own. docs/continual.md has
 the format.
 """
 
@@ -43,13 +43,8 @@ Step = tuple[Callable[..., Any], int]
 class PatchLog:
     """The log of a chain, read and checked; `entries` are its lines.
 
-    Attributes:
-      start: the first line.
-      links: the lines of links by number, also of reverted ones.
-      live: the numbers that lead to the head, in order.
-
     Raises:
-      ValueError: there is no log, it is of another format, a line was changed, taken out or put in,
+      ValueError: there is no log, it is of another format, a line was changed, removed or inserted,
         or says what cannot be.
     """
 
@@ -80,14 +75,17 @@ class PatchLog:
 
     @property
     def start(self) -> dict[str, Any]:
+        """The first line."""
         return self.entries[0]
 
     @property
     def links(self) -> dict[int, dict[str, Any]]:
+        """The lines of links by number, also of reverted ones."""
         return {entry["number"]: entry for entry in self.entries if entry["entry"] == "link"}
 
     @property
     def live(self) -> list[int]:
+        """The numbers that lead to the head, in order."""
         live: list[int] = []
         for entry in self.entries:
             if entry["entry"] == "link":
@@ -98,6 +96,7 @@ class PatchLog:
 
     @property
     def head(self) -> int:
+        """The number of the latest model."""
         return self.live[-1] if self.live else START
 
     def path(self, number: int) -> list[int]:

@@ -49,6 +49,7 @@ class Importance:
 
     @property
     def needs_sensitivity(self) -> bool:
+        """Whether it is SNIP's."""
         return not self.without_snip
 
 

@@ -182,47 +182,43 @@ def count_at_least(
     return lax.map(one_tensor, (jnp.arange(shape[0]), derived, sensitivity, keys))
 
 
-def _counts(
-    backbone,
-    derived,
-    sensitivity,
-    rows: Sequence[Param],
-    patch: PatchSettings,
-    seed: int,
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return the sizes of the top sets, {role: {path: int32 [L]}}: of each row or matrix, or of a
-    matrix's part in the top set of the whole scope.
-
-    The order in which ties are broken there is the table's: rows, then layers.
-    """
+def _counts(rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
+    """Return the sizes of the top sets of each row or matrix, {role: {path: int32 [L]}}."""
     result: dict[str, dict[str, np.ndarray]] = {}
-    if not patch.ranks_whole_scope:
-        for role, rate in top_rates(patch).items():
-            result[role] = {}
-            for row in rows:
-                by_row = patch.granularity == "row"
-                size = row.hf_shape[-1] if by_row else math.prod(row.hf_shape)
-                count = top_count(rate, size)
-                result[role][row.path] = np.full(row.num_layers, count, np.int32)
-        return result
+    for role, rate in top_rates(patch).items():
+        result[role] = {}
+        for row in rows:
+            by_row = patch.granularity == "row"
+            size = row.hf_shape[-1] if by_row else math.prod(row.hf_shape)
+            result[role][row.path] = np.full(row.num_layers, top_count(rate, size), np.int32)
+    return result
+
+
+def _scope_counts(
+    backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchSettings, seed: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the size of each matrix's part in the top sets of the whole scope, {role: {path: int32
+    [L]}}.
+
+    Ties are broken in the order of the table: rows, then layers.
+    """
     scope_size = sum(math.prod(row.shape) for row in rows)
+    result: dict[str, dict[str, np.ndarray]] = {}
     with progress(len(PATCH_ROLES) * PASSES, "global top sets", "count") as bar:
 
         def count_at(role: str, threshold: int) -> list[int]:
             parts = []
             for row in rows:  # all are started before the first is waited for
-                keys = tensor_keys(seed, f"top_{role}", row.hf_names)
-                parts.append(
-                    count_at_least(
-                        backbone[row.path],
-                        derived[role][row.path],
-                        sensitivity[role][row.path],
-                        keys,
-                        np.int32(threshold),
-                        kind=patch.ranking,
-                        shape=_stack(row),
-                    )
+                part = count_at_least(
+                    backbone[row.path],
+                    derived[role][row.path],
+                    sensitivity[role][row.path],
+                    tensor_keys(seed, f"top_{role}", row.hf_names),
+                    np.int32(threshold),
+                    kind=patch.ranking,
+                    shape=_stack(row),
                 )
+                parts.append(part)
             bar.update()
             counts: list[int] = []
             for part in parts:
@@ -300,29 +296,38 @@ def apply_patching(
         sensitivity = dict.fromkeys(PATCH_ROLES, dict.fromkeys(row.path for row in rows))
     if patch.ranks_whole_scope:  # every count needs all of them
         derived, sensitivity = _held(derived, rows), _held(sensitivity, rows)
-    counts = _counts(backbone, derived, sensitivity, rows, patch, seed)
+        counts = _scope_counts(backbone, derived, sensitivity, rows, patch, seed)
+    else:
+        counts = _counts(rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
             stored = backbone[row.path]
-            size = math.prod(row.hf_shape)
-            merged[row.path], stats = patch_matrices(
+            merged[row.path], counted = patch_matrices(
                 stored,
                 _by_role(derived, row.path),
                 _by_role(sensitivity, row.path),
                 {user: tensor_keys(seed, user, row.hf_names) for user in KEYED},
                 _by_role(counts, row.path),
-                Knobs.of(patch, size).traced(),
+                Knobs.of(patch, math.prod(row.hf_shape)).traced(),
                 options=options,
                 shape=_stack(row),
                 dtype=str(stored.dtype) if dtype == "keep" else dtype,
                 rounding=rounding,
                 sharding=sharder.sharding(row.axes, row.shape, row.path),
             )
-            stats = {name: processes.fetch(values) for name, values in stats.items()}
-            for layer, hf_name in enumerate(row.hf_names):
-                numbers = {name: values[layer].tolist() for name, values in stats.items()}
-                numbers = {"size": size} | numbers
-                statistics[hf_name] = numbers | {"overlap": overlap(numbers)}
+            statistics |= _by_tensor(row, counted)
             bar.update()
     refuse_broken(statistics)
     return merged, statistics
+
+
+def _by_tensor(row: Param, counted: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
+    """Return the statistics of a weight, {name: [L]}, by HF tensor and as Python's numbers."""
+    values = {name: processes.fetch(x) for name, x in counted.items()}
+    statistics = {}
+    for layer, hf_name in enumerate(row.hf_names):
+        numbers = {"size": math.prod(row.hf_shape)}
+        for name, x in values.items():
+            numbers[name] = x[layer].tolist()
+        statistics[hf_name] = numbers | {"overlap": overlap(numbers)}
+    return statistics

@@ -50,8 +50,8 @@ class MergeMethod:
       label: in reports.
       function: what it decides about a tensor.
       help: in a few words, for --help.
-      ranks: what its top sets are taken by: patch.importance at the two top rates, magnitude at
-        patch.density, or None where every entry of a patch is in them.
+      ranks: how `Tensor.top_sets` ranks entries: by patch.importance (at the two top rates), by
+        magnitude (at patch.density), or None where every entry of a patch is in its top set.
       settings: options of the patch group that it takes.
       divides: whether what is kept is divided by patch.retention (where `settings` has rescale,
         that option decides).

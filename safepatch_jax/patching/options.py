@@ -32,6 +32,7 @@ class Knobs:
         return cls(patch.retention, quota, patch.alpha * scale, patch.beta * scale)
 
     def traced(self) -> dict[str, Any]:
+        """Return them as the program takes them."""
         return {
             "retention": np.float32(self.retention),
             "quota": np.int32(self.quota),
