@@ -12,10 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from safepatch_jax.data.chat import Chat, prompt_batch
 from safepatch_jax.data.records import load_records
-from safepatch_jax.evaluation.generate import generate
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.gguf import convert_gguf, find_smollm2
 from safepatch_jax.io.hf import load_params
-from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.run import certificate
@@ -255,16 +254,8 @@ def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path, sharder):
         max_new_tokens=16,
     )[:, batch["tokens"].shape[1] :]
     config, params = load_params(smollm2, sharder)
-    ours = generate(
-        Decoder(config, jnp.float32, None),
-        params,
-        prompts,
-        config.eos_ids,
-        max_new=16,
-        batch_size=16,
-        sharder=sharder,
-        title="test",
-    )
+    engine = Engine(config, params, smollm2, sharder, "float32", batch_size=16)
+    ours = engine.complete_ids(prompts, 16)
     texts = [chat.decode(ids) for ids in ours]
     assert len(texts) == 16 and len(set(texts)) > 12
     assert texts == [chat.decode(row.tolist()) for row in theirs]

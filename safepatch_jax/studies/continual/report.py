@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
+from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.patch_file.log import data_text, plain
 from safepatch_jax.runtime import files
 from safepatch_jax.studies.continual.figures import draw
-from safepatch_jax.studies.continual.measures import COMMON, perplexity
+from safepatch_jax.studies.continual.measures import COMMON
 
 FILES = ("continual.md", "continual.json", "continual.png")
 Counts = Mapping[str, int]
