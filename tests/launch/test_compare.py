@@ -49,7 +49,6 @@ def test_a_killed_comparison_is_resumed(command, tmp_path):
     "own, message",
     [
         (["--seeds=1;2"], "--seeds takes whole numbers"),
-        (["--methods=gaa"], "there is no 'gaa' (did you mean 'ga'?)"),
     ],
 )
 def test_mistakes_end_with_one_clear_line_before_anything_runs(own, message, command, tmp_path):

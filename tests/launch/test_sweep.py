@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.calls import call, call_and_kill
+from tests.launch.test_launchers import flags  # noqa: F401 (a fixture)
 from tests.launch.test_processes import launch
 
 
@@ -29,7 +30,7 @@ def test_help_is_a_manual():
         assert part in result.stdout, part
 
 
-def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):
+def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):  # noqa: F811
     work = tmp_path / "work"
     command = (
         "launch.sweep",
@@ -66,13 +67,18 @@ def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):
         (["--grid=patch.beta=1", "--around=patch.bta=1"], "did you mean 'patch.beta'?"),
     ],
 )
-def test_mistakes_end_with_one_clear_line_before_anything_runs(own, message, flags, tmp_path):
+def test_mistakes_end_with_one_clear_line_before_anything_runs(
+    own,
+    message,
+    flags,  # noqa: F811
+    tmp_path,
+):
     result = call("launch.sweep", f"--workdir={tmp_path / 'work'}", *own, *flags)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "work").exists()
 
 
-def test_two_processes_sweep_as_one(flags, tmp_path):
+def test_two_processes_sweep_as_one(flags, tmp_path):  # noqa: F811
     """Both leave out a point that gives no row."""
     work = f"--workdir={tmp_path / 'work'}"
     own = [*flags, "--evaluate.max_new_tokens=2", "--derive.batch_size=8"]

@@ -77,7 +77,9 @@ class _Evaluation:
     ):
         self._out, self._folders = out, dict(folders)
         self._suite, self._options = suite, options
-        texts = [text for text in (options.judge, options.second_judge) if text]
+        texts = [options.judge]
+        if options.second_judge:
+            texts.append(options.second_judge)
         self._judges = answers.open_judges(
             texts,
             suite,
