@@ -147,16 +147,10 @@ def suggestion_lines(compiled: Sequence[tuple[Changes, Figures]], best: Fit | No
     program fits."""
     rows = [["mesh", "remat", "peak", "fits", "at least", "bound by"]]
     for changes, f in compiled:
-        rows.append(
-            [
-                changes["mesh.shape"],
-                changes["model.remat"],
-                size(f.required),
-                "yes" if f.fits else "no",
-                duration(f.least_seconds) if f.floor else "",
-                f.bound,
-            ]
-        )
+        fits = "yes" if f.fits else "no"
+        least = duration(f.least_seconds) if f.floor else ""
+        mesh, remat = changes["mesh.shape"], changes["model.remat"]
+        rows.append([mesh, remat, size(f.required), fits, least, f.bound])
     lines = ["Train steps, the shortest floor first:", *aligned(rows)]
     if best is None:
         return lines + [FLOOR, "None of these fits with every program."]
