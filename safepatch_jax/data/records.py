@@ -33,6 +33,7 @@ _ALIASES = {
     "label": ("label",),
     "split": ("split",),
 }
+_OPPOSITE = "labelled as the opposite"
 _NEEDS_ANSWER = {"harmful": True, "lookalike": False, "ordinary": True}
 _REFUSALS = (
     "I'm sorry, but I can't help with that request.",
@@ -94,44 +95,48 @@ def load_records(
     if not rows:
         raise ValueError(f"{source}: no rows. A {role} file needs at least one row with a prompt.")
     columns = _find_columns(role, source, rows, mapping, answers)
-    records, empty, opposite = [], 0, 0
-    lacking = "without prompt or answer" if answers else "without prompt"
-    for row in rows:
-        cells = dict.fromkeys(_ALIASES, "")
-        for field, column in columns.items():
-            cells[field] = text(row.get(column))
-        prompt = "\n\n".join(filter(None, (cells["prompt"], cells["context"])))
-        if not prompt or (answers and not cells["answer"]):
-            empty += 1
-        elif _is_opposite(role, row, cells):
-            opposite += 1
-        else:
-            split = cells["split"] or _hashed_split(prompt)
-            if split not in SPLITS:
-                raise ValueError(f"{source}: split '{split}' is not one of {', '.join(SPLITS)}.")
-            refusal = cells["refusal"] or _pick(_REFUSALS, prompt)
-            records.append(Record(prompt, cells["answer"], refusal, cells["category"], split))
+    records, omitted = _usable(role, source, rows, columns, answers)
     if not records:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in omitted.items())
         raise ValueError(
-            f"{source}: none of the {len(rows)} rows can be used as {role} ({empty} {lacking}, "
-            f"{opposite} labelled as the opposite)."
+            f"{source}: none of the {len(rows)} rows can be used as {role} ({reasons})."
         )
     _check_splits(source, records)
     unique = records
     if source != "builtin":
         prompts = [record.prompt for record in records]
         unique = [records[i] for i in first_of_each(prompts)]
-    omitted = {
-        lacking: empty,
-        "labelled as the opposite": opposite,
-        "near-duplicates": len(records) - len(unique),
-    }
+    omitted["near-duplicates"] = len(records) - len(unique)
     if reasons := [f"{count:,} {reason}" for reason, count in omitted.items() if count]:
         say(
             f"  {role} ({source}): {len(unique):,} of {len(rows):,} rows; left out: "
             f"{', '.join(reasons)}"
         )
     return unique
+
+
+def _usable(
+    role: str, source: str, rows: Sequence[Row], columns: Mapping[str, str], answers: bool
+) -> tuple[list[Record], dict[str, int]]:
+    """Return the records of rows, and how many rows were left out, by reason."""
+    lacking = "without prompt or answer" if answers else "without prompt"
+    records, omitted = [], {lacking: 0, _OPPOSITE: 0}
+    for row in rows:
+        cells = dict.fromkeys(_ALIASES, "")
+        for field, column in columns.items():
+            cells[field] = text(row.get(column))
+        prompt = "\n\n".join(filter(None, (cells["prompt"], cells["context"])))
+        if not prompt or (answers and not cells["answer"]):
+            omitted[lacking] += 1
+        elif _is_opposite(role, row, cells):
+            omitted[_OPPOSITE] += 1
+        else:
+            split = cells["split"] or _hashed_split(prompt)
+            if split not in SPLITS:
+                raise ValueError(f"{source}: split '{split}' is not one of {', '.join(SPLITS)}.")
+            refusal = cells["refusal"] or _pick(_REFUSALS, prompt)
+            records.append(Record(prompt, cells["answer"], refusal, cells["category"], split))
+    return records, omitted
 
 
 def _rows_of(

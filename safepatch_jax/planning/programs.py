@@ -202,10 +202,10 @@ def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> l
     def trace(rows):
         return context.trainer(config).trace(abstract_batch(rows, shape, context.sharder))
 
-    programs = [Program("train", "", functools.partial(trace, derive.batch_size))]
+    result = [Program("train", "", functools.partial(trace, derive.batch_size))]
     if align.enabled and align.batch_size > derive.batch_size:
-        programs.append(Program("train", "align", functools.partial(trace, align.batch_size)))
-    return programs
+        result.append(Program("train", "align", functools.partial(trace, align.batch_size)))
+    return result
 
 
 def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
@@ -224,13 +224,13 @@ def _patch(context: Context, config: DecoderConfig) -> list[Program]:
     for row in param_table(config).scope(context.settings.patch.scope):
         spec = context.sharder.sharding(row.axes, row.shape, row.path).spec
         alike.setdefault((row.shape, spec, row.hf_shape), []).append(row)
-    programs = []
+    result = []
     for rows in alike.values():
         name = " ".join(row.path.split("/")[-1] for row in rows)
         trace = functools.partial(_trace_patch, context, rows[0], config)
         resident = resident_bytes(context.settings, config, context.sharder, rows[:1])
-        programs.append(Program("patch", name, trace, resident))
-    return programs
+        result.append(Program("patch", name, trace, resident))
+    return result
 
 
 def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.stages.Traced:

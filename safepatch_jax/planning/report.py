@@ -205,8 +205,8 @@ def to_json(
     """Return everything as plain data; bytes and seconds."""
     nearest = None
     if fit is not None:
-        programs = [f.to_dict() for f in fit.figures]
-        nearest = {"changes": fit.changes, "programs": programs}
+        measured = [f.to_dict() for f in fit.figures]
+        nearest = {"changes": fit.changes, "programs": measured}
     return {
         "target": target.title,
         "chips": len(target.devices),

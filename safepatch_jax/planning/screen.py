@@ -73,26 +73,25 @@ def screen_train(
     stacked = [row for row in table if row.stacked]
     block = device_bytes(stacked, sharder, "bfloat16") // 2 * width // config.num_layers * fsdp
     logits = 3 * rows * min(answers, settings.model.loss_chunk) * config.vocab_size // tensor * 4
+    weights = params // 4 * width  # in the dtype of the arithmetic
     memory = (
         least
-        + params // 4 * width
+        + weights
         + config.num_layers * kept[settings.model.remat]
         + kept["none"]
         + 2 * block
         + logits
     )
 
-    seconds = 0.0
-    if chip is not None:
-        gathered = params // 4 * width * (fsdp - 1)  # one pass over the weights
-        passes = 3 * derive.accumulate  # forward, backward, and the gradients' way back
-        reductions = config.num_layers * (6 if settings.model.remat == "full" else 4)
-        activations = derive.accumulate * tokens * config.embed_dim * width
-        exchanged = reductions * activations * 2 * (tensor - 1) / tensor
-        traffic = 8 * params + passes * params // 4 * width * fsdp
-        seconds = max(
-            flops / math.prod(sizes.values()) / chip.flops,
-            (passes * gathered + exchanged) / chip.link,
-            traffic / chip.bandwidth,
-        )
+    if chip is None:
+        return Screen(arguments, least, memory, 0.0)
+    passes = 3 * derive.accumulate  # forward, backward, and the gradients' way back
+    reductions = config.num_layers * (6 if settings.model.remat == "full" else 4)
+    activations = derive.accumulate * tokens * config.embed_dim * width
+    exchanged = reductions * activations * 2 * (tensor - 1) / tensor
+    seconds = max(
+        flops / math.prod(sizes.values()) / chip.flops,
+        (passes * weights * (fsdp - 1) + exchanged) / chip.link,
+        (8 * params + passes * weights * fsdp) / chip.bandwidth,
+    )
     return Screen(arguments, least, memory, seconds)

@@ -59,7 +59,9 @@ def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
     The data axis has as many parts as there are slices.
     """
     chips, sharders = len(target.devices) // target.slices, {}
-    for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
+    for tensor in range(1, chips + 1):
+        if chips % tensor:
+            continue
         text = f"data:{target.slices},fsdp:{chips // tensor},tensor:{tensor}"
         try:
             sharder = target.sharder(text)
