@@ -3,7 +3,7 @@ disturbed.
 
   python -m benchmarks.faults --folder=DIR --kills=20 -- launch.safepatch --config=configs/demo.py
   python -m benchmarks.faults --folder=DIR --kills=20 -- \\
-      launch.continual run --config=... --stages=...
+      launch.continual run --config=... --links=...
 
 The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with
 a cache of its own (--cache=DIR2 starts both from a copy of one). First the run is not disturbed,

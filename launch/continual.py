@@ -2,10 +2,10 @@
 patches.
 
   python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
-      --stages='privacy;harassment'
+      --links='privacy;harassment'
   # Weeks later: one more link, and gradient ascent to compare with.
   python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
-      --stages='privacy;harassment;fraud=fraud.csv' --methods=safepatching,ga
+      --links='privacy;harassment;fraud=fraud.csv' --methods=safepatching,ga
   python -m launch.continual log --workdir=runs/chain
   # A line of the log and its patch file.
   python -m launch.continual show N --workdir=runs/chain
@@ -16,17 +16,17 @@ patches.
   python -m launch.continual verify --workdir=runs/chain
 
 Each link is a whole run of launch.safepatch that starts from the model of the link before; its
-folder is WORKDIR/links/NN-NAME, with its own report. --stages lists all links of the chain in
+folder is WORKDIR/links/NN-NAME, with its own report. --links lists all links of the chain in
 order, separated by ';':
   NAME             the records of data.harmful whose category is NAME
   NAME=cat:A+B     those of category A or B; also for a category whose name has signs other than
                    letters, digits, '_', '.' and '-'
   NAME=SOURCE      another data set, given as for --data.harmful
-Links that are in the log are not made again; those that --stages adds at the end are. To change
+Links that are in the log are not made again; those that --links adds at the end are. To change
 one, revert it first. With --align.enabled the starting model is aligned once, on all of
 data.harmful, and written to WORKDIR/start-HASH.
 
-After each link harm is measured on every category of --stages, also on those of later links, and
+After each link harm is measured on every category of --links, also on those of later links, and
 over-refusal and utility, always on the same records; the starting model is row 0.
 WORKDIR/continual.md, .json and .png have the forgetting matrix. Models of other methods (--methods)
 are made beside the chain, measured and deleted.
@@ -51,9 +51,10 @@ from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime.console import say
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the chain; run makes it.", required=True)
-_STAGES = flags.DEFINE_string(
-    "stages", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run."
+_LINKS = flags.DEFINE_string(
+    "links", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run."
 )
+flags.DEFINE_alias("stages", "links")  # its name before
 _METHODS = flags.DEFINE_string(
     "methods",
     None,
@@ -71,17 +72,17 @@ flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
 
-def _run(stages: str, methods: str | None) -> None:
+def _run(links: str, methods: str | None) -> None:
     distributed.join()
     # Imported here: the other commands do not need JAX.
     from safepatch_jax.studies.continual import study as continual
-    from safepatch_jax.studies.continual.links import parse_stages
+    from safepatch_jax.studies.continual.links import parse_links
     from safepatch_jax.studies.continual.methods import parse_methods
 
     report = continual.run(
         settings_flags.read_settings(),
         _WORKDIR.value,
-        parse_stages(stages),
+        parse_links(links),
         parse_methods(methods or ""),
         sys.argv,
     )
@@ -116,7 +117,7 @@ def _log() -> continual_log.PatchLog:
 
 # How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
-    "run": (_run, 0, "stages methods?"),
+    "run": (_run, 0, "links methods?"),
     "log": (_lines(continual_commands.history), 0, ""),
     "show": (_lines(continual_commands.show), 1, ""),
     "diff": (_lines(continual_commands.differences), 2, ""),
@@ -125,7 +126,7 @@ _COMMANDS = {
     "verify": (_lines(continual_commands.verify), 0, ""),
 }
 _FLAGS = {
-    "stages": _STAGES,
+    "links": _LINKS,
     "methods": _METHODS,
     "to": _TO,
     "from": _FROM,

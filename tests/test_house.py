@@ -104,5 +104,5 @@ def test_the_measures_see_what_they_count(tmp_path):
     tree = {module.name: module.tree for module in source}["safepatch_jax.io.a"]
     assert house.nested_comprehensions(tree) == [3, 4]
     assert house.named_lambdas(tree) == [5] and house.crowded_statements(tree) == [6]
-    assert house.long_lines("x" * 101 + "\n" + "x" * 100) == [1]
+    assert house.long_lines("x " * 51 + "\n" + "x " * 50) == [1]
     assert "1 lines" not in house.figures(source)["longest function"]

@@ -30,7 +30,7 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     args = (
         "run",
         work,
-        "--stages=fraud",
+        "--links=fraud",
         f"--model.source={model}",
         f"--data=harmful:{path},lookalike:{path},ordinary:{path}",
         f"--run.cache_dir={tmp_path / 'cache'}",
@@ -71,7 +71,7 @@ def test_processes_with_different_settings_are_refused(tmp_path):
         "launch.continual",
         "run",
         f"--workdir={tmp_path / 'work'}",
-        "--stages=privacy",
+        "--links=privacy",
         f"--model.source={model}",
         f"--run.cache_dir={tmp_path / 'cache'}",
         own=("--evaluate.max_new_tokens=3", "--evaluate.max_new_tokens=4"),
@@ -99,14 +99,14 @@ def test_help_is_a_manual():
             "one command is needed, none was given. There are run, log, show, diff, replay, "
             "revert, verify",
         ),
-        (["run"], "run needs --stages"),
+        (["run"], "run needs --links"),
         (
             ["revert", "--last=1", "--patch.beta=2", "--noalign.enabled", "--config=x.py"],
             "revert does not take --config, --align.enabled, --patch.beta.",
         ),
         (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
         (["log"], "There is no patch log"),
-        (["run", "--stages=a", "--methods=dpo"], "--methods: there is no dpo"),
+        (["run", "--links=a", "--methods=dpo"], "--methods: there is no dpo"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(args, message, tmp_path):

@@ -20,7 +20,7 @@ from safepatch_jax.run.job import open_run
 from safepatch_jax.runtime.files import read_json, read_jsonl
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
-from safepatch_jax.studies.continual.links import Link, parse_stages
+from safepatch_jax.studies.continual.links import Link, parse_links
 from safepatch_jax.studies.continual.measures import Measures
 from safepatch_jax.studies.continual.methods import CHAINED, parse_methods
 from safepatch_jax.studies.continual.study import Chain, run
@@ -77,9 +77,9 @@ def chain(one_device, settings, tmp_path_factory, malware):
     """The workdir of a chain of two links, then of three with gradient ascent beside it; a copy,
     'two', is of the time before."""
     work = tmp_path_factory.mktemp("run") / "work"
-    run(settings, work, parse_stages(STAGES))
+    run(settings, work, parse_links(STAGES))
     shutil.copytree(work, work.with_name("two"), symlinks=True)
-    run(settings, work, parse_stages(malware), ("safepatching", "ga"), ["launch.continual", "run"])
+    run(settings, work, parse_links(malware), ("safepatching", "ga"), ["launch.continual", "run"])
     return work
 
 
@@ -121,10 +121,10 @@ def test_interrupted_within_a_link_a_chain_is_resumed_with_the_same_model(two, s
     revert(PatchLog(two), 1)
     capsys.readouterr()
     with interrupted_at("export: running"):
-        run(settings, two, parse_stages(STAGES))
+        run(settings, two, parse_links(STAGES))
     assert PatchLog(two).live == [1]
     capsys.readouterr()
-    run(settings, two, parse_stages(STAGES))
+    run(settings, two, parse_links(STAGES))
     assert stages_run(capsys.readouterr().out)[0] == "export"
     log = PatchLog(two)
     assert log.live == [1, 3] and log.hash(3) == log.hash(2)
@@ -135,14 +135,14 @@ def test_an_aligned_start_is_not_aligned_again(chain, settings, tmp_path, capsys
     """After a kill between the alignment and the first line of the log."""
     start = PatchLog(chain).folder(START)
     shutil.copytree(start, tmp_path / start.name)
-    begun = Chain(settings, tmp_path, parse_stages(STAGES))
+    begun = Chain(settings, tmp_path, parse_links(STAGES))
     assert begun.log.hash(START) == PatchLog(chain).hash(START)
     assert "aligned" not in capsys.readouterr().out
 
 
 def test_nothing_is_measured_twice(chain, settings, malware, capsys):
     before = {path: path.read_bytes() for path in chain.glob("measures/stages/*/manifest.json")}
-    run(settings, chain, parse_stages(malware), ("safepatching", "ga"))
+    run(settings, chain, parse_links(malware), ("safepatching", "ga"))
     assert not stages_run(capsys.readouterr().out)
     # Start and three links by each method, on three categories, look-alikes, ordinary answers.
     assert len(before) == (4 + 3) * 5
@@ -217,7 +217,7 @@ def test_other_methods_go_from_link_to_link_and_leave_no_model(chain, two, setti
     assert [path.name for path in (stages / "03-malware").iterdir()] == ["manifest.json"]
     # Beside the two links alone, and kept: the same models, made anew.
     kept = settings.override({"run.keep_scratch": True})
-    run(kept, two, parse_stages(STAGES), ("ga", "safepatching", "npo"))
+    run(kept, two, parse_links(STAGES), ("ga", "safepatching", "npo"))
     methods = read_json(two / "continual.json")["methods"]
     assert [row["hash"] for row in methods["ga"]] == [row["hash"] for row in ga[:3]]
     npo = methods["npo"]
@@ -245,7 +245,7 @@ def test_revert_then_another_link(copy, chain, settings):
     folder = revert(log, 2)
     assert tensors(folder) == tensors(PatchLog(chain).folder(1)) and log.head == 1
     verify(PatchLog(copy))
-    run(settings, copy, parse_stages("fraud;slurs"))
+    run(settings, copy, parse_links("fraud;slurs"))
     log = PatchLog(copy)
     assert log.live == [1, 4] and sorted(log.links) == [1, 2, 3, 4] and log.label(4) == "04-slurs"
     assert log.links[4]["parent"] == {"link": 1, "model": log.hash(1)}
@@ -285,7 +285,7 @@ def test_records_are_read_once_a_chain(settings, tmp_path):
     assert len(second.records["harmful"]) == 21 and len(calls) == 3
     for more in (1, 2):
         path.write_text(path.read_text() + f"one more {more},sure,fraud,train\n")
-        chain = Chain(changed, tmp_path / "work", parse_stages("fraud"))
+        chain = Chain(changed, tmp_path / "work", parse_links("fraud"))
         assert chain.measures.records("fraud") == 7 + more
 
 
@@ -302,7 +302,7 @@ def test_data_of_several_categories(settings):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "--stages is empty"),
+        ("", "--links is empty"),
         ("fraud;fraud=x.csv", "the name fraud stands there twice"),
         ("=x", "'=x' is not NAME"),
         ("a b", "'a b' is not NAME"),
@@ -313,11 +313,11 @@ def test_data_of_several_categories(settings):
 )
 def test_bad_stages(text, message):
     with pytest.raises(ValueError, match=message):
-        parse_stages(text)
+        parse_links(text)
 
 
 def test_stages_and_methods():
-    assert parse_stages("a; b=cat:x+y ;c=f.csv?prompt=q") == (
+    assert parse_links("a; b=cat:x+y ;c=f.csv?prompt=q") == (
         Link("a", "", "a"),
         Link("b", "", "x+y"),
         Link("c", "f.csv?prompt=q", ""),
@@ -340,7 +340,7 @@ def test_stages_and_methods():
         (
             {},
             "fraud",
-            r"--stages has 1 entries, and the chain in .* has 3 links: fraud, hate.*revert "
+            r"--links has 1 entries, and the chain in .* has 3 links: fraud, hate.*revert "
             r"--workdir=/\S+ --last=2",
         ),
         (
@@ -363,14 +363,14 @@ def test_stages_and_methods():
         (
             {},
             "fraud;nothing",
-            r"--stages, nothing: .*no record is of the category 'nothing'.*There are fraud \(7\)",
+            r"--links, nothing: .*no record is of the category 'nothing'.*There are fraud \(7\)",
         ),
     ],
 )
 def test_refused_runs_change_nothing(change, stages, message, chain, settings):
     before = (chain / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match=message):
-        run(settings.override(change), chain, parse_stages(stages))
+        run(settings.override(change), chain, parse_links(stages))
     assert (chain / "log.jsonl").read_bytes() == before
 
 
@@ -378,20 +378,20 @@ def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("mine")
     with pytest.raises(ValueError, match=r"files that are not of a chain \(report.md\)"):
-        run(settings, tmp_path / "mine", parse_stages(STAGES))
+        run(settings, tmp_path / "mine", parse_links(STAGES))
     path = PatchLog(copy).folder(0) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(
         ValueError,
         match="The starting model .* is missing or no longer the one with which the chain began",
     ):
-        run(settings, copy, parse_stages(malware))
+        run(settings, copy, parse_links(malware))
     shutil.copy(PatchLog(chain).folder(0) / "model.safetensors", path)
     (path.parent / "generation_config.json").write_text("{}")
     with pytest.raises(
         ValueError, match="no longer as when the chain began: generation_config.json was changed"
     ):
-        run(settings, copy, parse_stages(malware))
+        run(settings, copy, parse_links(malware))
 
 
 def test_names_are_escaped_and_the_report_appears_whole_or_not_at_all(copy):

@@ -1,4 +1,4 @@
-"""The links of a chain as --stages names them, and the methods beside it."""
+"""The links of a chain as --links names them, and the methods beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safepatch_jax.studies.continual.measures import COMMON
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """An entry of --stages: a name and the harmful data; '' stands for the run's data.harmful."""
+    """An entry of --links: a name and the harmful data; '' stands for the run's data.harmful."""
 
     name: str
     harmful: str
@@ -38,8 +38,8 @@ class Link:
         )
 
 
-def parse_stages(text: str) -> tuple[Link, ...]:
-    """Read --stages: NAME (a category of data.harmful), NAME=cat:A+B (several), NAME=SOURCE (a data
+def parse_links(text: str) -> tuple[Link, ...]:
+    """Read --links: NAME (a category of data.harmful), NAME=cat:A+B (several), NAME=SOURCE (a data
     set), with ';' between.
 
     Raises:
@@ -48,15 +48,15 @@ def parse_stages(text: str) -> tuple[Link, ...]:
     links = [_parse_link(part.strip()) for part in text.split(";") if part.strip()]
     if not links:
         raise ValueError(
-            "--stages is empty; give for instance "
-            "--stages='fraud;hate=cat:hate_speech+slurs;malware=malware.csv'."
+            "--links is empty; give for instance "
+            "--links='fraud;hate=cat:hate_speech+slurs;malware=malware.csv'."
         )
     counts = Counter(link.name for link in links)
     clashes = sorted(name for name, count in counts.items() if count > 1 or name in COMMON)
     if clashes:
         raise ValueError(
-            f"--stages: the name {', '.join(clashes)} stands there twice or is taken "
-            f"({', '.join(COMMON)} are). Give each stage a name of its own: NAME=cat:CATEGORY."
+            f"--links: the name {', '.join(clashes)} stands there twice or is taken "
+            f"({', '.join(COMMON)} are). Give each link a name of its own: NAME=cat:CATEGORY."
         )
     return tuple(links)
 
@@ -65,7 +65,7 @@ def _parse_link(entry: str) -> Link:
     name, equals, data = (part.strip() for part in entry.partition("="))
     if not NAME.fullmatch(name) or bool(equals) != bool(data):
         raise ValueError(
-            f"--stages: '{entry}' is not NAME, NAME=cat:A+B or NAME=SOURCE with a name of letters, "
+            f"--links: '{entry}' is not NAME, NAME=cat:A+B or NAME=SOURCE with a name of letters, "
             "digits, '_', '.' and '-'. A category of another name is given as NAME=cat:CATEGORY."
         )
     if not data:

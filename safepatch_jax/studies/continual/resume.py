@@ -1,4 +1,4 @@
-"""Whether settings and --stages continue the chain that a log has."""
+"""Whether settings and --links continue the chain that a log has."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _FREE = (*NEUTRAL, "evaluate.", "data.eval_limit")
 
 
 def check_resumable(
-    log: PatchLog, settings: Settings, stages: Sequence[Link], hashes: Mapping[str, str]
+    log: PatchLog, settings: Settings, links: Sequence[Link], hashes: Mapping[str, str]
 ) -> None:
-    """Compare settings and stages with a chain's log.
+    """Compare settings and links with a chain's log.
 
     Args:
       log: of the chain.
-      settings, stages: with which it is to be continued.
-      hashes: of the harmful records of each stage, by its name.
+      settings, links: with which it is to be continued.
+      hashes: of the harmful records of each link, by its name.
 
     Raises:
-      ValueError: other settings, other stages than the links that were made, or fewer.
+      ValueError: other settings, other links than those that were made, or fewer.
     """
     _check_settings(log, settings)
     live = [log.links[number] for number in log.live]
@@ -34,18 +34,18 @@ def check_resumable(
             "A link that was made stays; take it off first: python -m launch.continual revert "
             f"--workdir={shlex.quote(str(log.workdir))} --last={len(live) - i}."
         )
-        if i >= len(stages):
+        if i >= len(links):
             names = ", ".join(made["name"] for made in live)
             raise ValueError(
-                f"--stages has {len(stages)} entries, and the chain in {log.workdir} has "
+                f"--links has {len(links)} entries, and the chain in {log.workdir} has "
                 f"{len(live)} links: {names}. Give all of them, new ones at the end. {fix}"
             )
-        link = stages[i]
+        link = links[i]
         wanted = {"name": link.name, **link.data(settings), "hash": hashes[link.name]}
         changes = _changes({"name": entry["name"], **entry["data"]}, wanted)
         if changes:
             raise ValueError(
-                f"--stages: entry {i + 1} is not that of link {log.label(entry['number'])} of this "
+                f"--links: entry {i + 1} is not that of link {log.label(entry['number'])} of this "
                 f"chain: {', '.join(changes)}. {fix}"
             )
 

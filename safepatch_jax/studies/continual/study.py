@@ -66,7 +66,7 @@ _NAMES = (
 def run(
     settings: Settings,
     workdir: str | pathlib.Path,
-    stages: Sequence[Link],
+    links: Sequence[Link],
     methods: Sequence[str] = ("safepatching",),
     command: Sequence[str] = (),
 ) -> pathlib.Path:
@@ -76,24 +76,24 @@ def run(
     Args:
       settings: of the chain.
       workdir: of one chain.
-      stages: see `links.parse_stages`.
+      links: see `links.parse_links`.
       methods: see `methods.parse_methods`.
       command: with which the run was started; it is noted.
 
     Raises:
       ValueError: settings, data or model are wrong, or not the same in all processes; the workdir
-        is of another chain, or has other links than `stages` begin with.
+        is of another chain, or has other links than `links` begin with.
     """
     _check_settings(settings)
     folder = Workdir(workdir, "a chain", LOG, _NAMES)
     flags = {
-        "--stages": [dataclasses.astuple(link) for link in stages],
+        "--links": [dataclasses.astuple(link) for link in links],
         "--methods": list(methods),
         "--workdir": str(folder.path),
     }
     agree_on_run(settings, Place.parse(settings.model.source), flags, dict)
     with folder.claimed():
-        chain = Chain(settings, folder.path, stages, command)
+        chain = Chain(settings, folder.path, links, command)
         processes.on_first(environment.write, folder.path, command, chain.sharder)
         return chain.run(methods)
 
@@ -102,14 +102,14 @@ class Chain:
     """A chain that is being made.
 
     Args:
-      settings, workdir, stages, command: see `run`.
+      settings, workdir, links, command: see `run`.
 
     Attributes:
       log: the patch log.
       measures: what its models are measured on.
 
     Raises:
-      ValueError: the log is damaged, of another chain, or has other links than `stages` begin with;
+      ValueError: the log is damaged, of another chain, or has other links than `links` begin with;
         data that cannot be used.
     """
 
@@ -117,24 +117,24 @@ class Chain:
         self,
         settings: Settings,
         workdir: pathlib.Path,
-        stages: Sequence[Link],
+        links: Sequence[Link],
         command: Sequence[str] = (),
     ):
-        self.settings, self.workdir, self.stages = settings, workdir, tuple(stages)
+        self.settings, self.workdir, self.links = settings, workdir, tuple(links)
         self._command = command
         # All links see the same records, also if a file is changed meanwhile.
         self._read = functools.cache(load_records)
         self._context = Context(settings.override({"align.enabled": False}), self._read)
         keep_programs(self._context.cache_dir)
         self._settings, self._contexts = {}, {}
-        for place, link in enumerate(self.stages):
+        for place, link in enumerate(self.links):
             self._settings[link.name] = link.settings(settings, place)
             self._contexts[link.name] = Context(self._settings[link.name], self._read)
         self._check_data()
         if processes.on_first((workdir / LOG).is_file):
             self.log = PatchLog(workdir)
             hashes = {name: x.data_hashes["harmful"] for name, x in self._contexts.items()}
-            check_resumable(self.log, settings, self.stages, hashes)
+            check_resumable(self.log, settings, self.links, hashes)
         else:
             self.log = PatchLog.begin(workdir, self._make_start())
         self._companions = files.text_hash(self.log.start["companions"])
@@ -155,7 +155,7 @@ class Chain:
         """Make and measure all links and the other methods' models, and write the report."""
         self._say_plan()
         self._measure(START)
-        for link in self.stages[len(self.log.live) :]:
+        for link in self.links[len(self.log.live) :]:
             self._extend(link)
             self._measure(self.log.head)
         rows = [self._row(number) for number in (START, *self.log.live)]
@@ -265,7 +265,7 @@ class Chain:
     def _beside(self, method: str) -> list[dict[str, Any]]:
         """Make and measure the chain of another method."""
         labels = [self.log.label(number) for number in self.log.live]
-        links = list(zip(labels, self.stages))
+        links = list(zip(labels, self.links))
         start = {"start": self.log.start["model"], "companions": self._companions}
         chain = OtherChain(
             CHAINED[method],
@@ -281,7 +281,7 @@ class Chain:
 
     def _content(self, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         log, stages = self.log, []
-        for link in self.stages:
+        for link in self.links:
             records = self.measures.records(link.name)
             stages.append({"name": link.name, **self._data(link), "records": records})
         colours = {}
@@ -311,7 +311,7 @@ class Chain:
                 for split in ("train", self.settings.evaluate.split):
                     context.split("harmful", split)
             except ValueError as error:
-                problems.append(f"--stages, {name}: {error}")
+                problems.append(f"--links, {name}: {error}")
         if problems:
             raise ValueError(some(problems, " "))
         if processes.several():
@@ -325,7 +325,7 @@ class Chain:
     def _say_plan(self) -> None:
         live = self.log.live
         say(f"Chain:   {self.workdir}, head {self.log.label(self.log.head)}")
-        for i, link in enumerate(self.stages):
+        for i, link in enumerate(self.links):
             state = f"link {live[i]}" if i < len(live) else "to be made"
             records = self.measures.records(link.name)
             say(f"         {link.name}: {data_text(self._data(link))}, {records} records, {state}")
@@ -347,7 +347,7 @@ def _check_settings(settings: Settings) -> None:
         )
     if settings.data.category:
         raise ValueError(
-            f"data.category is {settings.data.category!r}, and --stages gives each link its own. "
+            f"data.category is {settings.data.category!r}, and --links gives each link its own. "
             "Leave it out."
         )
 
