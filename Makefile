@@ -17,8 +17,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 
+# The tests of bits run with XLA's own optimisation; the others compile faster without
+# (tests/conftest.py).
+BITS := tests/patching tests/test_numerics.py
 test: lint
-	$(BIN)/python -m pytest -q -n 2 tests $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 $(BITS) $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 tests $(BITS:%=--ignore=%) $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu
 	$(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
