@@ -25,7 +25,7 @@ test: lint
 	$(BIN)/python -m pytest -q -n 2 tests $(BITS:%=--ignore=%) $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu
-	$(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
