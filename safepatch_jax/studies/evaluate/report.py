@@ -16,7 +16,7 @@ import numpy as np
 from safepatch_jax.evaluation import statistics
 from safepatch_jax.evaluation.judges.base import COMPLIED, OUTCOMES, REFUSED, UNKNOWN
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST, TURNS
-from safepatch_jax.evaluation.statistics import agreement, mean_interval, means, wilson
+from safepatch_jax.evaluation.statistics import agreement, mean_interval, wilson
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.runtime import files
 
@@ -181,7 +181,8 @@ def graded(
         )
 
     def means(run: Mapping[tuple[str, str], Fraction]) -> dict[str, Fraction]:
-        return means([{i: x for (i, turn), x in run.items() if turn == k} for k in TURNS])
+        by_turn = [{i: x for (i, turn), x in run.items() if turn == k} for k in TURNS]
+        return statistics.means(by_turn)
 
     def summary(wanted) -> dict[str, Any]:
         by_question = collections.defaultdict(list)
