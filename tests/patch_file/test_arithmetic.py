@@ -33,8 +33,9 @@ def finite_pair(tmp_path, dtype, seeds=(1,)):
         model = dict(base)
         for name in "ab":
             x = base[name]
+            mask = rng.random(x.shape) < 0.3
             moved = x.astype(np.float32) + noise(rng, 1e-3, x.shape)
-            model[name] = np.where(rng.random(x.shape) < 0.3, moved, x).astype(x.dtype)
+            model[name] = np.where(mask, moved, x).astype(x.dtype)
         model["b"][:4] = np.where(np.arange(4) == seed, 1e-3, 1000)
         folders.append(
             folder_of(
