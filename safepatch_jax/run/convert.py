@@ -115,7 +115,8 @@ def convert(
             straight = goal.kind == "hf" and dtype == "keep"
             folder = out if straight else scratch / "source"
             say(f"Dequantising {origin.path}")
-            processes.on_first(_dequantise, origin.path, folder, tokenizer, shard_bytes)
+            options = {"tokenizer": tokenizer, "shard_bytes": shard_bytes}
+            processes.on_first(gguf.convert_gguf, origin.path, folder, **options)
             origin = Place("hf", folder)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)
@@ -127,12 +128,6 @@ def convert(
         processes.on_first(files.keep_only, scratch, out)
     say(certificate.summary(result))
     return goal.path / certificate.FILE
-
-
-def _dequantise(
-    path: pathlib.Path, folder: pathlib.Path, tokenizer: str | None, shard_bytes: int
-) -> None:
-    gguf.convert_gguf(path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes)
 
 
 def source_facts(place: Place) -> dict[str, Any]:

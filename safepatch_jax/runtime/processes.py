@@ -120,21 +120,25 @@ def everyones(value: Any) -> list[Any]:
 
 
 def on_first(
-    function: Callable[..., Any], *args: Any, together: Callable[[Any], Any] | None = None
+    function: Callable[..., Any],
+    *args: Any,
+    together: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Any:
     """Run a function on process 0 and return its JSON-able result in all processes.
 
     Args:
       function: within it process 0 is alone: nothing here waits for the others.
-      args: its arguments. Where `together` is given one more comes first, `ask`: ask(x) runs
-        together(x) in all processes, and returns what process 0 gets.
+      args, options: its arguments. Where `together` is given one more comes first, `ask`: ask(x)
+        runs together(x) in all processes, and returns what process 0 gets.
       together: what needs all processes, such as bringing an array to a host; x must be JSON-able.
 
     Raises:
       ValueError, OSError: of process 0; in all processes, with its text.
     """
     if not several():
-        return function(*args) if together is None else function(together, *args)
+        first_args = () if together is None else (together,)
+        return function(*first_args, *args, **options)
     if not first():
         return _follow(together)
 
@@ -147,7 +151,7 @@ def on_first(
         args = (ask, *args)
     try:
         with _alone(True):
-            result = function(*args)
+            result = function(*args, **options)
     except ValueError as error:
         broadcast(["ValueError", str(error)])
         raise

@@ -51,7 +51,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, abstract: Any):
         self._folder, self._abstract = pathlib.Path(folder).absolute(), abstract
         absl_logging.get_absl_handler().addFilter(_is_not_raised_too)
-        processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        processes.on_first(self._folder.mkdir, parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
