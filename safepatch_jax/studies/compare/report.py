@@ -283,8 +283,8 @@ def _tests(content: Mapping[str, Any], names: Sequence[str], test: str) -> list[
     rows = []
     for row in content["methods"].values():
         if any(test in x for x in row["measures"].values()):
-            found = [row["measures"].get(name, {}).get(test) for name in names]
-            rows.append([row["label"], *map(_test, found)])
+            tests = [row["measures"].get(name, {}).get(test) for name in names]
+            rows.append([row["label"], *map(_test, tests)])
     return rows
 
 

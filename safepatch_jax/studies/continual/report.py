@@ -91,7 +91,11 @@ def _pick(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 def _sum(counts: Sequence[Counts]) -> dict[str, int]:
     """Return the numbers of each outcome over several sets of answers."""
-    return {key: sum(of[key] for of in counts) for key in (*OUTCOMES, "n")}
+    total = dict.fromkeys((*OUTCOMES, "n"), 0)
+    for of in counts:
+        for key in total:
+            total[key] += of[key]
+    return total
 
 
 def markdown(content: Mapping[str, Any]) -> str:
