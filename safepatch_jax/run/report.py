@@ -14,7 +14,7 @@ from safepatch_jax.run.figures import draw_outcomes
 from safepatch_jax.settings import Settings
 
 FILES = ("report.md", "report.json", "report.png", "patch.png", "statistics.json")
-LABELS = {
+_LABELS = {
     "shipped": "shipped model",
     "backbone": "backbone",
     "se": "SE alone",
@@ -93,7 +93,7 @@ def data_text(settings: Mapping[str, Mapping[str, Any]], role: str) -> str:
 
 def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return how each model of the comparison is called."""
-    return LABELS | {"safepatching": MERGES[settings["patch"]["merge"]]}
+    return _LABELS | {"safepatching": MERGES[settings["patch"]["merge"]]}
 
 
 def importance_text(knobs: Mapping[str, Any], snip: str) -> str:
