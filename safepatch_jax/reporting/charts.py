@@ -139,7 +139,7 @@ def name_rows(axis: Any, names: Sequence[str]) -> None:
 
 def shift(i: int, series: int) -> float:
     """Return how far below the middle of its row the i-th of several series lies."""
-    return 0.5 * ((i + 0.5) / series - 0.5)
+    return 0.7 * ((i + 0.5) / series - 0.5)
 
 
 def dots(axis: Any, title: str, names: Sequence[str], series: Sequence[Series]) -> None:

@@ -15,11 +15,10 @@ from safepatch_jax.runtime import files
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table; cells are shown as text."""
-    return "\n".join([row(head), "|" + "---|" * len(head), *map(row, rows)])
+    return "\n".join([_row(head), "|" + "---|" * len(head), *map(_row, rows)])
 
 
-def row(cells: Iterable[Any]) -> str:
-    """Return a row of a table."""
+def _row(cells: Iterable[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -74,9 +73,6 @@ def escaped(text: str) -> str:
 def code(text: str) -> str:
     """Return a text on one line as code, in which Markdown has no effect."""
     return "`" + text.replace("`", "'") + "`"
-
-
-FILTERS = (row, percent, rate, counted, number, paired, escaped, code)  # of templates
 
 
 def publish(folder: pathlib.Path, contents: Mapping[str, Any]) -> None:

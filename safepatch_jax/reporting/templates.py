@@ -1,7 +1,7 @@
 """Markdown from templates: a report's page as it looks, in a file beside the module that fills it.
 
-In a template every filter and function of `reporting.tables` can be used. A name that is not given
-is an error. What is filled in is never taken for a template itself.
+Templates use functions of `reporting.tables` as filters. A name that is not given is an error. What
+is filled in is never taken for a template itself.
 """
 
 from __future__ import annotations
@@ -35,13 +35,19 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in tables.FILTERS:
+    for function in (
+        line,
+        tables.counted,
+        tables.escaped,
+        tables.number,
+        tables.percent,
+        tables.rate,
+    ):
         environment.filters[function.__name__] = function
-    environment.filters["line"] = _line
     environment.globals["table"] = tables.table
     return environment
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
     """Join the lines of a paragraph, so that a template need not have long ones."""
     return " ".join(line.strip() for line in text.strip().split("\n")) + "\n"

@@ -15,7 +15,7 @@ from safepatch_jax.run.figures import draw_outcomes
 from safepatch_jax.settings import Settings
 
 FILES = ("report.md", "report.json", "report.png", "patch.png", "statistics.json")
-LABELS = {
+_LABELS = {
     "shipped": "shipped model",
     "backbone": "backbone",
     "se": "SE alone",
@@ -83,7 +83,7 @@ def data_text(settings: Mapping[str, Mapping[str, Any]], role: str) -> str:
 
 def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return how each model of the comparison is called."""
-    return LABELS | {"safepatching": merge_method(settings["patch"]["merge"]).label}
+    return _LABELS | {"safepatching": merge_method(settings["patch"]["merge"]).label}
 
 
 def _figures(measures: Mapping[str, Any]) -> dict[str, float]:

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from tests.calls import call, call_and_kill
-from tests.launch.test_launchers import flags  # noqa: F401 (a fixture)
 from tests.launch.test_processes import launch
 
 
@@ -30,7 +29,7 @@ def test_help_is_a_manual():
         assert part in result.stdout, part
 
 
-def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):  # noqa: F811
+def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):
     work = tmp_path / "work"
     command = (
         "launch.sweep",
@@ -70,7 +69,7 @@ def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):  # noqa
 def test_mistakes_end_with_one_clear_line_before_anything_runs(
     own,
     message,
-    flags,  # noqa: F811
+    flags,
     tmp_path,
 ):
     result = call("launch.sweep", f"--workdir={tmp_path / 'work'}", *own, *flags)
@@ -78,7 +77,7 @@ def test_mistakes_end_with_one_clear_line_before_anything_runs(
     assert not (tmp_path / "work").exists()
 
 
-def test_two_processes_sweep_as_one(flags, tmp_path):  # noqa: F811
+def test_two_processes_sweep_as_one(flags, tmp_path):
     """Both leave out a point that gives no row."""
     work = f"--workdir={tmp_path / 'work'}"
     own = [*flags, "--evaluate.max_new_tokens=2", "--derive.batch_size=8"]

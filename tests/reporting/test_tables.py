@@ -1,18 +1,19 @@
-"""Tables, rates, foreign text, and files that appear together."""
+"""Tables, rates, foreign text, templates, and files that appear together."""
 
 import json
 import math
 
+import jinja2
 import pytest
 
-from safepatch_jax.reporting import charts, tables
+from safepatch_jax.reporting import charts, tables, templates
 
 COUNTS = {"complied": 5, "refused": 14, "incoherent": 1, "n": 20}
 
 
 def test_a_table_is_markdown():
-    lines = tables.table(["", "a"], [["x", "1"], ["", "2"]])
-    assert lines == ["|  | a |", "|---|---|", "| x | 1 |", "|  | 2 |"]
+    text = tables.table(["", "a"], [["x", 1], ["", "2"]])
+    assert text == "|  | a |\n|---|---|\n| x | 1 |\n|  | 2 |"
 
 
 def test_rates_and_their_intervals():
@@ -26,6 +27,15 @@ def test_rates_and_their_intervals():
 def test_foreign_text_stays_text():
     assert tables.escaped("a *b*\n| <c> [d](e)") == r"a \*b\* \| \<c\> \[d\](e)"
     assert tables.code("a`b") == "`a'b`"
+
+
+def test_a_template_is_filled_and_misses_nothing():
+    checks = [{"statement": "{{ x }}", "holds": True, "evidence": "{% if %}"}]
+    text = templates.render("reporting/checks.md.jinja", orderings=checks)
+    assert text.endswith("|---|---|---|\n| {{ x }} | yes | {% if %} |\n")
+    with pytest.raises(jinja2.UndefinedError, match="'orderings' is undefined"):
+        templates.render("reporting/checks.md.jinja")
+    assert templates.line("\na\n  b c \n") == "a b c\n"
 
 
 def test_a_report_appears_together_or_not_at_all(tmp_path):

@@ -77,9 +77,10 @@ def _label(axis: Any, clusters: Sequence[Sequence[tuple[float, float, int]]]) ->
         xs, ys, numbers = zip(*cluster)
         text = ", ".join(map(str, numbers))
         width, y, places = _LETTER * len(text), ys[0], []
-        for lift, left in itertools.product((0, 1, -1, 2, -2), (max(xs) + 2, min(xs) - 2 - width)):
+        sides = max(xs) + 2, min(xs) - 2 - width
+        for lift, start in itertools.product((0, 1, -1, 2, -2), sides):
             middle = y + lift * line
-            places.append((left, left + width, middle - line / 2, middle + line / 2))
+            places.append((start, start + width, middle - line / 2, middle + line / 2))
         place = min(places, key=lambda place: _covered(place, boxes))
         boxes.append(place)
         middle = (place[2] + place[3]) / 2
@@ -92,10 +93,10 @@ def _label(axis: Any, clusters: Sequence[Sequence[tuple[float, float, int]]]) ->
 def _covered(place: Sequence[float], boxes: Sequence[Sequence[float]]) -> int:
     """Return how many boxes (left, right, bottom, top) a place covers; outside of the plane is
     worse than any."""
-    left, right, bottom, top = place
-    count = len(boxes) * (left < LIMITS[0] or right > LIMITS[1])
+    start, end, bottom, top = place
+    count = len(boxes) * (start < LIMITS[0] or end > LIMITS[1])
     for other in boxes:
-        count += left < other[1] and other[0] < right and bottom < other[3] and other[2] < top
+        count += start < other[1] and other[0] < end and bottom < other[3] and other[2] < top
     return count
 
 

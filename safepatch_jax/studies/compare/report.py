@@ -49,8 +49,8 @@ def gather(
     Args:
       methods: those in the table, in its order.
       suite: measures, each with what tells the measures of a method.
-      items, answers, verdicts, grades: see `evaluation_report.gather`; by (method, measure), for
-        each run the rows by id.
+      items, answers, verdicts, grades: see `studies.evaluate.report.gather`; by (method,
+        measure), for each run the rows by id.
       notes: by method 'seconds' of each run and 'atgr', or None where they are not known.
       about: what is said of settings, seeds, judge and versions.
     """
@@ -283,8 +283,8 @@ def _tests(content: Mapping[str, Any], names: Sequence[str], test: str) -> list[
     rows = []
     for row in content["methods"].values():
         if any(test in x for x in row["measures"].values()):
-            found = [row["measures"].get(name, {}).get(test) for name in names]
-            rows.append([row["label"], *map(_test, found)])
+            tests = [row["measures"].get(name, {}).get(test) for name in names]
+            rows.append([row["label"], *map(_test, tests)])
     return rows
 
 

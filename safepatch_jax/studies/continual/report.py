@@ -64,7 +64,7 @@ def gather(
       reverted: numbers of links that were taken off.
       rows: by method, the starting model's row and that of the model after each link, see `row`.
       labels, colours: of each method.
-      patches: see `continual_commands.sizes`.
+      patches: see `patch_file.commands.sizes`.
     """
     names = [stage["name"] for stage in stages]
     methods: dict[str, list[dict[str, Any]]] = {}

@@ -73,19 +73,18 @@ def _dots(
     charts.dots(axis, title, list(rates), series)
 
 
-def _has_answers(measure: Mapping[str, Any]) -> bool:
-    return all(result["n"] for result in measure["models"].values())
-
-
 def _perplexities(axis: Any, texts: Measures, names: Mapping[str, str]) -> None:
-    texts = [measure for measure in texts if _has_answers(measure)]
-    if not texts:
+    known = []
+    for m in texts:
+        if all(x["n"] for x in m["models"].values()):
+            known.append(m)
+    if not known:
         charts.empty(axis, TITLES["accuracy"])
         return
     series = []
     for who in names:
-        series.append(("", COLOURS[who], [m["models"][who]["perplexity"] for m in texts]))
-    charts.bars(axis, [m["name"] for m in texts], series, "%.1f")
+        series.append(("", COLOURS[who], [m["models"][who]["perplexity"] for m in known]))
+    charts.bars(axis, [m["name"] for m in known], series, "%.1f")
     axis.set(title="Utility: perplexity of given answers\n(lower is better)")
 
 

@@ -175,9 +175,9 @@ def accuracy(answers: Rows) -> dict[str, Any]:
     """Return the rate of right answers to a task."""
     holds, categories = [], {}
     for run in answers:
-        asked = {i: row for i, row in run.items() if "correct" in row}
-        holds.append({i: row["correct"] for i, row in asked.items()})
-        categories |= {i: row["category"] for i, row in asked.items()}
+        answered = {i: row for i, row in run.items() if "correct" in row}
+        holds.append({i: row["correct"] for i, row in answered.items()})
+        categories |= {i: row["category"] for i, row in answered.items()}
     rate, end = statistics.rate(holds), answers[0]["complete"]
     return {
         "left_out": end["left_out"],

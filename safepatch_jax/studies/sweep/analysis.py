@@ -131,9 +131,7 @@ def common_seeds(tried: Sequence[Mapping[str, Any]]) -> list[int]:
     If there is none, those that all trials have which were tried with the seed most were tried with
     (the smallest of equals).
     """
-    numbers: collections.Counter[int] = collections.Counter()
-    for trial in tried:
-        numbers.update(trial["seeds"])
+    numbers = collections.Counter(itertools.chain.from_iterable(trial["seeds"] for trial in tried))
     most = min(numbers, key=lambda seed: (-numbers[seed], seed))
     common = [set(trial["seeds"]) for trial in tried if most in trial["seeds"]]
     return sorted(set.intersection(*common))

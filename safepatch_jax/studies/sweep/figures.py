@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from safepatch_jax.reporting import charts
 from safepatch_jax.reporting.charts import COLOURS, LIMITS
 from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY, front
@@ -21,14 +23,18 @@ _BROKEN = 100  # % over the backbone's perplexity: a broken model, which hides t
 Trial = Mapping[str, Any]
 
 
-def _value(trial: Mapping[str, float], axis: str) -> float:
-    """Return a share in per cent; of the perplexity, by how many per cent it is above the
+def _percent(values: Iterable[float], axis: str) -> list[float]:
+    """Return shares in per cent; of perplexities, by how many per cent they are above the
     backbone's."""
-    return 100 * (trial[axis] - (axis == "perplexity"))
+    return [100 * (value - (axis == "perplexity")) for value in values]
 
 
-def _values(trials: Iterable[Mapping[str, float]], axis: str) -> list[float]:
-    return [_value(trial, axis) for trial in trials]
+def _values(trials: Iterable[Trial], axis: str) -> list[float]:
+    return _percent([trial[axis] for trial in trials], axis)
+
+
+def _value(trial: Trial, axis: str) -> float:
+    return _values([trial], axis)[0]
 
 
 def draw_plane(content: Mapping[str, Any]) -> Any:
@@ -173,7 +179,7 @@ def draw_sensitivity(content: Mapping[str, Any]) -> Any:
         if column == 0:
             upper.set_ylabel("% of prompts")
             lower.set_ylabel("perplexity, %\nover the backbone's", fontsize=9)
-    _same_range(axes[1::2].flat, [100 * (ratio - 1) for ratio in every] or [0.0, 1.0])
+    _same_range(axes[1::2].flat, _percent(every, "perplexity") or [0.0, 1.0])
     for name, label in _LABELS.items():
         charts.explain(axes[0, 0], label, "o-", COLOURS[name], markersize=4)
     charts.legend_outside(figure, axes[0, 0], "lower center")
@@ -195,12 +201,10 @@ def _setting(
     for key, colour in colours.items():
         for line in lines:
             places = [values.index(value) for value in line["values"]]
-            shown = [_value({key: x}, key) for x in line[key]]
-            axis.plot(places, shown, ".-", color=COLOURS[colour], **faint)
+            axis.plot(places, _percent(line[key], key), ".-", color=COLOURS[colour], **faint)
         if whole:
-            columns = zip(*[line[key] for line in whole])
-            shown = [_value({key: math.fsum(x) / len(whole)}, key) for x in columns]
-            axis.plot(shown, "o-", color=COLOURS[colour], linewidth=2.2, markersize=4)
+            means = _percent(np.mean([line[key] for line in whole], axis=0), key)
+            axis.plot(means, "o-", color=COLOURS[colour], linewidth=2.2, markersize=4)
     texts = list(map(written, values))
     turned = any(len(text) > 6 for text in texts)
     axis.set_xticks(range(len(texts)), texts, rotation=20 if turned else 0)

@@ -121,11 +121,10 @@ def _point(settings: Settings, values: Mapping[str, Any], flag: str) -> Point:
 def varied(points: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the names whose values differ among flat points, in the order of the settings."""
     first, *others = points
-    names = []
-    for name, value in first.items():
-        if any(point[name] != value for point in others):
-            names.append(name)
-    return names
+    names = set()
+    for point in others:
+        names.update(name for name in first if point[name] != first[name])
+    return [name for name in first if name in names]
 
 
 def label(values: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -92,12 +92,12 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 
 def _compared(seeds: Sequence[int], mixed: bool, left_out: int) -> str:
     """Say over which seeds choices were compared, where they were not all tried with the same."""
-    plural = len(seeds) > 1
-    text = f" They are compared over seed{'s' * plural} {', '.join(map(str, seeds))}"
+    word, pronoun = ("seed", "it") if len(seeds) == 1 else ("seeds", "them")
+    text = f" They are compared over {word} {', '.join(map(str, seeds))}"
     if left_out:
         return (
-            f"{text}; {_number_of(left_out, 'choice')} not tried with {'them' if plural else 'it'} "
-            "could not be, and had no chance here."
+            f"{text}; {_number_of(left_out, 'choice')} not tried with {pronoun} could not be, and "
+            "had no chance here."
         )
     return f"{text}, which they have in common." if mixed else ""
 
