@@ -12,7 +12,7 @@ import pytest
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import UNKNOWN, JudgeUnavailable
 from safepatch_jax.evaluation.statistics import wilson
-from safepatch_jax.runtime.files import claimed, read_json, read_jsonl
+from safepatch_jax.runtime.files import LOCK, claimed, read_json, read_jsonl
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 from safepatch_jax.studies.evaluate.report import labels
 from safepatch_jax.studies.evaluate.study import evaluate
@@ -88,6 +88,7 @@ def test_as_a_user_calls_it(tiny, suite, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        LOCK,
         "answers",
         "evaluation.json",
         "report.json",
