@@ -1,4 +1,4 @@
-"""The pages of docs/results have the tables that the reports write from the stored results."""
+"""The reports of docs/results have the tables that the reports write from the stored results."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
     ],
 )
 def test_a_page_has_the_tables_of_its_results(name, report):
-    page = (RESULTS / f"{name}.md").read_text().split("\n")
+    page = (RESULTS / "reports" / f"{name}.md").read_text().split("\n")
     lines = report.markdown(read_json(RESULTS / f"{name}.json")).split("\n")
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) > 10 and not set(rows) - set(page)

@@ -14,13 +14,13 @@ from typing import Any
 
 from safepatch_jax.evaluation import statistics
 from safepatch_jax.evaluation.judges.base import COMPLIED, OUTCOMES, REFUSED, UNKNOWN
+from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST, TURNS
 from safepatch_jax.evaluation.statistics import mean_interval
 from safepatch_jax.evaluation.suites import Measure
 
 COUNTED = {"harm": COMPLIED, "refusal": REFUSED}  # the outcome whose share is the rate
 TASKS = ("mmlu", "gsm8k")
-_LARGEST = 80.0  # nats: exp of it is still a number
 
 Rows = Sequence[Mapping[str, Any]]  # by run (one, or one a seed), the rows by id
 
@@ -164,11 +164,6 @@ def likelihood(rows: Mapping[str, Any]) -> dict[str, Any]:
     if all("kl" in row for row in known):
         result["kl"] = math.fsum(row["kl"] for row in known) / tokens
     return result
-
-
-def perplexity(nll: float) -> float:
-    """Return exp(nll), bounded so that a broken model's is still a number."""
-    return math.exp(min(nll, _LARGEST))
 
 
 def accuracy(answers: Rows) -> dict[str, Any]:
