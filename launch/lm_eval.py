@@ -28,9 +28,11 @@ import sys
 
 def run() -> None:
     try:
+        # First: it registers the model type, and says what to install where the harness is absent.
+        # isort: split
         from lm_eval.__main__ import cli_evaluate
 
-        from safepatch_jax.evaluation import lm_eval_model  # noqa: F401  registers the model type
+        from safepatch_jax.evaluation import lm_eval_model  # noqa: F401
 
         cli_evaluate()
     except (ImportError, ValueError) as error:

@@ -24,7 +24,7 @@ def test_help_is_a_manual():
         "sweep_sensitivity.png",
         "--around",
         "--[no]dry_run",
-        "it is the seed of random retention (and of stochastic rounding) alone",
+        "random retention (and of stochastic rounding) only",
     ):
         assert part in result.stdout, part
 

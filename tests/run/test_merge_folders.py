@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from safepatch_jax.patch_file import file as patch_file
+from safepatch_jax.patch_file.create import create
 from safepatch_jax.run.merge_folders import merge_folders
 from safepatch_jax.runtime.files import read_json
 from safepatch_jax.settings import Settings
@@ -81,7 +81,7 @@ def test_folders_and_patch_files_give_the_same(backbone, derived, options, tmp_p
     merge_folders(backbone, derived, {}, tmp_path / "folders", settings)
     patches = {role: str(tmp_path / f"{role}.safetensors") for role in derived}
     for role, path in patches.items():
-        patch_file.create(backbone, derived[role], path)
+        create(backbone, derived[role], path)
     merge_folders(backbone, patches, {}, tmp_path / "patches", settings)
     assert weights(tmp_path / "folders") == weights(tmp_path / "patches") != weights(backbone)
     dtype = read_json(tmp_path / "folders" / "config.json")["torch_dtype"]
@@ -114,7 +114,7 @@ def test_another_models_folders_are_refused(backbone, derived, tmp_path):
     cut, broken = tensors[UP][:-1], np.full_like(tensors[UP], np.nan)
     for tensor, message in (
         (cut, r"--patch_se=.*up_proj.weight has shape \(63, 32\), the backbone's is \(64, 32\)"),
-        (broken, f"scores of 1 tensors are NaN or infinite, first {UP}"),
+        (broken, f"importance of entries in 1 tensors is NaN or infinite, first {UP}"),
     ):
         write_weights(other, tensors | {UP: tensor})
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,6 @@ import pytest
 from safepatch_jax.run import metrics
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.files import read_json
-from safepatch_jax.runtime.workdir import Workdir
 
 STEPS = {"align": 2, "derive_se": 2, "derive_osm": 2}
 HOLD = """
@@ -86,36 +85,3 @@ def test_rows_that_an_earlier_start_wrote_are_replaced(tmp_path):
         ("b", 1, 0.0),
         ("a", 3, 9.0),
     ]
-
-
-def workdir(path):
-    return Workdir(path, "a thing", "mark.json", ("rows-*",))
-
-
-def test_a_claimed_workdir_is_cleared_of_what_is_half_written(tmp_path):
-    (tmp_path / "rows-1").touch()
-    (tmp_path / ".rows-2.123.partial").touch()
-    checks = []
-    with workdir(tmp_path).claimed(check=lambda: checks.append("checked")):
-        assert not (tmp_path / ".rows-2.123.partial").exists()
-        with pytest.raises(ValueError, match="Another run is at work"):
-            with workdir(tmp_path).claimed():
-                pass
-    assert (tmp_path / "rows-1").exists() and len(checks) == 2
-    with workdir(tmp_path).claimed():  # claims end with their block
-        pass
-
-
-def test_a_folder_with_strangers_is_refused_unless_it_has_the_mark(tmp_path):
-    for name in ("rows-1", "mine.txt", "yours.txt"):
-        (tmp_path / name).touch()
-    with pytest.raises(
-        ValueError,
-        match=r"files that are not of a thing \(mine.txt, yours.txt\); use a new or empty folder "
-        "for --workdir",
-    ):
-        workdir(tmp_path).refuse_strangers()
-    (tmp_path / "mark.json").touch()
-    with workdir(tmp_path).claimed():
-        pass
-    assert (tmp_path / "mine.txt").exists()
