@@ -23,16 +23,15 @@ The harness downloads its tasks' data itself. Offline set HF_DATASETS_OFFLINE=1 
 downloaded before, or give your own tasks with --include_path.
 """
 
+import importlib
 import sys
 
 
 def run() -> None:
     try:
-        # First: it registers the model type, and says what to install where the harness is absent.
-        # isort: split
+        # Before the harness: it registers the model type, and says what to install if there is none.
+        importlib.import_module("safepatch_jax.evaluation.lm_eval_model")
         from lm_eval.__main__ import cli_evaluate
-
-        from safepatch_jax.evaluation import lm_eval_model  # noqa: F401
 
         cli_evaluate()
     except (ImportError, ValueError) as error:

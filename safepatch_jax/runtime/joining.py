@@ -275,8 +275,7 @@ def _watch() -> None:
         if silent:
             fail(
                 f"{who(silent)} gave no sign of life for {_SILENCE:.0f} s: killed, or the host or "
-                "its network is down. The same command, given to all again, resumes where this run "
-                "stopped.",
+                "its network is down. The same command, given to all again, resumes this run.",
                 2,
             )
 
