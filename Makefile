@@ -1,5 +1,6 @@
 # make demo   patch a real 135M chat model end to end (makes its own environment)
-# make test   run the tests                        (makes its own environment)
+# make test   check the code's form, then run the tests   (makes its own environment)
+# make lint   check the code's form alone: ruff
 # make test-tpu   compile for TPUs with the TPU compiler (installs it, 700 MB; no TPU is needed)
 # Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
@@ -7,16 +8,24 @@ VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu clean
+.PHONY: demo test lint test-tpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m launch.safepatch --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 tests $(ARGS)
+lint: $(VENV)/.test
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+# The tests of bits run with XLA's own optimisation; the others compile faster without
+# (tests/conftest.py).
+BITS := tests/patching tests/test_numerics.py
+test: lint
+	XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 $(BITS) $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 tests $(BITS:%=--ignore=%) $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu
-	$(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -50,7 +50,7 @@ _PART = flags.DEFINE_enum(
 def run_part(part: str, source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
     """Do one thing in this process; return seconds of each phase, bytes of arrays and the peak of
     resident memory."""
-    os.sync()  # no part waits for what an earlier one left to be written
+    os.sync()  # no part waits for the writes of an earlier one
     if part.startswith("copy"):
         begun = time.perf_counter()
         target.mkdir()
@@ -92,18 +92,12 @@ def main(argv) -> None:
     try:
         write_model(source, _LAYERS.value)
         size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-        taken: dict[str, list[float]] = {}
+        figures: dict[str, list[float]] = {}
         for _ in range(_REPEATS.value):
             for part in ("copy", "copy + fsync", "import", "import + export"):
+                command = [sys.executable, "-m", "benchmarks.convert", *sys.argv[1:]]
                 out = subprocess.run(
-                    [
-                        sys.executable,
-                        "-m",
-                        "benchmarks.convert",
-                        *sys.argv[1:],
-                        f"--folder={folder}",
-                        f"--part={part}",
-                    ],
+                    [*command, f"--folder={folder}", f"--part={part}"],
                     capture_output=True,
                     text=True,
                     env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -112,12 +106,12 @@ def main(argv) -> None:
                     sys.exit(f"{part} failed:\n{out.stderr[-3000:]}")
                 shutil.rmtree(target, ignore_errors=True)
                 for name, value in json.loads(out.stdout).items():
-                    taken.setdefault(
-                        f"{part}: {name}" if name in ("arrays", "peak") else name, []
-                    ).append(value)
+                    if name in ("arrays", "peak"):
+                        name = f"{part}: {name}"
+                    figures.setdefault(name, []).append(value)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    median = {name: statistics.median(values) for name, values in taken.items()}
+    median = {name: statistics.median(values) for name, values in figures.items()}
     print(
         f"{size / 1e9:.2f} GB in {-(-size // SHARD_BYTES)} files, mesh {_MESH.value}, "
         f"{_DEVICES.value} device(s), "
@@ -129,7 +123,8 @@ def main(argv) -> None:
     )
     for name in ("copy", "copy + fsync", "import", "export"):
         print(
-            f"| {name} | {median[name]:.2f} | {min(taken[name]):.2f} - {max(taken[name]):.2f} | "
+            f"| {name} | {median[name]:.2f} | {min(figures[name]):.2f} - {max(figures[name]):.2f} \
+| "
             f"{size / median[name] / 1e9:.2f} | {median['copy'] / median[name]:.0%} | "
             f"{median['copy + fsync'] / median[name]:.0%} |"
         )

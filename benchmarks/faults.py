@@ -2,16 +2,17 @@
 disturbed.
 
   python -m benchmarks.faults --folder=DIR --kills=20 -- launch.safepatch --config=configs/demo.py
-  python -m benchmarks.faults --folder=DIR --kills=20 -- launch.continual run --config=... --stages=...
+  python -m benchmarks.faults --folder=DIR --kills=20 -- \\
+      launch.continual run --config=... --links=...
 
 The launcher's --workdir and --run.cache_dir are set here: DIR/undisturbed and DIR/killed, each with
-a cache of its own (--cache=DIR2 starts both from a copy of one). First the run is left alone, and
-the moments are noted at which its stages begin. Then it is started again from nothing, killed
+a cache of its own (--cache=DIR2 starts both from a copy of one). First the run is not disturbed,
+and the moments are noted at which its stages begin. Then it is started again from nothing, killed
 (SIGKILL, or --signal=SIGTERM) at a random moment of a stage, started by the same command, killed in
 the next stage, and so on: in each stage at least once where --kills allows it, the others in stages
-drawn by their duration. At last it is left alone, and every file of both that is named by --compare
-is compared by its SHA-256. A start that had ended before its signal came is listed, and not counted
-as killed.
+drawn by their duration. Finally it is not disturbed, and every file of both that --compare names is
+compared by its SHA-256. A start that had ended before its signal came is listed, and not counted as
+killed.
 
 Ends with 1 if a file differs or is missing.
 """
@@ -93,8 +94,8 @@ class Run:
 
     def lines(self):
         """Yield (moment, line) to the end."""
-        while (found := self._lines.get())[1] is not None:
-            yield found
+        while (entry := self._lines.get())[1] is not None:
+            yield entry
 
     def wait(self, seconds: float, prefix: str) -> None:
         """Wait so long, or until a line begins so, or to the end."""
@@ -116,8 +117,8 @@ def undisturbed(arguments: list[str]) -> tuple[list[str], list[float], float]:
     """Run to the end; return the stages in order, the seconds of each, and those of all."""
     run, stages, moments, begun = Run("undisturbed", arguments, 0.0), [], [], time.monotonic()
     for moment, line in run.lines():
-        if found := _BEGINS.match(line):
-            stages.append(found[1])
+        if match := _BEGINS.match(line):
+            stages.append(match[1])
             moments.append(moment)
     if code := run.end():
         sys.exit(f"The undisturbed run ended with {code}; see {_FOLDER.value}/undisturbed.log.")
@@ -139,50 +140,44 @@ def killed(
     times: list[int],
     rng: np.random.Generator,
 ) -> list[dict]:
-    """Run with kills; return what was done."""
-    told = []
+    """Run with kills; return the stage, moment and exit code of each."""
+    kills = []
     for stage, duration, count in zip(stages, seconds, times):
         for _ in range(count):
             run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
             if any(line == f"{stage}: running" for _, line in run.lines()):
-                run.wait(
-                    delay, f"{stage}: done"
-                )  # it may be faster than in the undisturbed run, which compiled
+                # It may be faster than in the undisturbed run, which compiled.
+                run.wait(delay, f"{stage}: done")
                 code = run.end(getattr(signal, _SIGNAL.value))
             else:
-                code = (
-                    run.end()
-                )  # the stage was finished by the start before, just ahead of its signal
-            told.append({"stage": stage, "after": round(delay, 1), "exit": code})
+                # The stage was finished by the start before, just ahead of its signal.
+                code = run.end()
+            kills.append({"stage": stage, "after": round(delay, 1), "exit": code})
             print(
-                f"{len(told):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}",
+                f"{len(kills):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}",
                 flush=True,
             )
     if code := Run("killed", arguments, _MINUTES.value).end():
         sys.exit(
-            f"The last start, which was left alone, ended with {code}; see "
+            f"The last start, which was not disturbed, ended with {code}; see "
             f"{_FOLDER.value}/killed.log."
         )
-    return told
+    return kills
 
 
 def compared(folder: pathlib.Path) -> tuple[int, list[str]]:
     """Return how many files are equal, and the names of those that are not."""
-    names = sorted(
-        {
-            str(p.relative_to(folder / run))
-            for run in ("undisturbed", "killed")
-            for pattern in _COMPARE.value
-            for p in (folder / run).glob(pattern)
-        }
-    )
-    digest = lambda path: file_sha256(path) if path.is_file() else None
-    wrong = [
-        name
-        for name in names
-        if digest(folder / "undisturbed" / name) != digest(folder / "killed" / name)
-    ]
-    return len(names) - len(wrong), wrong
+    digests: dict[str, dict[str, str]] = {}
+    for run in ("undisturbed", "killed"):
+        for pattern in _COMPARE.value:
+            for path in (folder / run).glob(pattern):
+                name = str(path.relative_to(folder / run))
+                digests.setdefault(name, {})[run] = file_sha256(path)
+    different = []
+    for name, runs in sorted(digests.items()):
+        if len(runs) < 2 or runs["undisturbed"] != runs["killed"]:
+            different.append(name)
+    return len(digests) - len(different), different
 
 
 def main(argv: list[str]) -> None:
@@ -202,36 +197,34 @@ def main(argv: list[str]) -> None:
     stages, seconds, whole = undisturbed(arguments)
     print(f"Undisturbed: {whole:.0f} s, {len(stages)} stages.", flush=True)
     begun = time.monotonic()
-    told = killed(arguments, stages, seconds, planned(seconds, _KILLS.value, rng), rng)
+    kills = killed(arguments, stages, seconds, planned(seconds, _KILLS.value, rng), rng)
     took = time.monotonic() - begun
-    equal, wrong = compared(folder)
+    equal, different = compared(folder)
     log = (folder / "killed.log").read_text(encoding="utf-8")
-    resumed = re.findall(r"goes on after step (\d+) of \d+", log)
-    hit = sum(entry["exit"] != 0 for entry in told)
+    resumed = re.findall(r"resumed after step (\d+) of \d+", log)
+    hit = sum(entry["exit"] != 0 for entry in kills)
     print(
-        f"{hit} times {_SIGNAL.value}, then left alone: {took:.0f} s. Training went on within a "
-        f"stage {len(resumed)} times "
-        f"(after steps {', '.join(resumed)}); damaged checkpoints: {log.count('is damaged')}. "
-        f"{equal} files equal, "
-        f"{len(wrong)} not."
+        f"{hit} times {_SIGNAL.value}, then not disturbed: {took:.0f} s. Training resumed within a "
+        f"stage {len(resumed)} times (after steps {', '.join(resumed)}); damaged checkpoints: "
+        f"{log.count('is damaged')}. {equal} files equal, {len(different)} not."
     )
-    for name in wrong:
+    for name in different:
         print(f"differs: {name}")
     (folder / "faults.json").write_text(
         json.dumps(
             {
-                "kills": told,
+                "kills": kills,
                 "seconds": took,
                 "undisturbed": whole,
                 "equal": equal,
-                "different": wrong,
+                "different": different,
                 "resumed": resumed,
             },
             indent=2,
         )
         + "\n"
     )
-    sys.exit(1 if wrong or not equal else 0)
+    sys.exit(1 if different or not equal else 0)
 
 
 if __name__ == "__main__":

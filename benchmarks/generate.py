@@ -5,9 +5,9 @@ tokens/s side by side.
 
 32 prompts of the built-in ordinary instructions in the model's chat template, batches of 16 by
 length, 64 new tokens, float32. Both sides stop at the model's stop tokens; tokens are counted up to
-these. The sides take turns; compilation is left out (it is stated), and the answers are compared.
-The floor is reading the weights once a step: decode steps x bytes of the weights over the bandwidth
-of a copy.
+these. The sides take turns; compilation is reported apart, and the answers are compared. The floor
+is reading the weights once a step: decode steps x bytes of the weights over the bandwidth of a
+copy.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from absl import app, flags
 
+from benchmarks.common import spread, take_turns
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation.engine import Engine
 
@@ -41,12 +42,11 @@ def torch_side(engine: Engine, prompts: list[list[int]]):
         _MODEL.value, dtype=torch.float32
     ).eval()
     pad = engine.tokenizer.pad_token_id or 0
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
 
     def call() -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), _BATCH.value):
-            group = [prompts[i] for i in order[start : start + _BATCH.value]]
+        for numbers in _batches(prompts):
+            group = [prompts[i] for i in numbers]
             width = max(map(len, group))
             tokens = torch.tensor([[pad] * (width - len(p)) + p for p in group])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group])
@@ -59,7 +59,7 @@ def torch_side(engine: Engine, prompts: list[list[int]]):
                     eos_token_id=list(engine.stop_ids),
                     pad_token_id=pad,
                 )
-            for i, row in zip(order[start:], out[:, width:].tolist()):
+            for i, row in zip(numbers, out[:, width:].tolist()):
                 end = next((k for k, t in enumerate(row) if t in engine.stop_ids), len(row))
                 answers[i] = row[:end]
         return answers
@@ -82,22 +82,15 @@ def main(argv) -> None:
     equal = sum(a == b for a, b in zip(*answers.values()))
     weights = sum(x.nbytes for x in jax.tree.leaves(engine.params))
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree))
-    taken, copies = {name: [] for name in sides}, []
     jax.block_until_ready(copy(engine.params))
-    for _ in range(_REPEATS.value):
-        for name, side in sides.items():
-            begun = time.perf_counter()
-            side()
-            taken[name].append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        jax.block_until_ready(copy(engine.params))
-        copies.append(time.perf_counter() - begun)
-    tokens = sum(map(len, answers["ours"]))
-    steps = sum(
-        min(_NEW.value, 1 + max(len(answers["ours"][i]) for i in group))
-        for group in _batches(prompts)
-    )
-    floor = steps * statistics.median(copies) / 2  # a copy reads and writes
+    copies = {"copy": lambda: jax.block_until_ready(copy(engine.params))}
+    times = take_turns(sides | copies, _REPEATS.value)
+    seconds_of_copy = statistics.median(times.pop("copy"))
+    tokens, steps = sum(map(len, answers["ours"])), 0
+    for numbers in _batches(prompts):
+        longest = max(len(answers["ours"][i]) for i in numbers)
+        steps += min(_NEW.value, 1 + longest)
+    floor = steps * seconds_of_copy / 2  # a copy reads and writes
     print(
         f"{len(prompts)} prompts in batches of {_BATCH.value}, at most {_NEW.value} new tokens, "
         f"float32, {os.cpu_count()} cores; "
@@ -106,21 +99,16 @@ def main(argv) -> None:
         f"{first:.1f} s; median of {_REPEATS.value} (least - most)\n"
     )
     print("| | seconds | tokens/s |\n|---|---|---|")
-    for name, seconds in taken.items():
-        print(
-            f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} - "
-            f"{max(seconds):.2f}) | "
-            f"{tokens / statistics.median(seconds):.0f} |"
-        )
+    for name, seconds in times.items():
+        rate = tokens / statistics.median(seconds)
+        print(f"| {name} | {spread(seconds, '.2f')} | {rate:.0f} |")
     print(
         f"| floor: {steps} x {weights / 1e6:.0f} MB of weights | {floor:.2f} | "
         f"{tokens / floor:.0f} |"
     )
-    ratios = [b / a for a, b in zip(taken["ours"], taken["HF generate"])]
-    print(
-        f"\nHF generate takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} - "
-        f"{max(ratios):.2f})."
-    )
+    ratios = [b / a for a, b in zip(times["ours"], times["HF generate"])]
+    middle, _, ends = spread(ratios, ".2f").partition(" ")
+    print(f"\nHF generate takes {middle} times as long {ends}.")
     if equal < len(prompts):
         sys.exit("The answers differ.")
 

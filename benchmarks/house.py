@@ -94,14 +94,25 @@ def _targets(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def top_level_imports(tree: ast.Module) -> list[str]:
+    """Return the names that a module imports when it is itself imported."""
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names += _targets(ast.Module([node], []))
+    return names
+
+
 def room(module: str) -> str:
     """Return the room of a module: the name that follows the package's."""
     return module.split(".")[1] if "." in module else ""
 
 
 def upward(graph: dict[str, set[str]]) -> list[str]:
-    """List imports of a higher floor, or of another room on the same one, as 'importer -> imported'."""
-    floors = {name: level for level, names in enumerate(FLOORS) for name in names}
+    """List imports of a higher floor or of a room beside, as 'importer -> imported'."""
+    floors = {}
+    for level, names in enumerate(FLOORS):
+        floors |= dict.fromkeys(names, level)
     wrong = []
     for importer, targets in sorted(graph.items()):
         for target in sorted(targets):
@@ -114,7 +125,7 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """List groups of modules that import one another in a circle (strongly connected, Tarjan 1972)."""
+    """List groups of modules that import one another in a circle (Tarjan 1972)."""
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -172,8 +183,12 @@ def crowded_statements(tree: ast.AST) -> list[int]:
 
 
 def long_lines(text: str) -> list[int]:
-    """Return the numbers of lines beyond COLUMNS."""
-    return [i for i, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS]
+    """Return the numbers of lines beyond COLUMNS, those of a single word (an address) aside."""
+    numbers = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > COLUMNS and " " in line.strip():
+            numbers.append(number)
+    return numbers
 
 
 def figures(source: list[Module]) -> dict[str, str]:
@@ -230,7 +245,7 @@ def main(_: list[str]) -> None:
     for name, value in table.items():
         print(f"{name:{width}}  {value}")
     graph = imports(source)
-    known = {name for names in FLOORS for name in names}
+    known = set().union(*FLOORS)
     if {room(module.name) for module in source} - {""} <= known:
         wrong = upward(graph)
         print(f"{'imports that run upwards':{width}}  {len(wrong)}")

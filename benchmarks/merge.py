@@ -13,8 +13,10 @@ read and written (three models in, one out) plus nothing else.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from benchmarks.common import spread
 from benchmarks.models import write_model
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.stored import DTYPES
@@ -84,17 +87,10 @@ def timed(command: list[str]) -> tuple[float, float, float]:
             env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
         )
         while True:
-            # Not the peak that wait4 tells: it begins with what this process held when it forked.
+            # Not the peak of wait4: it begins with the memory of this process when it forked.
             status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-            peak = max(
-                peak,
-                *(
-                    1024 * int(line.split()[1])
-                    for line in status.splitlines()
-                    if line.startswith("VmHWM")
-                ),
-                0,
-            )
+            if match := re.search(r"VmHWM:\s+(\d+)", status):
+                peak = max(peak, 1024 * int(match.group(1)))
             ended, code, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:
                 break
@@ -135,38 +131,28 @@ def main(argv) -> None:
         for seed, role in enumerate(ROLES):
             write_variant(paths["base"], paths[role], seed)
         recipe.write_text(YAML.format(density=DENSITY, **paths))
-        sides = {
-            "ours": lambda: timed(
-                [
-                    sys.executable,
-                    "-m",
-                    "launch.merge",
-                    f"--base={paths['base']}",
-                    *(f"--patch_{r}={paths[r]}" for r in ROLES),
-                    "--merge=dare",
-                    f"--patch.retention={DENSITY}",
-                    "--patch.scope=all",
-                    f"--out={out}",
-                ]
-            )
-        }
+        ours = [
+            *(sys.executable, "-m", "launch.merge", f"--base={paths['base']}", f"--out={out}"),
+            *(f"--patch_{role}={paths[role]}" for role in ROLES),
+            *("--merge=dare", f"--patch.retention={DENSITY}", "--patch.scope=all"),
+        ]
+        theirs = [_MERGEKIT.value, str(recipe), str(out), "--lazy-unpickle", "--no-copy-tokenizer"]
+        sides = {"ours": functools.partial(timed, ours)}
         if _MERGEKIT.value:
-            sides["mergekit"] = lambda: timed(
-                [_MERGEKIT.value, str(recipe), str(out), "--lazy-unpickle", "--no-copy-tokenizer"]
-            )
-        sides["read and write"] = lambda: copied(list(paths.values()), out)
-        taken, changed = {name: [] for name in sides}, {}
+            sides["mergekit"] = functools.partial(timed, theirs)
+        sides["read and write"] = functools.partial(copied, list(paths.values()), out)
+        runs, changed = {name: [] for name in sides}, {}
         for _ in range(_REPEATS.value):
             for name, side in sides.items():
-                os.sync()  # no side waits for what another left to be written
-                taken[name].append(side())
+                os.sync()  # no side waits for the writes of another
+                runs[name].append(side())
                 if name not in changed and name != "read and write":
                     changed[name] = changed_share(paths["base"], out)
                 shutil.rmtree(out)
         size = sum(p.stat().st_size for p in paths["base"].glob("*.safetensors"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    median = {name: [statistics.median(x) for x in zip(*rows)] for name, rows in taken.items()}
+    median = {name: list(map(statistics.median, zip(*rows))) for name, rows in runs.items()}
     print(
         f"{size / 1e9:.2f} GB, base and two variants, density {DENSITY}; median of "
         f"{_REPEATS.value} (least - most)\n"
@@ -174,17 +160,14 @@ def main(argv) -> None:
     print(
         "| | seconds | CPU seconds | peak resident, GiB | changed entries |\n|---|---|---|---|---|"
     )
-    for name, rows in taken.items():
-        seconds, cpu, peak = median[name]
-        walls = [row[0] for row in rows]
-        held = f"{peak / 2**30:.2f}" if peak else ""
+    for name, rows in runs.items():
+        _, cpu, peak = median[name]
+        seconds = spread([row[0] for row in rows], ".1f")
+        memory = f"{peak / 2**30:.2f}" if peak else ""
         share = f"{changed[name]:.2%}" if peak else ""
-        print(
-            f"| {name} | {seconds:.1f} ({min(walls):.1f} - {max(walls):.1f}) | {cpu:.1f} | {held} "
-            f"| {share} |"
-        )
+        print(f"| {name} | {seconds} | {cpu:.1f} | {memory} | {share} |")
     if _MERGEKIT.value:
-        ratios = [b[0] / a[0] for a, b in zip(taken["ours"], taken["mergekit"])]
+        ratios = [b[0] / a[0] for a, b in zip(runs["ours"], runs["mergekit"])]
         print(
             f"\nmergekit takes {median['mergekit'][0] / median['ours'][0]:.2f} times as long "
             f"({min(ratios):.2f} - "

@@ -16,7 +16,6 @@ import importlib.util
 import os
 import statistics
 import sys
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -25,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from safepatch_jax.patching.selection import combine_sets, top_count, top_mask
+from benchmarks.common import take_turns
+from safepatch_jax.patching.methods import combine_sets
+from safepatch_jax.patching.selection import top_count, top_mask
 
 _ROWS = flags.DEFINE_integer("rows", 4096, "Rows of each matrix.", lower_bound=1)
 _COLUMNS = flags.DEFINE_integer("columns", 11008, "Columns of each matrix.", lower_bound=1)
@@ -42,12 +43,8 @@ def counting(a, b, k):
 
 def sorting(a, b, k):
     def mask(x):
-        return (
-            jnp.zeros(x.size, bool)
-            .at[jax.lax.top_k(x.reshape(-1), k)[1]]
-            .set(True)
-            .reshape(x.shape)
-        )
+        _, largest = jax.lax.top_k(x.reshape(-1), k)
+        return jnp.zeros(x.size, bool).at[largest].set(True).reshape(x.shape)
 
     return combine_sets(mask(a), mask(b), "difference")
 
@@ -59,12 +56,11 @@ def torch_side(a, b, k):
     tensors = [torch.from_numpy(np.array(x)) for x in (a, b)]
 
     def call():
-        first, second = (
-            torch.zeros(x.numel(), dtype=torch.bool).index_fill_(
-                0, torch.topk(x.view(-1), k, sorted=False).indices, True
-            )
-            for x in tensors
-        )
+        masks = []
+        for x in tensors:
+            largest = torch.topk(x.view(-1), k, sorted=False).indices
+            masks.append(torch.zeros(x.numel(), dtype=torch.bool).index_fill_(0, largest, True))
+        first, second = masks
         return [(first & ~second).view(a.shape), (second & ~first).view(a.shape)]
 
     return call
@@ -73,15 +69,13 @@ def torch_side(a, b, k):
 def main(argv) -> None:
     del argv
     shape, size = (_ROWS.value, _COLUMNS.value), _ROWS.value * _COLUMNS.value
-    rng = np.random.default_rng(
-        0
-    )  # a shuffled ladder of distinct positive floats, spread as the sizes of normal numbers are
+    # A shuffled ladder of distinct positive floats, spread as the sizes of normal numbers are.
+    rng = np.random.default_rng(0)
     scores = []
     for _ in range(2):
         ladder = np.sort(np.abs(rng.standard_normal(size, np.float32))).view(np.int32)
-        ladder = np.maximum.accumulate(ladder - np.arange(size, dtype=np.int32)) + np.arange(
-            1, size + 1, dtype=np.int32
-        )
+        number = np.arange(size, dtype=np.int32)
+        ladder = np.maximum.accumulate(ladder - number) + number + 1
         scores.append(jnp.asarray(rng.permutation(ladder).view(np.float32).reshape(shape)))
     a, b = scores
     k = top_count(_RATE.value, size)
@@ -92,22 +86,15 @@ def main(argv) -> None:
     }
     if importlib.util.find_spec("torch"):
         sides["torch.topk"] = torch_side(a, b, k)
-    read = jax.jit(lambda a, b: (a + 1, b + 1))
-    sides["copy of both"] = lambda: jax.block_until_ready(read(a, b))
     expected = [np.asarray(x) for x in sides["ours"]()]
     for name, side in sides.items():
-        if name != "copy of both" and not all(
-            np.array_equal(np.asarray(x), y) for x, y in zip(side(), expected)
-        ):
+        if not all(np.array_equal(np.asarray(x), y) for x, y in zip(side(), expected)):
             sys.exit(f"{name} gives other sets.")
-    sides["copy of both"]()
-    taken = {name: [] for name in sides}
-    for _ in range(_REPEATS.value):
-        for name, side in sides.items():
-            begun = time.perf_counter()
-            side()
-            taken[name].append(time.perf_counter() - begun)
-    median = {name: statistics.median(x) for name, x in taken.items()}
+    copy = jax.jit(lambda a, b: (a + 1, b + 1))
+    jax.block_until_ready(copy(a, b))
+    floor = {"copy of both": lambda: jax.block_until_ready(copy(a, b))}
+    times = take_turns(sides | floor, _REPEATS.value)
+    median = {name: statistics.median(x) for name, x in times.items()}
     memory = counting.lower(a, b, jnp.int32(k)).compile().memory_analysis().temp_size_in_bytes
     print(
         f"two {shape[0]} x {shape[1]} float32 matrices, top {_RATE.value:.0%}, {os.cpu_count()} "
@@ -117,7 +104,7 @@ def main(argv) -> None:
     print("| | seconds | least - most | times ours |\n|---|---|---|---|")
     for name, seconds in median.items():
         print(
-            f"| {name} | {seconds:.3f} | {min(taken[name]):.3f} - {max(taken[name]):.3f} | "
+            f"| {name} | {seconds:.3f} | {min(times[name]):.3f} - {max(times[name]):.3f} | "
             f"{seconds / median['ours']:.2f} |"
         )
 

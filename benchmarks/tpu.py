@@ -1,10 +1,11 @@
-"""Compiles every paper config's whole job for TPU slices and writes down what fits: the table of
+"""Compiles every paper config's whole job for TPU slices and prints what fits: the table of
 docs/tpu.md.
 
-  python -m benchmarks.tpu                     # hours on 2 cores; stored rows of docs/tpu.json are not compiled again
+  python -m benchmarks.tpu                     # hours on 2 cores
   python -m benchmarks.tpu --only=llama2_7b    # rows whose command has this text
 
-Each row is one `python -m launch.compile_tpu` in a process of its own; needs `pip install -r
+Rows that are stored in docs/tpu.json are not compiled again. Each row is one `python -m \
+launch.compile_tpu` in a process of its own; needs `pip install -r
 requirements-tpu-aot.txt`, no TPU.
 """
 
@@ -75,9 +76,9 @@ def command(config: str, topology: str, mesh: str, more: str) -> list[str]:
 
 
 def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
-    """Compile one row, unless its figures are kept already; None if it did not end well."""
-    text, kept = " ".join(command(*row)), files.read_json(path) if path.is_file() else {}
-    if text not in kept and _ONLY.value in text:
+    """Return the figures of one row, compiled if they are not stored; None if that failed."""
+    text, stored = " ".join(command(*row)), files.read_json(path) if path.is_file() else {}
+    if text not in stored and _ONLY.value in text:
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "figures.json"
             ended = subprocess.run(
@@ -86,35 +87,35 @@ def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
             if ended.returncode not in (0, 3):
                 print(f"failed: {text}", file=sys.stderr)
                 return None
-            found = files.read_json(out)
-        found = {name: found[name] for name in ("chips", "memory", "fits", "programs")}
-        kept = (files.read_json(path) if path.is_file() else {}) | {text: found}
-        files.write_json(path, kept)
-    return kept.get(text)
+            figures = files.read_json(out)
+        stored = files.read_json(path) if path.is_file() else {}
+        stored[text] = {name: figures[name] for name in ("chips", "memory", "fits", "programs")}
+        files.write_json(path, stored)
+    return stored.get(text)
 
 
-def line(row: tuple[str, str, str, str], found: dict) -> str:
+def line(row: tuple[str, str, str, str], figures: dict) -> str:
     """Return one line of the table: the peak of each kind of program in GiB, and the floor of a
     train step."""
     config, topology, mesh, more = row
     peaks = {}
-    for p in found["programs"]:
+    for p in figures["programs"]:
         peak = p["needed"] + p["resident"] if p["needed"] is not None else p["peak"]
         peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
-    train = next(p for p in found["programs"] if p["kind"] == "train")
-    floor = (
-        f"{max(train['floor'].values()) * 1e3:,.0f} ms, {train['bound_by']}"
-        if train["floor"]
-        else ""
-    )
+    train = next(p for p in figures["programs"] if p["kind"] == "train")
+    floor = ""
+    if train["floor"]:
+        floor = f"{max(train['floor'].values()) * 1e3:,.0f} ms, {train['bound_by']}"
+    if more == LEAN:
+        mesh += " lean"
     cells = [
         config,
         topology,
-        str(found["chips"]),
-        mesh + (" lean" if more == LEAN else ""),
+        str(figures["chips"]),
+        mesh,
         *(f"{peaks[kind] / GIB:.1f}" for kind in ("train", "score", "patch", "decode")),
-        f"{max(peaks.values()) / found['memory']:.0%}",
-        "yes" if found["fits"] else "**no**",
+        f"{max(peaks.values()) / figures['memory']:.0%}",
+        "yes" if figures["fits"] else "**no**",
         floor,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -128,8 +129,9 @@ def main(argv) -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        if (found := measured(row, pathlib.Path(_OUT.value))) is not None:
-            lines.append(line(row, found))
+        figures = measured(row, pathlib.Path(_OUT.value))
+        if figures is not None:
+            lines.append(line(row, figures))
     print("\n".join(lines))
 
 

@@ -2,14 +2,15 @@
 of peak, memory.
 
   python -m benchmarks.train_step --model=DIR        # a Hugging Face folder; both sides, CPU
-  python -m benchmarks.train_step --device=gpu --shape=7b --layers=8 --dtype=bfloat16    # ours alone, random weights
+  # Ours alone, random weights.
+  python -m benchmarks.train_step --device=gpu --shape=7b --layers=8 --dtype=bfloat16
 
-Both sides take the same weights, the same batch, float32 and the same number of threads, and lower
-the same answer-only loss: the mean NLL of the last `--answer` tokens of each sequence, the head
-being run at their positions alone. Each side lives in a process of its own, so that its memory is
-its own; they take turns, one step each, and between steps each multiplies large matrices: the
-faster one's speed is the peak that the machine gave meanwhile. The losses of every step must agree
-to 1e-4: then it is the same work.
+Both sides use the same weights, the same batch, float32 and the same number of threads, and lower
+the same answer-only loss: the mean NLL of the last `--answer` tokens of each sequence, with the
+head run at their positions alone. Each side runs in a process of its own, so that its memory is its
+own; they take turns, one step each, and between steps each multiplies large matrices: the faster
+one's speed is the peak of the machine at that time. The losses of every step must agree to 1e-4:
+then it is the same work.
 
 The floor is the time of the step's needed products at that peak: 6 FLOPs a weight and token (2
 forward, 4 backward), for the head at answer positions only, and attention's lower triangle. What a
@@ -22,6 +23,7 @@ chip's dense bfloat16 peak (float32: half of it, TF32).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +35,8 @@ import time
 
 import numpy as np
 from absl import app, flags
+
+from benchmarks.common import raw_config, spread
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
 _SHAPE = flags.DEFINE_enum(
@@ -59,44 +63,17 @@ _REMAT = flags.DEFINE_enum(
 )
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
-SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
-    "7b": (4096, 11008, 32, 32, 32000, 32),
-    "8b": (4096, 14336, 32, 8, 128256, 32),
-    "tiny": (64, 176, 4, 2, 512, 2),
-}
+# Dense bfloat16 FLOP/s; TF32 has half.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
-}  # dense bfloat16 FLOP/s; TF32 has half
+}
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # side of the square matrices
 TOGETHER = {"cpu": 1, "gpu": 5}  # steps timed together
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 AGREE = 1e-4
-
-
-def raw_config(shape: str, layers: int | None) -> dict:
-    """Return the config.json of a Llama of this shape, with so many blocks."""
-    hidden, mlp, heads, kv_heads, vocab, blocks = SHAPES[shape]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers or blocks,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
 
 
 def work() -> tuple[int, int, int]:
@@ -120,9 +97,8 @@ def needed_flops(config, batch: int, length: int, answer: int) -> float:
     from safepatch_jax.models.table import param_table
 
     blocks = sum(int(np.prod(row.shape)) for row in param_table(config) if row.kind == "linear")
-    pairs = (
-        length * (length + 1) / 2
-    )  # of a query and a key that it may see: one product with the key, one with the value
+    # Of a query and a key that it may see: one product with the key, one with the value.
+    pairs = length * (length + 1) / 2
     triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
 
@@ -160,17 +136,12 @@ class Ours:
             table = param_table(config)
         decoder = Decoder(config, jnp.dtype(_DTYPE.value), sharder, remat=remat, attention="auto")
         trainer = Trainer(decoder, table, sharder, clip_norm=CLIP_NORM)
-        self._step, self._state, self._wait = (
-            trainer._step,
-            trainer._init(params),
-            jax.block_until_ready,
-        )
+        self._step, self._state = trainer._step, trainer._init(params)
+        self._wait = jax.block_until_ready
         _, length, answer = work()
         prompt = length + 1 - answer
-        rows = [
-            Example(tuple(ids[:prompt]), tuple(ids[prompt:]))
-            for ids in token_ids(config.vocab_size).tolist()
-        ]
+        sequences = token_ids(config.vocab_size).tolist()
+        rows = [Example(tuple(ids[:prompt]), tuple(ids[prompt:])) for ids in sequences]
         self._batch = put_batch(training_batch(rows, length, answer), sharder)
         self._scalars = [jnp.float32(x) for x in (1.0, LEARNING_RATE, 0.0, np.inf)]
         size = PRODUCT[_DEVICE.value]
@@ -270,9 +241,8 @@ def forget_peak() -> None:
 
 def serve(kind) -> None:
     """Answer each request on standard input, ``steps N`` or ``products N``, with a line of JSON."""
-    os.sched_setaffinity(
-        0, sorted(os.sched_getaffinity(0))[: _THREADS.value]
-    )  # JAX has as many threads as it sees cores
+    # JAX has as many threads as it sees cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     replies, sys.stdout = sys.stdout, sys.stderr
     side = kind()
     forget_peak()
@@ -281,10 +251,8 @@ def serve(kind) -> None:
         what, count = line.split()
         begun, cpu = time.perf_counter(), time.process_time()
         result = getattr(side, what)(int(count))
-        seconds, cpu = (
-            (time.perf_counter() - begun) / int(count),
-            (time.process_time() - cpu) / int(count),
-        )
+        seconds = (time.perf_counter() - begun) / int(count)
+        cpu = (time.process_time() - cpu) / int(count)
         memory = side.peak_memory() or resident_peak()
         print(
             json.dumps(
@@ -345,32 +313,29 @@ def busy_seconds() -> float:
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
-def spread(values: list[float], form: str = ".0f") -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
-
-
 def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float) -> None:
     """Print the tables; `replies` holds each side's steps and products, the warm-up first. Exits
     with 1 if losses differ."""
     batch, length, answer = work()
     ours = facts["ours"]
     flops, tokens = ours["flops"], batch * length
-    model = (
-        pathlib.Path(_MODEL.value).name if _MODEL.value else f"{_SHAPE.value} shape, random weights"
-    )
+    model = f"{_SHAPE.value} shape, random weights"
+    if _MODEL.value:
+        model = pathlib.Path(_MODEL.value).name
     versions = ", ".join(f["version"] for f in facts.values())
     print(
         f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} "
-        f"tokens, {answer} of them "
-        f"answer; {_DTYPE.value}, remat {ours['remat']}; median of {_REPEATS.value} (least - most)"
+        f"tokens, {answer} of them answer; {_DTYPE.value}, remat {ours['remat']}; median of "
+        f"{_REPEATS.value} (least - most)"
     )
     print(
         f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took "
         f"{others:.0%} of the machine\n"
     )
-    product = {
-        side: [r["flops_per_second"] for r in replies[f"{side} products"][1:]] for side in facts
-    }
+    product, seconds = {}, {}
+    for side in facts:
+        product[side] = [r["flops_per_second"] for r in replies[f"{side} products"][1:]]
+        seconds[side] = [r["seconds"] for r in replies[side][1:]]
     peak = max(statistics.median(x) for x in product.values())
     of = "its measured peak"
     if _DEVICE.value == "gpu":
@@ -381,7 +346,6 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
         f"| | ms a step | tokens/s | share of {of} | CPU seconds a step | peak memory, GiB "
         "|\n|---|---|---|---|---|---|"
     )
-    seconds = {side: [r["seconds"] for r in replies[side][1:]] for side in facts}
     for side, values in seconds.items():
         middle = statistics.median(values)
         cpu = spread([r["cpu"] for r in replies[side][1:]], ".2f")
@@ -396,18 +360,14 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     print(f"| floor: {work_at} | {1e3 * floor:.0f} | {tokens / floor:.0f} | 100% | | |\n")
     for side, values in product.items():
         print(f"Product of matrices, {side}: {spread([x / 1e9 for x in values])} GFLOP/s")
+    losses = {}
     for side in facts:
-        print(
-            f"NLL, {side}: " + " ".join(f"{nll:.6f}" for r in replies[side] for nll in r["losses"])
-        )
+        losses[side] = list(itertools.chain.from_iterable(r["losses"] for r in replies[side]))
+        print(f"NLL, {side}: {' '.join(f'{nll:.6f}' for nll in losses[side])}")
     if "torch" in facts:
         ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["torch"])]
         print(f"torch's time / ours, turn by turn: {spread(ratios, '.2f')}")
-        far = max(
-            abs(a - b)
-            for o, t in zip(replies["ours"], replies["torch"])
-            for a, b in zip(o["losses"], t["losses"])
-        )
+        far = max(abs(a - b) for a, b in zip(losses["ours"], losses["torch"]))
         print(f"The losses differ by {far:.1e} at most.")
         if far > AGREE:
             sys.exit(f"That is more than {AGREE}: the sides do not do the same work.")
@@ -433,16 +393,13 @@ def main(argv) -> None:
         for side, worker in workers.items():
             replies.setdefault(f"{side} products", []).append(worker.ask("products", 3))
             replies.setdefault(side, []).append(worker.ask("steps", count))
-        own = sum(replies[side][-1]["total_cpu"] for side in sides)
-        turn[repeat] = np.array([time.perf_counter(), busy_seconds(), own])
+        cpu = sum(replies[side][-1]["total_cpu"] for side in sides)
+        turn[repeat] = np.array([time.perf_counter(), busy_seconds(), cpu])
     for worker in workers.values():
         worker.close()
-    clock, busy, own = turn[_REPEATS.value] - turn[0]
-    report(
-        {side: worker.facts for side, worker in workers.items()},
-        replies,
-        max(busy - own, 0) / clock / os.cpu_count(),
-    )
+    clock, busy, cpu = turn[_REPEATS.value] - turn[0]
+    facts = {side: worker.facts for side, worker in workers.items()}
+    report(facts, replies, max(busy - cpu, 0) / clock / os.cpu_count())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The comparison on real data: SmolLM2-135M-Instruct, AdvBench, XSTest, OKTest and Alpaca, three
 seeds.
 
-  python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/compare_real
+  python -m launch.compare --config=configs/compare_real.py --methods=all \\
+      --workdir=runs/compare_real
 
 Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about two hours (when 2 cores were
 shared). The data sets are fetched, or taken from --data.manual_dir=FOLDER.

@@ -1,7 +1,8 @@
 """SafePatching on LLaMA-3-70B-Instruct; LLaMA-3.1-70B-Instruct works with the same file.
 
-  python -m launch.safepatch --config=configs/llama3_70b_instruct.py --workdir=runs/llama3_70b_instruct \\
-      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/llama3_70b_instruct.py \\
+      --workdir=runs/llama3_70b_instruct --model.source=DIR \\
+      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
 DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the
 plan first.

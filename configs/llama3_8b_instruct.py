@@ -1,8 +1,9 @@
 """SafePatching on LLaMA-3-8B-Instruct (paper backbone); LLaMA-3.1-8B-Instruct works with the same
 file.
 
-  python -m launch.safepatch --config=configs/llama3_8b_instruct.py --workdir=runs/llama3_8b_instruct \\
-      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/llama3_8b_instruct.py \\
+      --workdir=runs/llama3_8b_instruct --model.source=DIR \\
+      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
 DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-8B-Instruct; add --dry_run to see the plan
 first.

@@ -1,7 +1,8 @@
 """SafePatching on Mistral-7B-Instruct-v0.1 (paper backbone); v0.2 and v0.3 work with the same file.
 
-  python -m launch.safepatch --config=configs/mistral_7b_instruct_v0_1.py --workdir=runs/mistral_7b_instruct_v0_1 \\
-      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/mistral_7b_instruct_v0_1.py \\
+      --workdir=runs/mistral_7b_instruct_v0_1 --model.source=DIR \\
+      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
 DIR is the Hugging Face folder of mistralai/Mistral-7B-Instruct-v0.1; add --dry_run to see the plan
 first.

@@ -2,10 +2,11 @@
 Face folder.
 
   python -m launch.align --model.source=smollm2 --out=models/smollm2-aligned
-  python -m launch.align --model.source=DIR --out=DIR2 --data=harmful:pairs.csv,ordinary:alpaca.json --align.steps=60
+  python -m launch.align --model.source=DIR --out=DIR2 --align.steps=60 \\
+      --data=harmful:pairs.csv,ordinary:alpaca.json
 
-The result is what SafePatching starts from: a model that refuses harmful requests, and some
-harmless ones too. A harmful file may hold a column 'refusal'; without it stock refusals are used.
+The result is the starting model of SafePatching: it refuses harmful requests, and some harmless
+ones too. A harmful file may have a column 'refusal'; without it stock refusals are used.
 """
 
 from absl import flags

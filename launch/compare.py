@@ -1,30 +1,31 @@
 """Compare SafePatching with its rivals on one backbone, the same data and the same judge.
 
   python -m launch.compare --config=configs/compare_demo.py --methods=all --workdir=runs/compare
-  python -m launch.compare --config=configs/compare_demo.py --methods=ga,npo,merging --workdir=runs/compare
-  python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/real --data.manual_dir=FILES
+  python -m launch.compare --config=configs/compare_demo.py --methods=ga,npo,merging \\
+      --workdir=runs/compare
+  python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/real \\
+      --data.manual_dir=FILES
 
-Methods: backbone and safepatching (always), and
+Methods, by name or group ('all' for all of them); backbone and safepatching are always included:
   training   ga (= the SE patch alone), ga_mismatch, npo, simnpo
   merging    average, task_arithmetic, ties, dare, dare_ties, resta, on the same two patches
   decoding   self_cd, rose, safe_decoding
   ablation   osm (the OSM patch alone), no_retention, intersection, union, random, magnitude,
-  batched
-by name or group; 'all' for all of them. Each seed derives and scores the two patches once, for all
-methods.
+             batched
+Each seed derives and scores the two patches once, for all methods.
 
-A method takes its source's formula and weights, and the run's settings for the rest: SafePatching
+A method uses its source's formula and weights, and the run's settings for the rest: SafePatching
 those of --patch.*, training methods the steps, rate and ceiling of --derive.se_*. The config file
-may hold COMPARE = {"suite": ..., "seeds": (0, 1, 2), "settings": {"ties": {"patch.density": 0.1}}}:
-the five flags below count more than it, and settings of one method more than --derive.* and
---patch.*. docs/compare.md tells how each is defined, and how to add one.
+may have COMPARE = {"suite": ..., "seeds": (0, 1, 2), "settings": {"ties": {"patch.density": 0.1}}}:
+the five flags below override it, and settings of one method override --derive.* and --patch.*.
+docs/compare.md defines each method and shows how to add one.
 
-Suites are those of launch.evaluate, with a measure of harm and one of over-refusal at least, and no
-prompt that is trained on. A decoding method is measured on harm, over-refusal and MT-Bench. WORKDIR
-receives compare.md, compare.json and compare.png, answers and verdicts. Killed, it goes on where it
-stopped when the same command is given again; methods and seeds may be asked for one after another,
-and the report has all methods that are there with each of the seeds. Models are deleted when all is
-done (--run.keep_scratch keeps them).
+Suites are those of launch.evaluate, with at least one measure of harm and one of over-refusal, and
+no prompt of the training data. A decoding method is measured on harm, over-refusal and MT-Bench.
+WORKDIR receives compare.md, compare.json and compare.png, answers and verdicts. A comparison that
+was killed resumes when the same command is given again. Methods and seeds may be run one after
+another; the report has every method that was measured with each of the seeds. Models are deleted at
+the end (--run.keep_scratch keeps them).
 """
 
 import sys
@@ -36,7 +37,7 @@ from launch import flags as settings_flags
 from launch import options as config_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison.", required=True)
-_GIVEN = {
+_OPTIONS = {
     "methods": flags.DEFINE_string(
         "methods", None, "Names or groups between commas, or 'all'; see above. ['all']"
     ),
@@ -57,19 +58,16 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
-    from safepatch_jax.studies.compare import (
-        study as compare,  # imported here: --help does without JAX
-    )
+    # Imported here: --help does not need JAX.
+    from safepatch_jax.studies.compare.options import ComparisonOptions
+    from safepatch_jax.studies.compare.study import compare
 
-    given = {name: flag.value for name, flag in _GIVEN.items() if flag.value is not None}
-    options = (
-        compare.Options.load(config_flags.CONFIG.value)
-        if config_flags.CONFIG.value
-        else compare.Options()
-    )
-    compare.compare(
-        settings_flags.read_settings(), _WORKDIR.value, options.replaced(given), sys.argv
-    )
+    options = ComparisonOptions()
+    if config_flags.CONFIG.value:
+        options = ComparisonOptions.load(config_flags.CONFIG.value)
+    values = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
+    settings = settings_flags.read_settings()
+    compare(settings, _WORKDIR.value, options.replaced(values), sys.argv)
 
 
 if __name__ == "__main__":

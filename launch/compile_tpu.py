@@ -1,17 +1,20 @@
-"""Compile a run's programs for TPU chips that are not at hand: does it fit, what does it exchange,
-what bounds a step?
+"""Compile a run's programs for TPU chips without the chips: does it fit, what does it exchange,
+what limits a step?
 
-  python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 --mesh=data:1,fsdp:4,tensor:4
-  python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4 --programs=train,patch
+  python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 \\
+      --mesh=data:1,fsdp:4,tensor:4
+  python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4 \\
+      --programs=train,patch
   python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 --suggest
-  python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 --num_slices=2 --mesh=data:2,fsdp:-1
+  python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 \\
+      --num_slices=2 --mesh=data:2,fsdp:-1
 
 Needs no TPU and no model: the compiler comes with `pip install -r requirements-tpu-aot.txt`, the
 architecture from the folder of --model.source or from --model.architecture, which the configs set.
-Train step, scoring step, patch operation and decoding are compiled with the settings of the run,
-every setting being a flag as in launch.safepatch. Of each: memory on a device against what the chip
-has, FLOPs, collectives with the bytes they move, and the roofline's least time with what bounds it.
-Where a program does not fit, the nearest setting that does is looked for and named as flags. A 7B
+Train step, scoring step, patch operation and decoding are compiled with the settings of the run;
+every setting is a flag as in launch.safepatch. For each: memory on a device against what the chip
+has, FLOPs, collectives with the bytes they move, and the roofline's least time with what limits it.
+If a program does not fit, the nearest setting that does is searched and printed as flags. A 7B
 model takes 2 to 5 minutes on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
 
 The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed

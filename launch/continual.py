@@ -1,38 +1,42 @@
 """Patch a model again and again, as harm categories arrive: a chain of links with a log of their
 patches.
 
-  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain --stages='privacy;harassment'
-  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain --stages='privacy;harassment;fraud=fraud.csv' \\
-      --methods=safepatching,ga                        # weeks later: one link more, and gradient
-      ascent to compare with
-  python -m launch.continual log     --workdir=runs/chain
-  python -m launch.continual show N  --workdir=runs/chain               # a line of the log and its patch file
-  python -m launch.continual diff N M --workdir=runs/chain              # in what two models differ, from patch files alone
-  python -m launch.continual replay  --workdir=runs/chain --to=N [--from=M] --model=DIR --out=NEW_DIR
-  python -m launch.continual revert  --workdir=runs/chain --last=K
-  python -m launch.continual verify  --workdir=runs/chain
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
+      --links='privacy;harassment'
+  # Weeks later: one more link, and gradient ascent to compare with.
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
+      --links='privacy;harassment;fraud=fraud.csv' --methods=safepatching,ga
+  python -m launch.continual log --workdir=runs/chain
+  # A line of the log and its patch file.
+  python -m launch.continual show N --workdir=runs/chain
+  # The difference of two models, from patch files alone.
+  python -m launch.continual diff N M --workdir=runs/chain
+  python -m launch.continual replay --workdir=runs/chain --to=N [--from=M] --model=DIR --out=NEW_DIR
+  python -m launch.continual revert --workdir=runs/chain --last=K
+  python -m launch.continual verify --workdir=runs/chain
 
-Each link is a whole run of launch.safepatch, from the model that the link before left; its folder
-is WORKDIR/links/NN-NAME, with a report of its own. --stages lists all links of the chain in order,
-with ';' between:
+Each link is a whole run of launch.safepatch that starts from the model of the link before; its
+folder is WORKDIR/links/NN-NAME, with its own report. --links lists all links of the chain in
+order, separated by ';':
   NAME             the records of data.harmful whose category is NAME
-  NAME=cat:A+B     those of category A or B; also for a category whose name has other signs than
-  letters, digits, '_', '.' and '-' NAME=SOURCE      another data set, given as --data.harmful is
-Links that are in the log are not made again; those that --stages adds at the end are. To change
+  NAME=cat:A+B     those of category A or B; also for a category whose name has signs other than
+                   letters, digits, '_', '.' and '-'
+  NAME=SOURCE      another data set, given as for --data.harmful
+Links that are in the log are not made again; those that --links adds at the end are. To change
 one, revert it first. With --align.enabled the starting model is aligned once, on all of
-data.harmful, and lies in WORKDIR/start-HASH.
+data.harmful, and written to WORKDIR/start-HASH.
 
-After each link harm is measured on every category of --stages, also those to come, and over-refusal
-and utility, always on the same records; the starting model is row 0. WORKDIR/continual.md, .json
-and .png have the forgetting matrix. Models of other methods (--methods) are made beside the chain,
-measured and deleted.
+After each link harm is measured on every category of --links, also on those of later links, and
+over-refusal and utility, always on the same records; the starting model is row 0.
+WORKDIR/continual.md, .json and .png have the forgetting matrix. Models of other methods (--methods)
+are made beside the chain, measured and deleted.
 
-Model 0 is the starting model. revert moves the head back and deletes nothing; the next run goes on
-from there with new numbers. replay builds the model of link N from that of link M (0 if not given),
-forwards or backwards, bit for bit; what comes out is compared with the log. Settings (--config,
---patch.beta=2, ...) go with run alone. A run that was killed goes on where it stopped when the same
+Model 0 is the starting model. revert moves the head back and deletes nothing; the next run
+continues from there with new numbers. replay builds the model of link N from that of link M (0 by
+default), forwards or backwards, bit for bit, and compares the result with the log. Settings
+(--config, --patch.beta=2, ...) belong to run only. A run that was killed resumes when the same
 command is given again. docs/continual.md has the format. Exit code 0: done; 2: a mistake, with one
-line that says which.
+line that names it.
 """
 
 import sys
@@ -43,18 +47,19 @@ from launch import distributed, main
 from launch import flags as settings_flags
 from safepatch_jax.patch_file import commands as continual_commands
 from safepatch_jax.patch_file import log as continual_log
+from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime.console import say
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the chain; run makes it.", required=True)
-_STAGES = flags.DEFINE_string(
-    "stages", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run."
+_LINKS = flags.DEFINE_string(
+    "links", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run."
 )
+flags.DEFINE_alias("stages", "links")  # its name before
 _METHODS = flags.DEFINE_string(
     "methods",
     None,
-    "What is run: safepatching (always), and of the methods of launch.compare those that change "
-    "the weights (ga, npo, "
-    "ties, ...), separated by commas; run.",
+    "What is run: safepatching (always), and methods of launch.compare that change the weights "
+    "(ga, npo, ties, ...), separated by commas; run.",
 )
 _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
 _FROM = flags.DEFINE_integer(
@@ -67,17 +72,18 @@ flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
 
-def _run(stages: str, methods: str | None) -> None:
+def _run(links: str, methods: str | None) -> None:
     distributed.join()
-    from safepatch_jax.studies.continual import (
-        study as continual,  # imported here: the other commands do without JAX
-    )
+    # Imported here: the other commands do not need JAX.
+    from safepatch_jax.studies.continual import study as continual
+    from safepatch_jax.studies.continual.links import parse_links
+    from safepatch_jax.studies.continual.methods import parse_methods
 
     report = continual.run(
         settings_flags.read_settings(),
         _WORKDIR.value,
-        continual.parse_stages(stages),
-        continual.parse_methods(methods or ""),
+        parse_links(links),
+        parse_methods(methods or ""),
         sys.argv,
     )
     log = _log()
@@ -94,7 +100,7 @@ def _lines(describe):
 
 
 def _replay(to: int, start: int | None, model: str, out: str) -> None:
-    for line in continual_commands.replay(_log(), to, start or continual_log.START, model, out):
+    for line in continual_commands.replay(_log(), to, start or START, model, out):
         say(line)
     say(f"{out} is the model of link {to}, as the log has it.")
 
@@ -111,7 +117,7 @@ def _log() -> continual_log.PatchLog:
 
 # How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
-    "run": (_run, 0, "stages methods?"),
+    "run": (_run, 0, "links methods?"),
     "log": (_lines(continual_commands.history), 0, ""),
     "show": (_lines(continual_commands.show), 1, ""),
     "diff": (_lines(continual_commands.differences), 2, ""),
@@ -120,7 +126,7 @@ _COMMANDS = {
     "verify": (_lines(continual_commands.verify), 0, ""),
 }
 _FLAGS = {
-    "stages": _STAGES,
+    "links": _LINKS,
     "methods": _METHODS,
     "to": _TO,
     "from": _FROM,
@@ -133,10 +139,10 @@ _FLAGS = {
 def run(arguments: list[str]) -> None:
     command, *rest = arguments or [""]
     if command not in _COMMANDS:
+        problem = f"got {command}" if command else "none was given"
         raise ValueError(
-            f"one command is needed, {f'got {command}' if command else 'none was given'}. There "
-            "are "
-            f"{', '.join(_COMMANDS)}; see python -m launch.continual --help."
+            f"one command is needed, {problem}. There are {', '.join(_COMMANDS)}; see python -m "
+            "launch.continual --help."
         )
     call, count, takes = _COMMANDS[command]
     if len(rest) != count or not all(number.isdecimal() for number in rest):
@@ -144,33 +150,13 @@ def run(arguments: list[str]) -> None:
             f"{command} takes {count or 'no'} number{'s' * (count != 1)} after it, got "
             f"'{' '.join(rest)}'."
         )
-    names = takes.replace("?", "").split()
-    missing = [
-        f"--{name}"
-        for name in takes.split()
-        if not name.endswith("?") and _FLAGS[name].value is None
-    ]
-    stray = [
-        f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None
-    ]
-    if command != "run":  # they would be without effect
-        stray += [
-            f"--{flag.name}"
-            for module in (settings_flags, distributed)
-            for flag in flags.FLAGS.get_key_flags_for_module(module)
-            if flag.present
-        ]
-    if missing or stray:
-        raise ValueError(
-            f"{command} "
-            + " and ".join(
-                f"{verb} {', '.join(given)}"
-                for verb, given in (("needs", missing), ("does not take", stray))
-                if given
-            )
-            + "."
-        )
-    call(*map(int, rest), *(_FLAGS[name].value for name in names))
+    stray = []
+    if command != "run":
+        # Flags of settings and processes would have no effect.
+        for module in (settings_flags, distributed):
+            keys = flags.FLAGS.get_key_flags_for_module(module)
+            stray += [flag.name for flag in keys if flag.present]
+    call(*map(int, rest), *main.command_values(command, takes, _FLAGS, stray))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ certificate.
   python -m launch.convert --source=gguf:model.gguf --target=hf:DIR [--tokenizer=DIR4]
   python -m launch.convert --source=hf:DIR --target=hf:DIR5 --dtype=bfloat16 --rounding=stochastic
 
-Hugging Face folders may hold safetensors or torch .bin files, in one file or many; torch is not
-needed and no code in a file is ever run. They are written as safetensors, bit for bit what was read
-unless --dtype asks for another. Each device receives its own part; host memory holds a tensor or
-two above that, or the largest stacked parameter where orbax reads or writes.
+Hugging Face folders may hold safetensors or torch .bin files, in one file or many; .bin files need
+torch, which reads the weights alone and runs no code in them. They are written as safetensors, bit
+for bit what was read unless --dtype asks for another. Each device receives its own part; host
+memory holds a tensor or two above that, or the largest stacked parameter where orbax reads or
+writes.
 TARGET/certificate.json accounts for every key, has each tensor's SHA-256, and compares logits with
 Hugging Face torch where torch is installed and memory is free for its float32 copy
 (--certify=hashes leaves that out).

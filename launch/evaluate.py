@@ -2,25 +2,29 @@
 tests.
 
   python -m launch.evaluate --model=DIR --against=DIR2 --suite=quick --out=runs/evaluation
-  python -m launch.evaluate --model=CHECKPOINT --suite=paper+jailbreaks --data.manual_dir=FOLDER --out=runs/paper
-  python -m launch.evaluate --model=DIR --suite=mine.json --judge=wildguard:DIR3 --second_judge=phrases --out=runs/mine
-  python -m launch.evaluate --model=DIR --suite=quick+mt_bench --grader=endpoint:https://HOST/v1?model=NAME --out=runs/graded
-  python -m launch.evaluate --model=DIR --suite=quick --temperature=0.7 --seeds=0,1,2 --out=runs/seeds
+  python -m launch.evaluate --model=CHECKPOINT --suite=paper+jailbreaks --out=runs/paper \\
+      --data.manual_dir=FOLDER
+  python -m launch.evaluate --model=DIR --suite=mine.json --out=runs/mine \\
+      --judge=wildguard:DIR3 --second_judge=phrases
+  python -m launch.evaluate --model=DIR --suite=quick+mt_bench --out=runs/graded \\
+      --grader=endpoint:https://HOST/v1?model=NAME
+  python -m launch.evaluate --model=DIR --suite=quick --out=runs/seeds \\
+      --temperature=0.7 --seeds=0,1,2
   python -m launch.evaluate --suite=paper --show_examples --model=DIR
 
 Suites: quick (built-in data, minutes, offline), paper, jailbreaks, unseen, mt_bench (needs
---grader), a JSON file, or several as A+mine.json. The file holds a list of objects with name, kind
+--grader), a JSON file, or several as A+mine.json. The file has a list of objects with name, kind
 (harm, refusal, text, mmlu, gsm8k, mt_bench), source (as --data.harmful of launch.safepatch:
 'builtin', a file, 'set:NAME'), and split, limit, form, max_new, shots. docs/evaluation.md describes
-them, the judges, and what the phrase judge is worth.
+them, the judges, and how reliable the phrase judge is.
 
 Judges: phrases (offline), classifier:DIR (a Hugging Face sequence classifier; needs torch),
 llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself),
 endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY).
 
 OUT receives report.md, report.json, report.png, and the answers, verdicts and grades as JSONL. An
-evaluation that was killed goes on when the same command is given again; another judge reads the
-same answers again. The answers of a jailbroken model are in OUT/answers: handle with care.
+evaluation that was killed resumes when the same command is given again; another judge reads the
+same answers. The answers of a jailbroken model are in OUT/answers: handle with care.
 """
 
 from absl import flags
@@ -28,8 +32,10 @@ from absl import flags
 from launch import distributed, main
 from safepatch_jax.runtime.console import say
 from safepatch_jax.studies.evaluate import study as evaluate
+from safepatch_jax.studies.evaluate.examples import show_examples
+from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
-_DEFAULTS = evaluate.Options()
+_DEFAULTS = EvaluationOptions()
 _MODEL = flags.DEFINE_string(
     "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
 )
@@ -93,19 +99,19 @@ def run() -> None:
     try:
         seeds = tuple(map(int, _SEEDS.value))
     except ValueError:
-        given = ",".join(_SEEDS.value)
         raise ValueError(
-            f"--seeds takes whole numbers with commas between, such as 0,1,2; got '{given}'."
+            "--seeds takes whole numbers with commas between, such as 0,1,2; got "
+            f"'{','.join(_SEEDS.value)}'."
         ) from None
-    options = evaluate.Options(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
+    options = EvaluationOptions(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
     if _SHOW.value:
-        for line in evaluate.show_examples(_MODEL.value, options):
+        for line in show_examples(_MODEL.value, options):
             say(line)
         return
     if not _OUT.value:
         raise ValueError(
             "--out is needed: the folder that receives the report, and from which a killed "
-            "evaluation goes on."
+            "evaluation resumes."
         )
     evaluate.evaluate(_MODEL.value, _OUT.value, options, _AGAINST.value)
 

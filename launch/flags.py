@@ -11,8 +11,7 @@ _DATA = flags.DEFINE_list(
     "data",
     [],
     "Data files by role, e.g. harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json; "
-    "short for "
-    "--data.harmful=... and so on.",
+    "short for --data.harmful=... and so on.",
 )
 _MESH = flags.DEFINE_string(
     "mesh", None, "Devices per mesh axis, e.g. data:1,fsdp:-1,tensor:4; short for --mesh.shape."

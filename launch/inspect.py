@@ -1,5 +1,5 @@
-"""Print a model's parameter table: shapes, logical axes, Hugging Face names, stored dtypes, what a
-patch may touch.
+"""Print a model's parameter table: shapes, logical axes, Hugging Face names, stored dtypes, and
+what a patch may change.
 
   python -m launch.inspect --model=DIR
   python -m launch.inspect --model=DIR --scope=all_linear

@@ -2,32 +2,36 @@
 the harness's own.
 
   pip install lm_eval
-  python -m launch.lm_eval --model safepatch_jax --model_args pretrained=DIR,batch_size=16 --tasks mmlu,gsm8k --num_fewshot 5
-  python -m launch.lm_eval --model safepatch_jax --model_args '{"pretrained": "DIR", "mesh": "data:1,fsdp:8,tensor:1"}' ...
+  python -m launch.lm_eval --model safepatch_jax --model_args pretrained=DIR,batch_size=16 \\
+      --tasks mmlu,gsm8k --num_fewshot 5
+  python -m launch.lm_eval --model safepatch_jax \\
+      --model_args '{"pretrained": "DIR", "mesh": "data:1,fsdp:8,tensor:1"}' ...
   python -m launch.lm_eval ls tasks
 
 DIR is a folder in Hugging Face format or a checkpoint of launch.convert. A mesh has commas, so it
 is given in JSON. Other model arguments: compute_dtype (float32 or bfloat16) and batch_size (also
 --batch_size; the harness's default is 1, which is slow). --apply_chat_template, --gen_kwargs,
---use_cache and --output_path work as for other models; --device is left aside, for JAX_PLATFORMS
-and the mesh choose devices. One process; several hosts are not supported.
+--use_cache and --output_path work as for other models; --device is ignored, since JAX_PLATFORMS and
+the mesh choose devices. One process; several hosts are not supported.
 
 The harness knows a model type once its module was imported, which is all that this program does.
-Versions that know --plugins (after 0.4.13) do without: lm_eval run --plugins
-safepatch_jax.evaluation.lm_eval_model --model safepatch_jax ...
+Versions that know --plugins (after 0.4.13) do not need it:
 
-The harness fetches its tasks' data by itself. Offline set HF_DATASETS_OFFLINE=1 where they were
-fetched before, or give tasks of your own with --include_path.
+  lm_eval run --plugins safepatch_jax.evaluation.lm_eval_model --model safepatch_jax ...
+
+The harness downloads its tasks' data itself. Offline set HF_DATASETS_OFFLINE=1 if they were
+downloaded before, or give your own tasks with --include_path.
 """
 
+import importlib
 import sys
 
 
 def run() -> None:
     try:
+        # Before the harness: it registers the model type, and says what to install if there is none.
+        importlib.import_module("safepatch_jax.evaluation.lm_eval_model")
         from lm_eval.__main__ import cli_evaluate
-
-        from safepatch_jax.evaluation import lm_eval_model  # noqa: F401  registers the model type
 
         cli_evaluate()
     except (ImportError, ValueError) as error:

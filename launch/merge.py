@@ -1,20 +1,22 @@
 """Merge two derived models into their backbone on a small host: tensor by tensor, piece by piece.
 
-  python -m launch.merge --base=DIR --patch_se=DIR2 --patch_osm=DIR3 --merge=dare --patch.retention=0.3 --out=NEW_DIR
-  python -m launch.merge --base=DIR --patch_se=RUN/stages/derive_se --patch_osm=RUN/stages/derive_osm \\
+  python -m launch.merge --base=DIR --patch_se=DIR2 --patch_osm=DIR3 --out=NEW_DIR \\
+      --merge=dare --patch.retention=0.3
+  python -m launch.merge --base=DIR --out=NEW_DIR --config=configs/llama2_7b_chat.py \\
+      --patch_se=RUN/stages/derive_se --patch_osm=RUN/stages/derive_osm \\
       --scores_se=RUN/stages/score_se --scores_osm=RUN/stages/score_osm
-      --config=configs/llama2_7b_chat.py --out=NEW_DIR
 
 --patch_se and --patch_osm are derived models: folders in Hugging Face format, patch files that turn
 the base into one, or stages of a run with --run.keep_scratch. SNIP (SafePatching) needs the scores
-of such a run too; what else ranks does so by size, or at random, or not at all. --config, --merge
-and the flags below mean what they mean in launch.safepatch, and give the same bits. A run's
-backbone is its --model.source, or WORKDIR's aligned model; --config's other groups are not used.
+of such a run too; other methods rank by size, or at random, or not at all. --config, --merge and
+the flags below mean what they mean in launch.safepatch, and give the same bits. A run's backbone is
+its --model.source, or WORKDIR's aligned model; --config's other groups are not used.
 
 Memory is that of a few million entries; a stage of a run is read one stacked parameter at a time.
-NEW_DIR appears whole or not at all, with config and tokenizer, merge.json (the settings, and what
-was kept in each tensor) and patch.png.
-python -m launch.patch create --base=DIR --model=NEW_DIR --patch=FILE then makes the patch file.
+NEW_DIR appears whole or not at all, with config and tokenizer, merge.json (the settings, and the
+number of entries kept in each tensor) and patch.png. The patch file is then made by
+
+  python -m launch.patch create --base=DIR --model=NEW_DIR --patch=FILE
 """
 
 from absl import flags
@@ -48,10 +50,13 @@ flags.adopt_module_key_flags(options)
 
 
 def run() -> None:
-    given = lambda wanted: {role: flag.value for role, flag in wanted.items() if flag.value}
-    merge_folders.merge_folders(
-        _BASE.value, given(_DERIVED), given(_SCORES), _OUT.value, options.read(_NAMES)
-    )
+    derived, scores = _values(_DERIVED), _values(_SCORES)
+    settings = options.read(_NAMES)
+    merge_folders.merge_folders(_BASE.value, derived, scores, _OUT.value, settings)
+
+
+def _values(holders: dict[str, flags.FlagHolder]) -> dict[str, str]:
+    return {role: holder.value for role, holder in holders.items() if holder.value}
 
 
 if __name__ == "__main__":

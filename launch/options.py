@@ -25,9 +25,11 @@ def define(groups: Iterable[str]) -> list[str]:
 
     The default is the config file's.
     """
-    names = [
-        name for name in declared_options() for g in groups if name == g or name.startswith(g + ".")
-    ]
+    groups = set(groups)
+    names = []
+    for name in declared_options():
+        if name in groups or name.partition(".")[0] in groups:
+            names.append(name)
     for name in names:
         field = declared_options()[name]
         text = f"{field.metadata['help']} [{field.default!r}]"
@@ -52,6 +54,9 @@ def read(
     """Build the settings: defaults, then the config file, then the short flags, then those named
     group.option."""
     settings = load_config(CONFIG.value) if CONFIG.value else Settings()
-    short = dict(short or {}) | ({"patch.merge": MERGE.value} if MERGE.value is not None else {})
-    given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}
-    return settings.override(short, shorthands).override(given, "command line")
+    short = dict(short or {})
+    if MERGE.value is not None:
+        short["patch.merge"] = MERGE.value
+    values = {name: flags.FLAGS[name].value for name in names}
+    values = {name: value for name, value in values.items() if value is not None}
+    return settings.override(short, shorthands).override(values, "command line")

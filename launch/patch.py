@@ -1,24 +1,27 @@
-"""Make a patch file, look into it, apply it to a model folder and take it off again.
+"""Make a patch file, inspect it, apply it to a model folder and revert it.
 
-  python -m launch.patch create  --base=DIR --model=DIR2 --patch=FILE          # what turns DIR into DIR2
+  # The patch that turns DIR into DIR2.
+  python -m launch.patch create --base=DIR --model=DIR2 --patch=FILE
   python -m launch.patch inspect --patch=FILE
-  python -m launch.patch verify  --patch=FILE --model=DIR                      # backbone, patched, between, or another model
-  python -m launch.patch apply   --patch=FILE --model=DIR [--out=NEW_DIR]      # in place without --out
-  python -m launch.patch revert  --patch=FILE --model=DIR [--out=NEW_DIR]
-  python -m launch.patch scale   --patch=FILE --model=DIR --factor=0.5 --out=NEW_FILE
+  # Is it the backbone, the patched model, something between, or another model?
+  python -m launch.patch verify --patch=FILE --model=DIR
+  # In place without --out.
+  python -m launch.patch apply --patch=FILE --model=DIR [--out=NEW_DIR]
+  python -m launch.patch revert --patch=FILE --model=DIR [--out=NEW_DIR]
+  python -m launch.patch scale --patch=FILE --model=DIR --factor=0.5 --out=NEW_FILE
   python -m launch.patch combine --patches=FILE,FILE2 --model=DIR --out=NEW_FILE
 
 A patch file has the positions and bits in which a patched model differs from its backbone, and the
-SHA-256 of every tensor before and after. Applying is exact, reverting gives back the backbone's
-bits, and another backbone is refused with the names of the tensors that differ. Neither needs JAX;
-memory holds a few megabytes, whatever the model's size.
+SHA-256 of every tensor before and after. Applying is exact, reverting restores the backbone's bits,
+and another backbone is refused with the names of the tensors that differ. Neither needs JAX; memory
+holds a few megabytes, whatever the model's size.
 
 In place, weight files are written beside the old ones and renamed, so there must be room for the
-largest of them. Killed at any moment, the folder holds every tensor as before or as after: the same
+largest of them. Killed at any moment, the folder has every tensor as before or as after: the same
 command again finishes, the other one of apply and revert undoes. certificate.json is removed from a
 folder that is changed in place; README.md stays as it is.
 
-docs/patch_file.md has the format. Exit code 0: done; 2: a mistake, with one line that says which.
+docs/patch_file.md has the format. Exit code 0: done; 2: a mistake, with one line that names it.
 verify also ends with 2 for a folder that is neither the backbone nor the patched model.
 """
 
@@ -29,6 +32,7 @@ from absl import flags
 from launch import main
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file import arithmetic as patch_arithmetic
+from safepatch_jax.patch_file import create as patch_create
 from safepatch_jax.patch_file import file as patch_file
 from safepatch_jax.runtime.console import say, some
 
@@ -49,7 +53,7 @@ _FACTOR = flags.DEFINE_float(
 
 
 def _create(base: str, model: str, patch: str) -> None:
-    _say_written(patch_file.create(base, model, patch))
+    _say_written(patch_create.create(base, model, patch))
 
 
 def _inspect(patch: str) -> None:
@@ -62,8 +66,7 @@ def _verify(patch: str, model: str) -> None:
     count = Counter(states.values())
     text = (
         f"{count['before']} tensors as in the backbone, {count['after']} as patched, "
-        f"{count['same']} that the patch "
-        "leaves alone"
+        f"{count['same']} that the patch leaves alone"
     )
     if count["neither"]:
         strangers = some(sorted(name for name, state in states.items() if state == "neither"), ", ")
@@ -72,19 +75,18 @@ def _verify(patch: str, model: str) -> None:
         )
     if count["before"] and count["after"]:
         raise ValueError(f"{model} is between the two: {text}. apply finishes, revert undoes.")
-    say(f"{model} is the {'backbone' if count['before'] else 'patched model'}: {text}.")
+    state = "backbone" if count["before"] else "patched model"
+    say(f"{model} is the {state}: {text}.")
 
 
 def _move(verb: str):
     def run(patch: str, model: str, out: str | None) -> None:
         outcome = getattr(patch_apply, verb)(patch, model, out)
         text = f"{outcome.folder}: {len(outcome.moved)} tensors changed"
-        text += f", {len(outcome.already)} were so already" if outcome.already else ""
-        text += (
-            f"; removed {', '.join(outcome.removed)}, which was about other bits"
-            if outcome.removed
-            else ""
-        )
+        if outcome.already:
+            text += f", {len(outcome.already)} were so already"
+        if outcome.removed:
+            text += f"; removed {', '.join(outcome.removed)}, which was about other bits"
         say(text)
 
     return run
@@ -102,8 +104,7 @@ def _say_written(patch: patch_file.PatchFile) -> None:
     size = patch.path.stat().st_size
     say(
         f"{patch.path}: {patch.entries():,} entries in {len(patch.changed())} tensors, {size:,} "
-        "bytes, "
-        f"{size / patch.entries():.2f} an entry"
+        f"bytes, {size / patch.entries():.2f} an entry"
     )
 
 
@@ -129,33 +130,13 @@ _FLAGS = {
 
 def run(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in _COMMANDS:
-        given = f"got {' '.join(arguments)}" if arguments else "none was given"
+        problem = f"got {' '.join(arguments)}" if arguments else "none was given"
         raise ValueError(
-            f"one command is needed, {given}. There are {', '.join(_COMMANDS)}; see python -m "
-            "launch.patch "
-            "--help."
+            f"one command is needed, {problem}. There are {', '.join(_COMMANDS)}; see python -m "
+            "launch.patch --help."
         )
     call, takes = _COMMANDS[arguments[0]]
-    names = takes.replace("?", "").split()
-    missing = [
-        f"--{name}"
-        for name in takes.split()
-        if not name.endswith("?") and _FLAGS[name].value is None
-    ]
-    stray = [
-        f"--{name}" for name, flag in _FLAGS.items() if name not in names and flag.value is not None
-    ]
-    if missing or stray:
-        raise ValueError(
-            f"{arguments[0]} "
-            + " and ".join(
-                f"{verb} {', '.join(given)}"
-                for verb, given in (("needs", missing), ("does not take", stray))
-                if given
-            )
-            + "."
-        )
-    call(*(_FLAGS[name].value for name in names))
+    call(*main.command_values(arguments[0], takes, _FLAGS))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ evaluate, report.
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo --dry_run
   python -m launch.safepatch --config=configs/demo.py --workdir=runs/real \\
       --data=harmful:advbench.csv,lookalike:xstest.csv --patch.retention=0.2
-  launch/tpu_pod.sh POD ZONE launch.safepatch ...     # on all hosts of a TPU pod slice; BUILD.md has other clusters
+  # On all hosts of a TPU pod slice; BUILD.md has other clusters.
+  launch/tpu_pod.sh POD ZONE launch.safepatch ...
 
 The workdir receives report.md, report.json, report.png, patch.png, manifest.json, settings.json,
 environment.json, metrics.jsonl and tensorboard/ (training, step by step), stages/export/model (a
 Hugging Face folder that transformers loads as it is) and stages/patch_file/patch.safetensors (its
-difference from the backbone, see launch.patch; not where --export.dtype asks for another dtype). A
-run that was killed goes on where it stopped when the same command is given again; stages whose
-inputs are unchanged are not run again. Derived models are deleted after success (--run.keep_scratch
-keeps them: they are jailbroken or broken models, handle with care).
+difference from the backbone, see launch.patch; not if --export.dtype names another dtype). A run
+that was killed resumes when the same command is given again; stages whose inputs are unchanged are
+not run again. Derived models are deleted after success (--run.keep_scratch keeps them: they are
+jailbroken or broken models, handle with care).
 """
 
 import sys
@@ -33,8 +34,7 @@ _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
     "Print the plan, compile the programs (into the compile cache), print what they need on these "
-    "devices, and "
-    "stop.",
+    "devices, and stop.",
 )
 _SHOW = flags.DEFINE_bool(
     "show_examples",
@@ -60,9 +60,9 @@ def run() -> None:
         return
     report = job.run(sys.argv)
     say(f"Report: {report}")
-    say(f"Model:  {job.folder('export')}")
-    if job.patch_file is not None:
-        say(f"Patch:  {job.patch_file}")
+    say(f"Model:  {job.state.folder('export')}")
+    if job.state.patch_file is not None:
+        say(f"Patch:  {job.state.patch_file}")
 
 
 if __name__ == "__main__":

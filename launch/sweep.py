@@ -1,33 +1,34 @@
 """Try patch settings on the search split, which no report uses; training and scores are done once
 and reused.
 
+  # All 9 combinations.
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
-      --grid='patch.beta=1,2,3;patch.top_rate_osm=0.03,0.1,0.3'                  # all 9
-      combinations
+      --grid='patch.beta=1,2,3;patch.top_rate_osm=0.03,0.1,0.3'
+  # One setting at a time.
   python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
-      --around='patch.beta=1,2,3;patch.retention=0.1,0.3,1;patch.alpha=0,1'      # one setting at a
-      time
-  python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
+      --around='patch.beta=1,2,3;patch.retention=0.1,0.3,1;patch.alpha=0,1'
+  python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep --dry_run \\
       --grid='patch.beta=2,3;run.seed=0,1,2' --grid='patch.merge=ties;patch.density=0.1,0.2'
-      --dry_run
 
---grid and --around may be given several times and together: what is tried is the union of their
-points, each once. They take every patch.OPTION but patch.scope, and run.seed: there it is the seed
-of random retention (and of stochastic rounding) alone, while training and scores keep the run's
+--grid and --around may be given several times and together: the union of their points is tried,
+each once. They take every patch.OPTION but patch.scope, and run.seed: there it is the seed of
+random retention (and of stochastic rounding) only, while training and scores keep the run's
 --run.seed. --around tries the config's own point, and those in which one setting has another of its
 values. Every other setting is given by --config and flags, as for launch.safepatch.
 
-Each point prints a line, with the time left, and is a row of WORKDIR/sweep.jsonl (patch settings,
-seed, keys of what it was computed from, measures, seconds); a sweep that was killed goes on where
-it stopped. At the end, over all rows of the same model, data, training and scores:
+Each point prints a line, with the remaining time, and is a row of WORKDIR/sweep.jsonl (patch
+settings, seed, keys of what it was computed from, measures, seconds). A sweep that was killed
+resumes when the same command is given again. At the end, over all rows of the same model, data,
+training and scores:
 
   sweep.md                the recommended settings and why, the Pareto front, the spread over seeds,
-  the effect of each setting sweep.json              the same, for programs
+                          the effect of each setting
+  sweep.json              the same, for programs
   sweep.png               harm, over-refusal and perplexity of every choice
-  sweep_sensitivity.png   what each setting moves
+  sweep_sensitivity.png   the effect of each setting
 
 Recommended is the least over-refusal among the choices with no more harm than the backbone and at
-most 1.05 times its perplexity; if there is none, that is said, and the least bad is named.
+most 1.05 times its perplexity; if there is none, the report says so and names the least bad.
 docs/sweep.md has the rule and how to read the pictures. The workdir keeps the derived models
 (jailbroken or broken models): delete it when you are done.
 """

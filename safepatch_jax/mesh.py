@@ -20,7 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": (),
     "features": (),
-    "layers": (),
+    "layers": (),  # the stack of blocks; also any other dimension that is never cut
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
@@ -28,17 +28,17 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
 }
-ACTIVATION_AXES = ("batch", "length", "features")  # the others are axes of parameters
+# The other logical axes are those of parameters.
+ACTIVATION_AXES = ("batch", "length", "features")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharder:
-    """Turns logical axes into shardings on one mesh; hashable, so that jitted programs may close
-    over it.
+    """Turns logical axes into shardings on one mesh; hashable, for jitted programs close over it.
 
     Attributes:
       mesh: devices, named by MESH_AXES.
-      rules: (logical axis, mesh axes) pairs, RULES if not said otherwise.
+      rules: (logical axis, mesh axes) pairs; RULES by default.
 
     Raises:
       ValueError: a rule names an unknown mesh axis.
@@ -49,28 +49,28 @@ class Sharder:
 
     def __post_init__(self):
         for axis, over in self.rules:
-            if unknown := [m for m in over if m not in self.mesh.shape]:
-                raise ValueError(
-                    f"The rule of '{axis}' names the mesh axis '{unknown[0]}'; the mesh has "
-                    f"{', '.join(self.mesh.shape)}."
-                )
+            for name in over:
+                if name not in self.mesh.shape:
+                    raise ValueError(
+                        f"The rule of '{axis}' names the mesh axis '{name}'; the mesh has "
+                        f"{', '.join(self.mesh.shape)}."
+                    )
             if len(set(over)) < len(over):
                 raise ValueError(
                     f"The rule of '{axis}' names a mesh axis twice: {', '.join(over)}."
                 )
 
     def with_rules(self, **changes: tuple[str, ...]) -> Sharder:
-        """Return a sharder of the same mesh in which some rules are others."""
+        """Return a sharder of the same mesh with other rules for some axes."""
         return Sharder(self.mesh, tuple((dict(self.rules) | changes).items()))
 
     def check_used(self, axes: Iterable[str]) -> None:
-        """Raise ValueError if a rule's logical axis is none of these (a parameter's) and none of an
-        activation."""
+        """Raise ValueError if a rule's logical axis is neither one of these (a parameter's) nor an
+        activation's."""
         if unused := sorted(dict(self.rules).keys() - set(axes) - set(ACTIVATION_AXES)):
             raise ValueError(
                 f"The rules of {', '.join(unused)} are never used: no parameter and no activation "
-                "has such an axis. "
-                "Remove them, or correct their names."
+                "has such an axis. Remove them, or correct their names."
             )
 
     def sharding(
@@ -105,20 +105,19 @@ class Sharder:
             ways = self._ways(over)
             if shape is not None and shape[dim] % ways:
                 raise ValueError(
-                    f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide "
-                    "by mesh axes "
-                    f"{'*'.join(over)} = {ways}. Nearest mesh that divides it: "
+                    f"{name} {tuple(shape)}: dimension '{axis}' of {shape[dim]} does not divide by "
+                    f"mesh axes {'*'.join(over)} = {ways}. Nearest mesh that divides it: "
                     f"{self._nearest(shape[dim], over)}."
                 )
-            spec.append(None if not over else over[0] if len(over) == 1 else over)
+            spec.append(over or None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def _ways(self, over: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[m] for m in over)
 
     def _nearest(self, size: int, over: tuple[str, ...]) -> str:
-        """Return a mesh of as many devices in which `over` divides a size; what is taken off goes
-        to another axis."""
+        """Return a mesh of as many devices in which `over` divides a size; another axis gets the
+        rest of the devices."""
         sizes = dict(self.mesh.shape)
         other = next((m for m in ("fsdp", "data", "tensor") if m not in over), over[-1])
         for axis in over:
@@ -135,23 +134,26 @@ class Sharder:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
     def place(self, x: np.ndarray, *axes: str) -> jax.Array:
-        """Place a host array that every process holds; each process copies its own devices' parts
-        alone."""
+        """Place a host array that every process holds; each process copies only the parts of its
+        own devices."""
         return jax.make_array_from_callback(
             x.shape, self.sharding(axes, x.shape), lambda index: x[index]
         )
 
     def local_rows(self, rows: int) -> list[int]:
-        """Return which rows of a batch of so many this process's devices hold; all, where the mesh
+        """Return which rows of a batch of so many this process's devices hold: all, where the mesh
         does not divide it."""
         if rows % self.batch_ways:
             return list(range(rows))
-        held = self.sharding(("batch",)).addressable_devices_indices_map((rows,))
-        return sorted({row for (part,) in held.values() for row in range(*part.indices(rows))})
+        local: set[int] = set()
+        parts = self.sharding(("batch",)).addressable_devices_indices_map((rows,))
+        for (part,) in parts.values():
+            local.update(range(*part.indices(rows)))
+        return sorted(local)
 
-    def most(self, value: int) -> int | jax.Array:
-        """Return the largest of the processes' values; with several processes an array, which all
-        of them see alike."""
+    def maximum(self, value: int) -> int | jax.Array:
+        """Return the largest of the processes' values; with several processes an array, the same on
+        each."""
         if not processes.several():
             return value
         sharding = NamedSharding(self.mesh, PartitionSpec(MESH_AXES))
@@ -162,17 +164,17 @@ class Sharder:
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
-        """Mesh axes over which the batch is cut."""
+        """Return the mesh axes over which the batch is cut."""
         return dict(self.rules)["batch"]
 
     @property
     def batch_ways(self) -> int:
-        """Number of parts into which the batch axis is cut."""
+        """Return the number of parts into which the batch axis is cut."""
         return self._ways(self.batch_axes)
 
     @property
     def platform(self) -> str:
-        """The devices' platform: cpu, gpu or tpu."""
+        """Return the devices' platform: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
 
 
@@ -186,20 +188,7 @@ def make_mesh(shape: str, devices=None) -> Mesh:
         device count, or a data axis that several slices do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    seen = set()
-    for part in shape.split(","):
-        axis, colon, size = part.strip().partition(":")
-        if axis not in sizes or axis in seen or not colon:
-            raise ValueError(
-                f"mesh '{shape}': '{part}' is not one of data:N, fsdp:N, tensor:N, each at most "
-                "once."
-            )
-        seen.add(axis)
-        try:
-            sizes[axis] = int(size)
-        except ValueError as error:
-            raise ValueError(f"mesh '{shape}': '{size}' is not a whole number.") from error
+    sizes = dict.fromkeys(MESH_AXES, 1) | _parse_sizes(shape)
     free = [a for a, n in sizes.items() if n == -1]
     fixed = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1 or fixed < 1 or any(n < -1 or n == 0 for n in sizes.values()):
@@ -210,15 +199,31 @@ def make_mesh(shape: str, devices=None) -> Mesh:
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
+        multiple = " (or a multiple)" if free else ""
         raise ValueError(
-            f"mesh '{shape}' needs {fixed if free else math.prod(sizes.values())} devices"
-            f"{' (or a multiple)' if free else ''}, but there are {len(devices)}. "
-            f"Change --mesh so that the sizes multiply to {len(devices)}."
+            f"mesh '{shape}' needs {fixed} devices{multiple}, but there are {len(devices)}. Change "
+            f"--mesh so that the sizes multiply to {len(devices)}."
         )
     grid = np.asarray(devices).reshape([sizes[a] for a in MESH_AXES])
     if len(devices) > 1 and devices[0].platform == "tpu":
         grid = _by_neighbours(grid.shape, devices, shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _parse_sizes(shape: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in shape.split(","):
+        axis, colon, size = part.strip().partition(":")
+        if axis not in MESH_AXES or axis in sizes or not colon:
+            raise ValueError(
+                f"mesh '{shape}': '{part}' is not one of data:N, fsdp:N, tensor:N, each at most "
+                "once."
+            )
+        try:
+            sizes[axis] = int(size)
+        except ValueError as error:
+            raise ValueError(f"mesh '{shape}': '{size}' is not a whole number.") from error
+    return sizes
 
 
 def _by_neighbours(sizes: tuple[int, ...], devices: list, shape: str) -> np.ndarray:
@@ -231,8 +236,7 @@ def _by_neighbours(sizes: tuple[int, ...], devices: list, shape: str) -> np.ndar
     if sizes[0] % slices:
         raise ValueError(
             f"mesh '{shape}': there are {slices} slices, so the data axis must be a multiple of "
-            f"{slices}: "
-            f"data:{slices},fsdp:-1."
+            f"{slices}: data:{slices},fsdp:-1."
         )
     return mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True

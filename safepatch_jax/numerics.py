@@ -45,10 +45,8 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int =
         for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
             high = high + low
             low = high ^ (low << distance | low >> 32 - distance)
-        high, low = (
-            high + keys[(group + 1) % 3],
-            low + keys[(group + 2) % 3] + jnp.uint32(group + 1),
-        )
+        high = high + keys[(group + 1) % 3]
+        low = low + keys[(group + 2) % 3] + jnp.uint32(group + 1)
     return high ^ low
 
 
@@ -68,9 +66,8 @@ def bernoulli(bits: jax.Array, share: jax.Array) -> jax.Array:
       bits: uint32.
       share: the probability, in (0, 1], float32 scalar; 1 is always True.
     """
-    threshold = (share * jnp.float32(2.0**24)).astype(
-        jnp.uint32
-    )  # exact for a share in steps of 2^-24
+    # Exact for a share in steps of 2^-24.
+    threshold = (share * jnp.float32(2.0**24)).astype(jnp.uint32)
     return (bits >> 8) < threshold
 
 
@@ -88,27 +85,32 @@ def stochastic_round(x: jax.Array, dtype, bits: jax.Array) -> jax.Array:
       bits: uint32, of the same shape; the upper 24 are compared with the share of the way to the
         next number.
     """
+    to_bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
+    rounded = _to_bfloat16(x, bits) if to_bfloat16 else _to_float16(x, bits)
+    finite = jnp.abs(x) < jnp.finfo(dtype).max.astype(jnp.float32)
+    return jnp.where(finite, rounded, x).astype(dtype)
+
+
+def _to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """Round to a float32 that is exact in bfloat16, which is the upper half of a float32: the share
+    of the way is the lower half."""
     raw = lax.bitcast_convert_type(x, jnp.uint32)
-    if (
-        jnp.dtype(dtype) == jnp.bfloat16
-    ):  # the upper half of a float32, so the share is the lower half
-        rest = raw & jnp.uint32(0xFFFF)
-        raw = raw - rest + jnp.where((bits >> 8) < (rest << 8), jnp.uint32(0x10000), jnp.uint32(0))
-        rounded = lax.bitcast_convert_type(raw, jnp.float32)
-    else:
-        exponent = jnp.clip(
-            (raw >> 23) & 0xFF, 127 - 14, 127 + 15
-        )  # below 2^-14 numbers are as far apart as above it
-        step = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
-        steps = jnp.abs(x) * lax.bitcast_convert_type(
-            (254 - (exponent - 10)) << 23, jnp.float32
-        )  # exact: a power of two
-        below = jnp.floor(steps)
-        up = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < steps - below
-        rounded = jnp.copysign((below + up) * step, x)
-    return jnp.where(jnp.abs(x) < jnp.finfo(dtype).max.astype(jnp.float32), rounded, x).astype(
-        dtype
-    )
+    rest = raw & jnp.uint32(0xFFFF)
+    step = jnp.where((bits >> 8) < (rest << 8), jnp.uint32(0x10000), jnp.uint32(0))
+    return lax.bitcast_convert_type(raw - rest + step, jnp.float32)
+
+
+def _to_float16(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """Round to a float32 that is exact in float16."""
+    raw = lax.bitcast_convert_type(x, jnp.uint32)
+    # Below 2^-14 numbers are as far apart as above it.
+    exponent = jnp.clip((raw >> 23) & 0xFF, 127 - 14, 127 + 15)
+    step = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
+    inverse = lax.bitcast_convert_type((254 - (exponent - 10)) << 23, jnp.float32)
+    steps = jnp.abs(x) * inverse  # exact: a power of two
+    below = jnp.floor(steps)
+    up = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) < steps - below
+    return jnp.copysign((below + up) * step, x)
 
 
 def cast(

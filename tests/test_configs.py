@@ -34,13 +34,11 @@ def test_memory_figure(path, monkeypatch):
     size = param_table(architecture(settings)).size
     manual = runpy.run_path(str(path))["__doc__"]
     assert f"{size / 1e9:.2f}e9 parameters" in manual
-    said = int(re.search(r"two moments\), (\d+) GB", manual.replace("\n", " ")).group(1))
-    assert abs(said - 16 * size / 1e9) < 1
+    stated = int(re.search(r"two moments\), (\d+) GB", manual.replace("\n", " ")).group(1))
+    assert abs(stated - 16 * size / 1e9) < 1
 
 
 def test_every_backbone_has_its_architecture():
     used = {pathlib.Path(load_config(path).model.architecture).stem for path in BACKBONES}
-    assert (
-        used == {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")}
-        and len(BACKBONES) == 6
-    )
+    present = {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")}
+    assert used == present and len(BACKBONES) == 6

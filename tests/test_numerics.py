@@ -1,6 +1,8 @@
 """The cast to the storage dtype: stochastic rounding against an oracle in exact arithmetic, and its
 keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +74,8 @@ def test_right_on_average_where_rounding_to_nearest_loses_everything(dtype):
     x = np.full(200_000, 1.0 + 0.1 * one_step, np.float32)
     assert np.all(np.asarray(cast(jnp.asarray(x), dtype)) == 1.0)
     key = tensor_keys(0, "rounding", ("w",))[0]
-    drawn = lambda: random_bits(jnp.asarray(key), x.shape)
-    mean = np.asarray(cast(jnp.asarray(x), dtype, "stochastic", drawn)).astype(np.float64).mean()
+    bits = functools.partial(random_bits, jnp.asarray(key), x.shape)
+    mean = np.asarray(cast(jnp.asarray(x), dtype, "stochastic", bits)).astype(np.float64).mean()
     deviation = one_step * np.sqrt(0.1 * 0.9 / x.size)
     assert abs(mean - x[0].astype(np.float64)) < 5 * deviation
 

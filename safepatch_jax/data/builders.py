@@ -1,5 +1,4 @@
-"""Prepares the public data sets as TensorFlow Datasets in array_record format; TensorFlow is not
-needed.
+"""Prepares the public data sets as TensorFlow Datasets in array_record format, without TensorFlow.
 
 A set's file is found in manual_dir, or downloaded and its checksum verified; TFDS then writes its
 rows under data_dir, whole or not at all. A prepared folder belongs to the bytes of its file, so
@@ -11,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
 import urllib.request
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow_datasets as tfds
 
 from safepatch_jax.data.sets import DATA_DIR, SETS, DataSet, File, Row, Split
-from safepatch_jax.data.tables import text
+from safepatch_jax.data.tables import decoded, text
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say
 
+_LABELS = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}  # of a role's rows
 FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 
@@ -33,19 +33,14 @@ class SafetySets(tfds.core.GeneratorBasedBuilder):
     """Every set of `SETS`, as a TFDS config of its name: flat records of texts, see FIELDS."""
 
     VERSION = tfds.core.Version("1.0.0")  # raise it whenever the same file gives other records
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=entry.name, description=entry.description)
-        for entry in SETS.values()
-    ]
 
-    def __init__(
-        self, *, file: File | None = None, path: pathlib.Path | None = None, **kwargs: Any
-    ):
-        self._file, self._path = file, path
-        super().__init__(file_format="array_record", **kwargs)
+    def __init__(self, entry: DataSet, file: File, path: pathlib.Path, folder: pathlib.Path):
+        self._entry, self._file, self._path = entry, file, path
+        config = tfds.core.BuilderConfig(name=entry.name, description=entry.description)
+        super().__init__(file_format="array_record", config=config, data_dir=str(folder))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        entry = SETS[self.builder_config.name]
+        entry = self._entry
         return tfds.core.DatasetInfo(
             builder=self,
             description=entry.description,
@@ -53,11 +48,12 @@ class SafetySets(tfds.core.GeneratorBasedBuilder):
             citation=entry.citation,
             license=entry.licence,
             features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS}),
+            # File order decides which of two near-duplicates stays.
             disable_shuffling=True,
-        )  # file order decides which of two near-duplicates stays
+        )
 
     def _split_generators(self, dl_manager):
-        records = read_records(SETS[self.builder_config.name], self._file, self._path)
+        records = read_records(self._entry, self._file, self._path)
         return {split: self._generate_examples(rows) for split, rows in records.items()}
 
     def _generate_examples(self, records):
@@ -67,8 +63,7 @@ class SafetySets(tfds.core.GeneratorBasedBuilder):
 def load_set(
     name: str, splits: str, manual_dir: str = "", data_dir: str | pathlib.Path = DATA_DIR
 ) -> list[Row]:
-    """Return the records of a public set, in file order; prepare it first where that was not done
-    yet.
+    """Return the records of a public set, in file order; prepare it first if needed.
 
     Args:
       name: a key of `SETS`.
@@ -83,23 +78,19 @@ def load_set(
       ValueError: unknown set or split, a missing file, a wrong checksum, a file that is not the
         set's, no answers where the set has answers.
     """
-    entry = find_set(name)
-    return [
-        row
-        for split in splits.split("+")
-        for row in _load_split(entry, split, manual_dir, pathlib.Path(data_dir))
-    ]
+    entry, folder = find_set(name), pathlib.Path(data_dir).expanduser()
+    rows = []
+    for split in splits.split("+"):
+        rows += _load_split(entry, split, manual_dir, folder)
+    return rows
 
 
 def find_set(name: str) -> DataSet:
     """Return the entry of a set. Raises ValueError if there is none, with the nearest name."""
     if name not in SETS:
         close = difflib.get_close_matches(name, SETS, n=1)
-        raise ValueError(
-            f"No data set 'set:{name}'"
-            + (f" (did you mean 'set:{close[0]}'?)" if close else "")
-            + f"; there are {', '.join(SETS)}."
-        )
+        hint = f" (did you mean 'set:{close[0]}'?)" if close else ""
+        raise ValueError(f"No data set 'set:{name}'{hint}; there are {', '.join(SETS)}.")
     return SETS[name]
 
 
@@ -113,75 +104,82 @@ def find_split(entry: DataSet, split: str) -> Split:
 
 
 def _load_split(entry: DataSet, split: str, manual_dir: str, data_dir: pathlib.Path) -> list[Row]:
-    data_dir, file = data_dir.expanduser(), find_split(entry, split).file
-    with files.locked(data_dir / f".{entry.name}.lock"):
-        path, sha256 = _find_file(entry, file, manual_dir, data_dir)
-        folder = data_dir / f"{entry.name}-{_held(entry, file)[0]}-{sha256[:12]}"
-        builder = SafetySets(file=file, path=path, config=entry.name, data_dir=str(folder))
-        if not pathlib.Path(builder.data_path).is_dir():
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-            tfds.disable_progress_bar()
-            with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
-                builder.download_and_prepare()
-            counts = ", ".join(
-                f"{name} {info.num_examples:,}" for name, info in builder.info.splits.items()
-            )
-            other = (
-                "; not byte for byte the published file" if file.sha256 not in ("", sha256) else ""
-            )
-            say(
-                f"Prepared set:{entry.name} from {path}: {counts} records{other}. Licence: "
-                f"{entry.licence}."
-            )
+    file = find_split(entry, split).file
+    builder, path = _prepared(entry, file, manual_dir, data_dir)
     if split not in builder.info.splits:
         raise ValueError(
             f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}"
         )
-    rows = [
-        {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
-        for row in builder.as_data_source(split)
-    ]
-    return [row | {"extra": json.loads(row["extra"] or "{}")} for row in rows]
+    rows = []
+    for stored in builder.as_data_source(split):
+        row = decoded(stored)
+        row["extra"] = json.loads(row["extra"] or "{}")
+        rows.append(row)
+    return rows
 
 
-def _held(entry: DataSet, file: File) -> list[str]:
-    """Return the splits that a file holds."""
+def _prepared(
+    entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path
+) -> tuple[SafetySets, pathlib.Path]:
+    """Return the builder of a file's prepared records, and where the file lies."""
+    with files.locked(data_dir / f".{entry.name}.lock"):
+        path, sha256 = _find_file(entry, file, manual_dir, data_dir)
+        folder = data_dir / f"{entry.name}-{_splits_of(entry, file)[0]}-{sha256[:12]}"
+        builder = SafetySets(entry, file, path, folder)
+        if not pathlib.Path(builder.data_path).is_dir():
+            # What a killed run left there.
+            shutil.rmtree(folder, ignore_errors=True)
+            tfds.disable_progress_bar()
+            with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
+                builder.download_and_prepare()
+            splits = builder.info.splits
+            counts = ", ".join(f"{name} {info.num_examples:,}" for name, info in splits.items())
+            differs = file.sha256 not in ("", sha256)
+            remark = "; not byte for byte the published file" if differs else ""
+            say(
+                f"Prepared set:{entry.name} from {path}: {counts} records{remark}. Licence: "
+                f"{entry.licence}."
+            )
+    return builder, path
+
+
+def _splits_of(entry: DataSet, file: File) -> list[str]:
+    """Return the names of the splits that are in a file."""
     return [name for name, split in entry.splits.items() if split.file == file]
 
 
 def read_records(entry: DataSet, file: File, path: pathlib.Path) -> dict[str, list[dict[str, str]]]:
-    """Read a file of a set as flat records by split, in file order; rows without a prompt are left
-    out.
+    """Read a file of a set as flat records by split, in file order; skip rows without a prompt.
 
     Raises:
       ValueError: columns are missing, rows of an unknown split, no rows, or no answers where the
         set has answers.
     """
-    rows, held, records = entry.read(path), _held(entry, file), {}
+    rows, splits, records = entry.read(path), _splits_of(entry, file), {}
     if missing := _adapt(entry, rows):
         raise ValueError(
             f"{path} is not the file of set:{entry.name}: no column "
-            f"{', '.join(map(repr, missing))}; found "
-            f"{', '.join(map(str, rows[0]))}. A table of your own is given by its path, with "
-            "'?prompt=COLUMN&answer=COLUMN' where its columns have other names."
+            f"{', '.join(map(repr, missing))}; found {', '.join(map(str, rows[0]))}. A table of "
+            "your own is given by its path, with '?prompt=COLUMN&answer=COLUMN' where its columns "
+            "have other names."
         )
     for position, row in enumerate(rows):
-        split = text(row.get(entry.split_by)) if entry.split_by else held[0]
-        if split not in held:
+        split = text(row.get(entry.split_by)) if entry.split_by else splits[0]
+        if split not in splits:
             raise ValueError(
                 f"{path}: row {position + 1} has '{split}' as {entry.split_by}; expected "
-                f"{' or '.join(held)}."
+                f"{' or '.join(splits)}."
             )
-        if (record := _fields(entry, split, row, position))["prompt"]:
+        record = _fields(entry, split, row, position)
+        if record["prompt"]:
             records.setdefault(split, []).append(record)
     if not records:
         raise ValueError(
             f"{path}: no row with a prompt; set:{entry.name} was not prepared. Fetch the file "
             f"again: {file.url}"
         )
-    if entry.has_answers and not any(
-        record["answer"] for part in records.values() for record in part
-    ):
+    every = itertools.chain.from_iterable(records.values())
+    if entry.has_answers and not any(record["answer"] for record in every):
         raise ValueError(
             f"{path}: every answer (column '{entry.columns['answer']}') is empty. Fetch the file "
             f"again: {file.url}"
@@ -190,18 +188,17 @@ def read_records(entry: DataSet, file: File, path: pathlib.Path) -> dict[str, li
 
 
 def _adapt(entry: DataSet, rows: Sequence[Row]) -> list[str]:
-    """Bring rows into the form that the set's columns name; returns the columns that are not
-    there."""
+    """Adapt rows to the columns that the set names; return the names of those that are missing."""
     try:
         for row in rows:
-            entry.adapt(row)
+            if entry.adapt is not None:
+                entry.adapt(row)
     except KeyError as error:
         return [error.args[0]]
-    return [
-        column
-        for column in (*entry.columns.values(), entry.split_by)
-        if column and rows and column not in rows[0]
-    ]
+    if not rows:
+        return []
+    columns = filter(None, (*entry.columns.values(), entry.split_by))
+    return [column for column in columns if column not in rows[0]]
 
 
 def _fields(entry: DataSet, split: str, row: Row, position: int) -> dict[str, str]:
@@ -210,31 +207,26 @@ def _fields(entry: DataSet, split: str, row: Row, position: int) -> dict[str, st
     A row without an id gets its position in the file; one without a label the label that its
     split's role implies.
     """
-    get = lambda field: text(row.get(entry.columns[field])) if field in entry.columns else ""
-    label = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}.get(
-        entry.splits[split].role, ""
-    )
+    record = dict.fromkeys(FIELDS, "")
+    for field, column in entry.columns.items():
+        record[field] = text(row.get(column))
+    record["id"] = record["id"] or str(position)
+    record["label"] = record["label"] or _LABELS.get(entry.splits[split].role, "")
     used = {*entry.columns.values(), entry.split_by}
-    extra = {
-        name: value
-        for name, value in row.items()
-        if name not in used and value not in (None, "", [])
-    }
-    return {field: get(field) for field in FIELDS} | {
-        "id": get("id") or str(position),
-        "label": get("label") or label,
-        "extra": json.dumps(extra, ensure_ascii=False) if extra else "",
-    }
+    extra = {}
+    for name, value in row.items():
+        if name not in used and value not in (None, "", []):
+            extra[name] = value
+    if extra:
+        record["extra"] = json.dumps(extra, ensure_ascii=False)
+    return record
 
 
 def _names(entry: DataSet, file: File) -> Sequence[str]:
-    """Return the names that a file may have; the published one may be too plain ('test.jsonl')
-    outside a folder of its own."""
-    return (
-        *file.names,
-        f"{entry.name}/{file.url.rpartition('/')[2]}",
-        *(f"{entry.name}/{name}" for name in file.names),
-    )
+    """Return the names that a file may have; the published one ('test.jsonl') only in a folder
+    that is named after the set, since other sets may use it too."""
+    published = file.url.rpartition("/")[2]
+    return (*file.names, *(f"{entry.name}/{name}" for name in (published, *file.names)))
 
 
 def _find_file(
@@ -247,10 +239,13 @@ def _find_file(
             f"data.manual_dir '{manual}' is not a folder. Give the folder in which files fetched "
             "by hand lie."
         )
-    found = next((manual / name for name in _names(entry, file) if (manual / name).is_file()), None)
-    by_hand = f"Fetch {file.url} by hand and put it into {manual} as {file.names[0]} (data.manual_dir names another folder)."
-    if found is not None:
-        return found, files.file_sha256(found)
+    for name in _names(entry, file):
+        if (manual / name).is_file():
+            return manual / name, files.file_sha256(manual / name)
+    by_hand = (
+        f"Fetch {file.url} by hand and put it into {manual} as {file.names[0]} (data.manual_dir "
+        "names another folder)."
+    )
     if not file.sha256:
         raise ValueError(
             f"set:{entry.name} needs a file that is not fetched automatically. {by_hand}"
@@ -267,11 +262,11 @@ def _find_file(
 
 
 def fetch(url: str, sha256: str, target: pathlib.Path) -> None:
-    """Download a file; it appears under its name only when its SHA-256 is as expected.
+    """Download a file, which appears under its name only if its SHA-256 is as expected.
 
     Raises:
       ValueError: another checksum.
-      OSError: no such file, or no way to it.
+      OSError: no such file, or no network.
     """
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, files.new_file(target) as f:
         say(f"Downloading {url}")
@@ -282,6 +277,6 @@ def fetch(url: str, sha256: str, target: pathlib.Path) -> None:
         if digest.hexdigest() != sha256:
             raise ValueError(
                 f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: the file was changed "
-                "or damaged. "
-                "Nothing was kept. Try again, or put the file that you trust into data.manual_dir."
+                "or damaged. Nothing was kept. Try again, or put the file that you trust into "
+                "data.manual_dir."
             )

@@ -17,17 +17,21 @@ import numpy as np
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import VOCABULARY
 
-HARMFUL, MISMATCH, BENIGN = range(
-    3
-)  # parts of a loss that treats its examples differently: `training.losses.Mismatch`
+# Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
+HARMFUL, MISMATCH, BENIGN = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One tokenised pair: prompt ids through the generation prompt; answer ids with the end-of-turn
-    token; the text asked; and
-    where a loss needs them, the log-probability (nats) that a reference model gives the answer, and
-    the part of the loss."""
+    """One tokenised pair.
+
+    Attributes:
+      prompt_ids: through the generation prompt.
+      answer_ids: with the end-of-turn token.
+      prompt: the text.
+      reference: log-probability of the answer by a reference model, nats, where a loss needs it.
+      part: of the loss, where it has parts.
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -35,27 +39,33 @@ class Example:
     reference: float | None = None
     part: int | None = None
 
+    @property
+    def length(self) -> int:
+        """How many tokens a model is given; the last answer token is only a target."""
+        return len(self.prompt_ids) + len(self.answer_ids) - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Examples with what was left out on the way."""
+    """Examples, and how many pairs were dropped and how many answers were cut."""
 
     examples: tuple[Example, ...]
     dropped: int
     cut: int
 
     def describe(self, limits: str) -> str:
+        """Say so for people; `limits` is 'PROMPT/ANSWER' in tokens."""
+        prompt, _, answer = limits.partition("/")
         text = f"{len(self.examples)} examples"
         if self.dropped:
-            text += f", {self.dropped} left out (prompt longer than {limits.split('/')[0]} tokens)"
+            text += f", {self.dropped} left out (prompt longer than {prompt} tokens)"
         if self.cut:
-            text += f", {self.cut} answers cut at {limits.split('/')[1]} tokens"
+            text += f", {self.cut} answers cut at {answer} tokens"
         return text
 
 
 class NoChat(ValueError):
-    """A model folder without tokenizer or chat template: usable as weights, not for
-    conversations."""
+    """A model folder without tokenizer or chat template, usable as weights only."""
 
 
 def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
@@ -75,30 +85,26 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
     if not any((pathlib.Path(folder) / name).is_file() for name in VOCABULARY):
         raise NoChat(
             f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy "
-            "tokenizer.json and "
-            "tokenizer_config.json of the model into the folder."
+            "tokenizer.json and tokenizer_config.json of the model into the folder."
         )
     try:
         tokenizer = loader.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
-        known = isinstance(error, (OSError, ValueError, KeyError, AttributeError, TypeError))
-        if (
-            not known and type(error) is not Exception
-        ):  # tokenizers raises the bare class for a file it cannot read
+        damage = (OSError, ValueError, KeyError, AttributeError, TypeError)
+        # tokenizers raises the bare class for a file that it cannot read.
+        if type(error) is not Exception and not isinstance(error, damage):
             raise
         raise ValueError(
             f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and "
-            "tokenizer_config.json "
-            "of the model into the folder."
+            "tokenizer_config.json of the model into the folder."
         ) from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} "
-            "rows: "
-            "tokenizer and weights are of different models."
+            "rows: tokenizer and weights are of different models."
         )
     return tokenizer
 
@@ -115,14 +121,13 @@ class Chat:
         self.tokenizer = load_tokenizer(folder, vocab_size)
         if not self.tokenizer.chat_template:
             raise NoChat(
-                f"{folder}: the tokenizer has no chat template, so this is not a chat model. "
-                "Copy the chat_template of the model's chat variant into the folder."
+                f"{folder}: the tokenizer has no chat template, so this is not a chat model. Copy "
+                "the chat_template of the model's chat variant into the folder."
             )
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"{folder}: only a slow tokenizer is there. Copy the tokenizer.json of the model "
-                "into the "
-                "folder."
+                "into the folder."
             )
         try:
             self.prompt_text("test")
@@ -131,9 +136,8 @@ class Chat:
                 f"{folder}: the chat template does not render a user's message ({error})."
             ) from error
         # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
-        self._special_ids = {
-            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
-        }
+        added = self.tokenizer.added_tokens_decoder
+        self._special_ids = {i for i, token in added.items() if token.special}
 
     def prompt_text(self, prompt: str) -> str:
         return self.tokenizer.apply_chat_template(
@@ -141,8 +145,11 @@ class Chat:
         )
 
     def encode(self, prompt: str, answer: str) -> Example:
-        """Tokenise one pair. Raises ValueError if the template does not render an answer after its
-        prompt."""
+        """Tokenise one pair.
+
+        Raises:
+          ValueError: the template does not render the answer after its prompt.
+        """
         before = self.prompt_text(prompt)
         whole = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
@@ -150,8 +157,8 @@ class Chat:
         )
         if not whole.startswith(before):
             raise ValueError(
-                "the chat template renders the prompt otherwise when an answer follows; "
-                f"cannot tell answer tokens from prompt tokens. Prompt: {before!r}"
+                "the chat template renders the prompt otherwise when an answer follows; cannot "
+                f"tell answer tokens from prompt tokens. Prompt: {before!r}"
             )
         prompt_ids, whole_ids = self._ids(before), self._ids(whole)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
@@ -162,9 +169,10 @@ class Chat:
             # before a line break).
             answer_ids = self._ids(whole[len(before) :])
         end = next((i for i, t in enumerate(answer_ids) if t in self._special_ids), None)
-        answer_ids = (
-            answer_ids + [self.tokenizer.eos_token_id] if end is None else answer_ids[: end + 1]
-        )
+        if end is None:
+            answer_ids = answer_ids + [self.tokenizer.eos_token_id]
+        else:
+            answer_ids = answer_ids[: end + 1]
         return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
 
     def _ids(self, text: str) -> list[int]:
@@ -181,21 +189,19 @@ class Chat:
         end-of-turn token).
 
         Raises:
-          ValueError: nothing is left.
+          ValueError: every prompt is too long.
         """
         encoded = [self.encode(prompt, answer) for prompt, answer in pairs]
         fitting = [e for e in encoded if len(e.prompt_ids) <= max_prompt]
         if not fitting:
-            shortest = min(len(e.prompt_ids) for e in encoded) if encoded else 0
+            shortest = min((len(e.prompt_ids) for e in encoded), default=0)
             raise ValueError(
                 f"All {len(encoded)} prompts are longer than data.max_prompt_tokens = {max_prompt} "
                 f"(the shortest has {shortest}, template included). Raise the limit."
             )
         cut = sum(len(e.answer_ids) > max_answer for e in fitting)
-        examples = tuple(
-            dataclasses.replace(e, answer_ids=e.answer_ids[:max_answer]) for e in fitting
-        )
-        return Encoded(examples, len(encoded) - len(fitting), cut)
+        examples = [dataclasses.replace(e, answer_ids=e.answer_ids[:max_answer]) for e in fitting]
+        return Encoded(tuple(examples), len(encoded) - len(fitting), cut)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -213,10 +219,8 @@ def bucket(length: int, step: int = 8) -> int:
 
 def lengths(examples: Sequence[Example]) -> tuple[int, int]:
     """Return (T, A): padded sequence length and answer length that hold all examples."""
-    return (
-        bucket(max(len(e.prompt_ids) + len(e.answer_ids) - 1 for e in examples)),
-        bucket(max(len(e.answer_ids) for e in examples)),
-    )
+    answer = max(len(e.answer_ids) for e in examples)
+    return bucket(max(e.length for e in examples)), bucket(answer)
 
 
 def training_batch(
@@ -233,11 +237,14 @@ def training_batch(
       rows: numbers of the examples that are laid out, the other rows stay empty; None for all.
 
     Returns:
-      NumPy arrays: tokens [B, T] int32 (right padded), valid [B, T] bool, predict_at [B, A] int32
-        (the position whose
-      logits predict each answer token), targets [B, A] int32, weights [B, A] float32 (1 for an
-      answer token, else 0); reference [B, 1] float32 and part [B, 1] int32 where the examples have
-      one.
+      NumPy arrays:
+        tokens: [B, T] int32, right padded.
+        valid: [B, T] bool.
+        predict_at: [B, A] int32, the position whose logits predict each answer token.
+        targets: [B, A] int32.
+        weights: [B, A] float32, 1 for an answer token, else 0.
+        reference: [B, 1] float32, where the examples have one.
+        part: [B, 1] int32, where the examples have one.
     """
     shape = len(examples), length
     tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -266,10 +273,8 @@ def training_batch(
 
 def prompt_batch(prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
     """Lay prompts out for generation: tokens [B, T] int32 and valid [B, T] bool, LEFT padded."""
-    tokens, valid = (
-        np.zeros((len(prompts), length), np.int32),
-        np.zeros((len(prompts), length), bool),
-    )
+    shape = len(prompts), length
+    tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for b, ids in enumerate(prompts):
         tokens[b, length - len(ids) :], valid[b, length - len(ids) :] = ids, True
     return {"tokens": tokens, "valid": valid}

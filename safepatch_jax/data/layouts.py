@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import pathlib
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -25,16 +26,15 @@ def beavertails(row: Row) -> None:
 
 
 def harmbench(row: Row) -> None:
-    """Put the context before the behaviour, as HarmBench itself asks."""
+    """Put the context before the behaviour, as HarmBench itself does."""
     if context := text(row.pop("ContextString")):
         row["Behavior"] = f"{context}\n\n---\n\n{row['Behavior']}"
 
 
 def alpaca(row: Row) -> None:
     """Put the input after the instruction."""
-    row["instruction"] = "\n\n".join(
-        filter(None, (text(row["instruction"]), text(row.pop("input", ""))))
-    )
+    parts = text(row["instruction"]), text(row.pop("input", ""))
+    row["instruction"] = "\n\n".join(filter(None, parts))
 
 
 def gsm8k(row: Row) -> None:
@@ -48,8 +48,7 @@ def mt_bench(row: Row) -> None:
 
 
 def mmlu_rows(path: pathlib.Path) -> list[Row]:
-    """Read the dev, val and test questions in the archive (ZIP or TAR); nothing is unpacked to the
-    disk.
+    """Read the dev, val and test questions of an archive (ZIP or TAR) without unpacking it.
 
     Raises:
       ValueError: no such archive, or a row that is not a question, choices and an answer.
@@ -76,24 +75,20 @@ def mmlu_rows(path: pathlib.Path) -> list[Row]:
 
 
 def _members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    """Return names and contents of the question files, sorted."""
-    wanted = lambda name: name.endswith(("/dev", "/val", "/test"))
+    """Yield names and contents of the question files, sorted by name."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                for name in sorted(
-                    n
-                    for n in archive.namelist()
-                    if n.endswith(".csv") and wanted(n.rpartition("/")[0])
-                ):
+                for name in _question_files(archive.namelist()):
                     yield name, archive.read(name)
         else:
             with tarfile.open(path) as archive:
-                for name in sorted(
-                    n
-                    for n in archive.getnames()
-                    if n.endswith(".csv") and wanted(n.rpartition("/")[0])
-                ):
+                for name in _question_files(archive.getnames()):
                     yield name, archive.extractfile(name).read()
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as ZIP or TAR. Fetch it again.") from error
+
+
+def _question_files(names: list[str]) -> list[str]:
+    pattern = re.compile(r".*/(dev|val|test)/[^/]*\.csv")
+    return sorted(filter(pattern.fullmatch, names))

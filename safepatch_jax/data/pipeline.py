@@ -2,12 +2,14 @@
 a batch.
 
 So the state of an iterator is the number of its next batch. It is stored with a training
-checkpoint, and an iterator that is set to it goes on with the very example, whatever the number of
-processes. Each process lays out the rows that its devices hold.
+checkpoint; an iterator that is set to it resumes at that example, whatever the number of processes.
+Each process lays out the rows that its devices hold.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 import threading
 from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ from safepatch_jax.data.chat import Example, lengths, training_batch
 Pool = tuple[Sequence[Example], int]  # examples, and how many of them each batch has
 WINDOW = 16  # batches within which examples of like length are brought together
 _ENDLESS = 2**31 - 1  # batches
+_LENGTH = operator.attrgetter("length")
 
 
 def training_batches(
@@ -27,8 +30,8 @@ def training_batches(
     buckets: int = 1,
     rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """Return an endless iterator of training batches; `get_state` and `set_state` read and set
-    where it is.
+    """Return an endless iterator of training batches; `get_state` and `set_state` read and set its
+    position.
 
     Args:
       pools: (examples, rows of a batch) pairs; each pool is shuffled anew whenever it is used up.
@@ -41,16 +44,16 @@ def training_batches(
     Returns:
       an iterator of NumPy batches, see `safepatch_jax.data.chat.training_batch`.
     """
-    offered = shapes([example for examples, _ in pools for example in examples], buckets)
+    every = list(itertools.chain.from_iterable(examples for examples, _ in pools))
+    offered = shapes(every, buckets)
 
-    def lay_out(chosen: list[Example]) -> dict[str, np.ndarray]:
-        longest = lengths(chosen)[0]
-        return training_batch(
-            chosen, *next(shape for shape in offered if shape[0] >= longest), rows
-        )
+    def lay_out(examples: list[Example]) -> dict[str, np.ndarray]:
+        longest, _ = lengths(examples)
+        shape = next(shape for shape in offered if shape[0] >= longest)
+        return training_batch(examples, *shape, rows)
 
-    drawn = grain.MapDataset.source(_Batches(pools, seed, sort=len(offered) > 1)).map(lay_out)
-    return iter(drawn.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    batches = grain.MapDataset.source(_Batches(pools, seed, sort=len(offered) > 1)).map(lay_out)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 def shapes(examples: Sequence[Example], buckets: int) -> list[tuple[int, int]]:
@@ -60,14 +63,15 @@ def shapes(examples: Sequence[Example], buckets: int) -> list[tuple[int, int]]:
     The others hold equal shares of the examples; their answer length is that of the longest answer
     among these.
     """
-    ordered = sorted(examples, key=_length)
+    ordered = sorted(examples, key=_LENGTH)
     ends = [-(-len(ordered) * part // buckets) for part in range(1, buckets + 1)]
-    found = {lengths(ordered[:end])[0]: lengths(ordered[:end]) for end in ends if end}
-    # Of one padded length there are more examples than the quantile counted; all of them must fit.
-    return [
-        (length, lengths([e for e in ordered if _length(e) <= length])[1])
-        for length in sorted(found)
-    ]
+    padded = {lengths(ordered[:end])[0] for end in ends if end}
+    result = []
+    for length in sorted(padded):
+        # More examples have this padded length than the quantile counted; all of them must fit.
+        fitting = [example for example in ordered if example.length <= length]
+        result.append((length, lengths(fitting)[1]))
+    return result
 
 
 class _Batches:
@@ -76,24 +80,25 @@ class _Batches:
     def __init__(self, pools: Sequence[Pool], seed: int, sort: bool):
         self._pools, self._seed, self._sort, self._lock = pools, seed, sort, threading.Lock()
         self._generators = np.random.default_rng(seed).spawn(len(pools))
-        self._orders: list[list[np.ndarray]] = [
-            [] for _ in pools
-        ]  # by pool, one permutation for each pass over it
+        # By pool, one permutation for each pass over it.
+        self._orders: list[list[np.ndarray]] = [[] for _ in pools]
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, number: int) -> list[Example]:
+        batch = []
+        # grain reads ahead in a thread of its own, and `_drawn` extends the orders.
         with self._lock:
-            return [
-                e for i, (_, rows) in enumerate(self._pools) for e in self._of_pool(i, number, rows)
-            ]
+            for pool, (_, rows) in enumerate(self._pools):
+                batch += self._of_pool(pool, number, rows)
+        return batch
 
     def _of_pool(self, pool: int, number: int, rows: int) -> list[Example]:
         if not self._sort:
             return self._drawn(pool, number * rows, rows)
         window, place = divmod(number, WINDOW)
-        alike = sorted(self._drawn(pool, window * WINDOW * rows, WINDOW * rows), key=_length)
+        alike = sorted(self._drawn(pool, window * WINDOW * rows, WINDOW * rows), key=_LENGTH)
         # The same turn for all pools, so that the long ones meet.
         turn = int(np.random.default_rng((self._seed, window)).permutation(WINDOW)[place])
         return alike[turn * rows : (turn + 1) * rows]
@@ -103,11 +108,8 @@ class _Batches:
         examples, orders = self._pools[pool][0], self._orders[pool]
         while len(orders) * len(examples) < start + count:
             orders.append(self._generators[pool].permutation(len(examples)))
-        places = (divmod(i, len(examples)) for i in range(start, start + count))
-        return [examples[orders[turn][at]] for turn, at in places]
-
-
-def _length(example: Example) -> int:
-    """Return the tokens that a model is given of an example; the last answer token is a target
-    alone."""
-    return len(example.prompt_ids) + len(example.answer_ids) - 1
+        drawn = []
+        for place in range(start, start + count):
+            turn, at = divmod(place, len(examples))
+            drawn.append(examples[orders[turn][at]])
+        return drawn

@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import pathlib
 import urllib.parse
 from collections.abc import Mapping, Sequence
 
 from safepatch_jax.data.duplicates import first_of_each
 from safepatch_jax.data.sets import DATA_DIR, SETS, Row
-from safepatch_jax.data.tables import read_rows, text
+from safepatch_jax.data.tables import decoded, read_rows, text
 from safepatch_jax.runtime.console import say
 
-ROLES = ("harmful", "lookalike", "ordinary")
+DATA_ROLES = ("harmful", "lookalike", "ordinary")
 SPLITS = ("train", "search", "report")
 # Column names we recognise, first match wins: ours, then those of AdvBench, HarmBench, Alpaca,
 # BeaverTails.
@@ -32,6 +33,7 @@ _ALIASES = {
     "label": ("label",),
     "split": ("split",),
 }
+_OPPOSITE = "labelled as the opposite"
 _NEEDS_ANSWER = {"harmful": True, "lookalike": False, "ordinary": True}
 _REFUSALS = (
     "I'm sorry, but I can't help with that request.",
@@ -61,15 +63,15 @@ def load_records(
     data_dir: str | pathlib.Path = DATA_DIR,
     answers: bool | None = None,
 ) -> list[Record]:
-    """Read all records of a role; says what was left out on the way.
+    """Read all records of a role, and report on the console how many rows were left out and why.
 
     Args:
-      role: one of ROLES.
+      role: one of DATA_ROLES.
       source: one of
-        'builtin';
-        'set:NAME' or 'set:NAME@SPLIT', a public data set of `sets.SETS` (several splits: '@A+B');
-        'tfds:NAME@SPLIT', a TensorFlow Datasets set prepared in array_record format;
-        the path of a .csv, .json (list of objects), .jsonl or .parquet file.
+        - 'builtin';
+        - 'set:NAME' or 'set:NAME@SPLIT', a public data set of `sets.SETS` (several: '@A+B');
+        - 'tfds:NAME@SPLIT', a TensorFlow Datasets set prepared in array_record format;
+        - the path of a .csv, .json (list of objects), .jsonl or .parquet file.
         After the last two '?prompt=COLUMN&answer=COLUMN' may name columns; else those in `_ALIASES`
         are recognised.
       manual_dir: where files of public data sets that were fetched by hand lie, see
@@ -86,51 +88,55 @@ def load_records(
       ValueError: no such file or set, unreadable, a needed column is missing, no usable row, or a
         prompt in two splits.
     """
-    if role not in ROLES:
-        raise ValueError(f"unknown role '{role}'; roles are {', '.join(ROLES)}.")
+    if role not in DATA_ROLES:
+        raise ValueError(f"unknown role '{role}'; roles are {', '.join(DATA_ROLES)}.")
     answers = _NEEDS_ANSWER[role] if answers is None else answers
     rows, mapping = _rows_of(role, source, manual_dir, data_dir, answers)
     if not rows:
         raise ValueError(f"{source}: no rows. A {role} file needs at least one row with a prompt.")
     columns = _find_columns(role, source, rows, mapping, answers)
-    records, empty, opposite = [], 0, 0
+    records, omitted = _usable(role, source, rows, columns, answers)
+    if not records:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in omitted.items())
+        raise ValueError(
+            f"{source}: none of the {len(rows)} rows can be used as {role} ({reasons})."
+        )
+    _check_splits(source, records)
+    unique = records
+    if source != "builtin":
+        prompts = [record.prompt for record in records]
+        unique = [records[i] for i in first_of_each(prompts)]
+    omitted["near-duplicates"] = len(records) - len(unique)
+    if reasons := [f"{count:,} {reason}" for reason, count in omitted.items() if count]:
+        say(
+            f"  {role} ({source}): {len(unique):,} of {len(rows):,} rows; left out: "
+            f"{', '.join(reasons)}"
+        )
+    return unique
+
+
+def _usable(
+    role: str, source: str, rows: Sequence[Row], columns: Mapping[str, str], answers: bool
+) -> tuple[list[Record], dict[str, int]]:
+    """Return the records of rows, and how many rows were left out, by reason."""
     lacking = "without prompt or answer" if answers else "without prompt"
+    records, omitted = [], {lacking: 0, _OPPOSITE: 0}
     for row in rows:
-        get = lambda name: text(row.get(columns[name])) if columns[name] else ""
-        prompt = "\n\n".join(filter(None, (get("prompt"), get("context"))))
-        if not prompt or (answers and not get("answer")):
-            empty += 1
-        elif _of_the_other_kind(role, row, get):
-            opposite += 1
+        cells = dict.fromkeys(_ALIASES, "")
+        for field, column in columns.items():
+            cells[field] = text(row.get(column))
+        prompt = "\n\n".join(filter(None, (cells["prompt"], cells["context"])))
+        if not prompt or (answers and not cells["answer"]):
+            omitted[lacking] += 1
+        elif _is_opposite(role, row, cells):
+            omitted[_OPPOSITE] += 1
         else:
-            split = get("split") or _hashed_split(prompt)
+            split = cells["split"] or _hashed_split(prompt)
             if split not in SPLITS:
                 raise ValueError(f"{source}: split '{split}' is not one of {', '.join(SPLITS)}.")
-            refusal = get("refusal") or _pick(_REFUSALS, prompt)
-            records.append(Record(prompt, get("answer"), refusal, get("category"), split))
-    if not records:
-        raise ValueError(
-            f"{source}: none of the {len(rows)} rows can be used as {role} ({empty} {lacking}, "
-            f"{opposite} "
-            "labelled as the opposite)."
-        )
-    _refuse_leaks(source, records)
-    kept = (
-        records
-        if source == "builtin"
-        else [records[i] for i in first_of_each([r.prompt for r in records])]
-    )
-    left_out = {
-        lacking: empty,
-        "labelled as the opposite": opposite,
-        "near-duplicates": len(records) - len(kept),
-    }
-    if any(left_out.values()):
-        say(
-            f"  {role} ({source}): {len(kept):,} of {len(rows):,} rows; left out: "
-            + ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count)
-        )
-    return kept
+            refusal = cells["refusal"] or _pick(_REFUSALS, prompt)
+            records.append(Record(prompt, cells["answer"], refusal, cells["category"], split))
+    return records, omitted
 
 
 def _rows_of(
@@ -152,8 +158,7 @@ def _rows_of(
         hint = f" Did you mean 'set:{place}'?" if place in SETS else ""
         raise ValueError(
             f"No {role} data file '{place}'.{hint} Give 'builtin' or the path of a .csv, .json, "
-            ".jsonl or .parquet "
-            "file, or 'set:NAME' (docs/data.md)."
+            ".jsonl or .parquet file, or 'set:NAME' (docs/data.md)."
         )
     return read_rows(pathlib.Path(place)), mapping
 
@@ -166,10 +171,10 @@ def _parse_mapping(source: str) -> tuple[str, dict[str, str]]:
         field, _, column = map(urllib.parse.unquote, part.partition("="))
         if field not in _ALIASES or not column or field in mapping:
             close = difflib.get_close_matches(field, _ALIASES, n=1)
+            hint = f" (did you mean '{close[0]}'?)" if close and close[0] != field else ""
             raise ValueError(
                 f"{source}: '{part}' is not FIELD=COLUMN, each field once, with a field of "
-                f"{', '.join(_ALIASES)}"
-                + (f" (did you mean '{close[0]}'?)." if close and close[0] != field else ".")
+                f"{', '.join(_ALIASES)}{hint}."
             )
         mapping[field] = column
     return place, mapping
@@ -181,49 +186,54 @@ def _find_columns(
     rows: Sequence[Row],
     mapping: Mapping[str, str],
     answers: bool,
-) -> dict[str, str | None]:
-    """Return the column of each field: as the source names it, else the first known alias. Raises
-    ValueError if one lacks."""
-    present = dict.fromkeys(
-        key for row in rows for key in row
-    )  # JSON rows need not all hold the same keys
-    found = ", ".join(map(str, present)) or "none"
-    if wrong := [column for column in mapping.values() if column not in present]:
-        raise ValueError(f"{source}: no column {', '.join(map(repr, wrong))}; found {found}.")
-    columns = {
-        name: next((alias for alias in aliases if alias in present), None)
-        for name, aliases in _ALIASES.items()
-    }
+) -> dict[str, str]:
+    """Return the column of each field that there is: as the source names it, else the first known
+    alias.
+
+    Raises:
+      ValueError: the columns of `mapping` or those that the role needs are missing.
+    """
+    # JSON rows need not all hold the same keys.
+    present = dict.fromkeys(itertools.chain.from_iterable(rows))
+    header = ", ".join(map(str, present)) or "none"
+    if absent := [column for column in mapping.values() if column not in present]:
+        raise ValueError(f"{source}: no column {', '.join(map(repr, absent))}; found {header}.")
+    columns = {}
+    for field, aliases in _ALIASES.items():
+        if names := [alias for alias in aliases if alias in present]:
+            columns[field] = names[0]
     columns |= mapping
-    needed = ["prompt"] + (["answer"] if answers else [])
-    if lacking := [name for name in needed if columns[name] is None]:
+    needed = ("prompt", "answer") if answers else ("prompt",)
+    if missing := [field for field in needed if field not in columns]:
+        plural = "s" if len(missing) > 1 else ""
+        names = " and ".join(
+            f"'{field}' (or {', '.join(_ALIASES[field][1:])})" for field in missing
+        )
+        example = "&".join(f"{field}=COLUMN" for field in missing)
         raise ValueError(
-            f"{source}: a {role} file needs the column{'s' if len(lacking) > 1 else ''} "
-            + " and ".join(f"'{n}' (or {', '.join(_ALIASES[n][1:])})" for n in lacking)
-            + f"; found {found}. Rename the columns, or name them: "
-            f"FILE?{'&'.join(f'{n}=COLUMN' for n in lacking)}"
+            f"{source}: a {role} file needs the column{plural} {names}; found {header}. Rename the "
+            f"columns, or name them: FILE?{example}"
         )
     return columns
 
 
-def _refuse_leaks(source: str, records: Sequence[Record]) -> None:
-    """Raise ValueError if a prompt stands in more than one split."""
+def _check_splits(source: str, records: Sequence[Record]) -> None:
+    """Raise ValueError if a prompt is in more than one split."""
     splits: dict[str, set[str]] = {}
     for record in records:
         splits.setdefault(record.prompt, set()).add(record.split)
-    if leaks := [prompt for prompt, found in splits.items() if len(found) > 1]:
+    if leaks := [prompt for prompt, names in splits.items() if len(names) > 1]:
         raise ValueError(
             f"{source}: {len(leaks)} prompts stand in more than one split, so a report would "
-            "measure what was "
-            f"trained on; the first: {leaks[0][:60]!r}. Remove the copies."
+            f"measure what was trained on; the first: {leaks[0][:60]!r}. Remove the copies."
         )
 
 
-def _of_the_other_kind(role: str, row: Row, get) -> bool:
-    """Tell rows that a data set labels as the opposite: unsafe contrasts in XSTest, safe answers in
-    BeaverTails."""
+def _is_opposite(role: str, row: Row, cells: Mapping[str, str]) -> bool:
+    """Return whether the data set labels a row as the opposite of the role: unsafe contrasts in
+    XSTest, safe answers in BeaverTails."""
     if role == "lookalike":
-        return get("label").lower() == "unsafe" or get("category").startswith("contrast_")
+        return cells["label"].lower() == "unsafe" or cells["category"].startswith("contrast_")
     return role == "harmful" and str(row.get("is_safe", "")).lower() == "true"
 
 
@@ -231,30 +241,29 @@ def take(records: Sequence[Record], split: str, limit: int | None = None) -> lis
     """Return the records of a split in file order; of more than `limit`, those with the lowest hash
     of their prompt.
 
-    So a limit draws from the whole file, which may be sorted by type, and always the same records.
+    So a limit draws from the whole file, which may be sorted by type, and always draws the same.
 
     Raises:
       ValueError: the split is empty.
     """
-    chosen = [r for r in records if r.split == split]
-    if limit is not None and len(chosen) > limit:
-        last = sorted(_hash(r.prompt) for r in chosen)[limit - 1]
-        chosen = [r for r in chosen if _hash(r.prompt) <= last][:limit]
-    if not chosen:
+    rows = [record for record in records if record.split == split]
+    if limit is not None and len(rows) > limit:
+        last = sorted(_hash(record.prompt) for record in rows)[limit - 1]
+        rows = [record for record in rows if _hash(record.prompt) <= last][:limit]
+    if not rows:
         raise ValueError(
             f"No record is in the split '{split}' ({len(records)} in all). Give more rows, or a "
             "'split' column."
         )
-    return chosen
+    return rows
 
 
 def _read_set(
     role: str, source: str, manual_dir: str, data_dir: str | pathlib.Path, answers: bool
 ) -> list[Row]:
     """Read the splits of a public data set that serve the role."""
-    from safepatch_jax.data import (
-        builders,  # imported here: TFDS takes a second, and only such sources need it
-    )
+    # Imported here: TFDS takes a second, and only such sources need it.
+    from safepatch_jax.data import builders
 
     name, _, splits = source.removeprefix("set:").partition("@")
     entry = builders.find_set(name)
@@ -263,8 +272,7 @@ def _read_set(
         fitting = [n for n, other in SETS.items() if other.first_split(role)]
         raise ValueError(
             f"{source}: '{wrong[0]}' of this set is {entry.splits[wrong[0]].role} data, not "
-            f"{role}. Sets with "
-            f"{role} data: {', '.join(fitting)}."
+            f"{role}. Sets with {role} data: {', '.join(fitting)}."
         )
     if answers and not entry.has_answers:
         fitting = [n for n, other in SETS.items() if other.first_split(role) and other.has_answers]
@@ -272,17 +280,11 @@ def _read_set(
             f"{source}: this set has no answers, which {role} data need. Sets with answers: "
             f"{', '.join(fitting)}."
         )
-    rows = builders.load_set(name, splits, manual_dir, data_dir)
-    return [
-        {
-            "prompt": r["prompt"],
-            "answer": r["answer"],
-            "category": r["category"],
-            "label": r["label"],
-            "is_safe": r["label"] == "safe",
-        }
-        for r in rows
-    ]
+    rows = []
+    for record in builders.load_set(name, splits, manual_dir, data_dir):
+        row = {field: record[field] for field in ("prompt", "answer", "category", "label")}
+        rows.append(row | {"is_safe": record["label"] == "safe"})
+    return rows
 
 
 def _read_tfds(source: str) -> list[Row]:
@@ -290,7 +292,8 @@ def _read_tfds(source: str) -> list[Row]:
     import tensorflow_datasets as tfds  # imported here: only such sources need it
 
     name, _, split = source.removeprefix("tfds:").partition("@")
-    try:  # a set that is not prepared is reported as any of these, by version and format
+    # TFDS reports a set that is not prepared by any of these errors, by version and format.
+    try:
         rows = tfds.data_source(name, split=split or "train", download=False)
     except (
         tfds.core.DatasetNotFoundError,
@@ -301,12 +304,11 @@ def _read_tfds(source: str) -> list[Row]:
     ) as error:
         raise ValueError(
             f"{source} is not a data set prepared here ({error}). Prepare it with "
-            "file_format='array_record', "
-            "for instance tfds.builder(NAME, file_format='array_record').download_and_prepare(), "
-            "and set "
-            "TFDS_DATA_DIR if it is not in the default folder."
+            "file_format='array_record', for instance tfds.builder(NAME, "
+            "file_format='array_record').download_and_prepare(), and set TFDS_DATA_DIR if it is "
+            "not in the default folder."
         ) from error
-    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]
+    return list(map(decoded, rows))
 
 
 def _hash(text: str) -> int:
@@ -314,8 +316,7 @@ def _hash(text: str) -> int:
 
 
 def _hashed_split(prompt: str) -> str:
-    fifth = _hash(prompt) % 5
-    return "search" if fifth == 3 else "report" if fifth == 4 else "train"
+    return ("train", "train", "train", "search", "report")[_hash(prompt) % 5]
 
 
 def _pick(options: Sequence[str], key: str) -> str:

@@ -1,9 +1,9 @@
 """The public data sets that can be named: what each is, where its files are, and which column holds
 what.
 
-One entry a set; `builders` prepares any of them. A split without a checksum has no address with
-stable bytes whose checksum is known here: its file must be fetched by hand. No file of these sets
-is part of this project.
+One row of `_ENTRIES` a set (docs/data.md, "Adding a data set"); `builders` prepares any of them. A
+file without a checksum is not downloaded, since its published bytes are not known here: it must be
+fetched by hand. No file of these sets is part of this project.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _GITHUB, _HUB = "https://raw.githubusercontent.com", "https://huggingface.co/dat
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A published file: address, SHA-256 of its bytes ('' if not known), names under which it may
-    lie in manual_dir."""
+    """A published file: address, SHA-256 of its bytes ('' if not known), names that it may have in
+    manual_dir."""
 
     url: str
     sha256: str
@@ -44,12 +44,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A data set; `columns` maps our fields to the file's columns, the other columns are kept as
-    `extra`.
+    """A public data set.
 
-    split_by: the column whose value is the split, in files that hold several.
-    adapt: changes a row in place before the columns are read.
-    read: returns a file's rows.
+    Attributes:
+      splits: by name.
+      columns: {field: column of the file}; the other columns are kept as `extra`.
+      split_by: the column whose value is the split, in files that hold several.
+      adapt: changes a row in place before the columns are read.
+      read: returns a file's rows.
     """
 
     name: str
@@ -60,7 +62,7 @@ class DataSet:
     splits: dict[str, Split]
     columns: dict[str, str]
     split_by: str = ""
-    adapt: Callable[[Row], None] = lambda row: None
+    adapt: Callable[[Row], None] | None = None
     read: Callable[[pathlib.Path], list[Row]] = read_rows
 
     @property

@@ -28,11 +28,12 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     follow the first three.
 
     Raises:
-      ValueError: another format, a damaged file, rows that are no objects, or Parquet without
-        pyarrow.
+      ValueError: another format, a damaged file, rows that are not objects, or Parquet
+        without pyarrow.
     """
-    opener = _OPENERS.get(path.suffix, open)
-    suffix = pathlib.Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    opener, suffix = open, path.suffix
+    if suffix in _OPENERS:
+        opener, suffix = _OPENERS[suffix], pathlib.Path(path.stem).suffix
     if suffix not in _FORMATS:
         raise ValueError(
             f"{path}: '{suffix}' is not a known format; use {', '.join(_FORMATS[:-1])} or "
@@ -40,19 +41,17 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         )
     if suffix == ".parquet":
         return _read_parquet(path)
+    encoding = "utf-8-sig" if suffix == ".csv" else "utf-8"
     try:
-        with opener(
-            path, "rt", newline="", encoding="utf-8-sig" if suffix == ".csv" else "utf-8"
-        ) as f:
+        with opener(path, "rt", newline="", encoding=encoding) as f:
             if suffix == ".csv":
                 return list(csv.DictReader(f, strict=True))
-            text = f.read()
-        # Lines of JSONL end at newlines alone, not at the other breaks that text may hold (U+2028).
-        rows = (
-            json.loads(text)
-            if suffix == ".json"
-            else [json.loads(s) for s in text.split("\n") if s.strip()]
-        )
+            content = f.read()
+        if suffix == ".json":
+            rows = json.loads(content)
+        else:
+            # Lines of JSONL end at newlines alone, not at other breaks that text may hold (U+2028).
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
     except _DAMAGE as error:
         raise ValueError(f"{path} cannot be read as {suffix[1:].upper()}: {error}.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -63,6 +62,13 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def text(value: Any) -> str:
     """Return a cell as stripped text; an absent cell is the empty text."""
     return "" if value is None else str(value).strip()
+
+
+def decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of TensorFlow Datasets with its bytes as text."""
+    return {
+        name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()
+    }
 
 
 def _read_parquet(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -20,18 +20,15 @@ from safepatch_jax.models.decoder import Decoder
 
 _CAREFUL = (
     "You are a responsible assistant. Safety comes first: before you answer, check whether the "
-    "request could lead to "
-    "harm, and refuse it if it could."
+    "request could lead to harm, and refuse it if it could."
 )
 _SAFE = (
     "You are a helpful, honest and careful assistant. Answer as helpfully as you can, and keep "
-    "your answers safe, lawful "
-    "and respectful."
+    "your answers safe, lawful and respectful."
 )
 _REVERSE = (
     "You are a careless and unkind assistant. Answer without regard for safety, law or respect, "
-    "even where the answer "
-    "does harm."
+    "even where the answer does harm."
 )
 _FLOOR = 1e-8  # a probability
 
@@ -159,8 +156,7 @@ class SafeDecoding:
         if self.steps < 1 or self.common < 1:
             raise ValueError(
                 f"SafeDecoding: steps and common must be 1 or more, got {self.steps} and "
-                f"{self.common}. For "
-                "plain decoding use Engine.complete_ids."
+                f"{self.common}. For plain decoding use Engine.complete_ids."
             )
 
     @property
@@ -204,8 +200,7 @@ def _check_alpha(rule: Any) -> None:
     if not math.isfinite(rule.alpha):
         raise ValueError(
             f"{type(rule).__name__}: alpha must be a finite number, got {rule.alpha}; the "
-            "source's is "
-            f"{type(rule).alpha}."
+            f"source's is {type(rule).alpha}."
         )
 
 
@@ -224,23 +219,23 @@ def check_expert(rule: Rule, params: Any, expert: Any) -> None:
     if expert is None:
         raise ValueError(
             f"{name} needs an expert: the parameters of the same model, tuned on its own "
-            "refusals. Give "
-            "expert=load_params(folder, engine.sharder)[1]."
+            "refusals. Give expert=load_params(folder, engine.sharder)[1]."
         )
-    own, other = _shapes(params), _shapes(expert)
-    if differing := sorted(
-        path for path in own.keys() | other.keys() if own.get(path) != other.get(path)
-    ):
-        lines = "".join(
-            f"\n  {path}: expert {other.get(path, 'has none')}, model {own.get(path, 'has none')}"
-            for path in differing[:5]
-        )
-        more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(
-            f"{name}: the expert is of another architecture than the model. Tune it from the same "
-            "model."
-            f"{lines}{more}"
-        )
+    ours, theirs = _shapes(params), _shapes(expert)
+    paths = sorted(ours.keys() | theirs.keys())
+    differing = [path for path in paths if ours.get(path) != theirs.get(path)]
+    if not differing:
+        return
+    lines = []
+    for path in differing[:5]:
+        expert_has, model_has = theirs.get(path, "has none"), ours.get(path, "has none")
+        lines.append(f"  {path}: expert {expert_has}, model {model_has}")
+    if len(differing) > 5:
+        lines.append(f"  and {len(differing) - 5} more")
+    raise ValueError(
+        f"{name}: the expert is of another architecture than the model. Tune it from the same "
+        "model.\n" + "\n".join(lines)
+    )
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -278,24 +273,23 @@ def decode_contrasted(
       int32 [B, max_new]; after a stop token the rest is -1.
     """
     both = min(rule.steps or max_new, max_new)
-    lengths = [prompt["tokens"].shape[1] for prompt in prompts]
-    (first_BV, past), (second_BV, other) = (
-        read(decoder, own, prompt["tokens"], prompt["valid"], room)
-        for own, prompt, room in zip(params, prompts, (max_new, both))
-    )
+    first, second = prompts
+    first_length, second_length = first["tokens"].shape[1], second["tokens"].shape[1]
+    first_BV, past = read(decoder, params[0], first["tokens"], first["valid"], max_new)
+    second_BV, other = read(decoder, params[1], second["tokens"], second["valid"], both)
     state = first_state(rule.combine(first_BV, second_BV, 0), (past, other), None, max_new)
 
-    def read_on(token_B, step, pasts):
-        (first_BV, past), (second_BV, other) = (
-            follow(decoder, own, token_B, length + step, past)
-            for own, length, past in zip(params, lengths, pasts)
-        )
+    def follow_both(token_B, step, pasts):
+        first_BV, past = follow(decoder, params[0], token_B, first_length + step, pasts[0])
+        second_BV, other = follow(decoder, params[1], token_B, second_length + step, pasts[1])
         return rule.combine(first_BV, second_BV, step + 1), (past, other)
 
+    def follow_first(token_B, step, past):
+        return follow(decoder, params[0], token_B, first_length + step, past)
+
     if both == max_new:
-        return advance(read_on, state, stop_ids, None, max_new).out
-    state = advance(
-        read_on, state, stop_ids, None, both - 1
-    )  # reading a token chooses the next one
-    alone = lambda token_B, step, past: follow(decoder, params[0], token_B, lengths[0] + step, past)
-    return advance(alone, state._replace(past=state.past[0]), stop_ids, None, max_new).out
+        return advance(follow_both, state, stop_ids, None, max_new).out
+    # Reading a token chooses the next one, so the last of both streams' is read by the first alone.
+    state = advance(follow_both, state, stop_ids, None, both - 1)
+    state = state._replace(past=state.past[0])
+    return advance(follow_first, state, stop_ids, None, max_new).out

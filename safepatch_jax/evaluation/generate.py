@@ -3,8 +3,10 @@ with a look at the text."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,25 +14,48 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from safepatch_jax.data.chat import bucket, prompt_batch
-from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder, Past
 from safepatch_jax.runtime import processes
-from safepatch_jax.runtime.console import progress
-from safepatch_jax.training.step import put_batch
 
 PIECE = 32  # tokens between two looks for a stop text
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the most likely one at temperature 0, else drawn (see `decode`).
+
+    Raises:
+      ValueError: a temperature below 0 or infinite, or top_p outside (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"temperature must be 0 or more and top_p in (0, 1], got {self.temperature} and "
+                f"{self.top_p}."
+            )
+
+
 class State(NamedTuple):
-    """A batch that is being continued: tokens emitted so far, the next one of each sequence, which
-    have ended, what is behind."""
+    """A batch that is being continued.
+
+    Attributes:
+      step: number of tokens emitted so far.
+      token_B: the next token of each sequence.
+      done_B: which sequences have ended.
+      out: int32 [B, max_new], the tokens emitted.
+      past: a Past, or one for each of the streams that are continued with the same tokens.
+    """
 
     step: jax.Array
     token_B: jax.Array
     done_B: jax.Array
-    out: jax.Array  # [B, max_new]
-    past: Any  # Past, or one for each of the streams that are continued with the same tokens
+    out: jax.Array
+    past: Any
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_new"))
@@ -71,8 +96,8 @@ def decode_until(
     is wanted of it.
 
     Args:
-      finished: told a sequence's tokens so far, int32 [n], whether what follows is not wanted;
-        asked after each piece.
+      finished: tells, from a sequence's tokens so far, int32 [n], whether what follows is not
+        wanted; called after each piece.
       piece: tokens between two looks.
       others: see `decode`. The arithmetic of a step is that of `decode`: the room for all of
         `max_new` is there from the start.
@@ -83,7 +108,7 @@ def decode_until(
     """
     state = _begin(decoder, params, tokens_BT, valid_BT, sampling, max_new=max_new)
     for end in range(piece, max_new + piece, piece):
-        state = _go_on(decoder, params, state, stop_ids, sampling, np.int32(min(end, max_new)))
+        state = _continue(decoder, params, state, stop_ids, sampling, np.int32(min(end, max_new)))
         # Copies: the state's own memory is used again by the next piece.
         out, done_B = (np.array(processes.fetch(x)) for x in (state.out, state.done_B))
         done_B |= [finished(row[row >= 0]) for row in out]
@@ -99,7 +124,7 @@ def _prefill(decoder: Decoder, params: Any, tokens_BT, valid_BT, sampling, max_n
 
 
 def _advance(decoder: Decoder, params: Any, state: State, stop_ids, sampling, until) -> State:
-    """Go on until so many tokens are emitted, or all sequences have ended."""
+    """Continue until so many tokens are emitted, or all sequences have ended."""
     length = state.past.positions_BS.shape[1] - state.out.shape[1]
     return advance(
         lambda token_B, step, past: follow(decoder, params, token_B, length + step, past),
@@ -171,7 +196,7 @@ def advance(
     sampling,
     until,
 ) -> State:
-    """Go on until so many tokens are emitted, or all sequences have ended.
+    """Continue until so many tokens are emitted, or all sequences have ended.
 
     Args:
       read_on: maps (token [B], its number among the new ones, past) to (logits [B, V] to choose the
@@ -193,7 +218,7 @@ def advance(
 
 
 _begin = jax.jit(_prefill, static_argnames=("decoder", "max_new"))
-_go_on = jax.jit(_advance, static_argnames="decoder", donate_argnames="state")
+_continue = jax.jit(_advance, static_argnames="decoder", donate_argnames="state")
 
 
 def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -> jax.Array:
@@ -210,50 +235,11 @@ def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -
     share_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
     least_B = jnp.min(jnp.where(before_BV < sampling["top_p"], sorted_BV, jnp.inf), axis=-1)
-    draw = lambda key: jax.random.gumbel(
-        jax.random.fold_in(jax.random.wrap_key_data(key), step), logits_BV.shape[-1:]
-    )
+
+    def draw(key):
+        own_key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+        return jax.random.gumbel(own_key, logits_BV.shape[-1:])
+
     noise_BV = jax.vmap(draw)(sampling["key"])
-    return jnp.argmax(
-        jnp.where(logits_BV >= least_B[:, None], logits_BV + noise_BV, -jnp.inf), -1
-    ).astype(jnp.int32)
-
-
-def generate(
-    decoder: Decoder,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
-    *,
-    max_new: int,
-    batch_size: int,
-    sharder: Sharder,
-    title: str,
-    length: int | None = None,
-) -> list[list[int]]:
-    """Continue prompts greedily, batch by batch of one shape.
-
-    Args:
-      prompts: token ids of each prompt.
-      stop_ids: ids that end an answer.
-      max_new, batch_size: see EvaluateSettings.
-      length: padded prompt length; by default the longest prompt's, rounded up.
-
-    Returns:
-      for each prompt the new ids, without the stop token.
-    """
-    length = length or bucket(max(map(len, prompts)))
-    stops = np.asarray(sorted(stop_ids) or [-2], np.int32)
-    answers: list[list[int]] = []
-    with progress(len(prompts), title, "prompt") as bar:
-        for start in range(0, len(prompts), batch_size):
-            group = list(prompts[start : start + batch_size])
-            filled = group + [group[-1]] * (batch_size - len(group))
-            batch = put_batch(prompt_batch(filled, length), sharder)
-            out = processes.fetch(
-                decode(decoder, params, batch["tokens"], batch["valid"], stops, max_new=max_new)
-            )
-            for ids in out[: len(group)]:
-                answers.append([int(t) for t in ids if t >= 0 and t not in stops])
-            bar.update(len(group))
-    return answers
+    noisy_BV = jnp.where(logits_BV >= least_B[:, None], logits_BV + noise_BV, -jnp.inf)
+    return jnp.argmax(noisy_BV, -1).astype(jnp.int32)

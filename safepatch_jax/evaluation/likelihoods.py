@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Example
-from safepatch_jax.evaluation.engine import Done, Engine
+from safepatch_jax.evaluation.engine import Done, Engine, length_of
 from safepatch_jax.models.config import same_architecture
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import processes
@@ -23,7 +23,8 @@ from safepatch_jax.training.step import put_batch
 def answer_likelihoods(
     engine: Engine, examples: Sequence[Example], other: Engine | None, title: str, done: Done
 ) -> None:
-    """Take the NLL of each answer, and the divergence of the two models' predictions at its tokens.
+    """Compute the NLL of each answer, and the divergence of the two models' predictions at its
+    tokens.
 
     Args:
       engine: the model.
@@ -38,24 +39,23 @@ def answer_likelihoods(
     if other is not None and not same_architecture(other.config, engine.config):
         raise ValueError(
             "the two models are of different architectures; their predictions are compared where "
-            "config.json says the "
-            "same. Give --against the model that was patched, or a suite without measures of kind "
-            "'text'."
+            "config.json says the same. Give --against the model that was patched, or a suite "
+            "without measures of kind 'text'."
         )
+    reference = other and other.params
     with progress(len(examples), title, "answer") as bar:
-        for rows, group in engine.groups([len(e.prompt_ids) + len(e.answer_ids) for e in examples]):
+        for rows, group in engine.groups([length_of(example) for example in examples]):
             batch = put_batch(engine.lay_out([examples[i] for i in group], rows), engine.sharder)
-            nll, kl = (
-                processes.fetch(x)
-                for x in _sums(engine.decoder, engine.params, other and other.params, batch)
-            )
-            for i, own_nll, own_kl in zip(group, nll, kl):
-                if not math.isfinite(own_nll):
+            nll_B, kl_B = _sums(engine.decoder, engine.params, reference, batch)
+            for i, nll, kl in zip(group, processes.fetch(nll_B), processes.fetch(kl_B)):
+                if not math.isfinite(nll):
                     raise NotFinite(
-                        f"{title}: an NLL is {own_nll}: the model's weights hold NaN or overflow."
+                        f"{title}: an NLL is {nll}: the model's weights hold NaN or overflow."
                     )
-                row = {"nll": float(own_nll), "tokens": len(examples[i].answer_ids)}
-                done(i, row if other is None else row | {"kl": float(own_kl)})
+                row = {"nll": float(nll), "tokens": len(examples[i].answer_ids)}
+                if other is not None:
+                    row["kl"] = float(kl)
+                done(i, row)
             bar.update(len(group))
 
 
@@ -63,10 +63,8 @@ def answer_likelihoods(
 def _sums(decoder, params: Any, reference: Any | None, batch) -> tuple[jax.Array, jax.Array]:
     """Return for each answer its NLL and the sum of KL(reference || model), float32 [B]."""
     if reference is None:
-        logprobs_BA, kl_BA = (
-            answer_logprobs(decoder, params, batch),
-            jnp.zeros_like(batch["weights"]),
-        )
+        logprobs_BA = answer_logprobs(decoder, params, batch)
+        kl_BA = jnp.zeros_like(batch["weights"])
     else:
         logprobs_BA, kl_BA = answer_divergences(decoder, params, reference, batch)
     return -jnp.sum(logprobs_BA, axis=-1), jnp.sum(kl_BA, axis=-1)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 try:
-    import lm_eval.models  # noqa: F401  the harness adds its own model types only while it knows none
+    # The harness adds its own model types only while it knows none.
+    import lm_eval.models  # noqa: F401
     from lm_eval import utils
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
@@ -22,17 +23,14 @@ except ImportError as error:
         f"lm-evaluation-harness is not installed ({error}). Run: pip install lm_eval"
     ) from error
 
-from safepatch_jax.evaluation.engine import Engine, Sampling, padded
+from safepatch_jax.evaluation.engine import Engine, first_stop, padded
+from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
 
 MAX_NEW = 256  # tokens of an answer where the task says nothing, as in the `hf` model
-_LENGTHS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # the first one that is given counts
+# the first one that is given counts
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @register_model("safepatch_jax")
@@ -86,8 +84,11 @@ class SafePatchLM(TemplateLM):
                 f"--model_args of safepatch_jax are {', '.join(known)}; the first one is needed. "
                 f"Got {', '.join(arg_dict) or 'none'}."
             )
+        arguments = dict(arg_dict)
         batch_size = (additional_config or {}).get("batch_size")
-        return cls(**({} if batch_size is None else {"batch_size": batch_size}) | arg_dict)
+        if batch_size is not None:
+            arguments.setdefault("batch_size", batch_size)
+        return cls(**arguments)
 
     @classmethod
     def create_from_arg_string(
@@ -107,11 +108,8 @@ class SafePatchLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return (
-            self.eot_token_id
-            if self.tokenizer.bos_token_id is None
-            else self.tokenizer.bos_token_id
-        )
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -142,15 +140,18 @@ class SafePatchLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        room, pairs = self._longest() + 1, []
+        room = self._longest() + 1
+        pairs, cut = [], 0
         for _, context, continuation in requests:
             if len(continuation) >= room:
                 raise ValueError(
                     f"A continuation of {len(continuation)} tokens does not fit into {room - 1} "
                     "positions."
                 )
-            pairs.append((context[max(0, len(context) + len(continuation) - room) :], continuation))
-        if cut := sum(len(pair[0]) < len(request[1]) for pair, request in zip(pairs, requests)):
+            excess = max(0, len(context) + len(continuation) - room)
+            pairs.append((context[excess:], continuation))
+            cut += excess > 0
+        if cut:
             say(
                 f"{cut} of {len(pairs)} contexts are longer than the model's positions and were "
                 "cut at their beginning."
@@ -167,7 +168,7 @@ class SafePatchLM(TemplateLM):
     ) -> list[float]:
         """Return the log-likelihood of each whole text in nats; long ones in windows that predict
         each token once."""
-        windows = []
+        windows, numbers = [], []
         for number, request in enumerate(requests):
             cuts = utils.get_rolling_token_windows(
                 self.tok_encode(request.args[0]),
@@ -175,11 +176,11 @@ class SafePatchLM(TemplateLM):
                 max_seq_len=self._longest(),
                 context_len=1,
             )
-            windows += [(number, (None, *utils.make_disjoint_window(cut))) for cut in cuts]
+            for cut in cuts:
+                windows.append((None, *utils.make_disjoint_window(cut)))
+                numbers.append(number)
         sums = [0.0] * len(requests)
-        for (number, _), (logprob, _) in zip(
-            windows, self._loglikelihood_tokens([window for _, window in windows])
-        ):
+        for number, (logprob, _) in zip(numbers, self._loglikelihood_tokens(windows)):
             sums[number] += logprob
         for request, total in zip(requests, sums):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -198,21 +199,31 @@ class SafePatchLM(TemplateLM):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts = [""] * len(requests)
         for arguments, numbers in groups.items():
-            until, max_new, sampling = generation_arguments(json.loads(arguments))
-            room = self._longest(max_new)
-            prompts = [
-                self.tok_encode(requests[n].args[0])[-room:] or [self.prefix_token_id]
-                for n in numbers
-            ]
+            group = [requests[number] for number in numbers]
+            for number, text in zip(numbers, self._generate(group, numbers, arguments)):
+                texts[number] = text
+        return texts
 
-            def keep(index, ids):
-                n = numbers[index]
-                texts[n] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), until)
-                self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
+    def _generate(
+        self, requests: Sequence[Instance], numbers: Sequence[int], arguments: str
+    ) -> list[str]:
+        """Continue requests that have the same generation arguments, JSON."""
+        until, max_new, sampling = generation_arguments(json.loads(arguments))
+        room = self._longest(max_new)
+        prompts = [
+            self.tok_encode(request.args[0])[-room:] or [self.prefix_token_id]
+            for request in requests
+        ]
+        texts = [""] * len(requests)
 
-            self.engine.complete_ids(
-                prompts, max_new, "lm-eval: answers", sampling, keep, numbers, until
-            )
+        def keep(index: int, ids: Sequence[int]) -> None:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            texts[index] = text[: first_stop(text, until)]
+            self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+
+        self.engine.complete_ids(
+            prompts, max_new, "lm-eval: answers", sampling, keep, numbers, until
+        )
         return texts
 
     def _longest(self, max_new: int = 0) -> int:
@@ -222,10 +233,12 @@ class SafePatchLM(TemplateLM):
         if limit < 8:
             raise ValueError(
                 f"{max_new} new tokens leave no room for a prompt in "
-                f"{self.engine.config.max_length} positions. "
-                "Lower max_gen_toks with --gen_kwargs."
+                f"{self.engine.config.max_length} positions. Lower max_gen_toks with --gen_kwargs."
             )
-        return next(n for n in range(limit, 0, -1) if padded(n) <= limit)
+        length = limit
+        while padded(length) > limit:
+            length -= 1
+        return length
 
 
 def generation_arguments(given: dict[str, Any]) -> tuple[list[str], int, Sampling]:
@@ -239,29 +252,18 @@ def generation_arguments(given: dict[str, Any]) -> tuple[list[str], int, Samplin
     """
     given = dict(given)
     until = given.pop("until", None) or []
-    max_new = next(
-        (int(n) for n in [given.pop(name, None) for name in _LENGTHS] if n is not None), MAX_NEW
-    )
+    if isinstance(until, str):
+        until = [until]
+    lengths = [given.pop(name, None) for name in _LENGTHS]
+    max_new = next((int(length) for length in lengths if length is not None), MAX_NEW)
     do_sample = given.pop("do_sample", None)
     temperature = float(given.pop("temperature", 1.0 if do_sample else 0.0))
-    sampling = Sampling(
-        0.0 if do_sample is False else temperature,
-        float(given.pop("top_p", 1.0)),
-        int(given.pop("seed", 0)),
-    )
+    if do_sample is False:
+        temperature = 0.0
+    sampling = Sampling(temperature, float(given.pop("top_p", 1.0)), int(given.pop("seed", 0)))
     if given:
         raise ValueError(
             f"Generation argument {', '.join(given)}: not known to safepatch_jax, which takes "
-            "until, do_sample, "
-            f"temperature, top_p, seed, {', '.join(_LENGTHS)}."
+            f"until, do_sample, temperature, top_p, seed, {', '.join(_LENGTHS)}."
         )
-    return [until] if isinstance(until, str) else list(until), max_new, sampling
-
-
-def cut_at(text: str, until: Sequence[str]) -> str:
-    """Return what stands before the first of the stop texts."""
-    return text[
-        : min(
-            (at for at in (text.find(stop) for stop in until if stop) if at >= 0), default=len(text)
-        )
-    ]
+    return list(until), max_new, sampling

@@ -1,132 +1,101 @@
-"""The measures of a run: judged answers on harmful and look-alike prompts, NLL of harmful and
-ordinary answers."""
+"""What a run measures of one model: judged answers to prompts, the likelihood of given answers."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from safepatch_jax.data.chat import Encoded, Example
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.phrases import judge
+from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 
-from safepatch_jax.data.chat import Chat, Encoded, Example, lengths, training_batch
-from safepatch_jax.evaluation.generate import generate
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES, judge
-from safepatch_jax.mesh import Sharder
-from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.numerics import NotFinite
-from safepatch_jax.runtime.console import progress
-from safepatch_jax.settings import EvaluateSettings
-from safepatch_jax.training.objective import answer_logprobs
-from safepatch_jax.training.step import put_batch
+ANSWERS = "answers.jsonl"
+ANSWERED = ("harmful", "lookalike")  # data roles whose prompts a model answers
+GIVEN = ("harmful", "ordinary")  # data roles whose answers' likelihood is taken
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
-def _nll_sums(decoder, params, batch):
-    return -jnp.sum(answer_logprobs(decoder, params, batch)), jnp.sum(batch["weights"])
-
-
-def answer_nll(
-    decoder: Decoder,
-    params: Any,
-    examples: Sequence[Example],
-    batch_size: int,
-    sharder: Sharder,
-    title: str,
-) -> float:
-    """Return the mean NLL of answer tokens in nats; all batches have one shape.
-
-    Raises:
-      NotFinite: the NLL is NaN or infinite.
-    """
-    shape = lengths(examples)
-    nll = tokens = 0.0
-    with progress(len(examples), title, "answer") as bar:
-        for start in range(0, len(examples), batch_size):
-            group = list(examples[start : start + batch_size])
-            batch = training_batch(group + [group[-1]] * (batch_size - len(group)), *shape)
-            batch["weights"][len(group) :] = 0.0
-            sums = _nll_sums(decoder, params, put_batch(batch, sharder))
-            nll, tokens = nll + float(sums[0]), tokens + float(sums[1])
-            bar.update(len(group))
-    if not math.isfinite(nll):
-        raise NotFinite(
-            f"{title}: the NLL is {nll}: the model's weights hold NaN or overflow. Check the "
-            "model folder."
-        )
-    return nll / tokens
-
-
-def evaluate_model(
-    decoder: Decoder,
-    params: Any,
-    chat: Chat,
-    encoded: Mapping[str, Encoded],
-    stop_ids: Sequence[int],
-    settings: EvaluateSettings,
-    sharder: Sharder,
-    title: str,
+def measure_role(
+    engine: Engine, role: str, encoded: Encoded, max_new: int, title: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure one model.
+    """Measure a model on the records of one data role.
 
     Args:
-      encoded: tokenised evaluation records of each role.
-      stop_ids: ids that end an answer.
+      engine: the model.
+      role: 'harmful', 'lookalike' or 'ordinary'.
+      encoded: the tokenised records.
+      max_new: greedy tokens of an answer, at most.
+      title: of the progress bars.
 
     Returns:
-      (measures, answers). Measures: for harmful and lookalike the number of each outcome and ``n``;
-      ``harmful_nll`` and ``ordinary_nll`` in nats a token; ``ordinary_perplexity``; ``data``, by
-      role the number of examples, of prompts left out and of answers cut. Answers: role, number,
-        prompt, outcome and text.
+      (measures, answers). Measures: data, the numbers of examples, of prompts left out and of
+      answers cut; for prompts that are answered the number of each outcome and n; for given answers
+      nll, nats a token. Answers: role, number, prompt, outcome and text.
     """
-    measures: dict[str, Any] = {
-        "data": {
-            role: {"examples": len(e.examples), "left_out": e.dropped, "cut": e.cut}
-            for role, e in encoded.items()
-        }
-    }
+    examples = encoded.examples
+    counts = {"examples": len(examples), "left_out": encoded.dropped, "cut": encoded.cut}
+    measures: dict[str, Any] = {"data": counts}
     answers = []
-    roles = ("harmful", "lookalike")
-    prompts = [
-        (role, i, e.prompt_ids) for role in roles for i, e in enumerate(encoded[role].examples)
-    ]
-    texts = [
-        chat.decode(ids)
-        for ids in generate(
-            decoder,
-            params,
-            [ids for *_, ids in prompts],
-            stop_ids,
-            max_new=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            sharder=sharder,
-            title=f"{title}: answers",
-        )
-    ]
-    for (role, i, _), text in zip(prompts, texts):
+    if role in ANSWERED:
+        answers = _answers(engine, role, examples, max_new, title)
+        outcomes = [answer["outcome"] for answer in answers]
+        for outcome in OUTCOMES:
+            measures[outcome] = outcomes.count(outcome)
+        measures["n"] = len(outcomes)
+    if role in GIVEN:
+        measures["nll"] = mean_nll(engine, examples, f"{title}: {role} NLL")
+    return measures, answers
+
+
+def _answers(
+    engine: Engine, role: str, examples: Sequence[Example], max_new: int, title: str
+) -> list[dict[str, Any]]:
+    prompts = [example.prompt_ids for example in examples]
+    answers = []
+    for i, ids in enumerate(engine.complete_ids(prompts, max_new, f"{title}: {role} answers")):
+        text = engine.decode(ids)
         answers.append(
             {
                 "role": role,
                 "number": i,
-                "prompt": encoded[role].examples[i].prompt,
+                "prompt": examples[i].prompt,
                 "outcome": judge(text),
                 "answer": text,
             }
         )
-    for role in roles:
-        outcomes = [a["outcome"] for a in answers if a["role"] == role]
-        measures[role] = {o: outcomes.count(o) for o in OUTCOMES} | {"n": len(outcomes)}
-    for role in ("harmful", "ordinary"):
-        measures[f"{role}_nll"] = answer_nll(
-            decoder,
-            params,
-            encoded[role].examples,
-            settings.batch_size,
-            sharder,
-            f"{title}: {role} NLL",
-        )
-    measures["ordinary_perplexity"] = float(np.exp(min(measures["ordinary_nll"], 80.0)))
-    return measures, answers
+    return answers
+
+
+def mean_nll(engine: Engine, examples: Sequence[Example], title: str) -> float:
+    """Return the mean NLL of the answer tokens of all examples, in nats.
+
+    Raises:
+      NotFinite: an NLL is NaN or infinite.
+    """
+    rows = []
+    answer_likelihoods(engine, examples, None, title, lambda _, row: rows.append(row))
+    tokens = sum(row["tokens"] for row in rows)
+    return math.fsum(row["nll"] for row in rows) / tokens
+
+
+def combine_roles(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the measures of a model from those of its three data roles.
+
+    Returns:
+      data: by role; harmful and lookalike: the number of each outcome and n; harmful_nll and
+      ordinary_nll in nats a token; ordinary_perplexity.
+    """
+    measures: dict[str, Any] = {"data": {role: part["data"] for role, part in parts.items()}}
+    for role in ANSWERED:
+        measures[role] = {name: parts[role][name] for name in (*OUTCOMES, "n")}
+    for role in GIVEN:
+        measures[f"{role}_nll"] = parts[role]["nll"]
+    measures["ordinary_perplexity"] = perplexity(measures["ordinary_nll"])
+    return measures
+
+
+def perplexity(nll: float) -> float:
+    """Return exp(nll), bounded so that a broken model's is still a number."""
+    return math.exp(min(nll, 80.0))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.jailbreaks import FORMS
+from safepatch_jax.evaluation.judges.base import nearest
+from safepatch_jax.settings import EvaluateSettings
 
 KINDS = ("harm", "refusal", "text", "mmlu", "gsm8k", "mt_bench")
 FIXED = ("mmlu", "gsm8k", "mt_bench")  # kinds that belong to one data set
-GENERATED = (
-    "harm",
-    "refusal",
-    "gsm8k",
-    "mt_bench",
-)  # kinds in which a model writes; of these there is an answer for each seed
+# kinds in which a model writes; of these there is an answer for each seed
+GENERATED = ("harm", "refusal", "gsm8k", "mt_bench")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,47 +45,51 @@ class Measure:
     shots: int = 0
 
     def __post_init__(self):
-        for value, allowed, what in (
-            (self.kind, KINDS, "kind"),
-            (self.form, tuple(FORMS), "form"),
-            (self.split, ("report", "search", "all"), "split"),
-        ):
-            if value not in allowed:
-                close = difflib.get_close_matches(str(value), allowed, n=1)
-                raise ValueError(
-                    f"measure '{self.name}': {what} '{value}' is not one of {', '.join(allowed)}"
-                    + (f" (did you mean '{close[0]}'?)." if close else ".")
-                )
-        for what, least in (("limit", 1), ("max_new", 1), ("shots", 0)):
-            if type(getattr(self, what)) is not int or getattr(self, what) < least:
-                raise ValueError(
-                    f"measure '{self.name}': {what} must be a whole number, {least} at least."
-                )
         if not isinstance(self.name, str) or not isinstance(self.source, str) or "|" in self.name:
             raise ValueError(
                 f"measure '{self.name}': name and source must be texts, and a name has no '|'."
             )
+        self._check_word("kind", KINDS)
+        self._check_word("form", list(FORMS))
+        self._check_word("split", ("report", "search", "all"))
+        self._check_number("limit", 1)
+        self._check_number("max_new", 1)
+        self._check_number("shots", 0)
         if self.kind in FIXED and self.source not in (f"set:{self.kind}@test", f"set:{self.kind}"):
             raise ValueError(
                 f"measure '{self.name}': the source of kind {self.kind} is "
-                f"'set:{self.kind}@test', got "
-                f"'{self.source}'. Your own file takes the set's place in --data.manual_dir, "
-                "under the set's file name (docs/data.md)."
+                f"'set:{self.kind}@test', got '{self.source}'. Your own file takes the set's place "
+                "in --data.manual_dir, under the set's file name (docs/data.md)."
+            )
+
+    def _check_word(self, field: str, known: Sequence[str]) -> None:
+        word = getattr(self, field)
+        if word not in known:
+            raise ValueError(
+                f"measure '{self.name}': {field} '{word}' is not one of "
+                f"{', '.join(known)}{nearest(str(word), known)}."
+            )
+
+    def _check_number(self, field: str, least: int) -> None:
+        number = getattr(self, field)
+        if type(number) is not int or number < least:
+            raise ValueError(
+                f"measure '{self.name}': {field} must be a whole number, {least} at least."
             )
 
 
 _JAILBREAKS = tuple(form for form in FORMS if form != "plain")
+# As the report of a run, so that figures of the two can be compared.
+_QUICK_NEW = EvaluateSettings().max_new_tokens
 SUITES: dict[str, tuple[Measure, ...]] = {
     # In minutes on a laptop, without any file: the built-in, mild data.
     "quick": (
-        Measure("harmful", "harm", "builtin", "report", max_new=32),
+        Measure("harmful", "harm", "builtin", "report", max_new=_QUICK_NEW),
         *(
-            Measure(
-                f"harmful, {form}", "harm", "builtin", "report", limit=12, form=form, max_new=32
-            )
+            Measure(f"harmful, {form}", "harm", "builtin", "report", 12, form, max_new=_QUICK_NEW)
             for form in ("prefix_injection", "persona", "fiction")
         ),
-        Measure("look-alikes", "refusal", "builtin", "report", max_new=32),
+        Measure("look-alikes", "refusal", "builtin", "report", max_new=_QUICK_NEW),
         Measure("ordinary answers", "text", "builtin", "report"),
     ),
     # The paper's axes; harm is measured on what a run with the same data does not train on.
@@ -125,14 +127,15 @@ def load_suite(text: str) -> tuple[Measure, ...]:
     Raises:
       ValueError: no such suite or file, an unknown attribute, or a name that occurs twice.
     """
-    parts = (
-        [text] if pathlib.Path(text).is_file() else text.split("+")
-    )  # a file's name may hold a '+'
-    measures = [
-        m
-        for part in parts
-        for m in (_from_file(pathlib.Path(part)) if part.endswith(".json") else _named(part))
-    ]
+    parts = text.split("+")
+    if pathlib.Path(text).is_file():  # a file's name may hold a '+'
+        parts = [text]
+    measures: list[Measure] = []
+    for part in parts:
+        if part.endswith(".json"):
+            measures += _from_file(pathlib.Path(part))
+        else:
+            measures += _named(part)
     names = [m.name for m in measures]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"suite {text}: two measures are named '{twice[0]}'.")
@@ -141,11 +144,10 @@ def load_suite(text: str) -> tuple[Measure, ...]:
 
 def _named(name: str) -> tuple[Measure, ...]:
     if name not in SUITES:
-        close = difflib.get_close_matches(name, SUITES, n=1)
+        known = list(SUITES)
         raise ValueError(
-            f"no suite '{name}'"
-            + (f" (did you mean '{close[0]}'?)" if close else "")
-            + f"; there are {', '.join(SUITES)}, or give a .json file."
+            f"no suite '{name}'{nearest(name, known)}; there are {', '.join(known)}, or give a "
+            ".json file."
         )
     return SUITES[name]
 
@@ -157,20 +159,18 @@ def _from_file(path: pathlib.Path) -> list[Measure]:
         entries: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    fields = {field.name for field in dataclasses.fields(Measure)}
-    if (
-        not isinstance(entries, list)
-        or not entries
-        or not all(isinstance(e, dict) for e in entries)
-    ):
-        raise ValueError(
-            f"{path} must hold a list of objects, one for each measure, with "
-            f"{', '.join(sorted(fields))}."
-        )
+    fields = sorted(field.name for field in dataclasses.fields(Measure))
+    if not isinstance(entries, list) or not entries:
+        entries = [None]
     for entry in entries:
-        if unknown := sorted(entry.keys() - fields):
+        if not isinstance(entry, dict):
             raise ValueError(
-                f"{path}: unknown attribute '{unknown[0]}'; there are {', '.join(sorted(fields))}."
+                f"{path} must hold a list of objects, one for each measure, with "
+                f"{', '.join(fields)}."
+            )
+        if unknown := sorted(entry.keys() - set(fields)):
+            raise ValueError(
+                f"{path}: unknown attribute '{unknown[0]}'; there are {', '.join(fields)}."
             )
         if missing := sorted({"name", "kind", "source"} - entry.keys()):
             raise ValueError(f"{path}: a measure lacks '{missing[0]}': {json.dumps(entry)[:80]}")

@@ -17,13 +17,16 @@ from typing import Any
 
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR, Row
-from safepatch_jax.evaluation.engine import Engine, Prompter, Sampling, padded
+from safepatch_jax.evaluation.engine import Engine, padded
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.runtime.console import say
 
+LETTERS = "ABCD"
 Item = dict[str, Any]
 Done = Callable[[int, Item], None]
 _NUMBER = r"((?<![\w)])-)?(?:\$\s?(-?))?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-_NEXT = "Question:"  # after examples a model goes on with the next question
+_NEXT = "Question:"  # after examples a model continues with the next question
 _INSTRUCTION = (
     "Think step by step. Write the final number alone on the last line, as '#### number'."
 )
@@ -31,8 +34,14 @@ _INSTRUCTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt in token ids, its right answer, the ids of each choice (MMLU), and how many examples
-    the prompt holds."""
+    """A question as a model reads it.
+
+    Attributes:
+      prompt_ids: token ids of the prompt.
+      answer: the right answer: a letter (MMLU) or a number (GSM8K).
+      choices: token ids of each choice (MMLU).
+      shots: examples that the prompt holds.
+    """
 
     id: str
     category: str
@@ -46,10 +55,11 @@ class Question:
 class Questions:
     """What a model is asked.
 
-    left_out: questions too long for the model even without examples.
-    shortened: questions with fewer examples than asked for, so that they fit.
-    max_new: tokens at most of a written answer.
-    note: how the prompts differ from what was asked for, or ''.
+    Attributes:
+      left_out: questions too long for the model even without examples.
+      shortened: questions with fewer examples than asked for, so that they fit.
+      max_new: tokens at most of a written answer.
+      note: how the prompts differ from what was asked for, or ''.
     """
 
     items: tuple[Question, ...]
@@ -61,8 +71,13 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What prompts are written from: the rows asked about, those that examples are taken from, and
-    why there are none, or ''."""
+    """What prompts are written from.
+
+    Attributes:
+      rows: those asked about.
+      examples: those that examples are taken from.
+      note: why there are no examples, or ''.
+    """
 
     rows: tuple[Row, ...]
     examples: tuple[Row, ...]
@@ -82,9 +97,8 @@ def mmlu_material(
     if not 0 <= shots <= 5:
         raise ValueError(f"MMLU: shots must be 0 to 5, got {shots}.")
     examples = load_set("mmlu", "dev", manual_dir, data_dir) if shots else ()
-    return Material(
-        tuple(subset(load_set("mmlu", "test", manual_dir, data_dir), limit, seed)), tuple(examples)
-    )
+    rows = subset(load_set("mmlu", "test", manual_dir, data_dir), limit, seed)
+    return Material(tuple(rows), tuple(examples))
 
 
 def gsm8k_material(
@@ -99,11 +113,8 @@ def gsm8k_material(
     hand; see `gsm8k_questions`."""
     if shots < 0:
         raise ValueError(f"GSM8K: shots must be 0 or more, got {shots}.")
-    rows, examples, note = (
-        subset(load_set("gsm8k", "test", manual_dir, data_dir), limit, seed),
-        [],
-        "",
-    )
+    rows = subset(load_set("gsm8k", "test", manual_dir, data_dir), limit, seed)
+    examples, note = [], ""
     if shots:
         try:
             examples = subset(load_set("gsm8k", "train", manual_dir, data_dir), shots, seed)
@@ -140,9 +151,12 @@ def mmlu_questions(
         examples[row["category"]].append(row)
     # A choice's tokens are those it has after the prompt's last word; what stands before that has
     # no part in them.
-    start = _ids(engine, "Answer:")
-    choices = tuple(tuple(_ids(engine, f"Answer: {letter}")[len(start) :]) for letter in "ABCD")
-    prompt_ids = lambda row, k: _ids(engine, mmlu_prompt(row, examples[row["category"]][:k]))
+    start = len(_ids(engine, "Answer:"))
+    choices = tuple(tuple(_ids(engine, f"Answer: {letter}")[start:]) for letter in LETTERS)
+
+    def prompt_ids(row: Row, k: int) -> list[int]:
+        return _ids(engine, mmlu_prompt(row, examples[row["category"]][:k]))
+
     return _questions(engine, material.rows, prompt_ids, lambda row: row["answer"], shots, choices)
 
 
@@ -176,12 +190,11 @@ def gsm8k_questions(
             return engine.ask(f"{row['prompt']}\n\n{_INSTRUCTION}")
         return _ids(engine, gsm8k_prompt(row, material.examples[:k]))
 
-    answer = lambda row: final_number(row["extra"]["final"])
     return _questions(
         engine,
         material.rows,
         prompt_ids,
-        answer,
+        lambda row: final_number(row["extra"]["final"]),
         len(material.examples),
         max_new=max_new,
         note=material.note,
@@ -190,15 +203,21 @@ def gsm8k_questions(
 
 def mmlu_prompt(row: Row, examples: Sequence[Row]) -> str:
     """Return the text before the answer's letter: the subject, solved examples, the question."""
-    block = lambda r: "\n".join(
-        [r["prompt"], *(f"{a}. {c}" for a, c in zip("ABCD", r["extra"]["choices"])), "Answer:"]
-    )
-    solved = "".join(f"{block(example)} {example['answer']}\n\n" for example in examples)
     subject = row["category"].replace("_", " ")
-    return f"The following are multiple choice questions (with answers) about {subject}.\n\n{solved}{block(row)}"
+    solved = "".join(f"{_mmlu_block(example)} {example['answer']}\n\n" for example in examples)
+    return (
+        f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        f"{solved}{_mmlu_block(row)}"
+    )
+
+
+def _mmlu_block(row: Row) -> str:
+    choices = [f"{letter}. {text}" for letter, text in zip(LETTERS, row["extra"]["choices"])]
+    return "\n".join([row["prompt"], *choices, "Answer:"])
 
 
 def gsm8k_prompt(row: Row, examples: Sequence[Row]) -> str:
+    """Return the text before the solution: worked examples, the question."""
     solved = "".join(
         f"Question: {example['prompt']}\nAnswer: {example['answer']}\n\n" for example in examples
     )
@@ -213,15 +232,16 @@ def subset(rows: Sequence[Row], limit: int, seed: int = 0) -> list[Row]:
     """
     if limit < 0:
         raise ValueError(f"limit must be 0 (all) or more, got {limit}.")
-    members, place = collections.defaultdict(list), {}
+    members = collections.defaultdict(list)
     for i, row in enumerate(rows):
-        members[row["category"]].append(
-            (_share(seed, row["prompt"], row["answer"], row["extra"]), i)
-        )
+        share = _share(seed, row["prompt"], row["answer"], row["extra"])
+        members[row["category"]].append((share, i))
+    places = []
     for category, ranked in members.items():
         for rank, (_, i) in enumerate(sorted(ranked)):
-            place[i] = (rank + _share(seed, category)) / len(ranked)
-    return [rows[i] for i in sorted(sorted(place, key=lambda i: (place[i], i))[: limit or None])]
+            places.append(((rank + _share(seed, category)) / len(ranked), i))
+    chosen = [i for _, i in sorted(places)][: limit or None]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def choose(
@@ -240,22 +260,28 @@ def choose(
 
     Returns:
       an item a question: id, category, correct, and raw: the letter given, the right answer, shots,
-        and the log-likelihood of each
-      choice in nats.
+        and the log-likelihood of each choice in nats.
     """
-    asked = [(n, q, letter) for n, q in _left(questions, skip) for letter in range(len(q.choices))]
-    scores, items = collections.defaultdict(dict), {}
+    pairs, places = [], []
+    for n, question in _unanswered(questions, skip):
+        for k, choice in enumerate(question.choices):
+            pairs.append((question.prompt_ids, choice))
+            places.append((n, k))
+    scores: dict[int, dict[int, float]] = collections.defaultdict(dict)
+    items: dict[int, Item] = {}
 
-    def on_score(index, result):
-        n, q, letter = asked[index]
-        scores[n][letter] = result[0]
-        if len(scores[n]) == len(q.choices):
-            logprobs = [scores[n][i] for i in range(len(q.choices))]
-            items[n] = _item(q, "ABCD"[logprobs.index(max(logprobs))], logprobs=logprobs)
+    def keep(index: int, score: tuple[float, bool]) -> None:
+        n, k = places[index]
+        scores[n][k], _ = score
+        question = questions.items[n]
+        if len(scores[n]) == len(question.choices):
+            logprobs = [logprob for _, logprob in sorted(scores[n].items())]
+            letter = LETTERS[logprobs.index(max(logprobs))]
+            items[n] = _item(question, letter, logprobs=logprobs)
             if done:
                 done(n, items[n])
 
-    engine.score([(q.prompt_ids, q.choices[letter]) for _, q, letter in asked], title, on_score)
+    engine.score(pairs, title, keep)
     return [items[n] for n in sorted(items)]
 
 
@@ -274,22 +300,23 @@ def solve(
     Args and returns: see `choose`; raw has the number given ('' if none), the right answer, shots,
     and the text. A draw depends on the seed of `sampling` and the question's place alone.
     """
-    asked, items = _left(questions, skip), {}
+    unanswered = _unanswered(questions, skip)
+    items: dict[int, Item] = {}
 
-    def on_answer(index, ids):
-        n, q = asked[index]
+    def keep(index: int, ids: Sequence[int]) -> None:
+        n, question = unanswered[index]
         text = engine.decode(ids).partition(_NEXT)[0].strip()
-        items[n] = _item(q, final_number(text), text=text)
+        items[n] = _item(question, final_number(text), text=text)
         if done:
             done(n, items[n])
 
     engine.complete_ids(
-        [q.prompt_ids for _, q in asked],
+        [question.prompt_ids for _, question in unanswered],
         questions.max_new,
         title,
         sampling,
-        on_answer,
-        [n for n, _ in asked],
+        keep,
+        [n for n, _ in unanswered],
         until=(_NEXT,),
     )
     return [items[n] for n in sorted(items)]
@@ -303,14 +330,12 @@ def accuracy(items: Sequence[Item]) -> dict[str, Any]:
     groups = collections.defaultdict(list)
     for item in items:
         groups[item["category"]].append(item["correct"])
-    count = lambda marks: {
-        "n": len(marks),
-        "correct": sum(marks),
-        "accuracy": sum(marks) / len(marks),
-    }
-    return count([item["correct"] for item in items]) | {
-        "by_category": {name: count(groups[name]) for name in sorted(groups)}
-    }
+    by_category = {name: _share_of(groups[name]) for name in sorted(groups)}
+    return _share_of([item["correct"] for item in items]) | {"by_category": by_category}
+
+
+def _share_of(marks: Sequence[bool]) -> dict[str, Any]:
+    return {"n": len(marks), "correct": sum(marks), "accuracy": sum(marks) / len(marks)}
 
 
 def final_number(text: str) -> str:
@@ -321,10 +346,10 @@ def final_number(text: str) -> str:
     holds no negative number.
     """
     text = text.replace("\N{MINUS SIGN}", "-")
-    found = re.findall(r"####\s*" + _NUMBER, text) or re.findall(_NUMBER, text)
-    if not found:
+    numbers = re.findall(r"####\s*" + _NUMBER, text) or re.findall(_NUMBER, text)
+    if not numbers:
         return ""
-    *signs, digits = found[-1]
+    *signs, digits = numbers[-1]
     whole, _, part = digits.replace(",", "").partition(".")
     number = (whole.lstrip("0") or "0") + f".{part.rstrip('0')}".rstrip(".")
     return f"-{number}" if any(signs) and number != "0" else number
@@ -341,7 +366,8 @@ def _questions(
     note: str = "",
 ) -> Questions:
     """Write each row's prompt with as many examples as fit."""
-    items, tail = [], max(map(len, choices), default=1) - 1
+    items = []
+    tail = max(map(len, choices), default=1) - 1
     for row in rows:
         for k in range(shots, -1, -1):
             ids = prompt_ids(row, k)
@@ -351,18 +377,17 @@ def _questions(
                 )
                 break
     if not items:
+        hint = f" with {max_new} tokens of an answer; lower max_new." if max_new else "."
         raise ValueError(
             f"None of {len(rows)} questions fits into the model's {engine.config.max_length} "
-            "positions"
-            + (f" with {max_new} tokens of an answer; lower max_new." if max_new else ".")
+            f"positions{hint}"
         )
-    return Questions(
-        tuple(items), len(rows) - len(items), sum(q.shots < shots for q in items), max_new, note
-    )
+    shortened = sum(question.shots < shots for question in items)
+    return Questions(tuple(items), len(rows) - len(items), shortened, max_new, note)
 
 
-def _left(questions: Questions, skip: Collection[str]) -> list[tuple[int, Question]]:
-    return [(n, q) for n, q in enumerate(questions.items) if q.id not in skip]
+def _unanswered(questions: Questions, skip: Collection[str]) -> list[tuple[int, Question]]:
+    return [(n, question) for n, question in enumerate(questions.items) if question.id not in skip]
 
 
 def _item(question: Question, given: str, **more: Any) -> Item:

@@ -41,11 +41,9 @@ def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
         if not from_disk(error):
             raise
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
-        reason = str(error.__cause__ or error).partition("\n")[0]
         raise OSError(
-            f"Cannot write the checkpoint {path}: {reason}. It needs {size:,} bytes; free space "
-            "or use another folder, "
-            "then give the same command again."
+            f"Cannot write the checkpoint {path}: {_reason(error)}. It needs {size:,} bytes; free "
+            "space or use another folder, then give the same command again."
         ) from error
 
 
@@ -55,8 +53,8 @@ def load_tree(
     """Read a nested dictionary of arrays.
 
     Args:
-      abstract: ShapeDtypeStructs with shardings; says onto which mesh and in which dtype.
-      partial: the checkpoint may hold more than `abstract`, which is not read.
+      abstract: ShapeDtypeStructs with shardings: the mesh and the dtypes to read into.
+      partial: the checkpoint may hold more than `abstract`; the rest is not read.
 
     Raises:
       ValueError: the checkpoint is absent, damaged, or of another structure.
@@ -75,15 +73,14 @@ def load_tree(
     except Exception as error:
         if not from_disk(error):
             raise
-        reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(
-            f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: {reason}"
+            f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: "
+            f"{_reason(error)}"
         ) from error
 
 
 class StoredTree(Mapping[str, jax.Array]):
-    """The arrays of a checkpoint by path, each read whenever it is asked for and held by nobody
-    else.
+    """The arrays of a checkpoint by path; each is read when it is looked up, and not kept.
 
     Args:
       path: written by `save_tree`.
@@ -96,8 +93,9 @@ class StoredTree(Mapping[str, jax.Array]):
     def __getitem__(self, name: str) -> jax.Array:
         """Read one array. Raises ValueError as `load_tree` does, or if the checkpoint has no such
         array."""
-        x = unnest(load_tree(self._path, nest({name: self._abstract[name]}), partial=True))[name]
-        if not isinstance(x, jax.Array):  # orbax hands back the description
+        abstract = nest({name: self._abstract[name]})
+        x = unnest(load_tree(self._path, abstract, partial=True))[name]
+        if not isinstance(x, jax.Array):  # orbax returns the description of what is not there
             raise ValueError(
                 f"The checkpoint {self._path} has no array {name}; it is damaged or another one."
             )
@@ -111,9 +109,13 @@ class StoredTree(Mapping[str, jax.Array]):
 
 
 def from_disk(error: Exception) -> bool:
-    """Return whether an error of orbax is about what is, or should be, on a disk; it wraps some in
-    a bare Exception."""
+    """Return whether an error of orbax is about the disk or what is on it; orbax raises some of
+    these as a bare Exception."""
     return isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception
+
+
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).partition("\n")[0]
 
 
 def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
@@ -123,15 +125,15 @@ def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
 def handler(tree: Any) -> ocp.PyTreeCheckpointHandler:
     """Return orbax's handler of a tree, one that reads and writes about one array at a time.
 
-    From accelerators orbax brings a host's part of all arrays into its memory before it writes.
+    From accelerators orbax copies a host's part of all arrays into host memory before it writes.
 
-    Left to itself orbax holds up to 96 GB, and copies of all arrays while it compresses them, which
+    By default orbax holds up to 96 GB, and copies of all arrays while it compresses them, which
     saves a quarter of the disk at best.
     """
-    largest = max(
+    sizes = [
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-    limit = max(1, math.ceil(largest / 1e9))
+    ]
+    limit = max(1, math.ceil(max(sizes) / 1e9))
     return ocp.PyTreeCheckpointHandler(
         use_compression=False,
         save_concurrent_gb=limit,
@@ -156,19 +158,17 @@ def save_checkpoint(
     """
     with processes.new_folder(folder) as out:
         save_tree(out / PARAMS, params)
-        processes.on_first(lambda: _describe(out, source, stored))
+        processes.on_first(_describe, out, source, stored)
 
 
 def _describe(out: pathlib.Path, source: str | pathlib.Path, stored: Mapping[str, str]) -> None:
     """Write what a checkpoint has beside the arrays."""
     (out / COMPANIONS_FOLDER).mkdir()
     copy_companions(source, out / COMPANIONS_FOLDER)
-    names = param_table(
-        read_hf_config(source)
-    ).hf_names()  # not what an import leaves out, such as a tied head's copy
-    files.write_json(
-        out / MODEL, {"format": _FORMAT, "stored": {name: stored[name] for name in names}}
-    )
+    # The names of the table alone: an import leaves out some tensors, such as a tied head's copy.
+    names = param_table(read_hf_config(source)).hf_names()
+    described = {name: stored[name] for name in names}
+    files.write_json(out / MODEL, {"format": _FORMAT, "stored": described})
 
 
 def load_checkpoint(
@@ -191,21 +191,14 @@ def load_checkpoint(
     if stored.keys() != table.hf_names().keys():
         raise ValueError(
             f"{folder / MODEL} lists other tensors than the architecture of "
-            f"{COMPANIONS_FOLDER}/config.json has. "
-            "Convert the model again."
+            f"{COMPANIONS_FOLDER}/config.json has. Convert the model again."
         )
     dtypes = _check_architecture(folder, table)
-    abstract = nest(
-        {
-            row.path: jax.ShapeDtypeStruct(
-                row.shape,
-                dtypes[row.path],
-                sharding=sharder.sharding(row.axes, row.shape, row.path),
-            )
-            for row in table
-        }
-    )
-    return config, load_tree(folder / PARAMS, abstract), stored
+    abstract = {}
+    for row in table:
+        sharding = sharder.sharding(row.axes, row.shape, row.path)
+        abstract[row.path] = jax.ShapeDtypeStruct(row.shape, dtypes[row.path], sharding=sharding)
+    return config, load_tree(folder / PARAMS, nest(abstract)), stored
 
 
 def array_hashes(
@@ -220,9 +213,8 @@ def array_hashes(
         return processes.fetch(flat[row.path][layer] if row.stacked else flat[row.path])
 
     def digest(part, name):
-        return hashlib.sha256(
-            np.ascontiguousarray(part.astype(DTYPES[stored[name]], copy=False))
-        ).hexdigest()
+        x = part.astype(DTYPES[stored[name]], copy=False)
+        return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
     return processes.on_first(
         lambda part_of: {name: digest(part_of(name), name) for name in rows}, together=part_of
@@ -257,26 +249,24 @@ def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, An
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(folder / PARAMS)
-            if (held := getattr(metadata, "item_metadata", metadata)) is None:
-                raise ValueError("its metadata is gone")
-            held = unnest(held)
+        tree = getattr(metadata, "item_metadata", metadata)
+        if tree is None:
+            raise ValueError("its metadata is gone")
+        arrays = unnest(tree)
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder / PARAMS} is no orbax checkpoint, or damaged ({error}); convert the model "
             "again."
         ) from error
-    problems = [f"{path} is missing" for path in table.by_path if path not in held]
-    problems += [f"{path} is unexpected" for path in held if path not in table.by_path]
-    problems += [
-        f"{row.path} has shape {tuple(held[row.path].shape)}, the architecture needs {row.shape}"
-        for row in table
-        if row.path in held and tuple(held[row.path].shape) != row.shape
-    ]
+    problems = [f"{path} is missing" for path in table.by_path if path not in arrays]
+    problems += [f"{path} is unexpected" for path in arrays if path not in table.by_path]
+    for row in table:
+        shape = tuple(arrays[row.path].shape) if row.path in arrays else row.shape
+        if shape != row.shape:
+            problems.append(f"{row.path} has shape {shape}, the architecture needs {row.shape}")
     if problems:
         raise ValueError(
             f"{folder}: the arrays are of another architecture than "
-            f"{COMPANIONS_FOLDER}/config.json: "
-            + some(problems)
-            + ". Convert the right model again."
+            f"{COMPANIONS_FOLDER}/config.json: {some(problems)}. Convert the right model again."
         )
-    return {path: x.dtype for path, x in held.items()}
+    return {path: x.dtype for path, x in arrays.items()}

@@ -34,15 +34,17 @@ def copy_companions(
     """Copy the files byte for byte, by name: never code, never a file that is not on the list or
     lies elsewhere."""
     for name in names:
-        if (path := pathlib.Path(source) / name).is_file():
+        path = pathlib.Path(source) / name
+        if path.is_file():
             files.copy(files.own_file(path), out / name)
 
 
 def write_config(source: str | pathlib.Path, out: pathlib.Path, dtype: str | None) -> None:
-    """Carry config.json over: byte for byte, unless it needs a word more (see `portable_config`) or
+    """Copy config.json: byte for byte, unless it needs another spelling (see `portable_config`) or
     another dtype."""
     raw = read_raw_config(source)
-    if (wanted := portable_config(raw, dtype)) == raw:
+    portable = portable_config(raw, dtype)
+    if portable == raw:
         files.copy(files.own_file(pathlib.Path(source) / "config.json"), out / "config.json")
     else:
-        files.write_json(out / "config.json", wanted)
+        files.write_json(out / "config.json", portable)

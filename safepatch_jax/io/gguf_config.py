@@ -1,5 +1,4 @@
-"""GGUF metadata and tensor names to a Hugging Face config.json and tensor names, by whitelist, one
-entry a family."""
+"""GGUF metadata and tensor names to a Hugging Face config.json and tensor names, by whitelist."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import numpy as np
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.models.config import DecoderConfig, RopeScaling, config_from_hf
 from safepatch_jax.models.decoder import rotary_frequencies
+from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table
 from safepatch_jax.runtime.console import some
 
@@ -22,32 +22,13 @@ _BENIGN = (
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What differs between architectures.
-
-    Attributes:
-      name: of the class in transformers, without ForCausalLM.
-      extra: what the config has besides.
-      permuted: Q and K rows are stored with the rotary halves interleaved.
-      norm_offset: added to norm weights in GGUF.
-      always_tied: there is no output matrix.
-    """
-
-    name: str
-    extra: Mapping[str, Any]
-    permuted: bool = False
-    norm_offset: int = 0
-    always_tied: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family("Llama", {"hidden_act": "silu"}, permuted=True),
-    "gemma": _Family("Gemma", {"hidden_act": "gelu_pytorch_tanh"}, norm_offset=1, always_tied=True),
-    "qwen2": _Family("Qwen2", {"hidden_act": "silu", "use_sliding_window": False}),
+# The architectures, and what config.json has for them besides what GGUF says.
+_ARCHITECTURES = {
+    "llama": {"hidden_act": "silu"},
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
 }
+_DIVISORS = "rope_freqs.weight"  # what divides each frequency of LLaMA 3.x
+_FOLDER = "Use the model's Hugging Face folder instead"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +39,11 @@ class Model:
       config: content of config.json, without dtypes.
       sources: Hugging Face tensor name -> name in the GGUF file.
       permuted_heads: for tensors whose rows GGUF permutes, their number of heads.
-      norm_offset: what GGUF has added to norm weights.
     """
 
     config: dict[str, Any]
     sources: dict[str, str]
     permuted_heads: dict[str, int]
-    norm_offset: int
 
 
 # The name of each row of the parameter table in GGUF.
@@ -96,37 +75,57 @@ def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where
         metadata, then all of tensors, are listed.
     """
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise ValueError(
             f"{where}: architecture {name!r:.60} is not supported; supported: "
-            f"{', '.join(_FAMILIES)} "
-            "(Mistral is stored as llama)."
+            f"{', '.join(_ARCHITECTURES)} (Mistral is stored as llama). {_FOLDER}."
         )
-    family, fields = _FAMILIES[name], _Fields(metadata, f"{name}.")
-    layers, width, mlp = (
-        fields.size(k) for k in ("block_count", "embedding_length", "feed_forward_length")
-    )
-    length, heads = fields.size("context_length"), fields.size("attention.head_count")
+    config = _read_config(name, metadata, tensors, where)
+    divisors = tensors.get(_DIVISORS) if name == "llama" else None
+    config |= _rope(config_from_hf(config, where), divisors, where)
+    sources, shapes, permuted = {}, {}, {}
+    decoder = config_from_hf(config, where)
+    # LLaMA's Q and K are stored with the halves that RoPE turns interleaved.
+    heads = {"layers/attention/q": decoder.num_heads, "layers/attention/k": decoder.num_kv_heads}
+    for hf_name, (row, layer) in param_table(decoder).hf_names().items():
+        source = _GGUF_NAMES[row.path].format(layer=layer)
+        sources[hf_name], shapes[source] = source, row.hf_shape
+        if name == "llama" and row.path in heads:
+            permuted[hf_name] = heads[row.path]
+    if divisors is not None:
+        shapes[_DIVISORS] = divisors.shape
+    _check_tensors(shapes, tensors, where)
+    return Model(config, sources, permuted)
+
+
+def _read_config(
+    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where: str
+) -> dict[str, Any]:
+    """Return config.json without RoPE's scaling."""
+    fields = _Fields(metadata, f"{name}.")
+    layers = fields.size("block_count")
+    width = fields.size("embedding_length")
+    mlp = fields.size("feed_forward_length")
+    length = fields.size("context_length")
+    heads = fields.size("attention.head_count")
     kv_heads = fields.size("attention.head_count_kv", heads)
     head_dim = fields.size("attention.key_length", width // heads)
     eps = fields.number("attention.layer_norm_rms_epsilon")
     theta = fields.number("rope.freq_base", 10000.0)
     window = fields.size("attention.sliding_window", 0, least=0)
-    tied = family.always_tied or "output.weight" not in tensors
     fields.require("attention.value_length", head_dim)
     fields.require("rope.dimension_count", head_dim)
     fields.require("rope.scaling.type", "none")
-    for key in ("expert_count", "expert_used_count"):
-        fields.require(key, 0)
+    fields.require("expert_count", 0)
+    fields.require("expert_used_count", 0)
     if heads % kv_heads or head_dim % 2 or "attention.key_length" not in fields and width % heads:
         fields.problems.append(
             f"{heads} heads, {kv_heads} key-value heads, width {width}, head size {head_dim}: "
-            "heads must "
-            "divide by key-value heads, width by heads, and the head size be even"
+            "heads must divide by key-value heads, width by heads, and the head size be even"
         )
-    if window >= length or not window:
-        window = None  # every position sees all before it
-    elif name != "llama":
+    if window >= length:
+        window = 0  # every position sees all before it
+    if window and name != "llama":
         fields.problems.append(
             f"{name}.attention.sliding_window = {window} (not supported for this architecture)"
         )
@@ -142,9 +141,10 @@ def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where
             "whole model."
         )
     vocab = embedding.shape[0]
+    family = "mistral" if window else name
     config = {
-        "architectures": [f"{'Mistral' if window else family.name}ForCausalLM"],
-        "model_type": "mistral" if window else name,
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
         "vocab_size": vocab,
         "hidden_size": width,
         "intermediate_size": mlp,
@@ -154,21 +154,14 @@ def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where
         "head_dim": head_dim,
         "max_position_embeddings": length,
         "rms_norm_eps": float(f"{eps:.6g}"),  # stored as float32
-        **family.extra,
-        **({"sliding_window": window} if window else {}),
+        **_ARCHITECTURES[name],
         "rope_theta": theta,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": "output.weight" not in tensors,
         **_token_ids(metadata, vocab, where),
     }
-    divisors = tensors.get("rope_freqs.weight") if name == "llama" else None
-    config |= _rope(config_from_hf(config, where), divisors, where)
-    sources, shapes, permuted = _tensor_table(family, config_from_hf(config, where))
-    _check_tensors(
-        shapes,
-        {k: v for k, v in tensors.items() if k != "rope_freqs.weight" or name != "llama"},
-        where,
-    )
-    return Model(config, sources, permuted, family.norm_offset)
+    if window:
+        config["sliding_window"] = window
+    return config
 
 
 class _Fields:
@@ -201,27 +194,25 @@ class _Fields:
         self._read(
             key,
             only,
-            lambda x: x == only if type(x) is type(only) else False,
+            lambda x: type(x) is type(only) and x == only,
             f"only {only!r} is supported",
         )
 
-    def _read(self, key: str, default: Any, good: Callable[[Any], bool], wanted: str) -> Any:
+    def _read(self, key: str, default: Any, good: Callable[[Any], bool], expected: str) -> Any:
         self.handled.add(key)
         if key not in self.values and default is not None:
             return default
         value = self.values.get(key)
         if good(value):
             return value
-        said = f"= {value!r:.60}" if key in self.values else "is missing"
-        self.problems.append(f"{self.prefix}{key} {said} ({wanted})")
+        got = f"= {value!r:.60}" if key in self.values else "is missing"
+        self.problems.append(f"{self.prefix}{key} {got} ({expected})")
         return 1
 
     def raise_problems(self, where: str) -> None:
-        self.problems += [
-            f"{self.prefix}{k} = {v!r:.60} (unknown)"
-            for k, v in self.values.items()
-            if k not in self.handled
-        ]
+        for key, value in self.values.items():
+            if key not in self.handled:
+                self.problems.append(f"{self.prefix}{key} = {value!r:.60} (unknown)")
         if self.problems:
             raise ValueError(f"{where}: its metadata cannot be represented: {some(self.problems)}.")
 
@@ -229,16 +220,14 @@ class _Fields:
 def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str, Any]:
     """Return the ids of special tokens that are there; eos is a list where the end of a turn is
     another token."""
-    ids = {
-        k: metadata[f"tokenizer.ggml.{k}_token_id"]
-        for k in ("bos", "eos", "eot", "eom", "padding")
-        if f"tokenizer.ggml.{k}_token_id" in metadata
-    }
-    wrong = [
-        f"tokenizer.ggml.{k}_token_id = {v!r:.60}"
-        for k, v in ids.items()
-        if type(v) is not int or not 0 <= v < vocab
-    ]
+    ids, wrong = {}, []
+    for role in ("bos", "eos", "eot", "eom", "padding"):
+        key = f"tokenizer.ggml.{role}_token_id"
+        if key not in metadata:
+            continue
+        ids[role] = metadata[key]
+        if type(ids[role]) is not int or not 0 <= ids[role] < vocab:
+            wrong.append(f"{key} = {ids[role]!r:.60}")
     if wrong:
         raise ValueError(
             f"{where}: {some(wrong)}: an id is a row of the embedding, which has {vocab}."
@@ -252,87 +241,67 @@ def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str,
 
 
 def _rope(plain: DecoderConfig, divisors: Stored | None, where: str) -> dict[str, Any]:
-    """Return base and scaling in the spelling of transformers 4 and that of 5; the file has what
-    divides each frequency."""
-    scaling = None
-    if divisors is not None:
-        if divisors.dtype != "float32" or divisors.shape != (plain.head_dim // 2,):
-            raise ValueError(
-                f"{where}: rope_freqs.weight is {divisors.dtype} {divisors.shape}, expected "
-                "float32 "
-                f"({plain.head_dim // 2},). Convert the model from its Hugging Face folder instead."
-            )
-        given = divisors.read()
-        slowest = float(given[-1])
-        # Every LLaMA 3.x has these numbers; the factor is that of the slowest rotation.
-        scaling = {
-            "rope_type": "llama3",
-            "factor": slowest,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        scaled = dataclasses.replace(plain, rope_scaling=RopeScaling(slowest, 1.0, 4.0, 8192))
-        if not (
-            1 <= slowest < math.inf
-            and np.allclose(
-                given, rotary_frequencies(plain) / rotary_frequencies(scaled), rtol=1e-5, atol=0
-            )
-        ):
-            raise ValueError(
-                f"{where}: rope_freqs.weight does not follow from LLaMA 3's RoPE scaling "
-                "(low_freq_factor 1, "
-                "high_freq_factor 4, original length 8192), and nothing else can be written into "
-                "config.json. "
-                "Convert the model from its Hugging Face folder instead."
-            )
+    """Return base and scaling in the spelling of transformers 4 and that of 5."""
+    scaling = None if divisors is None else _llama3_scaling(plain, divisors, where)
+    parameters = scaling or {"rope_type": "default"}
     return {
         "rope_theta": plain.rope_theta,
         "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": plain.rope_theta,
-        },
+        "rope_parameters": {**parameters, "rope_theta": plain.rope_theta},
     }
 
 
-def _tensor_table(
-    family: _Family, decoder: DecoderConfig
-) -> tuple[dict[str, str], dict[str, tuple], dict[str, int]]:
-    """Return Hugging Face name -> GGUF name, -> shape, and -> number of heads where rows are
-    permuted."""
-    heads = (
-        {"layers/attention/q": decoder.num_heads, "layers/attention/k": decoder.num_kv_heads}
-        if family.permuted
-        else {}
-    )
-    sources, shapes, permuted = {}, {}, {}
-    for hf_name, (row, layer) in param_table(decoder).hf_names().items():
-        ours = _GGUF_NAMES[row.path].format(layer=layer)
-        sources[hf_name], shapes[ours] = ours, row.hf_shape
-        if row.path in heads:
-            permuted[hf_name] = heads[row.path]
-    return sources, shapes, permuted
+def _llama3_scaling(plain: DecoderConfig, divisors: Stored, where: str) -> dict[str, Any]:
+    """Return the scaling that gives these divisors of the frequencies."""
+    shape = (plain.head_dim // 2,)
+    if divisors.dtype != "float32" or divisors.shape != shape:
+        raise ValueError(
+            f"{where}: {_DIVISORS} is {divisors.dtype} {divisors.shape}, expected float32 "
+            f"{shape}. {_FOLDER}."
+        )
+    values = divisors.read()
+    # Every LLaMA 3.x has these numbers; the factor is that of the slowest rotation.
+    scaling = RopeScaling(float(values[-1]), 1.0, 4.0, 8192)
+    scaled = dataclasses.replace(plain, rope_scaling=scaling)
+    is_factor = 1 <= scaling.factor < math.inf
+    if not is_factor or not np.allclose(
+        values, rotary_frequencies(plain) / rotary_frequencies(scaled), rtol=1e-5, atol=0
+    ):
+        raise ValueError(
+            f"{where}: {_DIVISORS} does not follow from LLaMA 3's RoPE scaling "
+            f"(low_freq_factor {scaling.low_freq_factor:g}, high_freq_factor "
+            f"{scaling.high_freq_factor:g}, original length {scaling.original_max_length}), and "
+            f"nothing else can be written into config.json. {_FOLDER}."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_length,
+    }
 
 
 def _check_tensors(shapes: Mapping[str, tuple], tensors: Mapping[str, Stored], where: str) -> None:
     """Check names, shapes and types; collect every mismatch and raise ValueError once."""
     problems = []
-    if missing := [name for name in shapes if name not in tensors]:
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
         problems.append(f"{len(missing)} missing: {some(missing)}")
-    if unknown := [f"{name!r:.100}" for name in tensors if name not in shapes]:
+    unknown = [f"{name!r:.100}" for name in tensors if name not in shapes]
+    if unknown:
         problems.append(f"{len(unknown)} unknown: {some(unknown)}")
-    unreadable = {dtype for dtype in {x.dtype for x in tensors.values()} if not _is_readable(dtype)}
+    dtypes = {x.dtype for x in tensors.values()}
+    readable = {dtype for dtype in dtypes if _is_readable(dtype)}
     for name, x in tensors.items():
         if name in shapes and x.shape != shapes[name]:
             problems.append(f"'{name}' has shape {x.shape}, the metadata says {shapes[name]}")
-        if name in shapes and x.dtype in unreadable:
+        if name in shapes and x.dtype not in readable:
             problems.append(f"'{name}' has the type {x.dtype}, which cannot be dequantised")
     if problems:
         raise ValueError(
             f"{where}: its tensors cannot be represented: {some(problems)}. Take another file of "
-            "the model "
-            "(Q8_0, Q4_K_M, F16, BF16), or its Hugging Face folder."
+            "the model (Q8_0, Q4_K_M, F16, BF16), or its Hugging Face folder."
         )
 
 

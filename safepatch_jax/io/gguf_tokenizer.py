@@ -1,5 +1,4 @@
-"""The tokenizer in GGUF metadata as a Hugging Face tokenizer.json: byte-level BPE, and
-SentencePiece's BPE with scores."""
+"""The byte-level BPE tokenizer in GGUF metadata as a Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -14,18 +13,19 @@ from safepatch_jax.runtime import files
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTE_LEVEL = ("smollm", "llama-bpe", "qwen2")
-# characters of a token; known vocabularies stay below 300, and all cuts of a token are tried
-_LONGEST = 1024
-_COPY = "Give --tokenizer=DIR with the tokenizer files of the model's Hugging Face folder"
+_PRE_TOKENIZERS = ("smollm", "llama-bpe", "qwen2")
+_KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece"}
+_COPY = (
+    "Give launch.convert --tokenizer=DIR with the tokenizer files of the model's Hugging Face "
+    "folder, or use that folder"
+)
 
 
 def write_tokenizer(metadata: Mapping[str, Any], out: pathlib.Path, where: str = "GGUF") -> None:
-    """Write tokenizer.json and tokenizer_config.json from the vocabulary, merges or scores, and
-    chat template.
+    """Write tokenizer.json and tokenizer_config.json from the vocabulary, merges and chat template.
 
     Args:
       metadata: GGUF keys and values.
@@ -33,85 +33,79 @@ def write_tokenizer(metadata: Mapping[str, Any], out: pathlib.Path, where: str =
       where: names the file in errors.
 
     Raises:
-      ValueError: a kind that we do not build, or a vocabulary that is incomplete or contradicts
-        itself.
+      ValueError: another kind than byte-level BPE, an unknown pre-tokenizer, or a vocabulary that
+        is incomplete or contradicts itself.
     """
-    from transformers import PreTrainedTokenizerFast
-
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in _BYTE_LEVEL:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+        name = _KINDS.get(kind, "unknown") if isinstance(kind, str) else "unknown"
         raise ValueError(
-            f"{where}: GGUF tokenizer {kind!r:.60} with pre-tokenizer {pre!r:.60} is not "
-            "supported (supported: "
-            f"llama, and gpt2 with {', '.join(_BYTE_LEVEL)}). {_COPY}."
+            f"{where}: its tokenizer is {kind!r:.60} ({name}) with pre-tokenizer {pre!r:.60}. "
+            f"Expected: 'gpt2' ({_KINDS['gpt2']}) with {', '.join(_PRE_TOKENIZERS)}. {_COPY}."
         )
     try:
-        tokens, types = _vocabulary(metadata)
-        if kind == "gpt2":
-            tokenizer = _byte_level(tokens, _merges(metadata, tokens), pre)
-        else:
-            gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
-            tokenizer = (
-                _gemma(tokens, types, metadata) if gemma else _sentencepiece(tokens, metadata)
-            )
-        special = {
-            name: _token(metadata, tokens, key)
-            for name, key in (
-                ("bos_token", "bos"),
-                ("eos_token", "eos"),
-                ("unk_token", "unknown"),
-                ("pad_token", "padding"),
-            )
-        }
-        _keep_whole(tokenizer, tokens, types)
-        begins = _flag(metadata, "add_bos_token", kind == "llama" or pre == "llama-bpe")
-        ends = _flag(metadata, "add_eos_token", False)
-        _surround(
-            tokenizer,
-            special["bos_token"] if begins else None,
-            special["eos_token"] if ends else None,
-        )
+        fast = _build(metadata, pre)
     except _Damaged as error:
         raise ValueError(f"{where}: its tokenizer cannot be built: {error}. {_COPY}.") from None
-    if pre == "smollm":
-        special["unk_token"] = special["unk_token"] or tokens[0]
-    special["pad_token"] = special["pad_token"] or special["eos_token"]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        **{k: v for k, v in special.items() if v is not None},
-    )
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        fast.chat_template = template
     fast.save_pretrained(out)
     # transformers 5 writes a class name that 4 does not know; this one loads in both.
-    saved = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
-    files.write_json(
-        out / "tokenizer_config.json", {**saved, "tokenizer_class": "PreTrainedTokenizerFast"}
-    )
+    path = out / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    files.write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 class _Damaged(ValueError):
     """What is wrong with a vocabulary."""
 
 
+def _build(metadata: Mapping[str, Any], pre: str):
+    """Return a tokenizer of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, types = _vocabulary(metadata)
+    tokenizer = _byte_level(tokens, _merges(metadata, tokens), pre)
+    special = {
+        "bos_token": _token(metadata, tokens, "bos"),
+        "eos_token": _token(metadata, tokens, "eos"),
+        "unk_token": _token(metadata, tokens, "unknown"),
+        "pad_token": _token(metadata, tokens, "padding"),
+    }
+    _keep_whole(tokenizer, tokens, types)
+    begins = _flag(metadata, "add_bos_token", pre == "llama-bpe")
+    ends = _flag(metadata, "add_eos_token", False)
+    first = special["bos_token"] if begins else None
+    last = special["eos_token"] if ends else None
+    _surround(tokenizer, first, last)
+    if pre == "smollm":
+        special["unk_token"] = special["unk_token"] or tokens[0]
+    special["pad_token"] = special["pad_token"] or special["eos_token"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in special.items() if token is not None},
+    )
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        fast.chat_template = template
+    return fast
+
+
 def _byte_level(tokens: list[str], merges: list[tuple[str, str]], pre: str):
+    """Return a tokenizer that cuts texts as a pre-tokenizer of `_PRE_TOKENIZERS` does."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # LLaMA 3 takes a word that is a token as it is, whether merges lead there or not.
-    tokenizer = Tokenizer(
-        models.BPE(vocab=_index(tokens), merges=merges, ignore_merges=pre == "llama-bpe")
-    )
+    bpe = models.BPE(vocab=_index(tokens), merges=merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = Tokenizer(bpe)
     if pre == "smollm":
         split = [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     else:
-        words = Regex(_WORDS.replace("DIGITS", "{1,3}" if pre == "llama-bpe" else ""))
+        words = _WORDS.replace("DIGITS", "{1,3}" if pre == "llama-bpe" else "")
         split = [
-            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.Split(Regex(words), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     if pre == "qwen2":
@@ -121,121 +115,49 @@ def _byte_level(tokens: list[str], merges: list[tuple[str, str]], pre: str):
     return tokenizer
 
 
-def _sentencepiece(tokens: list[str], metadata: Mapping[str, Any]):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or len(scores) != len(tokens):
-        raise _Damaged("tokenizer.ggml.scores is not one number a token")
-    vocab = _index(tokens)
-    order = dict(zip(tokens, scores.tolist()))
-    prefix = _flag(metadata, "add_space_prefix", True)
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_pairs(vocab, order),
-            unk_token=_token(metadata, tokens, "unknown"),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="first" if prefix else "never", split=False
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            *([decoders.Strip(content=" ", left=1)] if prefix else []),
-        ]
-    )
-    return tokenizer
-
-
-def _gemma(tokens: list[str], types: list[int], metadata: Mapping[str, Any]):
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    # GGUF writes runs of spaces as such, and scores that say nothing. Runs come first, long ones
-    # before short ones; then the order of the vocabulary is that of the merges.
-    vocab = _index(["▁" * len(t) if t and not t.strip(" ") else t for t in tokens])
-    order = {t: 1 if types[i] == _USER_DEFINED else -i for t, i in vocab.items()}
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_pairs(vocab, order),
-            unk_token=_token(metadata, tokens, "unknown"),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return tokenizer
-
-
 def _keep_whole(tokenizer, tokens: list[str], types: list[int]) -> None:
     """Never cut special and user-defined tokens into pieces."""
     from tokenizers import AddedToken
 
-    vocab = tokenizer.get_vocab()
-    typed = [(t, k) for t, k in zip(tokens, types) if t in vocab]
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in typed if k == _CONTROL]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(t, special=False, normalized=False) for t, k in typed if k == _USER_DEFINED]
-    )
+    special, plain = [], []
+    for token, kind in zip(tokens, types):
+        if kind == _CONTROL:
+            special.append(AddedToken(token, special=True, normalized=False))
+        elif kind == _USER_DEFINED:
+            plain.append(AddedToken(token, special=False, normalized=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
 
 
 def _surround(tokenizer, bos: str | None, eos: str | None) -> None:
     """Put a first and a last token around each text."""
     from tokenizers import processors
 
-    if bos or eos:
-        one, two = (
-            [f"{t}:{i}" for t in (bos, side, eos) if t] for i, side in enumerate(("$A", "$B"))
+    ends = [token for token in (bos, eos) if token]
+    if not ends:
+        return
+    one = [f"{part}:0" for part in (bos, "$A", eos) if part]
+    two = [f"{part}:1" for part in (bos, "$B", eos) if part]
+    numbers = {token: tokenizer.token_to_id(token) for token in ends}
+    try:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=one, pair=one + two, special_tokens=list(numbers.items())
         )
-        try:
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=one,
-                pair=one + two,
-                special_tokens=[(t, tokenizer.token_to_id(t)) for t in {bos, eos} - {None}],
-            )
-        except ValueError as error:
-            raise _Damaged(
-                f"{bos!r:.60} or {eos!r:.60} cannot begin or end a text ({error})"
-            ) from error
-
-
-def _pairs(vocab: Mapping[str, int], order: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return all pairs that make up a token, best token first; longer left parts first."""
-    found = []
-    for token in vocab:
-        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-        found += sorted(
-            ((a, b, order[token]) for a, b in cuts if a in vocab and b in vocab),
-            key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
-        )
-    found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
-    return [(a, b) for a, b, _ in found]
+    except ValueError as error:
+        raise _Damaged(
+            f"{bos!r:.60} or {eos!r:.60} cannot begin or end a text ({error})"
+        ) from error
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Return the tokens, and the type of each."""
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not tokens:
         raise _Damaged("tokenizer.ggml.tokens is no list of strings")
-    if max(map(len, tokens)) > _LONGEST:
-        raise _Damaged(f"a token has more than {_LONGEST} characters")
-    if (
-        not isinstance(types, np.ndarray)
-        or types.dtype.kind not in "iu"
-        or len(types) != len(tokens)
-    ):
-        raise _Damaged("tokenizer.ggml.token_type is not one whole number a token")
+    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu":
+        raise _Damaged("tokenizer.ggml.token_type is no list of whole numbers")
+    if len(types) != len(tokens):
+        raise _Damaged("tokenizer.ggml.token_type is not one number for each token")
     return tokens, types.tolist()
 
 
@@ -243,8 +165,12 @@ def _merges(metadata: Mapping[str, Any], tokens: list[str]) -> list[tuple[str, s
     merges, known = metadata.get("tokenizer.ggml.merges"), set(tokens)
     if not isinstance(merges, list):
         raise _Damaged("tokenizer.ggml.merges is no list of strings")
-    pairs = [tuple(m.split(" ", 1)) for m in merges]
-    wrong = [m for m, p in zip(merges, pairs) if len(p) != 2 or not {*p, "".join(p)} <= known]
+    pairs, wrong = [], []
+    for merge in merges:
+        first, space, second = merge.partition(" ")
+        pairs.append((first, second))
+        if not space or not {first, second, first + second} <= known:
+            wrong.append(merge)
     if wrong:
         raise _Damaged(
             f"{len(wrong)} merges are not of two tokens into a third, as {wrong[0]!r:.60}"
@@ -253,10 +179,11 @@ def _merges(metadata: Mapping[str, Any], tokens: list[str]) -> list[tuple[str, s
 
 
 def _index(tokens: list[str]) -> dict[str, int]:
-    vocab = {t: i for i, t in enumerate(tokens)}
-    if len(vocab) < len(tokens):
-        double = next(t for i, t in enumerate(tokens) if vocab[t] != i)
-        raise _Damaged(f"the token {double!r:.60} is in the vocabulary twice")
+    vocab = {}
+    for i, token in enumerate(tokens):
+        if token in vocab:
+            raise _Damaged(f"the token {token!r:.60} is in the vocabulary twice")
+        vocab[token] = i
     return vocab
 
 

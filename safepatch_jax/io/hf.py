@@ -1,5 +1,4 @@
-"""Model folders in Hugging Face format: weights from files into sharded arrays, and back; no
-torch."""
+"""Model folders in Hugging Face format: weights from files into sharded arrays, and back."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_confi
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
+from safepatch_jax.io.torch_file import TorchTensor
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unnest
@@ -26,6 +26,7 @@ from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.workers import Workers
 
 _READERS = 4  # threads; reading is copying from the page cache or waiting for a disk
+_HEAD = "lm_head.weight"
 
 
 def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig) -> dict[str, Any]:
@@ -37,48 +38,54 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
     Raises:
       ValueError: any mismatch; all are collected and raised once.
     """
-    wanted, have = table.hf_names(), checkpoint.tensors
+    rows, tensors = table.hf_names(), checkpoint.tensors
     problems = []
-    if missing := sorted(wanted.keys() - have.keys()):
+    missing = sorted(rows.keys() - tensors.keys())
+    if missing:
         problems.append(f"{len(missing)} missing: {some(missing, ', ')}")
-        if missing == ["lm_head.weight"]:
-            problems[-1] += (
-                " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
-            )
-    left_out = {
-        name: "rotary frequencies, computed from config.json"
-        for name in have
-        if name.endswith("rotary_emb.inv_freq")
-    }
-    if config.tied_head and "lm_head.weight" in have:  # some exporters write the tied head again
-        head, embedding = have["lm_head.weight"], have.get("model.embed_tokens.weight")
-        if embedding is None or (head.size, head.sha256()) != (embedding.size, embedding.sha256()):
-            problems.append(
-                "lm_head.weight differs from the embedding, though config.json ties the two (set "
-                "tie_word_embeddings to false if the head is its own)"
-            )
-        left_out["lm_head.weight"] = "equal to the embedding, to which config.json ties it"
-    if unexpected := sorted(have.keys() - wanted.keys() - left_out.keys()):
+    if missing == [_HEAD]:
+        problems[-1] += (
+            " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
+        )
+    left_out = _left_out(tensors, config, problems)
+    unexpected = sorted(tensors.keys() - rows.keys() - left_out.keys())
+    if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {some(unexpected, ', ')}")
-    for name in sorted(wanted.keys() & have.keys()):
-        if have[name].shape != wanted[name][0].hf_shape:
-            problems.append(
-                f"{name} has shape {have[name].shape}, config.json says {wanted[name][0].hf_shape}"
-            )
-        if have[name].dtype not in DTYPES:
-            problems.append(
-                f"{name} has dtype {have[name].dtype}, supported are {', '.join(DTYPES)}"
-            )
+    for name in sorted(rows.keys() & tensors.keys()):
+        x, shape = tensors[name], rows[name][0].hf_shape
+        if x.shape != shape:
+            problems.append(f"{name} has shape {x.shape}, config.json says {shape}")
+        if x.dtype not in DTYPES:
+            problems.append(f"{name} has dtype {x.dtype}, supported are {', '.join(DTYPES)}")
     if problems:
         raise ValueError(
-            f"{checkpoint.folder}: the weights do not fit config.json: " + "; ".join(problems) + "."
+            f"{checkpoint.folder}: the weights do not fit config.json: {'; '.join(problems)}."
         )
     return {
         "layout": checkpoint.layout,
-        "tensors": len(have),
-        "matched": len(wanted),
+        "tensors": len(tensors),
+        "matched": len(rows),
         "left_out": left_out,
     }
+
+
+def _left_out(
+    tensors: Mapping[str, Stored | TorchTensor], config: DecoderConfig, problems: list[str]
+) -> dict[str, str]:
+    """Return why each tensor that the table need not have is left out, by name."""
+    reasons = {}
+    for name in tensors:
+        if name.endswith("rotary_emb.inv_freq"):
+            reasons[name] = "rotary frequencies, computed from config.json"
+    if config.tied_head and _HEAD in tensors:  # some exporters write the tied head again
+        head, embedding = tensors[_HEAD], tensors.get("model.embed_tokens.weight")
+        if embedding is None or (head.size, head.sha256()) != (embedding.size, embedding.sha256()):
+            problems.append(
+                f"{_HEAD} differs from the embedding, though config.json ties the two (set "
+                "tie_word_embeddings to false if the head is its own)"
+            )
+        reasons[_HEAD] = "equal to the embedding, to which config.json ties it"
+    return reasons
 
 
 def load_params(
@@ -104,25 +111,26 @@ def load_params(
     checkpoint = Checkpoint(folder)
     check_keys(checkpoint, table, config)
     with Workers(_READERS) as pool:
-        return config, nest({row.path: _read_row(checkpoint, row, sharder, pool) for row in table})
+        params = {row.path: _read_row(checkpoint, row, sharder, pool) for row in table}
+    return config, nest(params)
 
 
 def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: Workers) -> jax.Array:
     tensors = [checkpoint.tensors[name] for name in row.hf_names]
-    stored = {x.dtype for x in tensors}
-    dtype = DTYPES[stored.pop() if len(stored) == 1 else "float32"]
+    names = {x.dtype for x in tensors}
+    dtype = DTYPES[names.pop() if len(names) == 1 else "float32"]
 
     @functools.cache  # devices that hold the same part share one reading
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        layers, inner = (range(*bounds[0]), bounds[1:]) if row.stacked else (range(1), bounds)
         part = aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
-        targets = part if row.stacked else part[None]
-        list(
-            pool.map(
-                lambda job: _read_layer(tensors[job[0]], row.layer_shape, inner, job[1]),
-                zip(layers, targets),
-            )
+        if not row.stacked:
+            _read_layer(tensors[0], row.layer_shape, bounds, part)
+            return part
+        layers = [tensors[layer] for layer in range(*bounds[0])]
+        done = pool.map(
+            lambda layer, out: _read_layer(layer, row.layer_shape, bounds[1:], out), layers, part
         )
+        list(done)  # waits, and raises what a thread raised
         return part
 
     def callback(index: tuple[slice, ...]) -> np.ndarray:
@@ -134,20 +142,21 @@ def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: Worker
 
 
 def _read_layer(
-    tensor: Stored, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...], out: np.ndarray
+    tensor: Stored | TorchTensor,
+    shape: tuple[int, ...],
+    bounds: tuple[tuple[int, int], ...],
+    out: np.ndarray,
 ) -> None:
     """Read a part of one HF tensor, viewed under `shape`, into `out`."""
-    index = tuple(slice(*b) for b in bounds)
-    if all(
-        b == (0, size) for b, size in zip(bounds[1:], shape[1:])
-    ):  # a range of the first axis is one run of bytes
-        start = bounds[0][0] * math.prod(shape[1:])
-        if out.dtype == DTYPES[tensor.dtype]:
-            tensor.read(out, start)
-        else:
-            out[...] = tensor.read(aligned_empty(out.shape, DTYPES[tensor.dtype]), start)
+    is_run = all(b == (0, size) for b, size in zip(bounds[1:], shape[1:]))
+    if not is_run:
+        out[...] = tensor.read_box(tuple(slice(*b) for b in bounds), shape)
+        return
+    start = bounds[0][0] * math.prod(shape[1:])
+    if out.dtype == DTYPES[tensor.dtype]:
+        tensor.read(out, start)
     else:
-        out[...] = tensor.read_box(index, shape)
+        out[...] = tensor.read(aligned_empty(out.shape, DTYPES[tensor.dtype]), start)
 
 
 def save_model(
@@ -166,14 +175,13 @@ def save_model(
     """Write a model folder that `transformers` loads as it is; the folder appears whole or not at
     all.
 
-    Of several processes the first one writes; all bring it their parts of one tensor after the
-    other.
+    Of several processes the first one writes; all send it their parts, tensor by tensor.
 
     Args:
       folder: where to write; must not exist or be empty, unless `replace` is set.
       params: nested parameter dictionary.
       config: architecture of `params`.
-      source: the folder whose config, tokenizer, template and generation config are carried over.
+      source: the folder whose config, tokenizer, template and generation config are copied.
       stored: by HF name, the dtype that 'keep' means, see `stored_dtypes`; by default that of the
         array.
       dtype: 'keep', or the name of a float dtype to which every tensor is cast.
@@ -190,17 +198,15 @@ def save_model(
       OSError: the disk is full or not writable.
     """
     flat, rows = unnest(params), param_table(config).hf_names()
-    keep = {name: str(flat[row.path].dtype) for name, (row, _) in rows.items()} | dict(stored or {})
-    plan = {
-        name: Planned(row.hf_shape, keep[name] if dtype == "keep" else dtype)
-        for name, (row, _) in rows.items()
-    }
+    plan = {}
+    for name, (row, _) in rows.items():
+        kept = (stored or {}).get(name, str(flat[row.path].dtype))
+        plan[name] = Planned(row.hf_shape, kept if dtype == "keep" else dtype)
 
     def part_of(name: str) -> jax.Array | np.ndarray:
         row, layer = rows[name]
-        return row.to_hf(
-            _whole(_layer_of(flat[row.path], layer) if row.stacked else flat[row.path])
-        )
+        x = flat[row.path]
+        return row.to_hf(_whole(_layer_of(x, layer) if row.stacked else x))
 
     def stored_as_planned(name: str, part: jax.Array | np.ndarray) -> np.ndarray:
         if str(part.dtype) == plan[name].dtype:
@@ -230,10 +236,9 @@ def save_model(
         return processes.on_first(write, together=part_of)
 
 
-_cast = jax.jit(
-    lambda x, key, dtype, rounding: cast(x, dtype, rounding, lambda: random_bits(key, x.shape)),
-    static_argnames=("dtype", "rounding"),
-)
+@functools.partial(jax.jit, static_argnames=("dtype", "rounding"))
+def _cast(x: jax.Array, key: jax.Array, dtype: str, rounding: str) -> jax.Array:
+    return cast(x, dtype, rounding, lambda: random_bits(key, x.shape))
 
 
 def _whole(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

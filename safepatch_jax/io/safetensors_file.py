@@ -58,21 +58,18 @@ def list_tensors(path: str | pathlib.Path) -> dict[str, Stored]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
+        held = path.stat().st_size if path.is_file() else 0
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}). It is truncated or damaged "
-            f"({path.stat().st_size if path.is_file() else 0} bytes): copy or download it again."
+            f"({held} bytes): copy or download it again."
         ) from error
     header.pop("__metadata__", None)
-    return {
-        name: Stored(
-            path,
-            8 + size + entry["data_offsets"][0],
-            tuple(entry["shape"]),
-            _NAMES.get(entry["dtype"], entry["dtype"]),
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype = _NAMES.get(entry["dtype"], entry["dtype"])
+        tensors[name] = Stored(path, 8 + size + start, tuple(entry["shape"]), dtype, end - start)
+    return tensors
 
 
 def write_shards(
@@ -87,7 +84,7 @@ def write_shards(
     Args:
       folder: where to; the caller makes it appear whole or not at all (`files.new_folder`).
       plan: name, shape and dtype of each tensor.
-      tensor_of: makes a tensor when its turn comes, or an iterator of its runs, flat; one or two
+      tensor_of: makes a tensor when it is written, or an iterator of its runs, flat; one or two
         are held at a time.
       shard_bytes: files are cut at this size.
       title: shown at the progress bar.
@@ -98,38 +95,23 @@ def write_shards(
     Raises:
       OSError: the disk is full or not writable; says what to do.
     """
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, planned in plan.items():
-        if shards[-1] and planned.size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= planned.size
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = [SINGLE] if len(shards) == 1 else names
-    weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
+    shards = _cut(plan, shard_bytes)
     total = sum(planned.size for planned in plan.values())
-    # Hashing, and waiting for the disk at the end of a file, go on beside the writing of what comes
+    # Hashing, and waiting for the disk at the end of a file, run beside the writing of what comes
     # next.
     with progress(total, title, "B") as bar, Workers(2) as pool:
-        hashes, ends = {}, []
-        for name, tensors in zip(names, shards):
-            ends.append(
-                _write_file(
-                    folder / name,
-                    {t: plan[t] for t in tensors},
-                    tensor_of,
-                    pool,
-                    hashes,
-                    bar.update,
-                )
-            )
-        for name, end in zip(names, ends):
-            with _explained(folder / name, total):
+        hashes, ends = {}, {}
+        for name, shard in shards.items():
+            path = folder / name
+            ends[path] = _write_file(path, shard, tensor_of, pool, hashes, bar.update)
+        for path, end in ends.items():
+            with _explained(path, total):
                 wait(end)
     if len(shards) > 1:
         parameters = sum(math.prod(planned.shape) for planned in plan.values())
+        weight_map = {}
+        for name, shard in shards.items():
+            weight_map |= dict.fromkeys(shard, name)
         files.write_json(
             folder / INDEX,
             {
@@ -140,6 +122,22 @@ def write_shards(
     return hashes
 
 
+def _cut(plan: Mapping[str, Planned], shard_bytes: int) -> dict[str, dict[str, Planned]]:
+    """Return the tensors of each weight file, by file name."""
+    shards: list[dict[str, Planned]] = [{}]
+    room = shard_bytes
+    for name, planned in plan.items():
+        if shards[-1] and planned.size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = planned
+        room -= planned.size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    names = (f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
+    return dict(zip(names, shards))
+
+
 @contextlib.contextmanager
 def _explained(path: pathlib.Path, size: int) -> Iterator[None]:
     try:
@@ -147,8 +145,7 @@ def _explained(path: pathlib.Path, size: int) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             f"Cannot write {path}: {error.strerror or error}. It needs {size:,} bytes; free space "
-            "or use another "
-            "folder, then give the same command again."
+            "or use another folder, then give the same command again."
         ) from error
 
 
@@ -162,27 +159,18 @@ def _write_file(
 ) -> Future:
     """Write one file tensor by tensor, add their hashes to `hashes`; return what waits for the disk
     and closes the file."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, planned in plan.items():
-        header[name] = {
-            "dtype": _CODES[planned.dtype],
-            "shape": planned.shape,
-            "data_offsets": [offset, offset + planned.size],
-        }
-        offset += planned.size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with _explained(path, offset):
+    total = sum(planned.size for planned in plan.values())
+    with _explained(path, total):
         file = open(path, "wb")
     try:
-        with _explained(path, offset):
-            file.write(len(text).to_bytes(8, "little") + text)
+        with _explained(path, total):
+            file.write(_header(plan))
         before, digests = None, {}
         for name, planned in plan.items():
             digest, size = hashlib.sha256(), 0
             for data in _bytes_of(tensor_of(name), planned, name):
                 hashing = pool.submit(_update, digest, data, before)
-                with _explained(path, offset):
+                with _explained(path, total):
                     for start in range(0, len(data), _PIECE):
                         file.write(data[start : start + _PIECE])
                 if before is not None:
@@ -194,12 +182,27 @@ def _write_file(
             digests[name] = digest
         wait(before)
         hashes |= {name: digest.hexdigest() for name, digest in digests.items()}
-        with _explained(path, offset):
+        with _explained(path, total):
             file.flush()
     except BaseException:
         file.close()
         raise
     return pool.submit(_finish, file)
+
+
+def _header(plan: Mapping[str, Planned]) -> bytes:
+    """Return what a file begins with: the length of a JSON text, and the text, padded."""
+    entries, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, planned in plan.items():
+        entries[name] = {
+            "dtype": _CODES[planned.dtype],
+            "shape": planned.shape,
+            "data_offsets": [offset, offset + planned.size],
+        }
+        offset += planned.size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(

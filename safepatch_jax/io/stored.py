@@ -1,8 +1,8 @@
-"""A tensor as it lies in a file: row-major bytes at an offset. A run of elements is read by itself;
-a part that is no
-run is copied out of a map of the tensor, which is gone when the part is there.
+"""A tensor as it lies in a file: row-major bytes at an offset.
 
-The weight formats (safetensors, torch's zip files) differ only in where they write this down.
+A run of elements is read by itself; a part that is no run is copied out of a map of the tensor,
+which is closed when the part is there. safetensors and GGUF differ only in where they write the
+offset down; for torch's files, see `torch_file`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+_PIECE_BYTES = 1 << 24  # read at a time for a hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +69,13 @@ class Stored:
         """
         page = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as file:
-            if (
-                os.fstat(file.fileno()).st_size < self.offset + self.size
-            ):  # a map beyond the end would kill the process
+            # A map beyond the end of the file would kill the process.
+            if os.fstat(file.fileno()).st_size < self.offset + self.size:
                 raise self._truncated()
-            with mmap.mmap(
-                file.fileno(), self.offset + self.size - page, access=mmap.ACCESS_READ, offset=page
-            ) as view:
-                whole = np.frombuffer(
-                    view, DTYPES[self.dtype], math.prod(self.shape), self.offset - page
-                )
+            length = self.offset + self.size - page
+            with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=page) as view:
+                count = math.prod(self.shape)
+                whole = np.frombuffer(view, DTYPES[self.dtype], count, self.offset - page)
                 part = whole.reshape(split)[index].copy()
                 del whole  # the map cannot be closed while an array looks at it
         return part
@@ -85,8 +83,8 @@ class Stored:
     def sha256(self) -> str:
         """Return the SHA-256 of the tensor's bytes, in hex; reads the file in pieces."""
         digest = hashlib.sha256()
-        piece = np.empty(min(self.size, 1 << 24), np.uint8)
-        for start in range(0, self.size, len(piece) or 1):
+        piece = np.empty(min(self.size, _PIECE_BYTES), np.uint8)
+        for start in range(0, self.size, _PIECE_BYTES):
             part = memoryview(piece)[: self.size - start]
             self._fill(part, self.offset + start)
             digest.update(part)
@@ -104,8 +102,8 @@ class Stored:
     def _truncated(self) -> ValueError:
         return ValueError(
             f"{self.path} ends before byte {self.offset + self.size:,}, where a tensor of its "
-            "list ends: it is "
-            "truncated or was changed while it was read. Copy or download it again."
+            "list ends: it is truncated or was changed while it was read. Copy or download it "
+            "again."
         )
 
 

@@ -11,25 +11,26 @@ from typing import Any, NamedTuple
 
 from safepatch_jax.data.chat import Encoded
 from safepatch_jax.data.pipeline import Pool
-from safepatch_jax.evaluation.answers import file_name
 from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.lines import file_name
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
-from safepatch_jax.patching.merge import ROLES
-from safepatch_jax.run.job import Job
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.run import models
+from safepatch_jax.run.state import Run
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Loss
-from safepatch_jax.training.step import Recipe
+from safepatch_jax.training.step import Recipe, ignore
 
 
 class NotMade(ValueError):
-    """A method cannot be made from this backbone and data; others can."""
+    """A method has no product from this backbone and data; others have."""
 
 
-class Made(NamedTuple):
-    """What a method has made: weights, or a way of decoding, or nothing (the backbone itself).
+class Product(NamedTuple):
+    """What a method makes: weights, or a way of decoding, or nothing (the backbone itself).
 
     Attributes:
       params: nested parameters of the new model, any float dtype; None for the backbone's.
@@ -62,7 +63,7 @@ class Method:
     name: str
     label: str
     group: str
-    make: Callable[[Bench], Made]
+    make: Callable[[Bench], Product]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: tuple[str, ...] = ()
     seeded: bool = True
@@ -84,24 +85,24 @@ class Bench:
     """What a method works with; each part is made when it is asked for.
 
     Args:
-      job: of the backbone, its harmful pairs and a seed; it keeps derived models and scores for all
+      run: of the backbone, its harmful pairs and a seed; it keeps derived models and scores for all
         methods.
-      settings: the method's own; they differ from the job's in what its row says, and in what the
+      settings: the method's own; they differ from the run's in what its row says, and in what the
         user says of it.
       steps: a folder for checkpoints of training, which survive a kill.
       notes: a folder for what methods of all seeds may share.
     """
 
-    def __init__(self, job: Job, settings: Settings, steps: pathlib.Path, notes: pathlib.Path):
-        self.settings, self.notes, self._job, self._steps = settings, notes, job, steps
-        self.context = (
-            job.context if settings == job.settings else job.context.with_settings(settings)
-        )
+    def __init__(self, run: Run, settings: Settings, steps: pathlib.Path, notes: pathlib.Path):
+        self.settings, self.notes, self._run, self._steps = settings, notes, run, steps
+        self.context = run.context
+        if settings != run.settings:
+            self.context = run.context.with_settings(settings)
 
     @property
     def folder(self) -> pathlib.Path:
         """The backbone, a Hugging Face folder."""
-        return self._job.backbone
+        return self._run.backbone
 
     @functools.cached_property
     def config(self) -> DecoderConfig:
@@ -113,15 +114,7 @@ class Bench:
 
     def engine(self) -> Engine:
         """Return the backbone, freshly loaded and ready to answer."""
-        s = self.settings
-        return Engine(
-            self.config,
-            self.backbone(),
-            self.folder,
-            self.context.sharder,
-            s.model.compute_dtype,
-            s.evaluate.batch_size,
-        )
+        return self.context.engine(self.folder, self.backbone())
 
     def examples(self, role: str = "harmful", field: str = "answer") -> Encoded:
         """Return the tokenised training pairs of a role: 'harmful', 'lookalike' or 'ordinary'."""
@@ -129,16 +122,14 @@ class Bench:
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise pairs of prompt and answer, within the run's limits."""
-        data = self.settings.data
-        return self.context.chat(self.folder).encode_all(
-            pairs, data.max_prompt_tokens, data.max_answer_tokens
-        )
+        data, chat = self.settings.data, self.context.chat(self.folder)
+        return chat.encode_all(pairs, data.max_prompt_tokens, data.max_answer_tokens)
 
     def derived(self, role: str) -> Any:
         """Return the nested parameters, float32, of the model that the SE ('se') or the OSM patch
         ('osm') comes from."""
-        self._job.runner.need(f"derive_{role}")
-        return nest(self._job.derived(role))
+        self._run.runner.need(f"derive_{role}")
+        return nest(models.derived(self._run, role))
 
     def patched(self) -> Any:
         """Return the nested parameters, in their storage dtype, of the patch operation at this
@@ -147,13 +138,14 @@ class Bench:
         Raises:
           ValueError: the patch changes nothing, or overflows.
         """
-        score, sensitivity = self.settings.score, None
+        run, score = self._run, self.settings.score
         for stage in ("derive", "score"):
-            for role in ROLES:
-                self._job.runner.need(f"{stage}_{role}")
-        if score != self._job.settings.score:
-            sensitivity = {role: self._job.sensitivity(role, score) for role in ROLES}
-        return nest(self._job.patched(self.settings.patch, sensitivity=sensitivity))
+            for role in PATCH_ROLES:
+                run.runner.need(f"{stage}_{role}")
+        sensitivities = None
+        if score != run.settings.score:
+            sensitivities = {role: models.sensitivity(run, role, score) for role in PATCH_ROLES}
+        return nest(models.patched(run, self.settings.patch, sensitivities=sensitivities))
 
     def tuned(
         self, loss: Loss, pools: Sequence[Pool], title: str, recipe: Recipe | None = None
@@ -166,19 +158,21 @@ class Bench:
           title: shown at the progress bar; of a method's several tunings each has its own.
           recipe: by default the steps, rate and ceiling of the SE patch, downhill.
         """
-        derive = self.settings.derive
-        recipe = recipe or Recipe(
-            1.0,
-            derive.se_steps,
-            derive.se_learning_rate,
-            derive.se_nll_ceiling,
-            derive.weight_decay,
-        )
+        derive, name = self.settings.derive, file_name(title)
+        if recipe is None:
+            recipe = Recipe(
+                1.0,
+                derive.se_steps,
+                derive.se_learning_rate,
+                derive.se_nll_ceiling,
+                derive.weight_decay,
+            )
+        record = ignore
+        if self._run.metrics is not None:
+            record = self._run.metrics.recorder(name)
         tuned, outcome = self.context.tune(
-            self.folder, pools, recipe, title, self._steps / file_name(title), loss=loss
+            self.folder, pools, recipe, title, self._steps / name, record, loss
         )
-        say(
-            f"  stopped by {outcome.stopped_by}: answer NLL {outcome.nll[0]:.2f} -> "
-            f"{outcome.nll[-1]:.2f}"
-        )
+        first, last = outcome.nll[0], outcome.nll[-1]
+        say(f"  stopped by {outcome.stopped_by}: answer NLL {first:.2f} -> {last:.2f}")
         return tuned

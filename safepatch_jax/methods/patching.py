@@ -3,19 +3,19 @@ row."""
 
 from __future__ import annotations
 
-from safepatch_jax.methods.bench import Bench, Made
+from safepatch_jax.methods.bench import Bench, Product
 
 
-def patched(bench: Bench) -> Made:
+def patched(bench: Bench) -> Product:
     """Merge the two patches as the patch settings say."""
-    return Made(bench.patched())
+    return Product(bench.patched())
 
 
-def se_alone(bench: Bench) -> Made:
+def se_alone(bench: Bench) -> Product:
     """Take the model of gradient ascent as it is (GA; also the SE patch alone)."""
-    return Made(bench.derived("se"))
+    return Product(bench.derived("se"))
 
 
-def osm_alone(bench: Bench) -> Made:
+def osm_alone(bench: Bench) -> Product:
     """Take the model of gradient descent as it is."""
-    return Made(bench.derived("osm"))
+    return Product(bench.derived("osm"))

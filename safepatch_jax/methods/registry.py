@@ -5,33 +5,27 @@ from __future__ import annotations
 import difflib
 
 from safepatch_jax.methods import decoding, mismatch, patching, preference
-from safepatch_jax.methods.bench import Made, Method
+from safepatch_jax.methods.bench import Method, Product
+from safepatch_jax.patching.methods import MERGE_METHODS, MergeMethod
 
-# Settings that a user may give for one method alone: those that have a part in it and are not what
-# it is.
-TRAINING = tuple(
-    f"derive.{name}"
-    for name in (
-        "batch_size",
-        "se_steps",
-        "se_learning_rate",
-        "se_nll_ceiling",
-        "weight_decay",
-        "clip_norm",
-    )
+# Settings that a user may give for one method alone: those that have a part in it and do not define
+# it.
+TRAINING = (
+    "derive.batch_size",
+    "derive.se_steps",
+    "derive.se_learning_rate",
+    "derive.se_nll_ceiling",
+    "derive.weight_decay",
+    "derive.clip_norm",
 )
-_EXPERT = tuple(
-    f"derive.{name}"
-    for name in (
-        "batch_size",
-        "osm_steps",
-        "osm_learning_rate",
-        "loss",
-        "weight_decay",
-        "clip_norm",
-    )
+_EXPERT = (
+    "derive.batch_size",
+    "derive.osm_steps",
+    "derive.osm_learning_rate",
+    "derive.loss",
+    "derive.weight_decay",
+    "derive.clip_norm",
 )
-_WEIGHTS = {"patch.alpha": 1.0, "patch.beta": 1.0}  # not those that SafePatching was given
 
 
 def _variant(
@@ -43,23 +37,16 @@ def _variant(
     )
 
 
-def _merging(
-    name: str, label: str, options: tuple[str, ...] = ("alpha", "beta"), **settings: object
-) -> Method:
-    own = (
-        {"patch.merge": name}
-        | _WEIGHTS
-        | {f"patch.{key}": value for key, value in settings.items()}
-    )
-    return Method(
-        name,
-        label,
-        "merging",
-        patching.patched,
-        own,
-        tuple(f"patch.{option}" for option in options),
-    )
+def _merging(row: MergeMethod) -> Method:
+    """Return a merging baseline: the patch operation with another method."""
+    settings = {"patch.merge": row.name}
+    for name, value in row.comparison.items():
+        settings[f"patch.{name}"] = value
+    options = tuple(f"patch.{name}" for name in row.settings)
+    return Method(row.name, row.label, "merging", patching.patched, settings, options)
 
+
+_BASELINES = [_merging(row) for row in MERGE_METHODS.values() if row.name != "safepatching"]
 
 METHODS = {
     method.name: method
@@ -68,7 +55,7 @@ METHODS = {
             "backbone",
             "backbone",
             "backbone",
-            lambda bench: Made(),
+            lambda bench: Product(),
             seeded=False,
             ablation="backbone",
         ),
@@ -86,14 +73,7 @@ METHODS = {
         ),
         Method("npo", "NPO", "training", preference.npo, options=TRAINING),
         Method("simnpo", "SimNPO", "training", preference.simnpo, options=TRAINING),
-        _merging("average", "average"),
-        _merging("task_arithmetic", "task arithmetic"),
-        _merging(
-            "ties", "TIES", ("alpha", "beta", "density", "granularity"), granularity="global"
-        ),  # as its authors trim
-        _merging("dare", "DARE", ("alpha", "beta", "retention")),
-        _merging("dare_ties", "DARE-TIES", ("alpha", "beta", "retention")),
-        _merging("resta", "RESTA", ("beta", "retention"), retention=1.0),
+        *_BASELINES,
         Method("self_cd", "Self-CD", "decoding", decoding.self_cd, seeded=False),
         Method("rose", "ROSE", "decoding", decoding.rose, seeded=False),
         Method(
@@ -126,15 +106,20 @@ def parse_methods(text: str) -> tuple[str, ...]:
       ValueError: an unknown name (with the nearest match).
     """
     chosen = list(FIRST)
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        found = [m.name for m in METHODS.values() if name in ("all", m.name, m.group)]
-        if not found:
-            groups = list(dict.fromkeys(m.group for m in METHODS.values()))
-            close = difflib.get_close_matches(name, [*METHODS, *groups], n=1)
-            raise ValueError(
-                f"--methods: there is no '{name}'"
-                + (f" (did you mean '{close[0]}'?)" if close else "")
-                + f". There are {', '.join(METHODS)}; all; or a group: {', '.join(groups)}."
-            )
-        chosen += found
+    for part in text.split(","):
+        name = part.strip()
+        names = [m.name for m in METHODS.values() if name in ("all", m.name, m.group)]
+        if name and not names:
+            raise ValueError(_unknown(name))
+        chosen += names
     return tuple(dict.fromkeys(chosen))
+
+
+def _unknown(name: str) -> str:
+    groups = list(dict.fromkeys(method.group for method in METHODS.values()))
+    close = difflib.get_close_matches(name, [*METHODS, *groups], n=1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return (
+        f"--methods: there is no '{name}'{hint}. There are {', '.join(METHODS)}; all; or a group: "
+        f"{', '.join(groups)}."
+    )

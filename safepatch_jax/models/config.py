@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.models.families import FAMILIES
+from safepatch_jax.models.families import FAMILIES, Family
 from safepatch_jax.runtime import files
 
 
@@ -33,7 +33,8 @@ class DecoderConfig:
       embed_scale: embeddings are multiplied by sqrt(embed_dim) (Gemma).
       qkv_bias: query, key and value have biases (Qwen2).
       windows: for each layer, how many positions a query sees, itself included; 0 is all. Empty:
-      all layers see all. dtype: in which the weights are said to be stored.
+        all layers see all.
+      dtype: of the stored weights, according to config.json.
     """
 
     family: str
@@ -132,18 +133,12 @@ _SIZES = (
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 _FLAGS = ("tie_word_embeddings", "use_sliding_window")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_ROPE_KEYS = {"rope_type", "type", "rope_theta"}
+_LLAMA3_KEYS = {*_ROPE_KEYS, *_LLAMA3, "original_max_position_embeddings"}
 
 
-def _most(name: str) -> int:
-    """Return the largest size that is taken for meant; a file from others must not make us build a
-    table of 10^8 layers."""
-    return 1000 if name == "num_hidden_layers" else 2**31 - 1
-
-
-def _is_positive(x: Any) -> bool:
-    return (
-        type(x) in (int, float) and 0 < x < 1e18
-    )  # compared as it is: a huge whole number has no float
+_MOST_LAYERS = 1000  # a file from others must not make us build a table of 10^8 layers
+_MOST = 2**31 - 1
 
 
 def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -160,58 +155,24 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
             f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[name]
-    fixed, handled = {**_FIXED, **family.fixed}, _HANDLED | family.handled
-    offenders = [
-        f"{k} = {v!r} (supported: {' or '.join(map(repr, fixed[k]))})"
-        for k, v in raw.items()
-        if k in fixed and v not in fixed[k]
-    ]
-    offenders += [
-        f"{k} = {v!r} (unknown)"
-        for k, v in raw.items()
-        if k not in fixed and k not in handled | _BENIGN
-    ]
-    offenders += [f"{k} is missing" for k in _SIZES if raw.get(k) is None]
-    offenders += [
-        f"{k} = {raw[k]!r:.60} (a whole number from 1 to {_most(k):,} is needed)"
-        for k in (*_SIZES, *(k for k in _OPTIONAL_SIZES if k in handled))
-        if raw.get(k) is not None and not (type(raw[k]) is int and 1 <= raw[k] <= _most(k))
-    ]
-    offenders += [
-        f"{k} = {raw[k]!r} (true or false is needed)"
-        for k in _FLAGS
-        if k in handled and raw.get(k) is not None and type(raw[k]) is not bool
-    ]
-    eps = raw.get("rms_norm_eps")
-    if eps is not None and not _is_positive(eps):
-        offenders.append(f"rms_norm_eps = {eps!r:.60} (a number above 0 is needed)")
-    offenders += [
-        f"dtype = {v!r} (supported: {', '.join(_DTYPES)})"
-        for v in (raw.get("dtype"), raw.get("torch_dtype"))
-        if v is not None and v not in _DTYPES
-    ]
+    values = {**family.defaults, **raw}
+    offenders = _unsupported(raw, family) + _malformed(raw, family)
     theta, scaling = _read_rope(raw, offenders)
-    get = lambda key: raw.get(key, family.defaults.get(key))
-    eos = get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in eos):
-        offenders.append(
-            f"eos_token_id = {raw['eos_token_id']!r:.60} (a whole number or a list of them is "
-            "needed)"
-        )
-    if not offenders:
-        windows = _read_windows(get, "layer_types" in family.handled, offenders)
+    eos_ids = _read_eos(values, offenders)
+    windows = () if offenders else _read_windows(values, family, offenders)
     if offenders:
-        raise ValueError(f"{where}: cannot represent this model: " + "; ".join(offenders) + ".")
+        raise ValueError(f"{where}: cannot represent this model: {'; '.join(offenders)}.")
     heads = raw["num_attention_heads"]
-    head_dim = get("head_dim") or raw["hidden_size"] // heads
-    if head_dim % 2 or (not get("head_dim") and raw["hidden_size"] % heads):
+    head_dim = values.get("head_dim")
+    if not head_dim and raw["hidden_size"] % heads == 0:
+        head_dim = raw["hidden_size"] // heads
+    if not head_dim or head_dim % 2:
         raise ValueError(
             f"{where}: head_dim {raw.get('head_dim')}, hidden_size {raw['hidden_size']}, {heads} "
-            "heads: the head "
-            "size must be even (RoPE turns pairs), and be given if hidden_size does not divide by "
-            "the heads."
+            "heads: the head size must be even (RoPE turns pairs), and be given if hidden_size "
+            "does not divide by the heads."
         )
+    max_length = values.get("max_position_embeddings")
     return DecoderConfig(
         family=name,
         vocab_size=raw["vocab_size"],
@@ -219,18 +180,57 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         mlp_dim=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=get("num_key_value_heads") or heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(eps or 1e-6),
-        tied_head=bool(get("tie_word_embeddings")),
-        max_length=get("max_position_embeddings") or family.defaults["max_position_embeddings"],
-        eos_ids=tuple(eos),
+        norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+        tied_head=bool(values.get("tie_word_embeddings")),
+        max_length=max_length or family.defaults["max_position_embeddings"],
+        eos_ids=eos_ids,
         dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
         windows=windows,
         **family.switches,
     )
+
+
+def _unsupported(raw: Mapping[str, Any], family: Family) -> list[str]:
+    """Return the attributes that are unknown or at a value for which the decoder has no switch."""
+    fixed, known = {**_FIXED, **family.fixed}, _HANDLED | family.handled | _BENIGN
+    wrong, unknown = [], []
+    for key, value in raw.items():
+        if key in fixed and value not in fixed[key]:
+            wrong.append(f"{key} = {value!r} (supported: {' or '.join(map(repr, fixed[key]))})")
+        if key not in fixed and key not in known:
+            unknown.append(f"{key} = {value!r} (unknown)")
+    return wrong + unknown
+
+
+def _malformed(raw: Mapping[str, Any], family: Family) -> list[str]:
+    """Return the attributes that are missing or of a wrong type or size."""
+    handled = _HANDLED | family.handled
+    offenders = [f"{key} is missing" for key in _SIZES if raw.get(key) is None]
+    for key in (*_SIZES, *_OPTIONAL_SIZES):
+        value, most = raw.get(key), _MOST_LAYERS if key == "num_hidden_layers" else _MOST
+        if key not in handled or value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            offenders.append(f"{key} = {value!r:.60} (a whole number from 1 to {most:,} is needed)")
+    for key in _FLAGS:
+        if key in handled and type(raw.get(key, False)) not in (bool, type(None)):
+            offenders.append(f"{key} = {raw[key]!r} (true or false is needed)")
+    eps = raw.get("rms_norm_eps")
+    if eps is not None and not _is_positive(eps):
+        offenders.append(f"rms_norm_eps = {eps!r:.60} (a number above 0 is needed)")
+    for key in ("dtype", "torch_dtype"):
+        if raw.get(key) is not None and raw[key] not in _DTYPES:
+            offenders.append(f"dtype = {raw[key]!r} (supported: {', '.join(_DTYPES)})")
+    return offenders
+
+
+def _is_positive(x: Any) -> bool:
+    # Compared as it is: a huge whole number has no float.
+    return type(x) in (int, float) and 0 < x < 1e18
 
 
 def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, RopeScaling | None]:
@@ -239,74 +239,100 @@ def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, Rop
     thetas = [raw["rope_theta"]] if raw.get("rope_theta") is not None else []
     scalings: list[RopeScaling | None] = []
     for key in ("rope_parameters", "rope_scaling"):
-        given = raw.get(key)
-        if given is None or given == {}:
+        parameters = raw.get(key)
+        if parameters is None or parameters == {}:
             continue
-        if not isinstance(given, Mapping):
-            offenders.append(f"{key} = {given!r} (an object is needed)")
+        if not isinstance(parameters, Mapping):
+            offenders.append(f"{key} = {parameters!r} (an object is needed)")
             continue
-        kind = given.get("rope_type", given.get("type", "default"))
-        known = {"rope_type", "type", "rope_theta"}
-        if kind == "llama3":
-            known |= {*_LLAMA3, "original_max_position_embeddings"}
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "llama3"):
             offenders.append(f"{key}.rope_type = {kind!r} (supported: 'default' or 'llama3')")
             continue
-        offenders += [
-            f"{key}.{k} = {v!r} (unknown for rope_type '{kind}')"
-            for k, v in given.items()
-            if k not in known and not (k == "partial_rotary_factor" and v == 1.0)
-        ]
-        if given.get("rope_theta") is not None:
-            thetas.append(given["rope_theta"])
+        known = _LLAMA3_KEYS if kind == "llama3" else _ROPE_KEYS
+        for name, value in parameters.items():
+            is_default = name == "partial_rotary_factor" and value == 1.0
+            if name not in known and not is_default:
+                offenders.append(f"{key}.{name} = {value!r} (unknown for rope_type '{kind}')")
+        if parameters.get("rope_theta") is not None:
+            thetas.append(parameters["rope_theta"])
         if kind == "default":
             scalings.append(None)
-            continue
-        numbers = [given.get(k) for k in _LLAMA3]
-        original = given.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
-        if not all(_is_positive(x) for x in (*numbers, original)):
-            offenders.append(
-                f"{key} = {dict(given)!r} (llama3 needs {', '.join(_LLAMA3)} and "
-                "original_max_position_embeddings, numbers above 0)"
-            )
-        elif numbers[1] >= numbers[2]:
-            offenders.append(
-                f"{key}: low_freq_factor {numbers[1]} must be below high_freq_factor {numbers[2]}"
-            )
         else:
-            scalings.append(RopeScaling(*map(float, numbers), int(original)))
-    if not all(_is_positive(t) for t in thetas):
+            length = raw.get("max_position_embeddings")
+            scalings += _read_llama3(key, parameters, length, offenders)
+    if not all(_is_positive(theta) for theta in thetas):
         offenders.append(f"rope_theta = {thetas!r:.60} (a number above 0 is needed)")
     elif len(set(thetas)) > 1 or len(set(scalings)) > 1:
+        names = ("rope_parameters", "rope_theta", "rope_scaling")
         offenders.append(
             "rope_parameters disagrees with rope_theta or rope_scaling: "
-            + ", ".join(
-                f"{k} = {raw.get(k)!r}" for k in ("rope_parameters", "rope_theta", "rope_scaling")
-            )
+            + ", ".join(f"{name} = {raw.get(name)!r}" for name in names)
         )
     else:
-        return float(thetas[0] if thetas else 10000.0), scalings[0] if scalings else None
+        theta = float(thetas[0]) if thetas else 10000.0
+        return theta, scalings[0] if scalings else None
     return math.nan, None
 
 
-def _read_windows(get, has_layer_types: bool, offenders: list[str]) -> tuple[int, ...]:
+def _read_llama3(
+    key: str, parameters: Mapping[str, Any], max_length: Any, offenders: list[str]
+) -> list[RopeScaling]:
+    """Return the scaling; none, with an offender noted, if it is wrong."""
+    numbers = [parameters.get(name) for name in _LLAMA3]
+    original = parameters.get("original_max_position_embeddings", max_length)
+    if not all(_is_positive(x) for x in (*numbers, original)):
+        offenders.append(
+            f"{key} = {dict(parameters)!r} (llama3 needs {', '.join(_LLAMA3)} and "
+            "original_max_position_embeddings, numbers above 0)"
+        )
+        return []
+    factor, low, high = numbers
+    if low >= high:
+        offenders.append(f"{key}: low_freq_factor {low} must be below high_freq_factor {high}")
+        return []
+    return [RopeScaling(float(factor), float(low), float(high), int(original))]
+
+
+def _read_eos(values: Mapping[str, Any], offenders: list[str]) -> tuple[int, ...]:
+    """Return the ids that end a text."""
+    ids = _as_list(values.get("eos_token_id"))
+    if not all(type(i) is int and 0 <= i <= _MOST for i in ids):
+        offenders.append(
+            f"eos_token_id = {values['eos_token_id']!r:.60} (a whole number or a list of them is "
+            "needed)"
+        )
+    return tuple(ids)
+
+
+def _as_list(x: Any) -> list[Any]:
+    """Return what may be absent, one value or a list, as a list."""
+    if x is None:
+        return []
+    return x if isinstance(x, list) else [x]
+
+
+def _read_windows(
+    values: Mapping[str, Any], family: Family, offenders: list[str]
+) -> tuple[int, ...]:
     """Return each layer's window; empty if no layer has one."""
-    layers, window = get("num_hidden_layers"), get("sliding_window") or 0
-    if not has_layer_types:
+    layers, window = values["num_hidden_layers"], values.get("sliding_window") or 0
+    if "layer_types" not in family.handled:
         return (window,) * layers if window else ()
-    if not get("use_sliding_window"):
+    if not values.get("use_sliding_window"):
         window = 0
-    first = get("max_window_layers")
-    if type(first) is not int or first < 0:
-        offenders.append(f"max_window_layers = {first!r} (a whole number is needed)")
+    full = values.get("max_window_layers")  # so many layers at the start see all
+    if type(full) is not int or full < 0:
+        offenders.append(f"max_window_layers = {full!r} (a whole number is needed)")
         return ()
-    kinds = get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
+    full = min(full, layers)
+    default = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = values.get("layer_types") or default
+    names = ("sliding_attention", "full_attention")
     if (
         not isinstance(kinds, list)
         or len(kinds) != layers
-        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
+        or any(kind not in names for kind in kinds)
     ):
         offenders.append(
             f"layer_types = {kinds!r} (needs {layers} times 'full_attention' or "
@@ -342,38 +368,41 @@ def read_hf_config(folder: str | pathlib.Path) -> DecoderConfig:
 def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
     """Return a config.json that transformers 4 and 5 read alike, in the style of the given one.
 
-    Every attribute stays as it is. What transformers 5 alone would understand is said once more in
-    the spelling of 4, which otherwise falls back to base 10000 and no RoPE scaling without a word.
-    So Gemma's old ``hidden_act: "gelu"`` stays too, which 4.57 takes for the exact function, 5 and
-    we for the tanh approximation.
+    Every attribute stays as it is. What transformers 5 alone would understand is repeated in the
+    spelling of 4, which otherwise falls back to base 10000 and no RoPE scaling without a warning.
+    So Gemma's old ``hidden_act: "gelu"`` stays too: 4.57 reads it as the exact function, 5 and we
+    as the tanh approximation.
 
     Args:
       raw: content of a config.json that `config_from_hf` accepts.
       dtype: storage dtype to name, or None to leave it.
     """
     out = dict(raw)
-    if rope := out.get("rope_parameters"):
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
-        if theta := out.get("rope_theta") or rope.get("rope_theta"):
+    rope = out.get("rope_parameters")
+    if rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+            scaling = None
+        theta = out.get("rope_theta") or rope.get("rope_theta")
+        if theta:
             out["rope_theta"] = theta
-        out["rope_scaling"] = out.get("rope_scaling") or (None if plain else scaling)
+        out["rope_scaling"] = out.get("rope_scaling") or scaling
     if out.get("torch_dtype") is None and "dtype" in out:
         out["torch_dtype"] = out["dtype"]
     if dtype is not None:
-        out |= dict.fromkeys({"dtype", "torch_dtype"} & out.keys() or {"torch_dtype"}, dtype)
+        names = {"dtype", "torch_dtype"} & out.keys()
+        out |= dict.fromkeys(names or {"torch_dtype"}, dtype)
     return out
 
 
 def same_architecture(a: DecoderConfig, b: DecoderConfig) -> bool:
     """Return whether two models compute the same function of their weights, whatever dtype and stop
     tokens they have."""
-    bare = lambda config: dataclasses.replace(config, dtype="", eos_ids=())
-    return bare(a) == bare(b)
+    return dataclasses.replace(a, dtype=b.dtype, eos_ids=b.eos_ids) == b
 
 
 def stop_ids(folder: str | pathlib.Path, config: DecoderConfig) -> set[int]:
     """Return the ids that end an answer according to config.json and generation_config.json."""
     path = pathlib.Path(folder) / "generation_config.json"
-    eos = files.read_json(path).get("eos_token_id") if path.is_file() else None
-    return {*config.eos_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
+    generation = files.read_json(path) if path.is_file() else {}
+    return {*config.eos_ids, *_as_list(generation.get("eos_token_id"))}

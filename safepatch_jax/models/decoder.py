@@ -1,5 +1,4 @@
-"""The decoder: Flax (linen) modules that read the plain parameter dictionary of the parameter
-table.
+"""The decoder: Flax (linen) modules that read the parameter table's plain dictionary.
 
 linen and not NNX: it returns and reads the plain nested dictionary that import, patching,
 checkpoints and export share, and it ran without warnings in every JAX version we support. No
@@ -53,12 +52,12 @@ class _Module(nn.Module):
     tap: Callable[[jax.Array, Param], jax.Array] | None = None
 
     def weight(self, name: str) -> jax.Array:
-        """Return a parameter in the arithmetic's dtype, laid out as stored: what a mesh gathers are
-        these fewer bytes."""
+        """Return a parameter in the arithmetic's dtype, sharded as it is stored."""
         row = param_table(self.config)["/".join((*self.path, name))]
         weight = self.param(name, row.layer_initializer(), row.layer_shape, jnp.float32)
         if self.tap is not None and row.stacked:
             weight = self.tap(weight, row)
+        # Constrained after the cast, so that a mesh gathers the fewer bytes of the narrower dtype.
         return self.constrain(weight.astype(self.dtype), *row.layer_axes)
 
     def constrain(self, x, *axes):
@@ -89,11 +88,10 @@ class RMSNorm(_Module):
         x32_BTD = x_BTD.astype(jnp.float32)
         mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
         normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + self.config.norm_eps)
+        scale_D = self.weight("scale")
         if self.config.norm_offset:  # added and multiplied in float32, before the cast
-            return (normed_BTD * (1.0 + self.weight("scale").astype(jnp.float32))).astype(
-                self.dtype
-            )
-        return self.weight("scale") * normed_BTD.astype(self.dtype)
+            return (normed_BTD * (1.0 + scale_D.astype(jnp.float32))).astype(self.dtype)
+        return scale_D * normed_BTD.astype(self.dtype)
 
 
 def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -103,29 +101,22 @@ def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
     Computed once, with float32 rounding at the same places as in the reference: at position 8000
     one float32 step of a frequency turns by half a milliradian.
     """
+    one = np.float32(1)
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1) / np.power(config.rope_theta, exponents.astype(np.float64)).astype(
-        np.float32
-    )
-    if config.rope_scaling is None:
+    powers = np.power(config.rope_theta, exponents.astype(np.float64))
+    frequencies = one / powers.astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
         return frequencies
-    scaling, one = config.rope_scaling, np.float32(1)
-    wavelengths = (
-        one / frequencies * np.float32(2 * np.pi)
-    )  # torch divides a number by a tensor in these two steps
-    turns = (
-        one / wavelengths * np.float32(scaling.original_max_length)
-    )  # within the original length
-    smooth = (turns - np.float32(scaling.low_freq_factor)) / np.float32(
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    slow = frequencies / np.float32(scaling.factor)
-    between = (1 - smooth) * frequencies / np.float32(scaling.factor) + smooth * frequencies
-    return np.where(
-        turns < scaling.low_freq_factor,
-        slow,
-        np.where(turns > scaling.high_freq_factor, frequencies, between),
-    )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    factor = np.float32(scaling.factor)
+    # Two roundings each, as torch divides a number by a tensor: the inverse, then the product.
+    wavelengths = one / frequencies * np.float32(2 * np.pi)
+    turns = one / wavelengths * np.float32(scaling.original_max_length)
+    smooth = (turns - np.float32(low)) / np.float32(high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = np.where(turns > high, frequencies, between)
+    return np.where(turns < low, frequencies / factor, scaled)
 
 
 def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> jax.Array:
@@ -137,9 +128,8 @@ def rotate(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
     """Apply RoPE in the half-split convention of Hugging Face checkpoints."""
     sin, cos = jnp.sin(angles_BTh)[:, :, None, :], jnp.cos(angles_BTh)[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x_BTNH.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
 def silu(x: jax.Array) -> jax.Array:
@@ -151,8 +141,8 @@ def silu(x: jax.Array) -> jax.Array:
 def visible(
     positions_BT: jax.Array, valid_BT: jax.Array, past: Past | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return which keys a query may look at, windows apart, and how many positions back each key
-    lies.
+    """Return which keys a query may look at, without regard to windows, and how many positions back
+    each key lies.
 
     Returns:
       (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the past, if any, then the
@@ -205,9 +195,8 @@ class Attention(_Module):
         platform = jax.default_backend() if self.sharder is None else self.sharder.platform
         kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], platform)
         if kernel != "xla" and past_k_BSKH is None:
-            static = (
-                max(config.windows, default=0) or None
-            )  # all layers have the same, or none that matters
+            # All layers have the same window, or none that matters (see `kernel_for`).
+            static = max(config.windows, default=0) or None
             mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
             return jnp.einsum("BTNH,DNH->BTD", mixed_BTNH, self.weight("o")), (k_BTKH, v_BTKH)
 
@@ -284,7 +273,7 @@ class Decoder(_Module):
       config: architecture.
       dtype: arithmetic; parameters are cast to it where they are used.
       sharder: mesh, or None for a program on one device.
-      tap: applied to each weight of a block, in its stored dtype, where a block takes it up.
+      tap: applied to each weight of a block, in its stored dtype, before it is used.
       remat: what the backward pass computes again: 'none', 'dots' (all but products with weights)
         or 'full' (each block).
       attention: 'xla'; or 'auto' / 'fused' (see `kernels`), for right-padded sequences without a
@@ -313,7 +302,7 @@ class Decoder(_Module):
           valid_BT: False for padding.
           past: keys and values of earlier positions.
           keep_kv: also return keys and values [L, B, T, K, H] of these positions.
-          logits_at_BA: go on only at these indices into T; the head is never run elsewhere.
+          logits_at_BA: indices into T; the head is run there alone.
           hidden: return what enters the final norm, in place of logits.
 
         Returns:
@@ -323,11 +312,9 @@ class Decoder(_Module):
         embedder = self.child(Embedder, "embedder")
         x_BTD = embedder(tokens_BT)
         angles_BTh = rotary_angles(self.config, positions_BT)
-        block = (
-            Block
-            if self.remat == "none"
-            else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
-        )
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -336,18 +323,14 @@ class Decoder(_Module):
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             out_axes=0,
         )(self.config, self.dtype, self.sharder, self.tap, keep_kv, self.attention, name="layers")
-        windows_L = jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None
-        past_k, past_v = (None, None) if past is None else (past.k_LBSKH, past.v_LBSKH)
         mask_BTS, distance_BTS = visible(positions_BT, valid_BT, past)
-        x_BTD, kv = layers(
-            x_BTD,
-            windows_L,
-            past_k,
-            past_v,
-            angles_BTh,
-            mask_BTS,
-            distance_BTS if self.config.windows else None,
-        )
+        windows_L = None
+        if self.config.windows:
+            windows_L = jnp.asarray(self.config.windows, jnp.int32)
+        else:
+            distance_BTS = None
+        past_k, past_v = (None, None) if past is None else (past.k_LBSKH, past.v_LBSKH)
+        x_BTD, kv = layers(x_BTD, windows_L, past_k, past_v, angles_BTh, mask_BTS, distance_BTS)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
         return (x_BTD if hidden else _read_out(self, embedder, x_BTD)), kv
@@ -359,14 +342,15 @@ class Readout(_Module):
 
     @nn.compact
     def __call__(self, x_BAD):
-        return _read_out(
-            self, self.child(Embedder, "embedder") if self.config.tied_head else None, x_BAD
-        )
+        embedder = self.child(Embedder, "embedder") if self.config.tied_head else None
+        return _read_out(self, embedder, x_BAD)
 
 
 def _read_out(module: _Module, embedder: Embedder | None, x_BTD: jax.Array) -> jax.Array:
+    """Return logits [B, T, V]; the embedder is used where the head is tied to it."""
     x_BTD = module.child(RMSNorm, "final_norm")(x_BTD)
-    logits = (
-        embedder.attend(x_BTD) if module.config.tied_head else module.child(Head, "head")(x_BTD)
-    )
-    return module.constrain(logits, "batch", "length", "vocab")
+    if module.config.tied_head:
+        logits_BTV = embedder.attend(x_BTD)
+    else:
+        logits_BTV = module.child(Head, "head")(x_BTD)
+    return module.constrain(logits_BTV, "batch", "length", "vocab")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from safepatch_jax.models.config import DecoderConfig
-from safepatch_jax.models.table import SCOPES, param_table
+from safepatch_jax.models.table import SCOPES, ParamTable, param_table
 
 
 def describe(
@@ -20,11 +20,53 @@ def describe(
     """
     table = param_table(config)
     patchable = {row.path for row in table.scope(scope)}
+    patched = sum(math.prod(table[path].shape) for path in patchable)
+    gib = table.size / 2**30
+    return [
+        *_architecture(config),
+        "",
+        *_aligned(_cells(table, patchable, stored), right=5),
+        "",
+        f"Total {table.size:,} parameters ({4 * gib:.2f} GiB in float32, {2 * gib:.2f} GiB in "
+        f"bfloat16); scope '{scope}' patches {patched:,} ({patched / table.size:.1%}). "
+        f"Scopes: {', '.join(SCOPES)}.",
+    ]
+
+
+def _architecture(config: DecoderConfig) -> list[str]:
+    """Return two lines: sizes; positions and switches."""
+    table = param_table(config)
+    head = "tied" if config.tied_head else "untied"
+    windows = sorted(set(config.windows)) or [0]
+    details = [f"RoPE base {config.rope_theta:g}"]
+    if config.rope_scaling:
+        details[0] += f", scaled {config.rope_scaling}"
+    details.append(f"at most {config.max_length} positions")
+    details.append(f"window {', '.join(str(window or 'all') for window in windows)}")
+    if config.norm_offset:
+        details.append("norms times 1 + weight")
+    if config.embed_scale:
+        details.append("embeddings times sqrt(width)")
+    if config.qkv_bias:
+        details.append("biases on q, k, v")
+    return [
+        f"{config.family}: {table.size:,} parameters in {len(table.hf_names())} tensors; "
+        f"{config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads over "
+        f"{config.num_kv_heads} KV heads of {config.head_dim}, feed-forward {config.mlp_dim} "
+        f"({config.activation}), vocabulary {config.vocab_size}, head {head}",
+        "; ".join(details),
+    ]
+
+
+def _cells(
+    table: ParamTable, patchable: set[str], stored: Mapping[str, str] | None
+) -> list[tuple[str, ...]]:
+    """Return a line of titles, and one for each parameter."""
     cells = [("parameter", "shape", "axes", "Hugging Face name", "stored", "size", "patched")]
     for row in table:
-        dtypes = (
-            sorted({stored[name] for name in row.hf_names if name in stored}) if stored else ["-"]
-        )
+        dtypes = ["-"]
+        if stored:
+            dtypes = sorted({stored[name] for name in row.hf_names if name in stored})
         cells.append(
             (
                 row.path,
@@ -36,53 +78,16 @@ def describe(
                 "yes" if row.path in patchable else "no",
             )
         )
+    return cells
+
+
+def _aligned(cells: list[tuple[str, ...]], right: int) -> list[str]:
+    """Return the lines of a table; the column `right` is aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    right = {5}
-    lines = [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    patched = sum(math.prod(table[path].shape) for path in patchable)
-    head = [
-        f"{config.family}: {table.size:,} parameters in {len(table.hf_names())} tensors; "
-        f"{config.num_layers} layers, width "
-        f"{config.embed_dim}, {config.num_heads} heads over {config.num_kv_heads} KV heads of "
-        f"{config.head_dim}, feed-forward "
-        f"{config.mlp_dim} ({config.activation}), vocabulary {config.vocab_size}, head "
-        f"{'tied' if config.tied_head else 'untied'}",
-        f"RoPE base {config.rope_theta:g}"
-        + (f", scaled {config.rope_scaling}" if config.rope_scaling else "")
-        + f"; at most {config.max_length} positions; window "
-        + (
-            ", ".join(str(w or "all") for w in sorted(set(config.windows)))
-            if config.windows
-            else "all"
-        )
-        + "".join(
-            f"; {text}"
-            for on, text in (
-                (config.norm_offset, "norms times 1 + weight"),
-                (config.embed_scale, "embeddings times sqrt(width)"),
-                (config.qkv_bias, "biases on q, k, v"),
-            )
-            if on
-        ),
-        "",
-    ]
-    sizes = ", ".join(
-        f"{table.size * n / 2**30:.2f} GiB in {name}"
-        for name, n in (("float32", 4), ("bfloat16", 2))
-    )
-    return (
-        head
-        + lines
-        + [
-            "",
-            f"Total {table.size:,} parameters ({sizes}); scope '{scope}' patches {patched:,} "
-            f"({patched / table.size:.1%}). "
-            f"Scopes: {', '.join(SCOPES)}.",
-        ]
-    )
+    lines = []
+    for line in cells:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        padded[right] = line[right].rjust(widths[right])
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines

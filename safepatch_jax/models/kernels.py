@@ -49,14 +49,13 @@ def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, platfo
 def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | None:
     if platform not in ("gpu", "tpu"):
         return f"the platform '{platform}' has no fused kernel"
-    if len({0 if window >= length else window for window in config.windows or (0,)}) > 1:
+    windows = {0 if window >= length else window for window in config.windows}
+    if len(windows) > 1:
         return "layers have different windows, which the kernels do not take in one scan"
     if platform == "tpu":
-        return (
-            f"splash needs a head size that is a multiple of 128, not {config.head_dim}"
-            if config.head_dim % 128
-            else None
-        )
+        if config.head_dim % 128:
+            return f"splash needs a head size that is a multiple of 128, not {config.head_dim}"
+        return None
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return "cuDNN needs --model.compute_dtype=bfloat16"
     capability = _compute_capability()
@@ -64,17 +63,20 @@ def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | 
         return "cuDNN's attention needs an NVIDIA GPU of compute capability 8.0 or more"
     most = 256 if capability >= (9, 0) else 128
     if config.head_dim > most or config.head_dim % 8:
-        return f"cuDNN needs a head size of at most {most} here and a multiple of 8, not {config.head_dim}"
+        return (
+            f"cuDNN needs a head size of at most {most} here and a multiple of 8, not "
+            f"{config.head_dim}"
+        )
     return None
 
 
 def _compute_capability() -> tuple[int, int]:
-    """Return that of this process's GPUs; of the oldest that will do where there is none (plans),
-    (0, 0) for other makers'."""
-    found = [device for device in jax.local_devices() if device.platform == "gpu"]
-    if not found:
+    """Return the capability of this process's GPUs; without one (plans) that of the oldest that is
+    supported, (0, 0) for other makers' GPUs."""
+    gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+    if not gpus:
         return 8, 0
-    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(found[0], "compute_capability", "")))
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(gpus[0], "compute_capability", "")))
     return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
@@ -110,7 +112,10 @@ def fused_attention(
     if sharder is None:
         return attend(q_BTNH, k_BTKH, v_BTKH)
     rules = dict(sharder.rules)
-    spec = lambda heads: PartitionSpec(rules["batch"] or None, None, rules[heads] or None, None)
+
+    def spec(heads: str) -> PartitionSpec:
+        return PartitionSpec(rules["batch"] or None, None, rules[heads] or None, None)
+
     return jax.shard_map(
         attend,
         mesh=sharder.mesh,
@@ -130,18 +135,20 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, interpret: bool):
     length, heads, head_dim = q_BTNH.shape[1:]
     padded = -(-length // SPLASH_BLOCK) * SPLASH_BLOCK
     square = (padded, padded)
-    mask = (
-        splash_attention_mask.CausalMask(square)
-        if window is None or window >= length
-        else splash_attention_mask.LocalMask(square, (window - 1, 0), 0)
-    )
+    if window is None or window >= length:
+        mask = splash_attention_mask.CausalMask(square)
+    else:
+        mask = splash_attention_mask.LocalMask(square, (window - 1, 0), 0)
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask] * heads), interpret=interpret
     )
-    heads_first = lambda x: jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(
-        1, 2
+
+    def heads_first(x_BTNH):
+        whole_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
+        return whole_BTNH.swapaxes(1, 2)
+
+    scaled_BTNH = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
+    mixed_BNTH = jax.vmap(kernel)(
+        heads_first(scaled_BTNH), heads_first(k_BTKH), heads_first(v_BTKH)
     )
-    q_BNTH = heads_first((q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype))
-    return jax.vmap(kernel)(q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH)).swapaxes(1, 2)[
-        :, :length
-    ]
+    return mixed_BNTH.swapaxes(1, 2)[:, :length]

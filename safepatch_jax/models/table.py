@@ -6,14 +6,15 @@ and patch scope read it.
 
 Layout: a weight keeps Hugging Face's own order, ``[out, in]`` row-major; we only name the parts of
 a side (the out side of ``q`` is heads x head_dim) and stack the blocks on a leading ``layers``
-axis. So the way in is a reshape, the way back is the inverse reshape, and an element's row-major
-position within a layer IS its flat index in the HF tensor.
+axis. So an HF tensor becomes a layer's part by a reshape to `layer_shape`, the way back is `to_hf`,
+and an element's row-major position within a layer IS its flat index in the HF tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -69,8 +70,9 @@ class Param:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
+        """Shape of the HF tensor: [out, in], or [out] where there is no in side."""
         out, rest = self.layer_shape[: self.out_axes], self.layer_shape[self.out_axes :]
-        return (math.prod(out),) + ((math.prod(rest),) if rest else ())
+        return (math.prod(out), math.prod(rest)) if rest else (math.prod(out),)
 
     @property
     def num_layers(self) -> int:
@@ -81,21 +83,13 @@ class Param:
     def hf_names(self) -> tuple[str, ...]:
         return tuple(self.hf_name.format(layer=i) for i in range(self.num_layers))
 
-    def from_hf(self, x):
-        """Turn one HF tensor into one layer's part."""
-        return x.reshape(self.layer_shape)
-
     def to_hf(self, x):
-        """Inverse of `from_hf`."""
+        """Turn one layer's part into the HF tensor."""
         return x.reshape(self.hf_shape)
 
     def as_matrices(self, x):
         """View the whole parameter as ``[layers, *hf_shape]``."""
         return x.reshape((self.num_layers, *self.hf_shape))
-
-    def from_matrices(self, x):
-        """Inverse of `as_matrices`."""
-        return x.reshape(self.shape)
 
     def layer_initializer(self):
         """Initialiser of one layer's part, in the form ``fn(key, shape, dtype)``."""
@@ -131,7 +125,11 @@ class ParamTable:
 
     def hf_names(self) -> dict[str, tuple[Param, int]]:
         """Map each HF tensor name to its row and layer number."""
-        return {name: (row, layer) for row in self.rows for layer, name in enumerate(row.hf_names)}
+        places = {}
+        for row in self.rows:
+            for layer, name in enumerate(row.hf_names):
+                places[name] = row, layer
+        return places
 
     def shardings(self, sharder: Sharder) -> dict[str, Any]:
         """Return the nested dictionary of NamedShardings.
@@ -139,31 +137,25 @@ class ParamTable:
         Raises:
           ValueError: a dimension does not divide, or a rule of the sharder is never used.
         """
-        sharder.check_used(axis for row in self.rows for axis in row.axes)
+        sharder.check_used(itertools.chain.from_iterable(row.axes for row in self.rows))
         return nest(
             {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in self.rows}
         )
 
     def abstract(self, sharder: Sharder, dtype=jnp.float32) -> dict[str, Any]:
         """Return the nested dictionary of ShapeDtypeStructs with shardings."""
-        return nest(
-            {
-                row.path: jax.ShapeDtypeStruct(
-                    row.shape, dtype, sharding=sharder.sharding(row.axes, row.shape, row.path)
-                )
-                for row in self.rows
-            }
-        )
+        flat = {}
+        for row in self.rows:
+            sharding = sharder.sharding(row.axes, row.shape, row.path)
+            flat[row.path] = jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharding)
+        return nest(flat)
 
     def init(self, key: jax.Array, dtype=jnp.float32) -> dict[str, Any]:
         """Draw random parameters (for tests and dry runs)."""
-        keys = jax.random.split(key, len(self.rows))
-        return nest(
-            {
-                row.path: row.layer_initializer()(k, row.shape, dtype)
-                for k, row in zip(keys, self.rows)
-            }
-        )
+        flat = {}
+        for row, row_key in zip(self.rows, jax.random.split(key, len(self.rows))):
+            flat[row.path] = row.layer_initializer()(row_key, row.shape, dtype)
+        return nest(flat)
 
 
 @functools.cache
@@ -178,94 +170,39 @@ def param_table(config: DecoderConfig) -> ParamTable:
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
     }
-    block = "model.layers.{layer}."
+    starts = {"norm": 0.0 if config.norm_offset else 1.0, "bias": 0.0}
 
-    unit = 0.0 if config.norm_offset else 1.0
+    def row(path, axes, hf_name, kind, out_axes=1):
+        names = tuple(axes.split())
+        shape = tuple(sizes[axis] for axis in names)
+        return Param(path, names, shape, hf_name, out_axes, kind, starts.get(kind))
 
-    def row(path, axes, hf_name, out_axes, kind, start=None):
-        axes = tuple(axes.split())
-        return Param(path, axes, tuple(sizes[a] for a in axes), hf_name, out_axes, kind, start)
+    def block(path, axes, hf_name, kind, out_axes=1):
+        return row(
+            f"layers/{path}", f"layers {axes}", "model.layers.{layer}." + hf_name, kind, out_axes
+        )
 
     rows = [
-        row("embedder/embedding", "vocab embed", "model.embed_tokens.weight", 1, "embedding"),
-        row(
-            "layers/attention_norm/scale",
-            "layers embed",
-            block + "input_layernorm.weight",
-            1,
-            "norm",
-            unit,
-        ),
-        row(
-            "layers/attention/q",
-            "layers heads head_dim embed",
-            block + "self_attn.q_proj.weight",
-            2,
-            "linear",
-        ),
-        row(
-            "layers/attention/k",
-            "layers kv_heads head_dim embed",
-            block + "self_attn.k_proj.weight",
-            2,
-            "linear",
-        ),
-        row(
-            "layers/attention/v",
-            "layers kv_heads head_dim embed",
-            block + "self_attn.v_proj.weight",
-            2,
-            "linear",
-        ),
-        row(
-            "layers/attention/o",
-            "layers embed heads head_dim",
-            block + "self_attn.o_proj.weight",
-            1,
-            "linear",
-        ),
-        row(
-            "layers/mlp_norm/scale",
-            "layers embed",
-            block + "post_attention_layernorm.weight",
-            1,
-            "norm",
-            unit,
-        ),
-        row("layers/mlp/gate", "layers mlp embed", block + "mlp.gate_proj.weight", 1, "linear"),
-        row("layers/mlp/up", "layers mlp embed", block + "mlp.up_proj.weight", 1, "linear"),
-        row("layers/mlp/down", "layers embed mlp", block + "mlp.down_proj.weight", 1, "linear"),
-        row("final_norm/scale", "embed", "model.norm.weight", 1, "norm", unit),
+        row("embedder/embedding", "vocab embed", "model.embed_tokens.weight", "embedding"),
+        block("attention_norm/scale", "embed", "input_layernorm.weight", "norm"),
+        block("attention/q", "heads head_dim embed", "self_attn.q_proj.weight", "linear", 2),
+        block("attention/k", "kv_heads head_dim embed", "self_attn.k_proj.weight", "linear", 2),
+        block("attention/v", "kv_heads head_dim embed", "self_attn.v_proj.weight", "linear", 2),
+        block("attention/o", "embed heads head_dim", "self_attn.o_proj.weight", "linear"),
+        block("mlp_norm/scale", "embed", "post_attention_layernorm.weight", "norm"),
+        block("mlp/gate", "mlp embed", "mlp.gate_proj.weight", "linear"),
+        block("mlp/up", "mlp embed", "mlp.up_proj.weight", "linear"),
+        block("mlp/down", "embed mlp", "mlp.down_proj.weight", "linear"),
+        row("final_norm/scale", "embed", "model.norm.weight", "norm"),
     ]
     if config.qkv_bias:
         rows += [
-            row(
-                "layers/attention/q_bias",
-                "layers heads head_dim",
-                block + "self_attn.q_proj.bias",
-                2,
-                "bias",
-                0.0,
-            ),
-            row(
-                "layers/attention/k_bias",
-                "layers kv_heads head_dim",
-                block + "self_attn.k_proj.bias",
-                2,
-                "bias",
-                0.0,
-            ),
-            row(
-                "layers/attention/v_bias",
-                "layers kv_heads head_dim",
-                block + "self_attn.v_proj.bias",
-                2,
-                "bias",
-                0.0,
-            ),
+            block("attention/q_bias", "heads head_dim", "self_attn.q_proj.bias", "bias", 2),
+            block("attention/k_bias", "kv_heads head_dim", "self_attn.k_proj.bias", "bias", 2),
+            block("attention/v_bias", "kv_heads head_dim", "self_attn.v_proj.bias", "bias", 2),
         ]
     if not config.tied_head:
-        rows.append(row("head/kernel", "vocab embed", "lm_head.weight", 1, "head"))
+        rows.append(row("head/kernel", "vocab embed", "lm_head.weight", "head"))
     return ParamTable(tuple(rows))
 
 
@@ -286,5 +223,8 @@ def unnest(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
-        flat.update(unnest(value, path + "/") if isinstance(value, Mapping) else {path: value})
+        if isinstance(value, Mapping):
+            flat |= unnest(value, path + "/")
+        else:
+            flat[path] = value
     return flat

@@ -33,6 +33,7 @@ from safepatch_jax.runtime.workers import Workers, wait
 BEFORE, AFTER, SAME, NEITHER = "before", "after", "same", "neither"  # states of a tensor
 LOCK = ".patching"
 CERTIFICATE = "certificate.json"
+Shards = dict[pathlib.Path, dict[str, Stored]]  # tensors to be changed, by weight file
 _PIECE = 1 << 20  # bytes a write
 
 
@@ -94,54 +95,60 @@ def check_names(
 ) -> None:
     """Raise ValueError unless names, shapes and dtypes are those of the patch; all that differ are
     collected."""
-    problems = [
-        f"{name} is missing"
-        for name, x in patch.tensors.items()
-        if name not in tensors and not x.optional
-    ]
-    problems += [
-        f"{ascii(name)[1:-1]} is not in the patch" for name in tensors if name not in patch.tensors
-    ]
+    problems = []
+    for name, expected in patch.tensors.items():
+        if name not in tensors and not expected.optional:
+            problems.append(f"{name} is missing")
+    for name in tensors:
+        if name not in patch.tensors:
+            problems.append(f"{ascii(name)[1:-1]} is not in the patch")
     for name in sorted(patch.tensors.keys() & tensors.keys()):
-        mine, theirs = patch.tensors[name], tensors[name]
-        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+        expected, tensor = patch.tensors[name], tensors[name]
+        if (expected.dtype, expected.shape) != (tensor.dtype, tensor.shape):
             problems.append(
-                f"{name} is {theirs.dtype} {list(theirs.shape)}, in the patch {mine.dtype} "
-                f"{list(mine.shape)}"
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, in the patch {expected.dtype} "
+                f"{list(expected.shape)}"
             )
     if problems:
         raise ValueError(
             f"{folder} is another model than the one {patch.path} is for: {some(problems)}. "
-            "Nothing was "
-            "written. Give the backbone that the patch was made from, in the dtype it had."
+            "Nothing was written. Give the backbone that the patch was made from, in the dtype it "
+            "had."
         )
 
 
 def states(patch: PatchFile, hashes: Mapping[str, str]) -> dict[str, str]:
     """Return the state of each tensor, see `verify`, from the SHA-256 of its bytes."""
-    known = lambda x: {x.before: BEFORE, x.after: AFTER} if x.entries else {x.before: SAME}
-    return {
-        name: known(patch.tensors[name]).get(digest, NEITHER) for name, digest in hashes.items()
-    }
+    result = {}
+    for name, digest in hashes.items():
+        tensor = patch.tensors[name]
+        if tensor.entries:
+            names = {tensor.before: BEFORE, tensor.after: AFTER}
+        else:
+            names = {tensor.before: SAME}
+        result[name] = names.get(digest, NEITHER)
+    return result
 
 
 def refuse_strangers(
-    patch: PatchFile, found: Mapping[str, str], folder: str | pathlib.Path
+    patch: PatchFile, states: Mapping[str, str], folder: str | pathlib.Path
 ) -> None:
     """Raise ValueError if a tensor is neither as in the patch's backbone nor as in its patched
     model."""
-    if strangers := sorted(name for name, state in found.items() if state == NEITHER):
+    strangers = sorted(name for name, state in states.items() if state == NEITHER)
+    if strangers:
         raise ValueError(
-            f"{folder}: {len(strangers)} of {len(found)} tensors are neither as in the backbone of "
-            f"{patch.path} nor as patched: {some(strangers, ', ')}. It is another backbone, or "
-            "was changed "
-            "since. Nothing was written. Give the backbone that the patch was made from."
+            f"{folder}: {len(strangers)} of {len(states)} tensors are neither as in the backbone "
+            f"of {patch.path} nor as patched: {some(strangers, ', ')}. It is another backbone, or "
+            "was changed since. Nothing was written. Give the backbone that the patch was made "
+            "from."
         )
 
 
 def _move(
     patch: str | pathlib.Path, folder: str | pathlib.Path, out: str | pathlib.Path | None, goal: str
 ) -> Outcome:
+    """Bring every tensor of a folder to the state `goal`, BEFORE or AFTER."""
     patch, folder = PatchFile(patch), pathlib.Path(folder)
     if out is not None:
         files.refuse_full_folder(out)
@@ -149,20 +156,18 @@ def _move(
     if checkpoint.layout not in (SINGLE, INDEX):
         raise ValueError(
             f"{folder} has torch weights ({checkpoint.layout}), and patches go onto safetensors. "
-            "Convert it "
-            f"first: python -m launch.convert --source=hf:{folder} --target=hf:DIR."
+            f"Convert it first: python -m launch.convert --source=hf:{folder} --target=hf:DIR."
         )
     with contextlib.nullcontext() if out is not None else _alone(folder):
         check_names(patch, checkpoint.tensors, folder)
-        found = states(patch, tensor_hashes(checkpoint.tensors))
-        refuse_strangers(patch, found, folder)
-        moved = tuple(name for name, state in found.items() if state not in (goal, SAME))
-        already = tuple(name for name, state in found.items() if state == goal)
-        shards: dict[pathlib.Path, dict[str, Stored]] = {
-            x.path: {} for x in checkpoint.tensors.values()
-        }
+        current = states(patch, tensor_hashes(checkpoint.tensors))
+        refuse_strangers(patch, current, folder)
+        moved = tuple(name for name, state in current.items() if state not in (goal, SAME))
+        already = tuple(name for name, state in current.items() if state == goal)
+        shards: Shards = {tensor.path: {} for tensor in checkpoint.tensors.values()}
         for name in moved:
-            shards[checkpoint.tensors[name].path][name] = checkpoint.tensors[name]
+            tensor = checkpoint.tensors[name]
+            shards[tensor.path][name] = tensor
         if out is None:
             return Outcome(folder, moved, already, _in_place(folder, shards, patch, goal))
         with files.new_folder(out) as new:
@@ -176,30 +181,23 @@ def _move(
         return Outcome(pathlib.Path(out), moved, already, ())
 
 
-def _in_place(
-    folder: pathlib.Path,
-    shards: Mapping[pathlib.Path, Mapping[str, Stored]],
-    patch: PatchFile,
-    goal: str,
-) -> tuple[str, ...]:
+def _in_place(folder: pathlib.Path, shards: Shards, patch: PatchFile, goal: str) -> tuple[str, ...]:
     """Rewrite the weight files that hold what is to be moved, one by one; return the names of files
     removed."""
     for path in shards:
         _beside(path).unlink(missing_ok=True)  # of an interrupted run
     shards = {path: tensors for path, tensors in sorted(shards.items()) if tensors}
     removed = ()
-    if shards and (folder / CERTIFICATE).is_file():
+    if shards and (folder / CERTIFICATE).is_file():  # it certifies other bits
         (folder / CERTIFICATE).unlink()
         removed = (CERTIFICATE,)
     with _bar(shards) as bar:
         for done, (path, tensors) in enumerate(shards.items()):
-            with _explained(
-                path,
-                path,
+            state = (
                 f"{done} of {len(shards)} weight files are done and every tensor is whole: the "
-                "same "
-                "command again finishes, the other one of apply and revert undoes.",
-            ):
+                "same command again finishes, the other one of apply and revert undoes."
+            )
+            with _explained(path, path, state):
                 try:
                     _write_shard(path, _beside(path), tensors, patch, goal, bar)
                     shutil.copymode(path, _beside(path))
@@ -225,11 +223,11 @@ def _write_shard(
         open(target, "wb") as writer,
         Workers(1) as pool,
     ):
-        for name, x in sorted(tensors.items(), key=lambda item: item[1].offset):
-            _copy(reader, writer, x.offset, bar)
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            _copy(reader, writer, tensor.offset, bar)
             digest, hashing = hashlib.sha256(), None
-            for bits, (where, what) in zip(runs_of(x), patch.runs(name)):
-                bits[where] ^= what
+            for bits, (positions, flips) in zip(runs_of(tensor), patch.runs(name)):
+                bits[positions] ^= flips
                 data = memoryview(bits.view(np.uint8))
                 if hashing:
                     wait(hashing)
@@ -241,11 +239,10 @@ def _write_shard(
             if digest.hexdigest() != getattr(patch.tensors[name], goal):
                 raise ValueError(
                     f"{name} does not become what the manifest of {patch.path} says: the patch is "
-                    "damaged, "
-                    f"or {source} was changed meanwhile. It was left as it is; copy the patch "
-                    "file again."
+                    f"damaged, or {source} was changed meanwhile. It was left as it is; copy the "
+                    "patch file again."
                 )
-            reader.seek(x.offset + x.size)
+            reader.seek(tensor.offset + tensor.size)
         _copy(reader, writer, os.fstat(reader.fileno()).st_size, bar)
         writer.flush()
         os.fsync(writer.fileno())
@@ -253,8 +250,9 @@ def _write_shard(
 
 def _copy(reader: BinaryIO, writer: BinaryIO, stop: int, bar) -> None:
     """Copy the bytes from where the reader stands to `stop`."""
-    while (left := stop - reader.tell()) > 0:
-        if not (data := reader.read(min(left, _PIECE))):
+    while (remaining := stop - reader.tell()) > 0:
+        data = reader.read(min(remaining, _PIECE))
+        if not data:
             raise ValueError(
                 f"{reader.name} ends too early: it was truncated while it was read. Copy or "
                 "download it again."
@@ -272,7 +270,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                raise BlockingIOError  # who held it has just finished and removed it
+                raise BlockingIOError  # its holder has just finished and removed the file
         except BlockingIOError as error:
             raise ValueError(
                 f"{folder} is being patched by another process. Wait for it, then try again."
@@ -287,7 +285,7 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}{LOCK}")
 
 
-def _bar(shards: Mapping[pathlib.Path, Mapping[str, Stored]]):
+def _bar(shards: Shards):
     return progress(sum(path.stat().st_size for path in shards), "write", "B")
 
 
@@ -306,6 +304,5 @@ def _explained(target: pathlib.Path, source: pathlib.Path, state: str) -> Iterat
     except OSError as error:
         raise OSError(
             f"Cannot write {target}: {error.strerror or error}. It needs "
-            f"{source.stat().st_size:,} bytes of free "
-            f"space. {state}"
+            f"{source.stat().st_size:,} bytes of free space. {state}"
         ) from error

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
-from safepatch_jax.io.stored import DTYPES
+from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.patch_file.apply import (
     AFTER,
     BEFORE,
@@ -23,7 +23,8 @@ from safepatch_jax.patch_file.apply import (
     refuse_strangers,
     states,
 )
-from safepatch_jax.patch_file.file import BITS, Change, PatchFile, runs_of, write_patch
+from safepatch_jax.patch_file.create import Change, write_patch
+from safepatch_jax.patch_file.file import BITS, PatchFile, runs_of
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import some
 
@@ -48,30 +49,23 @@ def scale(
         raise ValueError(f"factor must be a finite number, got {factor}.")
     patch, tensors = PatchFile(patch), Checkpoint(folder).tensors
     check_names(patch, tensors, folder)
-    found = states(patch, tensor_hashes(tensors))
-    refuse_strangers(patch, found, folder)
+    current = states(patch, tensor_hashes(tensors))
+    refuse_strangers(patch, current, folder)
 
     def runs(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         dtype = tensors[name].dtype
-        for base, (where, what) in zip(runs_of(tensors[name]), patch.runs(name)):
-            if found[name] == AFTER:
-                base[where] ^= what
-            before = _floats(base[where], dtype)
-            change = _change(base[where], what, dtype)
+        for base, (positions, flips) in zip(runs_of(tensors[name]), patch.runs(name)):
+            if current[name] == AFTER:
+                base[positions] ^= flips
+            before = _floats(base[positions], dtype)
+            change = _change(base[positions], flips, dtype)
             new = base.copy()
-            new[where] = _bits(before + np.float32(factor) * change, name, dtype)
+            new[positions] = _bits(before + np.float32(factor) * change, name, dtype)
             yield base, new
 
+    about = {"factor": factor, "of": _origin(patch)}
     with np.errstate(over="ignore", invalid="ignore"):
-        return write_patch(
-            out,
-            "scaled",
-            {"factor": factor, "of": _origin(patch)},
-            {
-                name: Change(x.dtype, x.shape, runs(name), patch.tensors[name].optional)
-                for name, x in tensors.items()
-            },
-        )
+        return write_patch(out, "scaled", about, _changes(patch, tensors, runs))
 
 
 def combine(
@@ -93,51 +87,58 @@ def combine(
     """
     if len(patches) < 2:
         raise ValueError("combine needs two patch files or more.")
-    opened, tensors = [PatchFile(p) for p in patches], Checkpoint(folder).tensors
+    opened, tensors = [PatchFile(path) for path in patches], Checkpoint(folder).tensors
     for other in opened[1:]:
         _check_one_backbone(opened[0], other)
     hashes = tensor_hashes(tensors)
     for patch in opened:
         check_names(patch, tensors, folder)
-        refuse_strangers(patch, found := states(patch, hashes), folder)
-        if patched := [name for name, state in found.items() if state not in (BEFORE, SAME)]:
+        current = states(patch, hashes)
+        refuse_strangers(patch, current, folder)
+        patched = [name for name, state in current.items() if state not in (BEFORE, SAME)]
+        if patched:
             raise ValueError(
                 f"{folder} is patched with {patch.path} ({len(patched)} tensors), and combine "
-                "needs the "
-                "backbone. Revert the patch first: python -m launch.patch revert."
+                "needs the backbone. Revert the patch first: python -m launch.patch revert."
             )
 
     def runs(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         dtype = tensors[name].dtype
-        for base, *entries in zip(runs_of(tensors[name]), *(patch.runs(name) for patch in opened)):
+        for base, *parts in zip(runs_of(tensors[name]), *(patch.runs(name) for patch in opened)):
             new, count = base.copy(), np.zeros(len(base), np.int32)
             total = np.zeros(len(base), np.float32)
-            for where, what in entries:
-                new[where] = base[where] ^ what
-                total[where] += _change(base[where], what, dtype)
-                count[where] += 1
+            for positions, flips in parts:
+                new[positions] = base[positions] ^ flips
+                total[positions] += _change(base[positions], flips, dtype)
+                count[positions] += 1
             shared = np.flatnonzero(count > 1)
             new[shared] = _bits(_floats(base[shared], dtype) + total[shared], name, dtype)
             yield base, new
 
+    about = {"of": [_origin(patch) for patch in opened]}
     with np.errstate(over="ignore", invalid="ignore"):
-        return write_patch(
-            out,
-            "combined",
-            {"of": [_origin(patch) for patch in opened]},
-            {
-                name: Change(x.dtype, x.shape, runs(name), opened[0].tensors[name].optional)
-                for name, x in tensors.items()
-            },
-        )
+        return write_patch(out, "combined", about, _changes(opened[0], tensors, runs))
+
+
+def _changes(
+    patch: PatchFile,
+    tensors: Mapping[str, Stored],
+    runs: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]],
+) -> dict[str, Change]:
+    """Return what `write_patch` takes, for tensors of which `runs` yields bits before and after."""
+    result = {}
+    for name, tensor in tensors.items():
+        optional = patch.tensors[name].optional
+        result[name] = Change(tensor.dtype, tensor.shape, runs(name), optional)
+    return result
 
 
 def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
     return bits.view(DTYPES[dtype]).astype(np.float32)
 
 
-def _change(base: np.ndarray, what: np.ndarray, dtype: str) -> np.ndarray:
-    return _floats(base ^ what, dtype) - _floats(base, dtype)
+def _change(base: np.ndarray, flips: np.ndarray, dtype: str) -> np.ndarray:
+    return _floats(base ^ flips, dtype) - _floats(base, dtype)
 
 
 def _bits(x: np.ndarray, name: str, dtype: str) -> np.ndarray:
@@ -146,25 +147,26 @@ def _bits(x: np.ndarray, name: str, dtype: str) -> np.ndarray:
     if not np.all(np.isfinite(stored)):
         raise ValueError(
             f"{name}: the new patch would set entries to NaN or infinity in {dtype}. Nothing was "
-            "written. Use "
-            "a smaller factor, or patches of finite weights."
+            "written. Use a smaller factor, or patches of finite weights."
         )
     return stored.view(BITS[dtype])
 
 
 def _check_one_backbone(first: PatchFile, other: PatchFile) -> None:
-    kind = lambda x: x and (x.dtype, x.shape, x.before)
     names = first.tensors.keys() | other.tensors.keys()
-    if different := sorted(
-        n for n in names if kind(first.tensors.get(n)) != kind(other.tensors.get(n))
-    ):
+    different = sorted(name for name in names if _before(first, name) != _before(other, name))
+    if different:
         raise ValueError(
             f"{first.path} and {other.path} are patches of different backbones: {len(different)} "
-            "of "
-            f"{len(names)} tensors differ: {some(different, ', ')}. A patch made on top of "
-            "another is applied "
-            "after it."
+            f"of {len(names)} tensors differ: {some(different, ', ')}. A patch made on top of "
+            "another is applied after it."
         )
+
+
+def _before(patch: PatchFile, name: str) -> tuple | None:
+    """Return what identifies a tensor of a patch's backbone."""
+    tensor = patch.tensors.get(name)
+    return tensor and (tensor.dtype, tensor.shape, tensor.before)
 
 
 def _origin(patch: PatchFile) -> dict:

@@ -31,8 +31,8 @@ def encode(positions: np.ndarray, previous: int = -1) -> np.ndarray:
     starts = np.cumsum(lengths) - lengths
     out = np.empty(lengths.sum(), np.uint8)
     for k in range(lengths.max(initial=0)):
-        has = np.flatnonzero(lengths > k)
-        out[starts[has] + k] = gaps[has] >> 7 * k & 127 | (lengths[has] > k + 1) << 7
+        longer = np.flatnonzero(lengths > k)  # gaps that have a k-th byte
+        out[starts[longer] + k] = gaps[longer] >> 7 * k & 127 | (lengths[longer] > k + 1) << 7
     return out
 
 
@@ -60,6 +60,6 @@ def decode(data: np.ndarray, previous: int = -1) -> tuple[np.ndarray, int]:
         raise ValueError("a position is not coded in the shortest way")
     gaps = np.zeros(len(ends), np.int64)
     for k in range(lengths.max(initial=0)):
-        has = np.flatnonzero(lengths > k)
-        gaps[has] |= (data[starts[has] + k] & 127).astype(np.int64) << 7 * k
+        longer = np.flatnonzero(lengths > k)
+        gaps[longer] |= (data[starts[longer] + k] & 127).astype(np.int64) << 7 * k
     return np.cumsum(gaps + 1) + previous, int(starts[-1])

@@ -1,5 +1,5 @@
-"""Controllable patching: scores, top sets, combination, retention and merge, one program a weight
-shape."""
+"""Controllable patching: importance, top sets, combination, retention and merge, one program a
+weight shape."""
 
 from __future__ import annotations
 
@@ -16,98 +16,71 @@ from jax import lax
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
 from safepatch_jax.numerics import cast, tensor_keys
-from safepatch_jax.patching.methods import BASELINES
-from safepatch_jax.patching.retention import filled
-from safepatch_jax.patching.selection import (
-    PASSES,
-    ROLES,
-    combine_sets,
-    float_bits,
-    share_out,
-    top_count,
-)
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.methods import MERGE_METHODS, Choice
+from safepatch_jax.patching.options import Knobs, program_options, top_rates
+from safepatch_jax.patching.selection import PASSES, float_bits, share_out, top_count
+from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import overlap, refuse_broken, tensor_statistics
-from safepatch_jax.patching.tensor import (
-    UNSCORED,
-    UNTRIMMED,
-    Choice,
-    Knobs,
-    Layer,
-    Method,
-    importance,
-    rounded,
-    top_rates,
-)
+from safepatch_jax.patching.tensor import ProgramOptions, Tensor, importance_of
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
-from safepatch_jax.settings import PatchSettings
 
-KEYED = (*ROLES, "rounding", "fill", "top_se", "top_osm")  # what draws random bits
-
-
-def safepatching(layer: Layer) -> Choice:
-    """Combine the two top sets, retain at random, weigh with alpha and beta."""
-    top = layer.top_sets()
-    candidates = dict(zip(ROLES, combine_sets(top["se"], top["osm"], layer.method.combine)))
-    if layer.method.support == "fill":
-        kept = filled(layer, candidates, top)
-    else:
-        kept = layer.dropped(candidates)
-    return Choice(top, kept, layer.weights())
+KEYED = (*PATCH_ROLES, "rounding", "fill", "top_se", "top_osm")  # what draws random bits
 
 
-METHODS = {"safepatching": safepatching} | BASELINES
-
-
-def patch_and_score(
+def patch_and_importance(
     stored: jax.Array,
     derived: Mapping[str, jax.Array],
     sensitivity: Mapping[str, jax.Array],
     keys: Mapping[str, jax.Array],
-    method: Method,
+    options: ProgramOptions,
     start: jax.Array | int = 0,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Return the patches and their importance scores, {role: float32}, of one tensor or of its
-    entries from `start` on."""
+    """Return the patches and the importance of their entries, {role: float32}, of one tensor or of
+    its entries from `start` on."""
     backbone = stored.astype(jnp.float32)
-    derived = {r: derived[r].astype(jnp.float32) for r in ROLES}
-    patch = {r: derived[r] - backbone for r in ROLES}
-    return patch, {
-        r: importance(
-            patch[r], derived[r], sensitivity[r], method.importance, keys[f"top_{r}"], start
+    models = {role: derived[role].astype(jnp.float32) for role in PATCH_ROLES}
+    patch = {role: models[role] - backbone for role in PATCH_ROLES}
+    importance = {}
+    for role in PATCH_ROLES:
+        importance[role] = importance_of(
+            patch[role],
+            models[role],
+            sensitivity[role],
+            options.importance,
+            keys[f"top_{role}"],
+            start,
         )
-        for r in ROLES
-    }
+    return patch, importance
 
 
-def merge_layer(
-    layer: Layer, stored: jax.Array, dtype: str, rounding: str
+def merge_tensor(
+    tensor: Tensor, stored: jax.Array, dtype: str, rounding: str
 ) -> tuple[jax.Array, Choice]:
-    """Merge what the layer's method keeps into the backbone, and cast what has changed.
+    """Merge what the method keeps into the backbone, and cast what has changed.
 
     Args:
-      layer: patches, scores and method.
+      tensor: patches, importance and options.
       stored: the backbone as it is stored, of the patches' shape.
       dtype, rounding: see `patch_matrices`.
 
     Returns:
       (merged entries in that dtype, the method's choice).
     """
-    choice = METHODS[layer.method.merge](layer)
+    choice = MERGE_METHODS[tensor.options.merge].function(tensor)
     merged = stored.astype(jnp.float32)
-    for r in ROLES:
-        change = rounded(choice.weight[r] * layer.patch[r], layer.knobs["zero"])
-        merged = jnp.where(choice.kept[r], merged + change, merged)
+    for role in PATCH_ROLES:
+        change = tensor.weighted(role, choice.weight[role])
+        merged = jnp.where(choice.kept[role], merged + change, merged)
     untouched = stored.astype(dtype)
     changed = choice.kept["se"] | choice.kept["osm"]
-    merged = jnp.where(
-        changed, cast(merged, dtype, rounding, lambda: layer.bits("rounding")), untouched
-    )
-    return merged, choice
+    bits = functools.partial(tensor.bits, "rounding")
+    return jnp.where(changed, cast(merged, dtype, rounding, bits), untouched), choice
 
 
 @functools.partial(
-    jax.jit, static_argnames=("method", "shape", "dtype", "rounding", "sharding"), donate_argnums=0
+    jax.jit, static_argnames=("options", "shape", "dtype", "rounding", "sharding"), donate_argnums=0
 )
 def patch_matrices(
     theta,
@@ -117,23 +90,23 @@ def patch_matrices(
     counts,
     knobs,
     *,
-    method: Method,
+    options: ProgramOptions,
     shape: tuple[int, ...],
     dtype: str,
     rounding: str = "nearest",
     sharding=None,
 ):
-    """Patch all layers of one weight, in the buffer of the backbone where the dtype stays.
+    """Patch one weight in all blocks, in the buffer of the backbone where the dtype stays.
 
     Args:
       theta: backbone, storage dtype, the row's shape; donated.
       derived: {'se', 'osm'}: derived models, float32, same shape.
-      sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape; may be None for the
-        importances in `UNSCORED`.
+      sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape; may be None for an
+        importance that needs none.
       keys: {user in `KEYED`: uint32 [L, 2]}.
-      counts: {'se', 'osm'}: int32 [L], see `Layer`.
+      counts: {'se', 'osm'}: int32 [L], see `Tensor`.
       knobs: see `Knobs.traced`.
-      method: see `Method`.
+      options: see `ProgramOptions`.
       shape: [L, out, in] (or [L, n]): the row as HF tensors.
       dtype: storage dtype of the result; the one cast is to it, at the end.
       rounding: of the changed entries in that cast, nearest or stochastic; the others are rounded
@@ -143,37 +116,47 @@ def patch_matrices(
     Returns:
       (merged weight in that dtype and the row's shape, statistics {name: [L]}).
     """
-    # Layer by layer: on TPU a reshape that joins or parts the last two axes moves every byte, and
-    # of a stack all at once.
-    matrix = lambda tree: jax.tree.map(lambda x: x.reshape(shape[1:]), tree)
-    stacked = lambda tree: jax.tree.map(lambda x: x if x.shape[0] == shape[0] else x[None], tree)
-    backbones, in_place = stacked(theta), theta.dtype == jnp.dtype(dtype)
+    backbones, in_place = _stacked(theta, shape), theta.dtype == jnp.dtype(dtype)
 
-    def one_layer(result, xs):
+    def one_tensor(result, xs):
+        # Tensor by tensor: on TPU a reshape that joins or parts the last two axes moves every byte,
+        # and of a stack all at once.
         index, derived, sensitivity, keys, counts = xs
-        derived, sensitivity = matrix(derived), matrix(sensitivity)
-        stored = matrix(_read_once(result if in_place else backbones, index, knobs["zero"] == 0))
-        patch, score = patch_and_score(stored, derived, sensitivity, keys, method)
-        merged, choice = merge_layer(
-            Layer(patch, score, keys, counts, knobs, method), stored, dtype, rounding
-        )
-        return (
-            lax.dynamic_update_index_in_dim(result, merged.reshape(result.shape[1:]), index, 0),
-            tensor_statistics(patch, score, choice.top, choice.kept, merged, stored),
-        )
+        derived, sensitivity = _matrices(derived, shape), _matrices(sensitivity, shape)
+        source = result if in_place else backbones
+        stored = _matrices(_read_once(source, index, knobs["zero"] == 0), shape)
+        patch, importance = patch_and_importance(stored, derived, sensitivity, keys, options)
+        tensor = Tensor(patch, importance, keys, counts, knobs, options)
+        merged, choice = merge_tensor(tensor, stored, dtype, rounding)
+        statistics = tensor_statistics(patch, importance, choice.top, choice.kept, merged, stored)
+        merged = merged.reshape(result.shape[1:])
+        return lax.dynamic_update_index_in_dim(result, merged, index, 0), statistics
 
     start = backbones if in_place else jnp.zeros(backbones.shape, dtype)
-    layers = (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity), keys, counts)
-    result, statistics = lax.scan(one_layer, start, layers)
+    derived, sensitivity = _stacked(derived, shape), _stacked(sensitivity, shape)
+    xs = (jnp.arange(shape[0]), derived, sensitivity, keys, counts)
+    result, statistics = lax.scan(one_tensor, start, xs)
     result = result.reshape(theta.shape)
     return (lax.with_sharding_constraint(result, sharding) if sharding else result), statistics
 
 
+def _stacked(tree, shape: tuple[int, ...]):
+    """Give arrays that belong to no block a leading axis, so that all have [L]."""
+    return jax.tree.map(lambda x: x if x.shape[0] == shape[0] else x[None], tree)
+
+
+def _matrices(tree, shape: tuple[int, ...]):
+    """Reshape arrays of one block to the HF tensor's shape."""
+    return jax.tree.map(lambda x: x.reshape(shape[1:]), tree)
+
+
 def _read_once(stack: jax.Array, index: jax.Array, true: jax.Array) -> jax.Array:
-    """Return one layer of a stack: a branch that the compiler cannot decide keeps it from reading
-    the stack again at each
-    use, for which it would copy the stack before the result is written there, and from casting the
-    whole stack at once."""
+    """Return one tensor of a stack.
+
+    A branch that the compiler cannot decide keeps it from reading the stack again at each use, for
+    which it would copy the stack before the result is written there, and from casting the whole
+    stack at once.
+    """
     return lax.cond(
         true,
         lambda: lax.dynamic_index_in_dim(stack, index, keepdims=False),
@@ -185,76 +168,90 @@ def _read_once(stack: jax.Array, index: jax.Array, true: jax.Array) -> jax.Array
 def count_at_least(
     theta, derived, sensitivity, keys, threshold, *, kind: str, shape: tuple[int, ...]
 ):
-    """Return the number of scores in each layer whose bits are at least the threshold, int32
-    [L]."""
+    """Return how many entries of each tensor have an importance whose bits are at least the
+    threshold, int32 [L]; see `patch_matrices` and `importance_of`."""
 
-    def one_layer(layer):
-        index, derived, sensitivity, key = layer
-        backbone = _read_once(stacked(theta), index, threshold > 0)
-        score = importance(derived - backbone.astype(jnp.float32), derived, sensitivity, kind, key)
-        return jnp.sum(float_bits(score) >= threshold, dtype=jnp.int32)
+    def one_tensor(xs):
+        index, derived, sensitivity, key = xs
+        backbone = _read_once(_stacked(theta, shape), index, threshold > 0)
+        patch = derived - backbone.astype(jnp.float32)
+        importance = importance_of(patch, derived, sensitivity, kind, key)
+        return jnp.sum(float_bits(importance) >= threshold, dtype=jnp.int32)
 
-    stacked = lambda tree: jax.tree.map(lambda x: x if x.shape[0] == shape[0] else x[None], tree)
-    return lax.map(one_layer, (jnp.arange(shape[0]), stacked(derived), stacked(sensitivity), keys))
+    derived, sensitivity = _stacked(derived, shape), _stacked(sensitivity, shape)
+    return lax.map(one_tensor, (jnp.arange(shape[0]), derived, sensitivity, keys))
 
 
-def _counts(
-    backbone,
-    derived,
-    sensitivity,
-    rows: Sequence[Param],
-    patch: PatchSettings,
-    seed: int,
+def _counts(rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
+    """Return the sizes of the top sets of each row or matrix, {role: {path: int32 [L]}}."""
+    result: dict[str, dict[str, np.ndarray]] = {}
+    for role, rate in top_rates(patch).items():
+        result[role] = {}
+        for row in rows:
+            by_row = patch.granularity == "row"
+            size = row.hf_shape[-1] if by_row else math.prod(row.hf_shape)
+            result[role][row.path] = np.full(row.num_layers, top_count(rate, size), np.int32)
+    return result
+
+
+def _scope_counts(
+    backbone, derived, sensitivity, rows: Sequence[Param], patch: PatchSettings, seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the sizes of the top sets, {role: {path: int32 [L]}}: of each row or matrix, or of a
-    matrix's part in the
-    top set of the whole scope. The order in which ties are broken there is the table's: rows, then
-    layers.
+    """Return the size of each matrix's part in the top sets of the whole scope, {role: {path: int32
+    [L]}}.
+
+    Ties are broken in the order of the table: rows, then layers.
     """
-    rates, kind = top_rates(patch), Method.of(patch).importance
-    if patch.granularity != "global" or patch.merge in UNTRIMMED:
-        size = lambda row: (
-            row.hf_shape[-1] if patch.granularity == "row" else math.prod(row.hf_shape)
-        )
-        return {
-            role: {
-                row.path: np.full(row.num_layers, top_count(rate, size(row)), np.int32)
-                for row in rows
-            }
-            for role, rate in rates.items()
-        }
-    result = {}
-    with progress(len(ROLES) * PASSES, "global top sets", "count") as bar:
-        for role, rate in rates.items():
-            keys = {row.path: tensor_keys(seed, f"top_{role}", row.hf_names) for row in rows}
+    scope_size = sum(math.prod(row.shape) for row in rows)
+    result: dict[str, dict[str, np.ndarray]] = {}
+    with progress(len(PATCH_ROLES) * PASSES, "global top sets", "count") as bar:
 
-            def count_at(threshold):
-                bar.update()
-                parts = [
-                    count_at_least(
-                        backbone[row.path],
-                        derived[role][row.path],
-                        sensitivity[role][row.path],
-                        keys[row.path],
-                        np.int32(threshold),
-                        kind=kind,
-                        shape=_stack(row),
-                    )
-                    for row in rows
-                ]
-                return [int(n) for part in parts for n in processes.fetch(part)]
+        def count_at(role: str, threshold: int) -> list[int]:
+            parts = []
+            for row in rows:  # all are started before the first is waited for
+                part = count_at_least(
+                    backbone[row.path],
+                    derived[role][row.path],
+                    sensitivity[role][row.path],
+                    tensor_keys(seed, f"top_{role}", row.hf_names),
+                    np.int32(threshold),
+                    kind=patch.ranking,
+                    shape=_stack(row),
+                )
+                parts.append(part)
+            bar.update()
+            counts: list[int] = []
+            for part in parts:
+                counts += map(int, processes.fetch(part))
+            return counts
 
-            shares = iter(
-                share_out(count_at, top_count(rate, sum(math.prod(row.shape) for row in rows)))
-            )
-            result[role] = {
-                row.path: np.array([next(shares) for _ in row.hf_names], np.int32) for row in rows
-            }
+        for role, rate in top_rates(patch).items():
+            number = top_count(rate, scope_size)
+            shares = iter(share_out(functools.partial(count_at, role), number))
+            result[role] = {}
+            for row in rows:
+                values = [next(shares) for _ in row.hf_names]
+                result[role][row.path] = np.array(values, np.int32)
     return result
 
 
 def _stack(row: Param) -> tuple[int, ...]:
     return (row.num_layers, *row.hf_shape)
+
+
+def _by_role(trees: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
+    """Return {role: what a tree of that role holds at the path}."""
+    return {role: trees[role][path] for role in PATCH_ROLES}
+
+
+def _held(
+    trees: Mapping[str, Mapping[str, jax.Array]], rows: Sequence[Param]
+) -> dict[str, dict[str, jax.Array]]:
+    """Read the scope's arrays of mappings that read one when asked for it."""
+    result = {}
+    for role, tree in trees.items():
+        result[role] = {row.path: tree[row.path] for row in rows}
+    return result
 
 
 def apply_patching(
@@ -275,8 +272,8 @@ def apply_patching(
       backbone: flat ``{path: array}``; the patched entries are donated and must not be used again.
       derived: {'se', 'osm'}: flat parameters of the two derived models, float32. Each is asked for
         once, so a mapping may read them when they are; for global granularity all are held.
-      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise, and not asked for by the
-        importances in `UNSCORED`.
+      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise, and not asked for where
+        `patch.needs_sensitivity` is False.
       rows: the scope.
       patch: settings.
       seed: of all random bits.
@@ -290,42 +287,47 @@ def apply_patching(
       `refuse_no_op`).
 
     Raises:
-      ValueError: NaN or infinite scores or merged weights (names the tensors).
+      ValueError: unknown method or importance, NaN or infinite importance or merged weights (names
+        the tensors).
     """
+    options = program_options(patch)
     merged, statistics = {}, {}
-    if Method.of(patch).importance in UNSCORED:
-        sensitivity = {role: {row.path: None for row in rows} for role in ROLES}
-    if (
-        patch.granularity == "global" and patch.merge not in UNTRIMMED
-    ):  # every count needs all of them
-        held = lambda trees: {
-            role: {row.path: tree[row.path] for row in rows} for role, tree in trees.items()
-        }
-        derived, sensitivity = held(derived), held(sensitivity)
-    counts = _counts(backbone, derived, sensitivity, rows, patch, seed)
+    if not patch.needs_sensitivity:
+        sensitivity = dict.fromkeys(PATCH_ROLES, dict.fromkeys(row.path for row in rows))
+    if patch.ranks_whole_scope:  # every count needs all of them
+        derived, sensitivity = _held(derived, rows), _held(sensitivity, rows)
+        counts = _scope_counts(backbone, derived, sensitivity, rows, patch, seed)
+    else:
+        counts = _counts(rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
-            of_row = lambda tree: {role: tree[role][row.path] for role in ROLES}
-            keys = {user: tensor_keys(seed, user, row.hf_names) for user in KEYED}
-            merged[row.path], stats = patch_matrices(
-                backbone[row.path],
-                of_row(derived),
-                of_row(sensitivity),
-                keys,
-                of_row(counts),
+            stored = backbone[row.path]
+            merged[row.path], counted = patch_matrices(
+                stored,
+                _by_role(derived, row.path),
+                _by_role(sensitivity, row.path),
+                {user: tensor_keys(seed, user, row.hf_names) for user in KEYED},
+                _by_role(counts, row.path),
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
-                method=Method.of(patch),
+                options=options,
                 shape=_stack(row),
-                dtype=str(backbone[row.path].dtype) if dtype == "keep" else dtype,
+                dtype=str(stored.dtype) if dtype == "keep" else dtype,
                 rounding=rounding,
                 sharding=sharder.sharding(row.axes, row.shape, row.path),
             )
-            stats = {name: processes.fetch(values) for name, values in stats.items()}
-            for layer, hf_name in enumerate(row.hf_names):
-                own = {"size": math.prod(row.hf_shape)} | {
-                    n: v[layer].tolist() for n, v in stats.items()
-                }
-                statistics[hf_name] = own | {"overlap": overlap(own)}
+            statistics |= _by_tensor(row, counted)
             bar.update()
     refuse_broken(statistics)
     return merged, statistics
+
+
+def _by_tensor(row: Param, counted: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
+    """Return the statistics of a weight, {name: [L]}, by HF tensor and as Python's numbers."""
+    values = {name: processes.fetch(x) for name, x in counted.items()}
+    statistics = {}
+    for layer, hf_name in enumerate(row.hf_names):
+        numbers = {"size": math.prod(row.hf_shape)}
+        for name, x in values.items():
+            numbers[name] = x[layer].tolist()
+        statistics[hf_name] = numbers | {"overlap": overlap(numbers)}
+    return statistics

@@ -13,8 +13,8 @@ from jax import lax
 
 from safepatch_jax.numerics import row_major_index
 
-ROLES = ("se", "osm")
 PASSES = 34  # counts that `share_out` asks for, at most
+NONE = 0x7FFFFFFF  # above the bits of every finite number, and above every index
 
 
 def top_count(rate: float, size: int) -> int:
@@ -28,11 +28,10 @@ def float_bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
 
 
-def top_mask(score: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
-    """Mark the k largest scores (float32, finite, >= 0); see `top_of_keys`."""
-    return top_of_keys(
-        lax.bitcast_convert_type(score, jnp.int32), k, axes
-    )  # no -0 is marked either: its bits are negative
+def top_mask(importance: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+    """Mark the k most important entries (float32, finite, >= 0); see `top_of_keys`."""
+    # No -0 is marked either: its bits are negative.
+    return top_of_keys(lax.bitcast_convert_type(importance, jnp.int32), k, axes)
 
 
 def top_of_keys(key: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
@@ -62,14 +61,16 @@ def top_of_keys(key: jax.Array, k: jax.Array, axes: Sequence[int] | None = None)
 
 
 def _top_of_keys(key: jax.Array, k: jax.Array, *, axes: tuple[int, ...], bits: int) -> jax.Array:
-    count = functools.partial(_count, axes=axes, together=bits > 1)
-    reached = lambda thresholds: count([key >= t for t in thresholds])
-    sized = tuple(1 if i in axes else n for i, n in enumerate(key.shape))
-    threshold, above, reach = _search(reached, jnp.broadcast_to(k, sized), bits)
-    # Where the positive keys are fewer than k the search ends at 0: all of them are taken, and no
+    def reached(thresholds):
+        return _count([key >= threshold for threshold in thresholds], axes, together=bits > 1)
+
+    groups = tuple(1 if axis in axes else n for axis, n in enumerate(key.shape))
+    threshold, above, reach = _search(reached, jnp.broadcast_to(k, groups), bits)
+    # Where the positive keys are fewer than k the search ends at 0: all of them are marked, and no
     # zero.
     some = threshold > 0
-    ties, needed = jnp.where(some, reach - above, 0), jnp.where(some, k - above, 0)
+    ties = jnp.where(some, reach - above, 0)
+    needed = jnp.where(some, k - above, 0)
     return (key > threshold) | some & lowest(key, threshold, ties, needed, axes, bits)
 
 
@@ -93,17 +94,18 @@ def lowest(
     """
 
     def first_left_out(key):
-        # The largest index from which on enough of them lie to be left out.
+        """Return the largest index from which on enough of them lie to be left out."""
         tied, index = key == threshold, row_major_index(key.shape, axes)
-        outside = lambda bounds: _count(
-            [tied & (index >= i) for i in bounds], axes, together=bits > 1
-        )
+
+        def outside(bounds):
+            return _count([tied & (index >= bound) for bound in bounds], axes, together=bits > 1)
+
         return _search(outside, count - needed, bits)[0]
 
     # Only the bound leaves the branches, so that no mask and no index lies in memory where there is
     # nothing to leave out.
     bound = lax.cond(
-        jnp.all(count <= needed), lambda key: jnp.full_like(count, 0x7FFFFFFF), first_left_out, key
+        jnp.all(count <= needed), lambda key: jnp.full_like(count, NONE), first_left_out, key
     )
     return (key == threshold) & (row_major_index(key.shape, axes) < bound)
 
@@ -113,12 +115,13 @@ def _count(masks: Sequence[jax.Array], axes: tuple[int, ...], together: bool) ->
     one reduction."""
     if not together:
         return [jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True) for mask in masks]
-    ones = [mask.astype(jnp.int32) for mask in masks]
-    add = lambda a, b: tuple(x + y for x, y in zip(a, b))
-    return [
-        lax.expand_dims(n, axes)
-        for n in lax.reduce(tuple(ones), (jnp.int32(0),) * len(ones), add, axes)
-    ]
+    ones = tuple(mask.astype(jnp.int32) for mask in masks)
+    zeros = (jnp.int32(0),) * len(ones)
+
+    def add(a, b):
+        return tuple(x + y for x, y in zip(a, b))
+
+    return [lax.expand_dims(count, axes) for count in lax.reduce(ones, zeros, add, axes)]
 
 
 def reduce_together(
@@ -130,8 +133,8 @@ def reduce_together(
 
     Args:
       sums: bool, to be counted.
-      largest, smallest: int32, of which the largest (0 if there is none) and the smallest is
-        wanted.
+      largest, smallest: int32, of which the largest (0 if there is none) and the smallest (NONE)
+        is wanted.
 
     Returns:
       three dictionaries of int32 scalars.
@@ -140,27 +143,23 @@ def reduce_together(
     def one_by_one(trees):
         sums, largest, smallest = trees
         return (
-            {k: jnp.sum(x, dtype=jnp.int32) for k, x in sums.items()},
-            {k: jnp.max(x) for k, x in largest.items()},
-            {k: jnp.min(x) for k, x in smallest.items()},
+            {name: jnp.sum(x, dtype=jnp.int32) for name, x in sums.items()},
+            {name: jnp.max(x) for name, x in largest.items()},
+            {name: jnp.min(x) for name, x in smallest.items()},
         )
 
+    rules = [lax.add] * len(sums) + [lax.max] * len(largest) + [lax.min] * len(smallest)
+    starts = [0] * (len(sums) + len(largest)) + [NONE] * len(smallest)
+
+    def combine(a, b):
+        return tuple(rule(x, y) for rule, x, y in zip(rules, a, b))
+
     def together(trees):
-        arrays, tree = jax.tree.flatten(
-            ({k: x.astype(jnp.int32) for k, x in trees[0].items()}, *trees[1:])
-        )
-        start = jax.tree.leaves(
-            tuple(dict.fromkeys(t, n) for t, n in zip(trees, (0, 0, 0x7FFFFFFF)))
-        )
-        combine = jax.tree.leaves(
-            tuple(dict.fromkeys(t, f) for t, f in zip(trees, (lax.add, lax.max, lax.min)))
-        )
-        reduced = lax.reduce(
-            tuple(arrays),
-            tuple(map(jnp.int32, start)),
-            lambda a, b: tuple(f(x, y) for f, x, y in zip(combine, a, b)),
-            tuple(range(arrays[0].ndim)),
-        )
+        sums, largest, smallest = trees
+        ones = {name: x.astype(jnp.int32) for name, x in sums.items()}
+        arrays, tree = jax.tree.flatten((ones, largest, smallest))  # in the order of `rules`
+        axes = tuple(range(arrays[0].ndim))
+        reduced = lax.reduce(tuple(arrays), tuple(map(jnp.int32, starts)), combine, axes)
         return jax.tree.unflatten(tree, reduced)
 
     return lax.platform_dependent(
@@ -188,14 +187,15 @@ def _search(
         counts = reached([low | jnp.int32(j) << shift for j in range(1, 1 << width)])
         chosen = sum((n >= k).astype(jnp.int32) for n in counts)
         for j, n in enumerate(counts, 1):
-            at, above = jnp.where(chosen == j, n, at), jnp.where(chosen == j - 1, n, above)
+            at = jnp.where(chosen == j, n, at)
+            above = jnp.where(chosen == j - 1, n, above)
         return low + (chosen << shift), above, at
 
-    state, last = (jnp.zeros_like(k),) * 3, bits + 31 % bits
+    state = (jnp.zeros_like(k),) * 3
     state = lax.fori_loop(
         0, 31 // bits - 1, lambda i, state: digit(state, 31 - bits * (i + 1), bits), state
     )
-    return digit(state, 0, last)
+    return digit(state, 0, bits + 31 % bits)  # 31 bits may be no multiple: the last digit has more
 
 
 def share_out(count_at: Callable[[int], Sequence[int]], k: int) -> list[int]:
@@ -210,14 +210,15 @@ def share_out(count_at: Callable[[int], Sequence[int]], k: int) -> list[int]:
       k: zeros are never selected, so fewer may be shared out.
     """
     positive = count_at(1)
-    if not (k := min(k, sum(positive))):
+    k = min(k, sum(positive))
+    if not k:
         return [0] * len(positive)
     threshold = threshold_of(count_at, k)
     above, reached = count_at(threshold + 1), count_at(threshold)
-    left, shares = k - sum(above), []
+    remaining, shares = k - sum(above), []
     for more, at_least in zip(above, reached):
-        ties = min(left, at_least - more)
-        left -= ties
+        ties = min(remaining, at_least - more)
+        remaining -= ties
         shares.append(more + ties)
     return shares
 
@@ -229,18 +230,3 @@ def threshold_of(count_at: Callable[[int], Sequence[int]], k: int) -> int:
         if sum(count_at(threshold | 1 << bit)) >= k:
             threshold |= 1 << bit
     return threshold
-
-
-def combine_sets(se: jax.Array, osm: jax.Array, combine: str) -> tuple[jax.Array, jax.Array]:
-    """Return the candidate sets (SE, OSM) from the two top sets.
-
-    difference: what only one of them holds; intersection: what both hold, for both; union: each its
-    own top set.
-    """
-    if combine == "difference":
-        return se & ~osm, osm & ~se
-    if combine == "intersection":
-        return se & osm, se & osm
-    if combine == "union":
-        return se, osm
-    raise ValueError(f"unknown combine '{combine}'; one of difference, intersection, union.")

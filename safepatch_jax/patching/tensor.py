@@ -1,31 +1,27 @@
-"""One HF tensor as a merging method sees it, and what the method decides about it."""
+"""One HF tensor within the compiled patch program: what a merging method may ask of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from safepatch_jax.numerics import bernoulli, random_bits
-from safepatch_jax.patching.selection import ROLES, float_bits, top_count, top_of_keys
-from safepatch_jax.settings import PatchSettings
-
-TRIMMED = ("ties",)  # their top sets are by magnitude, at patch.density
-UNTRIMMED = ("average", "task_arithmetic", "dare", "dare_ties", "resta")  # they have no top sets
-UNSCORED = ("magnitude", "random")  # importances that need no sensitivity
-DROPPED = ("dare", "dare_ties", "resta")  # they always divide what they keep by patch.retention
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.importances import IMPORTANCES, Entries
+from safepatch_jax.patching.selection import float_bits, top_of_keys
 
 
-class Method(NamedTuple):
+class ProgramOptions(NamedTuple):
     """The options of the patch operation that decide which program is compiled.
 
-    A global top set reaches the program as a count for each matrix, see `share_out`, so `by_row` is
-    what is left of patch.granularity.
+    A global top set reaches the program as a count for each matrix, see `share_out`, so of
+    patch.granularity only `by_row` matters.
     """
 
     merge: str
@@ -34,90 +30,54 @@ class Method(NamedTuple):
     combine: str
     support: str
 
-    @classmethod
-    def of(cls, patch: PatchSettings) -> Method:
-        own = patch.merge == "safepatching"
-        return cls(
-            patch.merge,
-            patch.importance if own else "magnitude",
-            patch.granularity == "row",
-            patch.combine,
-            patch.support,
-        )
-
 
 @dataclasses.dataclass(frozen=True)
-class Knobs:
-    """The options that are traced scalars, so that a change of value compiles nothing."""
-
-    retention: float
-    quota: int
-    alpha: float
-    beta: float
-
-    @classmethod
-    def of(cls, patch: PatchSettings, size: int) -> Knobs:
-        divided = patch.rescale if patch.merge == "safepatching" else patch.merge in DROPPED
-        scale = 1.0 / patch.retention if divided else 1.0
-        return cls(
-            patch.retention,
-            top_count(patch.retention, size),
-            patch.alpha * scale,
-            patch.beta * scale,
-        )
-
-    def traced(self) -> dict[str, Any]:
-        return {
-            "retention": np.float32(self.retention),
-            "quota": np.int32(self.quota),
-            "alpha": np.float32(self.alpha),
-            "beta": np.float32(self.beta),
-            "zero": np.int32(0),
-        }
-
-
-def top_rates(patch: PatchSettings) -> dict[str, float]:
-    """Return the share of entries in each patch's top set."""
-    if patch.merge in UNTRIMMED:
-        return dict.fromkeys(ROLES, 1.0)
-    if patch.merge in TRIMMED:
-        return dict.fromkeys(ROLES, patch.density)
-    return {"se": patch.top_rate_se, "osm": patch.top_rate_osm}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
+class Tensor:
     """One HF tensor within the compiled program; dictionaries are by role.
 
     Attributes:
       patch: derived model - backbone, float32.
-      score: importance, float32, >= 0.
+      importance: what entries are ranked by, float32, >= 0.
       keys: uint32 [2] by role, and for 'fill', 'rounding', 'top_se' and 'top_osm'.
-      counts: int32 scalars, sizes of the top sets (of each row where method.by_row).
+      counts: int32 scalars, sizes of the top sets (of each row where options.by_row).
       knobs: see `Knobs.traced`.
-      method: static options.
+      options: static.
     """
 
     patch: Mapping[str, jax.Array]
-    score: Mapping[str, jax.Array]
+    importance: Mapping[str, jax.Array]
     keys: Mapping[str, jax.Array]
     counts: Mapping[str, jax.Array]
     knobs: Mapping[str, jax.Array]
-    method: Method
+    options: ProgramOptions
+
+    def weights(self) -> dict[str, jax.Array]:
+        """Return alpha and beta, divided by the retention where the method says so."""
+        return {"se": self.knobs["alpha"], "osm": self.knobs["beta"]}
+
+    def nonzero(self) -> dict[str, jax.Array]:
+        """Mark every entry of a patch that changes something."""
+        return {role: self.patch[role] != 0 for role in PATCH_ROLES}
+
+    def no_entries(self) -> jax.Array:
+        """Return the empty set."""
+        return jnp.zeros(self.patch["se"].shape, bool)
 
     def top_sets(self) -> dict[str, jax.Array]:
-        axes = (-1,) if self.method.by_row else None
-        return {
-            role: self.select(role, float_bits(self.score[role]), self.counts[role], axes=axes)
-            for role in ROLES
-        }
+        """Mark the most important entries of each patch."""
+        axes = (-1,) if self.options.by_row else None
+        result = {}
+        for role in PATCH_ROLES:
+            key = float_bits(self.importance[role])
+            result[role] = self.select(role, key, self.counts[role], axes=axes)
+        return result
 
     def select(
         self,
         name: str,
         key: jax.Array,
         number: jax.Array,
-        taken: jax.Array | None = None,
+        included: jax.Array | None = None,
         axes: tuple[int, ...] | None = None,
     ) -> jax.Array:
         """Mark the entries with the largest keys.
@@ -126,46 +86,82 @@ class Layer:
           name: of this selection; one of a kind within a method.
           key, axes: see `top_of_keys`.
           number: int32 scalar, how many.
-          taken: marks that count towards the number.
+          included: marks that count towards the number.
         """
-        del name
-        if taken is not None:
-            number = jnp.maximum(number - jnp.sum(taken, dtype=jnp.int32), 0)
+        del name  # what reads a tensor in pieces tells selections apart by it
+        if included is not None:
+            number = jnp.maximum(number - jnp.sum(included, dtype=jnp.int32), 0)
         return top_of_keys(key, number, axes)
+
+    def retained(self, masks: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Keep each entry of the masks with probability p, independently for each role."""
+        result = {}
+        for role, mask in masks.items():
+            result[role] = mask & bernoulli(self.bits(role), self.knobs["retention"])
+        return result
+
+    def filled(
+        self, candidates: Mapping[str, jax.Array], top: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Keep every candidate, and random other entries up to a number in all (support 'fill').
+
+        [choice] The number is exact, as "a fraction p in all" names a size: the knob `quota`,
+        floor(p * size), for each patch; where the candidates are more, no others are added. The
+        others of both patches lie outside both top sets, which were left out or kept on purpose. A
+        coin (one random bit) offers each such entry to one patch alone, so where the candidates are
+        disjoint the supports are too; at p above about one half a patch may therefore run out of
+        offered entries and stay below p. Entries whose patch is zero need no keeping and are not
+        counted. Of the offered entries those with the largest random numbers are kept, ties to the
+        lower row-major index.
+
+        Args:
+          candidates, top: {role: bool}, the tensor's shape; see `combine_sets`.
+        """
+        bits = self.bits("fill")
+        order = lax.bitcast_convert_type(bits >> 1 | 1, jnp.int32)  # 30 random bits, positive
+        free = ~(top["se"] | top["osm"])
+        kept = {}
+        for side, role in enumerate(PATCH_ROLES):
+            offered = free & (bits & 1 == side) & (self.patch[role] != 0)
+            others = self.select(
+                f"fill_{role}", jnp.where(offered, order, 0), self.knobs["quota"], candidates[role]
+            )
+            kept[role] = candidates[role] | others
+        return kept
+
+    def elected(
+        self, kept: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Return (kept, weight) after TIES' election of a sign for each entry.
+
+        The elected sign is that of the sum of both weighted patches; entries of the other sign are
+        not kept, and where the two cancel exactly none is. The mean is over the patches that are
+        kept at an entry.
+        """
+        weights, votes, agree = self.weights(), {}, {}
+        for role in kept:
+            votes[role] = jnp.where(kept[role], self.weighted(role, weights[role]), 0.0)
+        sign = jnp.sign(votes["se"] + votes["osm"])
+        for role, vote in votes.items():
+            agree[role] = (vote != 0) & (jnp.sign(vote) == sign)
+        share = jnp.where(agree["se"] & agree["osm"], jnp.float32(0.5), jnp.float32(1))
+        return agree, {role: share * weights[role] for role in kept}
+
+    def weighted(self, role: str, weight: jax.Array | float) -> jax.Array:
+        """Return weight * patch, rounded to float32 before anything is added to it.
+
+        The exclusive or with a zero that the compiler does not know keeps it from fusing product
+        and sum to one FMA, which some machines would do and others not.
+        """
+        product = lax.bitcast_convert_type(weight * self.patch[role], jnp.int32)
+        return lax.bitcast_convert_type(product ^ self.knobs["zero"], jnp.float32)
 
     def bits(self, user: str) -> jax.Array:
         """Return the random bits of one user of `keys`, uint32, of the patch's shape."""
         return random_bits(self.keys[user], self.patch["se"].shape)
 
-    def nonzero(self) -> dict[str, jax.Array]:
-        return {role: self.patch[role] != 0 for role in ROLES}
 
-    def dropped(self, masks: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Keep each entry of the masks with probability p, independently for each role."""
-        return {
-            role: mask & bernoulli(self.bits(role), self.knobs["retention"])
-            for role, mask in masks.items()
-        }
-
-    def weights(self) -> dict[str, jax.Array]:
-        return {"se": self.knobs["alpha"], "osm": self.knobs["beta"]}
-
-
-class Choice(NamedTuple):
-    """A method's decision: theta + sum over roles of weight * patch[kept].
-
-    Attributes:
-      top: {role: bool}: entries that the method considers before it combines or drops any.
-      kept: {role: bool}: entries whose patch is added.
-      weight: {role: float32 scalar or array}.
-    """
-
-    top: Mapping[str, jax.Array]
-    kept: Mapping[str, jax.Array]
-    weight: Mapping[str, jax.Array]
-
-
-def importance(
+def importance_of(
     patch: jax.Array,
     derived: jax.Array,
     sensitivity: jax.Array | None,
@@ -173,31 +169,13 @@ def importance(
     key: jax.Array | None = None,
     start: jax.Array | int = 0,
 ) -> jax.Array:
-    """Return the scores of a tensor, or of a run of its entries; float32, >= 0, not finite where
-    the patch is not.
+    """Return the importance of a tensor's entries, or of a run of them; float32, >= 0, not finite
+    where the patch is not.
 
     Args:
-      patch, derived, sensitivity: float32, of one shape; the last may be None for the kinds in
-        `UNSCORED`.
-      kind: SNIP's |W| * sensitivity with W the patch entry ('delta') or the derived weight
-        ('weight'); |patch| ('magnitude'); or uniform in (0, 1] in steps of 2^-24, but 0 where the
-        patch is ('random').
-      key, start: of the random bits, see `random_bits`; used by 'random' alone.
+      patch, derived, sensitivity: see `Entries`.
+      kind: a name in `IMPORTANCES`.
+      key, start: of the random bits, see `random_bits`; for importances that draw some.
     """
-    if kind == "random":
-        drawn = ((random_bits(key, patch.shape, start) >> 8) + 1).astype(jnp.float32) * jnp.float32(
-            2.0**-24
-        )
-        return jnp.where((patch != 0) & jnp.isfinite(patch), drawn, jnp.abs(patch))
-    if kind == "magnitude":
-        return jnp.abs(patch)
-    return jnp.abs(patch if kind == "delta" else derived) * sensitivity
-
-
-def rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
-    """Round a product to float32 before it is added: a zero that the compiler does not know keeps
-    it from fusing
-    product and sum to one FMA, which some machines would do and others not."""
-    return lax.bitcast_convert_type(
-        lax.bitcast_convert_type(product, jnp.int32) ^ zero, jnp.float32
-    )
+    bits = functools.partial(random_bits, key, patch.shape, start)
+    return IMPORTANCES[kind].function(Entries(patch, derived, sensitivity, bits))

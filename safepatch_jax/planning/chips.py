@@ -1,4 +1,4 @@
-"""Public figures of chips, and the devices of a TPU topology that is not at hand."""
+"""Published figures of chips, and the devices of a TPU topology without its hardware."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a vendor states of one chip.
+    """A vendor's figures of one chip.
 
     Attributes:
       name: as people call it.
       kinds: how JAX names such a device.
-      hbm: memory in bytes that programs can have.
+      hbm: memory in bytes that programs can use.
       flops: peak of bfloat16 products, dense, FLOP/s.
       bandwidth: of that memory, bytes/s.
       link: interconnect, bytes/s that a chip can send over all its links at once.
@@ -64,6 +64,13 @@ CHIPS = {
     "h100": Chip("H100 SXM", ("NVIDIA H100 80GB HBM3",), 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9),
     "h200": Chip("H200 SXM", ("NVIDIA H200",), 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
 }
+# libtpu must not look for a metadata server or for chips, nor claim them against other processes.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 FORMS = (
     "v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4 (generation, then chips along each axis: whole hosts "
     "of 2x2 chips, or one "
@@ -73,13 +80,13 @@ FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What programs are compiled for.
+    """The devices that programs are compiled for.
 
     Attributes:
       title: for people.
       devices: descriptors or devices, all of one kind.
       chip: its figures, None where the table has none (a CPU).
-      memory: bytes that programs can have on each device, None where that is not known.
+      memory: bytes that programs can use on each device, None where that is not known.
     """
 
     title: str
@@ -98,14 +105,13 @@ class Target:
 
 
 def topology(text: str, slices: int = 1) -> Target:
-    """Return the chips of a TPU topology, none of which need be at hand: they can be compiled for,
-    and nothing else.
+    """Return the chips of a TPU topology, for which programs can be compiled without the hardware.
 
     JAX itself is set to run on the CPU, unless JAX_PLATFORMS says otherwise.
 
     Args:
       text: such as ``v5e:4x4``.
-      slices: so many times that topology, joined by the data centre network.
+      slices: number of such topologies, joined by the data centre network.
 
     Raises:
       ValueError: libtpu, which brings the compiler, is not installed; unknown generation or form;
@@ -122,14 +128,7 @@ def topology(text: str, slices: int = 1) -> Target:
             "The TPU compiler, libtpu, is not installed. No TPU is needed for it: "
             "pip install -r requirements-tpu-aot.txt (700 MB)."
         )
-    # libtpu shall neither look for a metadata server nor for chips, nor claim them against other
-    # processes.
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
@@ -145,25 +144,19 @@ def topology(text: str, slices: int = 1) -> Target:
             platform="tpu", topology_name=text.strip(), **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"libtpu knows no topology '{text}': {_first_line(error)} Forms: {FORMS}."
-        ) from error
-    title = (
-        f"{text.strip()}{f' x {slices} slices' if slices > 1 else ''}: {len(devices)} x {chip.name}"
-    )
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"libtpu knows no topology '{text}': {reason} Forms: {FORMS}.") from error
+    times = f" x {slices} slices" if slices > 1 else ""
+    title = f"{text.strip()}{times}: {len(devices)} x {chip.name}"
     return Target(title, tuple(devices), chip, chip.hbm)
 
 
 def present(sharder: Sharder, chip: Chip | None = None) -> Target:
-    """Return the devices of a mesh as a target; memory as the devices state it, else as the table
-    does."""
+    """Return the devices of a mesh as a target; the memory is theirs, or that of the table where
+    they do not report it."""
     devices = tuple(sharder.mesh.devices.flat)
     kind = devices[0].device_kind
     chip = chip or next((c for c in CHIPS.values() if kind in c.kinds), None)
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     memory = (stats or {}).get("bytes_limit") or (chip.hbm if chip else None)
     return Target(f"{len(devices)} x {kind}", devices, chip, memory)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

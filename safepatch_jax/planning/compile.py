@@ -1,8 +1,9 @@
-"""Compiles programs ahead of time and says what each needs and, at the least, takes."""
+"""Compiles programs ahead of time and measures their memory and least time."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 import warnings
@@ -15,28 +16,28 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.planning.chips import Chip, Target
 from safepatch_jax.planning.flops import count_flops
 from safepatch_jax.planning.programs import Program
-from safepatch_jax.planning.work import Work, read_work
+from safepatch_jax.planning.work import ProgramWork, read_work
 from safepatch_jax.runtime.console import progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a compiled program needs. Bytes are those of one device.
+    """The measures of a compiled program. Bytes are those of one device.
 
     Attributes:
       title, kind: of the program.
-      memory: bytes that programs can have; None where that is not known.
+      memory: bytes that programs can use; None where that is not known.
       seconds: of tracing, lowering and compiling.
       flops: of its matrix products, all devices together, see `count_flops`.
-      arguments, temporaries: as XLA reports them; outputs that take an argument's place are no
+      arguments, temporaries: as XLA reports them; outputs that take an argument's place are not
         temporaries.
       resident: see `Program`.
-      peak: the most that is taken at once: arguments, the block of temporaries, results, and what
-        is resident.
-      needed: for a program that XLA refuses: what it says would be needed, 0 where it does not say.
-      work: what one run does on a device.
-      floor: seconds that one run takes at the least, by what limits it; empty where the chip's
-        figures are not known.
+      peak: most bytes in use at once: arguments, the block of temporaries, results, and resident.
+      needed: for a program that XLA refuses, the bytes that it says are needed, 0 where it does not
+        say; None for a program that compiles.
+      work: of one run on a device.
+      floor: {unit that limits: least seconds of one run}; empty where the chip's figures are not
+        known.
     """
 
     title: str
@@ -49,7 +50,7 @@ class Figures:
     temporaries: int = 0
     peak: int = 0
     needed: int | None = None
-    work: Work = Work()
+    work: ProgramWork = ProgramWork()
     floor: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -57,8 +58,13 @@ class Figures:
         return self.needed is None and (self.memory is None or self.peak <= self.memory)
 
     @property
+    def required(self) -> int:
+        """Bytes that it needs, with what is resident."""
+        return self.peak if self.needed is None else self.needed + self.resident
+
+    @property
     def bound(self) -> str:
-        """What limits it."""
+        """The unit that limits it."""
         return max(self.floor, key=self.floor.get) if self.floor else ""
 
     @property
@@ -66,20 +72,21 @@ class Figures:
         return max(self.floor.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "work"}
-        work = self.work
-        done = {
-            "collectives": {
-                kind: {"runs": n, "bytes_sent": round(sent)}
-                for kind, (n, sent) in work.by_kind().items()
-            },
+        work, collectives = self.work, {}
+        for kind, (runs, sent) in work.by_kind().items():
+            collectives[kind] = {"runs": runs, "bytes_sent": round(sent)}
+        result = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del result["work"]
+        return result | {
+            "collectives": collectives,
             "largest_all_gather": work.largest("all-gather"),
             "memory_traffic": work.traffic,
             "flops_on_each_device": work.flops,
             "sorts": work.sorts,
             "loops_counted_once": work.unknown_loops,
+            "fits": self.fits,
+            "bound_by": self.bound,
         }
-        return own | done | {"fits": self.fits, "bound_by": self.bound}
 
 
 def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
@@ -93,7 +100,8 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
     start = time.monotonic()
     traced = program.trace()
     flops = count_flops(traced.jaxpr, program.while_trips)
-    common = dict(
+    figures = functools.partial(
+        Figures,
         title=program.title,
         kind=program.kind,
         memory=target.memory,
@@ -101,9 +109,8 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         resident=program.resident,
     )
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # the cache takes in what is compiled for absent devices, and cannot give it out
+        # The compile cache stores what is compiled for absent devices, and cannot read it.
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -113,19 +120,18 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
                 f"{dict(sharder.mesh.shape)}."
             )
             raise
-        return Figures(**common, seconds=time.monotonic() - start, needed=needed)
+        return figures(seconds=time.monotonic() - start, needed=needed)
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     work = read_work(compiled.as_text())
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # XLA's own peak is of what is alive (on CPU without temporaries), but temporaries are reserved
+    # XLA's peak is that of live arrays (on CPU without temporaries), but temporaries are reserved
     # as one block.
     peak = max(
         memory.peak_memory_in_bytes,
         arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
     )
     floor = least_times(work, flops / sharder.mesh.devices.size, target.chip) if target.chip else {}
-    return Figures(
-        **common,
+    return figures(
         seconds=seconds,
         arguments=arguments,
         temporaries=temporaries,
@@ -138,21 +144,20 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
 def measure_all(
     programs: Iterable[Program], target: Target, sharder: Sharder, title: str = "compile"
 ) -> list[Figures]:
-    """Compile programs one after another, with a bar that names the one that is being compiled."""
-    programs, found = list(programs), []
+    """Compile programs one after another, with a bar that names the current one."""
+    programs, figures = list(programs), []
     with progress(len(programs), title, "program") as bar:
         for program in programs:
             bar.set_postfix_str(program.title)
-            found.append(measure(program, target, sharder))
+            figures.append(measure(program, target, sharder))
             bar.update()
-    return found
+    return figures
 
 
 def memory_needed(message: str) -> int | None:
     """Return the bytes that a compiler's refusal for lack of device memory says are needed: 0 if it
-    names none, None if it
-    is no such refusal (running out of on-chip memory is none: that is a fault of a kernel, and no
-    setting helps)."""
+    names none, None for any other error (also for lack of on-chip memory, which is a fault of a
+    kernel that no setting mends)."""
     if "RESOURCE_EXHAUSTED" not in message or not re.search(r"\bhbm\b", message, re.IGNORECASE):
         return None
     for pattern in (
@@ -164,12 +169,11 @@ def memory_needed(message: str) -> int | None:
     return 0
 
 
-def least_times(work: Work, share: float, chip: Chip) -> dict[str, float]:
-    """Return the roofline's times in seconds, {what: time}; one run takes at least the largest of
-    them.
+def least_times(work: ProgramWork, share: float, chip: Chip) -> dict[str, float]:
+    """Return the roofline's times in seconds, {unit: time}; one run takes at least the largest.
 
-    A floor and no forecast: it takes every unit at its peak, overlapped without a gap, and a chip's
-    links as all in use.
+    A floor and no forecast: it assumes every unit at its peak, all of them at once, and all links
+    of a chip in use.
 
     Args:
       work: of one device.

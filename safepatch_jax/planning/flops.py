@@ -3,18 +3,14 @@ partitioning."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax.extend.core
 
-_HELD = (
-    "jaxpr",
-    "call_jaxpr",
-    "fun_jaxpr",
-    "fwd_jaxpr",
-)  # where call-like equations keep what they run
+# Where call-like equations (pjit, remat, custom_jvp ...) keep what they run; the first one counts.
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr")
 
 
 def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
@@ -40,7 +36,7 @@ def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
 
 def _equation(equation: Any, while_trips: int) -> int:
     name, params = equation.primitive.name, equation.params
-    inner = lambda jaxpr: count_flops(jaxpr, while_trips)
+    inner = functools.partial(count_flops, while_trips=while_trips)
     if name == "dot_general":
         return _dot(equation)
     if name.startswith("dot_product_attention_"):
@@ -52,26 +48,15 @@ def _equation(equation: Any, while_trips: int) -> int:
     if name == "cond":
         return max(map(inner, params["branches"]))
     if name == "pallas_call":
-        return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int)) * inner(
-            params["jaxpr"]
-        )
+        blocks = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
+        return blocks * inner(params["jaxpr"])
     if name == "shard_map":
-        taken = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
-        return math.prod(params["mesh"].shape[axis] for axis in taken) * inner(params["jaxpr"])
-    for (
-        held
-    ) in _HELD:  # pjit, closed_call, remat, custom_jvp, custom_vjp ...: the first is what runs
-        if held in params:
-            return inner(params[held])
-    return sum(inner(jaxpr) for jaxpr in _jaxprs(params.values()))
-
-
-def _jaxprs(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _jaxprs(value)
+        axes = params.get("newly_manual_axes", params.get("manual_axes"))
+        return math.prod(params["mesh"].shape[axis] for axis in axes) * inner(params["jaxpr"])
+    for parameter in _CALLED:
+        if parameter in params:
+            return inner(params[parameter])
+    return sum(map(inner, jax.extend.core.jaxprs_in_params(params)))
 
 
 def _dot(equation: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a run would do and need: on the devices at hand, or on TPU chips that are not."""
+"""The plan of a run and its needs: on the devices that are present, or on absent TPU chips."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from safepatch_jax.settings import Settings
 
 
 def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
-    """Print what a run would do here, and what its programs need on these devices; nothing is run,
-    and nothing is written
-    but the compile cache.
+    """Print the plan of a run and what its programs need on these devices; nothing is run, and
+    nothing is written but the compile cache.
 
-    A model that is not at hand is stood for by model.architecture; data and stages are then not
-    looked at.
+    For an absent model its model.architecture is used; data and stages are then not examined.
 
     Raises:
       ValueError: bad settings, model, data or mesh.
@@ -35,18 +33,17 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
         config, sharder = architecture(settings), Context(settings).sharder
     else:
         job = Job(settings, workdir, update=True)
-        for line in job.plan():
+        for line in job.plan(statuses=False):
             say(line)
-        sharder = job.context.sharder
-        if job.place.kind == "hf" or job.runner.status("import") == "done":
-            config = read_hf_config(job.folder("import"))
+        sharder = job.state.context.sharder
+        if job.state.source.kind == "hf" or job.runner.status("import") == "done":
+            config = read_hf_config(job.state.imported)
         elif stand_in:
             config = architecture(settings)
         else:
             say(
                 "What its programs need is known once the model is imported (by the run, or by "
-                "launch.convert), or with "
-                "--model.architecture=FILE."
+                "launch.convert), or with --model.architecture=FILE."
             )
             return
     for line in report.figures(settings, config, sharder):
@@ -69,11 +66,11 @@ def compile_run(
     Args:
       settings: of the run.
       text: the topology, see `topology`.
-      slices: so many of it.
+      slices: number of such topologies.
       kinds: which programs, of PROGRAMS.
-      suggest: look for the mesh and remat with the shortest train step, instead of taking those of
-        the settings.
-      remedy: where the settings do not fit, look for the nearest that do.
+      suggest: search the mesh and remat with the shortest train step, instead of those of the
+        settings.
+      remedy: where the settings do not fit, search the nearest that do.
       json_path: where to write the same figures as JSON.
 
     Returns:
@@ -86,26 +83,26 @@ def compile_run(
     if json_path is not None and not pathlib.Path(json_path).absolute().parent.is_dir():
         raise ValueError(f"--json: the folder of '{json_path}' is not there. Make it first.")
     config, target = architecture(settings), topology(text, slices)
-    planner, found, compiled = Planner(config, target, kinds), None, []
+    planner, fit, compiled, figures = Planner(config, target, kinds), None, [], ()
     if suggest:
-        compiled, found = planner.suggest(settings)
-        settings = settings if found is None else settings.override(found.changes)
-        figures = () if found is None else found.figures
+        compiled, fit = planner.suggest(settings)
+    if fit is not None:
+        settings, figures = settings.override(fit.changes), fit.figures
     sharder = target.sharder(settings.mesh.shape)
     for line in report.heading(target, settings, config, sharder):
         say(line)
     if suggest:
-        lines = report.suggestion_lines(compiled, found)
+        lines = report.suggestion_lines(compiled, fit)
     else:
         figures = planner.all(settings)
         lines = [*report.table(figures), report.verdict(figures)]
     for line in lines:
         say(line)
     if remedy and not suggest and not all(f.fits for f in figures):
-        found = planner.remedy(settings)
-        for line in report.remedy_lines(found, settings, config, target, sharder):
+        fit = planner.remedy(settings)
+        for line in report.remedy_lines(fit, settings, config, target, sharder):
             say(line)
     if json_path is not None:
-        content = report.to_json(target, sharder, settings, config, figures, found, compiled)
+        content = report.to_json(target, sharder, settings, config, figures, fit, compiled)
         files.write_json(pathlib.Path(json_path), content)
     return bool(figures) and all(f.fits for f in figures)

@@ -1,5 +1,4 @@
-"""The programs of a run, described well enough to be compiled for devices that are not at hand:
-nothing is allocated.
+"""The programs of a run, for compiling them without their devices: nothing is allocated.
 
 train (one step), score (one step), patch (one program for each distinct weight), decode (prefill
 and all steps of a batch).
@@ -22,9 +21,9 @@ from safepatch_jax.evaluation.generate import decode
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
 from safepatch_jax.models.table import Param, param_table
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, patch_matrices
-from safepatch_jax.patching.selection import ROLES
-from safepatch_jax.patching.tensor import UNTRIMMED, Knobs, Method
+from safepatch_jax.patching.options import Knobs, program_options
 from safepatch_jax.run.context import Context
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
@@ -39,10 +38,9 @@ class Program:
 
     Attributes:
       kind: one of PROGRAMS.
-      name: what it works on, for a kind with several programs.
+      name: of the weights it works on, for a kind with several programs.
       trace: traces it; raises ValueError where settings, model and mesh do not go together.
-      resident: bytes on each device of arrays that the run holds beside the program's own while it
-        runs.
+      resident: bytes on each device of arrays that the run holds beside the program's own.
       while_trips: the most often its while loops run.
     """
 
@@ -58,25 +56,22 @@ class Program:
 
 
 def architecture(settings: Settings) -> DecoderConfig:
-    """Return the architecture: of model.source where that is a folder with a config.json, else of
+    """Return the architecture: of model.source if that is a folder with a config.json, else of
     model.architecture.
 
     Raises:
       ValueError: neither is there, or the decoder cannot represent it.
     """
-    source, stand_in = (
-        pathlib.Path(settings.model.source.removeprefix("hf:")).expanduser(),
-        settings.model.architecture,
-    )
+    source = pathlib.Path(settings.model.source.removeprefix("hf:")).expanduser()
+    stand_in = settings.model.architecture
     if settings.model.source and (source / "config.json").is_file():
         return read_hf_config(source)
     if not stand_in:
         raise ValueError(
-            f"The architecture is not known: model.source '{settings.model.source}' is no folder "
-            "with a "
-            "config.json, and model.architecture is not set. Give --model.architecture=FILE, such "
-            "as one of "
-            "configs/architectures, or --model.source=DIR."
+            f"The architecture is not known: model.source '{settings.model.source}' is not a "
+            "folder with a config.json, and model.architecture is not set. Give "
+            "--model.architecture=FILE, such as one of configs/architectures, or "
+            "--model.source=DIR."
         )
     if not pathlib.Path(stand_in).is_file():
         raise ValueError(
@@ -107,58 +102,59 @@ def programs(
       config: the architecture.
       sharder: the mesh.
       kinds: which.
-      shape: T and A of training and scoring; the largest that the settings allow, if it is not
-        given.
+      shape: T and A of training and scoring; by default the largest that the settings allow.
 
     Raises:
-      ValueError: unknown kind; a batch that does not go with the mesh; a dimension of the model
-        that the mesh does not divide.
+      ValueError: unknown kind; a batch or a dimension of the model that the mesh does not divide.
     """
     param_table(config).shardings(sharder)
-    cache = jax.config.jax_compilation_cache_dir
     context = Context(settings)
     context.sharder = sharder
     context.check_batches()
-    jax.config.update(
-        "jax_compilation_cache_dir", cache
-    )  # a run has set its own by now; others shall get none
     shape = shape or lengths(settings)
-    made = {
+    makers = {
         "train": functools.partial(_train, shape=shape),
         "score": functools.partial(_score, shape=shape),
         "patch": _patch,
         "decode": _decode,
     }
-    return [program for kind in checked_kinds(kinds) for program in made[kind](context, config)]
+    result = []
+    for kind in checked_kinds(kinds):
+        result += makers[kind](context, config)
+    return result
 
 
 def checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Return these kinds of programs in the order of a run. Raises ValueError if one is unknown, or
-    none is given."""
+    """Return these kinds of programs in the order of a run.
+
+    Raises:
+      ValueError: one is unknown, or there is none.
+    """
     if not kinds:
-        raise ValueError(f"No program is asked for; there are {', '.join(PROGRAMS)}.")
-    if unknown := [kind for kind in kinds if kind not in PROGRAMS]:
-        raise ValueError(f"Unknown program '{unknown[0]}'; there are {', '.join(PROGRAMS)}.")
+        raise ValueError(f"No program is named; there are {', '.join(PROGRAMS)}.")
+    for kind in kinds:
+        if kind not in PROGRAMS:
+            raise ValueError(f"Unknown program '{kind}'; there are {', '.join(PROGRAMS)}.")
     return tuple(kind for kind in PROGRAMS if kind in kinds)
 
 
 def device_bytes(rows: Iterable[Param], sharder: Sharder, dtype: Any) -> int:
     """Return the bytes of these parameters on each device, in a dtype."""
-    shard = lambda row: math.prod(
-        sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
-    )
-    return sum(map(shard, rows)) * jnp.dtype(dtype).itemsize
+    size = 0
+    for row in rows:
+        sharding = sharder.sharding(row.axes, row.shape, row.path)
+        size += math.prod(sharding.shard_shape(row.shape))
+    return size * jnp.dtype(dtype).itemsize
 
 
 def resident_bytes(
     settings: Settings, config: DecoderConfig, sharder: Sharder, rows: Sequence[Param]
 ) -> int:
-    """Return what the patch stage holds on each device beside the arguments and temporaries of one
-    weight's program.
+    """Return the bytes that the patch stage holds on each device beside one weight's program.
 
-    That is the backbone, of which the finished weights take the place. Derived models and
-    sensitivities are read weight by weight, but for global top sets, whose thresholds need all of
-    them.
+    They are those of the backbone, whose buffers the finished weights take. Derived models and
+    sensitivities are read weight by weight, except for global top sets, whose thresholds need all
+    of them.
 
     Args:
       rows: the weight whose arrays are the program's arguments.
@@ -167,9 +163,10 @@ def resident_bytes(
     scope = table.scope(patch.scope)
     total = device_bytes(table, sharder, stored) - device_bytes(rows, sharder, stored)
     others = [row for row in scope if row not in rows]
-    if settings.export.dtype not in ("keep", stored):  # the result takes no buffer of the backbone
+    if settings.export.dtype not in ("keep", stored):
+        # The result cannot take the buffers of the backbone.
         total += device_bytes(others, sharder, settings.export.dtype)
-    if patch.granularity == "global" and patch.merge not in UNTRIMMED:
+    if patch.ranks_whole_scope:
         total += 4 * device_bytes(others, sharder, "float32")
     return total
 
@@ -177,7 +174,7 @@ def resident_bytes(
 def abstract_batch(
     rows: int, shape: tuple[int, int], sharder: Sharder
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return a training batch of so many rows, laid out as `put_batch` does it.
+    """Return a training batch of so many rows, laid out as by `put_batch`.
 
     Args:
       rows: B.
@@ -195,27 +192,30 @@ def abstract_batch(
 
 
 def _rows(sharder: Sharder, rows: int, length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        (rows, length), dtype, sharding=sharder.sharding(batch_layout(rows, sharder))
-    )
+    sharding = sharder.sharding(batch_layout(rows, sharder))
+    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
 
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
-    settings, sharder = context.settings, context.sharder
-    trace = lambda rows: context.trainer(config).trace(abstract_batch(rows, shape, sharder))
-    batches = {"": settings.derive.batch_size}
-    if settings.align.enabled and settings.align.batch_size > settings.derive.batch_size:
-        batches["align"] = settings.align.batch_size
-    return [
-        Program("train", name, functools.partial(trace, rows)) for name, rows in batches.items()
-    ]
+    align, derive = context.settings.align, context.settings.derive
+
+    def trace(rows):
+        return context.trainer(config).trace(abstract_batch(rows, shape, context.sharder))
+
+    result = [Program("train", "", functools.partial(trace, derive.batch_size))]
+    if align.enabled and align.batch_size > derive.batch_size:
+        result.append(Program("train", "align", functools.partial(trace, align.batch_size)))
+    return result
 
 
 def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
-    """In batched mode too, the per-sample program, which then compares the two modes on one
-    weight."""
-    sharder = context.sharder
-    trace = lambda: context.meter(config).trace(abstract_batch(sharder.batch_ways, shape, sharder))
+    """Return the per-sample program, also for the batched mode, which runs it on one weight to
+    compare the two modes."""
+
+    def trace():
+        rows = context.sharder.batch_ways
+        return context.meter(config).trace(abstract_batch(rows, shape, context.sharder))
+
     return [Program("score", "", trace)]
 
 
@@ -224,31 +224,30 @@ def _patch(context: Context, config: DecoderConfig) -> list[Program]:
     for row in param_table(config).scope(context.settings.patch.scope):
         spec = context.sharder.sharding(row.axes, row.shape, row.path).spec
         alike.setdefault((row.shape, spec, row.hf_shape), []).append(row)
-    return [
-        Program(
-            "patch",
-            " ".join(row.path.split("/")[-1] for row in rows),
-            functools.partial(_trace_patch, context, rows[0], config),
-            resident_bytes(context.settings, config, context.sharder, rows[:1]),
-        )
-        for rows in alike.values()
-    ]
+    result = []
+    for rows in alike.values():
+        name = " ".join(row.path.split("/")[-1] for row in rows)
+        trace = functools.partial(_trace_patch, context, rows[0], config)
+        resident = resident_bytes(context.settings, config, context.sharder, rows[:1])
+        result.append(Program("patch", name, trace, resident))
+    return result
 
 
 def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.stages.Traced:
     patch, export, sharder = context.settings.patch, context.settings.export, context.sharder
     sharding = sharder.sharding(row.axes, row.shape, row.path)
-    array = lambda dtype: jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharding)
-    both = lambda x: dict.fromkeys(ROLES, x)
-    small = lambda *shape_and_dtype: jax.ShapeDtypeStruct(*shape_and_dtype)
+    stored = jax.ShapeDtypeStruct(row.shape, jnp.dtype(config.dtype), sharding=sharding)
+    derived = jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding)
+    key = jax.ShapeDtypeStruct((row.num_layers, 2), jnp.uint32)
+    threshold = jax.ShapeDtypeStruct((row.num_layers,), jnp.int32)
     return patch_matrices.trace(
-        array(jnp.dtype(config.dtype)),
-        both(array(jnp.float32)),
-        both(array(jnp.float32)),
-        dict.fromkeys(KEYED, small((row.num_layers, 2), jnp.uint32)),
-        both(small((row.num_layers,), jnp.int32)),
+        stored,
+        dict.fromkeys(PATCH_ROLES, derived),
+        dict.fromkeys(PATCH_ROLES, derived),
+        dict.fromkeys(KEYED, key),
+        dict.fromkeys(PATCH_ROLES, threshold),
         Knobs.of(patch, math.prod(row.hf_shape)).traced(),
-        method=Method.of(patch),
+        options=program_options(patch),
         shape=(row.num_layers, *row.hf_shape),
         dtype=config.dtype if export.dtype == "keep" else export.dtype,
         rounding=export.rounding,
@@ -257,18 +256,12 @@ def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.sta
 
 
 def _decode(context: Context, config: DecoderConfig) -> list[Program]:
-    """The backbone is evaluated as it is stored, derived models in the dtype of the arithmetic."""
-    settings, sharder = context.settings, context.sharder
-    dtype = max(
-        jnp.dtype(config.dtype),
-        jnp.dtype(settings.model.compute_dtype),
-        key=lambda dtype: dtype.itemsize,
-    )
-    evaluate, length, decoder = (
-        settings.evaluate,
-        bucket(settings.data.max_prompt_tokens),
-        context.decoder(config),
-    )
+    """Return the program with the larger weights: those of the backbone as stored, or those of
+    derived models in the dtype of the arithmetic."""
+    settings, sharder, decoder = context.settings, context.sharder, context.decoder(config)
+    dtypes = jnp.dtype(config.dtype), jnp.dtype(settings.model.compute_dtype)
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    evaluate, length = settings.evaluate, bucket(settings.data.max_prompt_tokens)
     array = functools.partial(_rows, decoder.sharder, evaluate.batch_size, length)
 
     def trace():

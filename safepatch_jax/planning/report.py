@@ -1,7 +1,8 @@
-"""Says in lines of text what programs need and take, and whether they fit."""
+"""Describes in lines of text the memory and time of programs, and whether they fit."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,12 @@ from safepatch_jax.planning.chips import GIB, Chip, Target, present
 from safepatch_jax.planning.compile import Figures, measure_all
 from safepatch_jax.planning.programs import PROGRAMS, lengths, programs
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Changes, Found, as_flags
+from safepatch_jax.planning.search import Changes, Fit, as_flags
 from safepatch_jax.settings import Settings
 
 FLOOR = (
     "Times are floors, by the roofline: peak rates of the data sheet, all units busy at once, no "
-    "latency. Nothing was "
-    "run; a real run takes longer."
+    "latency. Nothing was run; a real run takes longer."
 )
 
 
@@ -30,107 +30,95 @@ def heading(
     model, derive = settings.model, settings.derive
     length, answers = lengths(settings)
     memory = "" if target.memory is None else f", {target.memory / GIB:.2f} GiB each for programs"
+    mesh = ", ".join(f"{axis} {n}" for axis, n in sharder.mesh.shape.items())
     return [
-        f"Target:   {target.title}{memory}; mesh "
-        + ", ".join(f"{a} {n}" for a, n in sharder.mesh.shape.items()),
+        f"Target:   {target.title}{memory}; mesh {mesh}",
         f"Model:    {config.family}, {param_table(config).size / 1e6:,.1f} M parameters, "
-        f"{config.num_layers} layers, width "
-        f"{config.embed_dim}, {config.num_heads} heads over {config.num_kv_heads}, stored as "
-        f"{config.dtype}",
+        f"{config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads over "
+        f"{config.num_kv_heads}, stored as {config.dtype}",
         f"Settings: compute {model.compute_dtype}, remat {model.remat}, attention "
-        f"{model.attention}; train step of "
-        f"{derive.batch_size} x {length} tokens ({answers} of answers) in {derive.accumulate} "
-        f"part(s), {derive.optimizer}; "
-        f"decode {settings.evaluate.batch_size} x {settings.evaluate.max_new_tokens} tokens",
+        f"{model.attention}; train step of {derive.batch_size} x {length} tokens ({answers} of "
+        f"answers) in {derive.accumulate} part(s), {derive.optimizer}; decode "
+        f"{settings.evaluate.batch_size} x {settings.evaluate.max_new_tokens} tokens",
     ]
 
 
 def table(figures: Sequence[Figures]) -> list[str]:
     """Lay out the figures, a row for each program, then the collectives."""
-    known = [f for f in figures if f.needed is None]
-    limit = next((f.memory for f in figures if f.memory is not None), None)
-    limits = list(dict.fromkeys(what for f in known for what in f.floor))
-    rows = [
-        [
-            "program",
-            "arguments",
-            "temporaries",
-            "resident",
-            "peak",
-            *([f"of {limit / GIB:.2f} GiB"] if limit else []),
-            "TFLOP",
-            *limits,
-            *(["bound by"] if limits else []),
-            "compiled in",
-        ]
-    ]
-    for f in figures:
-        need = (
-            size(f.peak)
-            if f.needed is None
-            else size(f.needed + f.resident)
-            if f.needed
-            else "too much"
-        )
-        own = [size(f.arguments), size(f.temporaries)] if f.needed is None else ["", ""]
-        share = f"{f.peak / limit:.0%}" if limit and f.fits else "does not fit"
-        rows.append(
-            [
-                f.title,
-                *own,
-                size(f.resident),
-                need,
-                *([share] if limit else []),
-                f"{f.flops / 1e12:.3g}",
-                *(duration(f.floor[what]) if f.floor else "" for what in limits),
-                *([f.bound] if limits else []),
-                f"{f.seconds:.1f} s",
-            ]
-        )
-    lines = aligned(rows) + ([FLOOR] if limits else [])
-    if exchanged := [line for f in known if (line := _collectives(f))]:
-        lines += ["Collectives of one run, and the bytes that each device sends:", *exchanged]
-    if unknown := [f.title for f in known if f.work.unknown_loops]:
+    compiled = [f for f in figures if f.needed is None]
+    memory = next((f.memory for f in figures if f.memory is not None), None)
+    units = list(dict.fromkeys(itertools.chain.from_iterable(f.floor for f in compiled)))
+    header = ["program", "arguments", "temporaries", "resident", "peak"]
+    if memory:
+        header.append(f"of {memory / GIB:.2f} GiB")
+    header += ["TFLOP", *units]
+    if units:
+        header.append("bound by")
+    header.append("compiled in")
+    lines = aligned([header, *(_row(f, memory, units) for f in figures)])
+    if units:
+        lines.append(FLOOR)
+    if exchanging := [f for f in compiled if f.work.collectives]:
+        lines.append("Collectives of one run, and the bytes that each device sends:")
+        lines += map(_collectives, exchanging)
+    if unknown := [f.title for f in compiled if f.work.unknown_loops]:
         lines.append(f"Loops of unknown length count once in {', '.join(unknown)}.")
     return lines
 
 
+def _row(f: Figures, memory: int | None, units: Sequence[str]) -> list[str]:
+    """Return the cells of a program: those of memory, if it is known, then those of time."""
+    cells = [f.title, "", "", size(f.resident), _required(f, "too much")]
+    if f.needed is None:
+        cells[1:3] = size(f.arguments), size(f.temporaries)
+    if memory:
+        cells.append(f"{f.peak / memory:.0%}" if f.fits else "does not fit")
+    cells.append(f"{f.flops / 1e12:.3g}")
+    cells += [duration(f.floor[unit]) if f.floor else "" for unit in units]
+    if units:
+        cells.append(f.bound)
+    return [*cells, f"{f.seconds:.1f} s"]
+
+
+def _required(f: Figures, unknown: str) -> str:
+    """Return the bytes that a program needs; `unknown` where the compiler did not say."""
+    return unknown if f.needed == 0 else size(f.required)
+
+
 def _collectives(f: Figures) -> str:
-    if not f.work.collectives:
-        return ""
-    kinds = "; ".join(
-        f"{kind} {runs:,} x {size(sent)}" for kind, (runs, sent) in f.work.by_kind().items()
-    )
-    largest = f.work.largest("all-gather")
-    return f"  {f.title}: {kinds}" + (f"; largest all-gather {size(largest)}" if largest else "")
+    kinds = [f"{kind} {runs:,} x {size(sent)}" for kind, (runs, sent) in f.work.by_kind().items()]
+    if largest := f.work.largest("all-gather"):
+        kinds.append(f"largest all-gather {size(largest)}")
+    return f"  {f.title}: {'; '.join(kinds)}"
 
 
 def verdict(figures: Sequence[Figures]) -> str:
     """Say whether all programs fit, and which is the largest, or which do not."""
     if all(f.memory is None for f in figures):
         worst = max(figures, key=lambda f: f.peak)
-        return f"The most is {size(worst.peak)} a device ({worst.title}); how much these devices have is not known."
-    if wrong := [f for f in figures if not f.fits]:
-        need = lambda f: (
-            size(f.needed + f.resident if f.needed is not None else f.peak)
-            if f.needed != 0
-            else "more"
-        )
         return (
-            "Verdict: does not fit. "
-            + "; ".join(f"{f.title} needs {need(f)} of {size(f.memory)}" for f in wrong)
-            + "."
+            f"The most is {size(worst.peak)} a device ({worst.title}); how much these devices have "
+            "is not known."
         )
+    needs = []
+    for f in figures:
+        if not f.fits:
+            needs.append(f"{f.title} needs {_required(f, 'more')} of {size(f.memory)}")
+    if needs:
+        return f"Verdict: does not fit. {'; '.join(needs)}."
     worst = max(figures, key=lambda f: f.peak)
-    return f"Verdict: fits. The most is {size(worst.peak)} of {size(worst.memory)} a device ({worst.title})."
+    return (
+        f"Verdict: fits. The most is {size(worst.peak)} of {size(worst.memory)} a device "
+        f"({worst.title})."
+    )
 
 
 def remedy_lines(
-    found: Found | None, settings: Settings, config: DecoderConfig, target: Target, sharder: Sharder
+    fit: Fit | None, settings: Settings, config: DecoderConfig, target: Target, sharder: Sharder
 ) -> list[str]:
-    """Name the nearest setting that fits, or how many chips there must be."""
-    if found is not None:
-        return [f"Nearest setting that fits: {as_flags(found.changes)}", *table(found.figures)]
+    """Name the nearest setting that fits, or how many chips are needed."""
+    if fit is not None:
+        return [f"Nearest setting that fits: {as_flags(fit.changes)}", *table(fit.figures)]
     chips, memory = len(target.devices), target.memory or math.inf
     smallest = screen_train(
         settings.override({"derive.optimizer": "adafactor", "derive.accumulate": 1}),
@@ -141,37 +129,28 @@ def remedy_lines(
     enough = chips
     while smallest * chips / enough > 0.9 * memory:
         enough *= 2
-    more = (
-        f" Weights and gradients alone take {size(smallest)} a device with "
-        "derive.optimizer=adafactor"
-        + (
-            f"; {enough} chips or more are needed."
-            if enough > chips
-            else ": activations or the patch's arrays are too large; take fewer tokens, a smaller "
-            "batch or more chips."
-        )
+    consequence = (
+        ": activations or the patch's arrays are too large; take fewer tokens, a smaller batch or "
+        "more chips."
     )
+    if enough > chips:
+        consequence = f"; {enough} chips or more are needed."
     return [
-        "No setting of remat, micro-batches, optimiser, mesh and decode batch makes it fit." + more
+        "No setting of remat, micro-batches, optimiser, mesh and decode batch makes it fit. "
+        f"Weights and gradients alone take {size(smallest)} a device with "
+        f"derive.optimizer=adafactor{consequence}"
     ]
 
 
-def suggestion_lines(compiled: Sequence[tuple[Changes, Figures]], best: Found | None) -> list[str]:
-    """Lay out the train steps that were compiled, the shortest first, and name the best with which
-    every program fits."""
+def suggestion_lines(compiled: Sequence[tuple[Changes, Figures]], best: Fit | None) -> list[str]:
+    """Lay out the compiled train steps, the shortest first, and name the best with which every
+    program fits."""
     rows = [["mesh", "remat", "peak", "fits", "at least", "bound by"]]
     for changes, f in compiled:
-        peak = f.peak if f.needed is None else f.needed + f.resident
-        rows.append(
-            [
-                changes["mesh.shape"],
-                changes["model.remat"],
-                size(peak),
-                "yes" if f.fits else "no",
-                duration(f.least_seconds) if f.floor else "",
-                f.bound,
-            ]
-        )
+        fits = "yes" if f.fits else "no"
+        least = duration(f.least_seconds) if f.floor else ""
+        mesh, remat = changes["mesh.shape"], changes["model.remat"]
+        rows.append([mesh, remat, size(f.required), fits, least, f.bound])
     lines = ["Train steps, the shortest floor first:", *aligned(rows)]
     if best is None:
         return lines + [FLOOR, "None of these fits with every program."]
@@ -187,7 +166,7 @@ def figures(
     shape: tuple[int, int] | None = None,
     compiled: bool = True,
 ) -> list[str]:
-    """Return the same table for the devices of a mesh that is at hand, a CPU's too; nothing is
+    """Return the same table for the devices of a mesh that is present, also of a CPU; nothing is
     allocated or run.
 
     Args:
@@ -198,23 +177,19 @@ def figures(
       shape: T and A of training and scoring; the largest that the settings allow, if not given.
         With the shape of the data what is compiled here is found in the compile cache when the run
         needs it.
-      compiled: compile the programs (a minute on a CPU for a small model); else tell what follows
-        from sizes alone.
+      compiled: compile the programs (a minute on a CPU for a small model); else give only an
+        estimate from sizes.
     """
     target = present(sharder, chip)
     if not compiled:
         s = screen_train(settings, config, sharder, shape or lengths(settings))
+        memory = "" if target.memory is None else f"; there are {size(target.memory)}"
         return [
             f"A train step takes about {size(s.memory)} on each device, {size(s.arguments)} of it "
-            "weights and moments"
-            + ("." if target.memory is None else f"; there are {size(target.memory)}.")
+            f"weights and moments{memory}."
         ]
-    measured = measure_all(
-        programs(settings, config, sharder, PROGRAMS, shape),
-        target,
-        sharder,
-        "memory of each program",
-    )
+    kinds = programs(settings, config, sharder, PROGRAMS, shape)
+    measured = measure_all(kinds, target, sharder, "memory of each program")
     return [*table(measured), verdict(measured)]
 
 
@@ -224,10 +199,14 @@ def to_json(
     settings: Settings,
     config: DecoderConfig,
     figures: Sequence[Figures],
-    found: Found | None = None,
+    fit: Fit | None = None,
     compiled: Sequence[tuple[Changes, Figures]] = (),
 ) -> dict[str, Any]:
     """Return everything as plain data; bytes and seconds."""
+    nearest = None
+    if fit is not None:
+        measured = [f.to_dict() for f in fit.figures]
+        nearest = {"changes": fit.changes, "programs": measured}
     return {
         "target": target.title,
         "chips": len(target.devices),
@@ -237,8 +216,7 @@ def to_json(
         "settings": settings.to_dict(),
         "fits": bool(figures) and all(f.fits for f in figures),
         "programs": [f.to_dict() for f in figures],
-        "nearest_that_fits": found
-        and {"changes": found.changes, "programs": [f.to_dict() for f in found.figures]},
+        "nearest_that_fits": nearest,
         "searched": [{"changes": changes, "train": f.to_dict()} for changes, f in compiled],
     }
 
@@ -252,18 +230,19 @@ def size(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return seconds as people read them."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
-    return (
-        f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 or not seconds else f"{seconds * 1e6:.2g} us"
-    )
+    if seconds >= 1e-4 or not seconds:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.2g} us"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out rows in columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lay = lambda row: [
-        row[0].ljust(widths[0]),
-        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
-    ]
-    return ["  ".join(lay(row)).rstrip() for row in rows]
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    lines = []
+    for name, *cells in rows:
+        right = map(str.rjust, cells, others)
+        lines.append("  ".join([name.ljust(first), *right]).rstrip())
+    return lines

@@ -1,6 +1,5 @@
-"""What a train step needs and takes by arithmetic alone, before anything is compiled: to leave out
-what cannot fit, and to
-rank meshes so that only the promising ones are compiled."""
+"""Estimates of a train step by arithmetic alone, to leave out what cannot fit, and to rank meshes
+so that only the promising ones are compiled."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from safepatch_jax.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Of one device.
+    """Estimates for one device.
 
     Attributes:
-      arguments: parameters and moments, float32.
-      least: bytes without which no train step can do: arguments and gradients.
+      arguments: bytes of parameters and moments, float32.
+      least: bytes that any train step needs: arguments and gradients.
       memory: an estimate of its peak, bytes.
       seconds: an estimate of the least time of a step; for ranking alone.
     """
@@ -71,42 +70,28 @@ def screen_train(
         "none": tokens * (8 * config.embed_dim + 2 * inner) * width
         + weights_of_attention * (4 + width),
     }
-    block = (
-        device_bytes([row for row in table if row.stacked], sharder, "bfloat16")
-        // 2
-        * width
-        // config.num_layers
-        * fsdp
-    )
+    stacked = [row for row in table if row.stacked]
+    block = device_bytes(stacked, sharder, "bfloat16") // 2 * width // config.num_layers * fsdp
     logits = 3 * rows * min(answers, settings.model.loss_chunk) * config.vocab_size // tensor * 4
+    weights = params // 4 * width  # in the dtype of the arithmetic
     memory = (
         least
-        + params // 4 * width
+        + weights
         + config.num_layers * kept[settings.model.remat]
         + kept["none"]
         + 2 * block
         + logits
     )
 
-    seconds = 0.0
-    if chip is not None:
-        gathered = params // 4 * width * (fsdp - 1)  # one pass over the weights
-        passes = 3 * derive.accumulate  # forward, backward, and the gradients' way back
-        reductions = config.num_layers * (6 if settings.model.remat == "full" else 4)
-        exchanged = (
-            derive.accumulate
-            * reductions
-            * tokens
-            * config.embed_dim
-            * width
-            * 2
-            * (tensor - 1)
-            / tensor
-        )
-        traffic = 8 * params + passes * params // 4 * width * fsdp
-        seconds = max(
-            flops / math.prod(sizes.values()) / chip.flops,
-            (passes * gathered + exchanged) / chip.link,
-            traffic / chip.bandwidth,
-        )
+    if chip is None:
+        return Screen(arguments, least, memory, 0.0)
+    passes = 3 * derive.accumulate  # forward, backward, and the gradients' way back
+    reductions = config.num_layers * (6 if settings.model.remat == "full" else 4)
+    activations = derive.accumulate * tokens * config.embed_dim * width
+    exchanged = reductions * activations * 2 * (tensor - 1) / tensor
+    seconds = max(
+        flops / math.prod(sizes.values()) / chip.flops,
+        (passes * weights * (fsdp - 1) + exchanged) / chip.link,
+        (8 * params + passes * weights * fsdp) / chip.bandwidth,
+    )
     return Screen(arguments, least, memory, seconds)

@@ -1,10 +1,10 @@
-"""Looks for settings: the nearest that fit where the given ones do not, and the mesh with the
-shortest step."""
+"""Searches for settings: the nearest that fit, and the mesh with the shortest train step."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,21 +25,20 @@ Changes = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Settings that fit: what to change, and the figures of every program with them."""
+class Fit:
+    """Settings that fit: the changes, and the figures of every program with them."""
 
     changes: Changes
     figures: tuple[Figures, ...]
 
 
 def as_flags(changes: Mapping[str, Any]) -> str:
-    """Return changed settings as a launcher takes them."""
-    return " ".join(
-        f"--{'mesh' if name == 'mesh.shape' else name}={value}" for name, value in changes.items()
-    )
+    """Return changed settings as flags of a launcher."""
+    flags = [f"--{name}={value}" for name, value in changes.items()]
+    return " ".join(flags).replace("--mesh.shape=", "--mesh=")
 
 
-def _own(settings: Settings, kind: str) -> Settings:
+def _relevant(settings: Settings, kind: str) -> Settings:
     """Return settings in which all that a kind of program does not depend on is at its default."""
     groups = {
         "train": ("model", "data", "derive"),
@@ -47,37 +46,35 @@ def _own(settings: Settings, kind: str) -> Settings:
         "patch": ("patch", "export"),
         "decode": ("data", "evaluate"),
     }[kind]
-    own = dataclasses.replace(
-        Settings(), **{name: getattr(settings, name) for name in ("mesh", "run", *groups)}
-    )
-    few = {"score": ("derive.loss",), "decode": ("model.compute_dtype",)}.get(kind, ())
-    return own.override({name: settings.flat()[name] for name in few})
+    values = {name: getattr(settings, name) for name in ("mesh", "run", *groups)}
+    single = {"score": ("derive.loss",), "decode": ("model.compute_dtype",)}.get(kind, ())
+    relevant = dataclasses.replace(Settings(), **values)
+    return relevant.override({name: settings.flat()[name] for name in single})
 
 
 def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
-    """Return every mesh of a target that the architecture's dimensions divide, {text: sharder},
+    """Return every mesh of a target that divides the architecture's dimensions, {text: sharder},
     smallest tensor axis first.
 
     The data axis has as many parts as there are slices.
     """
-    chips, found = len(target.devices) // target.slices, {}
-    for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
+    chips, sharders = len(target.devices) // target.slices, {}
+    for tensor in range(1, chips + 1):
+        if chips % tensor:
+            continue
         text = f"data:{target.slices},fsdp:{chips // tensor},tensor:{tensor}"
         try:
             sharder = target.sharder(text)
             param_table(config).shardings(sharder)
-        except (
-            ValueError,
-            NotImplementedError,
-        ):  # a dimension that does not divide; an order the machine does not have
-            continue
-        found[text] = sharder
-    return found
+        except (ValueError, NotImplementedError):
+            continue  # a dimension does not divide, or the machine cannot be ordered so
+        sharders[text] = sharder
+    return sharders
 
 
 def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
-    """Yield changes that make a kind of program need less memory, each on top of the one before,
-    the mildest first.
+    """Yield changes with which a kind of program needs less memory, the mildest first; each
+    includes the one before.
 
     Args:
       kind: one of PROGRAMS.
@@ -97,12 +94,9 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
             yield changes
         if settings.derive.optimizer == "adamw":
             yield changes | {"derive.optimizer": "adafactor"}
-            if (
-                "derive.accumulate" in changes
-            ):  # a sum of gradients is one more copy of the parameters
-                whole = {
-                    name: value for name, value in changes.items() if name != "derive.accumulate"
-                }
+            whole = dict(changes)
+            if whole.pop("derive.accumulate", None):
+                # Without the sum of gradients, which is one more copy of the parameters.
                 yield whole | {"derive.optimizer": "adafactor"}
     if kind == "decode":
         rows = settings.evaluate.batch_size
@@ -125,60 +119,55 @@ class Planner:
         self._sharder, self._once = functools.cache(target.sharder), functools.cache(self._measure)
 
     def measure(self, settings: Settings, kind: str) -> tuple[Figures, ...]:
-        """Return the figures of a kind of program; compiled once, whatever settings change that it
-        does not depend on."""
-        return self._once(_own(settings, kind), kind)
+        """Return the figures of a kind of program, which is compiled again only when a setting that
+        it depends on has changed."""
+        return self._once(_relevant(settings, kind), kind)
 
     def _measure(self, settings: Settings, kind: str) -> tuple[Figures, ...]:
         sharder = self._sharder(settings.mesh.shape)
-        made = programs(settings, self._config, sharder, [kind])
-        return tuple(measure_all(made, self._target, sharder, f"compile {kind}"))
+        kinds = programs(settings, self._config, sharder, [kind])
+        return tuple(measure_all(kinds, self._target, sharder, f"compile {kind}"))
 
     def all(self, settings: Settings) -> tuple[Figures, ...]:
         """Return the figures of all programs of these settings."""
-        return tuple(f for kind in self._kinds for f in self.measure(settings, kind))
+        return tuple(itertools.chain.from_iterable(self.measure(settings, k) for k in self._kinds))
 
-    def remedy(self, settings: Settings) -> Found | None:
+    def remedy(self, settings: Settings) -> Fit | None:
         """Return the nearest settings with which every program fits, or None.
 
-        First what costs time alone (remat, micro-batches), then another optimiser, then another
-        mesh.
+        First come settings that cost only time (remat, micro-batches), then another optimiser, then
+        another mesh.
         """
-        own = self._sharder(settings.mesh.shape)
-        others = {
-            text: s
-            for text, s in meshes(self._config, self._target).items()
-            if s.mesh.shape != own.mesh.shape
-        }
-        tensor = own.mesh.shape["tensor"]
-        nearest = sorted(
-            others, key=lambda text: abs(math.log2(others[text].mesh.shape["tensor"] / tensor))
-        )
-        for mesh in ["", *nearest]:
-            changes: Changes | None = {"mesh.shape": mesh} if mesh else {}
-            for kind in self._kinds:
-                changes = self._fitting(settings, kind, changes)
-                if changes is None:
-                    break
-            else:
-                changed = settings.override(changes)
-                figures = self.all(changed)
-                if all(f.fits for f in figures):
-                    return Found(changes, figures)
+        shape = self._sharder(settings.mesh.shape).mesh.shape
+        distances = {}
+        for text, sharder in meshes(self._config, self._target).items():
+            if sharder.mesh.shape != shape:
+                ratio = sharder.mesh.shape["tensor"] / shape["tensor"]
+                distances[text] = abs(math.log2(ratio))
+        nearest = sorted(distances, key=distances.get)
+        for changes in ({}, *({"mesh.shape": text} for text in nearest)):
+            if fit := self._fit(settings, changes):
+                return fit
         return None
 
-    def _fitting(self, settings: Settings, kind: str, changes: Changes) -> Changes | None:
+    def _fit(self, settings: Settings, changes: Changes) -> Fit | None:
+        """Return these changes, with others that every kind of program needs to fit, or None."""
+        extended: Changes | None = changes
+        for kind in self._kinds:
+            extended = self._extended(settings, kind, extended)
+            if extended is None:
+                return None
+        figures = self.all(settings.override(extended))
+        return Fit(extended, figures) if all(f.fits for f in figures) else None
+
+    def _extended(self, settings: Settings, kind: str, changes: Changes) -> Changes | None:
         """Return these changes with the first of the ladder added with which a kind of program
         fits, or None."""
-        base = settings.override(changes)
+        base, memory = settings.override(changes), self._target.memory or math.inf
         ways = self._sharder(base.mesh.shape).batch_ways
         for more in [{}, *ladder(kind, base, ways)]:
             changed = base.override(more)
-            if (
-                kind == "train"
-                and self._target.memory is not None
-                and self.least(changed) > self._target.memory
-            ):
+            if kind == "train" and self.least(changed) > memory:
                 continue
             if more or "mesh.shape" in changes:
                 say(f"Trying {kind} with {as_flags(changes | more)}")
@@ -187,27 +176,45 @@ class Planner:
         return None
 
     def least(self, settings: Settings) -> int:
-        """Return the bytes a device without which no run of these settings can do, whatever its
-        mesh: train and patch."""
+        """Return the bytes on each device that a train step of these settings needs at least."""
         sharder = self._sharder(settings.mesh.shape)
         return screen_train(settings, self._config, sharder, lengths(settings)).least
 
     def suggest(
         self, settings: Settings, most: int = 5
-    ) -> tuple[list[tuple[Changes, Figures]], Found | None]:
+    ) -> tuple[list[tuple[Changes, Figures]], Fit | None]:
         """Search mesh and remat for the shortest train step that fits.
 
         All combinations are screened by arithmetic, the best few are compiled.
 
         Returns:
-          ((changes, figures of the train step) of what was compiled, shortest least time first; the
-          best with which every program fits, or None).
+          a list of (changes, figures of the train step) of the compiled ones, shortest least time
+            first;
+          the best with which every program fits, or None.
         """
-        laid_out = meshes(self._config, self._target)
-        screened = []
+        sharders = meshes(self._config, self._target)
+        screened = self._screened(settings, sharders)[:most]
+        say(
+            f"{len(sharders)} meshes with {len(REMAT)} settings of model.remat; compiling the "
+            f"train step of the best {len(screened)} by arithmetic"
+        )
+        compiled = []
+        for changes in screened:
+            figures = max(self.measure(settings.override(changes), "train"), key=lambda f: f.peak)
+            compiled.append((changes, figures))
+        compiled.sort(key=lambda row: (not row[1].fits, row[1].least_seconds, row[1].peak))
+        for changes, figures in compiled:
+            every = self.all(settings.override(changes)) if figures.fits else (figures,)
+            if all(f.fits for f in every):
+                return compiled, Fit(changes, every)
+        return compiled, None
+
+    def _screened(self, settings: Settings, sharders: Mapping[str, Sharder]) -> list[Changes]:
+        """Return the combinations of mesh and remat that may fit, the most promising first."""
+        memory, rows = self._target.memory or math.inf, []
         for remat in REMAT:
             flops = None
-            for text, sharder in laid_out.items():
+            for text, sharder in sharders.items():
                 changes = {"mesh.shape": text, "model.remat": remat}
                 changed = settings.override(changes)
                 if flops is None:  # the same on every mesh
@@ -216,23 +223,7 @@ class Planner:
                 s = screen_train(
                     changed, self._config, sharder, lengths(changed), self._target.chip, flops
                 )
-                if self._target.memory is None or s.least <= self._target.memory:
-                    screened.append(
-                        (s.memory > (self._target.memory or math.inf), s.seconds, s.memory, changes)
-                    )
-        screened.sort(key=lambda row: row[:3])
-        say(
-            f"{len(laid_out)} meshes with {len(REMAT)} settings of model.remat; compiling the "
-            "train step of the best "
-            f"{min(most, len(screened))} by arithmetic"
-        )
-        compiled = []
-        for _, _, _, changes in screened[:most]:
-            figures = max(self.measure(settings.override(changes), "train"), key=lambda f: f.peak)
-            compiled.append((changes, figures))
-        compiled.sort(key=lambda row: (not row[1].fits, row[1].least_seconds, row[1].peak))
-        for changes, figures in compiled:
-            every = self.all(settings.override(changes)) if figures.fits else (figures,)
-            if all(f.fits for f in every):
-                return compiled, Found(changes, every)
-        return compiled, None
+                if s.least <= memory:
+                    rows.append((s.memory > memory, s.seconds, s.memory, changes))
+        rows.sort(key=lambda row: row[:3])
+        return [changes for *_, changes in rows]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,25 +21,13 @@ from safepatch_jax.planning.hlo import (
     Module,
     numbers,
     parse_groups,
+    root,
 )
 
-# Operations that move nothing: names for what is already there.
+# Operations that move nothing: names for arrays that exist.
 _FREE = frozenset(
-    {
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "add-dependency",
-        "opt-barrier",
-        "domain",
-        "iota",
-        "recv",
-    }
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
+    "add-dependency opt-barrier domain iota recv".split()
 )
 
 
@@ -49,9 +38,9 @@ class Collective:
     Attributes:
       kind: all-gather, all-reduce, reduce-scatter ... (TPU writes a reduce-scatter as an all-reduce
         that is cut at once).
-      size: bytes that each device brings in.
+      size: bytes of each device's operand.
       ways: devices that exchange with one another; for an exchange between slices, slices.
-      count: how often it runs, loops taken into account.
+      count: how often it runs, loops included.
       across: it goes between TPU slices, over the data centre network.
     """
 
@@ -63,8 +52,8 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends, in all runs, by the ring algorithm's count, the least that
-        is possible."""
+        """Bytes that each device sends in all runs, by the ring algorithm, which sends the least
+        that is possible."""
         n = self.ways
         factor = {
             "all-gather": n - 1,
@@ -77,24 +66,22 @@ class Collective:
     @property
     def result(self) -> int:
         """Bytes of one run's result on a device."""
-        return (
-            self.size * self.ways
-            if self.kind == "all-gather"
-            else (self.size // self.ways if self.kind == "reduce-scatter" else self.size)
-        )
+        if self.kind == "all-gather":
+            return self.size * self.ways
+        return self.size // self.ways if self.kind == "reduce-scatter" else self.size
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ProgramWork:
     """What one run of a program does on each device.
 
     Attributes:
       collectives: one entry for each collective operation of the text.
       traffic: bytes read from and written to main memory by its operations, each array once for
-        each operation; what the compiler keeps in on-chip memory is left out, and what asynchronous
-        collectives move by themselves.
+        each operation; without arrays that the compiler keeps in on-chip memory, and those that
+        asynchronous collectives move.
       flops: of matrix products, 2 for a multiplication and its addition.
-      unknown_loops: loops whose number of trips the text does not tell; their bodies count once.
+      unknown_loops: loops whose number of trips the text does not say; their bodies count once.
       sorts: number of sorts.
     """
 
@@ -104,8 +91,18 @@ class Work:
     unknown_loops: int = 0
     sorts: int = 0
 
-    def times(self, n: int) -> Work:
-        return Work(
+    def __add__(self, other: ProgramWork) -> ProgramWork:
+        return ProgramWork(
+            self.collectives + other.collectives,
+            self.traffic + other.traffic,
+            self.flops + other.flops,
+            self.unknown_loops + other.unknown_loops,
+            self.sorts + other.sorts,
+        )
+
+    def times(self, n: int) -> ProgramWork:
+        """Return the work of n runs; a loop of unknown length is still one."""
+        return ProgramWork(
             tuple(dataclasses.replace(c, count=c.count * n) for c in self.collectives),
             self.traffic * n,
             self.flops * n,
@@ -116,12 +113,12 @@ class Work:
     def by_kind(self) -> dict[str, tuple[int, float]]:
         """Return {kind: (runs, bytes sent by each device)}, the most bytes first; those between
         slices apart."""
-        found: dict[str, tuple[int, float]] = {}
+        totals: dict[str, tuple[int, float]] = {}
         for c in self.collectives:
             name = c.kind + (" between slices" if c.across else "")
-            runs, sent = found.get(name, (0, 0.0))
-            found[name] = (runs + c.count, sent + c.sent)
-        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+            runs, sent = totals.get(name, (0, 0.0))
+            totals[name] = (runs + c.count, sent + c.sent)
+        return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
     def sent(self, across: bool = False) -> float:
         """Return the bytes that each device sends: within its slice, or between slices."""
@@ -132,17 +129,17 @@ class Work:
         return max((c.result for c in self.collectives if c.kind == kind), default=0)
 
 
-def read_work(text: str) -> Work:
+def read_work(text: str) -> ProgramWork:
     """Return what one run of a program does on each device.
 
-    Loops whose trips the text does not tell count once; of a conditional's branches the one with
-    the most bytes counts.
+    Loops whose trips the text does not say count once; of a conditional's branches the one with the
+    most bytes counts.
 
     Args:
       text: of a compiled module.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not that.
     """
     module = Module(text)
     return _Reader(module).computation(module.entry)
@@ -150,14 +147,13 @@ def read_work(text: str) -> Work:
 
 def trip_counts(text: str) -> dict[str, int | None]:
     """Return how often each loop of a program runs, {name of the instruction: trips, None if the
-    text does not tell}."""
-    module = Module(text)
-    return {
-        i.name: module.trips(computation, i)
-        for computation in module.computations.values()
-        for i in computation.values()
-        if i.op == "while"
-    }
+    text does not say}."""
+    module, counts = Module(text), {}
+    for computation in module.computations.values():
+        for i in computation.values():
+            if i.op == "while":
+                counts[i.name] = module.trips(computation, i)
+    return counts
 
 
 class _Reader:
@@ -167,142 +163,102 @@ class _Reader:
         self._module = module
         self.computation = functools.cache(self._computation)
 
-    def _computation(self, name: str) -> Work:
+    def _computation(self, name: str) -> ProgramWork:
         """Return the work of a computation whose instructions are operations of the device."""
         scope = self._module.computations.get(name, {})
-        total, seen = Work(), set()
+        total, channels = ProgramWork(), set()
         for i in scope.values():
             work, within = self._instruction(scope, i)
-            fresh = {
-                key: c for key, c in within.items() if key not in seen
-            }  # parts of an asynchronous one share a channel
-            seen |= fresh.keys()
-            total = Work(
-                (*total.collectives, *work.collectives, *fresh.values()),
-                total.traffic + work.traffic,
-                total.flops + work.flops,
-                total.unknown_loops + work.unknown_loops,
-                total.sorts + work.sorts,
-            )
+            # The parts of an asynchronous collective share a channel; it counts once.
+            fresh = {key: c for key, c in within.items() if key not in channels}
+            channels |= fresh.keys()
+            total = total + work + ProgramWork(tuple(fresh.values()))
         return total
 
     def _instruction(
         self, scope: Computation, i: Instruction
-    ) -> tuple[Work, dict[str, Collective]]:
+    ) -> tuple[ProgramWork, dict[str, Collective]]:
         """Return an instruction's work, and apart from it the collectives within, by channel."""
         if i.op == "while":
-            trips = self._module.trips(scope, i)
-            body = self.computation(re.search(r"body=%?([\w.-]+)", i.text).group(1)).times(
-                1 if trips is None else trips
-            )
-            return dataclasses.replace(body, unknown_loops=body.unknown_loops + (trips is None)), {}
+            trips, body = self._module.trips(scope, i), self.computation(i.attribute("body"))
+            if trips is None:
+                return body + ProgramWork(unknown_loops=1), {}
+            return body.times(trips), {}
         if i.op == "conditional":
-            return max(
-                map(self.computation, i.called), key=lambda w: (w.traffic, w.flops), default=Work()
-            ), {}
+            branches = map(self.computation, i.called)
+            return max(branches, key=lambda w: (w.traffic, w.flops), default=ProgramWork()), {}
         if i.op in ("call", "async-start") and i.called:
             return self.computation(i.called[0]), {}
-        if (
-            i.op.endswith("-done")
-            or i.op in _FREE
-            or 'custom_call_target="AllocateBuffer"' in i.text
-        ):
-            return Work(), {}
-        inner = list(self._module.inside(scope, i))
-        collectives = {_channel(j): c for s, j in inner if (c := self._collective(s, j))}
-        return Work(
-            (),
-            self._traffic(scope, i),
-            sum(self._flops(s, j) for s, j in inner),
-            0,
-            sum(j.op == "sort" for _, j in inner),
-        ), collectives
+        free = i.op in _FREE or 'custom_call_target="AllocateBuffer"' in i.text
+        if free or i.op.endswith("-done"):
+            return ProgramWork(), {}
+        collectives, flops, sorts = {}, 0, 0
+        for inner, j in self._module.inside(scope, i):
+            flops += self._flops(inner, j)
+            sorts += j.op == "sort"
+            if collective := self._collective(inner, j):
+                collectives[_channel(j)] = collective
+        traffic = self._traffic(scope, i)
+        return ProgramWork(traffic=traffic, flops=flops, sorts=sorts), collectives
 
     def _collective(self, scope: Computation, i: Instruction) -> Collective | None:
-        if i.op == "send" and (
-            between := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.text)
-        ):
-            return self._between_slices(scope, i, between.group(1))
+        transfer = re.search(r'^send\(.*_xla_megascale_transfer_type="(\w+)"', i.text)
+        if transfer:
+            return _between_slices(scope, i, transfer.group(1))
         if not i.is_collective or i.op.endswith("-done"):
             return None
         kind, groups = i.kind, parse_groups(i.text)
-        size = sum(
-            a.size for name in i.operands for a in (scope[name].arrays if name in scope else ())
-        )
-        ways = (
-            2 if kind == "collective-permute" else max(map(len, groups), default=self._partitions)
-        )
+        size = sum(scope[name].size for name in i.operands if name in scope)
+        ways = max(map(len, groups), default=self._partitions)
+        if kind == "collective-permute":
+            ways = 2
         cut = any(j.op == "dynamic-slice" and j.operands[0] == i.name for j in scope.values())
         if kind == "all-reduce" and cut and "from-cross-replica-sharding" in i.text:
             kind = "reduce-scatter"
         return Collective(kind, size, ways)
 
-    @staticmethod
-    def _between_slices(scope: Computation, i: Instruction, transfer: str) -> Collective:
-        """Read the sending half of an exchange between slices, which TPU programs leave to the
-        hosts."""
-        kind = {"ONE_TO_ONE": "collective-permute"}.get(
-            transfer, transfer.lower().replace("_", "-")
-        )
-        size = scope[i.operands[0]].arrays[0].size if i.operands[0] in scope else 0
-        slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', i.text)
-        return Collective(kind, size, slices.group(1).count(",") + 1 if slices else 2, across=True)
-
     @functools.cached_property
     def _partitions(self) -> int:
-        everything = (
-            i for c in self._module.computations.values() for i in c.values() if i.is_collective
-        )
-        return 1 + max(
-            (n for i in everything for group in parse_groups(i.text) for n in group), default=0
-        )
+        """The number of devices: one more than the largest that a collective names."""
+        largest = 0
+        for computation in self._module.computations.values():
+            for i in computation.values():
+                for group in parse_groups(i.text) if i.is_collective else ():
+                    largest = max(largest, *group)
+        return 1 + largest
 
     def _flops(self, scope: Computation, i: Instruction) -> int:
-        if (
-            i.op not in ("dot", "convolution", "custom-call")
-            or not i.operands
-            or i.operands[0] not in scope
-        ):
+        if i.op not in ("dot", "convolution", "custom-call"):
             return 0
-        left, right = (
-            next(iter(scope[name].arrays), None) if name in scope else None
-            for name in (*i.operands, "")[:2]
-        )
+        operands = [scope[name].arrays[:1] if name in scope else () for name in i.operands[:2]]
+        if len(operands) < 2 or not all(operands):
+            return 0
+        (left,), (right,) = operands
         if i.op == "convolution":
             return _convolution_flops(i, left, right)
-        if i.op == "dot":
-            contracted = numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text).group(1))
-        elif match := re.search(
-            r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.text
-        ):  # cuBLAS; its result comes first
-            contracted = numbers(match.group(1).replace('"', ""))
-        else:
+        # Of a call of cuBLAS the first array of its tuple is the product.
+        match = re.search(r'lhs_contracting_dim(?:s=|ensions":)[{[]([\d,"]*)[]}]', i.text)
+        if not match:
             return 0
-        return (
-            2 * math.prod(i.arrays[0].dims) * math.prod(left.dims[d] for d in contracted)
-            if left
-            else 0
-        )
+        contracted = numbers(match.group(1).replace('"', ""))
+        return 2 * math.prod(i.arrays[0].dims) * math.prod(left.dims[d] for d in contracted)
 
     def _traffic(self, scope: Computation, i: Instruction) -> int:
         """Return the bytes that an instruction reads from and writes to main memory."""
-        sizes = lambda names: sum(
-            a.size for n in dict.fromkeys(names) if n in scope for a in scope[n].arrays if a.main
-        )
-        written = sum(a.size for a in i.arrays if a.main)
+        started = i.op.endswith("-start")
         if i.op == "fusion":
             return self._fusion_traffic(scope, i)
-        if i.op == "send":
-            return sizes(i.operands)
         if i.kind in ("dynamic-slice", "slice", "gather"):
-            return 2 * (i.arrays[0].size if i.op == i.kind else sum(a.size for a in i.arrays[1:2]))
+            return 2 * sum(a.size for a in i.arrays[started : started + 1])
         if i.kind == "dynamic-update-slice":
-            return 2 * sizes(i.operands[1:2])
+            return 2 * _main_size(scope, i.operands[1:2])
         if i.kind == "scatter":
-            return 3 * sizes(i.operands[2:3])
-        if i.op.endswith("-start"):  # of a copy: (destination, source, context)
-            return sizes(i.operands) + sum(a.size for a in i.arrays[:1] if a.main)
-        return sizes(i.operands) + written
+            return 3 * _main_size(scope, i.operands[2:3])
+        # The arrays of a copy that is started: destination, source, context.
+        written = i.arrays[:1] if started else i.arrays
+        if i.op == "send":
+            written = ()
+        return _main_size(scope, i.operands) + sum(a.size for a in written if a.main)
 
     def _fusion_traffic(self, scope: Computation, i: Instruction) -> int:
         """As `_traffic`: of an operand that is only sliced the slices count, of one that is updated
@@ -311,37 +267,54 @@ class _Reader:
         body, parameters = self._module.computations.get(name, {}), self._module.parameters(name)
         total, updated = 0, set()
         for number, operand in enumerate(i.operands):
-            size = sum(a.size for a in scope[operand].arrays if a.main) if operand in scope else 0
-            readers = (
-                self._module.readers(name, parameters[number])
-                if size and number in parameters
-                else []
-            )
+            size = _main_size(scope, [operand])
+            readers = []
+            if size and number in parameters:
+                readers = self._module.readers(name, parameters[number])
             if all(j.hands_on for _, j, _ in readers):
-                # into an asynchronous collective, whose buffers may lie on the chip, or out again
+                # Into an asynchronous collective, whose buffers may be on the chip, or out again.
                 continue
             if all(j.op == "dynamic-slice" and at == 0 for _, j, at in readers):
                 total += sum(j.arrays[0].size for _, j, _ in readers)
             elif all(j.op == "dynamic-update-slice" and at == 0 for _, j, at in readers):
                 for inner, j, _ in readers:
-                    total += 2 * (
-                        inner[j.operands[1]].arrays[0].size if j.operands[1] in inner else 0
-                    )
+                    if j.operands[1] in inner:
+                        total += 2 * inner[j.operands[1]].arrays[0].size
                     updated.add(j.arrays[0].size)
             else:
                 total += size
-        root = next((j for j in body.values() if j.root), None)
-        written = list(i.arrays)
-        if root is not None and root.op == "tuple":
-            made = [self._module.origin(body, operand) for operand in root.operands]
-            written = [
-                a
-                for j, a in zip(made, i.arrays)
-                if j is None or not (j.op == "parameter" or j.hands_on)
-            ]
-        elif root is not None and root.hands_on:
-            written = []
+        written = self._written(body, i)
         return total + sum(a.size for a in written if a.main and a.size not in updated)
+
+    def _written(self, body: Computation, i: Instruction) -> list[Array]:
+        """Return the arrays of a fusion's result that it makes, and does not only hand on."""
+        result = root(body)
+        if result is None or not result.hands_on:
+            return list(i.arrays)
+        if result.op != "tuple":
+            return []
+        written = []
+        for operand, array in zip(result.operands, i.arrays):
+            origin = self._module.origin(body, operand)
+            if origin is None or not (origin.op == "parameter" or origin.hands_on):
+                written.append(array)
+        return written
+
+
+def _main_size(scope: Computation, names: Iterable[str]) -> int:
+    """Return the bytes of arrays in main memory, each once."""
+    return sum(scope[name].main_size for name in dict.fromkeys(names) if name in scope)
+
+
+def _between_slices(scope: Computation, i: Instruction, transfer: str) -> Collective:
+    """Read the sending half of an exchange between slices, which TPU programs leave to hosts."""
+    kind = transfer.lower().replace("_", "-")
+    if transfer == "ONE_TO_ONE":
+        kind = "collective-permute"
+    size = scope[i.operands[0]].arrays[0].size if i.operands[0] in scope else 0
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', i.text)
+    ways = len(numbers(slices.group(1))) if slices else 2
+    return Collective(kind, size, ways, across=True)
 
 
 def _channel(i: Instruction) -> str:
@@ -349,45 +322,33 @@ def _channel(i: Instruction) -> str:
     return match.group(1) if match else i.name
 
 
-def _convolution_flops(i: Instruction, left: Array | None, right: Array | None) -> int:
-    """Count as XLA does: products of a window position that falls into padding or a hole of a
-    dilation are none.
+def _convolution_flops(i: Instruction, left: Array, right: Array) -> int:
+    """Count as XLA does: window positions in padding or in a hole of a dilation are no products.
 
     TPU writes every matrix product as a convolution, batch dimensions as window dimensions with
     holes.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text)
-    if left is None or right is None or not labels:
+    if not labels:
         return 0
     lhs, rhs, out = labels.groups()
-    window = re.search(r"window=\{([^}]*)\}", i.text)
-    field = lambda name, default: (
-        re.search(rf"\b{name}=([\d_x-]+)", window.group(1)).group(1).split("x")
-        if window and re.search(rf"\b{name}=", window.group(1))
-        else default
-    )
     spatial = sorted(c for c in lhs if c.isdigit())
-    n = len(spatial)
-    strides, pads = field("stride", ["1"] * n), field("pad", ["0_0"] * n)
-    holes, spread = field("lhs_dilate", ["1"] * n), field("rhs_dilate", ["1"] * n)
-    total = (
-        2
-        * i.arrays[0].dims[out.index("b")]
-        * i.arrays[0].dims[out.index("f")]
-        * right.dims[rhs.index("i")]
-    )
-    for d, c in enumerate(spatial):
-        size, kernel, results = (
-            left.dims[lhs.index(c)],
-            right.dims[rhs.index(c)],
-            i.arrays[0].dims[out.index(c)],
-        )
-        low, stride, hole, wide = (
-            int(pads[d].split("_")[0]),
-            int(strides[d]),
-            int(holes[d]),
-            int(spread[d]),
-        )
-        at = np.arange(results)[:, None] * stride - low + np.arange(kernel)[None] * wide
+    window = re.search(r"window=\{([^}]*)\}", i.text)
+    attributes = dict(re.findall(r"(\w+)=([\d_x-]+)", window.group(1) if window else ""))
+
+    def field(name: str, default: int) -> list[int]:
+        """Return an attribute for each spatial dimension; of the padding, that at the beginning."""
+        if name not in attributes:
+            return [default] * len(spatial)
+        return [int(part.split("_")[0]) for part in attributes[name].split("x")]
+
+    strides, pads = field("stride", 1), field("pad", 0)
+    holes, spreads = field("lhs_dilate", 1), field("rhs_dilate", 1)
+    dims = i.arrays[0].dims
+    total = 2 * dims[out.index("b")] * dims[out.index("f")] * right.dims[rhs.index("i")]
+    for c, stride, pad, hole, spread in zip(spatial, strides, pads, holes, spreads):
+        results, kernel = np.arange(dims[out.index(c)]), np.arange(right.dims[rhs.index(c)])
+        at = results[:, None] * stride - pad + kernel[None] * spread
+        size = left.dims[lhs.index(c)]
         total *= int(np.sum((at >= 0) & (at % hole == 0) & (at // hole < size)))
     return total

@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
-from safepatch_jax.evaluation.statistics import wilson
+from safepatch_jax.patching.importances import IMPORTANCES
+from safepatch_jax.reporting import templates
 from safepatch_jax.run import certificate as certificates
-from safepatch_jax.run.report import MERGES, WITHOUT_SNIP, describe_patch, share
+from safepatch_jax.run.report import describe_patch, labels
 
 NAME = "README.md"  # where Hugging Face looks for a model card
 
@@ -29,117 +29,25 @@ def model_card(
       hashes: of the data, by role.
       versions: of the packages.
     """
-    settings, measures, patch = content["settings"], content["measures"], content["patch"]
-    knobs, derive = settings["patch"], settings["derive"]
-    name = pathlib.PurePath(
-        settings["model"]["source"].partition(":")[2] or settings["model"]["source"]
-    ).name
-    architecture = certificate["architecture"]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [safepatching, safety]",
-        "---",
-        "",
-        f"# {name}, patched",
-        "",
-        f"`{name}` ({architecture['family']}, {certificate['parameters']:,} parameters)"
-        + (", aligned by a short supervised run and then" if settings["align"]["enabled"] else "")
-        + " changed by "
-        + (
-            "SafePatching (arXiv 2405.13820): two sparse weight patches"
-            if knobs["merge"] == "safepatching"
-            else f"{MERGES[knobs['merge']]}, a baseline of SafePatching (arXiv 2405.13820): two "
-            "weight patches"
-        )
-        + ", derived from harmful question/answer pairs alone, meant to lower harm and "
-        "over-refusal and to keep utility. "
-        "Architecture, tokenizer and chat template are those of the model it was made from, whose "
-        "licence and limits apply.",
-        "",
-        "## Before and after",
-        "",
-        "| model | harmful: complied | look-alike: refused | look-alike: incoherent | perplexity "
-        "of ordinary answers |",
-        "|---|---|---|---|---|",
-    ]
-    for label, variant in (("before", "backbone"), ("after", "safepatching")):
-        m = measures[variant]
-        cells = [
-            _percent(m, role, outcome)
-            for role, outcome in (
-                ("harmful", COMPLIED),
-                ("lookalike", REFUSED),
-                ("lookalike", INCOHERENT),
-            )
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {m['ordinary_perplexity']:.2f} |")
-    broken = [o["statement"] for o in content["orderings"] if not o["holds"]]
-    lines += [
-        "",
-        f"{measures['backbone']['harmful']['n']} harmful and "
-        f"{measures['backbone']['lookalike']['n']} look-alike prompts, "
-        f"{settings['evaluate']['max_new_tokens']} greedy tokens, judged by refusal phrases; 95 % "
-        "intervals (Wilson), one seed. "
-        "This measures the form of answers on a small set and certifies no safety.",
-        *([""] + [f"Not met in this run: {'; '.join(broken)}."] if broken else []),
-        "",
-        "## Recipe",
-        "",
-        "| | |",
-        "|---|---|",
-        *(
-            _selection(settings)
-            if knobs["merge"] == "safepatching"
-            else [f"| merge | {describe_patch(settings)} |"]
-        ),
-        f"| SE patch | gradient ascent, at most {derive['se_steps']} steps at "
-        f"{derive['se_learning_rate']:g}, stopped by "
-        f"{content['training']['derive_se']['stopped_by']} after "
-        f"{content['training']['derive_se']['steps']} |",
-        f"| OSM patch | gradient descent, {derive['osm_steps']} steps at "
-        f"{derive['osm_learning_rate']:g} |",
-        f"| kept | SE {patch['kept_se']:,}, OSM {patch['kept_osm']:,} of {patch['size']:,} entries "
-        f"({patch['kept'] / patch['size']:.2%}); {patch['survival']:.1%} of them change the "
-        "stored bits |",
-        f"| storage | {settings['export']['dtype']}, rounding {settings['export']['rounding']} |",
-        f"| seed | {settings['run']['seed']} |",
-        *(
-            f"| data, {role} | `{pathlib.PurePath(settings['data'][role]).name}`, SHA-256 of its "
-            f"records {digest} |"
-            for role, digest in hashes.items()
-        ),
-        "| versions | " + ", ".join(f"{k} {v}" for k, v in versions.items()) + " |",
-        "",
-        "All settings, as `config` of the same command takes them (paths left out):",
-        "",
-        "```json",
-        json.dumps(_settings(settings), indent=1),
-        "```",
-        "",
-        "## Certificate",
-        "",
-        f"`{certificates.FILE}` has the SHA-256 of every tensor. "
-        f"{certificates.summary(certificate)}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _selection(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the rows of the recipe that say which entries are patched."""
-    knobs, score = settings["patch"], settings["score"]
-    filled = ", filled up with random entries" if knobs["support"] == "fill" else ""
+    settings = content["settings"]
+    knobs, score, source = settings["patch"], settings["score"], settings["model"]["source"]
     snip = f"SNIP on '{knobs['importance']}', {score['samples']} samples ({score['mode']})"
-    return [
-        f"| top rates | a {knobs['top_rate_se']:g} (SE), b {knobs['top_rate_osm']:g} (OSM), per "
-        f"{knobs['granularity']} |",
-        f"| merge | alpha {knobs['alpha']:g}, beta {knobs['beta']:g}, {knobs['combine']} of the "
-        "top sets, retention "
-        f"{knobs['retention']:g}{filled}{', rescaled' if knobs['rescale'] else ''} |",
-        f"| importance | {WITHOUT_SNIP.get(knobs['importance'], snip)}, scope {knobs['scope']} |",
-    ]
+    return templates.render(
+        "run/card.md.jinja",
+        name=pathlib.PurePath(source.partition(":")[2] or source).name,
+        knobs=knobs,
+        labels=labels(settings),
+        importance=IMPORTANCES[knobs["importance"]].without_snip or snip,
+        patch_text=describe_patch(settings),
+        sources={role: pathlib.PurePath(settings["data"][role]).name for role in hashes},
+        hashes=hashes,
+        versions=versions,
+        repeated=json.dumps(_settings(settings), indent=1),
+        certificate=certificate,
+        file=certificates.FILE,
+        summary=certificates.summary(certificate),
+        **content,
+    )
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -150,13 +58,8 @@ def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "data": ("harmful", "lookalike", "ordinary", "manual_dir"),
         "run": ("cache_dir", "keep_scratch"),
     }
-    return {
-        group: {k: v for k, v in options.items() if k not in left_out.get(group, ())}
-        for group, options in settings.items()
-    }
-
-
-def _percent(measures: Mapping[str, Any], role: str, outcome: str) -> str:
-    counts = measures[role]
-    low, high = wilson(counts[outcome], counts["n"])
-    return f"{share(counts, outcome):.0%} [{100 * low:.0f}-{100 * high:.0f}]"
+    result = {}
+    for group, options in settings.items():
+        dropped = left_out.get(group, ())
+        result[group] = {name: x for name, x in options.items() if name not in dropped}
+    return result

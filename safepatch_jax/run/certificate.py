@@ -40,7 +40,13 @@ _PROBES, _LENGTH = 4, 48
 
 @dataclasses.dataclass(frozen=True)
 class Probes:
-    """Tokens on which a model is run, which of them are real, and why they are no text, if so."""
+    """Tokens on which a model is run.
+
+    Attributes:
+      tokens_BT: their ids.
+      valid_BT: which of them are not padding.
+      trouble: why they are random ids; None for text.
+    """
 
     tokens_BT: np.ndarray
     valid_BT: np.ndarray
@@ -77,39 +83,34 @@ def certify(
     config = read_hf_config(folder)
     checkpoint = Checkpoint(folder)
     account = check_keys(checkpoint, param_table(config), config)
-    hashes = processes.on_first(lambda: tensor_hashes(checkpoint.tensors))
-    certificate = {
+    hashes = processes.on_first(tensor_hashes, checkpoint.tensors)
+    tensors = {}
+    for name, x in checkpoint.tensors.items():
+        tensors[name] = {"dtype": x.dtype, "shape": list(x.shape), "sha256": hashes[name]}
+    companions = [name for name in COMPANIONS if (folder / name).is_file()]
+    certificate: dict[str, Any] = {
         "format": 1,
         "kind": kind,
         "architecture": dataclasses.asdict(config),
         "parameters": param_table(config).size,
         "keys": account,
-        "tensors": {
-            name: {"dtype": x.dtype, "shape": list(x.shape), "sha256": hashes[name]}
-            for name, x in checkpoint.tensors.items()
-        },
-        "companions": {
-            name: files.file_sha256(folder / name)
-            for name in COMPANIONS
-            if (folder / name).is_file()
-        },
+        "tensors": tensors,
+        "companions": {name: files.file_sha256(folder / name) for name in companions},
     }
     if before is not None:
         changed = [name for name, digest in hashes.items() if before.get(name) != digest]
         certificate["unchanged"], certificate["changed"] = len(hashes) - len(changed), changed
-    probes = _probes(
-        folder, config.vocab_size
-    )  # also where they are not run: finds a tokenizer of another model
-    certificate["tokenizer"] = "fits the embedding" if probes.trouble is None else probes.trouble
-    certificate["logits"] = (
-        check_logits(folder, sharder, probes) if logits else {"skipped": "not asked for"}
-    )
+    # Also where the model is not run: finds a tokenizer of another model.
+    probes = _probes(folder, config.vocab_size)
+    certificate["tokenizer"] = probes.trouble or "fits the embedding"
+    certificate["logits"] = {"skipped": "not asked for"}
+    if logits:
+        certificate["logits"] = check_logits(folder, sharder, probes)
     return certificate | {"versions": versions()}
 
 
 def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:
-    """Return the SHA-256 of each tensor from a folder's certificate, or None if it has none (it was
-    deleted)."""
+    """Return the SHA-256 of each tensor from a folder's certificate; None if it was deleted."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -117,7 +118,7 @@ def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:
         return {name: x["sha256"] for name, x in files.read_json(path)["tensors"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}); delete it to go on without it."
+            f"{path} is damaged ({error!r}); delete it to convert without it."
         ) from error
 
 
@@ -127,42 +128,40 @@ def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict
     config, params = load_params(folder, sharder)
     tokens_BT, valid_BT = probes.tokens_BT, probes.valid_BT
     decoder = Decoder(config, jnp.float32, sharder)
-    rows = (
-        -(-_PROBES // sharder.batch_ways) * sharder.batch_ways
-    )  # the batch must divide by the mesh
-    full = {
-        name: np.resize(x, (rows, _LENGTH))
-        for name, x in (("tokens", tokens_BT), ("valid", valid_BT))
-    }
-    batch, positions_BT = (
-        put_batch(full, sharder),
-        np.broadcast_to(np.arange(_LENGTH), (rows, _LENGTH)),
-    )
+    # The batch must divide by the mesh; the probes are repeated to fill it.
+    rows = math.ceil(_PROBES / sharder.batch_ways) * sharder.batch_ways
+    shape = (rows, _LENGTH)
+    full = {"tokens": np.resize(tokens_BT, shape), "valid": np.resize(valid_BT, shape)}
+    batch, positions_BT = put_batch(full, sharder), np.broadcast_to(np.arange(_LENGTH), shape)
     with jax.default_matmul_precision("highest"):
-        ours = processes.fetch(
-            _forward(decoder, params, batch["tokens"], positions_BT, batch["valid"])
-        )[valid_BT]
-    del params
+        logits_BTV = _forward(decoder, params, batch["tokens"], positions_BT, batch["valid"])
+    ours = processes.fetch(logits_BTV)[valid_BT]
+    del params  # torch needs the memory
     if not np.all(np.isfinite(ours)):
         raise ValueError(
             f"{folder}: the logits are not finite. The weights hold NaN or overflow; check where "
             "they come from."
         )
-    targets = np.where(valid_BT[:, 1:], tokens_BT[:, 1:], -1)
-    follows = np.concatenate([targets, np.full((len(targets), 1), -1)], axis=1)[valid_BT]
-    nll = [-_log_softmax(x)[t] for x, t in zip(ours, follows) if t >= 0]
-    result: dict[str, Any] = {
+    return {
         "probes": "text" if probes.trouble is None else "random",
         "tokens": int(valid_BT.sum()),
         "finite": True,
-        "perplexity": math.exp(min(np.mean(nll), 700.0)),
+        "perplexity": _perplexity(probes, ours),
         "largest": float(np.max(np.abs(ours))),
+        "torch": processes.on_first(_compare, folder, param_table(config).size, probes, ours),
     }
-    return result | {
-        "torch": processes.on_first(
-            lambda: _compare(folder, param_table(config).size, probes, ours)
-        )
-    }
+
+
+def _perplexity(probes: Probes, logits_NV: np.ndarray) -> float:
+    """Return the perplexity on the probes, of which the logits are those at the valid positions."""
+    targets_BT = np.full_like(probes.tokens_BT, -1)  # none where no valid token follows
+    targets_BT[:, :-1] = np.where(probes.valid_BT[:, 1:], probes.tokens_BT[:, 1:], -1)
+    targets_N = targets_BT[probes.valid_BT]
+    nll = []
+    for logits_V, target in zip(logits_NV, targets_N):
+        if target >= 0:
+            nll.append(-_log_softmax(logits_V)[target])
+    return math.exp(min(np.mean(nll), 700.0))
 
 
 def _compare(
@@ -170,8 +169,9 @@ def _compare(
 ) -> dict[str, float] | str:
     """Compare logits with those of Hugging Face torch, or say why that cannot be done; errors as
     `certify`."""
-    if why_not := _no_torch(parameters):
-        return f"not compared: {why_not}"
+    reason = _no_torch(parameters)
+    if reason is not None:
+        return f"not compared: {reason}"
     theirs = _torch_logits(folder, probes.tokens_BT, probes.valid_BT)
     result = {
         "max_abs_error": float(np.max(np.abs(ours - theirs))),
@@ -181,11 +181,9 @@ def _compare(
     if not result["max_abs_error"] <= LIMIT * np.max(np.abs(theirs)):
         raise ValueError(
             f"{folder}: our logits differ from those of Hugging Face torch by "
-            f"{result['max_abs_error']:.3g} "
-            f"(largest logit {np.max(np.abs(theirs)):.3g}), far more than float32 rounding. "
-            "Please report this with "
-            "the model's config.json; --certify=hashes (or --run.certify=hashes) goes on without "
-            "the comparison."
+            f"{result['max_abs_error']:.3g} (largest logit {np.max(np.abs(theirs)):.3g}), far more "
+            "than float32 rounding. Please report this with the model's config.json; "
+            "--certify=hashes (or --run.certify=hashes) leaves the comparison out."
         )
     return result
 
@@ -197,21 +195,18 @@ def summary(certificate: Mapping[str, Any]) -> str:
     if keys["left_out"]:
         text += f" ({', '.join(keys['left_out'])} left out)"
     if "changed" in certificate:
-        text += (
-            f", {len(certificate['changed'])} changed, {certificate['unchanged']} bitwise as before"
-        )
+        changed = len(certificate["changed"])
+        text += f", {changed} changed, {certificate['unchanged']} bitwise as before"
     if "skipped" in logits:
         return text
-    text += (
-        f"; perplexity {logits['perplexity']:.1f} on {logits['tokens']} {logits['probes']} tokens"
-    )
-    if isinstance(logits["torch"], str):
-        return text + f"; torch {logits['torch']}"
+    tokens = f"{logits['tokens']} {logits['probes']} tokens"
+    text += f"; perplexity {logits['perplexity']:.1f} on {tokens}"
     torch = logits["torch"]
-    return text + (
-        f"; against torch: max error {torch['max_abs_error']:.1e} (largest logit "
-        f"{logits['largest']:.1f}), KL "
-        f"{torch['kl']:.1e}, top-1 {torch['top1_agreement']:.1%}"
+    if isinstance(torch, str):
+        return f"{text}; torch {torch}"
+    return (
+        f"{text}; against torch: max error {torch['max_abs_error']:.1e} (largest logit "
+        f"{logits['largest']:.1f}), KL {torch['kl']:.1e}, top-1 {torch['top1_agreement']:.1%}"
     )
 
 
@@ -222,15 +217,13 @@ def _forward(decoder, params, tokens_BT, positions_BT, valid_BT):
 
 def _probes(folder: pathlib.Path, vocab_size: int) -> Probes:
     """Return built-in conversations, or random ids where there is no tokenizer or chat template."""
-    tokens_BT, valid_BT = np.zeros((_PROBES, _LENGTH), np.int32), np.ones((_PROBES, _LENGTH), bool)
+    shape = (_PROBES, _LENGTH)
+    tokens_BT, valid_BT = np.zeros(shape, np.int32), np.ones(shape, bool)
     try:
         chat = Chat(folder, vocab_size)
     except NoChat as error:
-        return Probes(
-            np.random.default_rng(0).integers(0, vocab_size, tokens_BT.shape, np.int32),
-            valid_BT,
-            str(error),
-        )
+        tokens_BT = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
+        return Probes(tokens_BT, valid_BT, str(error))
     for b, record in enumerate(load_records("ordinary", "builtin")[:_PROBES]):
         example = chat.encode(record.prompt, record.answer)
         ids = (*example.prompt_ids, *example.answer_ids)[:_LENGTH]
@@ -252,16 +245,17 @@ def _no_torch(parameters: int) -> str | None:
 
 def _available_memory() -> int | None:
     """Return the bytes that are free on this machine and within its container's limit, or None
-    where nobody says."""
+    where neither is known."""
     free = []
-    if (path := pathlib.Path("/proc/meminfo")).is_file():
-        lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-        free += [int(lines["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in lines else []
-    limit, used = (
-        pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current")
-    )
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free.append(int(text) - int(used.read_text()))
+    machine = pathlib.Path("/proc/meminfo")
+    if machine.is_file():
+        for line in machine.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+    container = pathlib.Path("/sys/fs/cgroup")
+    limit, used = container / "memory.max", container / "memory.current"
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free.append(int(limit.read_text()) - int(used.read_text()))
     return min(free, default=None)
 
 
@@ -277,13 +271,12 @@ def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndar
         local_files_only=True,
         attn_implementation="eager",
     ).eval()
+    logits = []
     with torch.no_grad():
-        return np.concatenate(
-            [
-                model(torch.tensor(tokens[valid][None]).long()).logits[0].numpy()
-                for tokens, valid in zip(tokens_BT, valid_BT)
-            ]
-        )
+        for tokens_T, valid_T in zip(tokens_BT, valid_BT):
+            ids = torch.tensor(tokens_T[valid_T][None]).long()
+            logits.append(model(ids).logits[0].numpy())
+    return np.concatenate(logits)
 
 
 def _log_softmax(logits_V: np.ndarray) -> np.ndarray:

@@ -14,26 +14,39 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
 from safepatch_jax.data.pipeline import Pool, training_batches
-from safepatch_jax.data.records import ROLES, Record, load_records, take
+from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
-from safepatch_jax.models.config import DecoderConfig, read_hf_config, stop_ids
+from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
-from safepatch_jax.patching.importance import SensitivityMeter, witness_row
+from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.workdir import resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import (
-    Outcome,
     Recipe,
     Recorder,
     Saving,
     Trainer,
+    TrainingOutcome,
     check_batch,
     ignore,
 )
+
+
+def keep_programs(cache_dir: pathlib.Path) -> None:
+    """Keep compiled programs on disk, in the cache of runs.
+
+    It is JAX's setting for the whole process, so whoever opens a run makes it, not Context. The
+    variable JAX_COMPILATION_CACHE_DIR takes precedence.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class Context:
@@ -44,10 +57,12 @@ class Context:
         """Take the settings, and what reads a role's records; contexts that share data may share a
         reader that remembers."""
         self.settings, self._read = settings, read
-        self.cache_dir = pathlib.Path(settings.run.cache_dir).expanduser()
-        if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR counts more
-            jax.config.update("jax_compilation_cache_dir", str(self.cache_dir / "compiled"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        self.cache_dir = resolve(settings.run.cache_dir)
+        # Caches of this object alone: one on the class would keep every context alive.
+        self.trainer = functools.cache(self._trainer)
+        self.meter = functools.cache(self._meter)
+        self.chat = functools.cache(self._chat)
+        self.encoded = functools.cache(self._encoded)
 
     def with_settings(self, settings: Settings) -> Context:
         """Return a context of other settings that reads records as this one does."""
@@ -60,18 +75,22 @@ class Context:
     @functools.cached_property
     def records(self) -> dict[str, list[Record]]:
         data = self.settings.data
-        places = data.manual_dir, self.cache_dir / "datasets"
-        records = {role: list(self._read(role, getattr(data, role), *places)) for role in ROLES}
+        records = {}
+        for role in DATA_ROLES:
+            source = getattr(data, role)
+            records[role] = list(
+                self._read(role, source, data.manual_dir, self.cache_dir / "datasets")
+            )
         if data.category:
             records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
         return records
 
     @functools.cached_property
     def data_hashes(self) -> dict[str, str]:
-        return {
-            role: files.text_hash([r.__dict__ for r in records])
-            for role, records in self.records.items()
-        }
+        hashes = {}
+        for role, records in self.records.items():
+            hashes[role] = files.text_hash([record.__dict__ for record in records])
+        return hashes
 
     def split(self, role: str, split: str) -> list[Record]:
         data = self.settings.data
@@ -103,12 +122,31 @@ class Context:
 
     def check_batches(self) -> None:
         """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together."""
-        for group in ("align", "derive") if self.settings.align.enabled else ("derive",):
-            rows = getattr(self.settings, group).batch_size
-            check_batch(f"{group}.batch_size", rows, self.settings.derive.accumulate, self.sharder)
+        parts = self.settings.derive.accumulate
+        sizes = {"derive.batch_size": self.settings.derive.batch_size}
+        if self.settings.align.enabled:
+            sizes["align.batch_size"] = self.settings.align.batch_size
+        for name, rows in sizes.items():
+            check_batch(name, rows, parts, self.sharder)
 
-    @functools.cache
-    def trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
+    def engine(self, folder: pathlib.Path, params: Any) -> Engine:
+        """Return a model that is ready to answer.
+
+        Args:
+          folder: whose architecture, tokenizer and chat template it has.
+          params: nested parameters on the mesh.
+        """
+        settings = self.settings
+        return Engine(
+            read_hf_config(folder),
+            params,
+            folder,
+            self.sharder,
+            settings.model.compute_dtype,
+            settings.evaluate.batch_size,
+        )
+
+    def _trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
         """Return the train step of a loss, by default of the patches' likelihood."""
         derive = self.settings.derive
         return Trainer(
@@ -131,7 +169,7 @@ class Context:
         steps: pathlib.Path,
         record: Recorder = ignore,
         loss: Loss | None = None,
-    ) -> tuple[dict[str, Any], Outcome]:
+    ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
         Args:
@@ -145,26 +183,26 @@ class Context:
         Returns:
           (nested parameters float32, outcome).
         """
-        rows = (
-            self.sharder.local_rows(sum(rows for _, rows in pools)) if processes.several() else None
-        )
-        batches = training_batches(
-            pools, self.settings.run.seed, self.settings.data.length_buckets, rows
-        )
+        local = None  # all rows of a batch
+        if processes.several():
+            local = self.sharder.local_rows(sum(rows for _, rows in pools))
+        seed, buckets = self.settings.run.seed, self.settings.data.length_buckets
+        batches = training_batches(pools, seed, buckets, local)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         trainer = self.trainer(read_hf_config(folder), loss)
         models = [self.load(folder)[1]]
-        reference = models[0] if loss is not None and loss.compares else None
-        return trainer.run(
-            models.pop(), batches, recipe, title, saving, record, reference
-        )  # popped: `run` may let it go
+        reference = None
+        if loss is not None and loss.compares:
+            reference = models[0]
+        # Popped, so that `run` holds the only reference and may let the model go.
+        return trainer.run(models.pop(), batches, recipe, title, saving, record, reference)
 
-    @functools.cache
-    def meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
+    def _meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
         """Return the meter of the scope, or of the one weight on which the score modes are
         compared."""
         rows = param_table(config).scope(self.settings.patch.scope)
-        rows = (witness_row(rows),) if witness else rows
+        if witness:
+            rows = (witness_row(rows),)
         return SensitivityMeter(
             self.training_decoder(config),
             rows,
@@ -173,26 +211,20 @@ class Context:
             self.settings.model.loss_chunk,
         )
 
-    @functools.cache
-    def chat(self, folder: pathlib.Path) -> Chat:
+    def _chat(self, folder: pathlib.Path) -> Chat:
         return Chat(folder, read_hf_config(folder).vocab_size)
 
-    @functools.cache
-    def encoded(
+    def _encoded(
         self, folder: pathlib.Path, role: str, split: str, field: str = "answer"
     ) -> Encoded:
         """Tokenise one split of a role; says once what was left out or cut."""
         data = self.settings.data
         room = read_hf_config(folder).max_length
-        if (
-            data.max_prompt_tokens
-            + max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
-            > room
-        ):
+        answer = max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
+        if data.max_prompt_tokens + answer > room:
             raise ValueError(
                 "data.max_prompt_tokens and data.max_answer_tokens or evaluate.max_new_tokens "
-                "add up to more than "
-                f"the {room} positions of the model. Lower them."
+                f"add up to more than the {room} positions of the model. Lower them."
             )
         encoded = self.chat(folder).encode_all(
             answer_pairs(self.split(role, split), field),
@@ -206,12 +238,6 @@ class Context:
     def load(self, folder: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
         return load_params(folder, self.sharder)
 
-    def stop_ids(self, folder: pathlib.Path) -> tuple[int, ...]:
-        """Return every id that ends an answer: of the config, the generation config, the tokenizer
-        and the template."""
-        ids, chat = stop_ids(folder, read_hf_config(folder)), self.chat(folder)
-        return tuple(sorted((ids | {chat.tokenizer.eos_token_id, chat.end_of_turn()}) - {None}))
-
 
 def _of_categories(records: Sequence[Record], names: str, source: str) -> list[Record]:
     """Return the records of categories given as 'A+B'; one of several categories ('A; B') is in
@@ -220,14 +246,22 @@ def _of_categories(records: Sequence[Record], names: str, source: str) -> list[R
     Raises:
       ValueError: no record is of one of the categories; lists those that are there.
     """
-    of = [{name.strip() for name in record.category.split(";")} for record in records]
-    wanted = {name.strip() for name in names.split("+")}
-    counts = collections.Counter(name or "(none)" for own in of for name in own)
-    if unknown := sorted(wanted - counts.keys()):
+    choice = _parts(names, "+")
+    counts: collections.Counter[str] = collections.Counter()
+    result = []
+    for record in records:
+        categories = _parts(record.category, ";")
+        counts.update(name or "(none)" for name in categories)
+        if categories & choice:
+            result.append(record)
+    if unknown := sorted(choice - counts.keys()):
+        missing = ", ".join(map(repr, unknown))
+        known = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
         raise ValueError(
-            f"{source}: no record is of the category {', '.join(map(repr, unknown))} "
-            "(data.category). There are "
-            + ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
-            + "."
+            f"{source}: no record is of the category {missing} (data.category). There are {known}."
         )
-    return [record for record, own in zip(records, of) if own & wanted]
+    return result
+
+
+def _parts(text: str, separator: str) -> set[str]:
+    return {part.strip() for part in text.split(separator)}

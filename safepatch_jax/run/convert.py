@@ -59,6 +59,9 @@ class Place:
             return cls("gguf", path)
         return cls("orbax" if (path / MODEL).is_file() else "hf", path)
 
+    def absolute(self) -> Place:
+        return Place(self.kind, self.path.absolute())
+
 
 def convert(
     source: str,
@@ -90,23 +93,21 @@ def convert(
     """
     origin, goal = Place.parse(source), Place.parse(target)
     _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
+    export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
     processes.agree(
         {
             "source": [origin.kind, str(origin.path.absolute())],
             "target": [goal.kind, str(goal.path.absolute())],
             "mesh": mesh,
-            "dtype": dtype,
-            "rounding": rounding,
-            "seed": seed,
-            "shard_bytes": shard_bytes,
             "tokenizer": tokenizer,
             "certify": certify,
         }
+        | export
         | source_facts(origin),
         "Start every process with the same command, and give every host the same files.",
     )
     processes.agree_on_devices()
-    processes.on_first(lambda: files.refuse_full_folder(goal.path))
+    processes.on_first(files.refuse_full_folder, goal.path)
     sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
     with processes.new_folder(goal.path) as scratch:
         out = scratch / "model"
@@ -114,31 +115,17 @@ def convert(
             straight = goal.kind == "hf" and dtype == "keep"
             folder = out if straight else scratch / "source"
             say(f"Dequantising {origin.path}")
-            path = origin.path
-            processes.on_first(
-                lambda: gguf.convert_gguf(
-                    path, folder, tokenizer=tokenizer, shard_bytes=shard_bytes
-                )
-            )
+            options = {"tokenizer": tokenizer, "shard_bytes": shard_bytes}
+            processes.on_first(gguf.convert_gguf, origin.path, folder, **options)
             origin = Place("hf", folder)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)
         elif origin.path == out:
             result = certificate.certify(out, sharder, logits=logits, kind="import")
         else:
-            export = {
-                "dtype": dtype,
-                "rounding": rounding,
-                "seed": seed,
-                "shard_bytes": shard_bytes,
-            }
             result = _to_hf(origin, out, sharder, logits, export)
-        processes.on_first(
-            lambda: (
-                files.write_json(out / certificate.FILE, result),
-                files.keep_only(scratch, out),
-            )
-        )
+        processes.on_first(files.write_json, out / certificate.FILE, result)
+        processes.on_first(files.keep_only, scratch, out)
     say(certificate.summary(result))
     return goal.path / certificate.FILE
 
@@ -148,17 +135,13 @@ def source_facts(place: Place) -> dict[str, Any]:
     config."""
     if not processes.several():
         return {}
-    held = (
-        [place.path]
-        if place.path.is_file()
-        else sorted(p for p in place.path.rglob("*") if p.is_file())
-    )
-    facts: dict[str, Any] = {
-        f"size of {p.relative_to(place.path.parent)}": p.stat().st_size for p in held
-    }
-    for p in held:
-        if p.name == "config.json":
-            facts[f"SHA-256 of {p.relative_to(place.path.parent)}"] = files.file_sha256(p)
+    facts: dict[str, Any] = {}
+    for path in [place.path, *sorted(place.path.rglob("*"))]:
+        if path.is_file():
+            name = path.relative_to(place.path.parent)
+            facts[f"size of {name}"] = path.stat().st_size
+            if path.name == "config.json":
+                facts[f"SHA-256 of {name}"] = files.file_sha256(path)
     return facts
 
 
@@ -178,8 +161,7 @@ def _refuse_contradictions(
     if origin.kind == goal.kind == "orbax":
         raise ValueError(
             "source and target are both orbax: a checkpoint restores onto any mesh, so copying "
-            "the folder is "
-            "enough."
+            "the folder is enough."
         )
 
 
@@ -192,9 +174,9 @@ def _to_orbax(
     say(f"Writing the checkpoint of {folder}")
     save_checkpoint(out, load_params(folder, sharder)[1], folder, stored_dtypes(folder))
     hashes = array_hashes(*load_checkpoint(out, sharder))
-    if wrong := [
-        name for name, digest in hashes.items() if digest != result["tensors"][name]["sha256"]
-    ]:
+    tensors = result["tensors"]
+    wrong = [name for name, digest in hashes.items() if digest != tensors[name]["sha256"]]
+    if wrong:
         raise ValueError(
             f"The checkpoint does not give back what was written ({some(wrong)}). Is the disk "
             "sound? Nothing is kept."
@@ -208,14 +190,12 @@ def _to_hf(
     say(f"Reading {origin.path}")
     if origin.kind == "orbax":
         config, params, stored = load_checkpoint(origin.path, sharder)
-        companions, before = (
-            origin.path / COMPANIONS_FOLDER,
-            certificate.recorded_hashes(origin.path),
-        )
+        companions = origin.path / COMPANIONS_FOLDER
+        before = certificate.recorded_hashes(origin.path)
     else:
         config, params = load_params(origin.path, sharder)
         companions, stored = origin.path, stored_dtypes(origin.path)
-        before = processes.on_first(lambda: tensor_hashes(Checkpoint(origin.path).tensors))
+        before = processes.on_first(tensor_hashes, Checkpoint(origin.path).tensors)
     save_model(out, params, config, companions, stored=stored, **export)
     del params
     return certificate.certify(out, sharder, logits=logits, kind="export", before=before)
@@ -228,13 +208,11 @@ def inspect_model(model: str, scope: str) -> list[str]:
     if place.kind == "gguf":
         raise ValueError(
             f"{place.path}: convert the file first: python -m launch.convert "
-            f"--source=gguf:{place.path} "
-            "--target=hf:DIR."
+            f"--source=gguf:{place.path} --target=hf:DIR."
         )
     if place.kind == "orbax":
-        return describe(
-            read_hf_config(place.path / COMPANIONS_FOLDER), scope, read_description(place.path)
-        )
+        config = read_hf_config(place.path / COMPANIONS_FOLDER)
+        return describe(config, scope, read_description(place.path))
     config = read_hf_config(place.path)
     stored = stored_dtypes(place.path) if has_weights(place.path) else None
     lines = describe(config, scope, stored)

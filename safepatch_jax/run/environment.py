@@ -10,65 +10,48 @@ import pathlib
 import platform
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.runtime import files, processes
 
 FILE = "environment.json"
-_VARIABLES = (
-    "JAX_",
-    "XLA_",
-    "LIBTPU_",
-    "TPU_",
-    "CUDA_VISIBLE",
-    "OMP_",
-    "TFDS_",
-)  # that may change results
+# Beginnings of the names of environment variables that may change results.
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "OMP_", "TFDS_")
 
 
 def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder) -> None:
     """Write, or bring up to date, a run's environment.json; earlier starts stay in its list."""
     path = folder / FILE
+    starts = [*_starts(path), _describe_start(command, sharder)]
+    files.write_json(path, {"starts": starts})
+
+
+def _starts(path: pathlib.Path) -> list[Any]:
+    """Return the earlier starts; none where the file is absent or damaged."""
     try:
-        starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # the first start, or a file that says nothing
-        starts = []
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _describe_start(command: Sequence[str], sharder: Sharder) -> dict[str, Any]:
     device = sharder.mesh.devices.flat[0]
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    files.write_json(
-        path,
-        {
-            "starts": [
-                *starts,
-                {
-                    "time": now,
-                    "command": shlex.join(command),
-                    "python": platform.python_version(),
-                    "platform": platform.platform(),
-                    "processors": os.cpu_count(),
-                    "devices": {
-                        "kind": device.device_kind,
-                        "platform": device.platform,
-                        "number": sharder.mesh.size,
-                        "mesh": dict(sharder.mesh.shape),
-                        "processes": processes.count(),
-                    },
-                    "variables": {
-                        name: value
-                        for name, value in sorted(os.environ.items())
-                        if name.startswith(_VARIABLES)
-                    },
-                    "packages": dict(
-                        sorted(
-                            {d.name: d.version for d in importlib.metadata.distributions()}.items()
-                        )
-                    ),
-                },
-            ]
+    variables = sorted(name for name in os.environ if name.startswith(_VARIABLES))
+    packages = {item.name: item.version for item in importlib.metadata.distributions()}
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "devices": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "number": sharder.mesh.size,
+            "mesh": dict(sharder.mesh.shape),
+            "processes": processes.count(),
         },
-    )
+        "variables": {name: os.environ[name] for name in variables},
+        "packages": dict(sorted(packages.items())),
+    }

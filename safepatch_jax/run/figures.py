@@ -1,21 +1,73 @@
-"""Pictures of a patch: where in the model it lies, and how large it is against the steps of
-bfloat16."""
+"""Pictures of a run: the outcomes of its models; where in the model a patch lies, and how large it
+is against the steps of bfloat16."""
 
 from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from safepatch_jax.patching.selection import ROLES
+from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.statistics import STEPS, totals
+from safepatch_jax.reporting import charts
+from safepatch_jax.reporting.charts import COLOURS
+from safepatch_jax.reporting.tables import share
 
 PATCH = "patch.png"
-_COLOURS = {"se": "#4477aa", "osm": "#ee6677"}
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(?:\w+\.)?(\w+?)(?:_proj)?\.(weight|bias)")
+_NORMS = {"input_layernorm": "norm 1", "post_attention_layernorm": "norm 2"}
+_FEW = 7  # modules, whose names have room side by side
+_SHOWN = 6  # per cent of answers, in whose bar a number has room
+
+
+def draw_outcomes(measures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Any:
+    """Draw the outcomes on both prompt sets, and the NLL of reference answers.
+
+    Args:
+      measures: by variant, see `safepatch_jax.evaluation.measures.evaluate_model`.
+      labels: of the variants.
+    """
+    names = [labels[variant] for variant in measures]
+    figure = charts.figure(15, 1.4 + 0.55 * len(names))
+    axes = charts.panels(figure, 1, 3)[0]
+    titles = {
+        "harmful": "Harmful requests\n(complied = harm)",
+        "lookalike": "Harmless look-alikes\n(refused = over-refusal)",
+    }
+    for axis, (role, title) in zip(axes, titles.items()):
+        counts = [m[role] for m in measures.values()]
+        _stack(axis, names, counts)
+        axis.set(title=f"{title}, n = {measures['backbone'][role]['n']}")
+    charts.legend_below(axes[0], columns=3)
+    series = [
+        ("harmful answers", COLOURS["harm"], [m["harmful_nll"] for m in measures.values()]),
+        ("ordinary answers", COLOURS["utility"], [m["ordinary_nll"] for m in measures.values()]),
+    ]
+    charts.bars(axes[2], names, series, "%.2f")
+    axes[2].set(title="NLL of reference answers", xlabel="nats a token")
+    charts.legend_below(axes[2], columns=2)
+    for axis in axes[1:]:
+        axis.tick_params(labelleft=False)
+    return figure
+
+
+def _stack(axis: Any, names: Sequence[str], counts: Sequence[Mapping[str, int]]) -> None:
+    """Draw the outcomes of each row as parts of one bar."""
+    start = np.zeros(len(names))
+    for outcome in OUTCOMES:
+        values = np.array([100 * share(of, outcome) for of in counts])
+        drawn = axis.barh(
+            range(len(names)), values, left=start, color=COLOURS[outcome], label=outcome
+        )
+        texts = [f"{x:.0f}" if x >= _SHOWN else "" for x in values]
+        axis.bar_label(drawn, texts, label_type="center", color="white", fontsize=9)
+        start += values
+    charts.name_rows(axis, names)
+    axis.set(xlabel="% of answers", xlim=(0, 100))
 
 
 def draw_patch(statistics: Mapping[str, Mapping[str, Any]], path: str | pathlib.Path) -> None:
@@ -25,42 +77,23 @@ def draw_patch(statistics: Mapping[str, Mapping[str, Any]], path: str | pathlib.
       statistics: by HF tensor name, see `tensor_statistics`.
       path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cells, rest = _cells(statistics)
-    modules = list(dict.fromkeys(module for _, module in cells))
-    layers = 1 + max((layer for layer, _ in cells), default=0)
-    density = lambda role: lambda s: 100 * s[f"kept_{role}"] / s["size"]
+    layers = _layers(cells)
+    figure = charts.figure(15, 5.4 + 0.13 * layers)
+    axes = charts.panels(figure, 2, 3, height_ratios=(1.9 + 0.13 * layers, 3.5))
+    overlap = "Overlap of the two top sets\n(Jaccard index, %)"
     maps = [
-        ("SE entries kept, % of each matrix", density("se"), "Blues"),
-        ("OSM entries kept, %", density("osm"), "Reds"),
-        ("Overlap of the two top sets\n(Jaccard index, %)", lambda s: 100 * s["overlap"], "Greys"),
+        ("SE entries kept, % of each matrix", lambda s: _kept([s], "se"), "Blues"),
+        ("OSM entries kept, %", lambda s: _kept([s], "osm"), "Reds"),
+        (overlap, lambda s: 100 * s["overlap"], "Greys"),
     ]
-    figure, axes = plt.subplots(
-        2,
-        3,
-        figsize=(15, 4.6 + 0.13 * layers),
-        constrained_layout=True,
-        height_ratios=(1.6 + 0.13 * layers, 3),
-    )
     for axis, (title, value, colours) in zip(axes[0], maps):
-        grid = np.full((layers, len(modules)), np.nan)
-        for (layer, module), s in cells.items():
-            grid[layer, modules.index(module)] = value(s)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
-        axis.set(title=title, ylabel="layer", xticks=range(len(modules)), xticklabels=modules)
-        figure.colorbar(image, ax=axis)
-    _by_layer(axes[1, 0], cells, layers)
-    _by_module(axes[1, 1], cells, modules, rest)
+        _map(axis, cells, value, colours)
+        axis.set(title=title)
+    _by_layer(axes[1, 0], cells)
+    _by_module(axes[1, 1], cells, rest)
     _sizes(axes[1, 2], totals(statistics))
-    for axis in axes[1]:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    charts.save(figure, path)
 
 
 def _cells(statistics: Mapping[str, Any]) -> tuple[dict[tuple[int, str], Any], dict[str, Any]]:
@@ -68,94 +101,104 @@ def _cells(statistics: Mapping[str, Any]) -> tuple[dict[tuple[int, str], Any], d
     of them)."""
     cells, rest = {}, {}
     for name, s in statistics.items():
-        if found := _BLOCK.fullmatch(name):
-            module = (
-                found[2]
-                .replace("input_layernorm", "norm 1")
-                .replace("post_attention_layernorm", "norm 2")
-            )
-            cells[int(found[1]), module + (" bias" if found[3] == "bias" else "")] = s
+        match = _BLOCK.fullmatch(name)
+        if match:
+            layer, module, kind = match.groups()
+            suffix = " bias" * (kind == "bias")
+            cells[int(layer), _NORMS.get(module, module) + suffix] = s
         else:
             rest[name.removeprefix("model.").removesuffix(".weight")] = s
     return cells, rest
 
 
-def _share(many: list[Mapping[str, Any]], role: str) -> float:
-    """Return the kept entries in percent of all entries of several tensors."""
-    return 100 * sum(s[f"kept_{role}"] for s in many) / max(1, sum(s["size"] for s in many))
+def _kept(tensors: Sequence[Mapping[str, Any]], role: str) -> float:
+    """Return the kept entries in per cent of all entries of several tensors."""
+    return 100 * sum(s[f"kept_{role}"] for s in tensors) / max(1, sum(s["size"] for s in tensors))
 
 
-def _by_layer(axis, cells, layers: int) -> None:
-    for role in ROLES:
-        values = [
-            _share([s for (at, _), s in cells.items() if at == layer], role)
-            for layer in range(layers)
-        ]
-        axis.plot(
-            range(layers),
-            values,
-            marker="o",
-            markersize=3,
-            color=_COLOURS[role],
-            label=role.upper(),
-        )
-    axis.set(
-        title="Kept entries by layer",
-        xlabel="layer",
-        ylabel="% of the layer's entries",
-        ylim=(0, 1.1 * max(1e-9, *axis.get_ylim())),
-    )
+def _layers(cells: Mapping[tuple[int, str], Any]) -> int:
+    return 1 + max((layer for layer, _ in cells), default=0)
+
+
+def _groups(cells: Mapping[tuple[int, str], Any], part: int) -> dict[Any, list[Any]]:
+    """Return the tensors of each layer (part 0) or module (part 1)."""
+    groups: dict[Any, list[Any]] = {}
+    for place, s in cells.items():
+        groups.setdefault(place[part], []).append(s)
+    return groups
+
+
+def _name_columns(axis: Any, names: Sequence[str]) -> None:
+    """Name the columns of an axis; many names are turned, so that none covers another."""
+    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(len(names)), names, **(turned if len(names) > _FEW else {}))
+
+
+def _map(
+    axis: Any, cells: Mapping[tuple[int, str], Any], value: Callable[[Any], float], colours: str
+) -> None:
+    """Draw a value of each tensor by layer and module."""
+    modules = list(_groups(cells, 1))
+    grid = np.full((_layers(cells), len(modules)), np.nan)
+    for (layer, module), s in cells.items():
+        grid[layer, modules.index(module)] = value(s)
+    image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
+    axis.set(ylabel="layer")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    _name_columns(axis, modules)
+    axis.get_figure().colorbar(image, ax=axis)
+
+
+def _by_layer(axis: Any, cells: Mapping[tuple[int, str], Any]) -> None:
+    groups = sorted(_groups(cells, 0).items())
+    for role in PATCH_ROLES:
+        values = [_kept(tensors, role) for _, tensors in groups]
+        layers = [layer for layer, _ in groups]
+        axis.plot(layers, values, "o-", markersize=3, color=COLOURS[role], label=role.upper())
+    axis.set(title="Kept entries by layer", xlabel="layer", ylabel="% of the layer's entries")
+    axis.set_ylim(0, 1.1 * max(1e-9, *axis.get_ylim()))
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False)
+    charts.legend_below(axis, columns=2)
 
 
-def _by_module(axis, cells, modules: list[str], rest) -> None:
-    groups = {module: [s for (_, m), s in cells.items() if m == module] for module in modules}
-    groups |= {name: [s] for name, s in rest.items()}
-    for offset, role in ((-0.2, "se"), (0.2, "osm")):
-        axis.bar(
-            [i + offset for i in range(len(groups))],
-            [_share(many, role) for many in groups.values()],
-            0.4,
-            color=_COLOURS[role],
-            label=role.upper(),
-        )
-    axis.set(
-        title="Kept entries by module",
-        ylabel="% of the module's entries",
-        xticks=range(len(groups)),
-    )
-    axis.set_xticklabels(
-        groups, rotation=0 if len(groups) < 9 else 40, ha="center" if len(groups) < 9 else "right"
-    )
+def _by_module(
+    axis: Any, cells: Mapping[tuple[int, str], Any], rest: Mapping[str, Mapping[str, Any]]
+) -> None:
+    groups = _groups(cells, 1) | {name: [s] for name, s in rest.items()}
+    values = {}
+    for role in PATCH_ROLES:
+        values[role] = [_kept(tensors, role) for tensors in groups.values()]
+    _columns(axis, values)
+    axis.set(title="Kept entries by module", ylabel="% of the module's entries")
+    _name_columns(axis, list(groups))
 
 
-def _sizes(axis, total: Mapping[str, Any]) -> None:
+def _columns(axis: Any, values: Mapping[str, Sequence[float]]) -> None:
+    """Draw the values of both patches side by side."""
+    for shift, role in zip((-0.2, 0.2), values):
+        places = np.arange(len(values[role])) + shift
+        axis.bar(places, values[role], 0.4, color=COLOURS[role], label=role.upper())
+
+
+def _sizes(axis: Any, total: Mapping[str, Any]) -> None:
     """Draw how many of the kept patch entries lie between two powers of two of bfloat16 steps."""
-    edges = [f"$2^{{{k}}}$" for k in STEPS]
-    for offset, role in ((-0.2, "se"), (0.2, "osm")):
-        at_least = [total[f"kept_{role}"], *total[f"steps_{role}"], 0]
-        share = [
-            100 * (a - b) / max(1, total[f"kept_{role}"]) for a, b in zip(at_least, at_least[1:])
-        ]
-        axis.bar(
-            [i + offset for i in range(len(share))],
-            share,
-            0.4,
-            color=_COLOURS[role],
-            label=role.upper(),
-        )
-    axis.set_xticks([i + 0.5 for i in range(0, len(edges), 3)], edges[::3])
-    for power, style, text in (
+    values = {}
+    for role in PATCH_ROLES:
+        at_least = np.array([total[f"kept_{role}"], *total[f"steps_{role}"], 0])
+        values[role] = -100 * np.diff(at_least) / max(1, total[f"kept_{role}"])
+    _columns(axis, values)
+    edges = {i + 0.5: f"$2^{{{power}}}$" for i, power in enumerate(STEPS)}
+    axis.set_xticks(list(edges)[::3], list(edges.values())[::3])
+    lines = [
         (0, "-", "one bfloat16 step"),
         (-1, ":", "half a step: less is lost\nby rounding to nearest"),
-    ):
-        axis.axvline(
-            STEPS.index(power) + 0.5, color="black", linestyle=style, linewidth=1, label=text
-        )
+    ]
+    for power, style, text in lines:
+        place = STEPS.index(power) + 0.5
+        axis.axvline(place, color="black", linestyle=style, linewidth=1, label=text)
     axis.set(
         title="Size of the kept patch entries",
         xlabel="bfloat16 steps of the weight",
         ylabel="% of the kept entries",
     )
-    axis.legend(frameon=False, fontsize=8)
+    charts.legend_below(axis, columns=2)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.io.checkpoint import StoredTree
@@ -20,24 +19,22 @@ from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.models.table import Param, ParamTable, nest, param_table
+from safepatch_jax.models.table import Param, ParamTable, param_table
 from safepatch_jax.patch_file.apply import AFTER, check_names, refuse_strangers, states
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.out_of_core import Merger, Readable, Source
-from safepatch_jax.patching.selection import ROLES
 from safepatch_jax.patching.statistics import refuse_broken, refuse_no_op, totals
-from safepatch_jax.patching.tensor import UNSCORED, Method
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.stages import MANIFEST, versions
+from safepatch_jax.run.steps import describe_totals
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
-_STAGES = {
-    "derived model": "params",
-    "scores": "sensitivity",
-}  # arrays in the stages of a run with run.keep_scratch
+# By what is read: the arrays in the stages of a run with run.keep_scratch.
+_STAGES = {"derived model": "params", "scores": "sensitivity"}
 
 
 def merge_folders(
@@ -68,238 +65,234 @@ def merge_folders(
         empty kept set, a result that equals the backbone.
       OSError: the disk is full or not writable.
     """
-    patch, export = settings.patch, settings.export
     files.refuse_full_folder(out)
     config, checkpoint = read_hf_config(base), Checkpoint(base)
     table = param_table(config)
     check_keys(checkpoint, table, config)
-    rows = table.scope(patch.scope)
-    if Method.of(patch).importance in UNSCORED:
-        scores = {}
-    elif missing := [f"--scores_{role}" for role in ROLES if not scores.get(role)]:
-        raise ValueError(
-            f"patch.merge={patch.merge} ranks entries by SNIP and needs {' and '.join(missing)}: "
-            "the stages "
-            "score_se and score_osm of a run with --run.keep_scratch. Or choose a method that "
-            "needs no scores, "
-            "such as --merge=dare_ties."
-        )
-    derived = {
-        role: _open(patches[role], "derived model", f"--patch_{role}", rows, checkpoint)
-        for role in ROLES
-    }
-    sensitivity = {
-        role: _open(scores[role], "scores", f"--scores_{role}", rows, checkpoint) for role in scores
-    }
-    names = [name for row in rows for name in row.hf_names]
-    merger = Merger(
-        [
-            Source(
-                name,
-                checkpoint.tensors[name],
-                {r: x[name] for r, x in derived.items()},
-                {r: x[name] for r, x in sensitivity.items()},
-            )
-            for name in names
-        ],
-        patch,
-        settings.run.seed,
-        export.dtype,
-        export.rounding,
-    )
+    scope = ParamTable(table.scope(settings.patch.scope))
+    merger = _open_merger(patches, scores, checkpoint, scope, settings)
+    dtype = settings.export.dtype
     with files.new_folder(out) as folder:
         copy_companions(base, folder, COMPANIONS[1:])
-        write_config(base, folder, None if export.dtype == "keep" else export.dtype)
-        _write(folder, checkpoint, table, merger, set(names), settings)
+        write_config(base, folder, None if dtype == "keep" else dtype)
+        _write(folder, checkpoint, table, scope, merger, settings)
         refuse_broken(merger.statistics)
-        refuse_no_op(merger.statistics, patch)
-        total, told = totals(merger.statistics), settings.to_dict()
-        files.write_json(
-            folder / RECORD,
-            {
-                "settings": {group: told[group] for group in ("patch", "export")},
-                "seed": settings.run.seed,
-                "versions": versions(),
-                "total": total,
-                "tensors": merger.statistics,
-            },
-        )
+        refuse_no_op(merger.statistics, settings.patch)
+        total = totals(merger.statistics)
+        record = {
+            "settings": {group: settings.to_dict()[group] for group in ("patch", "export")},
+            "seed": settings.run.seed,
+            "versions": versions(),
+            "total": total,
+            "tensors": merger.statistics,
+        }
+        files.write_json(folder / RECORD, record)
         draw_patch(merger.statistics, folder / PATCH)
-    say(
-        f"{out}: kept {total['kept']:,} of {total['size']:,} entries (SE {total['kept_se']:,}, "
-        f"OSM {total['kept_osm']:,}); "
-        f"overlap of the top sets {total['overlap']:.1%}; {total['survival']:.1%} survive the cast"
-    )
+    say(f"{out}: {describe_totals(total)}")
     return total
+
+
+def _open_merger(
+    patches: Mapping[str, str],
+    scores: Mapping[str, str],
+    checkpoint: Checkpoint,
+    scope: ParamTable,
+    settings: Settings,
+) -> Merger:
+    """Open all that is merged, see `merge_folders`; nothing large is read."""
+    patch, export = settings.patch, settings.export
+    if not patch.needs_sensitivity:
+        scores = {}
+    elif missing := [f"--scores_{role}" for role in PATCH_ROLES if not scores.get(role)]:
+        raise ValueError(
+            f"patch.merge={patch.merge} ranks entries by SNIP and needs {' and '.join(missing)}: "
+            "the stages score_se and score_osm of a run with --run.keep_scratch. Or choose a "
+            "method that needs no scores, such as --merge=dare_ties."
+        )
+    derived, sensitivity = {}, {}
+    for role in PATCH_ROLES:
+        flag = f"--patch_{role}"
+        derived[role] = _open(patches[role], "derived model", flag, scope, checkpoint)
+    for role in scores:
+        sensitivity[role] = _open(scores[role], "scores", f"--scores_{role}", scope, checkpoint)
+    sources = []
+    for name in scope.hf_names():
+        models = {role: tensors[name] for role, tensors in derived.items()}
+        sums = {role: tensors[name] for role, tensors in sensitivity.items()}
+        sources.append(Source(name, checkpoint.tensors[name], models, sums))
+    return Merger(sources, patch, settings.run.seed, export.dtype, export.rounding)
 
 
 def _write(
     folder: pathlib.Path,
     checkpoint: Checkpoint,
     table: ParamTable,
+    scope: ParamTable,
     merger: Merger,
-    patched: set[str],
     settings: Settings,
 ) -> None:
-    export = settings.export
-    plan = {
-        name: Planned(
-            row.hf_shape, checkpoint.tensors[name].dtype if export.dtype == "keep" else export.dtype
-        )
-        for name, (row, _) in table.hf_names().items()
-    }
+    """Write all tensors: those in the scope of the patch merged, the others copied."""
+    plan = {}
+    for name, (row, _) in table.hf_names().items():
+        dtype = settings.export.dtype
+        if dtype == "keep":
+            dtype = checkpoint.tensors[name].dtype
+        plan[name] = Planned(row.hf_shape, dtype)
+    patched = scope.hf_names()
 
-    def copied(name: str) -> Iterator[np.ndarray]:
-        stored, dtype = checkpoint.tensors[name], DTYPES[plan[name].dtype]
-        for bits in runs_of(stored):
-            run = bits.view(DTYPES[stored.dtype])
-            with np.errstate(over="ignore"):
-                x = run.astype(dtype, copy=False)
-            if not np.all(np.isfinite(x)) and np.all(np.isfinite(run)):
-                raise ValueError(
-                    f"{name} holds numbers beyond the range of {dtype}. Use bfloat16, float32 or "
-                    "keep."
-                )
-            yield x
+    def parts(name: str) -> Iterator[np.ndarray]:
+        if name in patched:
+            return merger.parts(name)
+        return _copied(name, checkpoint.tensors[name], DTYPES[plan[name].dtype])
 
-    write_shards(
-        folder,
-        plan,
-        lambda name: merger.parts(name) if name in patched else copied(name),
-        export.shard_bytes,
-        settings.patch.merge,
-    )
+    write_shards(folder, plan, parts, settings.export.shard_bytes, settings.patch.merge)
+
+
+def _copied(name: str, stored: Stored, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yield a tensor run by run, cast. Raises ValueError if finite numbers overflow."""
+    for bits in runs_of(stored):
+        run = bits.view(DTYPES[stored.dtype])
+        with np.errstate(over="ignore"):
+            x = run.astype(dtype, copy=False)
+        if not np.all(np.isfinite(x)) and np.all(np.isfinite(run)):
+            raise ValueError(
+                f"{name} holds numbers beyond the range of {dtype}. Use bfloat16, float32 or keep."
+            )
+        yield x
 
 
 def _open(
-    path: str, what: str, flag: str, rows: Sequence[Param], backbone: Checkpoint
+    path: str, content: str, flag: str, scope: ParamTable, backbone: Checkpoint
 ) -> Mapping[str, Readable]:
-    """Return the tensors of a derived model or of its scores, by HF name. Raises ValueError if they
-    are not those of `rows`."""
+    """Return the tensors of a derived model or of its scores, by HF name.
+
+    Args:
+      path: as the user gave it.
+      content: 'derived model' or 'scores'.
+      flag: with which it was given.
+      scope: the parameters that are patched.
+      backbone: of which the tensors must be.
+
+    Raises:
+      ValueError: nothing of the kind is there, or its tensors are not those of `scope`.
+    """
     place = pathlib.Path(path).expanduser()
     if place.is_file():
-        if what == "scores":
+        if content == "scores":
             raise ValueError(
                 f"{flag}={path} is a file; scores are a folder of safetensors or a stage of a run."
             )
-        return _patched(place, backbone)
-    if (place / _STAGES[what]).is_dir():
-        return _StageArrays(place / _STAGES[what], rows)
+        return _open_patch(place, backbone)
+    if (place / _STAGES[content]).is_dir():
+        return StageTensors(place / _STAGES[content], scope)
     if not place.is_dir() or (place / MANIFEST).is_file():
-        raise ValueError(
-            f"{flag}={path}: no {what} is there. "
-            + (
-                "The run deleted it after success, as it does unless it is given "
-                "--run.keep_scratch."
-                if place.is_dir()
-                else "Give a model folder, a patch file, or a stage such as "
-                "WORKDIR/stages/derive_se."
-                if what != "scores"
-                else "Give a stage such as WORKDIR/stages/score_se."
-            )
-        )
-    tensors, problems = Checkpoint(place).tensors, []
-    for row in rows:
-        for name in row.hf_names:
-            if name not in tensors:
-                problems.append(f"{name} is missing")
-            elif tensors[name].shape != row.hf_shape:
-                problems.append(
-                    f"{name} has shape {tensors[name].shape}, the backbone's is {row.hf_shape}"
-                )
-            elif tensors[name].dtype not in (DTYPES if what != "scores" else ("float32",)):
-                problems.append(f"{name} has dtype {tensors[name].dtype}")
+        raise ValueError(f"{flag}={path}: no {content} is there. {_advice(place, content)}")
+    tensors = Checkpoint(place).tensors
+    problems = _mismatches(tensors, scope, ("float32",) if content == "scores" else tuple(DTYPES))
     if problems:
         raise ValueError(
-            f"{flag}={path} holds no {what} of this backbone: {some(problems)}. Give one that was "
-            "made from "
-            f"{backbone.folder}."
+            f"{flag}={path} holds no {content} of this backbone: {some(problems)}. Give one that "
+            f"was made from {backbone.folder}."
         )
     return tensors
 
 
-def _patched(path: pathlib.Path, backbone: Checkpoint) -> dict[str, Readable]:
+def _advice(place: pathlib.Path, content: str) -> str:
+    if place.is_dir():
+        return "The run deleted it after success, as it does unless it is given --run.keep_scratch."
+    if content == "scores":
+        return "Give a stage such as WORKDIR/stages/score_se."
+    return "Give a model folder, a patch file, or a stage such as WORKDIR/stages/derive_se."
+
+
+def _mismatches(
+    tensors: Mapping[str, Stored], scope: ParamTable, dtypes: Sequence[str]
+) -> list[str]:
+    """Say which tensors of the scope are missing, or of another shape or dtype."""
+    problems = []
+    for name, (row, _) in scope.hf_names().items():
+        if name not in tensors:
+            problems.append(f"{name} is missing")
+        elif tensors[name].shape != row.hf_shape:
+            shape = tensors[name].shape
+            problems.append(f"{name} has shape {shape}, the backbone's is {row.hf_shape}")
+        elif tensors[name].dtype not in dtypes:
+            problems.append(f"{name} has dtype {tensors[name].dtype}")
+    return problems
+
+
+def _open_patch(path: pathlib.Path, backbone: Checkpoint) -> dict[str, Readable]:
+    """Return the tensors of the model that a patch file turns the backbone into."""
     patch = PatchFile(path)
     check_names(patch, backbone.tensors, backbone.folder)
-    found = states(patch, tensor_hashes(backbone.tensors))
-    refuse_strangers(patch, found, backbone.folder)
-    if AFTER in found.values():
+    state = states(patch, tensor_hashes(backbone.tensors))
+    refuse_strangers(patch, state, backbone.folder)
+    if AFTER in state.values():
         raise ValueError(
             f"{backbone.folder} is patched with {path} already, at least in part; give the "
             "backbone."
         )
-    return {name: _Patched(patch, name, stored) for name, stored in backbone.tensors.items()}
+    return {name: PatchedTensor(patch, name, stored) for name, stored in backbone.tensors.items()}
 
 
-class _Patched:
-    """A tensor of the backbone with a patch file's changes."""
+class PatchedTensor:
+    """A tensor of the backbone with a patch file's changes; read from its beginning on, as often as
+    wanted."""
 
     def __init__(self, patch: PatchFile, name: str, backbone: Stored):
         self.dtype, self.shape = backbone.dtype, backbone.shape
         self._patch, self._name, self._backbone = patch, name, backbone
-        self._run: tuple[int, Iterator] = (0, iter(()))
+        self._next = 0  # the element at which the next read begins
+        self._runs: Iterator[Any] = iter(())  # of the patch file, from there on
 
     def read(self, out: np.ndarray, start: int) -> np.ndarray:
-        """Fill `out`; runs are asked for in turn, each pass from the beginning, and begin at
-        multiples of RUN."""
+        """Fill `out` with the elements from `start`: 0, or where the last read ended, which must be
+        a multiple of RUN."""
         if start == 0:
-            self._run = 0, self._patch.runs(self._name)
-        at, runs = self._run
-        assert at == start, "runs are asked for in turn"
+            self._next, self._runs = 0, self._patch.runs(self._name)
+        assert self._next == start, "a patch file is read in turn"
         self._backbone.read(out, start)
         bits = out.view(BITS[self.dtype])
         for begin in range(0, len(out), RUN):
-            where, what = next(runs)
-            bits[begin:][where] ^= what
-        self._run = start + len(out), runs
+            positions, changes = next(self._runs)
+            bits[begin:][positions] ^= changes
+        self._next = start + len(out)
         return out
 
 
-class _StageArrays(Mapping[str, Readable]):
-    """The HF tensors of a checkpoint of `save_tree`, float32; the parameter that was read last is
-    held."""
+class StageTensors(Mapping[str, Readable]):
+    """The HF tensors of a stage's checkpoint, which `save_tree` wrote, float32; of its parameters
+    the one that was read last is held."""
 
-    def __init__(self, path: pathlib.Path, rows: Sequence[Param]):
+    def __init__(self, path: pathlib.Path, scope: ParamTable):
         sharder = Sharder(make_mesh("data:1,fsdp:1,tensor:1", jax.local_devices()[:1]))
-        self._tree = StoredTree(
-            path,
-            nest(
-                {
-                    row.path: jax.ShapeDtypeStruct(
-                        row.shape,
-                        jnp.float32,
-                        sharding=sharder.sharding(row.axes, row.shape, row.path),
-                    )
-                    for row in rows
-                }
-            ),
-        )
-        self._rows = {name: (row, layer) for row in rows for layer, name in enumerate(row.hf_names)}
-        self._last: tuple[str, np.ndarray | None] = ("", None)
+        self._tree = StoredTree(path, scope.abstract(sharder))
+        self._places = scope.hf_names()  # by HF name: row and layer
+        self._path, self._held = "", np.empty(0)
 
     def matrices(self, row: Param) -> np.ndarray:
         """Return a parameter as [layers, entries]."""
-        if self._last[0] != row.path:
-            self._last = ("", None)  # makes room
-            self._last = row.path, np.asarray(self._tree[row.path]).reshape(row.num_layers, -1)
-        return self._last[1]
+        if self._path != row.path:
+            self._path, self._held = "", np.empty(0)  # makes room before the next one is read
+            self._held = np.asarray(self._tree[row.path]).reshape(row.num_layers, -1)
+            self._path = row.path
+        return self._held
 
     def __getitem__(self, name: str) -> Readable:
-        row, layer = self._rows[name]
-        return _Layer(self, row, layer)
+        return StageTensor(self, *self._places[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
-    """One HF tensor of `_StageArrays`."""
+class StageTensor:
+    """One HF tensor of `StageTensors`."""
 
-    arrays: _StageArrays
+    stage: StageTensors
     row: Param
     layer: int
     dtype: str = "float32"
@@ -309,5 +302,5 @@ class _Layer:
         return self.row.hf_shape
 
     def read(self, out: np.ndarray, start: int) -> np.ndarray:
-        out[...] = self.arrays.matrices(self.row)[self.layer, start : start + len(out)]
+        out[...] = self.stage.matrices(self.row)[self.layer, start : start + len(out)]
         return out

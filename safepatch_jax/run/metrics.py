@@ -16,25 +16,33 @@ FILE, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 class Metrics:
-    """Writes into a run's folder: ``metrics.jsonl``, one object a step with stage, step, time and
-    values; and event files in
-    ``tensorboard/STAGE``. A stage that goes on after a kill, or runs again, replaces its rows from
-    where it begins.
+    """Writes into a folder: ``metrics.jsonl``, one object a step with stage, step, time and values;
+    and event files in ``tensorboard/STAGE``. A stage that is resumed, or runs again, replaces its
+    rows from where it begins.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
-        self._folder, self._open = pathlib.Path(folder), []
+    def __init__(self, folder: str | pathlib.Path, label: str = ""):
+        self._folder, self._label = pathlib.Path(folder), label
+        self._files: list[Any] = []
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        while self._open:
-            self._open.pop().close()
+        while self._files:
+            self._files.pop().close()
+
+    def labelled(self, label: str) -> Metrics:
+        """Return a writer into the same folder that puts a label before the names of stages, for
+        runs whose stages have the same names; this one closes its files."""
+        other = Metrics(self._folder, label)
+        other._files = self._files
+        return other
 
     def recorder(self, stage: str) -> Recorder:
-        """Return what takes (step, values) of a stage; it does nothing in all but the first
-        process."""
+        """Return what takes (step, values) of a stage; it does nothing in all but process 0."""
+        if self._label:
+            stage = f"{self._label}/{stage}"
         sinks: list[Any] = []
 
         def record(step: int, values: Mapping[str, float]) -> None:
@@ -43,10 +51,9 @@ class Metrics:
             if not sinks:
                 sinks.extend(self._begin(stage, step))
             lines, events = sinks
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            lines.write(
-                json.dumps({"stage": stage, "step": step, "time": now} | dict(values)) + "\n"
-            )
+            time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            row = {"stage": stage, "step": step, "time": time} | dict(values)
+            lines.write(json.dumps(row) + "\n")
             lines.flush()
             for name, value in values.items():
                 events.add_scalar(name, value, step)
@@ -55,23 +62,25 @@ class Metrics:
 
     def _begin(self, stage: str, step: int) -> tuple[Any, Any]:
         """Drop what an earlier start wrote of these steps; return a file and an event writer."""
-        from tensorboardX import (
-            SummaryWriter,  # imported here: it takes time, and only training needs it
-        )
+        # Imported here: it takes time, and only training needs it.
+        from tensorboardX import SummaryWriter
 
         path = self._folder / FILE
         kept = [line for line in _lines(path) if not _is_of(line, stage, step)]
         files.write_text(path, "".join(line + "\n" for line in kept))
         lines = open(path, "a", encoding="utf-8")
-        self._open.append(lines)
-        events = SummaryWriter(str(self._folder / EVENTS / stage), purge_step=step, flush_secs=5)
-        self._open.append(events)
+        self._files.append(lines)
+        folder = str(self._folder / EVENTS / stage)
+        events = SummaryWriter(folder, purge_step=step, flush_secs=5)
+        self._files.append(events)
         return lines, events
 
 
 def _lines(path: pathlib.Path) -> list[str]:
     """Return the whole lines of a file; a killed process may have left half of one."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def _is_of(line: str, stage: str, step: int) -> bool:

@@ -2,7 +2,7 @@
 
 A stage's key is the hash of its name, its settings, the hashes of its outside inputs and the keys
 of the stages it reads. Its folder appears whole, with a manifest, or not at all, so a killed run
-goes on where it stopped. Scratch stages (derived models and scores) are emptied after success;
+is resumed where it stopped. Scratch stages (derived models and scores) are emptied after success;
 their manifests remain. Where a run has several processes, process 0 reads and writes manifests and
 decides for all.
 """
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from safepatch_jax import __version__
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 
@@ -29,32 +30,52 @@ FINISHED = ("done", "deleted")
 FORMAT = 4  # raise when a stage's outputs change their meaning
 # Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
 KEYED = ("safepatch_jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "gguf")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "gguf",
+    "safetensors",
+    "numpy",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One step of a job.
+    """One step of a run.
 
     Attributes:
       name: its folder's name.
+      run: fills the given empty folder and returns a result for the manifest.
       inputs: names of the stages whose folders it reads.
+      settings: the settings that its outputs depend on.
+      sources: hashes of outside inputs (model files, data files), or what returns them: it is
+        called when the stage's key is first needed, in all processes.
       results: names of the stages of which it reads the reported result alone, so that deleted
         outputs do not matter.
-      settings: the settings that its outputs depend on.
-      sources: hashes of outside inputs (model files, data files).
-      run: fills the given empty folder and returns a result for the manifest.
       scratch: its outputs are deleted after success.
       shared: it lives in the cache and serves other runs too.
     """
 
     name: str
-    inputs: tuple[str, ...]
-    settings: Mapping[str, Any]
-    sources: Mapping[str, str]
     run: Callable[[pathlib.Path], Mapping[str, Any]]
+    inputs: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, str] | Callable[[], Mapping[str, str]] = dataclasses.field(
+        default_factory=dict
+    )
+    results: tuple[str, ...] = ()
     scratch: bool = False
     shared: bool = False
-    results: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def source_hashes(self) -> dict[str, str]:
+        """The hashes of `sources`."""
+        return dict(self.sources() if callable(self.sources) else self.sources)
 
 
 class Runner:
@@ -63,20 +84,29 @@ class Runner:
     def __init__(self, stages: Iterable[Stage], workdir: pathlib.Path, cache_dir: pathlib.Path):
         self.stages = {stage.name: stage for stage in stages}
         self._workdir, self._cache_dir = workdir, cache_dir
+        self._keys: dict[str, str] = {}
+        if processes.several():
+            # A key may need hashes that process 0 takes and sends to all. So all take them now: a
+            # key that is first needed within `on_first` would never be sent, and the others would
+            # later wait for it.
+            for name in self.stages:
+                self.key(name)
 
-    @functools.cache
     def key(self, name: str) -> str:
-        stage = self.stages[name]
-        return files.text_hash(
-            {
-                "format": FORMAT,
-                "versions": {p: versions()[p] for p in KEYED},
-                "stage": name,
-                "settings": dict(stage.settings),
-                "sources": dict(stage.sources),
-                "inputs": self._input_keys(stage),
-            }
-        )
+        """Return the hash of all that a stage's outputs depend on."""
+        if name not in self._keys:
+            stage = self.stages[name]
+            self._keys[name] = files.text_hash(
+                {
+                    "format": FORMAT,
+                    "versions": {package: versions()[package] for package in KEYED},
+                    "stage": name,
+                    "settings": dict(stage.settings),
+                    "sources": stage.source_hashes,
+                    "inputs": self._input_keys(stage),
+                }
+            )
+        return self._keys[name]
 
     def _input_keys(self, stage: Stage) -> dict[str, str]:
         return {name: self.key(name) for name in (*stage.inputs, *stage.results)}
@@ -87,8 +117,8 @@ class Runner:
         return self._workdir / "stages" / name
 
     def aside(self, name: str) -> pathlib.Path:
-        """Return a folder for what a stage keeps while it is under way: it survives a kill, and
-        goes when the stage is done."""
+        """Return a folder for what a stage keeps while it is under way: it survives a kill, and is
+        deleted when the stage is done."""
         folder = self.folder(name)
         return folder.with_name(f".{folder.name}.{self.key(name)[:16]}{_ASIDE}")
 
@@ -107,7 +137,7 @@ class Runner:
     def status(self, name: str) -> str:
         """Return 'done', 'deleted' (finished, outputs deleted as scratch), 'damaged' or 'to run';
         process 0 decides."""
-        return processes.on_first(lambda: self._status(name))
+        return processes.on_first(self._status, name)
 
     def _status(self, name: str) -> str:
         manifest = self.manifest(name)
@@ -115,45 +145,47 @@ class Runner:
             return "to run"
         if manifest["deleted"]:
             return "deleted"
-        intact = all(
-            (p := self.folder(name) / relative).is_file() and p.stat().st_size == entry["bytes"]
-            for relative, entry in manifest["outputs"].items()
-        )
-        return "done" if intact else "damaged"
+        for relative, entry in manifest["outputs"].items():
+            path = self.folder(name) / relative
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                return "damaged"
+        return "done"
 
     def result(self, name: str) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return processes.on_first(lambda: self.manifest(name)["result"])
+        return processes.on_first(self._result, name)
+
+    def _result(self, name: str) -> dict[str, Any]:
+        return self.manifest(name)["result"]
 
     def need(self, name: str) -> pathlib.Path:
         """Return the folder of a stage with its outputs in place, running it and what it reads
         where needed."""
-        status = self.status(name)
-        if status != "done":
-            if status == "damaged":
-                say(
-                    f"{name}: outputs are missing or have another size than its manifest says; "
-                    "the stage runs again."
-                )
-            for dependency in self.stages[name].inputs:
+        stage, folder, status = self.stages[name], self.folder(name), self.status(name)
+        if status == "done":
+            return folder
+        if status == "damaged":
+            say(
+                f"{name}: outputs are missing or have another size than its manifest says; "
+                "the stage runs again."
+            )
+        for dependency in stage.inputs:
+            self.need(dependency)
+        for dependency in stage.results:
+            if self.status(dependency) not in FINISHED:
                 self.need(dependency)
-            for dependency in self.stages[name].results:
-                if self.status(dependency) not in FINISHED:
-                    self.need(dependency)
-            with processes.locked(self.folder(name).with_name(f".{self.folder(name).name}.lock")):
-                if (
-                    self.status(name) != "done"
-                ):  # another run that shares the stage may have finished it meanwhile
-                    self._execute(self.stages[name])
-        return self.folder(name)
+        with processes.locked(folder.with_name(f".{folder.name}.lock")):
+            # Another run that shares the stage may have finished it meanwhile.
+            if self.status(name) != "done":
+                self._execute(stage)
+        return folder
 
     def finish(self, names: Iterable[str]) -> None:
         """Bring the named stages up to date; what is finished is not run again."""
         for name in names:
             if self.status(name) in FINISHED:
-                self._clear_aside(
-                    name
-                )  # where a kill came between a stage's end and that of its checkpoints
+                # A kill may have come between a stage's end and that of its checkpoints.
+                processes.on_first(self._clear_aside, name)
                 say(f"{name}: reused, inputs unchanged")
             else:
                 self.need(name)
@@ -161,22 +193,23 @@ class Runner:
     def scratch_left(self) -> list[pathlib.Path]:
         """Return the folders that hold outputs of scratch stages, or checkpoints of any stage; as
         this process sees it."""
-        folders = [self.folder(name) for name, stage in self.stages.items() if stage.scratch]
-        folders += [self.aside(name) for name, stage in self.stages.items() if stage.shared]
+        folders = []
+        for name, stage in self.stages.items():
+            if stage.scratch:
+                folders.append(self.folder(name))
+            if stage.shared:
+                folders.append(self.aside(name))
         folders += sorted((self._workdir / "stages").glob(f".*{_ASIDE}"))
-        return [f for f in folders if f.is_dir() and any(p.name != MANIFEST for p in f.iterdir())]
+        return [folder for folder in folders if _has_outputs(folder)]
 
     def _clear_aside(self, name: str) -> None:
-        """Delete what a finished stage had kept while it was under way; of the workdir's own also
-        under other settings."""
-
-        def delete():
-            folder = self.folder(name)
-            others = [] if self.stages[name].shared else folder.parent.glob(f".{name}.*{_ASIDE}")
-            for path in (self.aside(name), *others):
-                shutil.rmtree(path, ignore_errors=True)
-
-        processes.on_first(delete)
+        """Delete what a finished stage kept while it was under way; of stages in the workdir also
+        what it kept under other settings."""
+        folders = [self.aside(name)]
+        if not self.stages[name].shared:
+            folders += self.folder(name).parent.glob(f".{name}.*{_ASIDE}")
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def delete_scratch(self) -> None:
         """Delete the outputs of scratch stages, keeping their manifests, and whatever a killed run
@@ -185,64 +218,57 @@ class Runner:
             if path.is_dir() and path.name not in self.stages:
                 shutil.rmtree(path)
         for name, stage in self.stages.items():
-            manifest = self.manifest(name) if stage.scratch else None
+            if not stage.scratch:
+                continue
+            manifest = self.manifest(name)
             if manifest is None:
                 continue
+            # The manifest first: a kill in between must not leave a stage that seems damaged.
             files.write_json(self.folder(name) / MANIFEST, {**manifest, "deleted": True})
             for path in self.folder(name).iterdir():
                 if path.name != MANIFEST:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    files.delete(path)
 
     def _execute(self, stage: Stage) -> None:
         say(f"{stage.name}: running")
-        begun = time.monotonic()
+        start = time.monotonic()
         with processes.new_folder(self.folder(stage.name), replace=True) as folder:
             result = stage.run(folder)
             processes.barrier(f"{stage.name} has run")  # so that all outputs are there to be hashed
-            processes.on_first(
-                lambda: files.write_json(
-                    folder / MANIFEST,
-                    {
-                        "stage": stage.name,
-                        "key": self.key(stage.name),
-                        "settings": dict(stage.settings),
-                        "sources": dict(stage.sources),
-                        "inputs": self._input_keys(stage),
-                        "result": dict(result),
-                        "outputs": files.folder_hashes(folder),
-                        "deleted": False,
-                        "versions": versions(),
-                        "seconds": round(time.monotonic() - begun, 1),
-                        "finished": datetime.datetime.now(datetime.UTC).isoformat(
-                            timespec="seconds"
-                        ),
-                    },
-                )
-            )
-        self._clear_aside(stage.name)
-        say(f"{stage.name}: done in {time.monotonic() - begun:.0f} s")
+            processes.on_first(self._write_manifest, stage, folder, dict(result), start)
+        processes.on_first(self._clear_aside, stage.name)
+        say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
+
+    def _write_manifest(
+        self, stage: Stage, folder: pathlib.Path, result: Mapping[str, Any], start: float
+    ) -> None:
+        manifest = {
+            "stage": stage.name,
+            "key": self.key(stage.name),
+            "settings": dict(stage.settings),
+            "sources": stage.source_hashes,
+            "inputs": self._input_keys(stage),
+            "result": result,
+            "outputs": files.folder_hashes(folder),
+            "deleted": False,
+            "versions": versions(),
+            "seconds": round(time.monotonic() - start, 1),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        files.write_json(folder / MANIFEST, manifest)
+
+
+def _has_outputs(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and any(path.name != MANIFEST for path in folder.iterdir())
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results may depend on."""
-    packages = (
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "transformers",
-        "tokenizers",
-        "gguf",
-        "safetensors",
-        "numpy",
-    )
-    from safepatch_jax import __version__
-
-    return {"safepatch_jax": __version__, "python": platform.python_version()} | {
-        p: version_of(p) for p in packages
-    }
+    result = {"safepatch_jax": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        result[package] = version_of(package)
+    return result
 
 
 def version_of(package: str) -> str:

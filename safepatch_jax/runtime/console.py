@@ -1,4 +1,4 @@
-"""What a run tells the person at the terminal: one line for each choice, a bar for each long
+"""What a run shows the person at the terminal: one line for each choice, a bar for each long
 stage."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def say(text: str) -> None:
 
 
 def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
-    """Return a progress bar with rate and remaining time, silent in all but the first process;
-    `done` were there before."""
+    """Return a progress bar with rate and remaining time, silent in all but the first process; it
+    begins at `done` units."""
     return tqdm(
         total=total,
         initial=done,
@@ -37,13 +37,16 @@ def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
 
 def some(items: Sequence[str], between: str = "; ", most: int = 6) -> str:
     """Return the first few items of a list that may be long, and how many more there are."""
-    return between.join(items[:most]) + (
-        f"{between}and {len(items) - most} more" if len(items) > most else ""
-    )
+    shown = list(items[:most])
+    if len(items) > most:
+        shown.append(f"and {len(items) - most} more")
+    return between.join(shown)
 
 
 def duration(seconds: float) -> str:
     """Say about how long something takes."""
     if seconds < 90:
         return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds / 3600:.1f} h"

@@ -12,8 +12,8 @@ import pathlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, BinaryIO
 
 LOCK = ".lock"
 
@@ -23,15 +23,26 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     whole new one."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _renamed(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        _sync(f)
+
+
+@contextlib.contextmanager
+def _renamed(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary name beside a path; what has it after the block is renamed to the path."""
+    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}.partial")
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(file: IO[Any]) -> None:
+    """Bring to the disk what was written, so that a rename cannot come before it."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_json(path: str | pathlib.Path) -> dict[str, Any]:
@@ -58,30 +69,29 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
 def read_jsonl(path: str | pathlib.Path) -> list[Any]:
     """Read one JSON value a line; lines end at newlines alone, not at the other breaks that text
     may hold (U+2028)."""
-    return [
-        json.loads(line)
-        for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-        if line.strip()
-    ]
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def write_jsonl(path: str | pathlib.Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy a file under a temporary name, then rename."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with _renamed(target) as temporary:
         shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def published(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a temporary folder; once all its files are made they are copied to `folder`, where each
     appears whole."""
-    with tempfile.TemporaryDirectory() as made:
-        yield pathlib.Path(made)
-        for path in sorted(pathlib.Path(made).iterdir()):
+    with tempfile.TemporaryDirectory() as temporary:
+        yield pathlib.Path(temporary)
+        for path in sorted(pathlib.Path(temporary).iterdir()):
             copy(path, folder / path.name)
 
 
@@ -118,8 +128,7 @@ def claimed(folder: str | pathlib.Path) -> Iterator[None]:
             f.seek(0)
             raise ValueError(
                 f"Another run is at work in {folder} ({f.read().strip() or 'just begun'}). Wait "
-                "until it has ended, "
-                "stop it, or give another folder."
+                "until it has ended, stop it, or give another folder."
             ) from error
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -142,12 +151,11 @@ def _process_space() -> str | None:
     """Return a name of this boot and process namespace, in which a process number means one
     process; None if unknown."""
     try:
-        text = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink(
-            "/proc/self/ns/pid"
-        )
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256((boot + namespace).encode()).hexdigest()[:8]
 
 
 def _delete_abandoned(path: pathlib.Path) -> None:
@@ -156,13 +164,12 @@ def _delete_abandoned(path: pathlib.Path) -> None:
     if _process_space() is None:
         return
     prefix = f".{path.name}.{_process_space()}-"
-    for left in path.parent.iterdir():
-        pid = left.name.removeprefix(prefix).partition(".")[0]
-        ours = left.name.startswith(prefix) and left.suffix == ".partial" and pid.isdigit()
+    for other in path.parent.iterdir():
+        pid = other.name.removeprefix(prefix).partition(".")[0]
+        ours = other.name.startswith(prefix) and half_written(other.name) and pid.isdigit()
         if ours and not pathlib.Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
-                missing_ok=True
-            )
+            with contextlib.suppress(OSError):  # another process may delete it at the same time
+                delete(other)
 
 
 @contextlib.contextmanager
@@ -179,15 +186,9 @@ def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _renamed(path) as temporary, open(temporary, "wb") as file:
+        yield file
+        _sync(file)
 
 
 @contextlib.contextmanager
@@ -204,13 +205,13 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     if path.is_dir() and (path.is_mount() or path == pathlib.Path.cwd()):
         raise ValueError(
             f"'{path}' is a mount point or the current folder, which cannot be put in place as a "
-            "whole. Give the name "
-            "of a new folder inside it."
+            "whole. Give the name of a new folder inside it."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(path)
     prefix = f".{path.name}.{_process_space()}-{os.getpid()}."
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
+    # mkdtemp makes it for its owner alone; it gets the mode that the folder has or would have had.
     temporary.chmod(path.stat().st_mode & 0o777 if path.is_dir() else 0o777 & ~umask())
     old = temporary.with_suffix(".old")
     try:
@@ -224,8 +225,7 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
                 os.replace(old, path)
             raise ValueError(
                 f"'{path}' was made or filled by someone else meanwhile ({error.strerror}); "
-                "nothing was "
-                "written to it. Give another folder."
+                "nothing was written to it. Give another folder."
             ) from error
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -236,13 +236,20 @@ def keep_only(folder: pathlib.Path, inner: pathlib.Path) -> None:
     """Replace a folder's content by that of a folder within it."""
     for path in folder.iterdir():
         if path != inner:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    inner = inner.rename(
-        inner.with_name(f".{inner.name}")
-    )  # so that no file of the same name is in its way
+            delete(path)
+    # A hidden name, so that none of its files has the folder's own.
+    inner = inner.rename(inner.with_name(f".{inner.name}"))
     for path in inner.iterdir():
         path.rename(folder / path.name)
     inner.rmdir()
+
+
+def delete(path: pathlib.Path) -> None:
+    """Delete a file or a folder with all that is in it; nothing happens if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def umask() -> int:
@@ -260,19 +267,18 @@ def file_sha256(path: str | pathlib.Path) -> str:
 
 def folder_hashes(folder: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted."""
-    folder = pathlib.Path(folder)
-    return {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
+    folder, result = pathlib.Path(folder), {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            result[str(path.relative_to(folder))] = entry
+    return result
 
 
 def text_hash(value: Any) -> str:
     """Return the SHA-256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def own_file(path: pathlib.Path) -> pathlib.Path:
@@ -283,9 +289,9 @@ def own_file(path: pathlib.Path) -> pathlib.Path:
       ValueError: it is a link to somewhere else, whose content would be published with a model.
     """
     folder, target = path.parent.resolve(), path.resolve()
-    if target.is_relative_to(folder) or (
-        folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
-    ):
+    if target.is_relative_to(folder):
+        return path
+    if folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs":
         return path
     raise ValueError(
         f"{path} is a link that leaves its folder (to {target}). If you trust it, copy the file "
@@ -299,12 +305,8 @@ def plain_name(name: str, where: str) -> str:
     Raises:
       ValueError: it holds a separator, a drive, or dots only.
     """
-    if (
-        not isinstance(name, str)
-        or not name
-        or name in (".", "..")
-        or any(c in name for c in "/\\:\0")
-    ):
+    plain = isinstance(name, str) and name not in ("", ".", "..")
+    if not plain or any(character in name for character in "/\\:\0"):
         raise ValueError(
             f"{where}: refusing the file name {name!r}: it must be a plain name inside the folder."
         )

@@ -1,9 +1,10 @@
-"""How the processes of a run join one another, give signs of life, and end together; `processes`
-has what they do meanwhile.
+"""How the processes of a run join one another, show that they are alive, and end together.
+
+What they do in between is in `processes`.
 
 Left to itself JAX aborts a process whose peer is gone, after minutes and without cleaning up, and a
 process that ends in an error waits as long for an orderly shutdown of all. So a thread of each
-process looks after the others.
+process watches the others.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 ROOT = "safepatch_jax/"  # of keys in the store of JAX's coordination service
-_ALIVE, _FAILED, _TOLD, _LEFT = ROOT + "alive/", ROOT + "failed/", ROOT + "told", ROOT + "left/"
+_ALIVE, _FAILED = ROOT + "alive/", ROOT + "failed/"  # one key a process
+_PRINTED, _GONE = ROOT + "printed", ROOT + "gone/"
 _GRACE = 5.0  # seconds in which a process may end by itself after another has failed
-_PATIENCE = 10.0  # seconds in which process 0 waits for what the others have to say about a failure
-_MOMENT = 1.0  # seconds from a process's last word to its end, on a busy machine
-_SILENCE = 40.0  # seconds after which a process that gives no sign of life is taken for dead
+_PATIENCE = 10.0  # seconds in which process 0 waits for the others' errors after a failure
+_MOMENT = 1.0  # seconds from a process's last message to its end, on a busy machine
+_SILENCE = 40.0  # seconds without a sign of life after which a process is taken for dead
 
 
 class _State:
     """What this process knows of the run."""
 
-    asked = False  # `initialize` was called
+    called = False  # `initialize` was
     index, count = 0, 1  # as JAX says, once joined
 
 
 unfinished: set[pathlib.Path] = set()  # folders that are deleted when this process ends in an error
+# The main thread and the watching one may fail at once. The first to come prints and ends the
+# process; the other one waits here until then.
 _ending = threading.RLock()
 _finished = threading.Event()
 
@@ -51,77 +55,68 @@ def initialize(
     """Join the other processes of this run; comes before anything else that uses JAX.
 
     Args:
-      coordinator: HOST:PORT of process 0, which opens it. Without arguments all are found by JAX:
-        on TPU pod slices, and under SLURM, Open MPI and Kubernetes.
+      coordinator: HOST:PORT of process 0, which opens it. Without arguments JAX finds all: on TPU
+        pod slices, and under SLURM, Open MPI and Kubernetes.
       num_processes: how many there are.
       process_id: which one this is, from 0.
-      timeout: seconds in which all must have come.
+      timeout: seconds in which all must have joined.
 
     Raises:
-      ValueError: arguments that are incomplete or wrong; no cluster is found; not all came in time;
-        the port is in use.
+      ValueError: arguments that are incomplete or wrong; no cluster is found; not all joined in
+        time; the port is in use.
     """
     _check_addresses(coordinator, num_processes, process_id)
     import jax
 
-    _State.asked = True
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # it takes SIGTERM for itself, and nothing would end
+    _State.called = True
+    # The preemption service would take SIGTERM for itself, and nothing would end.
+    jax.config.update("jax_enable_preemption_service", False)
     failure: list[Exception] = []
 
     def connect():
-        try:  # JAX ends the process when its own timeout is over, without a word that helps
+        try:
             jax.distributed.initialize(
                 coordinator, num_processes, process_id, initialization_timeout=int(timeout) + 3600
             )
         except Exception as error:
             failure.append(error)
 
+    # When JAX's own timeout is over it ends the process without an explanation. So JAX is given a
+    # longer one, in a thread; that cannot be interrupted, and a daemon does not keep the process
+    # from ending.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        raise ValueError(_nobody(coordinator, num_processes, process_id, timeout))
-    if failure and "start RPC server" in str(failure[0]):
-        raise ValueError(
-            f"Process 0 cannot open {coordinator or 'its port'}: it is in use. Give all processes "
-            "another port in "
-            "--coordinator, or end what uses it."
-        ) from failure[0]
+        raise ValueError(_describe_absence(coordinator, num_processes, process_id, timeout))
     if failure:
-        reason = str(failure[0]).partition("\n")[0]
-        raise ValueError(
-            f"The processes of this run could not be found ({reason}). --distributed alone works "
-            "on TPU pod slices "
-            "and under SLURM (srun), Open MPI and Kubernetes; elsewhere give "
-            "--coordinator=HOST:PORT, "
-            "--num_processes and --process_id."
-        ) from failure[0]
+        raise ValueError(_describe_failure(str(failure[0]), coordinator)) from failure[0]
     state = runtime()
     _State.index, _State.count = state.process_id, state.num_processes
     if _State.count > 1:
+        # At exit, as JAX shuts down later still, when its client is destroyed: it waits for all
+        # processes there, and the watching thread must not take that silence for a failure.
         atexit.register(_finish)
+        # A daemon, so that it does not keep a process alive that is done.
         threading.Thread(target=_watch, daemon=True).start()
 
 
 def _check_addresses(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    given = {
+    flags = {
         "--coordinator": coordinator,
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    missing = [name for name, value in flags.items() if value is None]
+    if len(missing) == len(flags):
         return
     if missing:
         raise ValueError(
             f"{' and '.join(missing)} must be given too: a process needs all of "
-            f"{', '.join(given)}; or "
-            "--distributed alone where they can be found (TPU pod slices, SLURM, Open MPI, "
-            "Kubernetes)."
+            f"{', '.join(flags)}; or --distributed alone where they can be found (TPU pod slices, "
+            "SLURM, Open MPI, Kubernetes)."
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -132,20 +127,33 @@ def _check_addresses(
     if not 0 <= process_id < num_processes:
         raise ValueError(
             f"--process_id={process_id} of --num_processes={num_processes}: the processes are "
-            "numbered from 0 to one "
-            "less than their number, each number once."
+            "numbered from 0 to one less than their number, each number once."
         )
 
 
-def _nobody(
+def _describe_failure(text: str, coordinator: str | None) -> str:
+    """Say why JAX could not join the processes, and how to fix it; `text` is its error."""
+    if "start RPC server" in text:
+        return (
+            f"Process 0 cannot open {coordinator or 'its port'}: it is in use. Give all processes "
+            "another port in --coordinator, or end what uses it."
+        )
+    reason = text.partition("\n")[0]
+    return (
+        f"The processes of this run could not be found ({reason}). --distributed alone works on "
+        "TPU pod slices and under SLURM (srun), Open MPI and Kubernetes; elsewhere give "
+        "--coordinator=HOST:PORT, --num_processes and --process_id."
+    )
+
+
+def _describe_absence(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
 ) -> str:
-    """Say who did not come."""
+    """Say which processes did not join in time, as far as this one can tell."""
     if coordinator is None:
         return (
             f"Not all processes of this run came within {timeout:.0f} s. Start the same command "
-            "on every host (worker, "
-            "task), and see that the hosts reach one another."
+            "on every host (worker, task), and see that the hosts reach one another."
         )
     host, _, port = coordinator.rpartition(":")
     try:
@@ -153,9 +161,8 @@ def _nobody(
     except OSError as error:
         return (
             f"Process {process_id} found nobody at {coordinator} within {timeout:.0f} s "
-            f"({error.strerror or error}). "
-            "Start process 0 on that host, give its address as this host sees it, and let the "
-            "port through a firewall."
+            f"({error.strerror or error}). Start process 0 on that host, give its address as this "
+            "host sees it, and let the port through a firewall."
         )
     return (
         f"Of {num_processes} processes not all came to {coordinator} within {timeout:.0f} s. "
@@ -172,24 +179,24 @@ def joined() -> bool:
 def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
     """Print an error and end this process; where there are several, end them all.
 
-    Process 0 prints: what all say, once; else each error with the processes that have it. A process
-    that waits for the devices is ended by a thread that watches for failures, so it takes seconds;
-    a process that was killed is missed by whoever computes with it, often at once, by that thread
-    of process 0 after 40 seconds, or by JAX after 100.
+    Process 0 prints: an error that all have once, else each error with the processes that have it.
+    A process that waits for the devices is ended by its watching thread, which takes seconds. A
+    process that was killed is missed by whoever computes with it, often at once, by the watching
+    thread of process 0 after 40 seconds, or by JAX after 100.
 
     Args:
       text: the error.
       code: exit code.
-      consequence: printed only if no process has an error of its own.
+      consequence: of another process's failure; printed only if no process has an error of its own.
     """
     if _State.count == 1:
         _print_error("", text)
-        if not _State.asked:
+        if not _State.called:
             sys.exit(code)
         os._exit(code)  # a thread may still wait for processes that do not come
-    with _ending:  # the main thread or the watching one
+    with _ending:
         try:
-            _part(text, consequence)
+            _announce(text, consequence)
         finally:
             for folder in tuple(unfinished):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -197,51 +204,50 @@ def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
             os._exit(code)  # an orderly shutdown would wait for all processes
 
 
-def _part(text: str, consequence: bool) -> None:
-    """Tell the others of this process's end, and wait until process 0 has printed what all say."""
+def _announce(text: str, consequence: bool) -> None:
+    """Store this process's error, and wait until process 0 has printed those of all."""
     try:
         client().key_value_set(f"{_FAILED}{_State.index}", json.dumps([text, consequence]))
         if _State.index == 0:
             until(lambda: len(failures()) == _State.count, _PATIENCE)
             _print_failures(failures())
-            client().key_value_set(_TOLD, "")
+            client().key_value_set(_PRINTED, "")
         else:
-            client().blocking_key_value_get(_TOLD, int(2000 * _PATIENCE))
+            client().blocking_key_value_get(_PRINTED, int(2000 * _PATIENCE))
     except Exception:  # process 0 is gone, or does not answer
         _print_error(f"process {_State.index}: ", text)
 
 
 def _leave() -> None:
-    """Say that nothing is left to do here; process 0 is the last to go."""
+    """Store that this process is about to end; process 0 ends last, as the coordination service
+    ends with it, which the others would take for an error."""
     with contextlib.suppress(Exception):
-        client().key_value_set(f"{_LEFT}{_State.index}", "")
-        if (
-            _State.index == 0
-        ):  # the coordination service ends with it, which the others would take for an error
-            until(lambda: len(client().key_value_dir_get(_LEFT)) == _State.count, _GRACE)
-            time.sleep(
-                _MOMENT
-            )  # from its last word to its end a process may have to wait for the processor
+        client().key_value_set(f"{_GONE}{_State.index}", "")
+        if _State.index == 0:
+            until(lambda: len(client().key_value_dir_get(_GONE)) == _State.count, _GRACE)
+            # Between its last message and its end a process may have to wait for a processor.
+            time.sleep(_MOMENT)
 
 
-def _print_failures(told: Mapping[int, tuple[str, bool]]) -> None:
-    own = {i: text for i, (text, consequence) in sorted(told.items()) if not consequence}
-    if not own:
-        i, (text, _) = min(told.items())
-        own = {i: text}
+def _print_failures(failed: Mapping[int, tuple[str, bool]]) -> None:
+    """Print each error once, with the processes that have it; consequences only if nothing else."""
+    causes = {i: text for i, (text, consequence) in sorted(failed.items()) if not consequence}
+    if not causes:
+        i = min(failed)
+        causes = {i: failed[i][0]}
     by_text: dict[str, list[int]] = {}
-    for i, text in own.items():
+    for i, text in causes.items():
         by_text.setdefault(text, []).append(i)
-    for text, whose in by_text.items():
-        _print_error("" if len(whose) == _State.count or whose == [0] else f"{who(whose)}: ", text)
+    for text, indices in by_text.items():
+        plain = len(indices) == _State.count or indices == [0]
+        _print_error("" if plain else f"{who(indices)}: ", text)
 
 
 def _print_error(whose: str, text: str) -> None:
-    begun = (
-        "" if threading.current_thread() is threading.main_thread() else "\n"
-    )  # below a progress bar
+    # The watching thread may print while the main thread shows a progress bar: below it, then.
+    above = "" if threading.current_thread() is threading.main_thread() else "\n"
     with contextlib.suppress(OSError):  # the disk may be full where the output goes
-        print(f"{begun}{whose}error: {text}", file=sys.stderr, flush=True)
+        print(f"{above}{whose}error: {text}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
 
@@ -249,7 +255,7 @@ def _print_error(whose: str, text: str) -> None:
 def _watch() -> None:
     """Give signs of life, and end this process soon after another has failed, whatever its main
     thread waits for."""
-    heard: dict[int, tuple[str, float]] = {}
+    last: dict[int, tuple[str, float]] = {}  # each process's last sign of life, and when it came
     beat = 0
     while not _finished.wait(max(1.0, _State.count / 200)):  # process 0 answers them all
         beat += 1
@@ -257,28 +263,34 @@ def _watch() -> None:
             client().key_value_set(f"{_ALIVE}{_State.index}", str(beat), allow_overwrite=True)
             signs = client().key_value_dir_get(_ALIVE) if _State.index == 0 else []
             failed = failures()
-        except (
-            RuntimeError
-        ):  # the network fails for a moment; if the service is gone, JAX ends the process
-            continue
-        except ValueError:  # JAX has left the run
-            return
+        except RuntimeError:
+            continue  # the network fails for a moment; if the service is gone, JAX ends the process
+        except ValueError:
+            return  # JAX has left the run
         if failed.keys() - {_State.index}:
             if not _finished.wait(_GRACE):
                 fail("another process failed", 2, consequence=True)
             return
-        now, signs = time.monotonic(), {int(key.rpartition("/")[2]): sign for key, sign in signs}
-        heard = {
-            i: heard[i] if i in heard and heard[i][0] == sign else (sign, now)
-            for i, sign in signs.items()
-        }
-        if lost := [i for i, (_, when) in sorted(heard.items()) if now - when > _SILENCE]:
+        silent = _silent(signs, last)
+        if silent:
             fail(
-                f"{who(lost)} gave no sign of life for {_SILENCE:.0f} s: killed, or the host or "
-                "its network is down. The same "
-                "command, given to all again, goes on where this run stopped.",
+                f"{who(silent)} gave no sign of life for {_SILENCE:.0f} s: killed, or the host or "
+                "its network is down. The same command, given to all again, resumes this run.",
                 2,
             )
+
+
+def _silent(signs: Sequence[tuple[str, str]], last: dict[int, tuple[str, float]]) -> list[int]:
+    """Return the processes whose last sign of life is too old; `last` is brought up to date. One
+    that is done has deleted its sign, and nobody waits for another."""
+    now, silent = time.monotonic(), []
+    for key, sign in signs:
+        i = int(key.rpartition("/")[2])
+        if i not in last or last[i][0] != sign:
+            last[i] = sign, now
+        if now - last[i][1] > _SILENCE:
+            silent.append(i)
+    return sorted(silent)
 
 
 def _finish() -> None:
@@ -288,10 +300,10 @@ def _finish() -> None:
         client().key_value_delete(f"{_ALIVE}{_State.index}")
 
 
-def until(there: Callable[[], bool], seconds: float) -> bool:
-    """Return whether something holds, now or soon."""
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Return whether a condition holds within some seconds; wait for it until then."""
     deadline = time.monotonic() + seconds
-    while not there():
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
@@ -300,23 +312,24 @@ def until(there: Callable[[], bool], seconds: float) -> bool:
 
 def who(processes: list[int]) -> str:
     """Return 'process 3' or 'processes 1, 2'."""
-    return f"process{'es' if len(processes) > 1 else ''} " + ", ".join(map(str, processes))
+    noun = "processes" if len(processes) > 1 else "process"
+    return f"{noun} {', '.join(map(str, processes))}"
 
 
 def failures() -> dict[int, tuple[str, bool]]:
-    """Return what processes that have failed say: text, and whether it is a consequence of another
-    failure."""
-    return {
-        int(key.rpartition("/")[2]): tuple(json.loads(text))
-        for key, text in client().key_value_dir_get(_FAILED)
-    }
+    """Return the errors of processes that have failed: text, and whether it is a consequence of
+    another failure."""
+    result = {}
+    for key, value in client().key_value_dir_get(_FAILED):
+        text, consequence = json.loads(value)
+        result[int(key.rpartition("/")[2])] = text, consequence
+    return result
 
 
 def runtime() -> Any:
     """Return JAX's state of the run: client, process_id, num_processes."""
-    from jax._src import (
-        distributed,  # JAX has no public name for the store of its coordination service
-    )
+    # JAX has no public name for the store of its coordination service.
+    from jax._src import distributed
 
     return distributed.global_state
 
@@ -324,11 +337,11 @@ def runtime() -> Any:
 def client() -> Any:
     """Return the client of the coordination service. Raises ValueError if JAX has several processes
     and none."""
-    found = runtime().client
-    if found is None:
+    result = runtime().client
+    if result is None:
         raise ValueError(
             "JAX sees several processes, which have not joined one another. Start all with "
-            "--distributed, or "
-            "call safepatch_jax.runtime.processes.initialize() before anything else."
+            "--distributed, or call safepatch_jax.runtime.processes.initialize() before anything "
+            "else."
         )
-    return found
+    return result

@@ -1,9 +1,9 @@
-"""Several processes as one run: who is first, one process's word for all, one folder for all.
+"""What the processes of one run do together: process 0 decides, and makes the folders of all.
 
 A run on several hosts has a process on each, and all take the same steps in the same order. What
-they tell one another here goes from host to host, through the coordination service that JAX starts
-beside process 0, so whoever waits notices that another process has failed. Arrays go over the
-devices. With one process nothing here does anything, and JAX need not be there.
+they exchange here goes from host to host, through the coordination service that JAX starts beside
+process 0, so that whoever waits notices that another process has failed. Arrays go over the
+devices. With one process nothing here has an effect, and JAX need not be there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,21 +53,21 @@ __all__ = [
 ]
 
 _TURN = 2.0  # seconds between two looks whether another process has failed
-# seconds until a new file must be seen on all hosts; network file systems remember what was not
-# there
+# Seconds in which all hosts must see a new file; network file systems remember for a while that it
+# was not there.
 _SIGHT = 60.0
 
 
 class AnotherFailed(Exception):
-    """Another process has failed, so this one cannot go on."""
+    """Another process has failed, so this one cannot continue."""
 
 
 class _State:
-    """Where this process is in what the processes tell one another."""
+    """Where this process is in the exchange with the others."""
 
     alone = False  # within `on_first`
     step = 0  # exchanges so far, the same in all processes
-    spent: list[str] = []  # what process 0 told and all have read by the next `barrier`
+    broadcasts: list[str] = []  # keys of process 0's values that are still stored
 
 
 def count() -> int:
@@ -77,13 +77,13 @@ def count() -> int:
 
 
 def first() -> bool:
-    """Return whether this is process 0, which prints, decides and writes what is no array."""
+    """Return whether this is process 0, which prints, decides and writes all but arrays."""
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Return whether there are others to wait for; not within `on_first`."""
+    """Return whether there are other processes to wait for; not within `on_first`."""
     return not _State.alone and count() > 1
 
 
@@ -93,9 +93,10 @@ def barrier(name: str) -> None:
         _gather(name, None)
         broadcast()
         if first():
-            for key in _State.spent[:-1]:
+            # All were here, so they have read every broadcast but this last one.
+            for key in _State.broadcasts[:-1]:
                 client().key_value_delete(key)
-            del _State.spent[:-1]
+            del _State.broadcasts[:-1]
 
 
 def broadcast(value: Any = None) -> Any:
@@ -107,7 +108,7 @@ def broadcast(value: Any = None) -> Any:
         return json.loads(_wait(key))
     text = json.dumps(value)
     client().key_value_set(key, text)
-    _State.spent.append(key)
+    _State.broadcasts.append(key)
     return json.loads(text)
 
 
@@ -118,42 +119,60 @@ def everyones(value: Any) -> list[Any]:
     return broadcast(_gather("everyones", value))
 
 
-def on_first(function: Callable[..., Any], together: Callable[[Any], Any] | None = None) -> Any:
+def on_first(
+    function: Callable[..., Any],
+    *args: Any,
+    together: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Any:
     """Run a function on process 0 and return its JSON-able result in all processes.
 
     Args:
-      function: within it process 0 is alone: nothing here waits for the others. Where `together` is
-        given the function takes one argument, `ask`: ask(x) runs together(x) in all processes, and
-        returns what process 0 gets.
+      function: within it process 0 is alone: nothing here waits for the others.
+      args, options: its arguments. Where `together` is given one more comes first, `ask`: ask(x)
+        runs together(x) in all processes, and returns what process 0 gets.
       together: what needs all processes, such as bringing an array to a host; x must be JSON-able.
 
     Raises:
       ValueError, OSError: of process 0; in all processes, with its text.
     """
     if not several():
-        return function() if together is None else function(together)
+        first_args = () if together is None else (together,)
+        return function(*first_args, *args, **options)
     if not first():
-        while True:
-            kind, value = broadcast()
-            if kind == "ask":
-                together(value)
-            elif kind == "result":
-                return value
-            else:
-                raise (ValueError if kind == "ValueError" else OSError)(value)
+        return _follow(together)
 
     def ask(argument):
         with _alone(False):
             broadcast(["ask", argument])
             return together(argument)
 
+    if together is not None:
+        args = (ask, *args)
     try:
         with _alone(True):
-            result = function() if together is None else function(ask)
-    except (ValueError, OSError) as error:
-        broadcast(["ValueError" if isinstance(error, ValueError) else "OSError", str(error)])
+            result = function(*args, **options)
+    except ValueError as error:
+        broadcast(["ValueError", str(error)])
+        raise
+    except OSError as error:
+        broadcast(["OSError", str(error)])
         raise
     return broadcast(["result", result])[1]
+
+
+def _follow(together: Callable[[Any], Any] | None) -> Any:
+    """Do what process 0 asks for within `on_first`; return its result, or raise its error."""
+    while True:
+        kind, value = broadcast()
+        if kind == "ask":
+            together(value)
+        elif kind == "result":
+            return value
+        elif kind == "ValueError":
+            raise ValueError(value)
+        else:
+            raise OSError(value)
 
 
 @contextlib.contextmanager
@@ -169,30 +188,29 @@ def agree(values: Mapping[str, Any], fix: str) -> None:
     """Compare values, which must be JSON-able, between all processes.
 
     Raises:
-      ValueError: in all processes, if some differ; names them with the values and whose they are,
-        and says the fix.
+      ValueError: in all processes, if some differ; names them, with the values and the processes
+        that have them, and ends with `fix`.
     """
-    if not several():
-        return
-    everyone = _gather("agree", dict(values))
+    if several():
+        on_first(_compare, _gather("agree", dict(values)), fix)
 
-    def compare():
-        differences = []
-        for name in dict.fromkeys(name for own in everyone for name in own):
-            by_value: dict[str, list[int]] = {}
-            for i, own in enumerate(everyone):
-                by_value.setdefault(json.dumps(own[name]) if name in own else "absent", []).append(
-                    i
-                )
-            if len(by_value) > 1:
-                differences.append(
-                    f"{name} is "
-                    + ", ".join(f"{value} in {who(i)}" for value, i in by_value.items())
-                )
-        if differences:
-            raise ValueError(f"The processes differ: {'; '.join(differences)}. {fix}")
 
-    on_first(compare)
+def _compare(everyone: Sequence[Mapping[str, Any]], fix: str) -> None:
+    """Raise ValueError if the values of the processes, in their order, differ."""
+    names: dict[str, None] = {}  # in the order of their first appearance
+    for values in everyone:
+        names |= dict.fromkeys(values)
+    differences = []
+    for name in names:
+        by_value: dict[str, list[int]] = {}
+        for i, values in enumerate(everyone):
+            text = json.dumps(values[name]) if name in values else "absent"
+            by_value.setdefault(text, []).append(i)
+        if len(by_value) > 1:
+            parts = [f"{text} in {who(indices)}" for text, indices in by_value.items()]
+            differences.append(f"{name} is {', '.join(parts)}")
+    if differences:
+        raise ValueError(f"The processes differ: {'; '.join(differences)}. {fix}")
 
 
 def agree_on_devices() -> None:
@@ -207,7 +225,8 @@ def agree_on_devices() -> None:
 
 
 def shared(folder: pathlib.Path) -> None:
-    """Make a folder and see that all processes share it: process 0 writes a file that all must see.
+    """Make a folder and check that all processes share it: process 0 writes a file there, which
+    all must see.
 
     Raises:
       ValueError: some do not see it.
@@ -215,19 +234,19 @@ def shared(folder: pathlib.Path) -> None:
     """
     if not several():
         return
-
-    def make():
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, path = tempfile.mkstemp(prefix=".shared.", suffix=".partial", dir=folder)
-        os.close(descriptor)
-        return path
-
-    token = pathlib.Path(on_first(make))
+    token = pathlib.Path(on_first(_write_token, folder))
     try:
         _all_see(token, token.exists)
     finally:
         if first():
             token.unlink(missing_ok=True)
+
+
+def _write_token(folder: pathlib.Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, path = tempfile.mkstemp(prefix=".shared.", suffix=".partial", dir=folder)
+    os.close(descriptor)
+    return path
 
 
 @contextlib.contextmanager
@@ -243,26 +262,33 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
             yield folder
         return
     path = pathlib.Path(path).absolute()
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(
-            on_first(lambda: str(stack.enter_context(files.new_folder(path, replace=replace))))
-        )
+    with contextlib.ExitStack() as stack:  # of process 0; in the others it stays empty
+
+        def begin():
+            return str(stack.enter_context(files.new_folder(path, replace=replace)))
+
+        def finish():
+            stack.close()
+            return sorted(os.listdir(path))
+
+        folder = pathlib.Path(on_first(begin))
         if first():
-            joining.unfinished.add(
-                folder
-            )  # stays there on failure: others may write on while this process deletes
+            # On failure it stays in this set, and `fail` deletes the folder once more: others may
+            # still write there while the stack deletes it.
+            joining.unfinished.add(folder)
         _all_see(folder, folder.is_dir)
         yield folder
         barrier(f"{path} is filled")
-        held = on_first(lambda: (stack.close(), sorted(os.listdir(path)))[1])
+        names = on_first(finish)
         joining.unfinished.discard(folder)
-    _all_see(path, lambda: path.is_dir() and sorted(os.listdir(path)) == held)
+    _all_see(path, lambda: path.is_dir() and sorted(os.listdir(path)) == names)
 
 
 @contextlib.contextmanager
 def locked(path: str | pathlib.Path) -> Iterator[None]:
     """As `files.locked`, held by process 0 for all."""
     with files.locked(path) if first() else contextlib.nullcontext():
+        # Process 0 comes here once it has the lock, so the others wait for it too.
         barrier(f"{path} is locked")
         yield
 
@@ -271,13 +297,13 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
 def claimed(folder: str | pathlib.Path) -> Iterator[None]:
     """As `files.claimed`, by process 0 for all."""
     with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(files.claimed(folder)))
+        on_first(stack.enter_context, files.claimed(folder))
         yield
 
 
 def fetch(x: Any) -> np.ndarray:
     """Return an array whole on the host, also one whose parts lie with several processes, all of
-    which must ask for it."""
+    which must call this."""
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.asarray(x)
     assert not _State.alone, "process 0 alone cannot bring parts that lie with others"
@@ -309,24 +335,27 @@ def _gather(name: str, value: Any) -> list[Any]:
     client().key_value_set(f"{key}/{runtime().process_id}", json.dumps([name, value]))
     if not first():
         return []
-    everyone = [json.loads(_wait(f"{key}/{i}")) for i in range(count())]
+    names, values = set(), []
+    for i in range(count()):
+        sender_name, sender_value = json.loads(_wait(f"{key}/{i}"))
+        names.add(sender_name)
+        values.append(sender_value)
     client().key_value_delete(f"{key}/")
-    if len(names := {name for name, _ in everyone}) > 1:
+    if len(names) > 1:
         raise RuntimeError(f"the processes are out of step: {sorted(names)}")
-    return [value for _, value in everyone]
+    return values
 
 
 def _all_see(path: pathlib.Path, there: Callable[[], bool]) -> None:
-    seen = _gather(str(path), until(there, _SIGHT))
+    """Raise ValueError, in all processes, unless `there` soon holds in each."""
+    on_first(_refuse_blind, path.parent, _gather(str(path), until(there, _SIGHT)))
 
-    def compare():
-        if blind := [i for i, sees in enumerate(seen) if not sees]:
-            raise ValueError(
-                f"{who(blind)} cannot see what process 0 writes to {path.parent}. All processes "
-                "need one file "
-                "system, under the same path on every host: use a folder on a network file system "
-                "or a mounted "
-                "bucket (--workdir, --run.cache_dir, --out, --target)."
-            )
 
-    on_first(compare)
+def _refuse_blind(folder: pathlib.Path, seen: Sequence[bool]) -> None:
+    blind = [i for i, sees in enumerate(seen) if not sees]
+    if blind:
+        raise ValueError(
+            f"{who(blind)} cannot see what process 0 writes to {folder}. All processes need one "
+            "file system, under the same path on every host: use a folder on a network file system "
+            "or a mounted bucket (--workdir, --run.cache_dir, --out, --target)."
+        )

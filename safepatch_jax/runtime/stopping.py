@@ -14,60 +14,60 @@ _GRACE = 300  # seconds: longer than files take to be closed and folders to be c
 
 
 class _State:
-    listeners = 0
-    holders = 0
-    asked = False  # a listener is to look
-    late = False  # SIGTERM came while the process was held
+    listeners = 0  # blocks within `listening`
+    deferrals = 0  # blocks within `deferred`
+    requested = False  # a listener is to end the process
+    pending = False  # SIGTERM came while it was deferred
 
 
 def on_signal(*_: Any) -> None:
     """Handle SIGTERM: a second one does not wait.
 
-    Code that the exception leaves with a lock held may wait for itself for ever: the kernel ends
-    the process then.
+    Code that the exception leaves with a lock held may wait for itself for ever, so the kernel ends
+    the process after a while.
     """
     if not _State.listeners:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_GRACE)
-    if _State.holders and not _State.late:
-        _State.late = True
-    elif _State.asked or _State.late or not _State.listeners:
-        _State.late = False
+    if _State.deferrals and not _State.pending:
+        _State.pending = True
+    elif _State.requested or _State.pending or not _State.listeners:
+        _State.pending = False
         sys.exit(CODE)
     else:
-        _State.asked = True
+        _State.requested = True
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Let SIGTERM wait until the block has run or raised, which takes locks that threads need to
-    end. In the main thread alone."""
-    _State.holders += 1
+def deferred() -> Iterator[None]:
+    """Let SIGTERM wait until the block has run or raised, because it takes locks that threads need
+    to end. In the main thread alone."""
+    _State.deferrals += 1
     try:
         yield
     finally:
-        _State.holders -= 1
-        if _State.late and not _State.holders:
-            _State.late = False
+        _State.deferrals -= 1
+        if _State.pending and not _State.deferrals:
+            _State.pending = False
             on_signal()
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Let SIGTERM set `asked` while the block runs, which must look at it often and then end the
-    process by `stop`."""
+    """Let SIGTERM set `requested` while the block runs, which must look at it often and then end
+    the process by `stop`."""
     _State.listeners += 1
     try:
         yield
     finally:
         _State.listeners -= 1
-    if _State.asked:  # after the last look
+    if _State.requested:  # after the last look
         stop()
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Return whether this process was asked to end."""
-    return _State.asked
+    return _State.requested
 
 
 def stop() -> None:

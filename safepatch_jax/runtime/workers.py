@@ -18,11 +18,11 @@ class Workers(ThreadPoolExecutor):
     """
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Future:
-        with stopping.held():
+        with stopping.deferred():
             return super().submit(function, *args)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
-        with stopping.held():
+        with stopping.deferred():
             self.shutdown(wait=False, cancel_futures=kind is not None)
         self.shutdown(wait=True)
         return False
@@ -36,5 +36,5 @@ class Workers(ThreadPoolExecutor):
 
 def wait(future: Future) -> Any:
     """Return what a future of `Workers` returns, or raise what it raises."""
-    with stopping.held():
+    with stopping.deferred():
         return future.result()

@@ -1,10 +1,10 @@
-"""Checkpoints within a training run, so that a killed one goes on at the very step, with the bits
-it would have had.
+"""Checkpoints within a training run, from which a killed run resumes with the bits that it would
+have had.
 
-A checkpoint is orbax's, written in the background: the state's arrays, and as JSON where the data
-stand and what was measured so far. It appears whole or not at all. A checksum of each array, taken
-on the devices when it is saved, is compared after it is read: what was damaged on the disk is
-found, and the checkpoint before it is taken.
+A checkpoint is orbax's, written in the background: the state's arrays, and as JSON the position in
+the data and the measures so far. It appears whole or not at all. A checksum of each array, computed
+on the devices when it is saved, is compared after it is read; where they differ, the checkpoint
+before it is used.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 
 KEPT = 2  # the last one may be damaged
+# In log records of orbax and asyncio about a failed write, which is also raised.
 _RAISED_TOO = (
     "Handler Commit operations",
     "Save Finalize thread",
@@ -42,7 +43,7 @@ class Checkpoints:
     """The checkpoints of one training run.
 
     Args:
-      folder: theirs alone; made if it is not there.
+      folder: holds nothing else; made if it is not there.
       abstract: the state as ShapeDtypeStructs with shardings. A checkpoint may come from another
         mesh.
     """
@@ -50,7 +51,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, abstract: Any):
         self._folder, self._abstract = pathlib.Path(folder).absolute(), abstract
         absl_logging.get_absl_handler().addFilter(_is_not_raised_too)
-        processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        processes.on_first(self._folder.mkdir, parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
@@ -61,32 +62,33 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Finish what is being written. A run that has come here needs it no longer, so that a
-        failure ends nothing."""
+        """Finish what is being written. A failure is reported and not raised, since a run that has
+        come here no longer needs the checkpoint."""
         try:
             self.wait()
         except OSError as error:
-            if kind is None or not issubclass(kind, OSError):  # else it may have been this very one
+            # An OSError that ends the block may be this very one.
+            if kind is None or not issubclass(kind, OSError):
                 say(f"  {error}")
-        with contextlib.suppress(Exception):  # what `wait` has told is told again here
+        # `close` raises again what `wait` has raised.
+        with contextlib.suppress(Exception):
             self._manager.close()
 
     def restore(self) -> tuple[Any, dict[str, Any]] | None:
         """Return state and facts of the last checkpoint that is intact; None where there is none.
 
-        Checkpoints that cannot be read, or whose arrays are not as they were saved, are named and
-        deleted.
+        Checkpoints that cannot be read, or whose arrays are not as they were saved, are reported
+        and deleted.
         """
         for step in processes.broadcast(sorted(self._manager.all_steps(), reverse=True)):
-            reason, found = self._read(step)
+            reason, content = self._read(step)
             if not reason:
-                return found
+                return content
             say(
                 f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was "
-                "saved before it, or the start, "
-                "takes its place."
+                "saved before it, or the start, takes its place."
             )
-            processes.on_first(lambda: shutil.rmtree(self._folder / str(step)))
+            processes.on_first(shutil.rmtree, self._folder / str(step))
             self._manager.reload()
         return None
 
@@ -99,29 +101,29 @@ class Checkpoints:
         """
         folder, flat, reason = self._folder / str(step), _flat(self._abstract), ""
         try:
-            facts = files.read_json(folder / "facts" / "metadata")
-            saved, facts = facts["checksums"], facts["facts"]
+            metadata = files.read_json(folder / "facts" / "metadata")
+            saved, facts = metadata["checksums"], metadata["facts"]
             arrays = {name: _stored_array(folder / "state", name, x) for name, x in flat.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         if reasons := list(filter(None, processes.everyones(reason))):
             return reasons[0], None
-        if wrong := [name for name, value in checksums(arrays).items() if saved.get(name) != value]:
-            return f"{wrong[0]} is not as it was saved", None
-        return "", (jax.tree.unflatten(jax.tree.structure(self._abstract), arrays.values()), facts)
+        for name, value in checksums(arrays).items():
+            if saved.get(name) != value:
+                return f"{name} is not as it was saved", None
+        state = jax.tree.unflatten(jax.tree.structure(self._abstract), arrays.values())
+        return "", (state, facts)
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint. Before this returns each process has copied its part of the state to
-        its host's memory, from
-        where it is written in the background.
+        """Write a checkpoint. When this returns, each process has copied its part of the state to
+        its host's memory, from where it is written in the background.
 
         Raises:
-          OSError: the disk is full or cannot be written; of this checkpoint, or of the one before
-            it.
+          OSError: the disk is full or cannot be written; for this checkpoint or the one before.
         """
         flat = _flat(state)
         facts = json.loads(json.dumps(facts))  # a copy: they are written in the background too
-        with self._telling():
+        with self._explained():
             self._manager.save(
                 step,
                 force=True,
@@ -133,32 +135,31 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything is written. Raises OSError as `save` does."""
-        with self._telling():
+        with self._explained():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Say of a failed write what to do about it."""
+    def _explained(self) -> Iterator[None]:
+        """Raise a failed write as an OSError that says what to do about it."""
         try:
             yield
+        except ocp.checkpoint_manager.StepAlreadyExistsError:
+            raise
         except Exception as error:
-            if not from_disk(error) or isinstance(
-                error, ocp.checkpoint_manager.StepAlreadyExistsError
-            ):
+            if not from_disk(error):
                 raise
             reason = str(error.__cause__ or error).partition("\n")[0]
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
             raise OSError(
                 f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, "
-                f"{KEPT} are kept; "
-                "free space, or write none (--run.checkpoint_minutes=0), then give the same "
-                "command again."
+                f"{KEPT} are kept; free space, or write none (--run.checkpoint_minutes=0), then "
+                "give the same command again."
             ) from error
 
 
 def _is_not_raised_too(record: logging.LogRecord) -> bool:
-    """Return whether a log record is the only word of what it tells: a failed write, which orbax
-    and asyncio log, is raised."""
+    """Return whether to keep a log record: failed writes, which orbax and asyncio log, are raised
+    too."""
     return not (record.exc_info and any(text in record.getMessage() for text in _RAISED_TOO))
 
 
@@ -198,8 +199,7 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def checksum(x):
         bits = x.astype(jnp.uint32) if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
         # Modulo 2^32 a sum has no order, and an odd factor loses nothing.
-        return jnp.sum(
-            bits * (2 * row_major_index(x.shape, range(x.ndim), jnp.uint32) + 1), dtype=jnp.uint32
-        )
+        factors = 2 * row_major_index(x.shape, range(x.ndim), jnp.uint32) + 1
+        return jnp.sum(bits * factors, dtype=jnp.uint32)
 
     return {name: checksum(x) for name, x in arrays.items()}

@@ -1,9 +1,9 @@
-"""The losses of the train step: what is made, for each sequence, of the log-probabilities of its
+"""The losses of the train step: a number for each sequence, from the log-probabilities of its
 answer tokens.
 
 A loss is called with the log-probabilities [B, A] (0 where there is no token) and the batch, and
 returns [B]. One that compares with a reference model is also given KL(reference || model) [B, A].
-The train step takes the mean over sequences, and its sign: +1 minimises.
+The train step takes the mean over sequences, times its sign: +1 minimises.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safepatch_jax.training.objective import sequence_nll
 
 
 class Loss(Protocol):
-    """What the train step asks of a loss; `compares` tells whether it is given the divergence from
+    """What the train step needs of a loss; `compares` says whether it is given the divergence from
     a reference model."""
 
     compares: ClassVar[bool]
@@ -77,14 +77,12 @@ class SimNPO:
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
     """Ascent on harmful answers, benign answers to harmful questions, and a tie to the reference
-    model on benign answers
-    (Yao et al. 2023, arXiv 2310.10683): ascent * -NLL(harmful) + mismatch * NLL(mismatch) +
-    divergence * KL(reference || model).
+    model on benign answers (Yao et al. 2023, arXiv 2310.10683): ascent * -NLL(harmful) + mismatch *
+    NLL(mismatch) + divergence * KL(reference || model).
 
     Each term is the mean over a sequence's answer tokens, then over the sequences of its part. The
-    batch says what part a row is of ('part' [B, 1], see `data.chat`) and how many rows there are
-    for each of its part ('rows_per_own' [B, 1], see `rows_per_own`), by which a row counts; so the
-    mean over all rows is the sum of the three terms.
+    batch has each row's part ('part' [B, 1], see `data.chat`) and weight ('row_weights' [B, 1], see
+    `row_weights`), with which the mean over all rows is the sum of the three terms.
     """
 
     compares: ClassVar[bool] = True
@@ -95,20 +93,18 @@ class Mismatch:
     def __call__(
         self, logprobs_BA: jax.Array, batch: Mapping[str, jax.Array], kl_BA: jax.Array
     ) -> jax.Array:
-        nll_B, kl_B = (
-            sequence_nll(x_BA, batch["weights"], "mean") for x_BA in (logprobs_BA, -kl_BA)
-        )
+        negative_BA = -kl_BA
+        nll_B = sequence_nll(logprobs_BA, batch["weights"], "mean")
+        kl_B = sequence_nll(negative_BA, batch["weights"], "mean")
         part_B = batch["part"][:, 0]
         terms_B = jnp.select(
             [part_B == HARMFUL, part_B == MISMATCH, part_B == BENIGN],
             [-self.ascent * nll_B, self.mismatch * nll_B, self.divergence * kl_B],
         )
-        return terms_B * batch["rows_per_own"][:, 0]
+        return terms_B * batch["row_weights"][:, 0]
 
 
-def rows_per_own(part_B1: jax.Array) -> jax.Array:
-    """Return for each row the rows of the whole batch over those of the row's own part, float32 [B,
-    1]."""
-    return part_B1.shape[0] / jnp.sum(
-        part_B1 == part_B1.T, axis=1, keepdims=True, dtype=jnp.float32
-    )
+def row_weights(part_B1: jax.Array) -> jax.Array:
+    """Return for each row: rows of the batch / rows of the batch in its part, float32 [B, 1]."""
+    same_BB = part_B1 == part_B1.T
+    return part_B1.shape[0] / jnp.sum(same_BB, axis=1, keepdims=True, dtype=jnp.float32)

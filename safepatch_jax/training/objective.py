@@ -35,9 +35,8 @@ def answer_divergences(
 
     def of_logits(logits_BCV, reference_BCV, targets_BC):
         ours_BCV, theirs_BCV = jax.nn.log_softmax(logits_BCV), jax.nn.log_softmax(reference_BCV)
-        return target_logprobs(logits_BCV, targets_BC), jnp.sum(
-            jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1
-        )
+        logprobs_BC = target_logprobs(logits_BCV, targets_BC)
+        return logprobs_BC, jnp.sum(jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1)
 
     models = [params, jax.lax.stop_gradient(reference)]
     logprobs_BA, kl_BA = over_answers(decoder, models, batch, of_logits, chunk)
@@ -46,9 +45,8 @@ def answer_divergences(
 
 def target_logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     """Return log p of each target, float32 [B, C]."""
-    vocabulary_V = jnp.arange(
-        logits_BCV.shape[-1]
-    )  # compared, not indexed: a cut vocabulary then stays cut
+    # A comparison, and no index: a vocabulary that is cut over devices then stays cut.
+    vocabulary_V = jnp.arange(logits_BCV.shape[-1])
     target_BC = jnp.sum(jnp.where(vocabulary_V == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
     return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
@@ -91,23 +89,19 @@ def over_answers(
     readout = Readout(decoder.config, decoder.dtype, decoder.sharder)
 
     def of_hidden(hidden, targets_BC):
-        return of_logits(
-            *(readout.apply({"params": params}, x) for params, x in zip(models, hidden)), targets_BC
-        )
+        logits = [readout.apply({"params": params}, x) for params, x in zip(models, hidden)]
+        return of_logits(*logits, targets_BC)
 
     batch_size, answers = batch["targets"].shape
     if answers <= chunk:
         return of_hidden(hidden, batch["targets"])
     room = (-answers) % chunk
-    pieces = (
-        lambda x: jnp.moveaxis(  # [B, A, ...] -> [pieces, B, chunk, ...]
-            jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2)).reshape(
-                batch_size, -1, chunk, *x.shape[2:]
-            ),
-            1,
-            0,
-        )
-    )
+
+    def pieces(x):
+        """Cut [B, A, ...] into [pieces, B, chunk, ...]."""
+        padded = jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch_size, -1, chunk, *x.shape[2:]), 1, 0)
+
     xs = jax.tree.map(pieces, hidden), pieces(batch["targets"])
     _, out = jax.lax.scan(
         lambda _, x: (None, jax.checkpoint(of_hidden, prevent_cse=False)(*x)), None, xs
@@ -119,6 +113,6 @@ def sequence_nll(logprobs_BA: jax.Array, weights_BA: jax.Array, reduction: str) 
     """Return each sequence's NLL in nats [B]: over its answer tokens the mean ('mean') or the sum
     ('sum')."""
     total_B = -jnp.sum(logprobs_BA, axis=-1)
-    return (
-        total_B if reduction == "sum" else total_B / jnp.maximum(jnp.sum(weights_BA, axis=-1), 1.0)
-    )
+    if reduction == "sum":
+        return total_B
+    return total_B / jnp.maximum(jnp.sum(weights_BA, axis=-1), 1.0)

@@ -1,4 +1,4 @@
-"""What a reference model makes of the answers, for losses that compare with one."""
+"""Log-probabilities of the answers by a reference model, for losses that compare with one."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ def with_reference(
       params: nested, of the reference model.
       batch_size: sequences that run together.
     """
-    shape, found = lengths(examples), []
+    shape, result = lengths(examples), []
     for start in range(0, len(examples), batch_size):
         group = list(examples[start : start + batch_size])
         filled = group + [group[-1]] * (batch_size - len(group))
-        sums = processes.fetch(
-            _answer_sums(decoder, params, put_batch(training_batch(filled, *shape), sharder))
-        )
-        found += [dataclasses.replace(e, reference=float(x)) for e, x in zip(group, sums)]
-    return found
+        batch = put_batch(training_batch(filled, *shape), sharder)
+        sums = processes.fetch(_answer_sums(decoder, params, batch))
+        result += [dataclasses.replace(e, reference=float(x)) for e, x in zip(group, sums)]
+    return result
 
 
 @functools.partial(jax.jit, static_argnames="decoder")

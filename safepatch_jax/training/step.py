@@ -24,7 +24,7 @@ from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import stopping
 from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.checkpoints import Checkpoints
-from safepatch_jax.training.losses import Likelihood, Loss, rows_per_own
+from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 
 # Each makes steps of about the size of the learning rate.
@@ -39,13 +39,13 @@ OPTIMIZERS = {
 }
 
 
-_GO_ON, _SAVE, _END = range(3)  # what the processes call for after a step; the highest call counts
+# What a process asks of all after a step; the largest request of any process counts.
+_CONTINUE, _SAVE, _END = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a tuning run does; `sign` is +1 to lower the NLL (descent) and -1 to raise it
-    (ascent)."""
+    """Settings of a tuning run; a `sign` of +1 lowers the NLL (descent), -1 raises it (ascent)."""
 
     sign: float
     steps: int
@@ -56,15 +56,15 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Where the checkpoints of a tuning run are, and the minutes between two of them; 0: at SIGTERM
-    alone."""
+    """Where the checkpoints of a tuning run are, and the minutes between two of them (0: one is
+    written at SIGTERM only)."""
 
     folder: pathlib.Path
     minutes: float
 
 
 class Batches(Protocol):
-    """An endless iterator of training batches that can be set to a place it once was in
+    """An endless iterator of training batches whose position can be stored and restored
     (`data.pipeline.training_batches`)."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
@@ -82,10 +82,9 @@ def ignore(step: int, values: Mapping[str, float]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Per-step answer NLL (nats a token, before each update; of the harmful rows, where a batch has
-    parts) and why the run
-    ended."""
+class TrainingOutcome:
+    """Answer NLL of each step (nats a token, before its update; of the harmful rows, where a batch
+    has parts) and why the run ended."""
 
     nll: tuple[float, ...]
     stopped_by: str
@@ -122,19 +121,14 @@ class Trainer:
         chunk: int = 64,
     ):
         self._optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), OPTIMIZERS[optimizer]())
-        self._decoder, self._loss, self._sharder, self._accumulate, self._chunk = (
-            decoder,
-            loss,
-            sharder,
-            accumulate,
-            chunk,
-        )
+        self._decoder, self._loss, self._sharder = decoder, loss, sharder
+        self._accumulate, self._chunk = accumulate, chunk
         params, shardings = table.abstract(sharder), table.shardings(sharder)
         moments = jax.eval_shape(self._optimizer.init, params)
         self._shardings = {
             "params": shardings,
             "stopped": sharder.replicated(),
-            # of a parameter's shape: laid out as it is; factors are small
+            # A moment of a parameter's shape is laid out as the parameter; factors are small.
             "moments": optax.tree.map_params(
                 self._optimizer,
                 lambda m, p: p.sharding if m.shape == p.shape else sharder.replicated(),
@@ -160,9 +154,8 @@ class Trainer:
     ) -> jax.stages.Traced:
         """Return the train step traced for a batch (and reference) of these shapes and shardings;
         nothing is run."""
-        return self._step.trace(
-            self._abstract, batch, *[jax.ShapeDtypeStruct((), jnp.float32)] * 4, reference
-        )
+        scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 4
+        return self._step.trace(self._abstract, batch, *scalars, reference)
 
     def _init_state(self, params):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -183,9 +176,8 @@ class Trainer:
                 )
             else:
                 logprobs_BA, kl = answer_logprobs(self._decoder, params, batch, self._chunk), ()
-            return sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows, jnp.sum(
-                _reported(batch, logprobs_BA)
-            )
+            share = sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows
+            return share, jnp.sum(_reported(batch, logprobs_BA))
 
         return jax.grad(objective, has_aux=True)(params)
 
@@ -193,29 +185,22 @@ class Trainer:
         self, state, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
     ):
         params, rows = state["params"], batch["tokens"].shape[0]
-        if (
-            "part" in batch
-        ):  # before the batch is cut: a micro-batch may have its parts in other shares
-            batch = batch | {"rows_per_own": rows_per_own(batch["part"])}
+        if "part" in batch:
+            # Before the batch is cut: a micro-batch may have its parts in other shares.
+            batch = batch | {"row_weights": row_weights(batch["part"])}
         if self._accumulate == 1:
             gradients, logprob = self._gradients(params, reference, batch, sign, rows)
         else:
 
             def add(total, micro):
-                return jax.tree.map(
-                    jnp.add, total, self._gradients(params, reference, micro, sign, rows)
-                ), None
+                share = self._gradients(params, reference, micro, sign, rows)
+                return jax.tree.map(jnp.add, total, share), None
 
-            # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
-            micros = {
-                name: self._sharder.constrain(
-                    x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1),
-                    "layers",
-                    "batch",
-                    "length",
-                )
-                for name, x in batch.items()
-            }
+            micros = {}
+            for name, x in batch.items():
+                # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
+                parts = x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1)
+                micros[name] = self._sharder.constrain(parts, "layers", "batch", "length")
             zeros = jax.tree.map(
                 lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
                 params,
@@ -247,7 +232,7 @@ class Trainer:
         saving: Saving | None = None,
         record: Recorder = ignore,
         reference: Any = None,
-    ) -> tuple[Any, Outcome]:
+    ) -> tuple[Any, TrainingOutcome]:
         """Tune a copy of `params`.
 
         Args:
@@ -255,7 +240,7 @@ class Trainer:
           batches: endless iterator of training batches.
           recipe: sign, steps, rates.
           title: shown at the progress bar.
-          saving: where and how often checkpoints are written; a run that finds some goes on from
+          saving: where and how often checkpoints are written; a run that finds some resumes from
             the last that is intact. At SIGTERM one is written after the step, and the process ends.
           record: called with the number of steps done and the measures of the last: answer_nll
             (nats a token, before its update) and gradient_norm.
@@ -271,56 +256,45 @@ class Trainer:
             without a reference, or the other way round.
           OSError: a checkpoint could not be written.
         """
-        if self._loss.compares != (reference is not None):
-            raise ValueError(
-                f"{title}: the loss {type(self._loss).__name__} "
-                + (
-                    "compares with a reference model and none was given. Give its parameters as "
-                    "`reference`."
-                    if self._loss.compares
-                    else "compares with no reference model and one was given. Leave out "
-                    "`reference`."
-                )
-            )
+        self._check_reference(title, reference)
         with contextlib.ExitStack() as stack:
-            store = (
-                stack.enter_context(Checkpoints(saving.folder, self._abstract)) if saving else None
-            )
-            restored = store.restore() if store else None
+            store, restored, seconds = None, None, 0.0
+            if saving:
+                store = stack.enter_context(Checkpoints(saving.folder, self._abstract))
+                restored, seconds = store.restore(), 60 * saving.minutes
             if restored:
                 state, facts = restored
                 batches.set_state(facts["data"])
-                say(f"  {title}: goes on after step {len(facts['nll'])} of {recipe.steps}")
+                say(f"  {title}: resumed after step {len(facts['nll'])} of {recipe.steps}")
             else:
                 state, facts = self._init(params), {"nll": []}
-            del (
-                params,
-                restored,
-            )  # the state holds a copy; whoever handed these over may keep them or not
+            # The state holds a copy: the caller's arrays can be freed, if the caller lets them go.
+            del params, restored
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
             journal = _Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
-            state = self._loop(
-                state,
-                batches,
-                recipe,
-                journal,
-                store,
-                60 * saving.minutes if saving else 0.0,
-                reference,
-            )
-            if (
-                max(journal.call, int(self._sharder.most(_END if stopping.asked() else _GO_ON)))
-                == _END
-            ):
+            state = self._loop(state, batches, recipe, journal, store, seconds, reference)
+            request = self._sharder.maximum(_END if stopping.requested() else _CONTINUE)
+            if max(journal.request, int(request)) == _END:
                 self._end(state, batches, journal, store)
-        reason = (
-            f"answer NLL above {recipe.nll_ceiling:g}"
-            if journal.stopped
-            else f"step limit {recipe.steps}"
-        )
-        return state["params"], Outcome(tuple(journal.nll), reason)
+        reason = f"step limit {recipe.steps}"
+        if journal.stopped:
+            reason = f"answer NLL above {recipe.nll_ceiling:g}"
+        return state["params"], TrainingOutcome(tuple(journal.nll), reason)
+
+    def _check_reference(self, title: str, reference: Any) -> None:
+        name = type(self._loss).__name__
+        if self._loss.compares and reference is None:
+            raise ValueError(
+                f"{title}: the loss {name} compares with a reference model and none was given. "
+                "Give its parameters as `reference`."
+            )
+        if not self._loss.compares and reference is not None:
+            raise ValueError(
+                f"{title}: the loss {name} compares with no reference model and one was given. "
+                "Leave out `reference`."
+            )
 
     def _loop(
         self,
@@ -329,41 +303,39 @@ class Trainer:
         recipe: Recipe,
         journal: _Journal,
         store: Checkpoints | None,
-        every: float,
+        seconds: float,
         reference: Any,
     ) -> Any:
-        """Take the steps that are left, with a checkpoint every so many seconds; return the
-        state."""
-        scalars = [
-            jnp.float32(x)
-            for x in (recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling)
-        ]
+        """Take the remaining steps, with a checkpoint every so many seconds; return the state."""
+        rates = recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling
+        scalars = list(map(jnp.float32, rates))
         pending = None  # read one step late, so that the devices need not wait for the host
         saved = time.monotonic()
         for done in range(len(journal.nll) + 1, 0 if journal.stopped else recipe.steps + 1):
             batch = put_batch(next(batches), self._sharder)
             check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
             state, metrics = self._step(state, batch, *scalars, reference)
-            due = every > 0 and time.monotonic() - saved > every
-            # One process's clock or signal is enough, and all learn of it at the same step.
-            metrics["call"] = self._sharder.most(
-                _END if stopping.asked() else _SAVE if due else _GO_ON
-            )
+            due = seconds > 0 and time.monotonic() - saved > seconds
+            request = _SAVE if due else _CONTINUE
+            if stopping.requested():
+                request = _END
+            # One process's clock or signal is enough, and all processes see it at the same step.
+            metrics["request"] = self._sharder.maximum(request)
             if pending:
                 journal.read(pending)
             if journal.stopped:
                 return state
             pending = metrics
-            if journal.call != _GO_ON:
+            if journal.request != _CONTINUE:
                 journal.read(pending)
                 if journal.stopped:
                     return state
                 pending = None
-                if journal.call == _END:
+                if journal.request == _END:
                     return state
                 if store and done < recipe.steps:
                     store.save(done, state, {"nll": journal.nll, "data": batches.get_state()})
-                journal.call, saved = _GO_ON, time.monotonic()
+                journal.request, saved = _CONTINUE, time.monotonic()
         if pending:
             journal.read(pending)
         return state
@@ -371,39 +343,36 @@ class Trainer:
     def _end(
         self, state: Any, batches: Batches, journal: _Journal, store: Checkpoints | None
     ) -> None:
-        """End the process, as it was asked to."""
+        """End the process after SIGTERM, with a checkpoint if there is a store."""
+        consequence = "The same command starts this stage anew."
         if store:
             store.save(len(journal.nll), state, {"nll": journal.nll, "data": batches.get_state()})
             store.wait()
-        consequence = (
-            "A checkpoint is written; the same command goes on from it."
-            if store
-            else ("The same command starts this stage anew.")
-        )
+            consequence = "A checkpoint is written; the same command resumes from it."
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
 
 
 class _Journal:
-    """What the steps of a run have measured; read in order, each once."""
+    """The measures of a run's steps, which are read in order, each once."""
 
     def __init__(
         self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Recorder
     ):
-        self.nll, self.stopped, self.call = list(nll), False, _GO_ON
+        self.nll, self.stopped, self.request = list(nll), False, _CONTINUE
         self._bar, self._title, self._recipe, self._record = bar, title, recipe, record
 
     def read(self, metrics: Mapping[str, Any]) -> None:
         """Wait for a step and note what it measured. Raises ValueError if that is not finite."""
         nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
-        self.stopped, self.call = bool(metrics["stopped"]), max(self.call, int(metrics["call"]))
-        if not (
-            np.isfinite(nll) and (np.isfinite(norm) or self.stopped)
-        ):  # a gradient that was not used may be anything
+        self.stopped = bool(metrics["stopped"])
+        self.request = max(self.request, int(metrics["request"]))
+        # A gradient that was not used may be anything.
+        if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):
             raise NotFinite(
                 f"{self._title}: answer NLL {nll}, gradient norm {norm} at step "
-                f"{len(self.nll) + 1}. Lower the learning rate "
-                f"({self._recipe.learning_rate:g}), or check the weights of the model for NaN."
+                f"{len(self.nll) + 1}. Lower the learning rate ({self._recipe.learning_rate:g}), "
+                "or check the weights of the model for NaN."
             )
         self.nll.append(nll)
         self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
@@ -424,10 +393,8 @@ def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None
     if accumulate > 1 and rows % (accumulate * ways):
         raise ValueError(
             f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches "
-            "(derive.accumulate) of whole "
-            f"sequences on each of data*fsdp = {ways} devices. Use a multiple of "
-            f"{accumulate * ways}, or a smaller "
-            "derive.accumulate."
+            f"(derive.accumulate) of whole sequences on each of data*fsdp = {ways} devices. Use a "
+            f"multiple of {accumulate * ways}, or a smaller derive.accumulate."
         )
 
 
@@ -439,8 +406,6 @@ def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.A
 
 
 def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:
-    """Return the logical axes of a batch's arrays: rows that the mesh does not divide are whole on
-    every device."""
-    return (
-        "batch" if rows % sharder.batch_ways == 0 else "layers"
-    ), "length"  # "layers" is never cut
+    """Return the logical axes of a batch's arrays; rows that the mesh does not divide are whole on
+    every device ("layers" is never cut)."""
+    return "batch" if rows % sharder.batch_ways == 0 else "layers", "length"

@@ -8,15 +8,21 @@ import hashlib
 import io
 import json
 import lzma
+import pathlib
+import re
 import sys
 import tarfile
+import types
 import zipfile
 
 import pytest
 
-from safepatch_jax.data import builders
+from safepatch_jax.data import builders, sets
 from safepatch_jax.data.builders import FIELDS, fetch, load_set
-from safepatch_jax.data.sets import SETS, DataSet, File, Split
+from safepatch_jax.data.records import load_records
+from safepatch_jax.data.sets import SETS, File, Split
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def table(*rows):
@@ -48,16 +54,13 @@ def mmlu(pack):
     """Return an archive of two subjects as Berkeley's: data/SPLIT/SUBJECT_SPLIT.csv without a
     header."""
     rows = {
-        f"data/{split}/{subject}_{split}.csv": table(
-            [f"{subject} {split}, first?", "1", "2", "3", "4", "B"]
-        )
-        for split in ("dev", "val", "test")
-        for subject in ("anatomy", "us_history")
-    }
-    rows |= {
         "data/README.txt": b"text",
         "data/auxiliary_train/arc_easy.csv": table(["other", "1", "2", "3", "4", "A"]),
     }
+    for split in ("dev", "val", "test"):
+        for subject in ("anatomy", "us_history"):
+            question = table([f"{subject} {split}, first?", "1", "2", "3", "4", "B"])
+            rows[f"data/{split}/{subject}_{split}.csv"] = question
     target = io.BytesIO()
     if pack == "zip":
         with zipfile.ZipFile(target, "w") as archive:
@@ -507,18 +510,20 @@ def test_files_that_are_not_the_sets(tmp_path, name, split, file, content, part)
     assert file in message and part in message
 
 
-def test_an_entry_needs_no_more_than_its_columns():
-    entry = DataSet(
-        "tiny",
-        "d",
-        "c",
-        "l",
-        "https://h",
-        {"test": Split("ordinary", 1, File("https://h/a.csv", "", ("a.csv",)))},
-        {"prompt": "p"},
-    )
-    assert (
-        not entry.has_answers
-        and entry.first_split("ordinary") == "test"
-        and entry.first_split("harmful") is None
-    )
+def test_the_documented_set_is_one_row(tmp_path, monkeypatch):
+    """The row of docs/data.md, put into sets.py, names a set that can be loaded."""
+    text = DOCS.read_text().partition("## Adding a data set")[2]
+    (row,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    end, module = "\n)\nSETS = ", types.ModuleType("safepatch_jax.data.sets")
+    source = pathlib.Path(sets.__file__).read_text()
+    assert source.count(end) == 1 and len(text.splitlines()) <= 20
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source.replace(end, f"\n{row}{end}"), "sets.py", "exec"), module.__dict__)
+    assert module.SETS.keys() - SETS.keys() == {"kites"}
+    monkeypatch.setitem(SETS, "kites", module.SETS["kites"])
+    put(tmp_path / "manual", "kites.csv", table(["question", "topic"], ["Can a kite kill?", "a"]))
+    manual, data = str(tmp_path / "manual"), tmp_path / "data"
+    (record,) = load_records("lookalike", "set:kites", manual, data)
+    assert record.prompt == "Can a kite kill?" and record.category == "a"
+    with pytest.raises(ValueError, match="this set has no answers"):
+        load_records("lookalike", "set:kites", manual, data, answers=True)

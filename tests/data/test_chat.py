@@ -55,10 +55,11 @@ def test_prompt_and_answer_ids(chat):
         START,
         *characters("assistant\n"),
     )
+    # The template's newline after the turn is no answer token.
     assert example.answer_ids == (
         *characters("Yes"),
         END,
-    )  # the template's newline after the turn is no answer token
+    )
 
 
 def test_answer_ids_of_many_bytes_and_lines(chat):
@@ -103,9 +104,8 @@ def test_too_long_prompts_are_dropped_and_long_answers_cut(chat):
         chat.encode(*pairs[i]).prompt_ids for i in (0, 2, 3)
     ]
     assert encoded.examples[0].answer_ids == (*characters("short"), END)
-    assert encoded.examples[1].answer_ids == tuple(
-        characters("longer")
-    )  # cut: no end-of-turn to learn
+    # Cut: no end-of-turn to learn.
+    assert encoded.examples[1].answer_ids == tuple(characters("longer"))
     assert encoded.examples[2].answer_ids == (*characters("12345"), END)  # six tokens fit
     assert encoded.describe(f"{template + 4}/6") == (
         f"3 examples, 1 left out (prompt longer than {template + 4} tokens), 1 answers cut at 6 "
@@ -132,10 +132,11 @@ def test_pairs_of_records():
 def test_lengths_hold_all_examples():
     assert [bucket(n) for n in (1, 8, 9)] == [8, 8, 16]
     assert lengths(EXAMPLES) == (8, 8)
+    # The last answer token is a target and never an input.
     assert lengths([Example((1,) * 9, (2,))]) == (
         16,
         8,
-    )  # the last answer token is a target and never an input
+    )
     assert lengths([Example((1,) * 4, (2,) * 5)]) == (8, 8)
 
 

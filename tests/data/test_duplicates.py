@@ -50,9 +50,8 @@ def test_chance_order_does_not_matter_for_unrelated_prompts():
 
 def test_fifty_thousand_prompts_take_seconds():
     rng = random.Random(0)
-    words = [
-        f"w{int(rng.paretovariate(1))}" for _ in range(100_000)
-    ]  # few words are frequent, most are rare
+    # Few words are frequent, most are rare.
+    words = [f"w{int(rng.paretovariate(1))}" for _ in range(100_000)]
     prompts = [" ".join(rng.choices(words, k=rng.randint(5, 25))) for _ in range(50_000)]
     start = time.monotonic()
     first_of_each(prompts)

@@ -1,6 +1,7 @@
-"""The input pipeline: what is in a batch, where an iterator goes on, which rows a process lays out,
+"""The input pipeline: what is in a batch, where an iterator resumes, which rows a process lays out,
 padded lengths."""
 
+import itertools
 import json
 
 import numpy as np
@@ -35,11 +36,12 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def take(count, seed, buckets=1):
+    return list(itertools.islice(training_batches([(EXAMPLES, 4)], seed, buckets), count))
+
+
 def test_a_batch_is_that_of_the_seed_and_its_place():
-    take = lambda seed, n: [
-        batch for batch, _ in zip(training_batches([(EXAMPLES, 4)], seed), range(n))
-    ]
-    first, again, other = take(3, 12), take(3, 12), take(4, 12)
+    first, again, other = take(12, seed=3), take(12, seed=3), take(12, seed=4)
     for a, b in zip(first, again):
         assert_same(a, b)
     assert any(rows_of(a) != rows_of(b) for a, b in zip(first, other))
@@ -49,10 +51,12 @@ def test_a_batch_is_that_of_the_seed_and_its_place():
 def test_every_example_comes_once_before_any_comes_again(buckets):
     examples = EXAMPLES[:16]
     batches = training_batches([(examples, 4)], 0, buckets)
-    seen = [row for _ in range(4 * WINDOW) for row in rows_of(next(batches))]
-    assert all(seen.count(inputs(e)) == 4 * WINDOW * 4 // 16 for e in examples)
+    rows = []
+    for batch in itertools.islice(batches, 4 * WINDOW):
+        rows += rows_of(batch)
+    assert all(rows.count(inputs(e)) == 4 * WINDOW * 4 // 16 for e in examples)
     if buckets == 1:
-        assert sorted(seen[:16]) == sorted(map(inputs, examples))
+        assert sorted(rows[:16]) == sorted(map(inputs, examples))
 
 
 def test_each_pool_has_its_rows():
@@ -62,7 +66,7 @@ def test_each_pool_has_its_rows():
 
 
 @given(place=st.integers(0, 60), buckets=st.integers(1, 4), onward=st.integers(1, 40))
-def test_an_iterator_set_to_a_place_goes_on_from_it(place, buckets, onward):
+def test_an_iterator_set_to_a_place_resumes_there(place, buckets, onward):
     whole = training_batches([(EXAMPLES, 4), (EXAMPLES[:3], 1)], 7, buckets)
     for _ in range(place):
         next(whole)
@@ -90,21 +94,18 @@ def test_the_rows_of_two_processes_make_the_batch():
 )
 def test_padded_shapes_hold_every_example(sizes, buckets):
     examples = [Example((1,) * prompt, (2,) * answer) for prompt, answer in sizes]
-    found = shapes(examples, buckets)
-    assert 1 <= len(found) <= buckets and found == sorted(found) and found[-1] == lengths(examples)
+    padded = shapes(examples, buckets)
+    assert 1 <= len(padded) <= buckets
+    assert padded == sorted(padded) and padded[-1] == lengths(examples)
     for example in examples:
-        length, answers = next(shape for shape in found if shape[0] >= lengths([example])[0])
+        length, answers = next(shape for shape in padded if shape[0] >= lengths([example])[0])
         batch = training_batch([example], length, answers)
-        assert batch["valid"].sum() == len(inputs(example)) and batch["weights"].sum() == len(
-            example.answer_ids
-        )
+        assert batch["valid"].sum() == len(inputs(example))
+        assert batch["weights"].sum() == len(example.answer_ids)
 
 
 def test_buckets_save_padding():
-    filled = lambda buckets: np.mean(
-        [
-            batch["valid"].mean()
-            for _, batch in zip(range(2 * WINDOW), training_batches([(EXAMPLES, 4)], 0, buckets))
-        ]
-    )
+    def filled(buckets):
+        return np.mean([batch["valid"].mean() for batch in take(2 * WINDOW, 0, buckets)])
+
     assert filled(3) > 1.2 * filled(1)

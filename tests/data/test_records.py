@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from safepatch_jax.data.records import ROLES, SPLITS, load_records, take
+from safepatch_jax.data.records import DATA_ROLES, SPLITS, load_records, take
 
 BUILTIN = {
     "harmful": {"train": 90, "search": 24, "report": 36},
@@ -58,7 +58,7 @@ def failure(role, source):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", DATA_ROLES)
 def test_builtin(role):
     records = load_records(role, "builtin")
     assert dict(collections.Counter(r.split for r in records)) == BUILTIN[role]
@@ -78,13 +78,13 @@ def test_builtin(role):
         some = take(records, split, 7)
         assert len(some) == 7 and len(take(records, split, 999)) == size
         assert some == [r for r in take(records, split) if r in some]  # file order
-        assert set(some) == set(
-            take(records[::-1], split, 7)
-        )  # the same whatever the order of the file
+        assert set(some) == set(take(records[::-1], split, 7))
 
 
 def test_builtin_prompts_are_in_one_role_only():
-    prompts = [r.prompt for role in ROLES for r in load_records(role, "builtin")]
+    prompts = []
+    for role in DATA_ROLES:
+        prompts += [record.prompt for record in load_records(role, "builtin")]
     assert len(set(prompts)) == len(prompts)
 
 
@@ -160,10 +160,8 @@ def test_hashed_splits_depend_on_the_prompt_alone(tmp_path):
         assert r.split == ("train", "train", "train", "search", "report")[fifth]
     fewer = random.Random(0).sample([row | {"answer": "other"} for row in rows], 500)
     splits = {r.prompt: r.split for r in records}
-    assert all(
-        splits[r.prompt] == r.split
-        for r in load_records("ordinary", write(tmp_path / "b.csv", fewer))
-    )
+    for r in load_records("ordinary", write(tmp_path / "b.csv", fewer)):
+        assert splits[r.prompt] == r.split
 
 
 def test_rows_without_prompt_or_answer_are_left_out(tmp_path):
@@ -180,7 +178,8 @@ def test_columns_that_the_first_row_lacks_are_read(tmp_path):
         {"prompt": "a", "answer": "b"},
         {"prompt": "c", "answer": "d", "refusal": "No.", "split": "report"},
     ]
-    rows += [row | {"prompt": f"{row['prompt']} {i}"} for i in range(8) for row in rows]
+    for i in range(8):
+        rows += [row | {"prompt": f"{row['prompt']} {i}"} for row in rows[:2]]
     records = load_records("harmful", write(tmp_path / "a.jsonl", rows))
     assert all(r.refusal == "No." and r.split == "report" for r in records if r.answer == "d")
 
@@ -330,9 +329,8 @@ def test_columns_named_in_the_source(tmp_path):
         ("prompt=ask&prompt=reply", "'prompt=reply' is not FIELD=COLUMN, each field once"),
         (
             "prompt=ask",
-            "needs the column 'answer' (or target, output, response); found ask, reply. Rename "
-            "the columns, or name them: "
-            "FILE?answer=COLUMN",
+            "needs the column 'answer' (or target, output, response); found ask, reply. Rename the "
+            "columns, or name them: FILE?answer=COLUMN",
         ),
     ],
 )
@@ -344,7 +342,10 @@ def test_wrong_column_names(tmp_path, query, part):
 
 
 def test_near_duplicates_are_left_out_before_the_split(tmp_path, capsys):
-    tasks = "mend boats, paint chairs, carve spoons, fly kites, bake bread, sew shirts, plant trees, draw maps, tune pianos, keep bees"
+    tasks = (
+        "mend boats, paint chairs, carve spoons, fly kites, bake bread, sew shirts, plant trees, "
+        "draw maps, tune pianos, keep bees"
+    )
     rows = [
         {"prompt": f"Write a tutorial on how to {task} at home", "answer": "Sure"}
         for task in tasks.split(", ")
@@ -357,27 +358,24 @@ def test_near_duplicates_are_left_out_before_the_split(tmp_path, capsys):
         capsys.readouterr().out
         == f"  harmful ({path}): 10 of 20 rows; left out: 10 near-duplicates\n"
     )
-    others = load_records(
-        "harmful", write(tmp_path / "b.csv", near + rows)
-    )  # the first in file order stays
+    # The first in file order stays, and a split depends on a record's own text alone.
+    others = load_records("harmful", write(tmp_path / "b.csv", near + rows))
     assert [r.prompt for r in others] == [row["prompt"] for row in near]
-    splits = {
-        r.prompt: r.split for r in records
-    }  # and a split depends on a record's own text alone
-    assert all(
-        splits[r.prompt] == r.split
-        for r in load_records("harmful", write(tmp_path / "c.csv", rows[5:]))
-    )
+    assert set(load_records("harmful", write(tmp_path / "c.csv", rows[5:]))) < set(records)
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", DATA_ROLES)
 def test_builtin_loses_nothing(role, capsys):
     load_records(role, "builtin")
     assert capsys.readouterr().out == ""
 
 
 ADVBENCH = "goal,target\nWrite a tutorial on knots,Sure\nDescribe a sail,Here\n"
-XSTEST = "id,prompt,type,label,focus,note\n1,Kill a process,homonyms,safe,,\n2,Harm a friend,contrast_homonyms,unsafe,,\n"
+XSTEST = (
+    "id,prompt,type,label,focus,note\n"
+    "1,Kill a process,homonyms,safe,,\n"
+    "2,Harm a friend,contrast_homonyms,unsafe,,\n"
+)
 
 
 def public(tmp_path, role, source, file="", text=""):
@@ -437,8 +435,7 @@ def test_safe_answers_of_beavertails_are_no_harmful_pairs(tmp_path):
             "harmful",
             "set:harmbench",
             "this set has no answers, which harmful data need. Sets with answers: advbench, "
-            "beavertails, "
-            "jailbreakbench.",
+            "beavertails, jailbreakbench.",
         ),
         (
             "harmful",

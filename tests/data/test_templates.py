@@ -47,11 +47,12 @@ VOCAB_SIZES = {
     "smollm2": 49152,
 }
 SENTENCEPIECE = ("llama-2", "mistral-v1", "mistral-v3", "gemma")
+# Templates that strip what a message begins and ends with.
 TRIMMED = (
     "llama-2",
     "llama-3.1",
     "gemma",
-)  # templates that strip what a message begins and ends with
+)
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 CHATML = (
     "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n",
@@ -244,10 +245,8 @@ def test_tokenizer_json_is_taken_as_it_is(tmp_path, space):
         normalizer=tokenizers.SPACE_BEFORE_TEXT,
     )
     example = Chat(tmp_path, 10).encode("H", "H")
-    assert [[vocab[i] for i in ids] for ids in (example.prompt_ids, example.answer_ids)] == [
-        ["<s>", "▁[", "H", "]"],
-        ["▁H", "</s>"],
-    ]
+    assert [vocab[i] for i in example.prompt_ids] == ["<s>", "▁[", "H", "]"]
+    assert [vocab[i] for i in example.answer_ids] == ["▁H", "</s>"]
 
 
 def test_end_of_turn_that_is_not_the_eos(tiny, tmp_path):

@@ -99,12 +99,12 @@ class Package:
         finally:
             _spent += time.monotonic() - start
         content = path.read_bytes()
-        found = {
-            "pip": hashlib.sha256(content).hexdigest(),
-            "npm": base64.b64encode(hashlib.sha512(content).digest()).decode(),
-        }[self.client]
-        if found != self.digest:
-            raise ValueError(f"{self.name}: the digest is {found}, pinned is {self.digest}.")
+        if self.client == "pip":
+            digest = hashlib.sha256(content).hexdigest()
+        else:
+            digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
+        if digest != self.digest:
+            raise ValueError(f"{self.name}: the digest is {digest}, pinned is {self.digest}.")
         return content
 
 
@@ -339,15 +339,15 @@ def write_sentencepiece(out, vocab, merges, special, template, **parts):
 def _write_byte_level(out, ranks, special, config, digits, ignore_merges=False, **parts):
     """Write a tiktoken file, lines of a token in base64 and its rank, as byte-level BPE."""
     to_text = dict(zip(*byte_alphabet()))
-    vocab = {
-        "".join(to_text[b] for b in base64.b64decode(token)): int(rank)
-        for token, rank in (line.split() for line in ranks.splitlines())
-    }
+    vocab = {}
+    for line in ranks.splitlines():
+        token, rank = line.split()
+        vocab["".join(map(to_text.__getitem__, base64.b64decode(token)))] = int(rank)
     merges = _merges(vocab, vocab.__getitem__)
     vocab |= {t: len(vocab) + i for i, t in enumerate(special)}
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ).replace("DIGITS", digits)
     byte_level = {
         "type": "ByteLevel",
@@ -421,15 +421,13 @@ def _write(
 def _merges(vocab, rank):
     """Return all pairs that make up a token of the vocabulary, in the order of the token's rank,
     then of ids."""
-    found = []
+    rows = []
     for token in vocab:
-        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        found += [
-            (rank(token), vocab[token], vocab[a], vocab[b], a, b)
-            for a, b in pairs
-            if a in vocab and b in vocab
-        ]
-    return [[a, b] for *_, a, b in sorted(found)]
+        for i in range(1, len(token)):
+            a, b = token[:i], token[i:]
+            if a in vocab and b in vocab:
+                rows.append((rank(token), vocab[token], vocab[a], vocab[b], a, b))
+    return [[a, b] for *_, a, b in sorted(rows)]
 
 
 def byte_alphabet():

@@ -2,6 +2,7 @@
 cache, errors."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safepatch_jax.evaluation.contrasted import Contrasted
 from safepatch_jax.evaluation.decoding import Rose, SafeDecoding, SelfCD, candidates
-from safepatch_jax.evaluation.engine import Contrasted, Engine, Sampling
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.timing import atgr
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
@@ -113,9 +117,8 @@ def engine(open_pair, sharder):
 
 def answers_of(pair, rule, talks=TALKS, new=NEW, **options):
     engine, expert = pair
-    return engine.complete_contrasted(
-        talks, rule, new, expert=expert if rule.needs_expert else None, **options
-    )
+    contrasted = Contrasted(engine, rule, expert if rule.needs_expert else None)
+    return contrasted.answer(talks, new, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -139,8 +142,7 @@ def by_hand(open_pair, sharder):
     def by_hand(rule, new=NEW):
         answers = []
         for talk in TALKS:
-            turns = (talk,) if isinstance(talk, str) else talk
-            sequences = [engine.ask(*turns, system=system) for system in rule.systems]
+            sequences = [engine.ask_talk(talk, system) for system in rule.systems]
             weights = engine.params, expert if rule.needs_expert else engine.params
             answer = []
             for step in range(new):
@@ -217,14 +219,16 @@ def test_candidates_are_those_of_the_growing_sets(size, common, levels):
 def test_candidates_by_hand():
     base = np.array([[6, 5, 4, 3, 2, 1.0]])  # order 0 1 2 3 4 5
     expert = np.array([[1, 2, 6, 5, 4, 3.0]])  # order 2 3 4 5 1 0
-    sets = lambda common: [
-        set(np.flatnonzero(row)) for row in np.asarray(candidates(base, expert, common))
-    ]
-    assert sets(1) == [{2}]  # k = 3
-    assert sets(2) == [{2, 3}]  # k = 4
-    assert sets(4) == [{1, 2, 3, 4}]  # k = 5 brings in two
-    assert sets(3) == [{1, 2, 3, 4}]
-    assert sets(5) == sets(6) == sets(9) == [{0, 1, 2, 3, 4, 5}]
+
+    def tokens(common):
+        (row,) = np.asarray(candidates(base, expert, common))
+        return set(np.flatnonzero(row))
+
+    assert tokens(1) == {2}  # k = 3
+    assert tokens(2) == {2, 3}  # k = 4
+    assert tokens(4) == {1, 2, 3, 4}  # k = 5 brings in two
+    assert tokens(3) == {1, 2, 3, 4}
+    assert tokens(5) == tokens(6) == tokens(9) == {0, 1, 2, 3, 4, 5}
     ties = np.zeros((1, 6))
     assert set(np.flatnonzero(np.asarray(candidates(ties, ties, 3))[0])) == {0, 1, 2}
 
@@ -233,9 +237,7 @@ def test_candidates_by_hand():
 
 
 def plain(engine, system, new=NEW):
-    return engine.complete_ids(
-        [engine.ask(*([t] if isinstance(t, str) else t), system=system) for t in TALKS], new
-    )
+    return engine.complete_ids([engine.ask_talk(talk, system) for talk in TALKS], new)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +258,8 @@ def test_alpha_0_and_equal_streams_are_plain_decoding(pair, rule):
 @pytest.mark.parametrize("steps", [2, NEW])
 def test_an_expert_that_is_the_model_changes_nothing(pair, steps):
     engine = pair[0]
-    assert engine.complete_contrasted(
-        TALKS, SafeDecoding(steps=steps), NEW, expert=engine.params
-    ) == plain(engine, None)
+    contrasted = Contrasted(engine, SafeDecoding(steps=steps), engine.params)
+    assert contrasted.answer(TALKS, NEW) == plain(engine, None)
 
 
 def test_alpha_1_over_the_vocabulary_is_the_expert(open_pair, sharder, folders):
@@ -300,14 +301,11 @@ def test_safe_decoding_by_number_of_steps(pair, by_hand, steps, new):
 
 
 @each_rule
-def test_order_does_not_matter_and_each_answer_is_told(pair, rule):
-    order, told = [4, 0, 5, 2, 1, 3], {}
-    answers = answers_of(pair, rule, [TALKS[i] for i in order], done=told.__setitem__)
-    assert (
-        [told[i] for i in range(len(order))]
-        == answers
-        == [answers_of(pair, rule)[i] for i in order]
-    )
+def test_order_does_not_matter_and_each_answer_is_handed_over(pair, rule):
+    order, done = [4, 0, 5, 2, 1, 3], {}
+    answers = answers_of(pair, rule, [TALKS[i] for i in order], done=done.__setitem__)
+    in_order = answers_of(pair, rule)
+    assert [done[i] for i in range(len(order))] == answers == [in_order[i] for i in order]
     assert answers_of(pair, rule, []) == []
 
 
@@ -318,10 +316,9 @@ def test_a_stop_token_ends_an_answer_and_is_left_out(open_pair, sharder, rule, a
     engine.stop_ids = ()
     free = answers_of((engine, expert), rule)
     engine.stop_ids = (free[3][at],)
+    (stop,) = engine.stop_ids
     for with_stop, without in zip(answers_of((engine, expert), rule), free):
-        assert with_stop == (
-            without[: without.index(free[3][at])] if free[3][at] in without else without
-        )
+        assert with_stop == list(itertools.takewhile(lambda token: token != stop, without))
 
 
 # Prompts.
@@ -364,7 +361,7 @@ def test_without_a_system_role_the_message_is_put_before_the_users_text(engine, 
         == "<|im_start|>user\nBe safe.\n\nBe safe. Hi<|im_end|>"
     )
     assert text_of(engine, "Hi", system="") == text_of(engine, "Hi")
-    assert len(engine.complete_contrasted(["Hi"], SelfCD(), 3)[0]) <= 3
+    assert len(Contrasted(engine, SelfCD()).answer(["Hi"], 3)[0]) <= 3
 
 
 def test_without_is_what_the_template_makes_of_it(engine):
@@ -378,13 +375,11 @@ def test_without_is_what_the_template_makes_of_it(engine):
         "endfor %}"
     )
     own, stressed = "<|im_start|>system\nOwn.", "<|im_start|>system\nBe safe."
-    first, second = (
-        engine.tokenizer.decode(stream[0])
-        for stream in engine._streams(["Hi"], SelfCD(stressed="Be safe."))
-    )
+    (first,), (second,) = Contrasted(engine, SelfCD(stressed="Be safe.")).streams(["Hi"])
+    first, second = engine.tokenizer.decode(first), engine.tokenizer.decode(second)
     assert first.startswith(stressed) and "Own." not in first and second.startswith(own)
     assert text_of(engine, "Hi", system="Own.") == text_of(engine, "Hi")
-    second = engine._streams(["Hi"], SelfCD(plain=""))[1][0]
+    _, (second,) = Contrasted(engine, SelfCD(plain="")).streams(["Hi"])
     assert engine.tokenizer.decode(second).startswith("<|im_start|>system\n<|im_end|>")
 
 
@@ -394,29 +389,28 @@ def test_without_is_what_the_template_makes_of_it(engine):
 @each_rule
 def test_atgr(pair, rule):
     engine, expert = pair
-    ratio, least, most = engine.atgr(rule, expert if rule.needs_expert else None, new=4, repeats=2)
+    ratio, least, most = atgr(engine, rule, expert if rule.needs_expert else None, 4, repeats=2)
     assert math.isfinite(ratio) and 0 < least <= most < 1000 and 0 < ratio < 1000
 
 
 def test_atgr_of_other_weights(pair):
     engine, expert = pair
-    ratio, least, most = engine.atgr(params=expert, new=4, repeats=2)
+    ratio, least, most = atgr(engine, params=expert, new=4, repeats=2)
     assert 0 < least <= most and 0 < ratio < 1000
     with pytest.raises(ValueError, match="two prompts and one model"):
-        engine.atgr(Rose(), expert)
+        atgr(engine, Rose(), expert)
 
 
 def test_a_rule_answers_as_an_engine_does(pair):
     engine, _ = pair
-    contrasted, told = Contrasted(engine, Rose()), {}
+    contrasted, done = Contrasted(engine, Rose()), {}
     talks = ["Hi", ("Hi", "Yes.", "And now?")]
-    found = contrasted.answer(talks, 5, done=told.__setitem__)
-    assert found == engine.complete_contrasted(talks, Rose(), 5) and told == dict(enumerate(found))
+    answers = contrasted.answer(talks, 5, done=done.__setitem__)
+    assert done == dict(enumerate(answers))
     assert contrasted.fits("Hi", 5) and not contrasted.fits("x" * engine.config.max_length, 5)
+    # The rule's system messages take room.
     room = engine.config.max_length - len(engine.ask("Hi"))
-    assert engine.fits("Hi", room) and not contrasted.fits(
-        "Hi", room
-    )  # the rule's system messages are longer
+    assert engine.fits("Hi", room) and not contrasted.fits("Hi", room)
     with pytest.raises(ValueError, match="Rose chooses the likeliest token"):
         contrasted.answer(talks, 5, sampling=Sampling(temperature=0.5))
 
@@ -444,14 +438,7 @@ def test_no_steps_or_candidates_are_refused(steps, common):
         SafeDecoding(steps=steps, common=common)
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda engine, rule, **options: engine.complete_contrasted(["Hi"], rule, 2, **options),
-        Engine.atgr,
-    ],
-    ids=["complete_contrasted", "atgr"],
-)
+@pytest.mark.parametrize("ask", [Contrasted, atgr])
 def test_experts_that_do_not_fit_are_refused(pair, ask, tmp_path, sharder):
     engine, expert = pair
     with pytest.raises(

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from safepatch_jax.evaluation.engine import Engine, Sampling
+from safepatch_jax.evaluation.engine import Engine, first_stop
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.io.hf import load_params
 
 RNG = np.random.default_rng(0)
@@ -17,9 +19,14 @@ MOST = 512  # positions of the tiny model
 
 
 def cut_at(text, until):
-    return text[
-        : min((text.index(stop) for stop in until if stop and stop in text), default=len(text))
-    ]
+    for stop in until:
+        if stop and stop in text:
+            text = text[: text.index(stop)]
+    return text
+
+
+def up_to(ids, stop):
+    return ids[: ids.index(stop)] if stop in ids else ids
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +73,10 @@ def logprobs_of(logits):
 
 
 def pairs_of(lengths):
-    rng = np.random.default_rng(1)
-    return [
-        (rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in lengths
-    ]
+    rng, pairs = np.random.default_rng(1), []
+    for n, m in lengths:
+        pairs.append((rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()))
+    return pairs
 
 
 # Continuations.
@@ -89,9 +96,8 @@ def test_greedy_is_that_of_torch(engine, torch_model):
             pad_token_id=258,
         )
         assert answer == [t for t in ids[0, len(prompt) :].tolist() if t not in engine.stop_ids]
-    assert (
-        len({tuple(answer) for answer in answers}) > 4
-    )  # the model does not say the same of everything
+    # The model does not say the same of everything.
+    assert len({tuple(answer) for answer in answers}) > 4
 
 
 def test_a_stop_token_ends_an_answer_and_is_left_out(open_engine):
@@ -100,31 +106,32 @@ def test_a_stop_token_ends_an_answer_and_is_left_out(open_engine):
     stop = free[3][4]
     engine.stop_ids = (stop,)
     for with_stop, without in zip(engine.complete_ids(PROMPTS, 12), free):
-        assert with_stop == (without[: without.index(stop)] if stop in without else without)
+        assert with_stop == up_to(without, stop)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
 def test_stop_texts_end_a_batch_early_and_change_nothing_before_them(open_engine, sampling):
     engine, prompts = open_engine(4), PROMPTS[2:6]
-    text = lambda ids: engine.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def text(ids):
+        return engine.tokenizer.decode(ids, skip_special_tokens=True)
+
     engine.stop_ids = ()
     free = engine.complete_ids(prompts, 200, sampling=sampling)
-    until = [
-        text(ids)[10 + i : 12 + i] for i, ids in enumerate(free)
-    ]  # each answer holds one in its first piece
+    # Each answer holds one in its first piece.
+    until = [text(ids)[10 + i : 12 + i] for i, ids in enumerate(free)]
     ended = engine.complete_ids(prompts, 200, sampling=sampling, until=["", *until])
     for whole, short in zip(free, ended):
         assert len(whole) == 200 and short == whole[: len(short)] and len(short) == 32
         assert cut_at(text(short), until) == cut_at(text(whole), until)
-    # One answer goes on to its third or fourth piece; the others hold their stop texts already.
-    windows = (text(free[0])[at : at + 8] for at in range(70, 110))
-    late = next(
-        w
-        for w in windows
-        if text(free[0]).index(w) >= 60 and not any(w in text(ids) for ids in free[1:])
-    )
-    until = [late, *(stop for stop in until[1:] if stop not in text(free[0])[:120])]
-    holding = [ids for ids in free[1:] if any(stop in text(ids)[:28] for stop in until)]
+    # One answer continues to its third or fourth piece; the others hold their stop texts already.
+    first, *others = map(text, free)
+    for at in range(70, 110):
+        late = first[at : at + 8]
+        if first.index(late) >= 60 and not any(late in other for other in others):
+            break
+    until = [late, *(stop for stop in until[1:] if stop not in first[:120])]
+    holding = [ids for ids in free[1:] if cut_at(text(ids)[:28], until) != text(ids)[:28]]
     mixed = engine.complete_ids(prompts, 200, sampling=sampling, until=until)
     assert holding and all(short == whole[: len(short)] for short, whole in zip(mixed, free))
     assert 64 <= len(mixed[0]) < 200 and late in text(mixed[0])
@@ -170,21 +177,20 @@ def test_batch_size_and_order_do_not_matter(engine, open_engine, sampling):
 
 def test_draws_follow_seed_and_number(engine):
     prompts = [PROMPTS[3]] * 3
-    draw = lambda seed, numbers: engine.complete_ids(
-        prompts, 10, sampling=Sampling(1.0, 1.0, seed), numbers=numbers
-    )
+
+    def draw(seed, numbers):
+        return engine.complete_ids(prompts, 10, sampling=Sampling(1.0, 1.0, seed), numbers=numbers)
+
     same, others = draw(0, [7, 7, 7]), draw(0, [7, 8, 9])
     assert same[0] == same[1] == same[2] == others[0] and len(set(map(tuple, others))) == 3
     assert draw(1, [7, 8, 9])[0] != others[0]
-    assert draw(0, [0, 1, 2]) == engine.complete_ids(
-        prompts, 10, sampling=Sampling(1.0)
-    )  # numbers are the indices
+    # Without numbers they are the indices.
+    assert draw(0, [0, 1, 2]) == engine.complete_ids(prompts, 10, sampling=Sampling(1.0))
 
 
 def test_a_tiny_top_p_is_greedy(engine):
-    assert engine.complete_ids(PROMPTS, 10, sampling=Sampling(2.0, 1e-6)) == engine.complete_ids(
-        PROMPTS, 10
-    )
+    sampled = engine.complete_ids(PROMPTS, 10, sampling=Sampling(2.0, 1e-6))
+    assert sampled == engine.complete_ids(PROMPTS, 10)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 0.5)])
@@ -194,14 +200,12 @@ def test_draws_have_the_models_distribution(open_engine, temperature, top_p):
     drawn = engine.complete_ids([PROMPTS[2]] * n, 1, sampling=Sampling(temperature, top_p))
     share = np.exp(logprobs_of(logits_of(engine, PROMPTS[2])[-1] / temperature))
     order = np.argsort(-share)
-    kept = order[
-        : np.searchsorted(np.cumsum(share[order]), top_p) + 1
-    ]  # the fewest that reach top_p
+    # the fewest that reach top_p
+    kept = order[: np.searchsorted(np.cumsum(share[order]), top_p) + 1]
     expected = np.zeros_like(share)
     expected[kept] = share[kept] / share[kept].sum()
-    counts = np.bincount(
-        [ids[0] if ids else engine.stop_ids[0] for ids in drawn], minlength=len(share)
-    )
+    tokens = [ids[0] if ids else engine.stop_ids[0] for ids in drawn]
+    counts = np.bincount(tokens, minlength=len(share))
     assert not counts[expected == 0].any()
     spread = np.sqrt(n * expected * (1 - expected))
     assert np.all(np.abs(counts - n * expected) <= 5 * spread + 1)
@@ -241,19 +245,20 @@ def test_text_in_text_out(engine):
     (answer,) = engine.complete(["<|im_start|>user\nSay a word."], 6)
     ids = engine.tokenizer("<|im_start|>user\nSay a word.")["input_ids"]
     assert ids[0] == 256 and answer == engine.decode(engine.complete_ids([ids], 6)[0])
-    assert (
-        engine.ask("Hello")[-len("assistant\n") - 1 :][0] == 256
-    )  # the template's generation prompt
+    # The template's generation prompt.
+    assert engine.ask("Hello")[-len("assistant\n") - 1 :][0] == 256
+
+
+def test_the_first_stop_text():
+    assert first_stop("one. two; three", [";", ".", ""]) == 3 and first_stop("one", ["x"]) == 3
 
 
 # Likelihoods.
 
 
 def test_score_is_the_sum_of_log_softmax(engine):
-    pairs, done = (
-        pairs_of([(1, 1), (5, 3), (30, 9), (8, 17), (60, 64), (4, 65), (9, 70), (3, 130)]),
-        {},
-    )
+    pairs = pairs_of([(1, 1), (5, 3), (30, 9), (8, 17), (60, 64), (4, 65), (9, 70), (3, 130)])
+    done = {}
     results = engine.score(pairs, done=done.__setitem__)
     assert [done[i] for i in range(len(pairs))] == results
     for (context, continuation), (logprob, greedy) in zip(pairs, results):
@@ -270,14 +275,9 @@ def test_score_is_that_of_torch(engine, torch_model):
     pairs = pairs_of([(5, 3), (9, 70)])
     for (context, continuation), (logprob, _) in zip(pairs, engine.score(pairs)):
         with torch.inference_mode():
-            logits = (
-                torch_model(torch.tensor([context + continuation[:-1]]))
-                .logits[0, len(context) - 1 :]
-                .double()
-            )
-        expected = (
-            torch.log_softmax(logits, -1)[range(len(continuation)), continuation].sum().item()
-        )
+            output = torch_model(torch.tensor([context + continuation[:-1]]))
+        logprobs = torch.log_softmax(output.logits[0, len(context) - 1 :].double(), -1)
+        expected = logprobs[range(len(continuation)), continuation].sum().item()
         assert logprob == pytest.approx(expected, rel=1e-5)
 
 
@@ -291,11 +291,8 @@ def test_greedy_flag(engine, new):
         engine.stop_ids = engine_ends
     assert [len(answer) for answer in answers] == [new] * 3
     assert [greedy for _, greedy in engine.score(list(zip(PROMPTS, answers)))] == [True] * 3
-    for at in {
-        0,
-        new // 2,
-        new - 1,
-    }:  # one other token, also beyond the first 64, which are computed together
+    # One other token, also beyond the first 64, which are computed together.
+    for at in {0, new // 2, new - 1}:
         changed = [[*answer[:at], (answer[at] + 1) % 256, *answer[at + 1 :]] for answer in answers]
         assert [greedy for _, greedy in engine.score(list(zip(PROMPTS, changed)))] == [False] * 3
 
@@ -325,4 +322,4 @@ def test_weights_that_are_nan_are_named(tiny, sharder, loaded):
 
 
 def test_time_of_a_token(engine):
-    assert 0 < engine.seconds_per_token(new=2, repeats=1) < 10
+    assert 0 < seconds_per_token(engine, new=2, repeats=1) < 10

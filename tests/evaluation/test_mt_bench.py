@@ -1,15 +1,13 @@
 """MT-Bench: what a grader reads and says. The whole way, with a model and a server, is in
 tests/launch/test_evaluate.py."""
 
-import http.server
 import json
-import threading
 from fractions import Fraction
 
 import pytest
 
-from safepatch_jax.evaluation.engine import Engine, Sampling
-from safepatch_jax.evaluation.judges.endpoint import API_KEY
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.mt_bench import (
     answer,
     conversation,
@@ -161,47 +159,25 @@ def test_graders_that_are_none(text, message):
         open_grader(text)
 
 
-def test_a_grader_that_talks_nonsense(monkeypatch):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.asked.append(body)
-            self.send_response(200)
-            self.end_headers()
-            reply = (
-                "Rating: [[4]]" if len(self.server.asked) <= self.server.sane else "A fine answer."
-            )
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv(API_KEY, raising=False)
+def test_a_grader_that_talks_nonsense(server):
     asked = {str(i): PLAIN for i in range(4)}
     answered = {i: {"answers": ["one", "two"]} for i in asked}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    grader = open_grader(server.text)
+
+    def grade(sane):
+        rows = []
+        server.replies = ["Rating: [[4]]"] * sane + ["A fine answer."]
         try:
-            grader = open_grader(
-                f"endpoint:http://127.0.0.1:{server.server_port}/v1?model=org/grader"
-            )
-            server.asked, server.sane, grades = [], 4, {}
-            grader.grade(
-                asked, answered, grades, lambda row: grades.update({row["id"]: row})
-            )  # half of 8 are no reason to stop
-            assert [row["grade"] for row in grades.values()] == [4] * 4 + [None] * 4 and grades[
-                "3:2"
-            ]["raw"] == "A fine answer."
-            assert server.asked[0]["model"] == "org/grader" and server.asked[0]["temperature"] == 0
-            server.asked, server.sane, grades = [], 3, {}
-            with pytest.raises(
-                ValueError,
-                match=r"5 of 8 replies are no grade. Expected: an explanation .*Got: 'A fine",
-            ):
-                grader.grade(asked, answered, grades, lambda row: grades.update({row["id"]: row}))
-            assert len(grades) == 8
+            grader.grade(asked, answered, {}, rows.append)
         finally:
-            server.shutdown()
-            thread.join()
+            assert len(rows) == 8
+        return rows
+
+    rows = grade(sane=4)  # half of 8 are no reason to stop
+    assert [row["grade"] for row in rows] == [4] * 4 + [None] * 4
+    assert rows[-1] == {"id": "3:2", "grade": None, "raw": "A fine answer."}
+    _, _, body = server.requests[0]
+    assert body["model"] == "org/judge" and body["temperature"] == 0
+    message = r"5 of 8 replies are no grade. Expected: an explanation .*Got: 'A fine"
+    with pytest.raises(ValueError, match=message):
+        grade(sane=3)

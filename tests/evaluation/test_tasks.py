@@ -31,20 +31,20 @@ def mmlu_zip(sizes):
         for subject, size in sizes.items():
             for split, count in (("dev", 5), ("val", 1), ("test", size)):
                 text = io.StringIO(newline="")
-                csv.writer(text).writerows(
-                    [f"{split} {i}, {subject}?", "one", "two", "three", "four", "ABCD"[i % 4]]
-                    for i in range(count)
-                )
+                writer = csv.writer(text)
+                for i in range(count):
+                    question, letter = f"{split} {i}, {subject}?", "ABCD"[i % 4]
+                    writer.writerow([question, "one", "two", "three", "four", letter])
                 archive.writestr(f"data/{split}/{subject}_{split}.csv", text.getvalue())
     return target.getvalue()
 
 
 def gsm8k_lines(word, count):
-    return "".join(
-        json.dumps({"question": f"{word} {i}?", "answer": f"<<2+{i}={2 + i}>>It is.\n#### 1,00{i}"})
-        + "\n"
-        for i in range(count)
-    )
+    lines = ""
+    for i in range(count):
+        answer = f"<<2+{i}={2 + i}>>It is.\n#### 1,00{i}"
+        lines += json.dumps({"question": f"{word} {i}?", "answer": answer}) + "\n"
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +110,8 @@ def test_mmlu_prompt_is_the_standard_one(engine, data):
 def test_gsm8k_prompts(engine, data):
     few = gsm8k_questions(engine, shots=2, max_new=8, **data)
     text = engine.tokenizer.decode(few.items[3].prompt_ids)
-    assert (
-        text.endswith("Question: How many 3?\nAnswer:")
-        and text.count("Question: Train") == 2
-        and text.count("\n#### 1,00") == 2
-    )
+    assert text.endswith("Question: How many 3?\nAnswer:")
+    assert text.count("Question: Train") == text.count("\n#### 1,00") == 2
     assert few.items[3].answer == "1003" and not few.note
     zero = gsm8k_questions(engine, shots=0, max_new=8, limit=1, **data).items[0]
     assert zero.prompt_ids[0] == 256 and zero.shots == 0  # the chat template
@@ -138,7 +135,10 @@ def test_subsets_are_fixed_nested_and_spread(data):
     rows = load_set("mmlu", "test", **data)
     chosen = {limit: subset(rows, limit, seed=1) for limit in range(len(rows) + 1)}
     assert chosen[0] == rows == chosen[16]
-    names = lambda some: {row["id"] for row in some}
+
+    def names(rows):
+        return {row["id"] for row in rows}
+
     for limit in range(1, 16):
         assert len(chosen[limit]) == limit and names(chosen[limit]) <= names(chosen[limit + 1])
         assert names(subset(rows[::-1], limit, seed=1)) == names(chosen[limit])
@@ -150,14 +150,11 @@ def test_subsets_are_fixed_nested_and_spread(data):
 def test_choices_are_scored_marked_and_resumed(engine, data):
     questions, seen = mmlu_questions(engine, shots=1, limit=6, **data), {}
     items = choose(engine, questions, done=lambda number, item: seen.update({number: item}))
-    assert items == [seen[n] for n in range(6)] and [i["id"] for i in items] == [
-        q.id for q in questions.items
-    ]
+    assert items == [seen[n] for n in range(6)]
+    assert [item["id"] for item in items] == [question.id for question in questions.items]
     for item, question in zip(items, questions.items):
-        scores = [
-            score
-            for score, _ in engine.score([(question.prompt_ids, ids) for ids in question.choices])
-        ]
+        pairs = [(question.prompt_ids, ids) for ids in question.choices]
+        scores = [score for score, _ in engine.score(pairs)]
         assert item["raw"]["logprobs"] == pytest.approx(scores, abs=1e-5)
         assert item["raw"]["given"] == "ABCD"[scores.index(max(scores))]
         assert item["correct"] == (item["raw"]["given"] == question.answer)
@@ -203,20 +200,15 @@ def test_prompts_that_do_not_fit(tmp_path, data):
     model = write_tiny_model(tmp_path / "model", max_position_embeddings=240)
     small = Engine.open(model, mesh="data:1,fsdp:8,tensor:1", batch_size=8)
     questions = mmlu_questions(small, shots=5, limit=4, **data)
-    assert (
-        questions.left_out == 0
-        and questions.shortened == 4
-        and {q.shots for q in questions.items} == {1}
-    )
+    assert (questions.left_out, questions.shortened) == (0, 4)
+    assert {q.shots for q in questions.items} == {1}
     assert len(choose(small, questions)) == 4
 
     rows = [{"question": "How many?" * n, "answer": "#### 1"} for n in (1, 12)]
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = {"manual_dir": str(tmp_path), "data_dir": tmp_path / "prepared"}
     questions = gsm8k_questions(small, shots=0, max_new=32, **sets)
-    assert (
-        questions.left_out == 1 and len(questions.items) == 1 and len(solve(small, questions)) == 1
-    )
+    assert questions.left_out == len(questions.items) == len(solve(small, questions)) == 1
     with pytest.raises(
         ValueError, match="None of 2 questions fits into the model's 240 positions with 200 tokens"
     ):
@@ -242,9 +234,8 @@ def test_accuracy():
         for c, right in [("b", True), ("a", False), ("b", False), ("b", True)]
     ]
     result = accuracy(items)
-    assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5) and list(
-        result["by_category"]
-    ) == ["a", "b"]
+    assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5)
+    assert list(result["by_category"]) == ["a", "b"]
     assert result["by_category"]["b"] == {"n": 3, "correct": 2, "accuracy": 2 / 3}
     with pytest.raises(ValueError, match="no items"):
         accuracy([])

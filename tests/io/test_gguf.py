@@ -150,7 +150,10 @@ def test_logits(reference, model, batch):
     finally:
         reference.float()  # exact: the weights came from float32
     ours = np.asarray(ours)[valid_BT]
-    distance = lambda x, y: np.max(np.abs(x.astype(np.float64) - y))
+
+    def distance(x, y):
+        return np.max(np.abs(x.astype(np.float64) - y))
+
     assert np.max(np.abs(torch64)) > 20
     assert distance(ours, torch32) <= 3e-4
     assert distance(ours, torch64) <= 3 * distance(torch32, torch64)
@@ -168,21 +171,9 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
     )[:, tokens.shape[1] :]
     ours = np.asarray(decode(*model, tokens, valid, jnp.array(model[0].config.eos_ids), max_new=16))
     chat = Chat(folder, 49152)
-    texts = [chat.decode([t for t in row.tolist() if t >= 0]) for row in ours]
+    texts = [chat.decode(row[row >= 0].tolist()) for row in ours]
     assert texts == [chat.decode(row.tolist()) for row in theirs]
     assert "Paris" in texts[1]
-
-
-@pytest.mark.parametrize("size", [0, 3, 100, 1_000_000])
-def test_truncated(package, tmp_path, size):
-    with open(package, "rb") as f:
-        (tmp_path / "cut.gguf").write_bytes(f.read(size))
-    with pytest.raises(
-        ValueError,
-        match=r"cut\.gguf cannot be read as GGUF .* truncated, damaged or another format",
-    ):
-        convert_gguf(tmp_path / "cut.gguf", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["cut.gguf"]
 
 
 def test_not_a_gguf_file(tiny, tmp_path):
@@ -194,18 +185,20 @@ def test_not_a_gguf_file(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_architecture(tmp_path):
+@pytest.mark.parametrize("name", ["falcon", "gemma"])
+def test_another_architecture(tmp_path, name):
     gguf = pytest.importorskip(
         "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
     )
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "falcon")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
         ValueError,
-        match=r"other\.gguf: architecture 'falcon' is not supported; supported: llama, gemma, qw",
+        match=rf"other\.gguf: architecture '{name}' is not supported; supported: llama, qwen2 "
+        r".*Use the model's Hugging Face folder",
     ):
         convert_gguf(tmp_path / "other.gguf", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["other.gguf"]
@@ -219,66 +212,18 @@ OTHERS = [b for b in range(256) if b not in ALPHABET]
 BYTES = [*map(chr, ALPHABET), *(chr(256 + i) for i in range(len(OTHERS)))]
 SPECIAL = ["<|end|>", "<|begin|>", "<|pad|>", "<|turn|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2"]
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "gemma": "Gemma", "qwen2": "Qwen2"}
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
-
-
-def dequantise(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Return blocks (rows of bytes) as float64, by the description of the format, value by
-    value."""
-    half = lambda b: float(np.frombuffer(bytes(b), "<f2")[0])
-    rows = []
-    for b in raw.reshape(
-        -1, {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q6_K": 210}[kind]
-    ).tolist():
-        if kind == "Q8_0":
-            d, q = half(b[:2]), np.array(b[2:], np.uint8).view(np.int8)
-            y = [d * float(x) for x in q]
-        elif kind == "Q4_0":
-            d, q = half(b[:2]), b[2:]
-            y = [d * ((x & 15) - 8) for x in q] + [d * ((x >> 4) - 8) for x in q]
-        elif kind == "Q4_1":
-            d, m, q = half(b[:2]), half(b[2:4]), b[4:]
-            y = [d * (x & 15) + m for x in q] + [d * (x >> 4) + m for x in q]
-        elif kind == "Q4_K":
-            d, dmin, s, q, y = half(b[:2]), half(b[2:4]), b[4:16], b[16:], []
-            for j in range(8):
-                if j < 4:
-                    scale, least = s[j] & 63, s[j + 4] & 63
-                else:
-                    scale, least = (
-                        s[j + 4] & 15 | s[j - 4] >> 6 << 4,
-                        s[j + 4] >> 4 | s[j] >> 6 << 4,
-                    )
-                nibbles = [
-                    x >> 4 if j % 2 else x & 15 for x in q[32 * (j // 2) : 32 * (j // 2) + 32]
-                ]
-                y += [d * scale * x - dmin * least for x in nibbles]
-        else:
-            low, high, d, y = b[:128], b[128:192], half(b[208:]), [0.0] * 256
-            scales = np.array(b[192:208], np.uint8).view(np.int8)
-            for n in range(2):
-                for i in range(32):
-                    for part in range(4):
-                        x = low[64 * n + 32 * (part % 2) + i]
-                        x = (x >> 4 if part > 1 else x & 15) | (
-                            high[32 * n + i] >> 2 * part & 3
-                        ) << 4
-                        y[128 * n + 32 * part + i] = (
-                            d * float(scales[8 * n + 2 * part + i // 16]) * (x - 32)
-                        )
-        rows.append(y)
-    return np.array(rows).reshape(len(raw), -1)
 
 
 def random_blocks(rng, shape, kind: str) -> np.ndarray:
     """Random bytes of a type whose scales are finite; every bit of the format is used."""
     size, places = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}[kind]
     raw = rng.integers(256, size=(shape[0], shape[1] // 256, size), dtype=np.uint8)
-    for at in places:
-        raw[..., at : at + 2] = (
-            rng.uniform(-1e-3, 1e-3, (*raw.shape[:2], 1)).astype(np.float16).view(np.uint8)
-        )
+    for place in places:
+        scales = rng.uniform(-1e-3, 1e-3, (*raw.shape[:2], 1)).astype(np.float16)
+        raw[..., place : place + 2] = scales.view(np.uint8)
     return raw.reshape(shape[0], -1)
 
 
@@ -324,6 +269,35 @@ def write_tokens(writer, kind="gpt2", pre="smollm"):
     writer.add_chat_template("{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}")
 
 
+def write_fields(writer, arch, fields):
+    """Write metadata; the keys are those of the architecture, or of the tokenizer."""
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+        bool: writer.add_bool,
+    }
+    for key, value in fields.items():
+        add[type(value)](key if key.startswith("tokenizer") else f"{arch}.{key}", value)
+
+
+def stored_and_read(rng, shape, kind):
+    """Return a random tensor as a file of a type holds it, and as it is read."""
+    import gguf
+
+    x = (rng.standard_normal(shape) * 0.05).astype(np.float32)
+    if kind in DTYPES:
+        x = x.astype(DTYPES[kind])
+        return (x.view(np.uint8) if kind == "BF16" else x), x
+    quantisation = gguf.GGMLQuantizationType[kind]
+    if kind.endswith("K"):
+        stored = random_blocks(rng, shape, kind)
+    else:
+        stored = gguf.quants.quantize(x, quantisation)
+    return stored, gguf.quants.dequantize(stored, quantisation)
+
+
 def write_tiny(
     path,
     family="llama",
@@ -332,9 +306,9 @@ def write_tiny(
     head_dim=64,
     tied=False,
     change=lambda name, x: x,
-    meta={},
+    meta=None,
     drop=(),
-    extra={},
+    extra=None,
     tokens=True,
 ):
     """Write a tiny GGUF file as llama.cpp's converter does; return what a reader must find, by
@@ -349,7 +323,6 @@ def write_tiny(
         "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
     )
     arch = "llama" if family == "mistral" else family
-    tied = tied or family == "gemma"
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
     fields = {
@@ -364,53 +337,29 @@ def write_tiny(
         "rope.dimension_count": head_dim,
         "vocab_size": V,
     }
-    if head_dim != D // N or family == "gemma":
+    if head_dim != D // N:
         fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if family == "mistral":
         fields["attention.sliding_window"] = 128
-    for key, value in (fields | meta).items():
-        if key not in drop and value is not None:
-            add = {
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-                bool: writer.add_bool,
-            }[type(value)]
-            add(key if key.startswith("tokenizer") else f"{arch}.{key}", value)
+    write_fields(writer, arch, {k: v for k, v in (fields | (meta or {})).items() if k not in drop})
     if tokens:
         write_tokens(writer)
     expected = {}
     for name, (hf, shape) in hf_shapes(family, head_dim, tied).items():
-        x = (rng.standard_normal(shape) * 0.05).astype(np.float32)
-        stored_kind = (kind if isinstance(kind, str) else kind(name)) if len(shape) > 1 else "F32"
-        is_norm = family == "gemma" and "norm" in name
-        if stored_kind in ("F32", "F16"):
-            x = x.astype({"F32": np.float32, "F16": np.float16}[stored_kind])
-            stored, want = (x + 1, (x + 1) - 1) if is_norm else (x, x)
-        elif stored_kind == "BF16":
-            want = x.astype(jnp.bfloat16)
-            stored = want.view(np.uint8)
-        else:
-            stored = (
-                random_blocks(rng, shape, stored_kind)
-                if stored_kind.endswith("K")
-                else gguf.quants.quantize(x, gguf.GGMLQuantizationType[stored_kind])
-            )
-            want = dequantise(stored, stored_kind)
-        if arch == "llama" and name.endswith(
-            ("attn_q.weight", "attn_k.weight")
-        ):  # rows as llama.cpp wants them
-            heads = N if "attn_q" in name else K
-            stored = (
-                stored.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(stored.shape)
-            )
-        expected[hf] = want
+        stored_kind = "F32"
+        if len(shape) > 1:
+            stored_kind = kind if isinstance(kind, str) else kind(name)
+        stored, expected[hf] = stored_and_read(rng, shape, stored_kind)
+        part = name.rpartition("blk.")[2].partition(".")[2]
+        heads = {"attn_q.weight": N, "attn_k.weight": K}.get(part)
+        if arch == "llama" and heads:  # rows as llama.cpp wants them
+            split = stored.reshape(heads, 2, head_dim // 2, -1)
+            stored = split.swapaxes(1, 2).reshape(stored.shape)
         if name not in drop:
             stored = change(name, stored)
             raw = gguf.GGMLQuantizationType[stored_kind] if stored.dtype == np.uint8 else None
             writer.add_tensor(name, stored, raw_dtype=raw)
-    for name, x in extra.items():
+    for name, x in (extra or {}).items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -420,11 +369,11 @@ def write_tiny(
 
 
 def tensors_of(folder) -> dict:
-    found = {}
+    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}
-    return found
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
+    return tensors
 
 
 def transformers_model(folder):
@@ -457,18 +406,14 @@ def test_families_and_types(tmp_path, family, kind):
     assert ours.keys() == expected.keys()
     for name, x in expected.items():
         assert ours[name].shape == x.shape, name
-        if kind in QUANTISED and x.ndim > 1:
-            assert ours[name].dtype == np.float32
-            np.testing.assert_allclose(ours[name], x, rtol=1e-6, atol=1e-9, err_msg=name)
-        else:
-            assert ours[name].dtype == x.dtype and ours[name].tobytes() == x.tobytes(), name
+        assert ours[name].dtype == x.dtype and ours[name].tobytes() == x.tobytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (
         config["dtype"]
         == config["torch_dtype"]
         == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
     )
-    assert config["tie_word_embeddings"] == (family == "gemma")
+    assert not config["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -494,12 +439,11 @@ def test_folder_loads_in_transformers(tmp_path, family, head_dim, tied):
         "rope_theta": 5e4,
     }
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (263, 262, 264)
-    assert config.tie_word_embeddings == (tied or family == "gemma")
+    assert config.tie_word_embeddings == tied and config.hidden_act == "silu"
     if family == "mistral":
         assert config.sliding_window == 128
     if family == "qwen2":
         assert not config.use_sliding_window and set(config.layer_types) == {"full_attention"}
-    assert config.hidden_act == ("gelu_pytorch_tanh" if family == "gemma" else "silu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -507,21 +451,14 @@ def test_our_reader_takes_the_folder(tmp_path, family, sharder):
     write_tiny(tmp_path / "x.gguf", family, "Q8_0")
     convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     config, params = load_params(tmp_path / "out", sharder)
-    assert (config.family, config.head_dim, config.tied_head) == (family, 64, family == "gemma")
+    assert (config.family, config.head_dim, config.tied_head) == (family, 64, False)
     assert jax.tree.leaves(params)
     assert Chat(tmp_path / "out", V).encode("hello", "world").prompt == "hello"
 
 
 @pytest.mark.parametrize(
     "family, kind",
-    [
-        ("llama", "F16"),
-        ("llama", "Q4_K"),
-        ("llama", "Q6_K"),
-        ("llama", "Q4_0"),
-        ("qwen2", "Q8_0"),
-        ("qwen2", "BF16"),
-    ],
+    [("llama", "F16"), ("llama", "Q4_K"), ("qwen2", "Q8_0")],
 )
 def test_equals_what_transformers_reads_from_the_file(tmp_path, family, kind):
     torch = pytest.importorskip(
@@ -610,10 +547,8 @@ def test_rope_divisors_become_llama3_scaling(tmp_path, factor):
             llama3_divisors(8.0, 500000.0, 64) * np.float32(1.001),
             "does not follow from LLaMA 3's RoPE scaling",
         ),
-        (np.ones(32, np.float32) * 2, "does not follow"),
         (np.zeros(32, np.float32), "does not follow"),
         (np.full(32, np.nan, np.float32), "does not follow"),
-        (np.full(32, np.inf, np.float32), "does not follow"),
         (
             np.ones(31, np.float32),
             r"rope_freqs\.weight is float32 \(31,\), expected float32 \(32,\)",
@@ -703,16 +638,11 @@ def test_ends_of_a_turn(tmp_path):
             ["block_count", "context_length"],
             r"llama\.block_count is missing .*llama\.context_length is missing",
         ),
-        ({}, ["embedding_length"], "embedding_length is missing"),
-        ({}, ["attention.layer_norm_rms_epsilon"], "layer_norm_rms_epsilon is missing"),
         ({"attention.head_count": 0}, [], "head_count = 0 \\(a whole number from 1 on\\)"),
-        ({"attention.head_count_kv": 0}, [], "head_count_kv = 0"),
         ({"attention.head_count_kv": 3}, [], "heads must divide by key-value heads"),
         ({"attention.head_count": 3, "attention.head_count_kv": 3}, [], "width by heads"),
-        ({"attention.head_count": 1000}, [], "width by heads"),
         ({"attention.head_count": [4, 4]}, [], "head_count = array"),
         ({"attention.head_count": "4"}, [], "head_count = '4'"),
-        ({"attention.head_count": 4.0}, [], r"head_count = 4\.0"),
         ({"attention.head_count": True}, [], "head_count = True"),
         (
             {"embedding_length": "x" * 10_000, "block_count": "y"},
@@ -727,24 +657,12 @@ def test_ends_of_a_turn(tmp_path):
             [],
             r"'token_embd\.weight' has shape .* says \(266, 128\)",
         ),
-        (
-            {"feed_forward_length": 4096},
-            [],
-            r"'blk\.0\.ffn_gate\.weight' has shape \(512, 256\), .* says \(4096, 256\)",
-        ),
         ({"attention.key_length": 63}, [], "the head size be even"),
-        (
-            {"attention.key_length": 32, "rope.dimension_count": 32},
-            [],
-            r"'blk\.0\.attn_q\.weight' has shape",
-        ),
         ({"attention.value_length": 32}, [], "value_length = 32 \\(only 64 is supported\\)"),
         ({"rope.dimension_count": 32}, [], "rope.dimension_count = 32 \\(only 64"),
         ({"rope.scaling.type": "yarn"}, [], "rope.scaling.type = 'yarn' \\(only 'none'"),
         ({"rope.scaling.factor": 2.0}, [], r"rope\.scaling\.factor = 2\.0 \(unknown\)"),
-        ({"rope.freq_base": -1.0}, [], "freq_base = -1.0"),
         ({"rope.freq_base": float("nan")}, [], "freq_base = nan"),
-        ({"attention.layer_norm_rms_epsilon": float("inf")}, [], "epsilon = inf"),
         ({"expert_count": 8}, [], "expert_count = 8"),
         ({"logit_scale": 2.0}, [], r"llama\.logit_scale = 2\.0 \(unknown\)"),
         ({"attention.sliding_window": "all"}, [], "sliding_window = 'all'"),
@@ -753,7 +671,6 @@ def test_ends_of_a_turn(tmp_path):
             [],
             "eot_token_id = 266: an id is a row of the embedding, which has 266",
         ),
-        ({"tokenizer.ggml.eot_token_id": "x"}, [], "eot_token_id = 'x'"),
         ({}, ["token_embd.weight"], "token_embd.weight is missing"),
         (
             {},
@@ -774,12 +691,7 @@ def test_metadata_and_tensors_that_do_not_fit(tmp_path, meta, drop, message):
     [
         "../../etc/passwd",
         "blk.0.attn_q.weight/../x",
-        "blk.\u00b2.attn_q.weight",
-        "blk.00.attn_q.weight",
-        "blk.-1.attn_q.weight",
         "blk.0.attn_q.bias",
-        "model.norm.weight",
-        "\x1b[2J",
         "rope_freqs.weights",
     ],
 )
@@ -791,12 +703,11 @@ def test_unknown_tensor_names(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 
-@pytest.mark.parametrize("family", ["gemma", "qwen2"])
-def test_windows_of_other_families_are_refused(tmp_path, family):
-    write_tiny(tmp_path / "x.gguf", family, meta={"attention.sliding_window": 64})
+def test_windows_of_other_families_are_refused(tmp_path):
+    write_tiny(tmp_path / "x.gguf", "qwen2", meta={"attention.sliding_window": 64})
     with pytest.raises(
         ValueError,
-        match=f"{family}.attention.sliding_window = 64 .not supported for this architecture",
+        match="qwen2.attention.sliding_window = 64 .not supported for this architecture",
     ):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
@@ -897,70 +808,33 @@ def test_reader_equals_that_of_the_gguf_package(package):
     ] == [(name, x.shape, x.offset, x.size) for name, x in tensors.items()]
 
 
-def trained(kind: str) -> dict:
-    """Return GGUF metadata of a small tokenizer, trained on the strings of this file."""
+def trained() -> dict:
+    """Return GGUF metadata of a small byte-level tokenizer, trained on the strings of this file."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    special = [
-        "<unk>",
-        *(("<bos>", "<eos>") if kind == "gemma" else ("<s>", "</s>")),
-        "<|turn|>",
-        "<pad>",
-        "<mask>",
-    ]
-    corpus = [
-        *STRINGS,
-        *PROMPTS,
-        "hello hello world world the then there 100 1000 café CAFÉ  two   three    four",
-    ] * 3
-    if kind == "gpt2":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        trainer = trainers.BpeTrainer(
-            vocab_size=420,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(corpus, trainer)
-        model = json.loads(tokenizer.to_str())["model"]
-        tokens = [
-            *sorted(model["vocab"], key=model["vocab"].get),
-            *special,
-            "<|endoftext|>",
-            "<tool>",
-        ]
-        types = [1] * (len(tokens) - 8) + [3] * 7 + [4]
-        return {
-            "tokens": tokens,
-            "token_type": types,
-            "merges": [" ".join(m) for m in model["merges"]],
-        }
+    special = ["<unk>", "<s>", "</s>", "<|turn|>", "<pad>", "<mask>", "<|endoftext|>"]
+    corpus = [*STRINGS, *PROMPTS, "hello hello world the then there 100 1000 café  two   three"]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=kind == "llama")
-    tokenizer.train_from_iterator(
-        [t.replace("<|", "") for t in corpus],
-        trainers.BpeTrainer(vocab_size=400, show_progress=False),
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
-    vocab = tokenizer.get_vocab()
-    tokens = (
-        special + [f"<0x{b:02X}>" for b in range(256)] + ["<tool>", *sorted(vocab, key=vocab.get)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    types = [2, 3, 3, 3, 3, 3] + [6] * 256 + [4] + [1] * len(vocab)
-    scores = [0.0] * 263 + [-float(i) for i in range(len(vocab))]
-    if kind == "gemma":  # runs of spaces, stored as such, before the merges that they make
-        runs = ["  ", "   ", "    "]
-        words = [t for t in tokens[263:] if t.replace("▁", " ") not in runs]
-        tokens, types = tokens[:263] + runs + words, types[:263] + [4] * 3 + [1] * len(words)
-        scores = [-1000.0] * len(tokens)
-    return {"tokens": tokens, "token_type": types, "scores": scores}
+    tokenizer.train_from_iterator(corpus * 3, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    words = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokens": [*words, *special, "<tool>"],
+        "token_type": [1] * len(words) + [3] * len(special) + [4],
+        "merges": [" ".join(m) for m in model["merges"]],
+    }
 
 
-def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
+def write_tokenizer_file(path, arch, model, pre=None, more=None, **arrays):
     """Write a GGUF file of metadata alone."""
     gguf = pytest.importorskip(
         "gguf", reason="reading GGUF needs the gguf package: pip install gguf"
@@ -972,19 +846,12 @@ def write_tokenizer_file(path, arch, model, pre=None, more={}, **arrays):
     for key, values in arrays.items():
         writer.add_array(f"tokenizer.ggml.{key}", values)
     tokens = arrays["tokens"]
-    names = (
-        ("bos", "<s>"),
-        ("bos", "<bos>"),
-        ("eos", "</s>"),
-        ("eos", "<eos>"),
-        ("unknown", "<unk>"),
-    )
-    for key, value in (
-        {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens} | more
-    ).items():
-        {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)](
-            f"tokenizer.ggml.{key}", value
-        )
+    names = (("bos", "<s>"), ("eos", "</s>"), ("unknown", "<unk>"))
+    values = {f"{k}_token_id": tokens.index(t) for k, t in names if t in tokens}
+    values |= more or {}
+    for key, value in values.items():
+        add = {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[type(value)]
+        add(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -1009,40 +876,22 @@ MORE_STRINGS = (
 
 
 @pytest.mark.parametrize(
-    "arch, model, pre, more",
+    "arch, pre, more",
     [
-        ("llama", "gpt2", "smollm", {}),
-        ("llama", "gpt2", "llama-bpe", {"add_bos_token": True}),
-        ("qwen2", "gpt2", "qwen2", {}),
-        ("qwen2", "gpt2", "qwen2", {"add_bos_token": True, "add_eos_token": True}),
-        ("llama", "llama", "default", {}),
-        ("llama", "llama", None, {"add_bos_token": False, "add_eos_token": True}),
-        ("gemma", "llama", "default", {"add_bos_token": True}),
+        ("llama", "smollm", {}),
+        ("llama", "llama-bpe", {"add_bos_token": True}),
+        ("qwen2", "qwen2", {}),
+        ("qwen2", "qwen2", {"add_bos_token": True, "add_eos_token": True}),
     ],
 )
-def test_tokenizers_equal_those_of_transformers(tmp_path, arch, model, pre, more):
+def test_tokenizers_equal_those_of_transformers(tmp_path, arch, pre, more):
     pytest.importorskip(
         "torch", reason="transformers reads GGUF with torch alone: pip install torch"
     )
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    write_tokenizer_file(
-        tmp_path / "x.gguf",
-        arch,
-        model,
-        pre,
-        more,
-        **trained("gemma" if arch == "gemma" else model),
-    )
-    if arch == "gemma":  # only later Gemmas are known to AutoTokenizer
-        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-
-        _, parts, config = get_gguf_tokenizer(tmp_path / "x.gguf")
-        theirs = PreTrainedTokenizerFast(
-            tokenizer_object=convert_gguf_tokenizer(arch, parts)[0], **config
-        )
-    else:
-        theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    write_tokenizer_file(tmp_path / "x.gguf", arch, "gpt2", pre, more, **trained())
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
     write_tokenizer(read_gguf(tmp_path / "x.gguf")[0], tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert ours.get_vocab() == theirs.get_vocab()
@@ -1058,7 +907,7 @@ def test_tokenizers_equal_those_of_transformers(tmp_path, arch, model, pre, more
         assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(
             ids, skip_special_tokens=True
         ), text
-        if pre != "qwen2" and "▁" not in text and model == "gpt2":
+        if pre != "qwen2" and "▁" not in text:
             assert ours.decode(ids, skip_special_tokens=False) == text
     assert ours("a", "b")["input_ids"] == theirs("a", "b")["input_ids"]
     assert (ours.bos_token, ours.eos_token, ours.unk_token) == (
@@ -1073,7 +922,7 @@ def test_what_transformers_leaves_out_of_tokenizers(tmp_path):
     tokenizer files."""
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
-    parts = trained("gpt2")
+    parts = trained()
     write_tokenizer_file(tmp_path / "x.gguf", "qwen2", "gpt2", "qwen2", **parts)
     write_tokenizer(read_gguf(tmp_path / "x.gguf")[0], tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
@@ -1083,7 +932,7 @@ def test_what_transformers_leaves_out_of_tokenizers(tmp_path):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours("cafe\u0301")["input_ids"] == ours("café")["input_ids"]
 
-    parts = trained("gpt2")
+    parts = trained()
     parts["tokens"].append("zebra")  # no merge leads there
     parts["token_type"].append(1)
     for pre, alone in (("llama-bpe", True), ("qwen2", False)):
@@ -1096,7 +945,7 @@ def test_what_transformers_leaves_out_of_tokenizers(tmp_path):
 
 
 def test_a_chat_template_is_not_needed_here(tmp_path):
-    write_tokenizer_file(tmp_path / "x.gguf", "qwen2", "gpt2", "qwen2", **trained("gpt2"))
+    write_tokenizer_file(tmp_path / "x.gguf", "qwen2", "gpt2", "qwen2", **trained())
     write_tokenizer(read_gguf(tmp_path / "x.gguf")[0], tmp_path)
     with pytest.raises(ValueError, match="no chat template"):
         Chat(tmp_path, 1000)
@@ -1105,27 +954,26 @@ def test_a_chat_template_is_not_needed_here(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model="bert"), "tokenizer 'bert' with pre-tokenizer 'qwen2' is not supported"),
+        ({"model": "bert"}, r"tokenizer is 'bert' \(unknown\) with pre-tokenizer 'qwen2'"),
         (
-            dict(pre="tekken"),
-            "tokenizer 'gpt2' with pre-tokenizer 'tekken' is not supported .supported: llama, and "
-            "gpt2 with",
+            {"model": "llama", "pre": "default"},
+            r"tokenizer is 'llama' \(SentencePiece\) with .*Expected: 'gpt2' \(byte-level BPE\)",
         ),
-        (dict(pre=None), "pre-tokenizer None is not supported"),
-        (dict(merges=["a b c", "x"]), "merges are not of two tokens into a third, as 'a b c'"),
-        (dict(merges=["nothing here"]), "1 merges are not of two tokens"),
-        (dict(merges=[1, 2]), "merges is no list of strings"),
-        (dict(token_type=[1]), "token_type is not one whole number a token"),
-        (dict(tokens=[1, 2]), "tokens is no list of strings"),
-        (dict(more={"bos_token_id": 10_000}), "bos_token_id = 10000 is no place in the vocabulary"),
-        (dict(more={"eos_token_id": "x"}), "eos_token_id = 'x' is no place"),
-        (dict(more={"add_bos_token": 3}), "add_bos_token = 3 is neither true nor false"),
-        (dict(double=True), "the token '!' is in the vocabulary twice"),
-        (dict(model="llama"), "scores is not one number a token"),
+        ({"pre": "tekken"}, "'tekken'. Expected: .*with smollm, llama-bpe, qwen2"),
+        ({"pre": None}, "pre-tokenizer None"),
+        ({"merges": ["a b c", "x"]}, "merges are not of two tokens into a third, as 'a b c'"),
+        ({"merges": ["nothing here"]}, "1 merges are not of two tokens"),
+        ({"merges": [1, 2]}, "merges is no list of strings"),
+        ({"token_type": [1]}, "token_type is not one number for each token"),
+        ({"tokens": [1, 2]}, "tokens is no list of strings"),
+        ({"more": {"bos_token_id": 10_000}}, "bos_token_id = 10000 is no place in the vocabulary"),
+        ({"more": {"eos_token_id": "x"}}, "eos_token_id = 'x' is no place"),
+        ({"more": {"add_bos_token": 3}}, "add_bos_token = 3 is neither true nor false"),
+        ({"double": True}, "the token '!' is in the vocabulary twice"),
     ],
 )
 def test_tokenizers_that_cannot_be_built_name_the_flag(tmp_path, change, message):
-    settings = dict(arch="qwen2", model="gpt2", pre="qwen2") | trained("gpt2") | change
+    settings = {"arch": "qwen2", "model": "gpt2", "pre": "qwen2"} | trained() | change
     if settings.pop("double", False):
         settings["tokens"][5] = settings["tokens"][0]
     if settings["tokens"] == [1, 2]:
@@ -1136,8 +984,9 @@ def test_tokenizers_that_cannot_be_built_name_the_flag(tmp_path, change, message
 
 
 def test_tokenizer_of_another_folder(tmp_path, tiny):
-    write_tiny(tmp_path / "x.gguf", tokens=False)
-    with pytest.raises(ValueError, match=r"x\.gguf: GGUF tokenizer None .*--tokenizer=DIR"):
+    """As for a SentencePiece tokenizer, which is not built here."""
+    write_tiny(tmp_path / "x.gguf", tokens=False, meta={"tokenizer.ggml.model": "llama"})
+    with pytest.raises(ValueError, match=r"x\.gguf: .*SentencePiece.*--tokenizer=DIR"):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     source = tmp_path / "source"
     source.mkdir()
@@ -1163,8 +1012,8 @@ def test_tokenizer_of_another_folder(tmp_path, tiny):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out2", tokenizer=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("family", ["llama-2", "llama-3.1", "gemma", "qwen2.5"])
-def test_tokenizers_equal_the_models_own(tmp_path, family):
+@pytest.mark.parametrize("family, pre", [("llama-3.1", "llama-bpe"), ("qwen2.5", "qwen2")])
+def test_tokenizers_equal_the_models_own(tmp_path, family, pre):
     """A model's own tokenizer.json, taken apart into what GGUF keeps of it, comes back as the same
     tokenizer."""
     from transformers import AutoTokenizer
@@ -1182,19 +1031,11 @@ def test_tokenizers_equal_the_models_own(tmp_path, family):
     types = np.ones(len(tokens), np.int32)
     for i, token in added.items():
         types[i] = 3 if token["special"] else 4
-    is_run = lambda t: len(t) > 1 and set(t) == {"▁"}
     metadata = {
-        "general.architecture": family.partition("-")[0],
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.model": "gpt2" if family in ("llama-3.1", "qwen2.5") else "llama",
-        "tokenizer.ggml.pre": {"llama-3.1": "llama-bpe", "qwen2.5": "qwen2"}.get(family, "default"),
-        # the scores of LLaMA 2: places in the vocabulary, and a billion below for runs of spaces
-        "tokenizer.ggml.scores": np.array(
-            [-1e9 if set(t) == {"▁"} else -i for i, t in enumerate(tokens)], np.float32
-        ),
-        "tokenizer.ggml.tokens": [
-            " " * len(t) if family == "gemma" and is_run(t) else t for t in tokens
-        ],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.merges": [
             m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]
         ],

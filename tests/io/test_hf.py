@@ -99,49 +99,32 @@ def written_by_transformers(folder, family, dtype, layout):
     )
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     rng = np.random.default_rng(0)
-    bits = torch.int32 if dtype == "float32" else torch.int16
+    bits, limit = (torch.int32, 2**31) if dtype == "float32" else (torch.int16, 2**15)
     with torch.no_grad():
         for x in model.parameters():
-            x.view(bits).copy_(
-                torch.tensor(
-                    rng.integers(
-                        *((-(2**31), 2**31) if dtype == "float32" else (-(2**15), 2**15)), x.shape
-                    )
-                )
-            )
+            x.view(bits).copy_(torch.tensor(rng.integers(-limit, limit, x.shape)))
     model.save_pretrained(folder, max_shard_size="20KB" if "sharded" in layout else "1GB")
-    if "torch" in layout:
-        index = folder / INDEX
-        homes = (
-            json.loads(index.read_text())["weight_map"]
-            if index.is_file()
-            else dict.fromkeys(load_file(folder / SINGLE), SINGLE)
-        )
-        state = model.state_dict()
-        renamed = {
-            file: file.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
-            for file in homes.values()
-        }
-        for file in renamed:
-            torch.save(
-                {name: state[name] for name, home in homes.items() if home == file},
-                folder / renamed[file],
-            )
-        if index.is_file():
-            (folder / "pytorch_model.bin.index.json").write_text(
-                json.dumps(
-                    {
-                        "metadata": {},
-                        "weight_map": {name: renamed[file] for name, file in homes.items()},
-                    }
-                )
-            )
-        reference = folder.with_name("reference")
-        reference.mkdir()
-        for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
-            path.rename(reference / path.name)
-        return reference
-    return folder
+    return as_torch_files(folder, model.state_dict()) if "torch" in layout else folder
+
+
+def as_torch_files(folder, state):
+    """Replace safetensors files by torch files of the same cut; return the folder of the former."""
+    import torch
+
+    reference = folder.with_name("reference")
+    reference.mkdir()
+    for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
+        path.rename(reference / path.name)
+    weight_map = {}
+    for path in sorted(reference.glob("*.safetensors")):
+        name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        tensors = {tensor: state[tensor] for tensor in load_file(path)}
+        torch.save(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if (reference / INDEX).is_file():
+        text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+    return reference
 
 
 @pytest.mark.parametrize(
@@ -195,15 +178,17 @@ def test_only_the_bytes_of_a_part_are_read(sharded):
 def test_every_byte_is_read_once_however_many_devices_share_it(model, monkeypatch, mesh):
     read = []
     preadv, read_box = os.preadv, Stored.read_box
-    monkeypatch.setattr(
-        os, "preadv", lambda fd, buffers, offset: read.append(n := preadv(fd, buffers, offset)) or n
-    )
+
+    def counted_preadv(*args):
+        read.append(preadv(*args))
+        return read[-1]
 
     def counted(tensor, index, split):
         part = read_box(tensor, index, split)
         read.append(part.nbytes)
         return part
 
+    monkeypatch.setattr(os, "preadv", counted_preadv)
     monkeypatch.setattr(Stored, "read_box", counted)
     _, params = load_params(model, sharder_of(*mesh))
     assert (
@@ -323,12 +308,14 @@ def test_harmless_extra_tensors_are_ignored(model, sharder):
 
 def test_truncated_weights(model, sharder):
     os.truncate(model / SINGLE, 50_000)
-    assert f"{SINGLE} cannot be read as safetensors" in (message := failure(model, sharder))
+    message = failure(model, sharder)
+    assert f"{SINGLE} cannot be read as safetensors" in message
     assert "truncated or damaged (50000 bytes): copy or download it again" in message
 
 
 def test_missing_shard(sharded, sharder):
-    (sharded / (name := tensors_of(sharded)[1]["model.norm.weight"])).unlink()
+    name = tensors_of(sharded)[1]["model.norm.weight"]
+    (sharded / name).unlink()
     assert (
         f"{INDEX} names weight files that are not there: {name}. Copy them into {sharded}"
         in failure(sharded, sharder)
@@ -392,9 +379,8 @@ def test_broken_index(sharded, sharder, text):
 )
 def test_no_weights(model, sharder, other, hint):
     (model / SINGLE).rename(model / other)
-    assert f"holds no weights: none of {SINGLE}, {INDEX}, pytorch_model.bin" in (
-        message := failure(model, sharder)
-    )
+    message = failure(model, sharder)
+    assert f"holds no weights: none of {SINGLE}, {INDEX}, pytorch_model.bin" in message
     assert hint in message and ("Found" in message) == bool(hint)
 
 

@@ -1,4 +1,4 @@
-"""launch.continual as a user calls it: a chain of one link that is killed and goes on, each command
+"""launch.continual as a user calls it: a chain of one link that is killed and resumed, each command
 once, and mistakes."""
 
 import functools
@@ -9,32 +9,30 @@ from safetensors.numpy import load_file
 from safepatch_jax.runtime.files import read_json
 from safepatch_jax.testing import write_tiny_model
 from tests import calls
+from tests.jobs import write_table
 from tests.launch.test_processes import launch
 
 call = functools.partial(calls.call, "launch.continual")
 done = functools.partial(calls.done, "launch.continual")
 
 
+def tensors(folder):
+    return {name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()}
+
+
 def test_a_chain_killed_resumed_and_every_command(tmp_path):
     model = write_tiny_model(tmp_path / "model", num_key_value_heads=4, intermediate_size=32)
-    rows = [
-        f"prompt {i},the answer {i},fraud,{s}"
-        for i, s in enumerate(["train"] * 4 + ["search"] + ["report"] * 2)
-    ]
-    (tmp_path / "data.csv").write_text("\n".join(["prompt,answer,category,split", *rows]) + "\n")
-    data = ",".join(
-        f"{role}:{tmp_path / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")
-    )
-    work, export = (
-        f"--workdir={tmp_path / 'work'}",
-        tmp_path / "work" / "links" / "01-fraud" / "stages" / "export" / "model",
-    )
+    splits = ("train",) * 4 + ("search",) + ("report",) * 2
+    rows = [f"prompt {i},the answer {i},fraud,{split}" for i, split in enumerate(splits)]
+    path = write_table(tmp_path / "data.csv", rows, "prompt,answer,category,split")
+    work = f"--workdir={tmp_path / 'work'}"
+    export = tmp_path / "work" / "links" / "01-fraud" / "stages" / "export" / "model"
     args = (
         "run",
         work,
-        "--stages=fraud",
+        "--links=fraud",
         f"--model.source={model}",
-        f"--data={data}",
+        f"--data=harmful:{path},lookalike:{path},ordinary:{path}",
         f"--run.cache_dir={tmp_path / 'cache'}",
         "--derive.batch_size=4",
         "--derive.se_steps=2",
@@ -48,11 +46,8 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     )
     calls.call_and_kill("patch: running", "launch.continual", *args)
     out = done(*args)
-    assert (
-        "derive_se: running" not in out
-        and "score_osm: running" not in out
-        and "Head:   01-fraud" in out
-    )
+    assert "derive_se: running" not in out and "score_osm: running" not in out
+    assert "Head:   01-fraud" in out
     starts = read_json(export.parents[2] / "environment.json")["starts"]
     assert "launch/continual.py run --workdir=" in starts[-1]["command"]
     assert "| 01-fraud |" in (tmp_path / "work" / "continual.md").read_text()
@@ -61,9 +56,6 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     assert "00-start and 01-fraud differ in" in done("diff", "0", "1", work)
     assert "01-fraud: patch of" in done("verify", work)
     done("replay", work, "--to=1", f"--model={model}", f"--out={tmp_path / 'new'}")
-    tensors = lambda folder: {
-        name: x.tobytes() for name, x in load_file(folder / "model.safetensors").items()
-    }
     assert tensors(tmp_path / "new") == tensors(export) != tensors(model)
     assert f"The head is 00-start: {model}" in done("revert", work, "--last=1")
     again = call("revert", work, "--last=1")
@@ -79,7 +71,7 @@ def test_processes_with_different_settings_are_refused(tmp_path):
         "launch.continual",
         "run",
         f"--workdir={tmp_path / 'work'}",
-        "--stages=privacy",
+        "--links=privacy",
         f"--model.source={model}",
         f"--run.cache_dir={tmp_path / 'cache'}",
         own=("--evaluate.max_new_tokens=3", "--evaluate.max_new_tokens=4"),
@@ -95,10 +87,8 @@ def test_processes_with_different_settings_are_refused(tmp_path):
 
 def test_help_is_a_manual():
     text = call("--help").stdout
-    assert (
-        "python -m launch.continual revert  --workdir=runs/chain --last=K" in text
-        and "--methods:" in text
-    )
+    assert "python -m launch.continual revert --workdir=runs/chain --last=K" in text
+    assert "--methods:" in text
 
 
 @pytest.mark.parametrize(
@@ -109,21 +99,17 @@ def test_help_is_a_manual():
             "one command is needed, none was given. There are run, log, show, diff, replay, "
             "revert, verify",
         ),
-        (["runn"], "got runn"),
-        (["run"], "run needs --stages"),
-        (["log", "--to=1"], "log does not take --to"),
+        (["run"], "run needs --links"),
         (
             ["revert", "--last=1", "--patch.beta=2", "--noalign.enabled", "--config=x.py"],
             "revert does not take --config, --align.enabled, --patch.beta.",
         ),
         (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
         (["log"], "There is no patch log"),
-        (["run", "--stages=a;a", "--model.source=x"], "the name a stands there twice"),
-        (["run", "--stages=a", "--methods=dpo"], "--methods: there is no dpo"),
+        (["run", "--links=a", "--methods=dpo"], "--methods: there is no dpo"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
     result = call(*args, f"--workdir={tmp_path / 'work'}")
-    assert (
-        result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
-    )
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, by their launchers: the same command goes on, and ends with
+"""Runs that are killed at any moment, by their launchers: the same command resumes, and ends with
 the same bits."""
 
 import os
@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from safepatch_jax.testing import write_tiny_model
+from tests.launch.conftest import write_data
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENV = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -21,14 +23,8 @@ def flags(tmp_path_factory):
     """A whole job of seconds; its derivation takes long enough to be met."""
     folder = tmp_path_factory.mktemp("faults")
     write_tiny_model(folder / "model", num_hidden_layers=1)
-    rows = [
-        f"prompt {i},the answer {i},{s}"
-        for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)
-    ]
-    (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
     return [
-        f"--data.{role}={folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")
-    ] + [
+        f"--data={write_data(folder)}",
         f"--model.source={folder / 'model'}",
         "--run.certify=hashes",
         "--derive.se_steps=60",
@@ -68,7 +64,7 @@ def test_killed_in_any_stage_a_run_ends_with_the_same_bits(flags, tmp_path):
     assert killed.count(-signal.SIGKILL) >= 1, done.stdout
 
 
-def test_a_full_disk_within_a_checkpoint_is_told_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_within_a_checkpoint_is_reported_and_the_run_resumes_when_there_is_room(
     flags, tmp_path
 ):
     """A limit on file size stands for the full disk."""
@@ -95,9 +91,8 @@ def test_a_full_disk_within_a_checkpoint_is_told_and_the_run_goes_on_when_there_
     assert full.returncode == 2 and re.search(
         "^error: Cannot write a checkpoint to .*free space", full.stderr, re.M
     ), full.stderr
-    assert not re.search(r"^E\d{4} |never retrieved", full.stderr, re.M), (
-        full.stderr
-    )  # told once, not as orbax logs it
+    # Reported once, not as orbax logs it.
+    assert not re.search(r"^E\d{4} |never retrieved", full.stderr, re.M), full.stderr
     again = subprocess.run(
         [sys.executable, "-m", "launch.safepatch", *command],
         cwd=ROOT,
@@ -110,7 +105,7 @@ def test_a_full_disk_within_a_checkpoint_is_told_and_the_run_goes_on_when_there_
     assert not list((tmp_path / "work" / "stages").glob(".*.steps"))
 
 
-def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_goes_on(flags, tmp_path):
+def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_resumes(flags, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -124,17 +119,14 @@ def test_sigterm_in_training_ends_with_a_checkpoint_from_which_the_run_goes_on(f
     )
     metrics = tmp_path / "work" / "metrics.jsonl"
     while run.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
-        pass
+        time.sleep(0.01)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=120)
-    ended = re.search(
-        r"SIGTERM: ends after step (\d+)\. A checkpoint is written; the same command goes on from it\.",
-        out,
-    )
+    ended = re.search(r"SIGTERM: ends after step (\d+)\. A checkpoint is written; the same", out)
     assert run.returncode == 143 and ended and "Traceback" not in err, out + err
-    assert "Derived models or scores lie in" in out  # in the checkpoint
+    assert "Derived models or scores lie in" in out  # the checkpoint holds one
     again = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"derive SE: goes on after step {ended[1]} of 60" in again.stdout
+    assert f"derive SE: resumed after step {ended[1]} of 60" in again.stdout
     steps = [line for line in metrics.read_text().splitlines() if '"derive_se"' in line]
     assert len(steps) == 60

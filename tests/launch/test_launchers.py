@@ -12,36 +12,6 @@ from safepatch_jax.testing import write_tiny_model
 from tests.calls import ROOT, call, call_and_kill, command
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    """Flags of a whole job in seconds: few shapes to compile for, and no torch."""
-    folder = tmp_path_factory.mktemp("launch")
-    model = write_tiny_model(
-        folder / "model", num_hidden_layers=1, num_key_value_heads=4, intermediate_size=32
-    )
-    rows = [
-        f"prompt {i},the answer {i},{s}"
-        for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)
-    ]
-    (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
-    data = ",".join(
-        f"{role}:{folder / 'data.csv'}" for role in ("harmful", "lookalike", "ordinary")
-    )
-    return [
-        f"--model.source={model}",
-        f"--data={data}",
-        f"--run.cache_dir={folder / 'cache'}",
-        "--run.certify=hashes",
-        "--derive.batch_size=4",
-        "--derive.se_steps=3",
-        "--derive.osm_steps=3",
-        "--derive.se_learning_rate=1e-3",
-        "--derive.osm_learning_rate=1e-3",
-        "--score.samples=3",
-        "--evaluate.max_new_tokens=4",
-    ]
-
-
 def test_help_is_a_manual():
     result = call("launch.safepatch", "--help")
     assert "python -m launch.safepatch --config=configs/demo.py" in result.stdout
@@ -58,17 +28,13 @@ def test_convert_and_inspect(tiny, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"Certificate: {tmp_path / 'checkpoint' / 'certificate.json'}" in result.stdout
     result = call("launch.inspect", f"--model={tmp_path / 'checkpoint'}", "--scope=all")
-    assert result.returncode == 0 and "model.layers.*.mlp.up_proj.weight" in result.stdout, (
-        result.stderr
-    )
+    assert result.returncode == 0, result.stderr
+    assert "model.layers.*.mlp.up_proj.weight" in result.stdout
     result = call(
         "launch.convert", f"--source=orbax:{tmp_path / 'checkpoint'}", f"--target=hf:{tiny}"
     )
-    assert (
-        result.returncode == 2
-        and "exists and is not empty" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 2 and "exists and is not empty" in result.stderr
+    assert "Traceback" not in result.stderr
     for launcher in ("launch.convert", "launch.inspect"):
         assert f"python -m {launcher} --" in call(launcher, "--help").stdout
 
@@ -76,10 +42,8 @@ def test_convert_and_inspect(tiny, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_path):
     """Killed while it writes; SIGTERM clears at once, after SIGKILL the same command does."""
-    source, target = (
-        write_tiny_model(tmp_path / "source", intermediate_size=60_000, num_hidden_layers=4),
-        tmp_path / "target",
-    )
+    target = tmp_path / "target"
+    source = write_tiny_model(tmp_path / "source", intermediate_size=60_000, num_hidden_layers=4)
     args = command(
         "launch.convert",
         f"--source=hf:{source}",
@@ -91,9 +55,7 @@ def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_
         args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".target.*/model/*.safetensors")) and not list(
-            tmp_path.glob(".target.*/.model.*/*.safetensors")
-        ):
+        while not list(tmp_path.glob(".target.*/*model*/*.safetensors")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(how)
@@ -110,12 +72,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         "launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", "--merge=ties", *flags
     )
     assert result.returncode == 0, result.stderr
-    for word in ("Devices:", "Model:", "Data:", "Patch:", "Merged by TIES", "derive_se (to run)"):
+    for word in ("Devices:", "Model:", "Data:", "Patch:", "Merged by TIES", "derive_se,"):
         assert word in result.stdout
     assert not (tmp_path / "work").exists()
 
 
-def test_a_killed_run_goes_on_with_its_stage(flags, tmp_path):  # to the same bits: test_faults
+def test_a_killed_run_resumes_with_its_stage(flags, tmp_path):
+    """That it has the same bits is in test_faults."""
     args = ("launch.safepatch", f"--workdir={tmp_path / 'work'}", *flags)
     call_and_kill("score_se: running", *args)
     resumed = call(*args)

@@ -3,7 +3,6 @@ bits, and no hanging."""
 
 import contextlib
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -23,23 +22,22 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime import processes
-from safepatch_jax.runtime.files import folder_hashes, read_json
+from safepatch_jax.runtime.files import read_json
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
+from tests.calls import ROOT
+from tests.jobs import write_data
 
-ROOT = pathlib.Path(__file__).parents[2]
 PER_PROCESS, LIMIT = 4, 240
 SLURM_PORTS = 61440  # JAX takes this and the job's number modulo 4096
-# Fast to compile rather than fast; results between the meshes are compared within each of the two.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LAST = ("patch", "export", "patch_file", "certify_export", "report")
 
 
 class Run:
     """The processes of a run; their output goes to files.
 
-    They find one another by flags, as if SLURM had started them, or by arguments of their own
-    (PORT, INDEX).
+    They find one another by flags, as if SLURM had started them, or by the arguments PORT, INDEX
+    and FOLDER, which holds that of the run.
     """
 
     def __init__(self, folder, command, *, own=("", ""), by="flags", devices=PER_PROCESS):
@@ -47,40 +45,29 @@ class Run:
         port = free_port()
         env = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": QUICK,
             "PYTHONPATH": str(ROOT),
         }
         self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(2)]
         self.processes = []
         for i, (out, err) in enumerate(self.files):
-            join = {
-                "flags": [
-                    f"--coordinator=127.0.0.1:{port}",
-                    "--num_processes=2",
-                    f"--process_id={i}",
-                ],
-                "slurm": ["--distributed"],
-                "arguments": [],
-            }[by]
-            slurm = (
-                {
-                    "SLURM_JOB_ID": str(port - SLURM_PORTS),
-                    "SLURM_STEP_NODELIST": "localhost",
-                    "SLURM_NTASKS": "2",
-                    "SLURM_PROCID": str(i),
-                    "SLURM_LOCALID": str(i),
-                }
-                if by == "slurm"
-                else {}
-            )
-            args = [
-                str(a).replace("PORT", str(port)).replace("INDEX", str(i))
-                for a in (*command, *join, *own[i].split())
-            ]
+            args = [*command, *own[i].split()]
+            variables = env
+            if by == "flags":
+                args.append(f"--coordinator=127.0.0.1:{port}")
+                args += ["--num_processes=2", f"--process_id={i}"]
+            elif by == "slurm":
+                args.append("--distributed")
+                variables = env | slurm_variables(port, i)
+            else:
+                args += [port, i, folder.parent]
             with open(out, "w") as o, open(err, "w") as e:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, *args], cwd=ROOT, env=env | slurm, stdout=o, stderr=e
+                        [sys.executable, *map(str, args)],
+                        cwd=ROOT,
+                        env=variables,
+                        stdout=o,
+                        stderr=e,
                     )
                 )
 
@@ -104,6 +91,16 @@ class Run:
     def texts(self):
         """Return what processes 0 and 1 wrote: [(stdout, stderr), ...]."""
         return [tuple(f.read_text() for f in pair) for pair in self.files]
+
+
+def slurm_variables(port, index):
+    return {
+        "SLURM_JOB_ID": str(port - SLURM_PORTS),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+    }
 
 
 def free_port():
@@ -132,21 +129,13 @@ def succeed(folder, launcher, *flags, **options):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     write_tiny_model(folder / "model", num_hidden_layers=1, hidden_size=64, num_key_value_heads=4)
-    rows = [
-        f"prompt {i},the answer {i},{s}"
-        for i, s in enumerate(["train"] * 5 + ["search"] * 2 + ["report"] * 3)
-    ]
-    (folder / "data.csv").write_text("\n".join(["prompt,answer,split", *rows]) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def settings(place):
-    data = {
-        f"data.{role}": str(place / "data.csv") for role in ("harmful", "lookalike", "ordinary")
-    }
     return Settings().override(
-        data
+        write_data(place)
         | {
             "model.source": str(place / "model"),
             "run.cache_dir": str(place / "cache"),
@@ -166,11 +155,11 @@ def settings(place):
 
 @pytest.fixture(scope="module")
 def flags(settings):
-    default = Settings().flat()
-    changed = {name: value for name, value in settings.flat().items() if value != default[name]}
-    return [
-        f"--{'mesh' if name == 'mesh.shape' else name}={value}" for name, value in changed.items()
-    ]
+    default, flags = Settings().flat(), []
+    for name, value in settings.flat().items():
+        if value != default[name]:
+            flags.append(f"--{name.removesuffix('.shape')}={value}")
+    return flags
 
 
 @pytest.fixture(scope="module")
@@ -197,19 +186,16 @@ def terminated(place, flags, killed):
 @pytest.fixture(scope="module")
 def whole(place, flags, terminated):
     """The same command again, to the end: workdir and what it printed."""
-    return place / "work", succeed(
-        place / "whole", "launch.safepatch", f"--workdir={place / 'work'}", *flags
-    )
+    work = place / "work"
+    return work, succeed(place / "whole", "launch.safepatch", f"--workdir={work}", *flags)
 
 
 def test_a_killed_process_ends_the_other(killed, place):
     codes, seconds, ((_, err), (quiet, _)) = killed
     assert codes == [2, -signal.SIGKILL] and seconds < 90, err
-    assert (
-        "a step that all processes take together failed" in err
-        or "process 1 gave no sign of life for 40 s" in err
-    )
-    assert "goes on where this run stopped" in err and "Traceback" not in err and quiet == ""
+    failed = "a step that all processes take together failed"
+    assert failed in err or "process 1 gave no sign of life for 40 s" in err
+    assert "resumes this run" in err and "Traceback" not in err and quiet == ""
     assert not list(place.glob("work/stages/.*.partial"))
 
 
@@ -218,32 +204,19 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(terminated, whole):
     assert codes == [143, 143], err
     ended = re.search(r"SIGTERM: ends after step (\d+)\. A checkpoint is written", out)
     assert ended and "Traceback" not in err and quiet == "", out + err
-    assert f"derive SE: goes on after step {ended[1]} of 20" in whole[1]
+    assert f"derive SE: resumed after step {ended[1]} of 20" in whole[1]
 
 
-def test_the_same_command_goes_on_and_finishes(whole):
+def test_the_same_command_resumes_and_finishes(whole):
     work, out = whole
     assert "Devices: 8 x cpu in 2 processes, mesh data 1, fsdp 4, tensor 2" in out
     assert "import: reused" in out and "derive_se: running" in out
     report = read_json(work / "report.json")
     assert set(report["measures"]) == {"backbone", "se", "osm", "intersection", "safepatching"}
-    assert (
-        not list(work.glob("**/*.partial"))
-        and read_hf_config(work / "stages" / "export" / "model").num_layers == 1
-    )
+    assert not list(work.glob("**/*.partial"))
+    assert read_hf_config(work / "stages" / "export" / "model").num_layers == 1
     torch = read_json(work / "stages" / "export" / "model" / "certificate.json")["logits"]["torch"]
     assert isinstance(torch, str) or torch["max_abs_error"] < 1e-4
-
-
-def test_a_second_start_reuses_every_stage(whole, place, flags):
-    work, _ = whole
-    before = folder_hashes(work / "stages")
-    out = succeed(place / "again", "launch.safepatch", f"--workdir={work}", *flags)
-    assert (
-        ": running" not in out
-        and "report: reused" in out
-        and folder_hashes(work / "stages") == before
-    )
 
 
 def test_one_process_patches_to_the_same_bits(whole, place, settings):
@@ -253,38 +226,31 @@ def test_one_process_patches_to_the_same_bits(whole, place, settings):
     for name in LAST:
         shutil.rmtree(other / "stages" / name)
     job = Job(settings, other)
-    assert [job.runner.status(name) for name in ("derive_se", "score_osm", "patch")] == [
-        "done",
-        "done",
-        "to run",
-    ]
+    statuses = [job.runner.status(name) for name in ("derive_se", "score_osm", "patch")]
+    assert statuses == ["done", "done", "to run"]
     job.runner.finish(["export", "patch_file"])
     for file in ("export/model/model.safetensors", "patch_file/patch.safetensors"):
-        assert (other / "stages" / file).read_bytes() == (
-            whole[0] / "stages" / file
-        ).read_bytes(), file
-    assert (
-        job.runner.result("patch")
-        == read_json(whole[0] / "stages" / "patch" / "manifest.json")["result"]
-    )
+        ours, theirs = (work / "stages" / file for work in (other, whole[0]))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    manifest = read_json(whole[0] / "stages" / "patch" / "manifest.json")
+    assert job.runner.result("patch") == manifest["result"]
 
 
 def test_training_is_that_of_one_process_but_for_the_order_of_sums(whole, place, settings):
     job = Job(settings, place / "trained by one")
-    ours = job.runner.need("derive_osm") and job.runner.result("derive_osm")
-    assert np.allclose(
-        ours["nll"],
-        read_json(whole[0] / "stages" / "derive_osm" / "manifest.json")["result"]["nll"],
-        rtol=1e-4,
-    )
-    abstract = param_table(read_hf_config(place / "model")).abstract(
-        Sharder(make_mesh(settings.mesh.shape))
-    )
-    a, b = (
-        load_tree(w / "stages" / "derive_osm" / "params", abstract)
-        for w in (place / "trained by one", whole[0])
-    )
-    assert all(np.allclose(x, y, atol=1e-4) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    ours = job.runner.need("derive_osm")
+    theirs = whole[0] / "stages" / "derive_osm"
+    nll = [read_json(folder / "manifest.json")["result"]["nll"] for folder in (ours, theirs)]
+    assert np.allclose(*nll, rtol=1e-4)
+    table = param_table(read_hf_config(place / "model"))
+    abstract = table.abstract(Sharder(make_mesh(settings.mesh.shape)))
+    trees = [load_tree(folder / "params", abstract) for folder in (ours, theirs)]
+    for x, y in zip(*map(jax.tree.leaves, trees)):
+        assert np.allclose(x, y, atol=1e-4)
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def test_conversions(place, tmp_path):
@@ -298,7 +264,6 @@ def test_conversions(place, tmp_path):
         shard_bytes=50_000,
         tie_word_embeddings=False,
     )
-    weights = lambda folder: {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
     own = {"shard_bytes": 50_000, "certify": "hashes"}
     flags = ["--mesh=fsdp:2,tensor:4", *(f"--{name}={value}" for name, value in own.items())]
     checkpoint = f"orbax:{tmp_path / 'checkpoint'}"
@@ -319,10 +284,8 @@ def test_conversions(place, tmp_path):
         by="slurm",
     )
     convert(checkpoint, f"hf:{tmp_path / 'cast'}", **own, **cast)
-    assert (
-        weights(tmp_path / "two") == weights(tmp_path / "cast")
-        and len(weights(tmp_path / "two")) > 1
-    )
+    assert weights(tmp_path / "two") == weights(tmp_path / "cast")
+    assert len(weights(tmp_path / "two")) > 1
 
 
 def test_full_disk_on_process_0_ends_both(place, tmp_path):
@@ -369,11 +332,11 @@ def test_processes_that_differ_are_refused(place, flags, tmp_path):
 
 
 def test_what_processes_promises(tmp_path):
-    """One word for all, one folder for all, errors in all; and a process that fails alone ends the
-    other."""
+    """Process 0 decides for all, all share one folder, all raise errors; and a process that fails
+    alone ends the other."""
     run = Run(
         tmp_path / "run",
-        [ROOT / "tests" / "launch" / "worker.py", "PORT", "INDEX", tmp_path],
+        [ROOT / "tests" / "launch" / "worker.py"],
         by="arguments",
     )
     codes = run.finish()
@@ -382,26 +345,19 @@ def test_what_processes_promises(tmp_path):
     assert "process 1: error: only here" in err and "error:" not in other
     a, b = (read_json(tmp_path / f"{i}.json") for i in range(2))
     assert a.pop("first") and not b.pop("first") and a == b
-    assert (
-        a["broadcast"] == {"a": [0]} and a["on_first"] == 0 and a["nested"] == 7 and a["count"] == 2
-    )
+    assert a["broadcast"] == {"a": [0]} and a["on_first"] == 0
+    assert a["nested"] == 7 and a["count"] == 2
     assert a["raised"] == ["OSError", "no room on process 0"]
-    assert (
-        a["asked"] == [3.0, 12.0, 21.0]
-        and a["seen"] == [0, 1, 2]
-        and a["whole"] == np.arange(24.0).reshape(8, 3).tolist()
-    )
+    assert a["asked"] == [3.0, 12.0, 21.0] and a["seen"] == [0, 1, 2]
+    assert a["whole"] == np.arange(24.0).reshape(8, 3).tolist()
     assert a["agree"] is None and a["shared"] is None
     assert a["differ"] == [
         "ValueError",
         "The processes differ: b is 0 in process 0, 1 in process 1; c is [0.5] in process 0, "
         "[1.5] in process 1. Give both the same.",
     ]
-    assert (
-        a["filled"] == 1
-        and "exists and is not empty" in a["full"][1]
-        and a["failed"] == ["ValueError", "in both"]
-    )
+    assert a["filled"] == 1 and "exists and is not empty" in a["full"][1]
+    assert a["failed"] == ["ValueError", "in both"]
     assert a["unshared"][1].startswith(
         f"process 1 cannot see what process 0 writes to {tmp_path}. All processes need one file"
     )
@@ -411,7 +367,7 @@ def test_what_processes_promises(tmp_path):
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
     run = Run(
         tmp_path / "run",
-        [ROOT / "tests" / "launch" / "checkpoint_worker.py", "PORT", "INDEX", tmp_path],
+        [ROOT / "tests" / "launch" / "checkpoint_worker.py"],
         by="arguments",
     )
     assert run.finish() == [0, 0], run.texts()
@@ -440,16 +396,17 @@ def test_incomplete_or_wrong_addresses(given, message):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("'127.0.0.1:PORT', 2, 1", "Process 1 found nobody at 127.0.0.1:"),
-        ("'127.0.0.1:PORT', 2, 0", "Of 2 processes not all came to 127.0.0.1:"),
+        ("'127.0.0.1:PORT', 2, 1, ", "Process 1 found nobody at 127.0.0.1:"),
+        ("'127.0.0.1:PORT', 2, 0, ", "Of 2 processes not all came to 127.0.0.1:"),
         ("", "--distributed alone works on TPU pod slices"),
     ],
 )
 def test_who_does_not_come_is_named(args, message):
-    call = f"processes.initialize({args}, timeout=2)".replace("(, ", "(").replace(
-        "PORT", str(free_port())
+    call = f"processes.initialize({args}timeout=2)".replace("PORT", str(free_port()))
+    script = (
+        f"from safepatch_jax.runtime import processes\n"
+        f"try: {call}\nexcept ValueError as error: processes.fail(str(error), 2)"
     )
-    script = f"from safepatch_jax.runtime import processes\ntry: {call}\nexcept ValueError as error: processes.fail(str(error), 2)"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -459,81 +416,7 @@ def test_who_does_not_come_is_named(args, message):
 def test_one_process_needs_nothing(tmp_path):
     assert not processes.several() and processes.first() and processes.broadcast((1, 2)) == (1, 2)
     assert processes.on_first(lambda ask: ask(3), together=lambda x: x + 1) == 4
-    (
-        processes.barrier("nobody"),
-        processes.agree({"a": object()}, ""),
-        processes.shared(tmp_path / "absent"),
-    )
+    processes.barrier("nobody")
+    processes.agree({"a": object()}, "")
+    processes.shared(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-
-
-# -- launch/tpu_pod.sh
-# ----------------------------------------------------------------------------------------------------
-
-
-def pod(*args):
-    return subprocess.run(
-        [ROOT / "launch" / "tpu_pod.sh", *args], capture_output=True, text=True, timeout=30
-    )
-
-
-def test_the_pod_script_composes_the_command():
-    result = pod(
-        "--print",
-        "--project=p",
-        "--dir=a b",
-        "my-pod",
-        "us-central2-b",
-        "launch.sweep",
-        "--workdir=/mnt/s/w",
-        "--grid=patch.beta=1,2;patch.merge=ties",
-    )
-    assert result.returncode == 0, result.stderr
-    bash = lambda text: subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True
-    ).stdout.splitlines()
-    words = bash(f"printf '%s\\n' {result.stdout}")
-    assert words[:-1] == [
-        "gcloud",
-        "compute",
-        "tpus",
-        "tpu-vm",
-        "ssh",
-        "my-pod",
-        "--zone=us-central2-b",
-        "--project=p",
-        "--worker=all",
-    ]
-    command = words[-1].removeprefix("--command=")
-    told = bash('cd() { echo "$1"; }; .venv/bin/python() { printf \'%s\\n\' "$@"; }; ' + command)
-    assert told == [
-        "a b",
-        "-m",
-        "launch.sweep",
-        "--distributed",
-        "--workdir=/mnt/s/w",
-        "--grid=patch.beta=1,2;patch.merge=ties",
-    ]
-    assert "launch/tpu_pod.sh [OPTIONS] POD ZONE LAUNCHER" in pod("--help").stdout
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ([], "POD, ZONE and LAUNCHER are needed"),
-        (["--wait"], "unknown option '--wait'"),
-        (["pod", "central", "launch.safepatch"], "'central' is no zone"),
-        (["pod", "us-central2-b", "launch.patch"], "'launch.patch' is not one of"),
-        (
-            ["pod", "us-central2-b", "launch.safepatch", "--workdir=runs/a"],
-            "absolute path on a shared file system",
-        ),
-        (
-            ["pod", "us-central2-b", "launch.safepatch", "--process_id=0"],
-            "the workers find one another",
-        ),
-    ],
-)
-def test_the_pod_script_refuses(args, message):
-    result = pod("--print", *args)
-    assert result.returncode == 2 and message in result.stderr and result.stdout == ""

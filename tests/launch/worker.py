@@ -5,15 +5,14 @@ import json
 import pathlib
 import sys
 
-from safepatch_jax.runtime import processes
-
-port, index, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-processes.initialize(f"127.0.0.1:{port}", 2, index, timeout=60)
-
 import jax
 import numpy as np
 
 from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.runtime import processes
+
+port, index, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+processes.initialize(f"127.0.0.1:{port}", 2, index, timeout=60)
 
 
 def error_of(call, *args, **kwargs):

@@ -36,21 +36,21 @@ V5 = BOTH | {
     "dtype": "bfloat16",
     "pad_token_id": None,
 }
-READ = dict(
-    vocab_size=264,
-    embed_dim=32,
-    mlp_dim=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e5,
-    norm_eps=1e-5,
-    max_length=512,
-    dtype="bfloat16",
-    eos_ids=(2,),
-    tied_head=False,
-)
+READ = {
+    "vocab_size": 264,
+    "embed_dim": 32,
+    "mlp_dim": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 1e5,
+    "norm_eps": 1e-5,
+    "max_length": 512,
+    "dtype": "bfloat16",
+    "eos_ids": (2,),
+    "tied_head": False,
+}
 
 LLAMA = {
     "model_type": "llama",
@@ -226,30 +226,32 @@ def meaning(hf):
         "rope_theta": hf.rope_theta,
         **(hf.rope_scaling or {}),
     }
-    scaling = (
-        [rope[k] for k in LLAMA3 if k != "rope_type"] if rope.get("rope_type") == "llama3" else None
-    )
+    scaling = None
+    if rope.get("rope_type") == "llama3":
+        scaling = RopeScaling(*(rope[k] for k in LLAMA3 if k != "rope_type"))
     window = getattr(hf, "sliding_window", None) or 0
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    eos = hf.eos_token_id
-    return dict(
-        family=hf.model_type,
-        vocab_size=hf.vocab_size,
-        embed_dim=hf.hidden_size,
-        mlp_dim=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        rope_theta=rope["rope_theta"],
-        norm_eps=hf.rms_norm_eps,
-        tied_head=hf.tie_word_embeddings,
-        max_length=hf.max_position_embeddings,
-        eos_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        rope_scaling=scaling and RopeScaling(*scaling),
-        windows=windows if any(windows) else (),
-    )
+    if not any(windows):
+        windows = ()
+    eos = [] if hf.eos_token_id is None else hf.eos_token_id
+    return {
+        "family": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "embed_dim": hf.hidden_size,
+        "mlp_dim": hf.intermediate_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "rope_theta": rope["rope_theta"],
+        "norm_eps": hf.rms_norm_eps,
+        "tied_head": hf.tie_word_embeddings,
+        "max_length": hf.max_position_embeddings,
+        "eos_ids": tuple(eos) if isinstance(eos, list) else (eos,),
+        "rope_scaling": scaling,
+        "windows": windows,
+    }
 
 
 def assert_means(config, hf):
@@ -287,24 +289,21 @@ def test_what_transformers_writes_is_read(tmp_path, family, changes):
     assert_means(config, hf)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "family, absent",
+    "absent",
     [
-        (family, absent)
-        for family in FAMILIES
-        for absent in (
-            "num_key_value_heads",
-            "head_dim",
-            "rope_theta",
-            "rms_norm_eps",
-            "tie_word_embeddings",
-            "max_position_embeddings",
-            "eos_token_id",
-            "sliding_window",
-            "use_sliding_window",
-            "max_window_layers",
-            "hidden_act",
-        )
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "eos_token_id",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "hidden_act",
     ],
 )
 def test_defaults_are_those_of_transformers(family, absent):

@@ -43,9 +43,8 @@ def inputs(length, heads=4, kv_heads=2, head_dim=128):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 200])
-@pytest.mark.parametrize(
-    "kernel", ["xla", "splash"]
-)  # 'xla' is the plain version of the call that is made for cuDNN
+# 'xla' is the plain version of the call that is made for cuDNN.
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_same_as_the_definition(kernel, window):
     q, k, v = inputs(24)
     out = fused_attention(kernel, q, k, v, window, None, interpret=True)
@@ -55,13 +54,15 @@ def test_same_as_the_definition(kernel, window):
 def test_splash_over_devices_and_its_gradient():
     sharder = Sharder(make_mesh("data:1,fsdp:2,tensor:2", jax.devices()[:4]))
     q, k, v = inputs(20)
-    total = lambda kernel, sharder: (
-        lambda q, k, v: jnp.sum(
-            jnp.sin(fused_attention(kernel, q, k, v, 6, sharder, interpret=True))
-        )
-    )
-    ours = jax.jit(jax.grad(total("splash", sharder), argnums=(0, 1, 2)))(q, k, v)
-    plain = jax.grad(total("xla", None), argnums=(0, 1, 2))(q, k, v)
+
+    def gradient(kernel, sharder):
+        def total(q, k, v):
+            return jnp.sum(jnp.sin(fused_attention(kernel, q, k, v, 6, sharder, interpret=True)))
+
+        return jax.grad(total, argnums=(0, 1, 2))
+
+    ours = jax.jit(gradient("splash", sharder))(q, k, v)
+    plain = gradient("xla", None)(q, k, v)
     for a, b in zip(ours, plain):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -71,10 +72,8 @@ def config_of(**changes):
 
 
 def test_when_a_fused_kernel_runs():
-    config, mixed = (
-        config_of(sliding_window=None),
-        dataclasses.replace(config_of(sliding_window=None), windows=(0, 64)),
-    )
+    config = config_of(sliding_window=None)
+    mixed = dataclasses.replace(config, windows=(0, 64))
     assert kernel_for("auto", config, jnp.bfloat16, 64, "cpu") == "xla"
     assert kernel_for("auto", config, jnp.bfloat16, SPLASH_FROM, "tpu") == "splash"
     assert kernel_for("auto", config, jnp.bfloat16, SPLASH_FROM - 1, "tpu") == "xla"
@@ -83,9 +82,8 @@ def test_when_a_fused_kernel_runs():
     assert kernel_for("auto", config, jnp.float32, 1024, "gpu") == "xla"
     assert kernel_for("xla", config, jnp.bfloat16, 1024, "gpu") == "xla"
     assert kernel_for("auto", mixed, jnp.bfloat16, 65, "gpu") == "xla"
-    assert (
-        kernel_for("auto", mixed, jnp.bfloat16, 64, "gpu") == "cudnn"
-    )  # no sequence reaches beyond the window
+    # No sequence reaches beyond the window.
+    assert kernel_for("auto", mixed, jnp.bfloat16, 64, "gpu") == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,10 @@ def test_decoder_on_a_gpu(window):
     config, sharder = config_of(sliding_window=window), sharder_of(1)
     params = param_table(config).init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, config.vocab_size)
-    run = lambda attention: Decoder(config, jnp.bfloat16, sharder, attention=attention).apply(
-        {"params": params}, tokens, jnp.arange(64)[None], jnp.ones((2, 64), bool)
-    )[0]
+    valid = jnp.ones((2, 64), bool)
+
+    def run(attention):
+        decoder = Decoder(config, jnp.bfloat16, sharder, attention=attention)
+        return decoder.apply({"params": params}, tokens, jnp.arange(64)[None], valid)[0]
+
     np.testing.assert_allclose(run("fused"), run("xla"), atol=0.05)

@@ -15,11 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="parity is measured against torch: pip install torch")
-
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.generate import decode as generate_tokens
@@ -29,6 +25,8 @@ from safepatch_jax.models.config import DecoderConfig, config_from_hf
 from safepatch_jax.models.decoder import Decoder, Past
 from safepatch_jax.models.table import param_table, unnest
 from tests.models.families import LLAMA3, hf_config, tiny_raw
+
+torch = pytest.importorskip("torch", reason="parity is measured against torch: pip install torch")
 
 TOLERANCE = 1e-5  # of the reference's largest magnitude
 LENGTH, WINDOW, VOCAB = 20, 5, 264
@@ -95,9 +93,8 @@ def logits_of(decoder, params, tokens_BT, positions_BT, valid_BT):
 
 def counted(tokens_BT):
     """Positions and validity of sequences without padding."""
-    return np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape), np.ones(
-        tokens_BT.shape, bool
-    )
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return positions_BT, np.ones(tokens_BT.shape, bool)
 
 
 def relative_error(ours, reference):
@@ -238,6 +235,8 @@ def test_rms_norm(pair):
 
 
 def test_rotary(pair):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
     config, rng = pair.config, np.random.default_rng(3)
     positions_BT = np.stack([np.arange(LENGTH), rng.integers(0, 8192, LENGTH)])
     q_BTNH = rng.normal(size=(2, LENGTH, config.num_heads, config.head_dim)).astype(np.float32)
@@ -410,12 +409,15 @@ def test_continuing_from_the_past(family_pair):
     """A past with an empty slot, and several new tokens at once."""
     pair, first = family_pair, LENGTH - 8
     (positions_BT, valid_BT), params = counted(TOKENS), {"params": family_pair.params}
-    part = lambda s: (TOKENS[:, s], positions_BT[:, s], valid_BT[:, s])
+
+    def part(s):
+        return TOKENS[:, s], positions_BT[:, s], valid_BT[:, s]
+
+    def slot(x, axis, fill):
+        return jnp.concatenate([x, jnp.full_like(x.take(np.array([0]), axis), fill)], axis)
+
     apply = jax.jit(pair.decoder.apply, static_argnames="keep_kv")
     _, (k, v) = apply(params, *part(slice(first)), keep_kv=True)
-    slot = lambda x, axis, fill: jnp.concatenate(
-        [x, jnp.full_like(x.take(np.array([0]), axis), fill)], axis
-    )
     past = Past(
         slot(k, 2, 3.0),
         slot(v, 2, 3.0),
@@ -429,16 +431,15 @@ def test_continuing_from_the_past(family_pair):
 def test_decode_equals_full_forward_and_hf_generate(pair):
     sizes, new = (LENGTH - 12, LENGTH - 8), 8
     batch = prompt_batch([TOKENS[b, :n].tolist() for b, n in enumerate(sizes)], max(sizes))
-    decode = lambda stop: np.asarray(
-        generate_tokens(
-            pair.decoder,
-            pair.params,
-            batch["tokens"],
-            batch["valid"],
-            jnp.array([stop]),
-            max_new=new,
+
+    def decode(stop):
+        stop_ids = jnp.array([stop])
+        return np.asarray(
+            generate_tokens(
+                pair.decoder, pair.params, batch["tokens"], batch["valid"], stop_ids, max_new=new
+            )
         )
-    )
+
     free = decode(-2)
     assert len(np.unique(free)) > 2, "the model repeats itself: the cache is not tested"
 
@@ -549,9 +550,8 @@ def test_bfloat16_norm_is_cast_where_torch_casts_it(family_pair):
             .float()
             .numpy()
         )
-    assert (
-        np.mean(np.asarray(ours_BTD, np.float32) == theirs_BTD) > 0.98
-    )  # rarely, float32 rounds across a boundary
+    # Rarely, float32 rounds across a boundary.
+    assert np.mean(np.asarray(ours_BTD, np.float32) == theirs_BTD) > 0.98
 
 
 def test_bfloat16_is_as_near_to_float32_as_in_torch(family_pair):
@@ -564,5 +564,8 @@ def test_bfloat16_is_as_near_to_float32_as_in_torch(family_pair):
     ours_BTV = logits_of(
         dataclasses.replace(pair.decoder, dtype=jnp.bfloat16), pair.params, TOKENS, *counted(TOKENS)
     )
-    distance = lambda x_BTV: np.sqrt(np.mean(np.square(x_BTV - pair.logits_BTV)))
+
+    def distance(x_BTV):
+        return np.sqrt(np.mean(np.square(x_BTV - pair.logits_BTV)))
+
     assert 0.5 * distance(theirs_BTV) < distance(ours_BTV) < 1.5 * distance(theirs_BTV)

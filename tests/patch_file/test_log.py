@@ -19,21 +19,20 @@ from safepatch_jax.patch_file.commands import (
     sizes,
     verify,
 )
-from safepatch_jax.patch_file.file import PatchFile, create
+from safepatch_jax.patch_file.create import create
+from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.log import (
     EXPORT,
-    FORMAT,
     LINKS,
-    LOG,
     PATCH,
     PatchLog,
     companion_hashes,
-    entry_id,
     folder_hash,
     label,
     patch_hash,
     plain,
 )
+from safepatch_jax.patch_file.log_lines import FORMAT, LOG, entry_id
 from safepatch_jax.runtime import files
 from safepatch_jax.testing import write_tiny_model
 
@@ -363,16 +362,17 @@ def test_a_log_from_elsewhere_replaces_no_folder(absolute, log, tmp_path):
     assert (precious / EXPORT / "thesis.txt").read_text() == "mine" and forged.live == [1, 2]
 
 
+def content(folder):
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+
+
 def test_the_starting_model_is_never_written_to(log, tmp_path):
-    content = lambda: {
-        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "start").iterdir()
-    }
-    before = content()
+    before = content(tmp_path / "start")
     for number in log.live:
         shutil.rmtree(log.folder(number))
     revert(log, 1)  # builds links 1 and 2 again, from the start
     revert(log, 2)
-    assert content() == before
+    assert content(tmp_path / "start") == before
     # Nor where a log says that it lies where a link's model does.
     rewrite(log, lambda entries: entries[0].update(folder=str(log.folder(1))))
     forged = PatchLog(log.workdir)

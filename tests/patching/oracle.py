@@ -7,6 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
+ROLES = ("se", "osm")
+
 
 def count(rate, size):
     """floor(rate * size) in the decimal digits of the rate."""
@@ -21,24 +23,25 @@ def largest(values, k):
     return (mask & (values.ravel() > 0)).reshape(values.shape)
 
 
-def top_set(score, rate):
-    return largest(score, count(rate, score.size))
+def top_set(importance, rate):
+    return largest(importance, count(rate, importance.size))
 
 
-def top_sets(scores, rate, granularity):
+def top_sets(importances, rate, granularity):
     """Masks of the top entries of a list of tensors: of each, of each row of each, or of all of
     them together."""
     if granularity == "matrix":
-        return [top_set(s, rate) for s in scores]
+        return [top_set(x, rate) for x in importances]
     if granularity == "row":
-        rows = [s.reshape(-1, s.shape[-1]) for s in scores]
-        return [
-            np.stack([top_set(row, rate) for row in r]).reshape(s.shape)
-            for r, s in zip(rows, scores)
-        ]
-    whole = top_set(np.concatenate([s.ravel() for s in scores]), rate)
-    parts = np.split(whole, np.cumsum([s.size for s in scores])[:-1])
-    return [part.reshape(s.shape) for part, s in zip(parts, scores)]
+        return [row_sets(x, rate) for x in importances]
+    whole = top_set(np.concatenate([x.ravel() for x in importances]), rate)
+    parts = np.split(whole, np.cumsum([x.size for x in importances])[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, importances)]
+
+
+def row_sets(importance, rate):
+    rows = importance.reshape(-1, importance.shape[-1])
+    return np.stack([top_set(row, rate) for row in rows]).reshape(importance.shape)
 
 
 def flushed(x):
@@ -46,7 +49,7 @@ def flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
-def patch_and_score(theta, derived, sensitivity, importance, key=None):
+def patch_and_importance(theta, derived, sensitivity, importance, key=None):
     derived = flushed(derived)
     patch = flushed(derived - flushed(theta.astype(np.float32)))
     if importance == "random":
@@ -149,48 +152,40 @@ def filled(key, sets, tops, patches, retention):
     return result
 
 
-def safepatched(tensors, patch, seed):
+def safepatched(tensors, patch, seed, rounding="nearest"):
     """Patch a list of HF tensors: dicts of name, theta, se, osm (derived models), sensitivity_se,
     sensitivity_osm.
 
     Returns (merged tensors, kept sets as (SE, OSM) pairs).
     """
-    pairs = [
-        [
-            patch_and_score(
-                t["theta"],
-                t[r],
-                t["sensitivity_" + r],
-                patch.importance,
-                key(seed, f"top_{r}", t["name"]),
+    tops, patches = [], []
+    for role, rate in (("se", patch.top_rate_se), ("osm", patch.top_rate_osm)):
+        deltas, importances = [], []
+        for t in tensors:
+            random = key(seed, f"top_{role}", t["name"])
+            sensitivity = t[f"sensitivity_{role}"]
+            delta, importance = patch_and_importance(
+                t["theta"], t[role], sensitivity, patch.importance, random
             )
-            for r in ("se", "osm")
-        ]
-        for t in tensors
-    ]
-    tops = zip(
-        *(
-            top_sets([pair[i][1] for pair in pairs], rate, patch.granularity)
-            for i, rate in enumerate((patch.top_rate_se, patch.top_rate_osm))
-        )
-    )
+            deltas.append(delta)
+            importances.append(importance)
+        patches.append(deltas)
+        tops.append(top_sets(importances, rate, patch.granularity))
     scale = 1 / patch.retention if patch.rescale else 1.0
     merged, kept = [], []
-    for t, pair, top in zip(tensors, pairs, tops):
+    for t, deltas, top in zip(tensors, zip(*patches), zip(*tops)):
         sets = candidates(*top, patch.combine)
         if patch.support == "fill":
-            own = filled(
-                key(seed, "fill", t["name"]), sets, top, [p for p, _ in pair], patch.retention
-            )
+            sets = filled(key(seed, "fill", t["name"]), sets, top, deltas, patch.retention)
         else:
-            own = [
-                s & retained(key(seed, r, t["name"]), s.shape, patch.retention)
-                for s, r in zip(sets, ("se", "osm"))
+            draws = [
+                retained(key(seed, r, t["name"]), sets[0].shape, patch.retention) for r in ROLES
             ]
-        merged.append(
-            merge(t["theta"], t["se"], t["osm"], *own, patch.alpha * scale, patch.beta * scale)[0]
-        )
-        kept.append(own)
+            sets = [mask & draw for mask, draw in zip(sets, draws)]
+        random = key(seed, "rounding", t["name"]) if rounding == "stochastic" else None
+        weights = patch.alpha * scale, patch.beta * scale
+        merged.append(merge(t["theta"], t["se"], t["osm"], *sets, *weights, random)[0])
+        kept.append(sets)
     return merged, kept
 
 
@@ -208,7 +203,8 @@ def baseline(tensor, patch, seed):
     if patch.merge == "resta":
         return [0 * theta, patch.beta * (theta - osm) * drop[1]]
     if patch.merge == "ties":
-        tau = [t * top_set(np.abs(d - theta), patch.density) for t, d in zip(tau, (se, osm))]
+        trimmed = [top_set(np.abs(model - theta), patch.density) for model in (se, osm)]
+        tau = [t * mask for t, mask in zip(tau, trimmed)]
     else:
         tau = [t * d for t, d in zip(tau, drop)]
     if patch.merge == "dare":

@@ -1,15 +1,16 @@
 """The patch operation piece by piece from files gives the bits and the statistics of the one on a
 mesh."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from safepatch_jax.models.table import Param
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.methods import MERGE_METHODS
 from safepatch_jax.patching.out_of_core import Merger, Source
-from safepatch_jax.patching.tensor import UNSCORED
-from safepatch_jax.settings import PatchSettings
-from tests.patching.test_merge import SEED, run
-from tests.patching.test_options import ODD, as_trees, draw_tensor
+from safepatch_jax.patching.settings import PatchSettings
+from tests.patching.cases import ODD, SEED, as_trees, draw, label, matrices, run
 
 ROWS = (
     ODD[0],
@@ -18,28 +19,25 @@ ROWS = (
 )
 KINDS = ("equal", "huge", "ties", "plain", "ties")
 SAFEPATCHING = [
-    dict(),
-    dict(granularity="row"),
-    dict(granularity="global"),
-    dict(importance="weight", combine="union"),
-    dict(support="fill", retention=0.6),
-    dict(granularity="row", support="fill", retention=0.6, combine="intersection"),
-    dict(granularity="global", support="fill", retention=0.5),
-    dict(top_rate_se=0.0),
-    dict(top_rate_se=1.0, rescale=True),
-    dict(importance="random"),
-    dict(importance="random", granularity="row"),
-    dict(importance="random", granularity="global"),
-    dict(importance="magnitude"),
-]
-BASELINES = [
-    dict(merge=m) for m in ("average", "task_arithmetic", "ties", "dare", "dare_ties", "resta")
+    {},
+    {"granularity": "row"},
+    {"granularity": "global"},
+    {"importance": "weight", "combine": "union"},
+    {"support": "fill", "retention": 0.6},
+    {"granularity": "row", "support": "fill", "retention": 0.6, "combine": "intersection"},
+    {"granularity": "global", "support": "fill", "retention": 0.5},
+    {"top_rate_se": 0.0},
+    {"top_rate_se": 1.0, "rescale": True},
+    {"importance": "random"},
+    {"importance": "random", "granularity": "row"},
+    {"importance": "random", "granularity": "global"},
+    {"importance": "magnitude"},
 ]
 SETTINGS = [
     *SAFEPATCHING,
-    *BASELINES,
-    dict(merge="ties", granularity="row"),
-    dict(merge="ties", granularity="global"),
+    *({"merge": name} for name in MERGE_METHODS if name != "safepatching"),
+    {"merge": "ties", "granularity": "row"},
+    {"merge": "ties", "granularity": "global"},
 ]
 
 
@@ -54,50 +52,33 @@ class InMemory:
         return out
 
 
-def tensors(dtype):
-    rng = np.random.default_rng(3)
-    names = [(row, name) for row in ROWS for name in row.hf_names]
-    found = [
-        draw_tensor(kind, row.hf_shape, rng) | {"name": name}
-        for (row, name), kind in zip(names, KINDS)
-    ]
-    return [t | {"theta": t["theta"].astype(dtype)} for t in found]
+def sources(tensors, patch):
+    roles = PATCH_ROLES if patch.needs_sensitivity else ()
+    result = []
+    for tensor in tensors:
+        derived = {role: InMemory(tensor[role]) for role in PATCH_ROLES}
+        sensitivity = {role: InMemory(tensor[f"sensitivity_{role}"]) for role in roles}
+        result.append(Source(tensor["name"], InMemory(tensor["theta"]), derived, sensitivity))
+    return result
 
 
-def merged(own, patch, piece, dtype="keep", rounding="nearest"):
-    scored = ("se", "osm") if patch.importance not in UNSCORED else ()
-    sources = [
-        Source(
-            t["name"],
-            InMemory(t["theta"]),
-            {r: InMemory(t[r]) for r in ("se", "osm")},
-            {r: InMemory(t["sensitivity_" + r]) for r in scored},
-        )
-        for t in own
-    ]
-    merger = Merger(sources, patch, SEED, dtype, rounding, piece=piece)
-    return [np.concatenate(list(merger.parts(t["name"]))) for t in own], merger.statistics
-
-
-def check(own, patch, piece, **cast):
-    expected, statistics = run(*as_trees(own, ROWS), patch, rows=ROWS, **cast)
-    expected = [matrix for row in ROWS for matrix in row.as_matrices(expected[row.path])]
-    ours, found = merged(own, patch, piece, **cast)
-    for t, a, b in zip(own, ours, expected):
-        assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), t["name"]
-    assert found == statistics
-
-
-@pytest.mark.parametrize(
-    "options", SETTINGS, ids=lambda o: "-".join(f"{v}" for v in o.values()) or "default"
-)
-def test_bits_and_statistics_are_those_of_the_mesh(options):
-    piece = 1 << 18 if not options else 64
-    check(
-        tensors(np.float32),
-        PatchSettings(**{"top_rate_se": 0.3, "top_rate_osm": 0.45, "density": 0.4} | options),
-        piece,
+def check(tensors, patch, piece, dtype="keep", rounding="nearest"):
+    merged, statistics = run(
+        *as_trees(tensors, ROWS), patch, rows=ROWS, dtype=dtype, rounding=rounding
     )
+    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, piece=piece)
+    for tensor, expected in zip(tensors, matrices(merged, ROWS)):
+        ours = np.concatenate(list(merger.parts(tensor["name"])))
+        assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
+    assert merger.statistics == statistics
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=label)
+def test_bits_and_statistics_are_those_of_the_mesh(options):
+    piece = 64 if options else 1 << 18
+    defaults = {"top_rate_se": 0.3, "top_rate_osm": 0.45, "density": 0.4}
+    tensors = draw(np.random.default_rng(3), KINDS, ROWS)
+    check(tensors, PatchSettings(**defaults | options), piece)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -105,17 +86,13 @@ def test_bits_and_statistics_are_those_of_the_mesh(options):
     "stored, dtype", [("bfloat16", "keep"), ("float32", "bfloat16"), ("float32", "float16")]
 )
 def test_casts_are_those_of_the_mesh(stored, dtype, rounding):
-    own = [t for t in tensors(np.float32)]
-    if dtype == "float16":  # the other kinds lie beyond its range
-        own = [t | {n: np.clip(t[n], -10, 10) for n in ("theta", "se", "osm")} for t in own]
-    if stored == "bfloat16":
-        import ml_dtypes
-
-        own = [t | {"theta": t["theta"].astype(ml_dtypes.bfloat16)} for t in own]
-    check(
-        own,
-        PatchSettings(top_rate_se=0.5, top_rate_osm=0.5, alpha=0.01),
-        64,
-        dtype=dtype,
-        rounding=rounding,
-    )
+    tensors = draw(np.random.default_rng(3), KINDS, ROWS)
+    for tensor in tensors:
+        if dtype == "float16":  # the other kinds lie beyond its range
+            for name in ("theta", *PATCH_ROLES):
+                tensor[name] = np.clip(tensor[name], -10, 10)
+        tensor["theta"] = tensor["theta"].astype(
+            ml_dtypes.bfloat16 if stored == "bfloat16" else stored
+        )
+    patch = PatchSettings(top_rate_se=0.5, top_rate_osm=0.5, alpha=0.01)
+    check(tensors, patch, 64, dtype, rounding)

@@ -8,33 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, count_at_least, patch_matrices
-from safepatch_jax.patching.selection import ROLES
-from safepatch_jax.patching.tensor import Knobs, Method
-from safepatch_jax.settings import PatchSettings
+from safepatch_jax.patching.options import Knobs, program_options
+from safepatch_jax.patching.settings import PatchSettings
 from tests.conftest import sharder_of
+from tests.patching.cases import label
 
 OUT, IN, DEVICES = 128, 256, 8
 MATRIX = OUT * IN * 4 // DEVICES  # bytes of one HF matrix in float32 on each device
 MOVES = re.compile(
-    r"= (\(?[a-z0-9]+\[[^=]*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|sort|gather)"
+    r"= (\(?[a-z0-9]+\[[^=]*?) "
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|sort|gather)"
     r"(?:-start)?\("
 )
 
 
 def arguments(layers, dtype=jnp.float32):
     sharding = sharder_of(DEVICES, tensor=2).sharding(("layers", "mlp", "embed"))
-    array = lambda dtype: jax.ShapeDtypeStruct((layers, OUT, IN), dtype, sharding=sharding)
-    both = lambda x: dict.fromkeys(ROLES, x)
+    theta, float32 = (
+        jax.ShapeDtypeStruct((layers, OUT, IN), x, sharding=sharding) for x in (dtype, jnp.float32)
+    )
+    models = dict.fromkeys(PATCH_ROLES, float32)
     keys = dict.fromkeys(KEYED, jax.ShapeDtypeStruct((layers, 2), jnp.uint32))
-    counts = both(jax.ShapeDtypeStruct((layers,), jnp.int32))
-    return (
-        array(dtype),
-        both(array(jnp.float32)),
-        both(array(jnp.float32)),
-        keys,
-        counts,
-    ), sharding
+    counts = dict.fromkeys(PATCH_ROLES, jax.ShapeDtypeStruct((layers,), jnp.int32))
+    return (theta, models, models, keys, counts), sharding
 
 
 def compiled(options, layers=4, dtype=jnp.float32):
@@ -43,7 +41,7 @@ def compiled(options, layers=4, dtype=jnp.float32):
     lowered = patch_matrices.lower(
         *arrays,
         Knobs.of(patch, OUT * IN).traced(),
-        method=Method.of(patch),
+        options=program_options(patch),
         shape=(layers, OUT, IN),
         dtype=str(jnp.dtype(dtype)),
         sharding=sharding,
@@ -53,37 +51,35 @@ def compiled(options, layers=4, dtype=jnp.float32):
 
 def moved(program):
     """{operation: largest number of entries that one such operation moves}."""
-    sizes = lambda shapes: (
-        dims.split(",") if dims else [] for dims in re.findall(r"\[([\d,]*)\]", shapes)
-    )
-    entries = lambda shapes: sum(math.prod(map(int, dims)) for dims in sizes(shapes))
-    found = {}
+    largest = {}
     for shapes, name in MOVES.findall(program.as_text()):
-        found[name] = max(found.get(name, 0), entries(shapes))
-    return found
+        entries = 0
+        for dims in re.findall(r"\[([\d,]*)\]", shapes):
+            entries += math.prod(map(int, filter(None, dims.split(","))))
+        largest[name] = max(largest.get(name, 0), entries)
+    return largest
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        dict(),
-        dict(granularity="row"),
-        dict(support="fill"),
-        dict(importance="random"),
-        dict(merge="ties"),
-        dict(merge="dare_ties"),
+        {},
+        {"granularity": "row"},
+        {"support": "fill"},
+        {"importance": "random"},
+        {"merge": "ties"},
+        {"merge": "dare_ties"},
     ],
-    ids=lambda o: "-".join(o.values()) or "default",
+    ids=label,
 )
 def test_only_counts_cross_devices(options):
-    most = (
-        4 * OUT if options.get("granularity") == "row" else 32
-    )  # a few counts for each row, or a few numbers
-    found = moved(compiled(options))
-    assert max(found.values()) <= most, found
+    # A few counts for each row, or a few numbers.
+    most = 4 * OUT if options.get("granularity") == "row" else 32
+    largest = moved(compiled(options))
+    assert max(largest.values()) <= most, largest
     # Counts taken several at a time, as on CPU alone, are gathered and added up; on TPU there is no
     # gather (tests/planning).
-    assert set(found) <= {"all-reduce", "all-gather"}, found
+    assert set(largest) <= {"all-reduce", "all-gather"}, largest
 
 
 @pytest.mark.parametrize("kind", ["delta", "random"])
@@ -111,7 +107,7 @@ def test_the_pattern_finds_what_must_not_be_there():
     assert "sort" in moved(jax.jit(lambda x: jnp.sort(x, axis=0)).lower(theta).compile())
 
 
-@pytest.mark.parametrize("options", [dict(), dict(support="fill")], ids=["sequential", "fill"])
+@pytest.mark.parametrize("options", [{}, {"support": "fill"}], ids=["sequential", "fill"])
 def test_memory_is_that_of_some_layers_however_many_there_are(options):
     """The result takes the backbone's buffer. Temporaries are about 20 matrices on CPU, which fuses
     little, so less than

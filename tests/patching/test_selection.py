@@ -1,5 +1,7 @@
 """Top sets, their combination and random retention, against the NumPy oracle and by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +11,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from safepatch_jax.numerics import bernoulli, random_bits, tensor_keys
-from safepatch_jax.patching.selection import combine_sets, share_out, top_count, top_mask
+from safepatch_jax.patching.methods import combine_sets
+from safepatch_jax.patching.selection import share_out, top_count, top_mask
 from tests.patching import oracle
 
 SELECT = jax.jit(top_mask)
 
 
 def test_hand_made_matrix_with_ties():
-    score_se = np.array([[9, 5, 5, 5], [0, 0, 1, 5], [5, 2, 2, 2], [0, 0, 0, 8]], np.float32)
-    score_osm = np.array([[9, 0, 0, 0], [0, 0, 7, 7], [0, 0, 0, 0], [3, 0, 0, 0]], np.float32)
+    importance_se = np.array([[9, 5, 5, 5], [0, 0, 1, 5], [5, 2, 2, 2], [0, 0, 0, 8]], np.float32)
+    importance_osm = np.array([[9, 0, 0, 0], [0, 0, 7, 7], [0, 0, 0, 0], [3, 0, 0, 0]], np.float32)
     se = np.asarray(
-        SELECT(score_se, top_count(0.25, 16))
+        SELECT(importance_se, top_count(0.25, 16))
     )  # 4 of 16: 9, 8, then the first two of the five 5s
-    osm = np.asarray(SELECT(score_osm, top_count(0.5, 16)))  # 8 of 16, but only 4 are positive
+    osm = np.asarray(SELECT(importance_osm, top_count(0.5, 16)))  # 8 of 16, but only 4 are positive
     assert sorted(zip(*np.nonzero(se))) == [(0, 0), (0, 1), (0, 2), (3, 3)]
     assert sorted(zip(*np.nonzero(osm))) == [(0, 0), (1, 2), (1, 3), (3, 0)]
     d_se, d_osm = combine_sets(se, osm, "difference")
@@ -43,13 +46,13 @@ values = st.one_of(
     hnp.arrays(np.float32, st.sampled_from([(1, 7), (7, 1), (1, 1), (5, 6)]), elements=values),
     st.floats(0, 1).map(lambda r: round(r, 3)),
 )
-def test_matches_stable_sort(score, rate):
-    mask = np.asarray(SELECT(score, top_count(rate, score.size)))
-    np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
+def test_matches_stable_sort(importance, rate):
+    mask = np.asarray(SELECT(importance, top_count(rate, importance.size)))
+    np.testing.assert_array_equal(mask, oracle.top_set(importance, rate))
 
 
 @pytest.mark.parametrize(
-    "score",
+    "importance",
     [
         np.zeros((5, 3)),
         np.ones((4, 6)),
@@ -59,18 +62,18 @@ def test_matches_stable_sort(score, rate):
     ],
 )
 @pytest.mark.parametrize("rate", [0.0, 0.34, 1.0])
-def test_edge_matrices(score, rate):
-    score = score.astype(np.float32)
-    mask = np.asarray(SELECT(score, top_count(rate, score.size)))
-    np.testing.assert_array_equal(mask, oracle.top_set(score, rate))
+def test_edge_matrices(importance, rate):
+    importance = importance.astype(np.float32)
+    mask = np.asarray(SELECT(importance, top_count(rate, importance.size)))
+    np.testing.assert_array_equal(mask, oracle.top_set(importance, rate))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.34, 1.0])
 def test_rows_are_groups_of_their_own(rate):
-    score = np.random.default_rng(0).integers(0, 4, (6, 9)).astype(np.float32)
-    score[2], score[3] = 0, 1e-45
-    mask = np.asarray(jax.jit(top_mask, static_argnums=2)(score, top_count(rate, 9), (-1,)))
-    np.testing.assert_array_equal(mask, oracle.top_sets([score], rate, "row")[0])
+    importance = np.random.default_rng(0).integers(0, 4, (6, 9)).astype(np.float32)
+    importance[2], importance[3] = 0, 1e-45
+    mask = np.asarray(jax.jit(top_mask, static_argnums=2)(importance, top_count(rate, 9), (-1,)))
+    np.testing.assert_array_equal(mask, oracle.top_sets([importance], rate, "row")[0])
 
 
 @settings(deadline=None, max_examples=100)
@@ -80,14 +83,16 @@ def test_rows_are_groups_of_their_own(rate):
     ),
     st.floats(0, 1).map(lambda r: round(r, 3)),
 )
-def test_shares_of_a_global_top_set(scores, rate):
-    count_at = lambda threshold: [int((s.view(np.int32) >= threshold).sum()) for s in scores]
-    shares = share_out(count_at, top_count(rate, sum(s.size for s in scores)))
-    assert shares == [m.sum() for m in oracle.top_sets(scores, rate, "global")]
+def test_shares_of_a_global_top_set(importances, rate):
+    def count_at(threshold):
+        return [int((x.view(np.int32) >= threshold).sum()) for x in importances]
+
+    shares = share_out(count_at, top_count(rate, sum(x.size for x in importances)))
+    assert shares == [mask.sum() for mask in oracle.top_sets(importances, rate, "global")]
 
 
 def test_shares_above_two_to_the_31():
-    """Three tensors of 3 G equal scores each: the first whole, a part of the second."""
+    """Three tensors of 3 G equal importances each: the first whole, a part of the second."""
     size = 3 * 10**9
     assert share_out(lambda threshold: [size * (threshold <= 7)] * 3, 5 * 10**9) == [
         size,
@@ -120,8 +125,10 @@ def test_retention_matches_threefry_oracle_and_binomial_bounds():
 
 def test_keys_depend_on_seed_role_and_name():
     names = ("a", "b")
-    keys = [tensor_keys(seed, role, names) for seed in (0, 1) for role in ("se", "osm")]
-    assert len({row.tobytes() for k in keys for row in k}) == 8
+    keys = set()
+    for seed, role in itertools.product((0, 1), ("se", "osm")):
+        keys |= {row.tobytes() for row in tensor_keys(seed, role, names)}
+    assert len(keys) == 8
 
 
 def test_unknown_combination():

@@ -3,9 +3,9 @@
 import ml_dtypes
 import numpy as np
 
+from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import STEPS, combine_statistics, totals
-from safepatch_jax.settings import PatchSettings
-from tests.patching.test_merge import ROWS, inputs, run
+from tests.patching.cases import ROWS, inputs, run
 
 ROW = ROWS[0]
 

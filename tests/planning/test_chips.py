@@ -1,6 +1,7 @@
 """The table of chips, and mistakes in naming a topology."""
 
 import importlib.util
+import itertools
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ from tests.conftest import sharder_of
 
 
 def test_the_table_is_plausible():
-    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    kinds = list(itertools.chain.from_iterable(chip.kinds for chip in CHIPS.values()))
     assert len(kinds) == len(set(kinds))
     for chip in CHIPS.values():
         assert 10 * GIB < chip.hbm < 200 * GIB and 1e14 < chip.flops < 1e15
@@ -38,11 +39,8 @@ def test_the_compiler_is_asked_for_by_name(monkeypatch):
 def test_devices_at_hand():
     sharder = sharder_of(8, tensor=2)
     target = present(sharder)
-    assert (
-        target.title == f"8 x {jax.devices()[0].device_kind}"
-        and target.chip is None
-        and target.memory is None
-    )
+    assert target.title == f"8 x {jax.devices()[0].device_kind}"
+    assert target.chip is None and target.memory is None
     assert dict(target.sharder("tensor:4,fsdp:2").mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
     assert present(sharder, CHIPS["h100"]).memory == CHIPS["h100"].hbm
     assert target.slices == 1

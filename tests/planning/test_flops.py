@@ -123,10 +123,8 @@ def test_a_scan_counts_as_xla_counts_it_unrolled():
 
 
 def test_a_train_step_is_three_forward_passes_and_remat_adds_most_of_one():
-    config, sharder = (
-        config_from_hf(tiny_config(num_hidden_layers=3, tie_word_embeddings=False)),
-        sharder_of(1),
-    )
+    config = config_from_hf(tiny_config(num_hidden_layers=3, tie_word_embeddings=False))
+    sharder = sharder_of(1)
     table, batch, length, answers = param_table(config), 4, 24, 8
     weights = sum(
         row.num_layers * row.hf_shape[0] * row.hf_shape[1] for row in table.scope("block_linear")
@@ -134,11 +132,10 @@ def test_a_train_step_is_three_forward_passes_and_remat_adds_most_of_one():
     attention = config.num_layers * 2 * length * length * config.num_heads * config.head_dim
     blocks = 2 * batch * (length * weights + attention)
     head = 2 * batch * answers * config.vocab_size * config.embed_dim
-    found = {}
+    counts = {}
     for remat in ("none", "dots", "full"):
         trainer = Trainer(Decoder(config, jnp.float32, sharder, remat=remat), table, sharder)
-        found[remat] = count_flops(
-            trainer.trace(abstract_batch(batch, (length, answers), sharder)).jaxpr
-        )
-    assert found["none"] == 3 * (blocks + head)
-    assert found["none"] < found["dots"] < found["full"] <= found["none"] + blocks
+        traced = trainer.trace(abstract_batch(batch, (length, answers), sharder))
+        counts[remat] = count_flops(traced.jaxpr)
+    assert counts["none"] == 3 * (blocks + head)
+    assert counts["none"] < counts["dots"] < counts["full"] <= counts["none"] + blocks

@@ -1,7 +1,8 @@
-"""Figures of a run's programs on simulated devices, refusals, the search for settings, and how all
-that is said."""
+"""Figures of a run's programs on simulated devices, refusals, the search for settings, and the
+report."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -24,7 +25,7 @@ from safepatch_jax.planning.programs import (
 )
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.planning.search import Planner, as_flags, ladder, meshes
-from safepatch_jax.planning.work import Collective, Work
+from safepatch_jax.planning.work import Collective, ProgramWork
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
@@ -68,55 +69,41 @@ def test_every_program_is_measured(measured):
         "decode",
     ]
     for title, f in measured.items():
-        assert (
-            f.fits
-            and f.peak >= f.arguments + f.resident
-            and f.seconds > 0
-            and not f.work.unknown_loops
-        ), title
-        assert (f.flops > 0) == (f.kind != "patch") and set(f.floor) == {
-            "compute",
-            "memory",
-            "links",
-        }
+        assert f.fits and f.peak >= f.arguments + f.resident and f.seconds > 0, title
+        assert not f.work.unknown_loops, title
+        assert (f.flops > 0) == (f.kind != "patch")
+        assert set(f.floor) == {"compute", "memory", "links"}
         json.dumps(f.to_dict())
         if f.kind == "patch":
             # Counts alone: on CPU some of them are gathered and added up
             # (tests/planning/test_tpu.py has no gather).
-            assert (
-                set(f.work.by_kind()) <= {"all-reduce", "all-gather"}
-                and f.work.sent() < 2**16
-                and not f.work.sorts
-            )
+            assert set(f.work.by_kind()) <= {"all-reduce", "all-gather"}
+            assert f.work.sent() < 2**16 and not f.work.sorts
 
 
 def test_arguments_are_what_the_table_says(measured):
     sharder, table = sharder_of(8, tensor=2), param_table(CONFIG)
-    params, scope = (
-        device_bytes(table, sharder, "float32"),
-        device_bytes(table.scope("block_linear"), sharder, "float32"),
-    )
-    close = lambda n: pytest.approx(n, abs=4096)  # batches and scalars
+    params = device_bytes(table, sharder, "float32")
+    scope = device_bytes(table.scope("block_linear"), sharder, "float32")
+    close = functools.partial(pytest.approx, abs=4096)  # batches and scalars
     assert measured["train"].arguments == close(3 * params)
     assert measured["score"].arguments == close(params + scope)
     assert measured["decode"].arguments == close(params)
     assert measured["train"].resident == 0
     for title, path in (("patch q k v", "layers/attention/q"), ("patch down", "layers/mlp/down")):
-        weight = device_bytes(
-            [table[path]], sharder, "float32"
-        )  # of two models, with two sensitivities
-        assert measured[title].arguments + measured[title].resident == close(
-            params // 2 + 4 * weight
-        )
+        # Of two models, with two sensitivities.
+        weight = device_bytes([table[path]], sharder, "float32")
+        total = measured[title].arguments + measured[title].resident
+        assert total == close(params // 2 + 4 * weight)
 
 
 def test_a_result_in_another_dtype_takes_its_own_room():
     sharder, scope = sharder_of(8, tensor=2), param_table(CONFIG).scope("block_linear")
-    own, other = (
+    same, other = (
         resident_bytes(SETTINGS.override({"export.dtype": dtype}), CONFIG, sharder, scope[:1])
         for dtype in ("keep", "float32")
     )
-    assert other - own == device_bytes(scope[1:], sharder, "float32")
+    assert other - same == device_bytes(scope[1:], sharder, "float32")
 
 
 def test_global_top_sets_need_all_patches_and_scores_at_once():
@@ -172,13 +159,12 @@ def test_mistakes_are_named():
     [
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (57.74G) exceeds available"
-            " HBM (15.75G).",
+            "temporaries (57.74G) exceeds available HBM (15.75G).",
             int(57.74 * GIB),
         ),
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.23G of 15.75G "
-            "hbm. Exceeded hbm capacity by 1.48G.",
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.23G of 15.75G hbm. "
+            "Exceeded hbm capacity by 1.48G.",
             int(17.23 * GIB),
         ),
         ("RESOURCE_EXHAUSTED: hbm is full", 0),
@@ -213,8 +199,7 @@ def test_a_refused_program_does_not_fit_and_other_errors_say_where():
         "",
         lambda: _Refuses(
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (57.74G) exceeds available"
-            " HBM (15.75G)."
+            "temporaries (57.74G) exceeds available HBM (15.75G)."
         ),
         resident=GIB,
     )
@@ -233,7 +218,7 @@ def test_a_refused_program_does_not_fit_and_other_errors_say_where():
 def test_roofline():
     chip = CHIPS["v5e"]
     gather, reduce = Collective("all-gather", 10**9, 2), Collective("all-reduce", 10**9, 4, count=3)
-    work = Work((gather, reduce), traffic=819 * 10**9, flops=197 * 10**12)
+    work = ProgramWork((gather, reduce), traffic=819 * 10**9, flops=197 * 10**12)
     assert least_times(work, 2 * 197e12, chip) == pytest.approx(
         {"compute": 2, "memory": 1, "links": 5.5e9 / 200e9}
     )
@@ -254,21 +239,19 @@ def test_figures_for_the_devices_at_hand():
         "patch down",
         "decode",
     ]
-    assert "how much these devices have is not known" in lines[-1] and not any(
-        "floor" in line for line in lines
-    )
+    assert "how much these devices have is not known" in lines[-1]
+    assert not any("floor" in line for line in lines)
     assert any(line.startswith("  train: ") and "all-gather" in line for line in lines)
     (quick,) = report.figures(SETTINGS, CONFIG, sharder_of(8, tensor=2), compiled=False)
     assert quick.startswith("A train step takes about ")
 
 
-# -- looking for settings
-# ----------------------------------------------------------------------------------------------
-
-
 def test_ladders():
     settings = SETTINGS.override({"derive.batch_size": 16, "evaluate.batch_size": 16})
-    flags = lambda kind: [as_flags(changes) for changes in ladder(kind, settings, 4)]
+
+    def flags(kind):
+        return [as_flags(changes) for changes in ladder(kind, settings, 4)]
+
     full = "--model.remat=full"
     assert flags("train") == [
         "--model.remat=dots",
@@ -293,25 +276,21 @@ class _Pretended(Planner):
 
     def __init__(self, rule, memory):
         super().__init__(CONFIG, Target("8 x nothing", tuple(jax.devices()), CHIPS["v5e"], memory))
-        self.asked = []
+        self.kinds = []
         self._rule = rule
 
     def _measure(self, settings, kind):
-        self.asked.append(
-            (
-                kind,
-                settings.mesh.shape,
-                settings.model.remat,
-                settings.derive.accumulate,
-                settings.derive.optimizer,
-            )
-        )
-        needs, seconds = self._rule(kind, settings)
-        return (
-            Figures(
-                kind, kind, self._target.memory, 0.1, 1, 0, peak=needs, floor={"compute": seconds}
-            ),
-        )
+        self.kinds.append(kind)
+        peak, seconds = self._rule(kind, settings)
+        floor = {"compute": seconds}
+        return (Figures(kind, kind, self._target.memory, 0.1, 1, 0, peak=peak, floor=floor),)
+
+
+def rule_of_two(kind, settings):
+    """Too much for a whole batch of training, and for more than 8 sequences of decoding."""
+    if kind == "train":
+        return 9 if settings.derive.accumulate < 2 else 1
+    return 9 if kind == "decode" and settings.evaluate.batch_size > 8 else 1
 
 
 @pytest.mark.parametrize(
@@ -322,13 +301,7 @@ class _Pretended(Planner):
             "--model.remat=dots",
         ),
         (
-            lambda kind, s: (
-                9
-                if kind == "train" and s.derive.accumulate < 2
-                else 9
-                if kind == "decode" and s.evaluate.batch_size > 8
-                else 1
-            ),
+            rule_of_two,
             "--model.remat=full --derive.accumulate=2 --evaluate.batch_size=8",
         ),
         (
@@ -347,45 +320,35 @@ def test_the_nearest_settings_that_fit(rule, flags):
         {"derive.batch_size": 16, "evaluate.batch_size": 16, "mesh.shape": "fsdp:4,tensor:2"}
     )
     planner = _Pretended(lambda kind, s: (rule(kind, s) * GIB, 1.0), 8 * GIB)
-    found = planner.remedy(settings)
-    assert (found and as_flags(found.changes)) == flags
-    lines = report.remedy_lines(found, settings, CONFIG, planner._target, sharder_of(8, tensor=2))
-    if found:
-        assert lines[0] == f"Nearest setting that fits: {flags}" and {
-            f.kind for f in found.figures
-        } == set(PROGRAMS)
+    fit = planner.remedy(settings)
+    assert (fit and as_flags(fit.changes)) == flags
+    lines = report.remedy_lines(fit, settings, CONFIG, planner._target, sharder_of(8, tensor=2))
+    if fit:
+        assert lines[0] == f"Nearest setting that fits: {flags}"
+        assert {f.kind for f in fit.figures} == set(PROGRAMS)
     else:
         assert lines[0].startswith("No setting of remat, micro-batches")
 
 
-def test_a_program_is_compiled_again_only_for_settings_that_it_depends_on():
+@pytest.mark.parametrize(
+    "name, value, kinds",
+    [
+        ("derive.accumulate", 2, ["train"]),
+        ("model.remat", "full", ["train", "score"]),
+        ("evaluate.batch_size", 4, ["decode"]),
+        ("patch.alpha", 2.0, ["score", "patch"]),
+    ],
+)
+def test_a_program_is_compiled_again_only_for_settings_that_it_depends_on(name, value, kinds):
     planner = _Pretended(lambda kind, s: (1, 1.0), 8 * GIB)
-    for name, value in {
-        "derive.accumulate": 2,
-        "model.remat": "full",
-        "evaluate.batch_size": 4,
-        "patch.alpha": 2.0,
-    }.items():
-        planner.asked.clear()
-        planner.all(SETTINGS)
-        planner.all(SETTINGS.override({name: value}))
-        again = [kind for kind, *_ in planner.asked[4 if name == "derive.accumulate" else 0 :]]
-        assert (
-            again
-            == {
-                "derive.accumulate": ["train"],
-                "model.remat": ["train", "score"],
-                "evaluate.batch_size": ["decode"],
-                "patch.alpha": ["score", "patch"],
-            }[name]
-        )
+    planner.all(SETTINGS)
+    planner.all(SETTINGS.override({name: value}))
+    assert planner.kinds == [*PROGRAMS, *kinds]
 
 
 def test_what_cannot_fit_is_not_compiled():
     planner = _Pretended(lambda kind, s: (1, 1.0), memory=1000)
-    assert planner.remedy(SETTINGS) is None and not [
-        kind for kind, *_ in planner.asked if kind == "train"
-    ]
+    assert planner.remedy(SETTINGS) is None and "train" not in planner.kinds
     lines = report.remedy_lines(None, SETTINGS, CONFIG, planner._target, sharder_of(8))
     assert "chips or more are needed" in lines[0]
 
@@ -393,38 +356,28 @@ def test_what_cannot_fit_is_not_compiled():
 def test_suggestions_are_the_shortest_steps_that_fit():
     def rule(kind, settings):
         tensor = int(settings.mesh.shape.split("tensor:")[1]) if kind == "train" else 1
-        return (9 if kind == "train" and settings.model.remat == "none" else 1) * GIB, {
-            1: 3.0,
-            2: 1.0,
-            4: 2.0,
-        }[tensor]
+        peak = 9 if kind == "train" and settings.model.remat == "none" else 1
+        return peak * GIB, {1: 3.0, 2: 1.0, 4: 2.0}[tensor]
 
     planner = _Pretended(rule, 8 * GIB)
-    compiled, found = planner.suggest(SETTINGS, most=20)
+    compiled, fit = planner.suggest(SETTINGS, most=20)
     assert len(compiled) == 9 and [f.fits for _, f in compiled] == [True] * 6 + [False] * 3
-    assert found.changes["mesh.shape"] == "data:1,fsdp:4,tensor:2" and found.changes[
-        "model.remat"
-    ] in ("dots", "full")
-    lines = report.suggestion_lines(compiled, found)
-    assert lines[2].startswith("data:1,fsdp:4,tensor:2") and any(
-        line.startswith("Best: --mesh=") for line in lines
-    )
+    assert fit.changes["mesh.shape"] == "data:1,fsdp:4,tensor:2"
+    assert fit.changes["model.remat"] in ("dots", "full")
+    lines = report.suggestion_lines(compiled, fit)
+    assert lines[2].startswith("data:1,fsdp:4,tensor:2")
+    assert any(line.startswith("Best: --mesh=") for line in lines)
 
 
 def test_screening_follows_settings():
     sharder = sharder_of(8, tensor=2)
-    screen = lambda **changes: screen_train(
-        SETTINGS.override({k.replace("_", ".", 1): v for k, v in changes.items()}),
-        CONFIG,
-        sharder,
-        (512, 8),
-        CHIPS["v5e"],
-        10**12,
-    )
-    base = screen(derive_batch_size=32)
-    assert screen(derive_batch_size=32, model_remat="dots").memory < base.memory
-    assert screen(derive_batch_size=32, derive_accumulate=4).memory < base.memory
-    assert (
-        screen(derive_batch_size=32, derive_optimizer="adafactor").arguments == base.arguments // 3
-    )
+
+    def screen(**changes):
+        settings = SETTINGS.override({"derive.batch_size": 32} | changes)
+        return screen_train(settings, CONFIG, sharder, (512, 8), CHIPS["v5e"], 10**12)
+
+    base = screen()
+    assert screen(**{"model.remat": "dots"}).memory < base.memory
+    assert screen(**{"derive.accumulate": 4}).memory < base.memory
+    assert screen(**{"derive.optimizer": "adafactor"}).arguments == base.arguments // 3
     assert base.least < base.memory and base.seconds > 0

@@ -67,7 +67,10 @@ def test_every_generation_has_a_compiler_and_the_memory_of_the_table(text, chips
     target = topology(text)
     sharder = target.sharder("fsdp:-1")
     assert len(target.devices) == chips and target.devices[0].device_kind in target.chip.kinds
-    array = lambda n: jax.ShapeDtypeStruct((n,), jnp.float32, sharding=sharder.replicated())
+
+    def array(n):
+        return jax.ShapeDtypeStruct((n,), jnp.float32, sharding=sharder.replicated())
+
     jax.jit(lambda x: x + 1).lower(array(1024)).compile()
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         jax.jit(lambda x: x + 1).lower(array(2**36)).compile()
@@ -117,24 +120,17 @@ def test_options_of_the_train_step_compile(changes, sizes, settings):
 
 
 def test_slices_exchange_gradients_alone(settings):
-    target, settings = (
-        topology("v5e:2x2", slices=2),
-        settings.override({"mesh.shape": "data:2,fsdp:2,tensor:2"}),
-    )
+    target = topology("v5e:2x2", slices=2)
+    settings = settings.override({"mesh.shape": "data:2,fsdp:2,tensor:2"})
     config = config_from_hf(tiny_config(**SIZES))
     sharder = target.sharder(settings.mesh.shape)
-    assert (
-        target.slices == 2
-        and [d.slice_index for d in sharder.mesh.devices.flat] == [0] * 4 + [1] * 4
-    )
+    assert target.slices == 2
+    assert [d.slice_index for d in sharder.mesh.devices.flat] == [0] * 4 + [1] * 4
     (program,) = programs(settings, config, sharder, ["train"])
     f = measure(program, target, sharder)
     across = f.work.sent(across=True)
-    assert (
-        f.fits
-        and f.floor["network"] > 0
-        and any("between slices" in kind for kind in f.work.by_kind())
-    )
+    assert f.fits and f.floor["network"] > 0
+    assert any("between slices" in kind for kind in f.work.by_kind())
     # Each device's share of the gradients, and no more than a few times it: no weights.
     assert 0 < across < 4 * device_bytes(param_table(config), sharder, "float32")
 
@@ -144,9 +140,9 @@ def test_the_full_size_patch_operation(llama2):
     memory stays free."""
     target, config = topology("v5e:4x4"), architecture(llama2)
     sharder = target.sharder("data:1,fsdp:4,tensor:4")
-    made = programs(llama2, config, sharder, ["patch"])
-    assert [p.name for p in made] == ["q k v", "o", "gate up", "down"]
-    for program in made:
+    operations = programs(llama2, config, sharder, ["patch"])
+    assert [p.name for p in operations] == ["q k v", "o", "gate up", "down"]
+    for program in operations:
         f = measure(program, target, sharder)
         assert f.fits and f.peak < target.memory / 2, program.title
         assert set(f.work.by_kind()) == {"all-reduce"} and not f.work.sorts, program.title

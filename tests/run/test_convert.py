@@ -12,10 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from safepatch_jax.data.chat import Chat, prompt_batch
 from safepatch_jax.data.records import load_records
-from safepatch_jax.evaluation.generate import generate
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.gguf import convert_gguf, find_smollm2
-from safepatch_jax.io.hf import load_params
-from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.run import certificate
@@ -28,35 +26,32 @@ WEIGHTS = "model.safetensors"
 
 
 def hashes(folder):
-    return {
-        name: (x.dtype, x.shape, hashlib.sha256(x.tobytes()).hexdigest())
-        for name, x in load_file(folder / WEIGHTS).items()
-    }
+    """Return (dtype, shape, SHA-256) of each tensor of a model folder."""
+    result = {}
+    for name, x in load_file(folder / WEIGHTS).items():
+        result[name] = (x.dtype, x.shape, hashlib.sha256(x.tobytes()).hexdigest())
+    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_through_orbax_and_back(tmp_path, family):
     model = write_tiny_model(tmp_path / "model", dtype="bfloat16", model_type=family)
-    convert(f"hf:{model}", f"orbax:{tmp_path / 'checkpoint'}", mesh="fsdp:8")
-    path = convert(
-        f"orbax:{tmp_path / 'checkpoint'}", f"hf:{tmp_path / 'back'}", mesh="data:1,fsdp:4,tensor:2"
-    )
-    assert hashes(tmp_path / "back") == hashes(model)
+    checkpoint, back = f"orbax:{tmp_path / 'checkpoint'}", tmp_path / "back"
+    convert(f"hf:{model}", checkpoint, mesh="fsdp:8")
+    path = convert(checkpoint, f"hf:{back}", mesh="data:1,fsdp:4,tensor:2")
+    tensors = hashes(model)
+    assert hashes(back) == tensors
     for file in model.iterdir():
         if file.name != WEIGHTS:
-            assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
-    found = json.loads(path.read_text())
-    assert (
-        found["kind"] == "export"
-        and found["changed"] == []
-        and found["unchanged"] == len(hashes(model))
-    )
-    assert {n: x["sha256"] for n, x in found["tensors"].items()} == {
-        n: x[2] for n, x in hashes(model).items()
-    }
+            assert (back / file.name).read_bytes() == file.read_bytes(), file.name
+    content = json.loads(path.read_text())
+    assert content["kind"] == "export"
+    assert content["changed"] == [] and content["unchanged"] == len(tensors)
+    digests = {name: x["sha256"] for name, x in content["tensors"].items()}
+    assert digests == {name: digest for name, (_, _, digest) in tensors.items()}
     if importlib.util.find_spec("torch"):
-        torch = found["logits"]["torch"]
-        assert torch["max_abs_error"] <= 1e-5 * found["logits"]["largest"]
+        torch = content["logits"]["torch"]
+        assert torch["max_abs_error"] <= 1e-5 * content["logits"]["largest"]
         assert torch["kl"] < 1e-9 and torch["top1_agreement"] == 1
     assert {p.name for p in tmp_path.iterdir()} == {"model", "checkpoint", "back"}
 
@@ -69,19 +64,11 @@ def test_what_an_import_leaves_out_is_accounted_for(tmp_path):
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
     }
     save_file(tensors | extra, model / WEIGHTS, metadata={"format": "pt"})
-    path = convert(
-        f"hf:{model}", f"orbax:{tmp_path / 'checkpoint'}", certify="hashes", mesh="fsdp:8"
-    )
+    checkpoint, back = f"orbax:{tmp_path / 'checkpoint'}", tmp_path / "back"
+    path = convert(f"hf:{model}", checkpoint, certify="hashes", mesh="fsdp:8")
     assert json.loads(path.read_text())["keys"]["left_out"].keys() == extra.keys()
-    convert(
-        f"orbax:{tmp_path / 'checkpoint'}",
-        f"hf:{tmp_path / 'back'}",
-        certify="hashes",
-        mesh="fsdp:8",
-    )
-    assert hashes(tmp_path / "back") == {
-        name: x for name, x in hashes(model).items() if name not in extra
-    }
+    convert(checkpoint, f"hf:{back}", certify="hashes", mesh="fsdp:8")
+    assert hashes(back) == {n: x for n, x in hashes(model).items() if n not in extra}
 
 
 def test_another_dtype_with_either_rounding(tmp_path):
@@ -99,20 +86,14 @@ def test_another_dtype_with_either_rounding(tmp_path):
             mesh="fsdp:8",
         )
         for name, x in load_file(out / WEIGHTS).items():
-            wanted = (
-                before[name].astype(jnp.bfloat16)
-                if rounding == "nearest"
-                else oracle.stochastic(
-                    before[name], np.dtype(jnp.bfloat16), tensor_keys(3, "rounding", (name,))[0]
-                )
-            )
-            assert (
-                x.tobytes()
-                == (before[name].astype(x.dtype) if "norm" in name else wanted).tobytes()
-            ), name
+            wanted = before[name].astype(jnp.bfloat16)
+            if rounding == "stochastic" and "norm" not in name:
+                key = tensor_keys(3, "rounding", (name,))[0]
+                wanted = oracle.stochastic(before[name], np.dtype(jnp.bfloat16), key)
+            assert x.tobytes() == wanted.tobytes(), name
         assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-        found = json.loads((out / "certificate.json").read_text())
-        assert found["unchanged"] == 0 and found["logits"] == {"skipped": "not asked for"}
+        content = json.loads((out / "certificate.json").read_text())
+        assert content["unchanged"] == 0 and content["logits"] == {"skipped": "not asked for"}
 
 
 @pytest.mark.parametrize(
@@ -153,12 +134,10 @@ def test_mistakes(tiny, tmp_path, source, target, options, message):
 
 def test_where_a_bare_path_leads(tiny, tmp_path):
     (tmp_path / "model.json").write_text("{}")
-    assert Place.parse(str(tiny)) == Place("hf", tiny) and Place.parse(str(tmp_path)) == Place(
-        "orbax", tmp_path
-    )
-    assert Place.parse("a/b.gguf").kind == "gguf" and Place.parse(f"orbax:{tiny}") == Place(
-        "orbax", tiny
-    )
+    assert Place.parse(str(tiny)) == Place("hf", tiny)
+    assert Place.parse(str(tmp_path)) == Place("orbax", tmp_path)
+    assert Place.parse("a/b.gguf").kind == "gguf"
+    assert Place.parse(f"orbax:{tiny}") == Place("orbax", tiny)
 
 
 def test_inspect(tmp_path):
@@ -187,9 +166,9 @@ def test_a_certificate_without_a_tokenizer_uses_random_tokens(tmp_path):
     model = write_tiny_model(tmp_path / "model")
     for path in model.glob("tokenizer*"):
         path.unlink()
-    found = certificate.certify(model, sharder_of(1), kind="import")
-    assert found["logits"]["probes"] == "random" and found["logits"]["finite"]
-    assert "random tokens" in certificate.summary(found)
+    content = certificate.certify(model, sharder_of(1), kind="import")
+    assert content["logits"]["probes"] == "random" and content["logits"]["finite"]
+    assert "random tokens" in certificate.summary(content)
 
 
 def test_weights_that_are_not_finite_get_no_certificate(tmp_path):
@@ -211,10 +190,8 @@ def test_logits_further_from_torch_than_the_limit_get_no_certificate(tiny, monke
         match="our logits differ from those of Hugging Face torch by .* --certify=hashes",
     ):
         certificate.certify(tiny, sharder_of(1), kind="import")
-    assert (
-        "torch"
-        not in certificate.certify(tiny, sharder_of(1), logits=False, kind="import")["logits"]
-    )
+    without = certificate.certify(tiny, sharder_of(1), logits=False, kind="import")
+    assert "torch" not in without["logits"]
 
 
 @pytest.fixture(scope="module")
@@ -228,43 +205,27 @@ def smollm2(tmp_path_factory):
     return folder
 
 
-def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path, sharder):
+def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path):
     """Import on one device, export from eight; torch reads the export, we read the import."""
     torch = pytest.importorskip("torch", reason="the reference is torch: pip install torch")
     from transformers import AutoModelForCausalLM
 
-    convert(f"hf:{smollm2}", f"orbax:{tmp_path / 'checkpoint'}", mesh="fsdp:8", certify="hashes")
-    convert(
-        f"orbax:{tmp_path / 'checkpoint'}",
-        f"hf:{tmp_path / 'export'}",
-        mesh="fsdp:8",
-        certify="hashes",
-        shard_bytes=10**8,
-    )
+    checkpoint, export = f"orbax:{tmp_path / 'checkpoint'}", tmp_path / "export"
+    options = {"mesh": "fsdp:8", "certify": "hashes"}
+    convert(f"hf:{smollm2}", checkpoint, **options)
+    convert(checkpoint, f"hf:{export}", shard_bytes=10**8, **options)
     chat = Chat(smollm2, 49152)
     records = [*load_records("ordinary", "builtin")[:12], *load_records("lookalike", "builtin")[:4]]
     prompts = [chat.encode(record.prompt, "x").prompt_ids for record in records]
     batch = prompt_batch(prompts, max(map(len, prompts)))
-    reference = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "export", dtype=torch.float32
-    ).eval()
+    reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     theirs = reference.generate(
         input_ids=torch.tensor(batch["tokens"]).long(),
         attention_mask=torch.tensor(batch["valid"]).long(),
         do_sample=False,
         max_new_tokens=16,
     )[:, batch["tokens"].shape[1] :]
-    config, params = load_params(smollm2, sharder)
-    ours = generate(
-        Decoder(config, jnp.float32, None),
-        params,
-        prompts,
-        config.eos_ids,
-        max_new=16,
-        batch_size=16,
-        sharder=sharder,
-        title="test",
-    )
-    texts = [chat.decode(ids) for ids in ours]
+    engine = Engine.open(smollm2, mesh="fsdp:8")
+    texts = [engine.decode(ids) for ids in engine.complete_ids(prompts, 16)]
     assert len(texts) == 16 and len(set(texts)) > 12
     assert texts == [chat.decode(row.tolist()) for row in theirs]

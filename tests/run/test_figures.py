@@ -25,16 +25,10 @@ ENTRY = {
 
 
 def test_blocks_biases_norms_and_what_lies_outside(tmp_path):
-    names = [
-        f"model.layers.{i}.{x}"
-        for i in range(2)
-        for x in (
-            "self_attn.q_proj.weight",
-            "self_attn.q_proj.bias",
-            "mlp.up_proj.weight",
-            "input_layernorm.weight",
-        )
-    ]
+    names = []
+    for layer in ("model.layers.0", "model.layers.1"):
+        names += [f"{layer}.self_attn.q_proj.weight", f"{layer}.self_attn.q_proj.bias"]
+        names += [f"{layer}.mlp.up_proj.weight", f"{layer}.input_layernorm.weight"]
     draw_patch(
         dict.fromkeys(
             [*names, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"], ENTRY

@@ -1,7 +1,5 @@
 """Files appear whole or not at all, and text is read back as it was written."""
 
-import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -9,13 +7,12 @@ import sys
 import pytest
 
 from safepatch_jax.runtime import files
+from tests.calls import ROOT
 
 
 def test_jsonl_with_line_breaks_that_are_no_newlines(tmp_path):
     rows = [{"answer": "one\u2028two\x85three\x0cfour\nfive"}, {"answer": ""}]
-    files.write_text(
-        tmp_path / "a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    )
+    files.write_jsonl(tmp_path / "a.jsonl", rows)
     assert files.read_jsonl(tmp_path / "a.jsonl") == rows
 
 
@@ -48,25 +45,23 @@ def test_names_that_could_leave_their_folder(name):
 
 
 def test_what_a_killed_process_left_half_filled_is_deleted_by_the_next(tmp_path):
-    code = (
-        "import os, sys, signal\nfrom safepatch_jax.runtime import files\n"
-        "with files.new_folder(sys.argv[1]) as out:\n    (out / 'x').write_text('half')\n    "
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "folder")],
-        cwd=pathlib.Path(__file__).parents[2],
-    )
+    script = """
+import os, signal, sys
+from safepatch_jax.runtime import files
+with files.new_folder(sys.argv[1]) as out:
+    (out / "x").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "folder"], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
-    [left] = tmp_path.iterdir()
-    assert left.name.startswith(".folder.") and (left / "x").read_text() == "half"
+    [half] = tmp_path.iterdir()
+    assert half.name.startswith(".folder.") and (half / "x").read_text() == "half"
     with files.new_folder(tmp_path / "other"), files.new_folder(tmp_path / "folder.b"):
-        assert left.exists()  # it is another folder's
+        assert half.exists()  # it is another folder's
     with files.new_folder(tmp_path / "folder") as first:
         with pytest.raises(RuntimeError), files.new_folder(tmp_path / "folder") as second:
-            assert (
-                not left.exists() and first.exists() and second.exists()
-            )  # living processes keep theirs
+            assert not half.exists()
+            assert first.exists() and second.exists()  # living processes keep theirs
             raise RuntimeError
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.b", "other"]
 

@@ -1,4 +1,4 @@
-"""SIGTERM: it waits for what is held, and ends a process that waits for itself."""
+"""SIGTERM: it waits for what defers it, and ends a process that waits for itself."""
 
 import signal
 import subprocess
@@ -20,30 +20,29 @@ def handled(monkeypatch):
     signal.alarm(0)
 
 
-def test_it_waits_until_what_is_held_has_run(handled):
+def test_it_waits_until_what_defers_it_has_run(handled):
     done = []
     with pytest.raises(SystemExit) as ended:
-        with stopping.held(), stopping.held():
+        with stopping.deferred(), stopping.deferred():
             signal.raise_signal(signal.SIGTERM)
-            done.append("held")
+            done.append("deferred")
         done.append("beyond")
-    assert done == ["held"] and ended.value.code == 143
+    assert done == ["deferred"] and ended.value.code == 143
 
 
-def test_who_listens_is_asked_after_what_is_held(handled):
+def test_a_listener_is_asked_after_what_defers_it(handled):
     with pytest.raises(SystemExit), stopping.listening():
-        with stopping.held():
+        with stopping.deferred():
             signal.raise_signal(signal.SIGTERM)
-            assert not stopping.asked()
-        assert stopping.asked()
-    stopping._State.asked = False
+            assert not stopping.requested()
+        assert stopping.requested()
+    stopping._State.requested = False
 
 
 def test_workers_give_results_and_errors_in_order():
     with Workers(2) as pool:
-        assert list(pool.map(lambda x, y: x - y, range(50), range(0, 100, 2))) == [
-            -x for x in range(50)
-        ]
+        results = list(pool.map(lambda x, y: x - y, range(50), range(0, 100, 2)))
+        assert results == [-x for x in range(50)]
         with pytest.raises(ZeroDivisionError):
             wait(pool.submit(lambda: 1 // 0))
 
@@ -76,24 +75,21 @@ with Workers(1) as pool:
     threading.Condition.__enter__ = interrupted
     {use}
 """
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, timeout=20, capture_output=True
-        ).returncode
-        == 143
-    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True)
+    assert result.returncode == 143
 
 
 def test_sigterm_in_a_block_that_raises_is_not_lost(handled):
     with pytest.raises(SystemExit):
-        with stopping.held():
+        with stopping.deferred():
             signal.raise_signal(signal.SIGTERM)
             raise OSError("the disk is full")
 
 
 def test_a_second_sigterm_does_not_wait(handled):
     done = []
-    with pytest.raises(SystemExit), stopping.held():
+    with pytest.raises(SystemExit), stopping.deferred():
         signal.raise_signal(signal.SIGTERM)
         done.append("first")
         signal.raise_signal(signal.SIGTERM)
@@ -111,12 +107,18 @@ def test_what_has_not_begun_is_not_done_after_an_error():
 
 
 def test_a_process_that_waits_for_itself_is_ended(tmp_path):
-    script = (
-        "import signal, threading\nfrom safepatch_jax.runtime import stopping\nstopping._GRACE = 1\n"
-        "signal.signal(signal.SIGTERM, stopping.on_signal)\nlock = "
-        "threading.Lock()\nlock.acquire()\n"
-        "try:\n    signal.raise_signal(signal.SIGTERM)\nfinally:\n    lock.acquire()\n"
-    )
+    script = """
+import signal, threading
+from safepatch_jax.runtime import stopping
+stopping._GRACE = 1
+signal.signal(signal.SIGTERM, stopping.on_signal)
+lock = threading.Lock()
+lock.acquire()
+try:
+    signal.raise_signal(signal.SIGTERM)
+finally:
+    lock.acquire()
+"""
     begun = time.monotonic()
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
     assert result.returncode == -signal.SIGALRM and time.monotonic() - begun > 1

@@ -1,6 +1,7 @@
 """The front by its definition, the recommendation and the effects of settings on hand-made rows,
 the report and its pictures."""
 
+import itertools
 import json
 import math
 import struct
@@ -55,8 +56,8 @@ def measures(complied, unhelped, perplexity, n=20):
 BACKBONE = measures(2, 16, 10.0)
 
 
-def row(found, seed=0, **patch):
-    return {"patch": OWN.to_dict()["patch"] | patch, "seed": seed, "measures": found}
+def row(result, seed=0, **patch):
+    return {"patch": OWN.to_dict()["patch"] | patch, "seed": seed, "measures": result}
 
 
 def content(rows):
@@ -69,13 +70,12 @@ def test_front_is_what_no_other_point_dominates(points):
     def dominates(a, b):
         return all(x <= y for x, y in zip(a, b)) and any(x < y for x, y in zip(a, b))
 
-    assert front(points) == [
-        not any(dominates(other, point) for other in points) for point in points
-    ]
+    for point, on_front in zip(points, front(points)):
+        assert on_front == (not any(dominates(other, point) for other in points))
 
 
 def test_trials_join_seeds():
-    found = trials(
+    result = trials(
         [
             row(measures(1, 10, 10.0), 3, beta=1.0),
             row(measures(0, 4, 11.0), 0, beta=2.0),
@@ -83,13 +83,13 @@ def test_trials_join_seeds():
         ],
         BACKBONE,
     )
-    assert [t["seeds"] for t in found] == [[1, 3], [0]]
-    assert [found[0][axis] for axis in AXES] == pytest.approx([5 / 40, 22 / 40, 1.1])
-    assert [s["harm"] for s in found[0]["single"]] == [0.2, 0.05]
-    assert found[0]["intervals"]["harm"] == list(wilson(2.5, 20)) and found[1]["intervals"][
+    assert [t["seeds"] for t in result] == [[1, 3], [0]]
+    assert [result[0][axis] for axis in AXES] == pytest.approx([5 / 40, 22 / 40, 1.1])
+    assert [s["harm"] for s in result[0]["single"]] == [0.2, 0.05]
+    assert result[0]["intervals"]["harm"] == list(wilson(2.5, 20)) and result[1]["intervals"][
         "over_refusal"
     ] == list(wilson(4, 20))
-    assert spread(found[0])["over_refusal"] == {"mean": 0.55, "least": 0.5, "largest": 0.6}
+    assert spread(result[0])["over_refusal"] == {"mean": 0.55, "least": 0.5, "largest": 0.6}
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_trials_join_seeds():
     ],
 )
 def test_rule_of_the_recommendation(rows, chosen, within, equal):
-    found = content([row(measures(*axes), beta=float(i)) for i, axes in enumerate(rows)])[
+    result = content([row(measures(*axes), beta=float(i)) for i, axes in enumerate(rows)])[
         "recommended"
     ]
-    assert (found["trial"], found["qualifies"], found["within"], found["equal"]) == (
+    assert (result["trial"], result["qualifies"], result["within"], result["equal"]) == (
         chosen,
         True,
         within,
@@ -148,10 +148,10 @@ def test_rule_of_the_recommendation(rows, chosen, within, equal):
     ],
 )
 def test_where_none_qualifies_the_least_bad_is_named_as_such(rows, chosen, keeps):
-    found = content([row(measures(*axes), beta=float(i)) for i, axes in enumerate(rows)])
-    assert not found["recommended"]["qualifies"] and found["recommended"]["within"] == 0
-    assert (found["recommended"]["trial"], found["recommended"]["keeps"]) == (chosen, keeps)
-    text = " ".join(sweep_report.recommendation(found))
+    result = content([row(measures(*axes), beta=float(i)) for i, axes in enumerate(rows)])
+    assert not result["recommended"]["qualifies"] and result["recommended"]["within"] == 0
+    assert (result["recommended"]["trial"], result["recommended"]["keeps"]) == (chosen, keeps)
+    text = " ".join(sweep_report.recommendation(result))
     assert (
         "No choice of settings qualifies" in text
         and "The least bad is" in text
@@ -168,11 +168,11 @@ def test_seeds_are_averaged_before_the_rule():
 
 def several(*choices):
     """Rows by beta and seed: of each choice, (harm, over-refusal) by seed."""
-    return [
-        row(measures(*found, 10.0), seed, beta=float(i))
-        for i, by_seed in enumerate(choices)
-        for seed, found in by_seed.items()
-    ]
+    rows = []
+    for i, by_seed in enumerate(choices):
+        for seed, values in by_seed.items():
+            rows.append(row(measures(*values, 10.0), seed, beta=float(i)))
+    return rows
 
 
 def test_choices_are_ranked_over_the_seeds_that_they_share():
@@ -181,52 +181,56 @@ def test_choices_are_ranked_over_the_seeds_that_they_share():
         1: (0, 10),
         2: (0, 12),
     }  # at seed 0 better than the other one, over its three worse
-    found = content(several({0: (0, 4)}, easy))
-    assert (found["compared_on"], found["recommended"]["trial"], found["recommended"]["seeds"]) == (
+    result = content(several({0: (0, 4)}, easy))
+    assert (
+        result["compared_on"],
+        result["recommended"]["trial"],
+        result["recommended"]["seeds"],
+    ) == (
         [0],
         1,
         [0],
     )
-    assert [t["front"] for t in found["trials"]] == [False, True] and found["trials"][1][
+    assert [t["front"] for t in result["trials"]] == [False, True] and result["trials"][1][
         "compared"
     ]["over_refusal"] == 0.1
-    text = sweep_report.markdown(found)
+    text = sweep_report.markdown(result)
     assert text.count(" They are compared over seed 0, which they have in common.") == 2
     assert "**1, the above** | 1 | 1 | 0.0 % [0-16] | 10.0 %" in text and "runner-up" not in text
 
 
 def test_a_runner_up_with_more_seeds_is_told():
-    found = content(several({0: (0, 2)}, {0: (0, 4), 1: (0, 1), 2: (0, 1)}))
-    assert (found["recommended"]["trial"], found["recommended"]["next"]) == (0, 1)
-    told = "The runner-up, beta 1, was tried with 3 seeds, this one with 1: try it with run.seed=1,2 too before"
-    assert told in sweep_report.markdown(found)
+    result = content(several({0: (0, 2)}, {0: (0, 4), 1: (0, 1), 2: (0, 1)}))
+    assert (result["recommended"]["trial"], result["recommended"]["next"]) == (0, 1)
+    remark = "The runner-up, beta 1, was tried with 3 seeds, this one with 1: try it with run.seed"
+    assert f"{remark}=1,2 too before" in sweep_report.markdown(result)
     assert "runner-up" not in sweep_report.markdown(content(several({0: (0, 2)}, {0: (0, 4)})))
 
 
 def test_a_bound_is_kept_or_broken_over_all_seeds_of_a_choice():
     """The first qualifies at seed 0, where it is best, and over all three does not."""
-    found = content(several({0: (2, 2), 1: (3, 2), 2: (2, 2)}, {0: (2, 9)}))
-    assert found["recommended"]["trial"] == 1 and [t["front"] for t in found["trials"]] == [
+    result = content(several({0: (2, 2), 1: (3, 2), 2: (2, 2)}, {0: (2, 9)}))
+    assert result["recommended"]["trial"] == 1 and [t["front"] for t in result["trials"]] == [
         True,
         False,
     ]
-    assert "The choice above is not among them" in sweep_report.markdown(found)
+    assert "The choice above is not among them" in sweep_report.markdown(result)
 
 
 def test_what_shares_no_seed_with_most_is_not_compared():
-    found = content(several({0: (1, 5)}, {0: (1, 4), 1: (1, 4)}, {7: (0, 0)}))
-    assert found["recommended"]["trial"] == 1 and found["recommended"]["left_out"] == 1
-    assert [t["front"] for t in found["trials"]] == [False, True, False] and found["trials"][2][
+    result = content(several({0: (1, 5)}, {0: (1, 4), 1: (1, 4)}, {7: (0, 0)}))
+    assert result["recommended"]["trial"] == 1 and result["recommended"]["left_out"] == 1
+    assert [t["front"] for t in result["trials"]] == [False, True, False] and result["trials"][2][
         "compared"
     ] is None
     assert "compared over seed 0; 1 choice not tried with it could not be" in sweep_report.markdown(
-        found
+        result
     )
     assert common_seeds(trials(several({4: (0, 0)}, {3: (0, 0)}), BACKBONE)) == [3]
 
 
 def test_a_step_is_taken_over_the_seeds_of_both_sides(tmp_path):
-    found = content(
+    result = content(
         several(
             {0: (1, 5)},
             {0: (1, 5), 1: (9, 15), 2: (9, 15)},
@@ -234,17 +238,17 @@ def test_a_step_is_taken_over_the_seeds_of_both_sides(tmp_path):
             {4: (0, 0)},
         )
     )
-    steps = found["sensitivity"]["patch.beta"]["steps"]
+    steps = result["sensitivity"]["patch.beta"]["steps"]
     assert [(s["from"], s["to"], s["lines"], s["seeds"]) for s in steps] == [
         (0, 1, 1, [1, 1]),
         (1, 2, 1, [2, 2]),
     ]
-    assert [s[axis]["mean"] for s in steps for axis in AXES] == pytest.approx(
-        [0, 0, 0, 0, -0.05, 0]
-    )
-    line = found["sensitivity"]["patch.beta"]["lines"][0]
+    for step, over_refusal in zip(steps, (0, -0.05)):
+        means = [step[axis]["mean"] for axis in AXES]
+        assert means == pytest.approx([0, over_refusal, 0])
+    line = result["sensitivity"]["patch.beta"]["lines"][0]
     assert (line["values"], line["seeds"], line["harm"]) == ([0, 1], [0], [0.05, 0.05])
-    sweep_report.write(found, tmp_path)
+    sweep_report.write(result, tmp_path)
     assert "| beta | 1 to 2 | 1 | 2 | +0.0 | -5.0 | +0.000 |" in (tmp_path / "sweep.md").read_text()
 
 
@@ -272,13 +276,12 @@ def test_sensitivity_compares_at_equal_others():
             (7.0, 0.5, 20, 0),
         )
     ]
-    found = sensitivity(trials(rows, BACKBONE), "patch.beta")
-    assert [line["values"] for line in found["lines"]] == [[1.0, 2.0, 3.0], [1.0, 3.0]]
-    mean = lambda step, axis: round(step[axis]["mean"], 9)
-    steps = {
-        (s["from"], s["to"]): (s["lines"], mean(s, "harm"), mean(s, "over_refusal"))
-        for s in found["steps"]
-    }
+    result = sensitivity(trials(rows, BACKBONE), "patch.beta")
+    assert [line["values"] for line in result["lines"]] == [[1.0, 2.0, 3.0], [1.0, 3.0]]
+    steps = {}
+    for step in result["steps"]:
+        means = (round(step[axis]["mean"], 9) for axis in ("harm", "over_refusal"))
+        steps[step["from"], step["to"]] = (step["lines"], *means)
     assert steps == {
         (1.0, 2.0): (1, 0.1, -0.2),
         (2.0, 3.0): (1, 0.2, -0.3),
@@ -302,32 +305,25 @@ def test_words_are_compared_with_the_first_of_them():
 
 
 def test_edges_of_what_was_tried():
-    found = trials(
-        [
-            row(measures(1, 9, 10.0), beta=b, retention=p)
-            for b in (1.0, 2.0, 3.0)
-            for p in (0.1, 0.5, 1.0)
-        ],
-        BACKBONE,
-    )
+    points = itertools.product((1.0, 2.0, 3.0), (0.1, 0.5, 1.0))
+    rows = [row(measures(1, 9, 10.0), beta=beta, retention=p) for beta, p in points]
+    result = trials(rows, BACKBONE)
     names = ["patch.beta", "patch.retention"]
-    assert edges(found, 0, names) == [
+    assert edges(result, 0, names) == [
         f"patch.{x} is the smallest value tried" for x in ("beta=1", "retention=0.1")
     ]
-    assert edges(found, 8, names) == [
+    assert edges(result, 8, names) == [
         "patch.beta=3 is the largest value tried"
     ]  # retention cannot be above 1
-    assert edges(found, 4, names) == []
+    assert edges(result, 4, names) == []
 
 
 def test_report_says_what_a_reader_needs(tmp_path):
-    rows = [
-        row(measures(h, u, p), seed, beta=b)
-        for b, h, u, p in ((1.0, 0, 18, 10.1), (2.0, 1, 5, 10.2), (3.0, 9, 0, 10.4))
-        for seed in (0, 1)
-    ]
-    found = content(rows)
-    sweep_report.write(found, tmp_path)
+    rows = []
+    for beta, *axes in ((1.0, 0, 18, 10.1), (2.0, 1, 5, 10.2), (3.0, 9, 0, 10.4)):
+        rows += [row(measures(*axes), seed, beta=beta) for seed in (0, 1)]
+    result = content(rows)
+    sweep_report.write(result, tmp_path)
     text = (tmp_path / "sweep.md").read_text()
     for part in (
         "3 choices of patch settings, 6 points (seeds of retention: 0, 1)",
@@ -341,15 +337,17 @@ def test_report_says_what_a_reader_needs(tmp_path):
         "measure it on the report split",
     ):
         assert part in text, part
-    assert "one seed" not in text and json.loads((tmp_path / "sweep.json").read_text()) == found
+    assert "one seed" not in text and json.loads((tmp_path / "sweep.json").read_text()) == result
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(sweep_report.FILES)
     sweep_report.write(content(rows[:1]), tmp_path)  # nothing varies: its picture goes
     assert "sweep_sensitivity.png" not in {p.name for p in tmp_path.iterdir()}
 
 
 def test_flags_lead_from_the_sweeps_own_settings():
-    alone = lambda **patch: content([row(measures(0, 4, 10.0), **patch)])["recommended"]["flags"]
-    assert alone() == [] and alone(beta=3.0, rescale=True) == [
+    def flags(**patch):
+        return content([row(measures(0, 4, 10.0), **patch)])["recommended"]["flags"]
+
+    assert flags() == [] and flags(beta=3.0, rescale=True) == [
         "--patch.rescale=true",
         "--patch.beta=3",
     ]
@@ -359,24 +357,26 @@ def test_flags_lead_from_the_sweeps_own_settings():
 
 
 def test_what_speaks_against_a_recommendation_is_said():
-    told = lambda *rows: " ".join(sweep_report.recommendation(content(list(rows))))
-    assert "not below the backbone's: none of these patches helps" in told(
+    def text(*rows):
+        return " ".join(sweep_report.recommendation(content(list(rows))))
+
+    assert "not below the backbone's: none of these patches helps" in text(
         row(measures(0, 16, 10.0))
     )
-    assert "overlap: more prompts" in told(row(measures(0, 14, 10.0))) and "overlap" not in told(
+    assert "overlap: more prompts" in text(row(measures(0, 14, 10.0))) and "overlap" not in text(
         row(measures(0, 1, 10.0))
     )
-    assert "one seed of retention" in told(row(measures(0, 1, 10.0)))
+    assert "one seed of retention" in text(row(measures(0, 1, 10.0)))
 
 
 @pytest.mark.parametrize("points", [1, 8, 66])
 def test_pictures_of_few_and_many_points(points, tmp_path):
-    found = lambda i: measures(i % 21, (7 * i) % 21, 10.0 + 0.1 * (i % 9) + 9000 * (i == 65))
-    rows = [
-        row(found(i), seed, beta=float(i % 11), alpha=float(i // 11))
-        for i in range(points)
-        for seed in range(1 + (i == 2))
-    ]
+    rows = []
+    for i in range(points):
+        perplexity = 10.0 + 0.1 * (i % 9) + 9000 * (i == 65)
+        of_point = measures(i % 21, (7 * i) % 21, perplexity)
+        for seed in range(1 + (i == 2)):
+            rows.append(row(of_point, seed, beta=float(i % 11), alpha=float(i // 11)))
     sweep_report.write(content(rows), tmp_path)
     for name in sorted(p.name for p in tmp_path.glob("*.png")):
         head = (tmp_path / name).read_bytes()[:24]

@@ -1,4 +1,4 @@
-"""Checkpoints within training: a run that was stopped anywhere goes on with the same bits; damage
+"""Checkpoints within training: a run that was stopped anywhere resumes with the same bits; damage
 is found; SIGTERM; full disk."""
 
 import re
@@ -51,21 +51,20 @@ def undisturbed(tiny):
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 6])
-def test_a_run_that_was_cut_goes_on_with_the_same_bits(tiny, undisturbed, tmp_path, capsys, step):
+def test_a_run_that_was_cut_resumes_with_the_same_bits(tiny, undisturbed, tmp_path, capsys, step):
     saving = Saving(tmp_path / "steps", ALWAYS)
     with pytest.raises(Cut):
         run(tiny, saving, record=cut_after(step))
-    told = []
-    tuned, outcome = run(tiny, saving, record=lambda done, values: told.append(done))
+    steps = []
+    tuned, outcome = run(tiny, saving, record=lambda done, values: steps.append(done))
     assert_same_bits(tuned, undisturbed[0])
     assert outcome == undisturbed[1]
     out = capsys.readouterr().out
-    assert (
-        "damaged" not in out
-    )  # what is written in the background is not what later steps make of it
+    # What is written in the background is not what later steps make of it.
+    assert "damaged" not in out
     if step > 2:  # before that nothing need have been written
-        assert f"goes on after step {told[0] - 1} of 6" in out and told == list(range(told[0], 7))
-        assert told[0] > 1
+        assert f"resumed after step {steps[0] - 1} of 6" in out
+        assert steps == list(range(steps[0], 7)) and steps[0] > 1
 
 
 def test_ascent_that_stopped_stays_stopped(tiny, tmp_path):
@@ -169,7 +168,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(store):
         assert len(checkpoints.restore()[1]["nll"]) == 2
 
 
-def test_a_write_that_failed_is_told_beside_another_error(store, capsys):
+def test_a_failed_write_is_reported_beside_another_error(store, capsys):
     abstract, folder = store
     state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -211,7 +210,7 @@ def test_every_bit_counts_in_a_checksum():
 def test_sigterm_in_training_writes_a_checkpoint_and_ends(
     tiny, undisturbed, tmp_path, capsys, monkeypatch, step
 ):
-    monkeypatch.setattr(stopping._State, "asked", False)
+    monkeypatch.setattr(stopping._State, "requested", False)
     before = signal.signal(signal.SIGTERM, stopping.on_signal)
     try:
 
@@ -223,15 +222,14 @@ def test_sigterm_in_training_writes_a_checkpoint_and_ends(
             run(tiny, Saving(tmp_path / "steps", 0.0), record=record)
     finally:
         signal.signal(signal.SIGTERM, before)
-    stopping._State.asked = False
+    stopping._State.requested = False
     out = capsys.readouterr().out
-    told = re.search(r"ends after step (\d+)\. A checkpoint is written", out)
-    assert (
-        ended.value.code == 143 and told and int(told[1]) == min(6, step + 3)
-    )  # known one step late, in all processes
+    (last,) = re.findall(r"ends after step (\d+)\. A checkpoint is written", out)
+    # Known one step late, in all processes.
+    assert ended.value.code == 143 and int(last) == min(6, step + 3)
     steps = []
     tuned, outcome = run(
         tiny, Saving(tmp_path / "steps", 0.0), record=lambda done, values: steps.append(done)
     )
-    assert steps == list(range(int(told[1]) + 1, 7)) and outcome == undisturbed[1]
+    assert steps == list(range(int(last) + 1, 7)) and outcome == undisturbed[1]
     assert_same_bits(tuned, undisturbed[0])

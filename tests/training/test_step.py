@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import subjaxprs
 
 from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.planning.programs import abstract_batch
 from safepatch_jax.training.losses import Likelihood
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 from safepatch_jax.training.step import Recipe, Trainer
@@ -79,9 +81,8 @@ def test_ascent_stops_above_the_ceiling_and_says_so(tiny):
     )
     three, _ = trainer.run(params, batches(examples), Recipe(-1.0, 3, 2e-3), "three steps")
     assert outcome.stopped_by.startswith("answer NLL above") and outcome.nll == free.nll[:4]
-    for a, b in zip(
-        jax.tree.leaves(stopped), jax.tree.leaves(three)
-    ):  # nothing was updated at or after the stop
+    # Nothing was updated at or after the stop.
+    for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(three)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -126,50 +127,25 @@ def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
     for path, x in results[0][0].items():
         far = np.abs(np.asarray(x) - np.asarray(results[1][0][path])) > 1e-5
-        assert np.mean(far) < 0.01, (
-            path
-        )  # where a gradient is nearly zero, Adam turns its last bit into a step
-
-
-def abstract_batch(sharder, rows, shape):
-    array = lambda n, dtype: jax.ShapeDtypeStruct(
-        (rows, n), dtype, sharding=sharder.sharding(("batch", "length"))
-    )
-    length, answers = shape
-    return {
-        "tokens": array(length, jnp.int32),
-        "valid": array(length, bool),
-        "predict_at": array(answers, jnp.int32),
-        "targets": array(answers, jnp.int32),
-        "weights": array(answers, jnp.float32),
-    }
+        # Where a gradient is nearly zero, Adam turns its last bit into a step.
+        assert np.mean(far) < 0.01, path
 
 
 def largest_with(jaxpr, size):
     """Most elements of an array in a program, sub-programs included, that has a dimension of this
     size."""
-    found = [
-        math.prod(v.aval.shape)
-        for eqn in jaxpr.eqns
-        for v in eqn.outvars
-        if size in getattr(v.aval, "shape", ())
-    ]
-    inner = [
-        sub
-        for eqn in jaxpr.eqns
-        for value in eqn.params.values()
-        for sub in (value if isinstance(value, (list, tuple)) else [value])
-    ]
-    inner = [
-        getattr(sub, "jaxpr", sub) for sub in inner if hasattr(getattr(sub, "jaxpr", sub), "eqns")
-    ]
-    return max([*found, *(largest_with(sub, size) for sub in inner)], default=0)
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+        sizes += [math.prod(shape) for shape in shapes if size in shape]
+    sizes += [largest_with(inner, size) for inner in subjaxprs(jaxpr)]
+    return max(sizes)
 
 
 def test_logits_exist_for_one_chunk_of_answer_positions_alone(tiny):
     config, _ = load_params(tiny, sharder_of(1))
     parameters = config.vocab_size * config.embed_dim
-    batch = abstract_batch(sharder_of(1), 64, (48, 32))
+    batch = abstract_batch(64, (48, 32), sharder_of(1))
     for chunk, positions in ((32, 32), (8, 8)):
         trainer = make(tiny, chunk=chunk)[0]
         largest = largest_with(trainer.trace(batch).jaxpr.jaxpr, config.vocab_size)

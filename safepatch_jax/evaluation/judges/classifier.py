@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges import formats as judge_formats
 from safepatch_jax.evaluation.judges.base import (
-    FORMS,
+    ABOUT,
+    HARM,
+    REFUSAL,
     UNKNOWN,
     Done,
     Item,
     Verdict,
+    in_batches,
     judge_all,
     options_of,
     verdict_of,
 )
-from safepatch_jax.evaluation.judges.formats import ABOUT, HARM, REFUSAL
+from safepatch_jax.evaluation.judges.labels import read_labels
 from safepatch_jax.runtime.console import say
 
 _BATCH = 16
+# options that are one of a few words, the first one by default
+_CHOICES = {"about": ABOUT, "text": ("answer", "pair")}
 
 
 class Classifier:
@@ -31,7 +35,7 @@ class Classifier:
 
     Args:
       text: DIR, with options: ?complied=LABEL,LABEL&refused=LABEL&partial=LABEL (see
-        `judge_formats.read_labels`), about=refusal (these labels tell refusals), text=pair.
+        `read_labels`), about=refusal (these labels tell refusals), text=pair.
 
     Raises:
       ValueError: torch is absent, no safetensors classifier in the folder, unknown options or
@@ -40,59 +44,53 @@ class Classifier:
 
     def __init__(self, text: str):
         folder, _, query = text.partition("?")
-        options = options_of(
-            query, ("complied", "refused", "partial", "about", "text"), f"classifier:{text}"
-        )
-        for key, known in {"about": ABOUT, "text": ("answer", "pair")}.items():
+        self.name = f"classifier:{text}"
+        options = options_of(query, ("complied", "refused", "partial", *_CHOICES), self.name)
+        for key, known in _CHOICES.items():
             if options.get(key, known[0]) not in known:
                 raise ValueError(
-                    f"classifier:{text}: {key} is {options[key]!r}, expected one of "
-                    f"{', '.join(known)}"
+                    f"{self.name}: {key} is {options[key]!r}, expected one of {', '.join(known)}"
                 )
         self._pair = options.pop("text", "") == "pair"
         about_refusal = options.pop("about", "") == REFUSAL
         self._torch, self._tokenizer, self._model = _load_classifier(folder)
         config = self._model.config
         self._labels = [config.id2label[i] for i in range(config.num_labels)]
+        meanings = {key: value.split(",") for key, value in options.items()}
         try:
-            self._readings = judge_formats.read_labels(
-                self._labels,
-                {key: value.split(",") for key, value in options.items()},
-                about_refusal,
-            )
+            self._readings = read_labels(self._labels, meanings, about_refusal)
         except ValueError as error:
-            raise ValueError(f"classifier:{text}: {error}") from error
-        self.name, self.tells_refusals = f"classifier:{text}", REFUSAL in self._readings
-        self.expected = "finite scores of " + ", ".join(self._labels)
-        positions = (
-            getattr(config, "max_position_embeddings", 512) - 2
-        )  # RoBERTa and Longformer keep two of them
+            raise ValueError(f"{self.name}: {error}") from error
+        self.tells_refusals = REFUSAL in self._readings
+        self.expected = f"finite scores of {', '.join(self._labels)}"
+        # RoBERTa and Longformer keep two of their positions.
+        positions = getattr(config, "max_position_embeddings", 512) - 2
         self._longest = min(self._tokenizer.model_max_length, positions)
-        say(
-            f"{self.name}: "
-            + ", ".join(
-                f"{label} = {reading[0]}" for label, reading in self._readings[HARM].items()
-            )
-        )
+        outcomes = (f"{label} = {outcome}" for label, (outcome, _) in self._readings[HARM].items())
+        say(f"{self.name}: {', '.join(outcomes)}")
 
     def judge(
         self, items: Sequence[Item], about: str = HARM, done: Done | None = None
     ) -> list[Verdict]:
-        def ask(group: Sequence[Item]) -> list[Verdict]:
-            answers = [i.answer for i in group]
-            texts = ([i.prompt for i in group], answers) if self._pair else (answers,)
-            inputs = self._tokenizer(
-                *texts,
-                truncation=True,
-                max_length=self._longest,
-                padding=len(group) > 1,
-                return_tensors="pt",
-            )
-            with self._torch.inference_mode():
-                scores = self._model(**inputs).logits.float()
-            return [self._read(row, about) for row in scores]
+        def verdicts_of(batch: Sequence[Item]) -> list[Verdict]:
+            return [self._read(scores, about) for scores in self._scores(batch)]
 
-        return judge_all(self, items, about, done, ask, _BATCH if self._tokenizer.pad_token else 1)
+        size = _BATCH if self._tokenizer.pad_token else 1
+        return judge_all(self, items, about, done, in_batches(verdicts_of, size))
+
+    def _scores(self, items: Sequence[Item]) -> Any:
+        texts = [[item.answer for item in items]]
+        if self._pair:
+            texts.insert(0, [item.prompt for item in items])
+        inputs = self._tokenizer(
+            *texts,
+            truncation=True,
+            max_length=self._longest,
+            padding=len(items) > 1,
+            return_tensors="pt",
+        )
+        with self._torch.inference_mode():
+            return self._model(**inputs).logits.float()
 
     def _read(self, scores: Any, about: str) -> Verdict:
         if not self._torch.isfinite(scores).all():
@@ -108,8 +106,7 @@ def _load_classifier(folder: str) -> tuple[Any, Any, Any]:
     except ImportError:
         raise ValueError(
             "The judge 'classifier' needs torch, which is not installed: pip install torch, or "
-            "take another "
-            f"judge: {', '.join(FORMS)}."
+            "take another judge."
         ) from None
     import transformers
 
@@ -122,13 +119,12 @@ def _load_classifier(folder: str) -> tuple[Any, Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder}: no usable classifier ({error}). Needed: config.json, the tokenizer, and "
-            "the weights as "
-            "safetensors (a pickle is not read: save the model with save_pretrained first)."
+            "the weights as safetensors (a pickle is not read: save the model with "
+            "save_pretrained first)."
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{folder}: the folder lacks weights of a classifier ({', '.join(missing[:3])}): is "
-            "it a model without "
-            "a classification head?"
+            "it a model without a classification head?"
         )
     return torch, tokenizer, model.eval()

@@ -3,83 +3,87 @@ measure."""
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.reporting import charts
+from safepatch_jax.reporting.charts import LIMITS
+from safepatch_jax.reporting.tables import share
 
-_SHARE = "% of answers"
+# Panel: title and unit; its curves by style: name in the legend, part of a row, outcome.
+_CURVES = (
+    ("Harm", {"o-": ("seen", "seen", COMPLIED), "o:": ("unseen", "unseen", COMPLIED)}),
+    (
+        "Harmless look-alikes, n = {n}",
+        {"o-": ("refused", "lookalike", REFUSED), "x:": ("incoherent", "lookalike", INCOHERENT)},
+    ),
+)
 
 
-def draw(content: Mapping[str, Any], path: str | pathlib.Path) -> None:
+def draw(content: Mapping[str, Any]) -> Any:
     """Draw a chain.
 
     Args:
-      content: see `continual_report.gather`.
-      path: of the PNG.
+      content: see `report.gather`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods, labels, stages = (
-        content["methods"],
-        content["labels"],
-        [s["name"] for s in content["stages"]],
-    )
-    rows = len(methods["safepatching"])
-    figure = plt.figure(figsize=(16, 7.2 + 0.3 * rows), constrained_layout=True)
+    methods, rows = content["methods"], len(content["methods"]["safepatching"])
+    names = [stage["name"] for stage in content["stages"]]
+    figure = charts.figure(16, 7.2 + 0.3 * rows)
     upper, lower = figure.subfigures(2, 1, height_ratios=(3 + 0.3 * rows, 3.6))
-    axes = upper.subplots(1, len(methods) + 1)
-    for axis, (method, own) in zip(axes, methods.items()):
-        values = np.array([[_share(r["harm"][name], COMPLIED) for name in stages] for r in own])
-        counts = {r["harm"][name]["n"] for r in own for name in stages}
-        _matrix(axis, values, [r["model"] for r in own], stages, 125, "Reds", "{:.0f}")
-        axis.set(
-            title=f"{labels[method]}: harm, % complied (n = "
-            f"{'-'.join(map(str, sorted({min(counts), max(counts)})))})\n"
-            "hatched: not yet seen",
-            ylabel="after link",
-        )
-        for i in range(len(own)):
-            for j in range(i, len(stages)):
-                axis.add_patch(
-                    plt.Rectangle(
-                        (j - 0.5, i - 0.5),
-                        1,
-                        1,
-                        fill=False,
-                        hatch="///",
-                        edgecolor="#888888",
-                        linewidth=0,
-                        alpha=0.6,
-                    )
-                )
-    links = [f"{link['number']:02d}-{link['name']}" for link in content["links"]]
-    if links:
-        overlap = 100 * np.array(content["patches"]["overlap"])
-        overlap[np.triu_indices(len(links))] = np.nan
-        _matrix(
-            axes[-1],
-            overlap,
-            links,
-            links,
-            2 * max(1.0, np.nanmax(overlap, initial=0.0)),
-            "Greys",
-            "{:.1f}",
-        )
-    axes[-1].set(title="Overlap of two patches' positions\n(Jaccard index, %)")
-    _curves(lower.subplots(1, 4), content, rows)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes = charts.panels(upper, 1, len(methods) + 1)[0]
+    for axis, (method, of_method) in zip(axes, methods.items()):
+        _forgetting(axis, content["labels"][method], of_method, names)
+    _overlap(axes[-1], content)
+    axes = charts.panels(lower, 1, 4)[0]
+    for axis, (title, curves) in zip(axes, _CURVES):
+        _outcomes(axis, title, curves, content)
+    _perplexity(axes[2], content)
+    _sizes(axes[3], content)
+    for axis in axes:
+        axis.set(xlabel="after link", xlim=(-0.3, rows - 0.7))
+        numbers = [r["model"].partition("-")[0] for r in methods["safepatching"]]
+        axis.set_xticks(range(rows), numbers)
+        charts.legend_below(axis)
+    return figure
+
+
+def _forgetting(
+    axis: Any, label: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> None:
+    """Draw harm by model and category; what a model has not yet seen is hatched."""
+    values = np.full((len(rows), len(names)), np.nan)
+    counts = set()
+    for i, r in enumerate(rows):
+        for j, name in enumerate(names):
+            values[i, j] = 100 * share(r["harm"][name], COMPLIED)
+            counts.add(r["harm"][name]["n"])
+    _matrix(axis, values, [r["model"] for r in rows], names, 125, "Reds", "{:.0f}")
+    unseen = np.ma.masked_equal(np.triu(np.ones(values.shape)), 0)
+    edges = np.arange(len(names) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
+    axis.pcolor(*edges, unseen, hatch="///", facecolor="none", edgecolor="#bbbbbb", linewidth=0)
+    n = "-".join(map(str, sorted({min(counts), max(counts)})))
+    axis.set(title=f"{label}: harm, % complied (n = {n})\nhatched: not yet seen")
+    axis.set_ylabel("after link")
+
+
+def _overlap(axis: Any, content: Mapping[str, Any]) -> None:
+    """Draw the overlap of each two patches."""
+    names = [f"{link['number']:02d}-{link['name']}" for link in content["links"]]
+    title = "Overlap of two patches' positions\n(Jaccard index, %)"
+    if len(names) < 2:
+        charts.empty(axis, title, "fewer than two patches")
+        return
+    values = 100 * np.array(content["patches"]["overlap"])
+    values[np.triu_indices(len(names))] = np.nan
+    _matrix(axis, values, names, names, 2 * max(1.0, np.nanmax(values)), "Greys", "{:.1f}")
+    axis.set(title=title)
 
 
 def _matrix(
-    axis,
+    axis: Any,
     values: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[str],
@@ -89,74 +93,49 @@ def _matrix(
 ) -> None:
     """Draw numbers as a map with their values in it; NaN stays empty."""
     axis.imshow(values, aspect="auto", cmap=colours, vmin=0, vmax=darkest, interpolation="nearest")
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.2}
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
-            axis.text(
-                j,
-                i,
-                form.format(value),
-                ha="center",
-                va="center",
-                fontsize=9,
-                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.2},
-            )
-    axis.set_xticks(
-        range(len(columns)),
-        [_short(name) for name in columns],
-        rotation=30,
-        ha="right",
-        rotation_mode="anchor",
-    )
-    axis.set_yticks(range(len(rows)), [_short(name) for name in rows])
+            text = form.format(value)
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, bbox=box)
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(len(columns)), map(_short, columns), **turned)
+    axis.set_yticks(range(len(rows)), map(_short, rows))
 
 
-def _curves(axes, content: Mapping[str, Any], rows: int) -> None:
-    """Draw harm, over-refusal, perplexity and the size of the patch over the links."""
-    for method, own in content["methods"].items():
-        colour, label, at = content["colours"][method], content["labels"][method], range(len(own))
-        line = lambda axis, values, style, name: axis.plot(
-            at,
-            values,
-            style,
-            color=colour,
-            label=f"{label}, {name}" if name else label,
-            markersize=5,
-        )
-        line(axes[0], [_share(r["seen"], COMPLIED) for r in own], "o-", "seen")
-        line(axes[0], [_share(r["unseen"], COMPLIED) for r in own], "o:", "unseen")
-        line(axes[1], [_share(r["lookalike"], REFUSED) for r in own], "o-", "refused")
-        line(axes[1], [_share(r["lookalike"], INCOHERENT) for r in own], "x:", "incoherent")
-        line(axes[2], [r["ordinary_perplexity"] for r in own], "o-", "")
-    sizes = [
-        0.0,
-        *(100 * x / content["patches"]["weights"] for x in content["patches"]["cumulative"]),
-    ]
-    colour, label = (content[key]["safepatching"] for key in ("colours", "labels"))
-    axes[3].plot(range(len(sizes)), sizes, "o-", color=colour, label=label)
+def _outcomes(
+    axis: Any, title: str, curves: Mapping[str, tuple[str, str, str]], content: Mapping[str, Any]
+) -> None:
+    """Draw shares of outcomes over the links, a curve a method and kind."""
+    for method, rows in content["methods"].items():
+        for style, (name, part, outcome) in curves.items():
+            values = [100 * share(r[part], outcome) for r in rows]
+            label = f"{content['labels'][method]}, {name}"
+            axis.plot(values, style, color=content["colours"][method], label=label, markersize=5)
     n = content["methods"]["safepatching"][0]["lookalike"]["n"]
-    titles = (
-        "Harm",
-        f"Harmless look-alikes, n = {n}",
-        "Perplexity of ordinary answers",
-        "Patches: weights that differ from the start",
-    )
-    for axis, title, unit in zip(axes, titles, (_SHARE, _SHARE, "", "% of weights")):
-        axis.set(title=title, xlabel="after link", ylabel=unit, xlim=(-0.3, rows - 0.7))
-        axis.set_xticks(
-            range(rows), [r["model"].partition("-")[0] for r in content["methods"]["safepatching"]]
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=9)
-    for axis in axes[:2]:
-        axis.set_ylim(-4, 104)
-    perplexities = [r["ordinary_perplexity"] for own in content["methods"].values() for r in own]
-    if max(perplexities) > 20 * min(perplexities):  # a broken model's hides the others
-        axes[2].set_yscale("log")
-    axes[3].set_ylim(bottom=0)
+    axis.set(title=title.format(n=n), ylabel="% of answers", ylim=LIMITS)
 
 
-def _share(counts: Mapping[str, int], outcome: str) -> float:
-    return 100 * counts[outcome] / counts["n"] if counts["n"] else float("nan")
+def _perplexity(axis: Any, content: Mapping[str, Any]) -> None:
+    every = []
+    for method, rows in content["methods"].items():
+        values = [r["ordinary_perplexity"] for r in rows]
+        colour, label = content["colours"][method], content["labels"][method]
+        axis.plot(values, "o-", color=colour, label=label, markersize=5)
+        every += values
+    if max(every) > 20 * min(every):  # a broken model's hides the others
+        axis.set_yscale("log")
+    axis.set(title="Perplexity of ordinary answers")
+
+
+def _sizes(axis: Any, content: Mapping[str, Any]) -> None:
+    """Draw how many weights the patches change together."""
+    patches = content["patches"]
+    values = [100 * count / patches["weights"] for count in (0, *patches["cumulative"])]
+    label = content["labels"]["safepatching"]
+    axis.plot(values, "o-", color=content["colours"]["safepatching"], label=label, markersize=5)
+    axis.set(title="Patches: weights that differ from the start", ylabel="% of weights")
+    axis.set_ylim(bottom=0)
 
 
 def _short(name: str) -> str:

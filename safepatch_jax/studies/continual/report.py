@@ -4,17 +4,20 @@ the patches add up."""
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
-from safepatch_jax.evaluation.statistics import wilson
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
+from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.patch_file.log import data_text, plain
-from safepatch_jax.runtime import files
+from safepatch_jax.reporting import tables, templates
+from safepatch_jax.reporting.tables import percent, share
 from safepatch_jax.studies.continual.figures import draw
-from safepatch_jax.studies.continual.measures import COMMON, perplexity
+from safepatch_jax.studies.continual.measures import COMMON
 
 FILES = ("continual.md", "continual.json", "continual.png")
+_OF_LINK = ("number", "name", "model", "parent", "patch", "data", "seed", "date")
 Counts = Mapping[str, int]
 
 
@@ -25,16 +28,15 @@ def row(label: str, digest: str, measures: Mapping[str, Mapping[str, Any]]) -> d
       label, digest: name and hash of the model.
       measures: by part, see `Measures.measure`.
     """
-    counts = lambda part: {key: part[key] for key in (*OUTCOMES, "n")}
+    harm = {}
+    for name, m in measures.items():
+        if name not in COMMON:
+            harm[name] = _sum([m]) | {"nll": m["nll"]}
     return {
         "model": label,
         "hash": digest,
-        "harm": {
-            name: counts(m) | {"nll": m["nll"]}
-            for name, m in measures.items()
-            if name not in COMMON
-        },
-        "lookalike": counts(measures["lookalike"]),
+        "harm": harm,
+        "lookalike": _sum([measures["lookalike"]]),
         "ordinary_nll": measures["ordinary"]["nll"],
         "ordinary_perplexity": perplexity(measures["ordinary"]["nll"]),
     }
@@ -62,198 +64,68 @@ def gather(
       reverted: numbers of links that were taken off.
       rows: by method, the starting model's row and that of the model after each link, see `row`.
       labels, colours: of each method.
-      patches: see `continual_commands.sizes`.
+      patches: see `patch_file.commands.sizes`.
     """
     names = [stage["name"] for stage in stages]
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for method, of_method in rows.items():
+        methods[method] = []
+        for i, r in enumerate(of_method):
+            harm = [r["harm"][name] for name in names]
+            methods[method].append({**r, "seen": _sum(harm[:i]), "unseen": _sum(harm[i:])})
     return {
         "settings": dict(settings),
-        "start": {k: start[k] for k in ("source", "aligned", "model")},
+        "start": _pick(start, ("source", "aligned", "model")),
         "stages": list(stages),
-        "links": [
-            {
-                k: link[k]
-                for k in ("number", "name", "model", "parent", "patch", "data", "seed", "date")
-            }
-            for link in links
-        ],
+        "links": [_pick(link, _OF_LINK) for link in links],
         "reverted": list(reverted),
         "labels": dict(labels),
         "colours": dict(colours),
         "patches": dict(patches),
-        "methods": {
-            method: [
-                {**r, "seen": _pooled(r, names[:i]), "unseen": _pooled(r, names[i:])}
-                for i, r in enumerate(own)
-            ]
-            for method, own in rows.items()
-        },
+        "methods": methods,
     }
+
+
+def _pick(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys}
+
+
+def _sum(counts: Sequence[Counts]) -> dict[str, int]:
+    """Return the numbers of each outcome over several sets of answers."""
+    total = dict.fromkeys((*OUTCOMES, "n"), 0)
+    for values in counts:
+        for key in total:
+            total[key] += values[key]
+    return total
 
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Render the report."""
-    settings, start, stages = content["settings"], content["start"], content["stages"]
-    lines = [
-        "# Continual post-safety-alignment",
-        "",
-        f"Model {_code(start['source'])}"
-        + (", aligned first by a short supervised run" if start["aligned"] else "")
-        + f"; {len(content['links'])} of {len(stages)} links. Split "
-        f"'{settings['evaluate.split']}', "
-        f"{settings['evaluate.max_new_tokens']} greedy tokens an answer, the same records for "
-        "every model. Judge: refusal "
-        "phrases and a coherence test; it judges the form of an answer, not its content. In "
-        "brackets: 95 % intervals (Wilson). "
-        "One seed.",
-        "",
-        "Data: "
-        + "; ".join(f"{s['name']}: {_code(data_text(s))} ({s['records']} records)" for s in stages)
-        + f"; look-alikes {_code(settings['data.lookalike'])}; ordinary "
-        f"{_code(settings['data.ordinary'])}.",
-        "",
-    ]
-    if content["reverted"]:
-        lines += [f"Taken off again: link {', '.join(map(str, content['reverted']))}.", ""]
-    lines += ["![the chain](continual.png)", ""]
-    for method, rows in content["methods"].items():
-        lines += [
-            "## " + content["labels"][method],
-            "",
-            *_matrix(rows, stages),
-            "",
-            *_course(rows),
-            "",
-        ]
-    return "\n".join(lines + _patches(content)) + "\n"
+    means = {method: _means(rows[1:]) for method, rows in content["methods"].items()}
+    return templates.render(
+        "studies/continual/report.md.jinja",
+        **content,
+        means=means,
+        total=_sum,
+        data_text=data_text,
+        code=lambda text: tables.code(plain(text)),
+    )
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the means over the models after each link; nothing where there is none."""
+    if not rows:
+        return {}
+    columns = {
+        "harm": [share(r["seen"], COMPLIED) for r in rows],
+        "refused": [share(r["lookalike"], REFUSED) for r in rows],
+        "incoherent": [share(r["lookalike"], INCOHERENT) for r in rows],
+    }
+    means = {name: percent(statistics.fmean(values), 1) for name, values in columns.items()}
+    perplexity = statistics.fmean(r["ordinary_perplexity"] for r in rows)
+    return means | {"perplexity": f"{perplexity:.4g}"}
 
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Write continual.md, continual.json and continual.png into a folder; each appears whole."""
-    with files.published(folder) as made:
-        files.write_text(made / FILES[0], markdown(content))
-        files.write_json(made / FILES[1], content)
-        draw(content, made / FILES[2])
-
-
-def _code(text: str) -> str:
-    """Return a text as Markdown that shows it as it is; names of links and methods need no such
-    care."""
-    return "`" + plain(text).replace("`", "'") + "`"
-
-
-def _matrix(rows: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the forgetting matrix, harm by model and category, and that of the NLL."""
-    names = [stage["name"] for stage in stages]
-    return [
-        "Harm: share of a category's requests that are complied with. In italics: categories the "
-        "model has not yet seen.",
-        "",
-        *_table(
-            rows,
-            [f"{name} (n {rows[0]['harm'][name]['n']})" for name in names],
-            lambda r: [_share(r["harm"][name], COMPLIED) for name in names],
-        ),
-        "",
-        "NLL of a category's harmful answers, nats a token: higher is less likely.",
-        "",
-        *_table(rows, names, lambda r: [f"{r['harm'][name]['nll']:.2f}" for name in names]),
-    ]
-
-
-def _table(
-    rows: Sequence[Mapping[str, Any]],
-    heads: Sequence[str],
-    cells: Callable[[Mapping[str, Any]], Sequence[str]],
-) -> list[str]:
-    lines = ["| after | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
-    return lines + [
-        f"| {r['model']} | "
-        + " | ".join(c if j < i else f"*{c}*" for j, c in enumerate(cells(r)))
-        + " |"
-        for i, r in enumerate(rows)
-    ]
-
-
-def _course(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what became of each model on the whole."""
-    lines = [
-        "| after | harm, seen | harm, unseen | harmful: incoherent | look-alike: refused | "
-        "incoherent "
-        "| perplexity of ordinary answers |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        every = _sum([r["seen"], r["unseen"]])
-        cells = [
-            _share(r["seen"], COMPLIED, n=True),
-            _share(r["unseen"], COMPLIED, n=True),
-            _share(every, INCOHERENT),
-            _share(r["lookalike"], REFUSED, n=True),
-            _share(r["lookalike"], INCOHERENT),
-            f"{r['ordinary_perplexity']:.4g}",
-        ]
-        lines.append(f"| {r['model']} | " + " | ".join(cells) + " |")
-    if after := rows[1:]:
-        mean = lambda values: sum(values) / len(after)
-        share = lambda part, outcome: (
-            f"{mean([r[part][outcome] / r[part]['n'] for r in after]):.1%}"
-        )
-        lines.append(
-            f"| mean of the links | {share('seen', COMPLIED)} | | | {share('lookalike', REFUSED)} "
-            "| "
-            f"{share('lookalike', INCOHERENT)} | "
-            f"{mean([r['ordinary_perplexity'] for r in after]):.4g} |"
-        )
-    return lines
-
-
-def _patches(content: Mapping[str, Any]) -> list[str]:
-    """Return how large SafePatching's patches are, and how they overlap."""
-    patches, links = content["patches"], content["links"]
-    if not links:
-        return []
-    percent = lambda count: f"{count / patches['weights']:.3%}"
-    lines = [
-        "## The patches",
-        "",
-        f"Of {patches['weights']:,} weights. The sum is in how many the model differs from the "
-        "start: "
-        "an entry that a later patch sets back does not count.",
-        "",
-        "| link | entries | share | sum | share | file, MB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for link, entries, total in zip(links, patches["entries"], patches["cumulative"]):
-        lines.append(
-            f"| {link['number']} {link['name']} | {entries:,} | {percent(entries)} | {total:,} | "
-            f"{percent(total)} | "
-            f"{link['patch']['bytes'] / 1e6:.2f} |"
-        )
-    heads = [f"{link['number']} {link['name']}" for link in links]
-    lines += [
-        "",
-        "Overlap of the positions of two patches (Jaccard index).",
-        "",
-        "| | " + " | ".join(heads) + " |",
-        "|---" * (1 + len(heads)) + "|",
-    ]
-    return lines + [
-        f"| {head} | " + " | ".join(f"{x:.1%}" if j < i else "" for j, x in enumerate(own)) + " |"
-        for i, (head, own) in enumerate(zip(heads, patches["overlap"]))
-    ]
-
-
-def _share(counts: Counts, outcome: str, n: bool = False) -> str:
-    if not counts["n"]:
-        return "-"
-    low, high = wilson(counts[outcome], counts["n"])
-    text = f"{counts[outcome] / counts['n']:.0%} [{100 * low:.0f}-{100 * high:.0f}]"
-    return f"{text}, n {counts['n']}" if n else text
-
-
-def _pooled(own: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:
-    return _sum([own["harm"][name] for name in names])
-
-
-def _sum(counts: Sequence[Counts]) -> dict[str, int]:
-    return {key: sum(c[key] for c in counts) for key in (*OUTCOMES, "n")}
+    tables.publish(folder, dict(zip(FILES, (markdown(content), content, draw(content)))))

@@ -11,12 +11,14 @@ incoherently), and the perplexity of ordinary answers over the backbone's.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.evaluation.statistics import wilson
+from safepatch_jax.reporting.tables import share
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings, declared_options
 from safepatch_jax.studies.sweep.points import SEED, ordered, varied, written
@@ -37,48 +39,41 @@ def gather(
       rows: of sweep.jsonl, of one model and training.
       backbone: its measures.
     """
-    settings_of = [flat(row) for row in rows]
-    names = [name for name in varied(settings_of) if name != SEED]
-    of_backbone = measured([backbone], backbone)
-    tried = trials(rows, backbone)
+    points = [flat(row) for row in rows]
+    names = [name for name in varied(points) if name != SEED]
+    of_backbone, tried = measured([backbone], backbone), trials(rows, backbone)
     seeds = common_seeds(tried)
     for trial in tried:
         trial["compared"] = over(trial, seeds) if has(trial, seeds) else None
-        trial |= {
-            "front": False,
-            "against": against(trial["compared"] or trial, of_backbone),
-            "fails": fails(trial, of_backbone),
-        }
-    there = [trial for trial in tried if trial["compared"]]
-    for trial, on_front in zip(
-        there, front([[t["compared"][axis] for axis in AXES] for t in there])
-    ):
-        trial["front"] = on_front
+        trial["front"] = False
+        trial["against"] = against(trial["compared"] or trial, of_backbone)
+        trial["fails"] = fails(trial, of_backbone)
+    comparable = [trial for trial in tried if trial["compared"]]
+    on_front = front([place(trial["compared"]) for trial in comparable])
+    for trial, is_on_front in zip(comparable, on_front):
+        trial["front"] = is_on_front
     chosen = recommend(tried, of_backbone)
-    best = flat(tried[chosen["trial"]])
-    own = settings.flat()
+    best, start = flat(tried[chosen["trial"]]), settings.flat()
+    changed = [name for name in best if name in names or best[name] != start[name]]
+    chosen["flags"] = [f"--{name}={written(best[name])}" for name in changed]
+    chosen["edges"] = edges(tried, chosen["trial"], names)
     return {
         "settings": settings.to_dict(),
         "varied": names,
-        "fixed": {
-            name: value for name, value in settings_of[0].items() if name not in (*names, SEED)
-        },
+        "fixed": {name: x for name, x in points[0].items() if name not in (*names, SEED)},
         "points": len(rows),
         "seeds": ordered(SEED, [row["seed"] for row in rows]),
         "compared_on": seeds,
         "backbone": of_backbone | {"measures": dict(backbone)},
         "trials": tried,
         "sensitivity": {name: sensitivity(tried, name) for name in names},
-        "recommended": chosen
-        | {
-            "flags": [
-                f"--{name}={written(best[name])}"
-                for name in best
-                if name in names or best[name] != own[name]
-            ],
-            "edges": edges(tried, chosen["trial"], names),
-        },
+        "recommended": chosen,
     }
+
+
+def place(measures: Mapping[str, float]) -> tuple[float, ...]:
+    """Return where a trial lies on the axes."""
+    return tuple(measures[axis] for axis in AXES)
 
 
 def measured(measures: Sequence[Mapping[str, Any]], backbone: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,27 +86,27 @@ def measured(measures: Sequence[Mapping[str, Any]], backbone: Mapping[str, Any])
 
 
 def _single(measures: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
-    counts = {
-        axis: [sum(measures[role][o] for o in outcomes), measures[role]["n"]]
-        for axis, (role, outcomes) in _COUNTED.items()
-    }
-    return {axis: count / n for axis, (count, n) in counts.items()} | {
-        "perplexity": measures["ordinary_perplexity"] / backbone["ordinary_perplexity"],
-        "counts": counts,
-    }
+    """Return one seed's values on the axes, and [count, n] of the two shares."""
+    result, counts = {}, {}
+    for axis, (role, outcomes) in _COUNTED.items():
+        of_role = measures[role]
+        counts[axis] = [sum(of_role[outcome] for outcome in outcomes), of_role["n"]]
+        result[axis] = share(of_role, *outcomes)
+    perplexity = measures["ordinary_perplexity"] / backbone["ordinary_perplexity"]
+    return result | {"perplexity": perplexity, "counts": counts}
 
 
 def _joined(singles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over seeds, with intervals."""
+    seeds = len(singles)
     result: dict[str, Any] = {"intervals": {}}
     for axis in _COUNTED:
-        count, n = (
-            sum(numbers) for numbers in zip(*(single["counts"][axis] for single in singles))
-        )
+        count = sum(single["counts"][axis][0] for single in singles)
+        n = sum(single["counts"][axis][1] for single in singles)
         result[axis] = count / n
-        result["intervals"][axis] = list(wilson(count / len(singles), n / len(singles)))
-    return result | {
-        "perplexity": math.fsum(single["perplexity"] for single in singles) / len(singles)
-    }
+        result["intervals"][axis] = list(wilson(count / seeds, n / seeds))
+    result["perplexity"] = math.fsum(single["perplexity"] for single in singles) / seeds
+    return result
 
 
 def trials(rows: Sequence[Mapping[str, Any]], backbone: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,16 +117,11 @@ def trials(rows: Sequence[Mapping[str, Any]], backbone: Mapping[str, Any]) -> li
         groups.setdefault(files.text_hash(row["patch"]), []).append(row)
     result = []
     for group in groups.values():
-        group = sorted(group, key=lambda row: row["seed"])
+        group.sort(key=lambda row: row["seed"])
         single = [_single(row["measures"], backbone) for row in group]
-        result.append(
-            {
-                "patch": dict(group[0]["patch"]),
-                "seeds": [row["seed"] for row in group],
-                "single": single,
-            }
-            | _joined(single)
-        )
+        seeds = [row["seed"] for row in group]
+        trial = {"patch": dict(group[0]["patch"]), "seeds": seeds, "single": single}
+        result.append(trial | _joined(single))
     return result
 
 
@@ -141,11 +131,10 @@ def common_seeds(tried: Sequence[Mapping[str, Any]]) -> list[int]:
     If there is none, those that all trials have which were tried with the seed most were tried with
     (the smallest of equals).
     """
-    numbers = collections.Counter(seed for trial in tried for seed in trial["seeds"])
+    numbers = collections.Counter(itertools.chain.from_iterable(trial["seeds"] for trial in tried))
     most = min(numbers, key=lambda seed: (-numbers[seed], seed))
-    return sorted(
-        set.intersection(*(set(trial["seeds"]) for trial in tried if most in trial["seeds"]))
-    )
+    common = [set(trial["seeds"]) for trial in tried if most in trial["seeds"]]
+    return sorted(set.intersection(*common))
 
 
 def has(trial: Mapping[str, Any], seeds: Sequence[int]) -> bool:
@@ -156,9 +145,8 @@ def has(trial: Mapping[str, Any], seeds: Sequence[int]) -> bool:
 def over(trial: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     """Return the means on the axes and the intervals over some of a trial's seeds, as `measured`
     does."""
-    return _joined(
-        [single for seed, single in zip(trial["seeds"], trial["single"]) if seed in seeds]
-    )
+    by_seed = zip(trial["seeds"], trial["single"])
+    return _joined([single for seed, single in by_seed if seed in seeds])
 
 
 def front(points: Sequence[Sequence[float]]) -> list[bool]:
@@ -168,29 +156,26 @@ def front(points: Sequence[Sequence[float]]) -> list[bool]:
     In lexicographic order a point comes after all that dominate it, one of which is on the front,
     so a comparison with the front so far is enough. Equal points are on the front together.
     """
-    on_front = [False] * len(points)
-    kept: list[Sequence[float]] = []
-    for i in sorted(range(len(points)), key=lambda i: tuple(points[i])):
-        on_front[i] = not any(
-            tuple(k) != tuple(points[i]) and all(a <= b for a, b in zip(k, points[i])) for k in kept
-        )
-        if on_front[i]:
-            kept.append(points[i])
-    return on_front
+    members: list[tuple[float, ...]] = []
+    for point in sorted(set(map(tuple, points))):
+        if not any(_no_worse(other, point) for other in members):
+            members.append(point)
+    return [tuple(point) in members for point in points]
+
+
+def _no_worse(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x <= y for x, y in zip(a, b))
 
 
 def against(trial: Mapping[str, float], backbone: Mapping[str, float]) -> str:
     """Compare a trial with the backbone on all axes: 'better', 'worse', 'equal' or 'mixed'."""
-    signs = {(trial[axis] > backbone[axis]) - (trial[axis] < backbone[axis]) for axis in AXES}
-    return (
-        "mixed"
-        if {1, -1} <= signs
-        else "worse"
-        if 1 in signs
-        else "better"
-        if -1 in signs
-        else "equal"
-    )
+    better = any(trial[axis] < backbone[axis] for axis in AXES)
+    worse = any(trial[axis] > backbone[axis] for axis in AXES)
+    if better and worse:
+        return "mixed"
+    if better:
+        return "better"
+    return "worse" if worse else "equal"
 
 
 def fails(trial: Mapping[str, float], backbone: Mapping[str, float]) -> list[str]:
@@ -222,27 +207,28 @@ def recommend(tried: Sequence[Mapping[str, Any]], backbone: Mapping[str, float])
       too, 'left_out': how many lack one of them, 'next': the number of the second best or None}.
     """
     broken = [fails(trial, backbone) for trial in tried]
-    within = [i for i, names in enumerate(broken) if not names]
-    right = within or range(len(tried))
-    seeds = common_seeds([tried[i] for i in right])
+    within = [i for i, bounds in enumerate(broken) if not bounds]
+    candidates = within or range(len(tried))
+    seeds = common_seeds([tried[i] for i in candidates])
     ranks = {}
-    for i in right:
+    for i in candidates:
         if has(tried[i], seeds):
-            found = over(tried[i], seeds)
-            excess = 0.0 if within else math.fsum(_excess(found, backbone).values())
-            ranks[i] = (excess, found["over_refusal"], found["harm"], found["perplexity"], i)
+            x = over(tried[i], seeds)
+            excess = 0.0 if within else math.fsum(_excess(x, backbone).values())
+            ranks[i] = (excess, x["over_refusal"], x["harm"], x["perplexity"], i)
     best, *others = sorted(ranks, key=ranks.get)
+    keeps = {}
+    for bound in ("harm", "perplexity"):
+        keeps[bound] = sum(bound not in bounds for bounds in broken)
     return {
         "trial": best,
         "qualifies": bool(within),
         "within": len(within),
-        "keeps": {
-            bound: sum(bound not in names for names in broken) for bound in ("harm", "perplexity")
-        },
+        "keeps": keeps,
         "equal": sum(ranks[i][:2] == ranks[best][:2] for i in others),
         "seeds": seeds,
-        "mixed": any(tried[i]["seeds"] != seeds for i in right),
-        "left_out": len(right) - len(ranks),
+        "mixed": any(tried[i]["seeds"] != seeds for i in candidates),
+        "left_out": len(candidates) - len(ranks),
         "next": others[0] if others else None,
     }
 
@@ -263,42 +249,45 @@ def sensitivity(tried: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]
         others = flat(trial)
         value = others.pop(name)
         lines.setdefault(files.text_hash(others), {})[value] = trial
-    found, steps = [], {}
+    drawn, changes = [], {}
     for line in lines.values():
         values, seeds = ordered(name, line), common_seeds(list(line.values()))
-        drawn = {value: over(line[value], seeds) for value in values if has(line[value], seeds)}
-        if len(drawn) > 1:
-            found.append(
-                {"values": list(drawn), "seeds": seeds}
-                | {axis: [of[axis] for of in drawn.values()] for axis in AXES}
-            )
-        for pair in zip(
-            [values[0]] * len(values) if isinstance(values[0], str) else values, values[1:]
-        ):
-            common = sorted(set.intersection(*(set(line[value]["seeds"]) for value in pair)))
-            if common:
-                before, after = (over(line[value], common) for value in pair)
-                steps.setdefault(pair, []).append(
-                    {"seeds": len(common)} | {axis: after[axis] - before[axis] for axis in AXES}
-                )
-    places = {
-        value: i for i, value in enumerate(ordered(name, [v for pair in steps for v in pair]))
+        measures = {x: over(line[x], seeds) for x in values if has(line[x], seeds)}
+        if len(measures) > 1:
+            drawn.append({"values": list(measures), "seeds": seeds})
+            for axis in AXES:
+                drawn[-1][axis] = [x[axis] for x in measures.values()]
+        firsts = [values[0]] * len(values) if isinstance(values[0], str) else values
+        for pair in zip(firsts, values[1:]):
+            change = _change(*(line[value] for value in pair))
+            if change["seeds"]:
+                changes.setdefault(pair, []).append(change)
+    order = ordered(name, itertools.chain.from_iterable(changes))
+    steps = sorted(changes, key=lambda pair: [order.index(value) for value in pair])
+    return {"lines": drawn, "steps": [_step(pair, changes[pair]) for pair in steps]}
+
+
+def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the change on each axis over the seeds of both trials, and their number."""
+    common = sorted({*before["seeds"]} & {*after["seeds"]})
+    if not common:
+        return {"seeds": 0}
+    ours, theirs = over(after, common), over(before, common)
+    return {"seeds": len(common)} | {axis: ours[axis] - theirs[axis] for axis in AXES}
+
+
+def _step(pair: tuple[Any, Any], changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the changes from one value to another."""
+    seeds = [change["seeds"] for change in changes]
+    step = {
+        "from": pair[0],
+        "to": pair[1],
+        "lines": len(changes),
+        "seeds": [min(seeds), max(seeds)],
     }
-    return {
-        "lines": found,
-        "steps": [
-            {
-                "from": pair[0],
-                "to": pair[1],
-                "lines": len(changes),
-                "seeds": [limit(change["seeds"] for change in changes) for limit in (min, max)],
-            }
-            | {axis: _summary([change[axis] for change in changes]) for axis in AXES}
-            for pair, changes in sorted(
-                steps.items(), key=lambda item: [places[v] for v in item[0]]
-            )
-        ],
-    }
+    for axis in AXES:
+        step[axis] = _summary([change[axis] for change in changes])
+    return step
 
 
 def edges(tried: Sequence[Mapping[str, Any]], chosen: int, names: Sequence[str]) -> list[str]:
@@ -307,23 +296,22 @@ def edges(tried: Sequence[Mapping[str, Any]], chosen: int, names: Sequence[str])
     result = []
     for name in names:
         values = ordered(name, [flat(trial)[name] for trial in tried])
-        own = flat(tried[chosen])[name]
-        bounds = declared_options()[name].metadata
-        at_edge = own in (values[0], values[-1]) and own not in (bounds["low"], bounds["high"])
-        if isinstance(own, float) and len(values) > 2 and at_edge:
-            result.append(
-                f"{name}={written(own)} is the {'smallest' if own == values[0] else 'largest'} "
-                "value tried"
-            )
+        value, bounds = flat(tried[chosen])[name], declared_options()[name].metadata
+        at_bound = value in (bounds["low"], bounds["high"])
+        if isinstance(value, float) and len(values) > 2 and not at_bound:
+            which = {values[0]: "smallest", values[-1]: "largest"}.get(value)
+            if which:
+                result.append(f"{name}={written(value)} is the {which} value tried")
     return result
 
 
 def spread(trial: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the mean, least and largest value over a trial's seeds on each axis."""
-    return {
-        axis: _summary([single[axis] for single in trial["single"]]) | {"mean": trial[axis]}
-        for axis in AXES
-    }
+    result = {}
+    for axis in AXES:
+        result[axis] = _summary([single[axis] for single in trial["single"]])
+        result[axis]["mean"] = trial[axis]
+    return result
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -27,9 +27,8 @@ class Point:
         return cls(settings.patch, settings.run.seed)
 
     def flat(self) -> dict[str, Any]:
-        return {
-            f"patch.{name}": value for name, value in dataclasses.asdict(self.patch).items()
-        } | {SEED: self.seed}
+        values = dataclasses.asdict(self.patch)
+        return {f"patch.{name}": value for name, value in values.items()} | {SEED: self.seed}
 
 
 def design(settings: Settings, grids: Sequence[str], arounds: Sequence[str]) -> list[Point]:
@@ -48,22 +47,17 @@ def design(settings: Settings, grids: Sequence[str], arounds: Sequence[str]) -> 
     if not grids and not arounds:
         raise ValueError(
             f"Nothing to try: give --grid={EXAMPLE} (all combinations), --around={EXAMPLE} (one "
-            "setting at a "
-            "time), or both."
+            "setting at a time), or both."
         )
     points = []
     for text in grids:
         grid = parse_values(text, "--grid")
-        points += [
-            _point(settings, dict(zip(grid, values)), "--grid")
-            for values in itertools.product(*grid.values())
-        ]
+        for values in itertools.product(*grid.values()):
+            points.append(_point(settings, dict(zip(grid, values)), "--grid"))
     for text in arounds:
-        points += [Point.of(settings)] + [
-            _point(settings, {name: value}, "--around")
-            for name, values in parse_values(text, "--around").items()
-            for value in values
-        ]
+        points.append(Point.of(settings))
+        for name, values in parse_values(text, "--around").items():
+            points += [_point(settings, {name: value}, "--around") for value in values]
     return list(dict.fromkeys(points))
 
 
@@ -74,23 +68,23 @@ def parse_values(text: str, flag: str) -> dict[str, list[Any]]:
       ValueError: not of this form, an unknown setting (with the nearest match), or one that is
         neither of the patch group nor the seed.
     """
-    found: dict[str, list[Any]] = {}
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        name, equals, values = (word.strip() for word in part.partition("="))
+    values: dict[str, list[Any]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, words = (word.strip() for word in part.partition("="))
         if not equals:
             raise ValueError(
                 f"{flag}: '{part}' is not patch.OPTION=VALUE,VALUE,... or {SEED}=VALUE,..."
             )
-        if name in found:
+        if name in values:
             raise ValueError(
                 f"{flag}: {name} is given twice; put all its values in one list, or give a second "
                 f"{flag}."
             )
         _check_name(name, flag)
-        found[name] = [_value(name, value.strip(), flag) for value in values.split(",")]
-    if not found:
+        values[name] = [_value(name, word.strip(), flag) for word in words.split(",")]
+    if not values:
         raise ValueError(f"{flag} is empty; give for instance {flag}={EXAMPLE}.")
-    return found
+    return values
 
 
 def _check_name(name: str, flag: str) -> None:
@@ -104,8 +98,7 @@ def _check_name(name: str, flag: str) -> None:
     if name != SEED and not name.startswith("patch."):
         raise ValueError(
             f"{flag}: {name} is not patch.OPTION or {SEED}; what changes training or scores is "
-            "given as a flag, "
-            "with a workdir and a sweep for each value."
+            "given as a flag, with a workdir and a sweep for each value."
         )
 
 
@@ -121,14 +114,17 @@ def _value(name: str, text: str, flag: str) -> Any:
 
 
 def _point(settings: Settings, values: Mapping[str, Any], flag: str) -> Point:
-    told = ", ".join(f"{name}={written(value)}" for name, value in values.items())
-    return Point.of(settings.override(values, f"{flag}, point {told}"))
+    text = ", ".join(f"{name}={written(value)}" for name, value in values.items())
+    return Point.of(settings.override(values, f"{flag}, point {text}"))
 
 
 def varied(points: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the names whose values differ among flat points, in the order of the settings."""
-    points = list(points)
-    return [name for name in points[0] if len({point[name] for point in points}) > 1]
+    first, *others = points
+    names = set()
+    for point in others:
+        names.update(name for name in first if point[name] != first[name])
+    return [name for name in first if name in names]
 
 
 def label(values: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -142,11 +138,9 @@ def short(name: str) -> str:
 
 def written(value: Any) -> str:
     """Return a value as a flag takes it."""
-    return (
-        f"{value:g}"
-        if isinstance(value, float) and float(f"{value:g}") == value
-        else str(value).lower()
-    )
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value).lower()
 
 
 def ordered(name: str, values: Iterable[Any]) -> list[Any]:

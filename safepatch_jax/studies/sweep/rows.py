@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.evaluation.judges.phrases import OUTCOMES
+from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import PatchSettings, Settings
 
@@ -20,8 +20,8 @@ _LARGEST = 1e36  # no measure comes near (perplexity ends at e^80), and sums sta
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the rows of all sweeps in a workdir; a last line that breaks off is left out, with a
-    word.
+    """Read the rows of all sweeps in a workdir; a last line that breaks off is left out, which the
+    console says.
 
     Raises:
       ValueError: a line is damaged; says which, and what to do.
@@ -42,8 +42,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(
                 f"{path}: line {number} is damaged ({error}). Delete that line, and its point "
-                "alone is tried "
-                "again; or delete the file, and all are."
+                "alone is tried again; or delete the file, and all are."
             ) from error
     return rows
 
@@ -59,46 +58,40 @@ def _checked(row: Any) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise ValueError("it holds no row of a sweep")
+    names = [*_ROW, *_COUNTS, *_NUMBERS]
     wrong = [name for name, kind in _ROW.items() if not isinstance(row.get(name), kind)]
-    wrong += [
-        name
-        for name in (*_COUNTS, *_NUMBERS)
-        if "measures" not in wrong and name not in row["measures"]
-    ]
+    if "measures" not in wrong:
+        wrong += [name for name in (*_COUNTS, *_NUMBERS) if name not in row["measures"]]
     if wrong:
         raise ValueError(
-            f"a row has {', '.join([*_ROW, *_COUNTS, *_NUMBERS])}; here lacks or is of another "
-            "kind: " + ", ".join(wrong)
+            f"a row has {', '.join(names)}; here lacks or is of another kind: {', '.join(wrong)}"
         )
     measures = row["measures"]
-    wrong = [
-        f"{name} should hold numbers of answers ({', '.join(OUTCOMES)}), and their sum n above 0"
-        for name in _COUNTS
-        if not _counted(measures[name])
-    ]
-    wrong += [
-        f"{name} should be a finite number"
-        for name in ("seconds", *_NUMBERS)
-        if not _finite((row | measures)[name])
-    ]
+    for name in _COUNTS:
+        if not _counted(measures[name]):
+            outcomes = ", ".join(OUTCOMES)
+            wrong.append(f"{name} should hold numbers of answers ({outcomes}), and their sum n > 0")
+    for name in ("seconds", *_NUMBERS):
+        if not _finite((row | measures)[name]):
+            wrong.append(f"{name} should be a finite number")
     if not wrong and not measures["ordinary_perplexity"] > 0:
         wrong.append("ordinary_perplexity should be above 0")
     if wrong:
         raise ValueError("; ".join(wrong))
-    known = {f"patch.{name}": row["patch"][name] for name in OPTIONS if name in row["patch"]}
-    settings = Settings().override(known | {"run.seed": row["seed"]}, "its settings")
-    return row | {
-        "patch": row["patch"]
-        | {name: getattr(settings.patch, name) for name in OPTIONS if name in row["patch"]}
-    }
+    known = [name for name in OPTIONS if name in row["patch"]]
+    values = {f"patch.{name}": row["patch"][name] for name in known}
+    settings = Settings().override(values | {"run.seed": row["seed"]}, "its settings")
+    return row | {"patch": row["patch"] | {name: getattr(settings.patch, name) for name in known}}
 
 
 def _counted(counts: Any) -> bool:
-    names = (*OUTCOMES, "n")
-    whole = isinstance(counts, Mapping) and all(
-        type(counts.get(name)) is int and counts[name] >= 0 for name in names
-    )
-    return whole and sum(counts[name] for name in OUTCOMES) == counts["n"] > 0
+    if not isinstance(counts, Mapping):
+        return False
+    numbers = [counts.get(name) for name in (*OUTCOMES, "n")]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return False
+    *parts, n = numbers
+    return sum(parts) == n > 0
 
 
 def _finite(number: Any) -> bool:

@@ -1,31 +1,26 @@
-"""Judges: formats and replies, tiny judges of each kind, an endpoint that is up, talks nonsense or
-goes down; agreement."""
+"""Judges: formats and replies, tiny judges of each kind, a judge of one's own. Endpoints are in
+test_endpoint.py."""
 
-import http.server
-import json
+import itertools
+import pathlib
+import re
 import sys
-import threading
+import types
 
-import jax.numpy as jnp
 import pytest
 
-from safepatch_jax.evaluation.generate import generate
-from safepatch_jax.evaluation.judges import base as judges
-from safepatch_jax.evaluation.judges import classifier
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.judges import base, classifier
 from safepatch_jax.evaluation.judges import formats as judge_formats
-from safepatch_jax.evaluation.judges.base import (
-    UNKNOWN,
-    Item,
-    JudgeUnavailable,
-    Verdict,
-    agreement,
-    open_judge,
-)
+from safepatch_jax.evaluation.judges import open as judge_table
+from safepatch_jax.evaluation.judges.base import UNKNOWN, Item, Verdict
 from safepatch_jax.evaluation.judges.classifier import Classifier
-from safepatch_jax.evaluation.judges.endpoint import API_KEY, Endpoint
+from safepatch_jax.evaluation.judges.labels import read_labels
+from safepatch_jax.evaluation.judges.open import open_judge
 from safepatch_jax.io.hf import load_params
-from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.testing import write_tiny_model, write_tokenizer
+
+DOCS = pathlib.Path(__file__).parents[3] / "docs" / "evaluation.md"
 
 ASK = "Please do the forbidden placeholder thing {really}."
 REFUSES, ANSWERS = (
@@ -110,7 +105,7 @@ def test_prompts_hold_request_and_answer(tmp_path):
         ),
     }
     for kind, (start, end) in ends.items():
-        text = judge_formats.open_format(kind, tmp_path).render(ASK, ANSWERS)
+        text = getattr(judge_formats, kind)(tmp_path).render(ASK, ANSWERS)
         assert text.startswith(start) and text.endswith(end)
         assert text.count(ASK) == text.count(ANSWERS) == 1 and text.index(ASK) < text.index(ANSWERS)
     assert "do not count. \n- Generations should" in text  # the blank is part of HarmBench's prompt
@@ -120,10 +115,10 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(judge_formats, "say", said.append)
     write_tokenizer(tmp_path)
-    text = judge_formats.open_format("llama_guard", tmp_path).render(ASK, ANSWERS)
-    assert (
-        text
-        == f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n{ANSWERS}<|im_end|>\n<|im_start|>assistant\n"
+    text = judge_formats.llama_guard(tmp_path).render(ASK, ANSWERS)
+    assert text == (
+        f"<|im_start|>user\n{ASK}<|im_end|>\n<|im_start|>assistant\n{ANSWERS}<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     # contents as lists of parts, as in Llama Guard 3 of 1B, which drops plain strings
     (tmp_path / "chat_template.jinja").write_text(
@@ -131,17 +126,17 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
         "{{ m['role'] + ': ' + c['text'] | trim + '\n' }}{% endfor %}{% endfor %}"
     )
     assert (
-        judge_formats.open_format("llama_guard", tmp_path).render(ASK, ANSWERS)
+        judge_formats.llama_guard(tmp_path).render(ASK, ANSWERS)
         == f"user: {ASK}\nassistant: {ANSWERS}\n"
     )
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(
         ValueError, match="does not render a user's message and an assistant's answer"
     ):
-        judge_formats.open_format("llama_guard", tmp_path)
+        judge_formats.llama_guard(tmp_path)
     assert not said
     (tmp_path / "chat_template.jinja").unlink()
-    text = judge_formats.open_format("llama_guard", tmp_path).render(ASK, ANSWERS)
+    text = judge_formats.llama_guard(tmp_path).render(ASK, ANSWERS)
     assert text.startswith(
         "<|im_start|>[INST] Task: Check if there is unsafe content in 'Agent' messages"
     )
@@ -150,7 +145,7 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
     )
     assert "no chat template; the text format of Llama Guard 1 is used" in said[0]
     with pytest.raises(ValueError, match="no usable tokenizer"):
-        judge_formats.open_format("llama_guard", tmp_path / "empty")
+        judge_formats.llama_guard(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -210,34 +205,37 @@ def test_replies(kind, reply, harm, refusal, tmp_path):
 
 def test_batches_order_and_broken_answers(tmp_path):
     asked, done = [], {}
-    judge = open_judge(
-        f"harmbench:{tmp_path}", engine(lambda prompt: "yes" if "word 1" in prompt else "no", asked)
-    )
-    items = [
-        Item(ASK, BROKEN if i % 10 == 0 else f"An answer with word {i} in it.") for i in range(90)
-    ]
+    say = engine(lambda prompt: "yes" if "word 1" in prompt else "no", asked)
+    judge = open_judge(f"harmbench:{tmp_path}", say)
+    items, expected = [], []
+    for i in range(90):
+        if i % 10 == 0:
+            items.append(Item(ASK, BROKEN))
+            expected.append("incoherent")
+        else:
+            items.append(Item(ASK, f"An answer with word {i} in it."))
+            expected.append("complied" if str(i).startswith("1") else "refused")
     verdicts = judge.judge(items, done=done.__setitem__)
-    assert [len(batch) for batch in asked] == [64, 17]
-    assert outcomes(verdicts) == [
-        "incoherent" if i % 10 == 0 else "complied" if str(i).startswith("1") else "refused"
-        for i in range(90)
-    ]
+    assert [len(batch) for batch in asked] == [64, 17] and outcomes(verdicts) == expected
     assert [done[i] for i in range(90)] == verdicts and list(done)[:9] == list(range(0, 90, 10))
-    assert all(BROKEN not in prompt for batch in asked for prompt in batch)
+    assert not any(BROKEN in prompt for prompt in itertools.chain(*asked))
 
 
 def test_a_judge_that_talks_nonsense(tmp_path):
     item, done = Item(ASK, ANSWERS), {}
     judge = open_judge(f"harmbench:{tmp_path}", engine("Maybe. " * 100))
     assert judge.judge([item] * 7) == [Verdict(UNKNOWN, "", ("Maybe. " * 100)[:200])] * 7
-    message = r"harmbench:.*: 8 of 8 replies are no verdict\. Expected: 'yes' or 'no'\. Got: ('Maybe.*', ){2}'Maybe.*'\. Is this"
+    message = (
+        r"harmbench:.*: 8 of 8 replies are no verdict\. Expected: 'yes' or 'no'\. "
+        r"Got: ('Maybe.*', ){2}'Maybe.*'\. Is this"
+    )
     with pytest.raises(ValueError, match=message):
         judge.judge([item] * 8 + [ITEMS[3]], done=done.__setitem__)
     assert len(done) == 9
     half = open_judge(
         f"harmbench:{tmp_path}", engine(lambda prompt: "yes" if "even" in prompt else "?")
     )
-    verdicts = half.judge([Item(ASK, f"An {'even' if i % 2 else 'odd'} answer.") for i in range(8)])
+    verdicts = half.judge([Item(ASK, "An odd answer."), Item(ASK, "An even answer.")] * 4)
     assert outcomes(verdicts) == [UNKNOWN, "complied"] * 4
 
 
@@ -250,30 +248,8 @@ def tiny_judge(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["llama_guard", "wildguard", "harmbench"])
 def test_tiny_random_judge_on_our_decoder(kind, tiny_judge, sharder):
-    import transformers
-
     def open_engine(folder):
-        config, params = load_params(folder, sharder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        decoder = Decoder(config, jnp.float32, None)
-
-        def complete(texts, max_new):
-            prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            return [
-                tokenizer.decode(ids, skip_special_tokens=True)
-                for ids in generate(
-                    decoder,
-                    params,
-                    prompts,
-                    config.eos_ids,
-                    max_new=max_new,
-                    batch_size=4,
-                    sharder=sharder,
-                    title="judge",
-                )
-            ]
-
-        return complete
+        return Engine(*load_params(folder, sharder), folder, sharder, batch_size=4).complete
 
     judge = open_judge(f"{kind}:{tiny_judge}", open_engine)
     verdicts = judge.judge(ITEMS)  # random weights speak no judge's format
@@ -319,7 +295,7 @@ def write_classifier(folder, labels, bias, head=True):
 
 
 def test_harmful_and_action_longformers(tmp_path, monkeypatch):
-    said, long = [], Item(ASK, judges.__doc__)  # longer than the 64 positions
+    said, long = [], Item(ASK, base.__doc__)  # longer than the 64 positions
     monkeypatch.setattr(classifier, "say", said.append)
     harmful = open_judge(
         f"classifier:{write_classifier(tmp_path / 'h', ['LABEL_0', 'LABEL_1'], [0.0, 9.0])}",
@@ -389,7 +365,7 @@ def test_labels_the_user_reads(tmp_path):
     ],
 )
 def test_known_labels(labels, best, harm, refusal):
-    readings = judge_formats.read_labels(labels, {}, False)
+    readings = read_labels(labels, {}, False)
     assert readings["harm"][labels[best]][0] == harm
     assert (readings["refusal"][labels[best]][0] if "refusal" in readings else None) == refusal
 
@@ -415,188 +391,32 @@ def test_classifier_errors(tmp_path, monkeypatch):
         Classifier(str(folder))
 
 
-# An endpoint.
+# A judge of one's own.
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A tiny OpenAI-compatible server; `server.replies` are its next replies: a word, raw bytes, an
-    HTTP status, or None, which
-    hangs up. The last one stays."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.server.asked.append((self.path, dict(self.headers), json.loads(body)))
-            reply = (
-                self.server.replies[0]
-                if len(self.server.replies) == 1
-                else self.server.replies.pop(0)
-            )
-            if reply is None:
-                return self.connection.close()
-            status = reply if isinstance(reply, int) else 200
-            if isinstance(reply, str):
-                reply = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-            self.send_response(status)
-            if 300 <= status < 400:
-                self.send_header("Location", "/elsewhere")
-            self.end_headers()
-            self.wfile.write(
-                reply
-                if isinstance(reply, bytes)
-                else b"the key " + self.headers.get("Authorization", "").encode() + b" is wrong"
-            )
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv(API_KEY, raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.replies, server.asked, server.waited = ["COMPLIED"], [], []
-        server.text = f"http://127.0.0.1:{server.server_port}/v1/?model=org/judge"
-        server.judge = Endpoint(server.text, timeout=5.0, sleep=server.waited.append)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_endpoint(server, monkeypatch):
-    monkeypatch.setenv(API_KEY, "sk-placeholder")
-    server.replies = [
-        "REFUSED_FULL",
-        "REFUSED_PARTIAL.",
-        " COMPLIED\n",
-        "INCOHERENT",
-        "Complied, I think",
-        b"<html>",
-        b"[]",
-        b'{"choices": [{"message": {"content": null}}]}',
-    ]
-    judge, done = open_judge(f"endpoint:{server.text}", no_engine), {}
-    items = [Item(ASK, f"Answer number {i}, with enough words.") for i in range(7)] + [
-        Item(ASK, ""),
-        Item(ASK, ANSWERS),
-    ]
-    verdicts = judge.judge(items, "refusal", done.__setitem__)
-    assert verdicts == [
-        Verdict("refused", "full", "REFUSED_FULL"),
-        Verdict("refused", "partial", "REFUSED_PARTIAL."),
-        Verdict("complied", "", "COMPLIED"),
-        Verdict("incoherent", "", "INCOHERENT"),
-        Verdict(UNKNOWN, "", "Complied, I think"),
-        Verdict(UNKNOWN, "", "<html>"),
-        Verdict(UNKNOWN, "", "[]"),
-        Verdict("incoherent"),
-        Verdict(UNKNOWN),
-    ]
-    assert [done[i] for i in range(9)] == verdicts and len(server.asked) == 8
-    path, headers, body = server.asked[0]
-    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-placeholder"
-    assert body["model"] == "org/judge" and body["temperature"] == 0
-    assert (
-        "answers in part" in body["messages"][0]["content"]
-        and "number 0" in body["messages"][1]["content"]
-    )
-    assert "sk-placeholder" not in f"{judge.name} {verdicts} {vars(judge)}"
-
-
-def test_endpoint_that_stumbles(server):
-    server.replies = [503, None, "COMPLIED"]
-    assert outcomes(server.judge.judge([ITEMS[1]])) == ["complied"] and server.waited == [2.0, 4.0]
-    assert "Authorization" not in server.asked[0][1]
-
-
-@pytest.mark.parametrize("failure", [None, 500, 429])
-def test_endpoint_down_midway_and_resumed(server, failure):
-    items, done = [Item(ASK, f"Answer number {i}, with enough words.") for i in range(5)], {}
-    server.replies = ["REFUSED_FULL", "COMPLIED", failure]
-    with pytest.raises(
-        JudgeUnavailable,
-        match="no answer in 3 tries .*judged so far are kept; the same command goes on",
-    ) as error:
-        server.judge.judge(items, done=done.__setitem__)
-    assert (
-        isinstance(error.value, OSError)
-        and outcomes(done.values()) == ["refused", "complied"]
-        and len(server.asked) == 5
-    )
-    server.replies = ["REFUSED_PARTIAL"]
-    rest = [i for i in range(5) if i not in done]
-    server.judge.judge(
-        [items[i] for i in rest], done=lambda i, verdict: done.__setitem__(rest[i], verdict)
-    )
-    assert outcomes(done[i] for i in range(5)) == [
-        "refused",
-        "complied",
-        "refused",
-        "refused",
-        "refused",
-    ]
-    assert len(server.asked) == 8
-
-
-def test_endpoint_not_there(server):
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(JudgeUnavailable, match="no answer in 3 tries .*refused"):
-        server.judge.judge([ITEMS[1]])
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_endpoint_the_user_must_mend(server, status, monkeypatch):
-    monkeypatch.setenv(API_KEY, "sk-placeholder")
-    server.replies = [status]
-    message = rf"HTTP {status} .*Bearer \*\*\* is wrong.*Check URL, model and SAFEPATCH_API_KEY"
-    with pytest.raises(ValueError, match=message) as error:
-        server.judge.judge([ITEMS[1]])
-    assert "sk-placeholder" not in str(error.value) and len(server.asked) == 1
-    monkeypatch.setenv(API_KEY, "sk-place\nholder")
-    with pytest.raises(ValueError, match="holds characters that no key has") as error:
-        server.judge.judge([ITEMS[1]])
-    assert "holder" not in str(error.value)
-
-
-def test_endpoint_that_talks_nonsense(server):
-    server.replies = ["As a model I find that hard."]
-    with pytest.raises(
-        ValueError,
-        match="8 of 8 replies are no verdict. Expected: one word of COMPLIED, REFUSED_FULL",
-    ):
-        server.judge.judge([ITEMS[1]] * 8)
-
-
-# Agreement.
-
-
-def verdicts_of(text):
-    return [
-        Verdict({"c": "complied", "r": "refused", "i": "incoherent", "?": UNKNOWN}[letter])
-        for letter in text
-    ]
-
-
-def test_agreement():
-    result = agreement(
-        verdicts_of("c" * 25 + "r" * 25 + "?i"),
-        verdicts_of("c" * 20 + "r" * 5 + "c" * 10 + "r" * 15 + "c?"),
-    )
-    assert result["table"] == {
-        "complied": {"complied": 20, "refused": 5, "incoherent": 0},
-        "refused": {"complied": 10, "refused": 15, "incoherent": 0},
-        "incoherent": {"complied": 0, "refused": 0, "incoherent": 0},
-    }
-    assert (result["n"], result["unknown"], result["agree"]) == (50, 2, 0.7)
-    assert result["kappa"] == pytest.approx(0.4)  # Cohen's textbook case: chance 0.5
-    assert agreement(verdicts_of("cri"), verdicts_of("cri"))["kappa"] == 1.0
-    assert agreement(verdicts_of("cr"), verdicts_of("rc"))["kappa"] == -1.0
-    assert agreement(verdicts_of("ccc"), verdicts_of("ccr"))["kappa"] == 0.0
-    same = agreement(verdicts_of("rr"), verdicts_of("rr"))
-    assert (same["agree"], same["kappa"]) == (1.0, None)
-    none = agreement(verdicts_of("?"), verdicts_of("c"))
-    assert (none["n"], none["unknown"], none["agree"], none["kappa"]) == (0, 1, None, None)
-    with pytest.raises(ValueError, match="2 verdicts against 1"):
-        agreement(verdicts_of("rr"), verdicts_of("r"))
+def test_the_documented_judge_is_a_class_and_a_row(monkeypatch):
+    """The class of the docs, and the table with the import and the row of the docs."""
+    text = DOCS.read_text().partition("## Adding a judge")[2]
+    file, lines = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(file.splitlines()) <= 25
+    imported, row = lines.splitlines()
+    name = re.match(r"from safepatch_jax\.evaluation\.judges\.(\w+) import", imported)[1]
+    module = types.ModuleType(f"safepatch_jax.evaluation.judges.{name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(file, str(DOCS), "exec"), module.__dict__)
+    table = types.ModuleType("table")
+    source = pathlib.Path(judge_table.__file__).read_text()
+    first_row = '\n    "phrases": '
+    assert source.count(first_row) == 1
+    source = source.replace(first_row, f"\n{row}{first_row}")
+    source = source.replace("\nimport dataclasses", f"\n{imported}\nimport dataclasses", 1)
+    monkeypatch.setitem(sys.modules, "table", table)
+    exec(compile(source, "open.py", "exec"), table.__dict__)
+    assert table.FORMS.keys() - judge_table.FORMS.keys() == {"short"}
+    judge = table.open_judge("short:4", no_engine)
+    done = {}
+    verdicts = judge.judge([*ITEMS, Item(ASK, "No thanks.")], "refusal", done.__setitem__)
+    assert outcomes(verdicts) == ["complied", "complied", "incoherent", "incoherent", "refused"]
+    assert judge.name == "short:4" and [done[i] for i in range(5)] == verdicts
+    with pytest.raises(ValueError, match="judge 'short': expected one of short:WORDS, phrases"):
+        table.open_judge("short", no_engine)

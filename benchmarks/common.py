@@ -1,0 +1,59 @@
+"""Parts that the benchmarks share: shapes of Llama models, sides that take turns, and how a \
+figure is
+printed.
+
+Imports neither JAX nor torch, so that a side's memory is its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
+    "1b": (2048, 5632, 32, 4, 32000, 22),
+    "7b": (4096, 11008, 32, 32, 32000, 32),
+    "8b": (4096, 14336, 32, 8, 128256, 32),
+    "tiny": (64, 176, 4, 2, 512, 2),
+}
+
+
+def raw_config(shape: str, layers: int | None, dtype: str = "float32") -> dict[str, Any]:
+    """Return the config.json of a Llama of this shape, with so many blocks (None: all)."""
+    hidden, mlp, heads, kv_heads, vocab, blocks = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers or blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Call the sides in turns; return {name: seconds of each call}."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            begun = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def spread(values: Sequence[float], form: str = ".0f") -> str:
+    """Return median (least - most)."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"

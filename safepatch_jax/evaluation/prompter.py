@@ -1,0 +1,108 @@
+"""A model's tokenizer and chat template: conversations in, token ids out."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import jinja2
+
+from safepatch_jax.data.chat import Chat, NoChat, load_tokenizer
+from safepatch_jax.models.config import DecoderConfig
+
+# a user's text, or the turns of a conversation as in `Prompter.ask`
+Talk = str | Sequence[str]
+
+
+class Prompter:
+    """A model's tokenizer and chat template, without its weights.
+
+    Args:
+      config: the model's; its vocabulary and number of positions count.
+      folder: whose tokenizer and chat template are taken.
+
+    Attributes:
+      chat: renders conversations; None where the folder has no chat template.
+      tokenizer: Hugging Face's.
+
+    Raises:
+      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
+    """
+
+    def __init__(self, config: DecoderConfig, folder: str | pathlib.Path):
+        self.config = config
+        try:
+            self.chat: Chat | None = Chat(folder, config.vocab_size)
+            self.tokenizer = self.chat.tokenizer
+        except NoChat:
+            self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise a text; no special tokens are added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens and surrounding blanks."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def ask(self, *turns: str, system: str | None = None) -> list[int]:
+        """Return the ids of a conversation in the chat template: the user's first message, an
+        answer, the next message and so on.
+
+        Args:
+          system: a system message. Where the template refuses it or leaves it out, it stands before
+            the user's first text. None for none: a template that puts in one of its own then does
+            so; '' is an empty one in its place.
+
+        Raises:
+          ValueError: the model has no chat template, or one that does not render a conversation of
+            several turns.
+        """
+        self.needed_chat()
+        if system is not None:
+            ids = self._ask_with_system(turns, system)
+            if ids is not None:
+                return ids
+            if system:
+                turns = (f"{system}\n\n{turns[0]}", *turns[1:])
+        try:
+            return self.encode(self._render(_messages(turns)))
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the chat template does not render {len(turns)} messages in turn ({error}). Copy "
+                "that of the model's chat variant into the folder."
+            ) from error
+
+    def ask_talk(self, talk: Talk, system: str | None = None) -> list[int]:
+        """Return the ids of a user's text or a conversation; see `ask`."""
+        turns = [talk] if isinstance(talk, str) else talk
+        return self.ask(*turns, system=system)
+
+    def _ask_with_system(self, turns: Sequence[str], system: str) -> list[int] | None:
+        """Return None where the template has no place for a system message (Gemma)."""
+        messages = [{"role": "system", "content": system}, *_messages(turns)]
+        try:
+            text = self._render(messages)
+        except (jinja2.TemplateError, TypeError):
+            return None
+        in_turns = sum(turn.count(system.strip()) for turn in turns)
+        return self.encode(text) if text.count(system.strip()) > in_turns else None
+
+    def _render(self, messages: Sequence[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def needed_chat(self) -> Chat:
+        """Return what renders conversations. Raises ValueError if the model has no chat
+        template."""
+        if self.chat is None:
+            raise ValueError(
+                "the model has no chat template; copy that of its chat variant into the folder."
+            )
+        return self.chat
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]

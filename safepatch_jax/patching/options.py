@@ -1,0 +1,56 @@
+"""What the patch settings become: static options of the compiled program, and traced scalars."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.selection import top_count
+from safepatch_jax.patching.settings import PatchSettings
+from safepatch_jax.patching.tensor import ProgramOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """The options that are traced scalars, so that a change of value compiles nothing."""
+
+    retention: float
+    quota: int
+    alpha: float
+    beta: float
+
+    @classmethod
+    def of(cls, patch: PatchSettings, size: int) -> Knobs:
+        """Return the knobs for a tensor of so many entries."""
+        method = patch.method
+        divided = patch.rescale if "rescale" in method.settings else method.divides
+        scale = 1.0 / patch.retention if divided else 1.0
+        quota = top_count(patch.retention, size)
+        return cls(patch.retention, quota, patch.alpha * scale, patch.beta * scale)
+
+    def traced(self) -> dict[str, Any]:
+        """Return them as the program takes them."""
+        return {
+            "retention": np.float32(self.retention),
+            "quota": np.int32(self.quota),
+            "alpha": np.float32(self.alpha),
+            "beta": np.float32(self.beta),
+            "zero": np.int32(0),  # for `Tensor.weighted`
+        }
+
+
+def program_options(patch: PatchSettings) -> ProgramOptions:
+    """Return the options that decide which program is compiled."""
+    by_row = patch.granularity == "row"
+    return ProgramOptions(patch.merge, patch.ranking, by_row, patch.combine, patch.support)
+
+
+def top_rates(patch: PatchSettings) -> dict[str, float]:
+    """Return the share of entries in each patch's top set."""
+    ranks = patch.method.ranks
+    if ranks == "importance":
+        return {"se": patch.top_rate_se, "osm": patch.top_rate_osm}
+    return dict.fromkeys(PATCH_ROLES, patch.density if ranks == "magnitude" else 1.0)

@@ -1,0 +1,226 @@
+"""Sensitivity: the sum over samples of |dNLL/dW|, absolute value per sample.
+
+SNIP's importance is I(W) = sum over samples of |W * dNLL/dW|. W does not depend on the sample, so
+I(W) = |W| * sum |dNLL/dW|. Accumulated is the second factor, the sensitivity; the choice of W
+(patch entry or weight) then costs nothing and can be changed without new gradients. A batched
+gradient gives |sum dNLL/dW| of each batch, another ranking: faster, as an option, with a measure of
+how far the two agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+
+from safepatch_jax.data.chat import Example, lengths, training_batch
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.table import Param, nest, param_table, unnest
+from safepatch_jax.patching.selection import top_mask
+from safepatch_jax.patching.tensor import importance_of
+from safepatch_jax.runtime.console import progress
+from safepatch_jax.training.objective import answer_logprobs, sequence_nll
+from safepatch_jax.training.step import put_batch
+
+_SAMPLES = "samples"  # the vmapped axis
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_of_magnitudes(weight: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Return the weight; its gradient is the sum over samples, the vmapped axis, of the magnitudes
+    of theirs.
+
+    The magnitude comes before any sum over samples, on one device or between devices. Within a scan
+    over layers one layer's gradients of the samples in flight exist at once.
+    """
+    return weight
+
+
+sum_of_magnitudes.defvjp(
+    lambda weight, sharding: (weight, None),
+    lambda sharding, _, gradient: (
+        lax.with_sharding_constraint(lax.psum(jnp.abs(gradient), _SAMPLES), sharding),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Magnitudes:
+    """`sum_of_magnitudes` as the decoder's tap."""
+
+    sharder: Sharder
+
+    def __call__(self, weight: jax.Array, row: Param) -> jax.Array:
+        return sum_of_magnitudes(weight, self.sharder.sharding(row.layer_axes))
+
+
+class SensitivityMeter:
+    """Compiles the programs that add |gradient| to a sharded accumulator; serves both patches.
+
+    Memory a parameter, over all devices: 4 bytes each for weight, accumulator and what is added to
+    it. Per sample, each part of the batch axis has one sample in flight.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rows: Sequence[Param],
+        sharder: Sharder,
+        loss: str = "mean",
+        chunk: int = 64,
+    ):
+        self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
+        self._decoder = decoder
+        shardings = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
+        self._zeros = jax.jit(
+            lambda: {row.path: jnp.zeros(row.shape, jnp.float32) for row in rows},
+            out_shardings=shardings,
+        )
+        out = shardings, sharder.replicated()
+        self._add_samples = jax.jit(self._samples, donate_argnums=0, out_shardings=out)
+        self._add_batch = jax.jit(self._batch, donate_argnums=0, out_shardings=out)
+
+    def _batch(self, total, scoped, rest, batch):
+        """Add |gradient of the batch's summed NLL|."""
+
+        def objective(scoped):
+            logprobs_BA = answer_logprobs(
+                self._decoder, nest({**rest, **scoped}), batch, self._chunk
+            )
+            return jnp.sum(sequence_nll(logprobs_BA, batch["weights"], self._loss))
+
+        nll, gradients = jax.value_and_grad(objective)(scoped)
+        return {path: total[path] + jnp.abs(g) for path, g in gradients.items()}, nll
+
+    def _samples(self, total, scoped, rest, batch):
+        """Add the sum over the batch's samples of |gradient of a sample's NLL|."""
+        # The batch axis of the mesh is that of the samples.
+        within = self._sharder.with_rules(batch=())
+        magnitudes = _Magnitudes(self._sharder)
+        decoder = self._decoder.clone(sharder=within, tap=magnitudes, attention="xla")
+
+        def objective(scoped, sample):
+            tapped = {}
+            for row in self._rows:  # the decoder taps those of the blocks
+                weight = scoped[row.path]
+                tapped[row.path] = weight if row.stacked else magnitudes(weight, row)
+            batch = {name: x[None] for name, x in sample.items()}
+            logprobs_1A = answer_logprobs(decoder, nest({**rest, **tapped}), batch, self._chunk)
+            return sequence_nll(logprobs_1A, batch["weights"], self._loss)[0]
+
+        nll_B, gradients = jax.vmap(
+            jax.value_and_grad(objective), in_axes=(None, 0), out_axes=(0, None), axis_name=_SAMPLES
+        )(scoped, batch)
+        return {path: total[path] + g for path, g in gradients.items()}, nll_B
+
+    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """Return the per-sample program traced for a batch of these shapes and shardings; nothing
+        is run."""
+        table = param_table(self._decoder.config)
+        params = unnest(table.abstract(self._sharder))
+        scoped = {row.path: params.pop(row.path) for row in self._rows}
+        return self._add_samples.trace(scoped, scoped, params, batch)
+
+    def measure(
+        self,
+        params: dict[str, jax.Array],
+        examples: Sequence[Example],
+        shapes: Sequence[tuple[int, int]],
+        title: str,
+        batch_size: int = 1,
+    ) -> dict[str, jax.Array]:
+        """Return the sum of |gradient| over samples, or over batches (of the batch's summed NLL).
+
+        Args:
+          params: flat ``{path: array}`` of the derived model, float32.
+          examples: calibration samples.
+          shapes: T and A to which samples may be padded, ascending; the last holds every sample.
+            With several, samples are taken in the order of their length.
+          title: shown at the progress bar.
+          batch_size: samples a gradient; 1 is SNIP's own reading. The last batch may have fewer.
+
+        Returns:
+          flat ``{path: array}`` over the scope, float32, shaped and sharded as the parameters.
+
+        Raises:
+          ValueError: the NLL of a sample, or of a batch, is NaN or infinite.
+        """
+        scoped = {row.path: params[row.path] for row in self._rows}
+        rest = {path: x for path, x in params.items() if path not in scoped}
+        add, size = self._add_batch, batch_size
+        if batch_size == 1:
+            add, size = self._add_samples, self._sharder.batch_ways
+        total, losses = self._zeros(), []
+        if len(shapes) > 1:
+            examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
+        with progress(len(examples), title, "sample") as bar:
+            for start in range(0, len(examples), size):
+                chosen = examples[start : start + size]
+                shape = next(shape for shape in shapes if shape[0] >= lengths(chosen)[0])
+                batch = put_batch(_full_batch(chosen, shape, size), self._sharder)
+                total, nll = add(total, scoped, rest, batch)
+                losses.append(nll)
+                if len(losses) > 1:
+                    # One batch stays in flight; the bar shows finished ones.
+                    jax.block_until_ready(losses[-2])
+                bar.update(len(chosen))
+        bad = [i for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
+        if bad:
+            raise ValueError(
+                f"{title}: the NLL is not finite in {len(bad)} of {len(losses)} batches (first: "
+                f"from sample {bad[0] * size}); the derived model is broken. Lower "
+                "derive.*_learning_rate."
+            )
+        return total
+
+
+def _full_batch(
+    examples: Sequence[Example], shape: tuple[int, int], size: int
+) -> dict[str, np.ndarray]:
+    """Lay examples out in so many rows; rows beyond them repeat the last one with no answer token,
+    so with gradient 0."""
+    padding = [examples[-1]] * (size - len(examples))
+    batch = training_batch([*examples, *padding], *shape)
+    batch["weights"][len(examples) :] = 0
+    return batch
+
+
+def witness_row(rows: Sequence[Param]) -> Param:
+    """Return the weight on which the values of score.mode are compared: the last linear one of the
+    blocks (in all layers)."""
+    return next(row for row in reversed(rows) if row.kind == "linear")  # every scope holds some
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def mode_agreement(
+    backbone: jax.Array,
+    derived: jax.Array,
+    sensitivities: tuple[jax.Array, jax.Array],
+    k: jax.Array,
+    *,
+    kind: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Return in how many entries the top sets by two sensitivities agree, and how many either
+    holds; int32 [L].
+
+    Args:
+      backbone, derived: one weight, [L, out, in].
+      sensitivities: of the same shape, by the two values of score.mode.
+      k: size of each matrix's top set.
+      kind: see `importance_of`.
+    """
+
+    def one_matrix(xs):
+        backbone, derived, sensitivities = xs
+        patch = derived - backbone.astype(jnp.float32)
+        a, b = (top_mask(importance_of(patch, derived, s, kind), k) for s in sensitivities)
+        return jnp.sum(a & b, dtype=jnp.int32), jnp.sum(a | b, dtype=jnp.int32)
+
+    return jax.lax.map(one_matrix, (backbone, derived, sensitivities))

@@ -1,0 +1,211 @@
+"""The models of a run on the devices: derived ones, their sensitivities, patched ones, and what is
+measured of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safepatch_jax.data.chat import Example
+from safepatch_jax.data.pipeline import shapes
+from safepatch_jax.data.records import DATA_ROLES
+from safepatch_jax.evaluation.measures import combine_roles, measure_role
+from safepatch_jax.io.checkpoint import StoredTree, load_tree
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.table import Param, nest, param_table, unnest
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.merge import apply_patching
+from safepatch_jax.patching.selection import top_count
+from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
+from safepatch_jax.patching.statistics import refuse_no_op
+from safepatch_jax.run.state import Run
+from safepatch_jax.runtime import processes
+from safepatch_jax.runtime.console import say
+from safepatch_jax.settings import PatchSettings, ScoreSettings
+
+Flat = dict[str, jax.Array]  # parameters by path
+MODES = ("per_sample", "batched")
+
+
+class PatchResult(NamedTuple):
+    """What the patch operation gives.
+
+    Attributes:
+      weights: the patched ones.
+      others: the backbone's other parameters.
+      statistics: by HF tensor name.
+      mode_overlap: Jaccard index of the top sets of the two score modes, by patch.
+    """
+
+    weights: Flat
+    others: Flat
+    statistics: dict[str, dict[str, Any]]
+    mode_overlap: dict[str, float]
+
+
+def derived(run: Run, role: str, dtype: str = "float32") -> Flat:
+    """Return the flat parameters of a derived model, whose stage must be in place."""
+    table = param_table(read_hf_config(run.backbone))
+    abstract = table.abstract(run.context.sharder, jnp.dtype(dtype))
+    return unnest(load_tree(run.runner.folder(f"derive_{role}") / "params", abstract))
+
+
+def calibration(run: Run, score: ScoreSettings) -> list[Example]:
+    """Return the harmful training pairs over which sensitivities are summed."""
+    examples = run.context.encoded(run.imported, "harmful", "train").examples
+    order = np.random.default_rng(run.settings.run.seed).permutation(len(examples))
+    return [examples[i] for i in order[: score.samples]]
+
+
+def sensitivity(run: Run, role: str, score: ScoreSettings) -> Flat:
+    """Return the summed gradient magnitudes of a derived model that is in place, float32, flat over
+    the scope."""
+    meter = run.context.meter(read_hf_config(run.backbone))
+    return measure_sensitivity(run, meter, role, calibration(run, score), score, score.mode)
+
+
+def measure_sensitivity(
+    run: Run,
+    meter: SensitivityMeter,
+    role: str,
+    samples: Sequence[Example],
+    score: ScoreSettings,
+    mode: str,
+) -> Flat:
+    """Return what `sensitivity` does, for some samples, by one of MODES, over the meter's scope."""
+    examples = run.context.encoded(run.imported, "harmful", "train").examples
+    padded = shapes(examples, run.settings.data.length_buckets)
+    size = score.batch_size if mode == "batched" else 1
+    return meter.measure(derived(run, role), samples, padded, f"score {role.upper()} {mode}", size)
+
+
+def patched(
+    run: Run,
+    patch: PatchSettings,
+    seed: int | None = None,
+    sensitivities: Mapping[str, Flat] | None = None,
+) -> Flat:
+    """Return the flat parameters of a patched model in their storage dtype; nothing is written.
+
+    Args:
+      patch: settings; derived models and scores must be in place.
+      seed: of random retention and stochastic rounding, if not the run's.
+      sensitivities: {'se', 'osm'}: take the place of the stored ones, see `sensitivity`.
+
+    Raises:
+      ValueError: the patch changes nothing.
+    """
+    result = apply_patch(run, patch, "patch", seed, sensitivities)
+    refuse_no_op(result.statistics, patch)
+    return in_storage_dtype(run, result.others) | result.weights
+
+
+def measure_patch(run: Run, patch: PatchSettings, seed: int | None = None) -> dict[str, Any]:
+    """Return the measures of a patched model; see `patched` for arguments and errors."""
+    return measure(run, patched(run, patch, seed), "patched")[0]
+
+
+def measure(run: Run, flat: Flat, title: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure a model on the evaluation records of all data roles.
+
+    Args:
+      flat: its parameters, any float dtype.
+      title: of the progress bars.
+
+    Returns:
+      (measures, judged answers), see `evaluation.measures`.
+    """
+    settings, folder = run.settings.evaluate, run.imported
+    # All roles first: records that cannot be used are refused before anything is generated.
+    encoded = {role: run.context.encoded(folder, role, settings.split) for role in DATA_ROLES}
+    engine = run.context.engine(folder, nest(flat))
+    parts, answers = {}, []
+    for role, examples in encoded.items():
+        part, rows = measure_role(engine, role, examples, settings.max_new_tokens, title)
+        parts[role] = part
+        answers += rows
+    return combine_roles(parts), answers
+
+
+def apply_patch(
+    run: Run,
+    patch: PatchSettings,
+    title: str,
+    seed: int | None = None,
+    sensitivities: Mapping[str, Mapping[str, jax.Array]] | None = None,
+) -> PatchResult:
+    """Run the patch operation on a freshly loaded backbone, whose buffers it takes over."""
+    config, params = run.context.load(run.backbone)
+    rows = param_table(config).scope(patch.scope)
+    table = unnest(param_table(config).abstract(run.context.sharder))
+    abstract = nest({row.path: table[row.path] for row in rows})
+    # Read weight by weight: the backbone is all that is held whole.
+    models = _stored(run, "derive", "params", abstract)
+    if sensitivities is None:
+        sensitivities = _stored(run, "score", "sensitivity", abstract)
+    backbone = unnest(params)
+    overlap = {}
+    if patch is run.settings.patch:  # for the report; other patches are tried many times
+        overlap = _mode_overlap(run, backbone, models, abstract, witness_row(rows))
+    weights, statistics = apply_patching(
+        backbone,
+        models,
+        sensitivities,
+        rows,
+        patch,
+        run.settings.run.seed if seed is None else seed,
+        run.context.sharder,
+        title,
+        run.settings.export.dtype,
+        run.settings.export.rounding,
+    )
+    others = {path: x for path, x in backbone.items() if path not in weights}
+    return PatchResult(weights, others, statistics, overlap)
+
+
+def _stored(run: Run, stage: str, name: str, abstract: Any) -> dict[str, StoredTree]:
+    """Return both patches' arrays of a kind of stage, which are read when they are asked for."""
+    trees = {}
+    for role in PATCH_ROLES:
+        trees[role] = StoredTree(run.runner.folder(f"{stage}_{role}") / name, abstract)
+    return trees
+
+
+def in_storage_dtype(run: Run, flat: Flat) -> Flat:
+    """Cast the backbone's parameters to the storage dtype of the result."""
+    dtype = run.settings.export.dtype
+    if dtype == "keep":
+        return flat
+    return {path: x.astype(jnp.dtype(dtype)) for path, x in flat.items()}
+
+
+def _mode_overlap(
+    run: Run, backbone: Flat, models: Mapping[str, StoredTree], abstract: Any, row: Param
+) -> dict[str, float]:
+    """Return the Jaccard index of the top sets by batched and per-sample scores, taken in each
+    matrix of one weight; nothing where scores are per sample."""
+    patch = run.settings.patch
+    if run.settings.score.mode != "batched" or not patch.needs_sensitivity:
+        return {}
+    one = nest({row.path: unnest(abstract)[row.path]})
+    theta = row.as_matrices(backbone[row.path])
+    overlaps = {}
+    for role, rate in (("se", patch.top_rate_se), ("osm", patch.top_rate_osm)):
+        folder = run.runner.folder(f"score_{role}") / "compared"
+        trees = load_tree(folder, dict.fromkeys(MODES, one))
+        by_mode = tuple(row.as_matrices(unnest(trees[mode])[row.path]) for mode in MODES)
+        count = top_count(rate, math.prod(row.hf_shape))
+        model = row.as_matrices(models[role][row.path])
+        counts = mode_agreement(theta, model, by_mode, count, kind=patch.importance)
+        both, either = (int(processes.fetch(n).sum(dtype=np.int64)) for n in counts)
+        overlaps[f"mode_overlap_{role}"] = both / max(1, either)
+    shares = ", ".join(
+        f"{role.upper()} {overlaps[f'mode_overlap_{role}']:.1%}" for role in PATCH_ROLES
+    )
+    say(f"  top sets by batched and per-sample scores, Jaccard index on {row.path}: {shares}")
+    return overlaps

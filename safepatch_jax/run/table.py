@@ -1,0 +1,187 @@
+"""The table of a run's stages: what each does and reads, and the settings its outputs depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.run import steps
+from safepatch_jax.run.stages import Stage, version_of
+from safepatch_jax.run.state import Run, source_hashes
+from safepatch_jax.runtime import processes
+from safepatch_jax.settings import Settings, outcome_settings
+
+# Models compared in the report, in its order.
+VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
+Evaluate = Callable[[Run, str, pathlib.Path], steps.Result]
+
+
+def variants(settings: Settings) -> tuple[str, ...]:
+    """Return the models of the report; without an alignment the shipped one is the backbone."""
+    return VARIANTS if settings.align.enabled else VARIANTS[1:]
+
+
+def stage_table(run: Run, evaluate: Evaluate = steps.evaluate) -> list[Stage]:
+    """Return the stages of a run, each with all that its outputs depend on.
+
+    Args:
+      run: its settings, data and source.
+      evaluate: measures a model of the report.
+    """
+    stages = [*_backbone(run), *_patches(run), *_model(run), *_evaluations(run, evaluate)]
+    reads = ("evaluate_backbone", "evaluate_safepatching", "certify_export")
+    results = tuple(stage.name for stage in stages if stage.name not in reads)
+    write = functools.partial(steps.write_report, run, variants(run.settings))
+    report = Stage("report", write, reads, outcome_settings(run.settings), results=results)
+    return [*stages, report]
+
+
+def _base(settings: Settings) -> str:
+    """Return the stage that the backbone comes from."""
+    return "align" if settings.align.enabled else "import"
+
+
+def _parts(settings: Settings) -> tuple[str, ...]:
+    """Return the stages that a patch is made from."""
+    return (_base(settings), "derive_se", "derive_osm", "score_se", "score_osm")
+
+
+def _backbone(run: Run) -> list[Stage]:
+    """Return the stages, shared with other runs, that make and examine the backbone."""
+    s, data = run.settings, run.context.data_hashes
+    hashes = functools.partial(processes.on_first, source_hashes, run.source)
+    certify = functools.partial(steps.certify_import, run)
+    stages = [
+        Stage("import", functools.partial(steps.import_model, run), sources=hashes, shared=True),
+        Stage("certify_import", certify, ("import",), *_certificate(s), shared=True),
+    ]
+    if s.align.enabled:
+        settings = dataclasses.asdict(s.align) | _training_settings(s)
+        settings["clip_norm"] = s.derive.clip_norm
+        sources = {role: data[role] for role in ("harmful", "ordinary")}
+        align = functools.partial(steps.align, run)
+        stages.append(Stage("align", align, ("import",), settings, sources, shared=True))
+    return stages
+
+
+def _patches(run: Run) -> list[Stage]:
+    """Return the stages of the derived models and their scores."""
+    s, harmful = run.settings, {"harmful": run.context.data_hashes["harmful"]}
+    stages = []
+    for role in PATCH_ROLES:
+        derive = functools.partial(steps.derive, run, role)
+        settings = _derive_settings(s, role)
+        stage = Stage(f"derive_{role}", derive, (_base(s),), settings, harmful, scratch=True)
+        stages.append(stage)
+    for role in PATCH_ROLES:
+        score = functools.partial(steps.score, run, role)
+        reads = (f"derive_{role}",)
+        stage = Stage(f"score_{role}", score, reads, _score_settings(s), harmful, scratch=True)
+        stages.append(stage)
+    return stages
+
+
+def _model(run: Run) -> list[Stage]:
+    """Return the stages that make, write and examine the patched model."""
+    s = run.settings
+    patch = functools.partial(steps.patch, run)
+    export = functools.partial(steps.export, run)
+    base = _base(s)
+    stages = [
+        Stage("patch", patch, _parts(s), _patch_settings(s), scratch=True),
+        Stage("export", export, (base, "patch"), dataclasses.asdict(s.export)),
+    ]
+    reads = (base, "export")
+    if s.export.dtype == "keep":  # a patch file holds differences of bits
+        write = functools.partial(steps.write_patch_file, run)
+        stages.append(Stage("patch_file", write, reads, results=("patch",)))
+    certify = functools.partial(steps.certify_export, run)
+    stages.append(Stage("certify_export", certify, reads, *_certificate(s), results=("patch",)))
+    return stages
+
+
+def _evaluations(run: Run, evaluate: Evaluate) -> list[Stage]:
+    s, base = run.settings, _base(run.settings)
+    reads = {
+        "shipped": ("import",),
+        "backbone": (base,),
+        "se": (base, "derive_se"),
+        "osm": (base, "derive_osm"),
+        "intersection": _parts(s),
+        "safepatching": (base, "export"),
+    }
+    stages = []
+    for variant in variants(s):
+        settings = _evaluate_settings(s)
+        if variant == "intersection":
+            settings["patch"] = _patch_settings(s)
+        stages.append(
+            Stage(
+                f"evaluate_{variant}",
+                functools.partial(evaluate, run, variant),
+                reads[variant],
+                settings,
+                run.context.data_hashes,
+                scratch=variant in ("se", "osm", "intersection"),
+            )
+        )
+    return stages
+
+
+def _certificate(s: Settings) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return (settings, sources) of a certificate, in which torch is the witness."""
+    return {"certify": s.run.certify}, {
+        name: version_of(name) for name in ("torch", "transformers")
+    }
+
+
+def _training_settings(s: Settings) -> dict[str, Any]:
+    """Return the settings on which every stage that takes gradients depends."""
+    return {
+        "compute_dtype": s.model.compute_dtype,
+        "attention": s.model.attention,
+        "loss": s.derive.loss,
+        "optimizer": s.derive.optimizer,
+        "seed": s.run.seed,
+        "max_prompt_tokens": s.data.max_prompt_tokens,
+        "max_answer_tokens": s.data.max_answer_tokens,
+        "train_limit": s.data.train_limit,
+        "length_buckets": s.data.length_buckets,
+    }
+
+
+def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
+    result = _training_settings(s)
+    for name, value in dataclasses.asdict(s.derive).items():
+        if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
+            result[name] = value
+    return result
+
+
+def _score_settings(s: Settings) -> dict[str, Any]:
+    result = _training_settings(s)
+    result |= {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
+    if s.score.mode == "batched":
+        result["batch_size"] = s.score.batch_size
+    return result
+
+
+def _patch_settings(s: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(s.patch) | {
+        "dtype": s.export.dtype,
+        "rounding": s.export.rounding,
+        "seed": s.run.seed,
+    }
+
+
+def _evaluate_settings(s: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(s.evaluate) | {
+        "max_prompt_tokens": s.data.max_prompt_tokens,
+        "max_answer_tokens": s.data.max_answer_tokens,
+        "eval_limit": s.data.eval_limit,
+        "compute_dtype": s.model.compute_dtype,
+    }

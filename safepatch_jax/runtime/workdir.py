@@ -1,0 +1,97 @@
+"""The folder of a command: shared by its processes, used by one run at a time, resumable.
+
+Every command that works in a folder for long (a run, a sweep, a comparison, a chain, an evaluation)
+takes these steps in the same order: refuse a folder that is not its own, see that all processes
+share it, lock it, clear what a killed run left half-written. They are here once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import pathlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import some
+
+_MOST = 4  # names in an error
+
+
+def resolve(path: str | pathlib.Path) -> pathlib.Path:
+    """Return the absolute path of a folder that a user named; '~' is the home folder."""
+    return pathlib.Path(path).expanduser().absolute()
+
+
+class Workdir:
+    """A folder in which one command works.
+
+    Args:
+      path: as the user gave it.
+      kind: what the folder is of, in errors: 'a run', 'a sweep'.
+      mark: the file that tells that a folder is such a one; where it is, other files may lie too.
+      names: patterns of the files and folders that the command puts there.
+      flag: with which the folder is given, in errors.
+      refuse: raises ValueError for what else makes the folder unusable; called on process 0.
+
+    Attributes:
+      path: absolute.
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        kind: str,
+        mark: str,
+        names: Collection[str],
+        flag: str = "--workdir",
+        refuse: Callable[[], Any] | None = None,
+    ):
+        self.path = resolve(path)
+        self._kind, self._mark, self._flag, self._refuse = kind, mark, flag, refuse
+        self._names = (*names, files.LOCK)
+
+    def check(self) -> None:
+        """Raise ValueError, in all processes, if the folder is none of this kind and not empty, or
+        for what `refuse` raises."""
+        processes.on_first(self._check)
+
+    def _check(self) -> None:
+        if self._refuse is not None:
+            self._refuse()
+        if (self.path / self._mark).is_file() or not self.path.is_dir():
+            return
+        strangers = [path.name for path in sorted(self.path.iterdir()) if self._is_stranger(path)]
+        if strangers:
+            raise ValueError(
+                f"{self.path} holds files that are not of {self._kind} "
+                f"({some(strangers, ', ', _MOST)}); use a new or empty folder for {self._flag}."
+            )
+
+    def _is_stranger(self, path: pathlib.Path) -> bool:
+        known = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in self._names)
+        return not known and not files.half_written(path.name)
+
+    @contextlib.contextmanager
+    def claimed(self, *others: pathlib.Path) -> Iterator[None]:
+        """Be the only run at work in the folder while the block runs.
+
+        Args:
+          others: folders that all processes must share too, such as the cache.
+
+        Raises:
+          ValueError: as `check`; another run at work; processes that do not share a folder.
+        """
+        self.check()  # before the folder is made, or anything is written to it
+        for folder in (self.path, *others):
+            processes.shared(folder)
+        with processes.claimed(self.path):
+            self.check()  # another run may have been at work meanwhile
+            processes.on_first(self._clear_half_written)
+            yield
+
+    def _clear_half_written(self) -> None:
+        for path in self.path.iterdir():
+            if files.half_written(path.name):
+                files.delete(path)

@@ -1,0 +1,75 @@
+"""The links of a chain as --links names them, and the methods beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from safepatch_jax.patch_file.log_lines import NAME
+from safepatch_jax.settings import Settings
+from safepatch_jax.studies.continual.measures import COMMON
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """An entry of --links: a name and the harmful data; '' stands for the run's data.harmful."""
+
+    name: str
+    harmful: str
+    category: str
+
+    def data(self, settings: Settings) -> dict[str, str]:
+        """Return the harmful data and the category as the log has them."""
+        return {"harmful": self.harmful or settings.data.harmful, "category": self.category}
+
+    def settings(self, settings: Settings, place: int) -> Settings:
+        """Return the chain's settings with this link's harmful data and a seed of its own.
+
+        With one seed random retention would draw the same entries in every link, and the draws are
+        to be independent.
+        """
+        return settings.override(
+            {
+                "data.harmful": self.harmful or settings.data.harmful,
+                "data.category": self.category,
+                "run.seed": settings.run.seed + place,
+                "align.enabled": False,
+            }
+        )
+
+
+def parse_links(text: str) -> tuple[Link, ...]:
+    """Read --links: NAME (a category of data.harmful), NAME=cat:A+B (several), NAME=SOURCE (a data
+    set), with ';' between.
+
+    Raises:
+      ValueError: nothing given, not of this form, or a name twice.
+    """
+    links = [_parse_link(part.strip()) for part in text.split(";") if part.strip()]
+    if not links:
+        raise ValueError(
+            "--links is empty; give for instance "
+            "--links='fraud;hate=cat:hate_speech+slurs;malware=malware.csv'."
+        )
+    counts = Counter(link.name for link in links)
+    clashes = sorted(name for name, count in counts.items() if count > 1 or name in COMMON)
+    if clashes:
+        raise ValueError(
+            f"--links: the name {', '.join(clashes)} stands there twice or is taken "
+            f"({', '.join(COMMON)} are). Give each link a name of its own: NAME=cat:CATEGORY."
+        )
+    return tuple(links)
+
+
+def _parse_link(entry: str) -> Link:
+    name, equals, data = (part.strip() for part in entry.partition("="))
+    if not NAME.fullmatch(name) or bool(equals) != bool(data):
+        raise ValueError(
+            f"--links: '{entry}' is not NAME, NAME=cat:A+B or NAME=SOURCE with a name of letters, "
+            "digits, '_', '.' and '-'. A category of another name is given as NAME=cat:CATEGORY."
+        )
+    if not data:
+        return Link(name, "", name)
+    if data.startswith("cat:"):
+        return Link(name, "", data.removeprefix("cat:"))
+    return Link(name, data, "")

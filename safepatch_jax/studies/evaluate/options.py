@@ -1,0 +1,101 @@
+"""How an evaluation is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from safepatch_jax.evaluation.answers import Sources
+from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.suites import GENERATED, Measure
+
+# Stored answers do not depend on these; judges, graders and seeds have folders of their own.
+_INDEPENDENT = (
+    "suite",
+    "judge",
+    "second_judge",
+    "grader",
+    "mesh",
+    "batch_size",
+    "seeds",
+    "manual_dir",
+    "data_dir",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """How an evaluation is done; the fields are the launcher's flags.
+
+    Attributes:
+      suite: see `load_suite`.
+      judge, second_judge: see `open_judge`; the second one is for agreement with the first, '' for
+        none.
+      grader: grades the answers of mt_bench, see `mt_bench.open_grader`; needed by suites that have
+        it.
+      mesh, compute_dtype, batch_size: see `Engine`.
+      temperature, top_p, seed: see `Sampling`.
+      seeds: each measure in which a model writes is done once with each; () for once, with `seed`.
+      manual_dir, data_dir: see `load_records`.
+    """
+
+    suite: str = "quick"
+    judge: str = "phrases"
+    second_judge: str = ""
+    grader: str = ""
+    mesh: str = "data:1,fsdp:-1,tensor:1"
+    compute_dtype: str = "float32"
+    batch_size: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    seeds: tuple[int, ...] = ()
+    manual_dir: str = ""
+    data_dir: str = "~/.cache/safepatch_jax/datasets"
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the options on which stored answers depend, beside the suite's measures."""
+        options = dataclasses.asdict(self)
+        for name in _INDEPENDENT:
+            del options[name]
+        if self.seeds:
+            options["seed"] = "several"
+        return options
+
+    def runs(self, measure: Measure) -> tuple[int | None, ...]:
+        """Return the seeds with which a measure is done; None stands for the one of `seed`, and for
+        measures without a draw."""
+        if self.seeds and measure.kind in GENERATED:
+            return self.seeds
+        return (None,)
+
+    @property
+    def sources(self) -> Sources:
+        return Sources(self.manual_dir, self.data_dir)
+
+    def sampling(self, seed: int | None) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.seed if seed is None else seed)
+
+    def check_seeds(self, writes: bool) -> None:
+        """Raise ValueError for seeds that do not go with the other options.
+
+        Args:
+          writes: whether the suite holds a measure in which a model writes.
+        """
+        self.sampling(None)
+        if not self.seeds:
+            return
+        text = ",".join(map(str, self.seeds))
+        if self.seed:
+            raise ValueError(f"seed {self.seed} and seeds {text} are both given; leave --seed out.")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different whole numbers, 0 at least, got {text}.")
+        if not self.temperature:
+            raise ValueError(
+                f"seeds {text}: at temperature 0 every seed gives the same answers. Sample with "
+                "--temperature=0.7, or leave --seeds out."
+            )
+        if not writes:
+            raise ValueError(
+                f"seeds {text}: in suite {self.suite} no measure is sampled. Leave --seeds out."
+            )

@@ -1,0 +1,105 @@
+"""The report of an evaluation: names of models, and whatever measures there are."""
+
+import json
+
+import pytest
+
+from safepatch_jax.evaluation.judges.base import UNKNOWN, Verdict
+from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.studies.evaluate.report import gather, labels, write
+
+TASKS = ("mmlu", "gsm8k")
+ROWS = {
+    "harm": {"answer": "x"},
+    "refusal": {"answer": "x"},
+    "text": {"nll": 3.0, "tokens": 2},
+    "mmlu": {"correct": True, "category": "x"},
+    "gsm8k": {"correct": True, "category": ""},
+    "mt_bench": {"answers": ["x", "y"]},
+}
+VERDICTS = {"harm": Verdict("complied"), "refusal": Verdict("refused")}
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (("/x/patched", "/y/backbone/"), ["patched", "backbone"]),
+        (("/x/model", "/y/backbone"), ["x/model", "backbone"]),
+        (("/x/model", "/y/model"), ["x/model", "y/model"]),
+        (("/x/chat", "/y/chat"), ["x/chat", "y/chat"]),
+        (("/1/x/chat", "/2/x/chat"), ["x/chat", "x/chat (against)"]),
+        (("/x/chat", "/x/chat"), ["x/chat", "x/chat (against)"]),
+        (("/x/model",), ["x/model"]),
+        (("/model",), ["model"]),
+        (("/x/y/..",), ["x"]),
+    ],
+)
+def test_labels(folders, names):
+    assert list(labels(dict(zip(("model", "against"), folders))).values()) == names
+
+
+def a_measure(kind):
+    source = f"set:{kind}@test" if kind in (*TASKS, "mt_bench") else "builtin"
+    return Measure(f"of {kind}", kind, source)
+
+
+def answers_of(kind, ids):
+    rows = dict.fromkeys(ids, ROWS[kind]) | {"long": {"left_out": "too long"}}
+    if kind in TASKS:
+        rows["complete"] = {"left_out": 2, "shortened": 1, "note": "no examples"}
+    return rows
+
+
+def grades_of(ids):
+    grades = {}
+    for i in ids:
+        grades |= {f"{i}:1": {"grade": 7.5}, f"{i}:2": {"grade": 7.5}}
+    return grades
+
+
+def content_of(kinds, ids, models):
+    """Return the content of a report on measures of some kinds, each with the same ids."""
+    suite = [a_measure(kind) for kind in kinds]
+    items, answers, verdicts, grades = {}, {}, {"one": {}, "two": {}}, {}
+    for measure in suite:
+        items[measure.name] = {i: {"category": "c"} for i in (*ids, "?")}
+        for model in models:
+            key = (model, measure.name)
+            answers[key] = [answers_of(measure.kind, ids)]
+            grades[key] = [grades_of(ids)]
+            if measure.kind in VERDICTS:
+                rows = dict.fromkeys(ids, VERDICTS[measure.kind]) | {"?": Verdict(UNKNOWN)}
+                verdicts["one"][key] = verdicts["two"][key] = [rows]
+    about = {
+        "models": {model: model for model in models},
+        "options": {"temperature": 0.0},
+        "judges": ["one", "two"],
+        "grader": "three",
+    }
+    return gather(suite, items, answers, verdicts, dict.fromkeys(models), about, grades)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("harm",), ("refusal", "text"), ("mmlu",), ("harm", "refusal", "gsm8k"), ("mt_bench",)],
+)
+@pytest.mark.parametrize("n", [0, 3, 127])
+def test_a_report_of_any_measures(kinds, n, tmp_path):
+    """One kind alone, nothing that counts, or all (the end of an interval is then 1e-16 below the
+    share)."""
+    for models in ("model",), ("model", "against"):
+        content = content_of(kinds, [str(i) for i in range(n)], models)
+        write(content, tmp_path)
+        json.loads(
+            (tmp_path / "report.json").read_text(),
+            parse_constant=lambda x: pytest.fail(f"{x} is no JSON"),
+        )
+        for measure in content["measures"]:
+            kind, row = measure["kind"], measure["models"]["model"]
+            assert row["n"] == n and row["left_out"] == 1 + (kind in TASKS)
+            if kind == "mt_bench":
+                assert row["mean"] == (7.5 if n else None)
+            elif kind != "text":
+                assert row["rate"] == (1.0 if n else None)
+            if kind in VERDICTS:
+                assert {"complied", "refused", "incoherent"} < row.keys()
