@@ -29,7 +29,7 @@ import sys
 
 def run() -> None:
     try:
-        # Before the harness: it registers the model type, and says what to install if there is none.
+        # Before the harness: it registers the model type, and says what to install without one.
         importlib.import_module("safepatch_jax.evaluation.lm_eval_model")
         from lm_eval.__main__ import cli_evaluate
 
