@@ -18,11 +18,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .
 
 # The tests of bits run with XLA's own optimisation; the others compile faster without
-# (tests/conftest.py).
+# (tests/conftest.py). A file stays with one worker: its fixtures are made once.
 BITS := tests/patching tests/test_numerics.py
 test: lint
 	XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 $(BITS) $(ARGS)
-	$(BIN)/python -m pytest -q -n 2 tests $(BITS:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(BITS:%=--ignore=%) $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu
 	XLA_FLAGS= $(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
