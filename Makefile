@@ -22,7 +22,7 @@ lint: $(VENV)/.test
 BITS := tests/patching tests/test_numerics.py
 test: lint
 	XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 $(BITS) $(ARGS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(BITS:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(BITS:%=--ignore=%) --ignore=tests/planning/test_tpu.py $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu
 	XLA_FLAGS= $(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)
