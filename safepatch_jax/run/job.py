@@ -276,6 +276,8 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     with processes.new_folder(out) as folder:
         with Metrics(folder) as run.metrics:
             run.runner.finish(["import", "align"])
+        nll = run.runner.result("align")["nll"]
+        processes.on_first(Metrics(folder).complete, "align", nll)
         processes.on_first(_copy_into, run.folder("align"), folder)
         logits = settings.run.certify == "logits"
         content = certificate.certify(folder, run.context.sharder, logits=logits, kind="export")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.runtime import files, processes
@@ -59,6 +59,17 @@ class Metrics:
                 events.add_scalar(name, value, step)
 
         return record
+
+    def complete(self, stage: str, nll: Sequence[float]) -> None:
+        """Add the steps of a finished stage that this start did not make: before it was resumed, or
+        all of them where the stage was reused. Of these the answer NLL alone is known."""
+        path = self._folder / FILE
+        rows = [json.loads(line) for line in _lines(path)]
+        known = {row["step"] for row in rows if row["stage"] == stage}
+        for step, value in enumerate(nll, 1):
+            if step not in known:
+                rows.append({"stage": stage, "step": step, "answer_nll": value})
+        files.write_jsonl(path, sorted(rows, key=lambda row: (row["stage"], row["step"])))
 
     def _begin(self, stage: str, step: int) -> tuple[Any, Any]:
         """Drop what an earlier start wrote of these steps; return a file and an event writer."""

@@ -116,7 +116,7 @@ def _evaluations(run: Run, evaluate: Evaluate) -> list[Stage]:
     }
     stages = []
     for variant in variants(s):
-        settings = _evaluate_settings(s)
+        settings = evaluate_settings(s)
         if variant == "intersection":
             settings["patch"] = _patch_settings(s)
         stages.append(
@@ -178,7 +178,8 @@ def _patch_settings(s: Settings) -> dict[str, Any]:
     }
 
 
-def _evaluate_settings(s: Settings) -> dict[str, Any]:
+def evaluate_settings(s: Settings) -> dict[str, Any]:
+    """Return the settings on which the measures of a model depend."""
     return dataclasses.asdict(s.evaluate) | {
         "max_prompt_tokens": s.data.max_prompt_tokens,
         "max_answer_tokens": s.data.max_answer_tokens,

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.runtime.files import read_jsonl
 from safepatch_jax.testing import write_tiny_model
 from tests.calls import ROOT, call, call_and_kill, command
 
@@ -127,5 +128,12 @@ def test_align_writes_a_model_and_refuses_to_overwrite(flags, tmp_path):
     result = call(*args)
     assert result.returncode == 0, result.stderr
     assert read_hf_config(tmp_path / "aligned").family == "llama"
+    rows = read_jsonl(tmp_path / "aligned" / "metrics.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [("align", 1), ("align", 2)]
+    assert all(row["gradient_norm"] > 0 for row in rows)
     again = call(*args)
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
+    reused = call("launch.align", f"--out={tmp_path / 'again'}", *args[2:])
+    assert "align: reused" in reused.stdout, reused.stderr
+    again = read_jsonl(tmp_path / "again" / "metrics.jsonl")
+    assert [row["answer_nll"] for row in again] == [row["answer_nll"] for row in rows]

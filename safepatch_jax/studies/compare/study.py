@@ -18,6 +18,7 @@ from safepatch_jax.evaluation.lines import check_names
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.run import environment, metrics
+from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.workdir import Workdir
@@ -39,7 +40,6 @@ _NAMES = (
     environment.FILE,
     *report.FILES,
 )
-_SAME_COMMAND = "Start every process with the same command."
 
 
 def compare(
@@ -81,7 +81,7 @@ def compare(
         "settings of methods": files.text_hash(options.settings)[:16],
         "--workdir": str(folder.path),
     }
-    processes.agree(flags, _SAME_COMMAND)
+    processes.agree(flags, SAME_COMMAND)
     with folder.claimed():
         try:
             with metrics.Metrics(folder.path) as recorded:

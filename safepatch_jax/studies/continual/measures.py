@@ -18,6 +18,7 @@ from safepatch_jax.evaluation.measures import ANSWERS, combine_roles, measure_ro
 from safepatch_jax.patch_file.log import folder_hash
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.stages import FINISHED, Runner, Stage
+from safepatch_jax.run.table import evaluate_settings
 from safepatch_jax.runtime import files, processes
 
 COMMON = ("lookalike", "ordinary")
@@ -119,13 +120,7 @@ class Measures:
         parts: Sequence[str],
         run: Callable[[str, pathlib.Path], Mapping[str, Any]],
     ) -> Runner:
-        s = self.context.settings
-        settings = dataclasses.asdict(s.evaluate) | {
-            "compute_dtype": s.model.compute_dtype,
-            "max_prompt_tokens": s.data.max_prompt_tokens,
-            "max_answer_tokens": s.data.max_answer_tokens,
-            "eval_limit": s.data.eval_limit,
-        }
+        settings = evaluate_settings(self.context.settings)
         stages = []
         for part in parts:
             sources = {

@@ -15,6 +15,7 @@ from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.reporting.tables import share
 from safepatch_jax.run import environment, metrics, models
+from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
@@ -115,7 +116,7 @@ def sweep(
     choices = [_choice(point) for point in points]
     processes.agree(
         {"number of points": len(choices), "hash of the points": files.text_hash(choices)[:16]},
-        "Start every process with the same command.",
+        SAME_COMMAND,
     )
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
