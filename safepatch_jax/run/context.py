@@ -24,7 +24,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import resolve
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import (

@@ -19,7 +19,8 @@ from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, stage_table, variants
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings, settings_differences
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"

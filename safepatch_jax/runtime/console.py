@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from safepatch_jax.runtime.processes import first
+from safepatch_jax.runtime.text import printable
 
 
 def say(text: str) -> None:
-    """Print one line, in the first process alone."""
+    """Print one line, in the first process alone; what could steer the terminal is escaped."""
+    show(printable(text))
+
+
+def show(text: str) -> None:
+    """Print lines with styles of our own, in the first process alone; the caller has passed what
+    comes from others through `printable`."""
     if first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -24,7 +31,7 @@ def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
     return tqdm(
         total=total,
         initial=done,
-        desc=f"  {title}",
+        desc=f"  {printable(title, 60)}",
         unit=unit,
         unit_scale=unit == "B",
         file=sys.stderr,

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
+from safepatch_jax.runtime.reading import reading
+
 LOCK = ".lock"
 
 
@@ -48,12 +50,9 @@ def _sync(file: IO[Any]) -> None:
 def read_json(path: str | pathlib.Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises ValueError if it is absent, damaged or another
     value."""
-    try:
-        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); fetch or copy the file again."
-        ) from error
+    with reading(path, "JSON", "Fetch or copy the file again."):
+        # A byte order mark may stand before it.
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise ValueError(
             f"{path} holds {type(value).__name__}, not an object; fetch or copy the file again."

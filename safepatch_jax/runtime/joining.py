@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from safepatch_jax.runtime.text import printable
+
 ROOT = "safepatch_jax/"  # of keys in the store of JAX's coordination service
 _ALIVE, _FAILED = ROOT + "alive/", ROOT + "failed/"  # one key a process
 _PRINTED, _GONE = ROOT + "printed", ROOT + "gone/"
@@ -247,7 +249,7 @@ def _print_error(whose: str, text: str) -> None:
     # The watching thread may print while the main thread shows a progress bar: below it, then.
     above = "" if threading.current_thread() is threading.main_thread() else "\n"
     with contextlib.suppress(OSError):  # the disk may be full where the output goes
-        print(f"{above}{whose}error: {text}", file=sys.stderr, flush=True)
+        print(f"{above}{whose}error: {printable(text)}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
 

@@ -15,13 +15,9 @@ from typing import Any
 
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.paths import resolve
 
 _MOST = 4  # names in an error
-
-
-def resolve(path: str | pathlib.Path) -> pathlib.Path:
-    """Return the absolute path of a folder that a user named; '~' is the home folder."""
-    return pathlib.Path(path).expanduser().absolute()
 
 
 class Workdir:

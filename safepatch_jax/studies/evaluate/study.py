@@ -23,7 +23,8 @@ from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate import report
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 

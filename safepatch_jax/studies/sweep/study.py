@@ -20,7 +20,8 @@ from safepatch_jax.run.job import open_run
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
-from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import analysis, report
 from safepatch_jax.studies.sweep.points import Point, label, varied
