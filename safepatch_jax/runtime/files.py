@@ -281,13 +281,14 @@ def file_sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def folder_hashes(folder: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted."""
+def folder_hashes(folder: str | pathlib.Path, leave_out: str = "") -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted, but for
+    those of one folder in it."""
     folder, result = pathlib.Path(folder), {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            result[str(path.relative_to(folder))] = entry
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] != leave_out:
+            result[str(name)] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return result
 
 
