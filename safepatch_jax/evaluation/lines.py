@@ -17,6 +17,32 @@ from typing import Any
 from safepatch_jax.evaluation.judges.endpoint import without_concurrency
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reason
+from safepatch_jax.runtime.records import misfits
+
+_VERDICTS, _VERDICT = "verdicts", ("outcome", "degree", "raw")
+_NUMBER = (int, float)
+_FIELDS = {
+    "answer": str,
+    "tokens": (int, list),
+    "of": str,
+    "outcome": str,
+    "degree": str,
+    "nll": _NUMBER,
+    "kl": _NUMBER,
+    "correct": bool,
+    "category": str,
+    "left_out": (str, int),
+    "shortened": int,
+    "note": str,
+    "grade": (int, float, type(None)),
+    "seconds_per_token": _NUMBER,
+    "seconds": _NUMBER,
+    "ratio": _NUMBER,
+    "least": _NUMBER,
+    "most": _NUMBER,
+}
 
 
 class Lines:
@@ -30,7 +56,7 @@ class Lines:
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows[row["id"]] = dict(row)
         if processes.first():
-            with open(self._path, "a", encoding="utf-8") as file:
+            with files.appended(self._path) as file:
                 file.write(_line(row))
 
 
@@ -52,19 +78,32 @@ def _read_lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = path.read_bytes() if path.is_file() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        with open(path, "rb+") as file:
-            file.truncate(len(whole))
     rows = {}
     try:
         for line in whole.decode().split("\n")[:-1]:
             row = json.loads(line)
+            if problems := list(misfits(row, _wanted(path, row))):
+                raise ValueError(some(problems))
             rows[row["id"]] = row
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Delete it, and its answers are given again."
+            f"{path} is damaged ({reason(error)}). Delete it, and its answers are given again."
         ) from error
+    if whole != raw:
+        with files.appended(path) as file:
+            file.truncate(len(whole))
     return rows
+
+
+def _wanted(path: pathlib.Path, row: Any) -> dict[str, Any]:
+    """Return of what type the fields of a row must be, those that any row has or this kind of file
+    needs."""
+    wanted = {"id": str}
+    if _VERDICTS in path.parts:
+        wanted |= dict.fromkeys(_VERDICT, str)
+    if isinstance(row, dict):
+        wanted |= {name: kind for name, kind in _FIELDS.items() if name in row}
+    return wanted
 
 
 def lines_of(out: pathlib.Path, kind: str, who: str, measure: Measure, run: int | None) -> Lines:

@@ -118,7 +118,7 @@ class Workdir:
             is_lock = path.name.startswith(".") and path.name.endswith(files.LOCK)
             if path.is_dir() and not path.is_symlink():
                 folders.append(path)
-            elif path.parent == self.path and path.name in self._declared or is_lock:
+            elif path.name in self._declared or is_lock:
                 held.append(path)
             else:
                 return

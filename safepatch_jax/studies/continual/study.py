@@ -38,7 +38,7 @@ from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
 from safepatch_jax.run.convert import Place, convert
-from safepatch_jax.run.job import align_model
+from safepatch_jax.run.job import SETTINGS, align_model
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
@@ -357,7 +357,9 @@ def _delete_leftovers(log: PatchLog, keep: str) -> None:
     they hold derived models."""
     known = {log.label(number) for number in log.links} | {keep}
     for path in sorted((log.workdir / LINKS).glob("[0-9][0-9]*-*")):
-        if path.is_dir() and not path.is_symlink() and path.name not in known:
+        is_run = path.is_dir() and (path / SETTINGS).is_file()
+        if is_run and not path.is_symlink() and path.name not in known:
+            files.refuse_link(path, log.workdir)
             say(f"{path.name}: begun, and no longer asked for; deleted")
             shutil.rmtree(path)
 
