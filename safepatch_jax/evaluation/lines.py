@@ -21,14 +21,16 @@ from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.records import misfits
 
-_VERDICTS, _VERDICT = "verdicts", ("outcome", "degree", "raw")
 _NUMBER = (int, float)
 _FIELDS = {
+    "id": str,
+    "answers": list,
     "answer": str,
     "tokens": (int, list),
     "of": str,
     "outcome": str,
     "degree": str,
+    "raw": (str, dict),
     "nll": _NUMBER,
     "kl": _NUMBER,
     "correct": bool,
@@ -43,6 +45,9 @@ _FIELDS = {
     "least": _NUMBER,
     "most": _NUMBER,
 }
+# Fields that a row has in a folder, and those that it has beside another one.
+_NEEDED_IN = {"verdicts": ("outcome", "degree", "raw"), "grades": ("grade", "raw")}
+_NEEDED_WITH = {"nll": ("tokens",), "correct": ("category",), "answers": ("tokens",)}
 
 
 class Lines:
@@ -98,12 +103,16 @@ def _read_lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 def _wanted(path: pathlib.Path, row: Any) -> dict[str, Any]:
     """Return of what type the fields of a row must be, those that any row has or this kind of file
     needs."""
-    wanted = {"id": str}
-    if _VERDICTS in path.parts:
-        wanted |= dict.fromkeys(_VERDICT, str)
+    fields = {"id"}
+    for folder, needed in _NEEDED_IN.items():
+        if folder in path.parts:
+            fields |= set(needed)
     if isinstance(row, dict):
-        wanted |= {name: kind for name, kind in _FIELDS.items() if name in row}
-    return wanted
+        fields |= _FIELDS.keys() & row.keys()
+        for name, needed in _NEEDED_WITH.items():
+            if name in row:
+                fields |= set(needed)
+    return {name: _FIELDS[name] for name in sorted(fields)}
 
 
 def lines_of(out: pathlib.Path, kind: str, who: str, measure: Measure, run: int | None) -> Lines:

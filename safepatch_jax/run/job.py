@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,11 @@ from safepatch_jax.run import card, certificate, environment, report, steps
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.context import keep_programs
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
-from safepatch_jax.run.stages import FINISHED, Runner, unusable_cache, versions
+from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, stage_table, variants
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.records import read_record
@@ -55,7 +54,7 @@ def open_run(
       ValueError: bad settings, model or data; processes that differ in any of it.
     """
     run = Run(settings, folder, read)
-    processes.on_first(_refuse_unusable, run.context.cache_dir)
+    processes.on_first(files.refuse_unusable, run.context.cache_dir, CACHE)
     keep_programs(run.context.cache_dir)
     run.context.check_batches()
     flags = {"--workdir": str(folder)} | dict(flags or {})
@@ -63,18 +62,6 @@ def open_run(
     processes.on_first(check_source, run.source)
     run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir, verify)
     return run
-
-
-def _refuse_unusable(cache: pathlib.Path) -> None:
-    """Raise ValueError if a cache that is not there cannot be made; nothing is made yet."""
-    if cache.is_dir():
-        return
-    parent = next(path for path in cache.parents if os.path.lexists(path))
-    if cache.exists() or not parent.is_dir():
-        taken = cache if cache.exists() else parent
-        raise unusable_cache(cache, OSError(0, f"{taken} is no folder"))
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise unusable_cache(cache, OSError(0, f"no permission to write in {parent}"))
 
 
 class Job:
@@ -275,8 +262,9 @@ class Job:
             raise Refused(f"{path} is no settings file of a run, or damaged. {fix}")
         differences = settings_differences(settings, self.settings.to_dict())
         if differences and not self._update:
+            shown = some([f"{line:.200}" for line in differences])
             raise ValueError(
-                f"The workdir {self.workdir} was made by other settings: {'; '.join(differences)}. "
+                f"The workdir {self.workdir} was made by other settings: {shown}. "
                 "Use another --workdir, or --update to run again the stages that these settings "
                 "change."
             )

@@ -34,6 +34,7 @@ from safepatch_jax.runtime.reading import Refused
 
 _ASIDE = ".steps"
 _ASIDE_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.steps", re.DOTALL)
+CACHE = "--run.cache_dir"
 FINISHED = ("done", "deleted")
 FORMAT = 4  # raise when a stage's outputs change their meaning
 # Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
@@ -218,21 +219,12 @@ class Runner:
             if self.status(dependency) not in FINISHED:
                 self.need(dependency)
         if stage.shared:
-            processes.on_first(self._make_cache)
+            processes.on_first(files.make_usable, self._cache_dir / "stages", CACHE)
         with processes.locked(folder.with_name(f".{folder.name}.lock")):
             # Another run that shares the stage may have finished it meanwhile.
             if self.status(name) != "done":
                 self._execute(stage)
         return folder
-
-    def _make_cache(self) -> None:
-        folder = self._cache_dir / "stages"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(0, "no permission to write there")
-        except OSError as error:
-            raise unusable_cache(folder, error) from error
 
     def complete(self) -> None:
         """Run what of all stages is not finished, as where a manifest was lost."""
@@ -359,14 +351,6 @@ def _stage_aside(name: str) -> str:
     """Return the stage whose checkpoints a folder of this name holds; '' if it is no such name."""
     match = _ASIDE_NAME.fullmatch(name)
     return match[1] if match else ""
-
-
-def unusable_cache(folder: pathlib.Path, error: OSError) -> Refused:
-    """Return the error for a cache that cannot be made or written."""
-    return Refused(
-        f"The cache {folder} cannot be written: {error.strerror or error}. Give a folder that can "
-        "as --run.cache_dir (in a config run.cache_dir)."
-    )
 
 
 def _has_outputs(folder: pathlib.Path) -> bool:

@@ -135,6 +135,34 @@ def half_written(name: str) -> bool:
     return _HALF_WRITTEN.fullmatch(name) is not None
 
 
+def make_usable(folder: pathlib.Path, flags: str) -> None:
+    """Make a folder that many runs share. Raises ValueError, which names the flags that give
+    another one, if it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable(folder, error.strerror or str(error), flags) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise unusable(folder, "no permission to write there", flags)
+
+
+def refuse_unusable(folder: pathlib.Path, flags: str) -> None:
+    """Raise ValueError as `make_usable` if a folder that is not there cannot be made; nothing is
+    made."""
+    if folder.is_dir():
+        return
+    parent = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not parent.is_dir():
+        raise unusable(folder, f"{parent} is no folder", flags)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise unusable(folder, f"no permission to write in {parent}", flags)
+
+
+def unusable(folder: pathlib.Path, reason: str, flags: str) -> Refused:
+    """Return the error for a folder that cannot be written."""
+    return Refused(f"{folder} cannot be written: {reason}. Give a folder that can, with {flags}.")
+
+
 def refuse_full_folder(path: str | pathlib.Path) -> None:
     """Raise ValueError if `path` exists and is anything but an empty folder."""
     path = pathlib.Path(path)
