@@ -16,6 +16,7 @@ from typing import Any
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.hf import check_keys
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
@@ -367,8 +368,10 @@ def _delete_leftovers(log: PatchLog, keep: str) -> None:
 def _refuse_unpatchable(folder: pathlib.Path) -> None:
     """Raise ValueError unless the starting model is stored as links are: safetensors, of each
     tensor one, in known dtypes."""
-    checkpoint = Checkpoint(folder)
-    names = set(param_table(read_hf_config(folder)).hf_names())
+    checkpoint, config = Checkpoint(folder), read_hf_config(folder)
+    table = param_table(config)
+    check_keys(checkpoint, table, config)
+    names = set(table.hf_names())
     problems = []
     if checkpoint.layout not in (SINGLE, INDEX):
         problems.append(f"its weights are {checkpoint.layout}")
