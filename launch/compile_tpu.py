@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from launch import flags as settings_flags
-from launch import main
+from launch import kinds, main
 from safepatch_jax.planning.plan import compile_run
 from safepatch_jax.planning.programs import PROGRAMS
 
@@ -43,7 +43,7 @@ _SUGGEST = flags.DEFINE_bool(
 _REMEDY = flags.DEFINE_bool(
     "remedy", True, "Where the settings do not fit, look for the nearest that do."
 )
-_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_JSON = kinds.path("json", None, "Also write the figures to this file.")
 flags.adopt_module_key_flags(settings_flags)
 
 

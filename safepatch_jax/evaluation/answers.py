@@ -35,6 +35,7 @@ from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.paths import resolve
 
 ROLES = {"harm": "harmful", "refusal": "lookalike", "text": "ordinary"}
 JUDGED = ("harm", "refusal")
@@ -61,7 +62,7 @@ class Sources:
             ROLES[measure.kind],
             measure.source,
             self.manual_dir,
-            pathlib.Path(self.data_dir).expanduser(),
+            self.data_dir,
             answers=measure.kind == "text",
         )
         if measure.split == "all":
@@ -99,7 +100,7 @@ def _short_hash(text: str) -> str:
 
 def companions(folder: str | pathlib.Path) -> pathlib.Path:
     """Return where config.json and the tokenizer of a model lie."""
-    path = pathlib.Path(folder).expanduser()
+    path = resolve(folder)
     return path / COMPANIONS_FOLDER if (path / MODEL).is_file() else path
 
 
@@ -109,7 +110,7 @@ def fingerprint(folder: str | pathlib.Path) -> str:
 
 
 def _hashes(folder: str | pathlib.Path) -> dict[str, str]:
-    hashes = files.folder_hashes(pathlib.Path(folder).expanduser())
+    hashes = files.folder_hashes(resolve(folder))
     return {name: file["sha256"] for name, file in hashes.items()}
 
 

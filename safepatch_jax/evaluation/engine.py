@@ -25,6 +25,7 @@ from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.numerics import NotFinite, tensor_keys
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.training.objective import over_answers, target_logprobs
 from safepatch_jax.training.step import put_batch
 
@@ -79,7 +80,7 @@ class Engine(Prompter):
     ) -> Engine:
         """Load a Hugging Face folder or a checkpoint of launch.convert. Raises ValueError as
         `load_params` and `Chat` do."""
-        folder, sharder = pathlib.Path(folder).expanduser(), Sharder(make_mesh(mesh))
+        folder, sharder = resolve(folder), Sharder(make_mesh(mesh))
         if (folder / MODEL).is_file():
             config, params, _ = load_checkpoint(folder, sharder)
             folder = folder / COMPANIONS_FOLDER

@@ -24,10 +24,8 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.describe import describe
 from safepatch_jax.models.table import param_table
 from safepatch_jax.run import certificate
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, paths, processes
 from safepatch_jax.runtime.console import say, some
-
-_KINDS = ("hf", "orbax", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +46,10 @@ class Place:
         if text == "smollm2":
             return cls("gguf", gguf.find_smollm2())
         kind, colon, rest = text.partition(":")
-        if colon and kind in _KINDS and rest:
-            return cls(kind, pathlib.Path(rest).expanduser())
-        path = pathlib.Path(text).expanduser()
-        if not text or (colon and not path.exists()):
+        if colon and kind in paths.MODEL_KINDS and rest:
+            return cls(kind, pathlib.Path(paths.plain(rest)))
+        path = pathlib.Path(paths.plain(text))
+        if colon and not path.exists():
             raise ValueError(
                 f"'{text}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2."
             )

@@ -30,6 +30,7 @@ from safepatch_jax.run.stages import MANIFEST, versions
 from safepatch_jax.run.steps import describe_totals
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
@@ -176,7 +177,7 @@ def _open(
     Raises:
       ValueError: nothing of the kind is there, or its tensors are not those of `scope`.
     """
-    place = pathlib.Path(path).expanduser()
+    place = resolve(path)
     if place.is_file():
         if content == "scores":
             raise ValueError(
