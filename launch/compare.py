@@ -35,6 +35,7 @@ from absl import flags
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from launch import options as config_flags
+from safepatch_jax.runtime import paths
 
 _WORKDIR = kinds.path("workdir", None, "Folder of the comparison.", required=True)
 _OPTIONS = {

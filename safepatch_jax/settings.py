@@ -425,7 +425,7 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
         raise ValueError(f"'{name}' must be at least {meta['low']}, got {value!r}")
     if meta["high"] is not None and not value <= meta["high"]:
         raise ValueError(f"'{name}' must be at most {meta['high']}, got {value!r}")
-    if meta["read"] is not None and value:
+    if meta["read"] is not None and value not in ("", field.default):
         try:
             return meta["read"](value)
         except ValueError as error:
