@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from launch import INTERRUPTED
 from safepatch_jax.runtime import processes, stopping
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
 
 _MISTAKE = 2  # exit code
@@ -154,9 +155,8 @@ def _message(error: BaseException) -> str | None:
         return _os_problem(error)
     if isinstance(error, ValueError):
         return str(error)
-    # JAX has no class of its own for it.
-    if isinstance(error, RuntimeError) and "nitialize backend" in str(error):
-        return _backend_problem(str(error))
+    if _is_of_backend(error):
+        return _backend_problem(error)
     # By its text: JAX's errors are RuntimeErrors, and some launchers do not import JAX.
     exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     if exhausted or isinstance(error, MemoryError):
@@ -178,11 +178,17 @@ def _os_problem(error: OSError) -> str:
     return f"{where}{error.strerror}. {fix}"
 
 
-def _backend_problem(text: str) -> str:
+def _is_of_backend(error: BaseException) -> bool:
+    """Return whether JAX found no devices: it has no class of its own for that error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
+
+
+def _backend_problem(error: BaseException) -> str:
     wanted = os.environ.get("JAX_PLATFORMS", "")
     return (
-        f"JAX cannot use the devices that were asked for (JAX_PLATFORMS={wanted or 'not set'}): "
-        f"{text.partition(chr(10))[0]:.300}. Install the jax package for them (pip install "
+        f"JAX cannot use the devices that were asked for (JAX_PLATFORMS={wanted or 'not set'}; "
+        f"{reason(error)}). Install the jax package for them (pip install "
         "'jax[cuda12]' or 'jax[tpu]') and see that drivers and devices are there, or set "
         "JAX_PLATFORMS=cpu."
     )
