@@ -30,6 +30,7 @@ same answers. The answers of a jailbroken model are in OUT/answers: handle with 
 from absl import flags
 
 from launch import distributed, kinds, main
+from safepatch_jax.data.rendering import check_date
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.console import say
 from safepatch_jax.studies.evaluate import study as evaluate
@@ -88,6 +89,12 @@ _FLAGS = {
     "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
     "manual_dir": kinds.path(
         "data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."
+    ),
+    "date": kinds.text(
+        "data.date",
+        _DEFAULTS.date,
+        "What a chat template that writes today's date is given, YYYY-MM-DD.",
+        check_date,
     ),
     "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }

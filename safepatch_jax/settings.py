@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from safepatch_jax.data.rendering import DATE, check_date
 from safepatch_jax.option import nearest, option
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.runtime import paths
@@ -88,6 +89,12 @@ class DataSettings:
         "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in "
         "run.cache_dir.",
         read=paths.plain,
+    )
+    date: str = option(
+        DATE,
+        "What a chat template that writes today's date is given, YYYY-MM-DD: one day for ever, so "
+        "that a run which is resumed tomorrow has the same prompts.",
+        read=check_date,
     )
     max_prompt_tokens: int = option(
         96, "Longer prompts are left out; they are counted and reported.", low=8

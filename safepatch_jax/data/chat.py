@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from safepatch_jax.data import rendering
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import VOCABULARY
 
+_THOUGHT = re.compile(r"<think>\s*\Z")
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+_END_OF_THOUGHT = "\n\n</think>\n\n"
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
 
@@ -112,12 +116,23 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
 class Chat:
     """Renders and tokenises conversations of one model folder.
 
+    A template that opens a thought (`<think>`) before an answer is given the end of it: answers are
+    trained and written without one.
+
+    Args:
+      folder: of the model.
+      vocab_size: rows of its embedding.
+      date: see `rendering.render`.
+
     Raises:
       NoChat: no tokenizer or no chat template.
-      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
+      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding; a template
+        that fails.
     """
 
-    def __init__(self, folder: str | pathlib.Path, vocab_size: int):
+    def __init__(self, folder: str | pathlib.Path, vocab_size: int, date: str = rendering.DATE):
+        rendering.prepare()  # it starts while the tokenizer is loaded
+        self._folder, self._date = folder, date
         self.tokenizer = load_tokenizer(folder, vocab_size)
         if not self.tokenizer.chat_template:
             raise NoChat(
@@ -131,18 +146,27 @@ class Chat:
             )
         try:
             self.prompt_text("test")
-        except (jinja2.TemplateError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{folder}: the chat template does not render a user's message ({error})."
+                f"{folder}: the chat template does not render a user's message: {error}. Copy "
+                "chat_template.jinja or tokenizer_config.json of the model's chat variant into the "
+                "folder."
             ) from error
         # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
         added = self.tokenizer.added_tokens_decoder
         self._special_ids = {i for i, token in added.items() if token.special}
 
     def prompt_text(self, prompt: str) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        return self.open_answer([{"role": "user", "content": prompt}])
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
+        """Return a conversation in the chat template; see `rendering.render`."""
+        return rendering.render(self.tokenizer, messages, date=self._date, **options)
+
+    def open_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a conversation up to where the assistant's next answer begins."""
+        text = self.render(messages, generate=True)
+        return text.rstrip() + _END_OF_THOUGHT if _THOUGHT.search(text) else text
 
     def encode(self, prompt: str, answer: str) -> Example:
         """Tokenise one pair.
@@ -150,16 +174,9 @@ class Chat:
         Raises:
           ValueError: the template does not render the answer after its prompt.
         """
-        before = self.prompt_text(prompt)
-        whole = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-            tokenize=False,
-        )
-        if not whole.startswith(before):
-            raise ValueError(
-                "the chat template renders the prompt otherwise when an answer follows; cannot "
-                f"tell answer tokens from prompt tokens. Prompt: {before!r}"
-            )
+        asked = [{"role": "user", "content": prompt}]
+        before = self.open_answer(asked)
+        whole = self._answered(before, [*asked, {"role": "assistant", "content": answer}])
         prompt_ids, whole_ids = self._ids(before), self._ids(whole)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             # Not the answer alone: it may get other first tokens (SentencePiece).
@@ -174,6 +191,22 @@ class Chat:
         else:
             answer_ids = answer_ids[: end + 1]
         return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
+
+    def _answered(self, before: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a conversation that ends with an answer, `before` at its beginning."""
+        whole = self.render(messages)
+        if whole.startswith(before):
+            return whole
+        # Templates of models that think leave the thoughts out, or write an empty one.
+        stem = _THOUGHT.sub("", before.removesuffix(_END_OF_THOUGHT))
+        if stem != before and whole.startswith(stem):
+            return before + _EMPTY_THOUGHT.sub("", whole[len(stem) :])
+        raise ValueError(
+            f"{self._folder}: the chat template renders the prompt otherwise when an answer "
+            f"follows; cannot tell answer tokens from prompt tokens (prompt: {before!r:.200}). "
+            "Edit chat_template.jinja there so that the text up to the answer is the same, or copy "
+            "another template of the model."
+        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

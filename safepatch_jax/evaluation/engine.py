@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.data.chat import Example, prompt_batch, training_batch
+from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.generate import PIECE, Sampling, decode, decode_until
 from safepatch_jax.evaluation.prompter import Prompter, Talk
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
@@ -45,6 +46,7 @@ class Engine(Prompter):
       sharder: the mesh.
       compute_dtype: of the arithmetic.
       batch_size: sequences that run together.
+      date: see `Chat`.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class Engine(Prompter):
         sharder: Sharder,
         compute_dtype: str = "float32",
         batch_size: int = 16,
+        date: str = DATE,
     ):
-        super().__init__(config, folder)
+        super().__init__(config, folder, date)
         self.params, self.batch_size = params, batch_size
         # Weights that are cut over fsdp stay where they are: for each token activations move, which
         # are far smaller.
@@ -77,6 +80,7 @@ class Engine(Prompter):
         mesh: str = "data:1,fsdp:-1,tensor:1",
         compute_dtype: str = "float32",
         batch_size: int = 16,
+        date: str = DATE,
     ) -> Engine:
         """Load a Hugging Face folder or a checkpoint of launch.convert. Raises ValueError as
         `load_params` and `Chat` do."""
@@ -86,7 +90,7 @@ class Engine(Prompter):
             folder = folder / COMPANIONS_FOLDER
         else:
             config, params = load_params(folder, sharder)
-        return cls(config, params, folder, sharder, compute_dtype, batch_size)
+        return cls(config, params, folder, sharder, compute_dtype, batch_size, date)
 
     def complete(self, texts: Sequence[str], max_new: int, title: str = "answers") -> list[str]:
         """Continue raw texts greedily; special tokens written in a text are recognised."""

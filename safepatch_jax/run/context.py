@@ -144,6 +144,7 @@ class Context:
             self.sharder,
             settings.model.compute_dtype,
             settings.evaluate.batch_size,
+            settings.data.date,
         )
 
     def _trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
@@ -212,7 +213,7 @@ class Context:
         )
 
     def _chat(self, folder: pathlib.Path) -> Chat:
-        return Chat(folder, read_hf_config(folder).vocab_size)
+        return Chat(folder, read_hf_config(folder).vocab_size, self.settings.data.date)
 
     def _encoded(
         self, folder: pathlib.Path, role: str, split: str, field: str = "answer"

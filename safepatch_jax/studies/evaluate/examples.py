@@ -17,7 +17,7 @@ def show_examples(model: str, options: EvaluationOptions) -> list[str]:
     """Return lines that show how the first item of each measure is put to a model; expected answer
     tokens are green."""
     folder, lines = companions(model), []
-    prompter = Prompter(read_hf_config(folder), folder)
+    prompter = Prompter(read_hf_config(folder), folder, options.date)
     for measure in load_suite(options.suite):
         lines.append(f"--- {measure.name} ({measure.kind}, {measure.source})")
         lines += _example(measure, prompter, options)
