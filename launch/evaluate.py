@@ -32,7 +32,7 @@ from absl import flags
 from launch import distributed, kinds, main
 from safepatch_jax.data.rendering import check_date
 from safepatch_jax.runtime import paths
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import show
 from safepatch_jax.studies.evaluate import study as evaluate
 from safepatch_jax.studies.evaluate.examples import show_examples
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
@@ -113,7 +113,7 @@ def run() -> None:
     options = EvaluationOptions(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
     if _SHOW.value:
         for line in show_examples(_MODEL.value, options):
-            say(line)
+            show(line)
         return
     if not _OUT.value:
         raise ValueError(

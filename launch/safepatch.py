@@ -25,7 +25,7 @@ from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.planning.plan import dry_run
 from safepatch_jax.run.job import Job
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, show
 
 _WORKDIR = kinds.path(
     "workdir", None, "Folder of this run; made if it is not there.", required=True
@@ -56,7 +56,7 @@ def run() -> None:
     job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value)
     if _SHOW.value:
         for line in job.examples():
-            say(line)
+            show(line)
         return
     report = job.run(sys.argv)
     say(f"Report: {report}")

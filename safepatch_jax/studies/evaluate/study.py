@@ -87,7 +87,6 @@ class _Evaluation:
             mesh=options.mesh,
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
-            date=options.date,
         )
         self._grader = answers.open_grader(options.grader, suite, options.suite)
         _check(suite, folders, options)
@@ -225,6 +224,7 @@ class _Evaluation:
             mesh=options.mesh,
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
+            date=options.date,
         )
 
 
