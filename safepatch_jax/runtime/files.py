@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
 from safepatch_jax.runtime.reading import reading
+from safepatch_jax.runtime.text import redacted
 
 LOCK = ".lock"
 
@@ -26,7 +27,7 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
+        f.write(redacted(text))
         _sync(f)
 
 

@@ -23,6 +23,8 @@ LIMITS = {
     "TEMPLATE_SECONDS": Limit(20, "seconds of a processor for one conversation"),
     "TEMPLATE_MEGABYTES": Limit(512, "megabytes of memory"),
     "TEMPLATE_CHARACTERS": Limit(10_000_000, "characters for one conversation"),
+    "ENDPOINT_SECONDS": Limit(300, "seconds for one request and its repetitions"),
+    "ENDPOINT_BYTES": Limit(10_000_000, "bytes of one reply"),
 }
 
 
