@@ -34,6 +34,9 @@ _FIXES = {
     errno.ELOOP: "Links go round in a circle, or lie where none is followed: give another path.",
     errno.ENOLCK: "The file system has no file locks: use a folder on a local disk.",
 }
+_KEPT = (
+    "Nothing is half-written and what was finished is kept; the same command goes on from there."
+)
 _NEEDED = re.compile(r"(--\S+) must have a value other than None")
 _UNKNOWN = re.compile(r"Unknown command line flag '(.*)'", re.DOTALL)
 
@@ -52,7 +55,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             _refuse(f"unexpected argument '{argv[1]}'; settings are given as --group.option=value.")
         logging.set_verbosity(logging.ERROR)
         # So that half-filled folders are cleared away, and training is saved.
-        signal.signal(signal.SIGTERM, stopping.on_signal)
+        stopping.install()
         try:
             if positional:
                 main(argv[1:])
@@ -73,7 +76,8 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.alarm(0)
-            processes.fail(text, _code(error), consequence=consequence)
+            at_once = isinstance(error, (KeyboardInterrupt, SystemExit))
+            processes.fail(text, _code(error), consequence=consequence, at_once=at_once)
 
     # A name that a console cannot show must not end the command.
     for stream in (sys.stdout, sys.stderr):
@@ -147,10 +151,9 @@ def _message(error: BaseException) -> str | None:
     """Return the message for a user's mistake, or too little memory or disk; None for other
     errors."""
     if isinstance(error, KeyboardInterrupt):
-        return (
-            "interrupted by Ctrl-C. Nothing is half-written and what was finished is kept; the "
-            "same command goes on from there."
-        )
+        return f"interrupted by Ctrl-C. {_KEPT}"
+    if isinstance(error, SystemExit) and error.code == stopping.CODE:
+        return f"ended by SIGTERM. {_KEPT}"
     if isinstance(error, OSError):
         return _os_problem(error)
     if isinstance(error, ValueError):
@@ -198,7 +201,7 @@ def _interruption(error: BaseException) -> tuple[str, bool]:
     """Return the message of one of several processes for another error, and whether another process
     may be the cause."""
     if isinstance(error, SystemExit):
-        return f"ended by SIGTERM or sys.exit({error.code})", False
+        return f"ended by sys.exit({error.code})", False
     if isinstance(error, processes.AnotherFailed) or type(error).__name__ == "JaxRuntimeError":
         reason = str(error).partition("\n")[0]
         return (

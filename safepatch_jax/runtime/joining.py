@@ -178,7 +178,7 @@ def joined() -> bool:
     return _State.count > 1
 
 
-def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
+def fail(text: str, code: int, *, consequence: bool = False, at_once: bool = False) -> NoReturn:
     """Print an error and end this process; where there are several, end them all.
 
     Process 0 prints: an error that all have once, else each error with the processes that have it.
@@ -190,10 +190,11 @@ def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
       text: the error.
       code: exit code.
       consequence: of another process's failure; printed only if no process has an error of its own.
+      at_once: without Python's orderly end, in which a program that is being compiled would crash.
     """
     if _State.count == 1:
         _print_error("", text)
-        if not _State.called:
+        if not (_State.called or at_once):
             sys.exit(code)
         os._exit(code)  # a thread may still wait for processes that do not come
     with _ending:
