@@ -17,9 +17,12 @@ import numpy as np
 from safepatch_jax.data import rendering
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import VOCABULARY
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reading, refuse_pointer
 
 _THOUGHT = re.compile(r"<think>\s*\Z")
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+_FEW = 16  # tokens that may have been added
 _END_OF_THOUGHT = "\n\n</think>\n\n"
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
@@ -81,36 +84,54 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
     """
     import transformers  # imported here: it takes seconds, and only text needs it
 
-    loader = transformers.AutoTokenizer
-    if (pathlib.Path(folder) / "tokenizer.json").is_file():
+    loader, place = transformers.AutoTokenizer, pathlib.Path(folder)
+    held = [name for name in VOCABULARY if (place / name).is_file()]
+    for name in (*held, "tokenizer_config.json"):
+        refuse_pointer(place / name)
+    if "tokenizer.json" in held:
         # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
         # "▁[INST]" becomes "[INST]".
         loader = getattr(transformers, "TokenizersBackend", loader)
-    if not any((pathlib.Path(folder) / name).is_file() for name in VOCABULARY):
+    if not held:
         raise NoChat(
             f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy "
             "tokenizer.json and tokenizer_config.json of the model into the folder."
         )
-    try:
+    fix = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
+    if held == ["tokenizer.model"]:
+        # transformers may ask for other packages than the one that reads this file.
+        fix = (
+            "It is a SentencePiece model: copy tokenizer.json of the model into the folder too, or "
+            "install what converts it (pip install sentencepiece protobuf)."
+        )
+    with reading(folder, "a folder with a tokenizer", fix):
         tokenizer = loader.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:
-        damage = (OSError, ValueError, KeyError, AttributeError, TypeError)
-        # tokenizers raises the bare class for a file that it cannot read.
-        if type(error) is not Exception and not isinstance(error, damage):
-            raise
-        raise ValueError(
-            f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and "
-            "tokenizer_config.json of the model into the folder."
-        ) from error
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} "
-            "rows: tokenizer and weights are of different models."
-        )
+        tokens = tokenizer.get_vocab()
+        beyond = sorted((i, token) for token, i in tokens.items() if i >= vocab_size)
+    if beyond:
+        raise ValueError(_describe_beyond(folder, beyond, len(tokens), vocab_size))
     return tokenizer
+
+
+def _describe_beyond(
+    folder: str | pathlib.Path, beyond: Sequence[tuple[int, str]], size: int, rows: int
+) -> str:
+    """Say which tokens have no row of the embedding: a few that were added, or most of them."""
+    if len(beyond) <= max(_FEW, size // 100):
+        named = some([f"{token!r:.60} ({i})" for i, token in beyond], ", ")
+        return (
+            f"{folder}: {len(beyond)} tokens of the tokenizer have no row in the embedding, which "
+            f"has {rows:,}: {named}. They were added after the weights were saved: take the "
+            "weights that were trained with them (resize_token_embeddings), or take the tokens out "
+            "of tokenizer.json and added_tokens.json."
+        )
+    return (
+        f"{folder}: the tokenizer has ids up to {beyond[-1][0]:,}, the embedding only {rows:,} "
+        "rows: tokenizer and weights are of different models. Copy the tokenizer of this model "
+        "into the folder."
+    )
 
 
 class Chat:

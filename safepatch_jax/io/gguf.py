@@ -22,6 +22,8 @@ from safepatch_jax.io.gguf_tokenizer import write_tokenizer
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import Refused, reading
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -39,6 +41,8 @@ _NUMBERS = {
     11: "<q",
     12: "<d",
 }
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_MOST_PARTS = 1000
 _STRING, _ARRAY = 8, 9
 _MOST_HEADER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens takes about 10 MB
 _CHUNK_BYTES = 1 << 24
@@ -187,19 +191,65 @@ def read_gguf(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Store
 
     Arrays of numbers are NumPy arrays, arrays of strings lists.
 
+    A model in several parts (NAME-00001-of-00002.gguf) is read from any of them, where all are
+    there.
+
     Raises:
-      ValueError: no such file, not GGUF, truncated or damaged.
+      ValueError: no such file, not GGUF, truncated or damaged; a part without the others.
     """
     path = pathlib.Path(path)
+    metadata, tensors = _read_part(path)
+    count = metadata.get("split.count", 1)
+    if not isinstance(count, int) or count < 2:
+        return metadata, tensors
+    siblings = _siblings(path, metadata.get("split.no"), count)
+    metadata, tensors = {}, {}
+    for number, sibling in enumerate(siblings):
+        own, held = _read_part(sibling)
+        if own.get("split.no") != number or own.get("split.count") != count:
+            raise Refused(
+                f"{sibling} is not part {number + 1} of {count} of {path}, though its name says "
+                "so. Fetch the parts of one model again."
+            )
+        if twice := sorted(tensors.keys() & held.keys()):
+            raise Refused(
+                f"{sibling} holds tensors that an earlier part of {path} holds too "
+                f"({some(twice, ', ')}). Fetch the parts of one model again."
+            )
+        metadata |= {key: value for key, value in own.items() if number == 0}
+        tensors |= held
+    return metadata, tensors
+
+
+def _siblings(path: pathlib.Path, number: Any, count: int) -> list[pathlib.Path]:
+    """Return the files of a model's parts, in order. Raises ValueError if one is missing."""
+    name = _PART.fullmatch(path.name)
+    fix = (
+        "Give the first part with the others beside it under the names they were published with, "
+        "or join them (llama-gguf-split --merge)"
+    )
+    if count > _MOST_PARTS or name is None or int(name["count"]) != count:
+        raise Refused(
+            f"{path} is one of {count:,} parts of a model (split.no {number!r:.20}), and its name "
+            f"does not end in -00001-of-{count:05d}.gguf. {fix}."
+        )
+    siblings = [
+        path.with_name(f"{name['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)
+    ]
+    if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
+        raise Refused(
+            f"{path} is a part of a model in {count} parts, and not all others are beside it: "
+            f"{some(missing, ', ')}. {fix}."
+        )
+    return siblings
+
+
+def _read_part(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     if not path.is_file():
         raise ValueError(f"No model file '{path}'.")
-    try:
+    with reading(path, "GGUF", "It is truncated, damaged or another format: copy it again."):
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return _Reader(view).read(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as GGUF ({error}): it is truncated, damaged or another format."
-        ) from error
 
 
 class _Reader:

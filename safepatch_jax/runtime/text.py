@@ -20,8 +20,11 @@ _secrets: set[str] = set()
 
 
 def hide(secret: str) -> None:
-    """Keep a secret, and parts of it, out of everything that this process prints or writes."""
-    if secret:
+    """Keep a secret, and parts of it, out of everything that this process prints or writes.
+
+    One shorter than 8 characters is no secret, and may be a part of any word.
+    """
+    if len(secret) >= _PART:
         _secrets.add(secret)
 
 
@@ -29,9 +32,8 @@ def redacted(text: str) -> str:
     """Return a text in which secrets, and their parts of 8 characters or more, are masked."""
     hidden: set[int] = set()  # positions
     for secret in _secrets:
-        length = min(len(secret), _PART)
-        for start in range(len(secret) - length + 1):
-            hidden.update(_positions(text, secret[start : start + length]))
+        for start in range(len(secret) - _PART + 1):
+            hidden.update(_positions(text, secret[start : start + _PART]))
     if not hidden:
         return text
     shown = []
