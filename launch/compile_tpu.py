@@ -18,7 +18,7 @@ If a program does not fit, the nearest setting that does is searched and printed
 model takes 2 to 5 minutes on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
 
 The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed
-are not examined. Exit code: 0 if everything fits, 3 if not; 1 or 2 for a mistake.
+are not examined. Exit code: 0 if everything fits, 3 if not; 2 for a mistake.
 """
 
 import sys
