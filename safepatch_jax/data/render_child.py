@@ -8,6 +8,7 @@ that takes too much processor time is ended by the kernel.
 
 import contextlib
 import datetime
+import functools
 import json
 import resource
 import signal
@@ -48,6 +49,7 @@ def _render(templates, arguments, most):
     return {"text": text} if len(text) <= most else {"limit": "CHARACTERS"}
 
 
+@functools.cache
 def _clock(date):
     """Return a datetime class for which it is always noon of one day."""
     noon = datetime.datetime.fromisoformat(f"{date}T12:00")
