@@ -44,6 +44,12 @@ _SHOW = flags.DEFINE_bool(
 _UPDATE = flags.DEFINE_bool(
     "update", False, "Go on in a workdir of other settings, running again what they change."
 )
+_VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Compare all that finished stages hold with their manifests by SHA-256; else what leaves the "
+    "run is, and the rest by size and time. A stage that differs is made again.",
+)
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
@@ -53,7 +59,9 @@ def run() -> None:
     if _DRY_RUN.value:
         dry_run(settings_flags.read_settings(), _WORKDIR.value)
         return
-    job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value)
+    job = Job(
+        settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value, verify=_VERIFY.value
+    )
     if _SHOW.value:
         for line in job.examples():
             show(line)

@@ -122,6 +122,7 @@ def _prepared(
     entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path
 ) -> tuple[SafetySets, pathlib.Path]:
     """Return the builder of a file's prepared records, and where the file lies."""
+    files.make_usable(data_dir, "--run.cache_dir or, in an evaluation, --data_dir")
     with files.locked(data_dir / f".{entry.name}.lock"):
         path, sha256 = _find_file(entry, file, manual_dir, data_dir)
         folder = data_dir / f"{entry.name}-{_splits_of(entry, file)[0]}-{sha256[:12]}"

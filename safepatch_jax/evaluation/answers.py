@@ -36,12 +36,13 @@ from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.records import Each, read_record
 
 ROLES = {"harm": "harmful", "refusal": "lookalike", "text": "ordinary"}
 JUDGED = ("harm", "refusal")
 # who, what, and which run of several
 Runs = Iterable[tuple[str, Measure, int | None]]
-_JUDGE = "judge.json"
+JUDGE = "judge.json"  # says which files a local judge's verdicts come from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,9 +289,11 @@ def claim_judges(texts: Sequence[str], out: pathlib.Path) -> None:
     """
     for text in filter(folder_of, texts):
         place, folder = out / verdicts_of(text), folder_of(text)
-        hashes, note = _hashes(folder), place / _JUDGE
+        hashes, note = _hashes(folder), place / JUDGE
         if note.is_file():
-            _check_judge(place, folder, hashes, files.read_json(note).get("files", {}))
+            fix = f"Delete {place}, and the same answers are judged again."
+            noted = read_record(note, {"files": Each(str)}, fix)["files"]
+            _check_judge(place, folder, hashes, noted)
             continue
         if place.is_dir():
             say(

@@ -12,6 +12,7 @@ from safepatch_jax.io.stored import Stored
 from safepatch_jax.io.torch_file import TorchTensor
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import progress, some
+from safepatch_jax.runtime.unfinished import refuse as refuse_unfinished
 from safepatch_jax.runtime.workers import Workers
 
 Tensors = dict[str, Stored] | dict[str, TorchTensor]
@@ -28,13 +29,19 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 class Checkpoint:
     """The tensors of a model folder: `tensors` says where each one lies.
 
+    Args:
+      folder: of the model.
+      unfinished: it may be half patched, see `runtime.unfinished`.
+
     Raises:
-      ValueError: no weights, an index that names an absent or unsafe file, or a truncated or
-        damaged file; torch weights where torch is not installed.
+      ValueError: half patched, no weights, an index that names an absent or unsafe file, or a
+        truncated or damaged file; torch weights where torch is not installed.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | pathlib.Path, *, unfinished: bool = False):
         self.folder = pathlib.Path(folder)
+        if not unfinished:
+            refuse_unfinished(self.folder)
         for single, index, list_tensors in _LAYOUTS:
             if (self.folder / single).is_file():
                 self.layout = single

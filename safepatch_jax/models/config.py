@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.models.families import FAMILIES, Family
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, unfinished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +345,7 @@ def _read_windows(
 
 def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """Return the content of a model folder's ``config.json``. Raises ValueError if it is absent or
-    not a JSON object."""
+    not a JSON object, or the folder is half patched."""
     path = pathlib.Path(folder) / "config.json"
     if not path.parent.is_dir():
         raise ValueError(
@@ -356,6 +356,7 @@ def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"'{folder}' has no config.json, so it is not a model folder in Hugging Face format."
         )
+    unfinished.refuse(folder)
     return files.read_json(path)
 
 

@@ -94,12 +94,12 @@ def _model(run: Run) -> list[Stage]:
     base = _base(s)
     stages = [
         Stage("patch", patch, _parts(s), _patch_settings(s), scratch=True),
-        Stage("export", export, (base, "patch"), dataclasses.asdict(s.export)),
+        Stage("export", export, (base, "patch"), dataclasses.asdict(s.export), leaves=True),
     ]
     reads = (base, "export")
     if s.export.dtype == "keep":  # a patch file holds differences of bits
         write = functools.partial(steps.write_patch_file, run)
-        stages.append(Stage("patch_file", write, reads, results=("patch",)))
+        stages.append(Stage("patch_file", write, reads, results=("patch",), leaves=True))
     certify = functools.partial(steps.certify_export, run)
     stages.append(Stage("certify_export", certify, reads, *_certificate(s), results=("patch",)))
     return stages
