@@ -5,13 +5,14 @@ Errors here say what a cell holds; `placed` adds of which file, row and column.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import decimal
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,11 @@ def placed(source: Any, row: int, column: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise Refused(f"{source}: row {row}, column {column!r:.100}: {error}") from error
+
+
+def twice(names: Iterable[str]) -> list[str]:
+    """Return the names that occur more than once."""
+    return [name for name, count in collections.Counter(names).items() if count > 1]
 
 
 def text(value: Any) -> str:

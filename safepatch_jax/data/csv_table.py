@@ -3,13 +3,13 @@ header is an error."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import csv
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
+from safepatch_jax.data.cells import twice
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
@@ -65,10 +65,9 @@ def _header(cells: list[str], where: Any) -> list[str]:
     names = [name.strip() for name in cells]
     while names and not names[-1]:  # a separator at the end of each line
         names.pop()
-    counts = collections.Counter(filter(None, names))
-    if twice := [f"{name!r:.60}" for name, count in counts.items() if count > 1]:
+    if several := [f"{name!r:.60}" for name in twice(filter(None, names))]:
         raise Refused(
-            f"{where}: the header names the column {some(twice, ', ')} more than once. Rename or "
+            f"{where}: the header names the column {some(several, ', ')} more than once. Rename or "
             "remove all but one."
         )
     return names

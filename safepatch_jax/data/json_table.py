@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from safepatch_jax.data.cells import twice
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
 
@@ -136,7 +137,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     lost."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r:.100} twice")
+        name = twice(name for name, _ in pairs)[0]
+        raise ValueError(f"an object has the key {name!r:.100} twice")
     return result

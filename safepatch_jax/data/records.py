@@ -210,7 +210,8 @@ def _unique(records: Sequence[Record]) -> list[Record]:
         places.setdefault(record.turns, []).append(place)
     kept = []
     for alike in places.values():
-        kept += [alike[i] for i in first_of_each([records[place].prompt for place in alike])]
+        prompts = [records[place].prompt for place in alike]
+        kept += [alike[i] for i in first_of_each(prompts)]
     return [records[place] for place in sorted(kept)]
 
 

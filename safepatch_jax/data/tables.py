@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from safepatch_jax.data.cells import twice
 from safepatch_jax.data.csv_table import csv_rows
 from safepatch_jax.data.json_table import json_rows
 from safepatch_jax.data.streams import PACKED, opened_text, refuse_other_than_file
@@ -89,9 +90,8 @@ def _read_parquet(path: pathlib.Path) -> list[Row]:
     with reading(path, "PARQUET", _FIX):
         refuse_other_than_file(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise Refused(f"{path}: the column {twice[0]!r:.60} is there more than once.")
+            if names := twice(file.schema_arrow.names):
+                raise Refused(f"{path}: the column {names[0]!r:.60} is there more than once.")
             repeated, together = _plan(file.metadata, path)
         with pyarrow.parquet.ParquetFile(path, read_dictionary=repeated) as file:
             batches = (_unpacked(batch, path) for batch in file.iter_batches(together))
