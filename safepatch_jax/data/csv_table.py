@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from safepatch_jax.data.cells import twice
+from safepatch_jax.data.streams import counted
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
@@ -38,7 +39,7 @@ def csv_rows(stream: TextIO, where: Any) -> list[dict[str, str]]:
     records = _records(lines, [header], delimiter, spaced)
     names = _header(next(records, (0, []))[1], where)
     rows = []
-    for line, cells in records:
+    for line, cells in counted(records, where):
         if any(map(str.strip, cells[len(names) :])) or _is_short(cells, names):
             raise Refused(
                 f"{where}: the row at line {line} has {len(cells)} cells, the header {len(names)}. "

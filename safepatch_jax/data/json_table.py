@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from safepatch_jax.data.cells import twice
+from safepatch_jax.data.streams import counted
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
 
@@ -29,7 +30,7 @@ def json_rows(stream: TextIO, where: Any, single: bool = True) -> list[dict[str,
     """
     rows = []
     values = _Values(stream, where)
-    for value in values:
+    for value in counted(values, where):
         if not isinstance(value, dict):
             raise Refused(
                 f"{where}: expected a list of objects, one a record; value {len(rows) + 1} is of "

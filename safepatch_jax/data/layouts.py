@@ -15,9 +15,13 @@ from typing import IO
 
 from safepatch_jax.data.cells import category, text
 from safepatch_jax.data.csv_table import csv_records
-from safepatch_jax.data.streams import decoded_text, opened_archive, refuse_other_than_file
+from safepatch_jax.data.streams import (
+    decoded_text,
+    opened_archive,
+    refuse_more,
+    refuse_other_than_file,
+)
 from safepatch_jax.data.tables import Row
-from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused, reading
 
 _QUESTIONS = re.compile(r".*/(dev|val|test)/[^/]*\.csv")
@@ -77,8 +81,8 @@ def mmlu_rows(path: pathlib.Path) -> list[Row]:
 
 def _read_zip(path: pathlib.Path, rows: list[tuple[str, Row]]) -> None:
     with zipfile.ZipFile(path) as archive:
-        _check_members(path, len(archive.filelist))
-        _check_bytes(path, sum(info.file_size for info in archive.filelist))
+        refuse_more(path, "ARCHIVE_MEMBERS", len(archive.filelist))
+        refuse_more(path, "DATA_BYTES", sum(info.file_size for info in archive.filelist))
         for info in archive.filelist:
             if _QUESTIONS.fullmatch(info.filename):
                 with archive.open(info) as member:
@@ -88,21 +92,11 @@ def _read_zip(path: pathlib.Path, rows: list[tuple[str, Row]]) -> None:
 def _read_tar(path: pathlib.Path, rows: list[tuple[str, Row]]) -> None:
     with opened_archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         for number, info in enumerate(archive, 1):
-            _check_members(path, number)
-            _check_bytes(path, info.offset_data + info.size)
+            refuse_more(path, "ARCHIVE_MEMBERS", number)
+            refuse_more(path, "DATA_BYTES", info.offset_data + info.size)
             if info.isfile() and _QUESTIONS.fullmatch(info.name):
                 with archive.extractfile(info) as member:
                     _read_member(path, info.name, member, rows)
-
-
-def _check_members(path: pathlib.Path, count: int) -> None:
-    if count > limit("ARCHIVE_MEMBERS"):
-        raise Refused(f"{path} has {too_much('ARCHIVE_MEMBERS')}.")
-
-
-def _check_bytes(path: pathlib.Path, count: int) -> None:
-    if count > limit("DATA_BYTES"):
-        raise Refused(f"{path} has {too_much('DATA_BYTES')}.")
 
 
 def _read_member(
@@ -126,3 +120,4 @@ def _read_member(
                 "subject": file.removesuffix(f"_{split}.csv"),
             }
             rows.append((name, row))
+            refuse_more(path, "DATA_ROWS", len(rows))

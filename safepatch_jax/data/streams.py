@@ -12,12 +12,13 @@ import lzma
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator
-from typing import IO, Any, BinaryIO, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, BinaryIO, TextIO, TypeVar
 
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused, refuse_pointer
 
+Row = TypeVar("Row")
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open}
 _MARKS = {  # at the beginning of a text; that of UTF-32 begins as that of UTF-16 does
@@ -46,6 +47,21 @@ def refuse_other_than_file(path: pathlib.Path) -> None:
             "file; save what a command prints in a file first."
         )
     refuse_pointer(path)
+
+
+def refuse_more(where: Any, name: str, count: int) -> None:
+    """Raise Refused if there are more of something than its limit, see `limits.LIMITS`."""
+    if count > limit(name):
+        raise Refused(f"{where} has {too_much(name)}.")
+
+
+def counted(rows: Iterable[Row], where: Any) -> Iterator[Row]:
+    """Yield rows. Raises Refused if there are more than the limit."""
+    most = limit("DATA_ROWS")
+    for number, row in enumerate(rows, 1):
+        if number > most:
+            refuse_more(where, "DATA_ROWS", number)
+        yield row
 
 
 @contextlib.contextmanager
@@ -140,4 +156,4 @@ class _Bounded:
 
     def _check(self, position: int) -> None:
         if position > self._most:
-            raise Refused(f"{self._path} has {too_much('DATA_BYTES')}.")
+            refuse_more(self._path, "DATA_BYTES", position)

@@ -12,7 +12,13 @@ import numpy as np
 from safepatch_jax.data.cells import twice
 from safepatch_jax.data.csv_table import csv_rows
 from safepatch_jax.data.json_table import json_rows
-from safepatch_jax.data.streams import PACKED, opened_text, refuse_other_than_file
+from safepatch_jax.data.streams import (
+    PACKED,
+    counted,
+    opened_text,
+    refuse_more,
+    refuse_other_than_file,
+)
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused, reading
 
@@ -20,7 +26,7 @@ Row = dict[str, Any]
 _FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 _FIX = "Mend the file, or fetch it again."
 _BATCH = 256  # rows of a Parquet file that are unpacked together
-_UNPACKED = 1 << 30  # bytes that they may take in a column where each may be as large as all
+_UNPACKED = 1 << 30  # bytes that they may take where each may be as large as all
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
@@ -53,9 +59,10 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 def bounded(rows: Iterable[Row], where: Any) -> Iterator[Row]:
-    """Yield rows. Raises Refused at the first whose texts have more characters than the limit."""
+    """Yield rows. Raises Refused if there are more than the limit, or at the first whose texts have
+    more characters."""
     most = limit("ROW_CHARACTERS")
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(counted(rows, where), 1):
         if _characters(row) > most:
             raise Refused(f"{where}: row {number} has {too_much('ROW_CHARACTERS')}.")
         yield row
@@ -92,10 +99,21 @@ def _read_parquet(path: pathlib.Path) -> list[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if names := twice(file.schema_arrow.names):
                 raise Refused(f"{path}: the column {names[0]!r:.60} is there more than once.")
-            repeated, together = _plan(file.metadata, path)
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=repeated) as file:
-            batches = (_unpacked(batch, path) for batch in file.iter_batches(together))
-            return list(bounded(itertools.chain.from_iterable(batches), path))
+            texts, together, carefully = _plan(file, path)
+        try:
+            return _rows_of_parquet(path, texts, together)
+        except OSError as error:
+            if "Not yet implemented" not in str(error):
+                raise
+            return _rows_of_parquet(path, [], carefully)  # pyarrow has no references in DELTA_*
+
+
+def _rows_of_parquet(path: pathlib.Path, texts: list[str], together: int) -> list[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+        batches = (_unpacked(batch, path) for batch in file.iter_batches(together))
+        return list(bounded(itertools.chain.from_iterable(batches), path))
 
 
 def _unpacked(batch: Any, path: pathlib.Path) -> list[Row]:
@@ -115,19 +133,19 @@ def _unpacked(batch: Any, path: pathlib.Path) -> list[Row]:
     return pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
 
 
-def _plan(metadata: Any, path: pathlib.Path) -> tuple[list[str], int]:
+def _plan(file: Any, path: pathlib.Path) -> tuple[list[str], int, int]:
     """Return the columns of a Parquet file whose texts are left as references to those that the
-    file holds once, and how many rows may be unpacked at once."""
-    repeated, largest, total = set(), 1, 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            size, name = column.total_uncompressed_size, column.path_in_schema
-            total += size
-            flat = column.physical_type == "BYTE_ARRAY" and "." not in name
-            if column.has_dictionary_page and flat:
-                repeated.add(name)
-            elif column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:
-                largest = max(largest, size)
-    if total > limit("DATA_BYTES"):
-        raise Refused(f"{path} has {too_much('DATA_BYTES')}.")
-    return sorted(repeated), max(1, min(_BATCH, _UNPACKED // largest))
+    file holds once, and how many rows may be unpacked at once: with references, and without."""
+    from pyarrow import types
+
+    texts, nested = [], False
+    for field in file.schema_arrow:
+        if types.is_string(field.type) or types.is_binary(field.type):
+            texts.append(field.name)
+        nested = nested or types.is_nested(field.type)
+    metadata = file.metadata  # not that of columns: pyarrow ends the process if it is damaged
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    refuse_more(path, "DATA_BYTES", sum(sizes))
+    # A text that is no reference, as all within lists, may be as large as the whole.
+    carefully = max(1, min(_BATCH, _UNPACKED // max(*sizes, 1, 1)))
+    return texts, carefully if nested else _BATCH, carefully
