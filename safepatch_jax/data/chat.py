@@ -7,6 +7,7 @@ text and the end-of-turn token; loss and scores see these alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.data import rendering
+from safepatch_jax.data.cells import Turns, transcript
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import VOCABULARY
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reading, refuse_pointer
 
+# Prompt and answer, and the turns before them where there may be some.
+Pair = tuple[str, str] | tuple[str, str, Turns]
 _THOUGHT = re.compile(r"<think>\s*\Z")
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 _FEW = 16  # tokens that may have been added
@@ -35,7 +39,7 @@ class Example:
     Attributes:
       prompt_ids: through the generation prompt.
       answer_ids: with the end-of-turn token.
-      prompt: the text.
+      prompt: the text, with what stands before it.
       reference: log-probability of the answer by a reference model, nats, where a loss needs it.
       part: of the loss, where it has parts.
     """
@@ -177,8 +181,27 @@ class Chat:
         added = self.tokenizer.added_tokens_decoder
         self._special_ids = {i for i, token in added.items() if token.special}
 
-    def prompt_text(self, prompt: str) -> str:
-        return self.open_answer([{"role": "user", "content": prompt}])
+    def prompt_text(self, prompt: str, turns: Turns = ()) -> str:
+        """Return a user's text, after other turns, up to where the answer begins."""
+        return self.open_answer(self._messages(prompt, turns))
+
+    def _messages(self, prompt: str, turns: Turns) -> list[dict[str, str]]:
+        """Return the messages of a conversation. A system message for which the template has no
+        place stands before the user's first text, as `Prompter.ask` puts it."""
+        spoken = [*turns, ("user", prompt)]
+        if turns and turns[0][0] == "system" and not self._takes_system:
+            _, (_, first), *rest = spoken
+            spoken = [("user", f"{turns[0][1]}\n\n{first}"), *rest]
+        return [{"role": role, "content": text} for role, text in spoken]
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template renders a system message: some refuse it, others leave it out."""
+        talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "test"}]
+        try:
+            return talk[0]["content"] in self.open_answer(talk)
+        except rendering.NotRendered:
+            return False
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
         """Return a conversation in the chat template; see `rendering.render`."""
@@ -189,13 +212,13 @@ class Chat:
         text = self.render(messages, generate=True)
         return text.rstrip() + _END_OF_THOUGHT if _THOUGHT.search(text) else text
 
-    def encode(self, prompt: str, answer: str) -> Example:
-        """Tokenise one pair.
+    def encode(self, prompt: str, answer: str, turns: Turns = ()) -> Example:
+        """Tokenise one pair, after other turns.
 
         Raises:
           ValueError: the template does not render the answer after its prompt.
         """
-        asked = [{"role": "user", "content": prompt}]
+        asked = self._messages(prompt, turns)
         before = self.open_answer(asked)
         whole = self._answered(before, [*asked, {"role": "assistant", "content": answer}])
         prompt_ids, whole_ids = self._ids(before), self._ids(whole)
@@ -211,7 +234,7 @@ class Chat:
             answer_ids = answer_ids + [self.tokenizer.eos_token_id]
         else:
             answer_ids = answer_ids[: end + 1]
-        return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
+        return Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
 
     def _answered(self, before: str, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return a conversation that ends with an answer, `before` at its beginning."""
@@ -236,16 +259,14 @@ class Chat:
         """Return the id with which an answer ends in the chat template."""
         return self.encode("test", "test").answer_ids[-1]
 
-    def encode_all(
-        self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int
-    ) -> Encoded:
-        """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no
-        end-of-turn token).
+    def encode_all(self, pairs: Sequence[Pair], max_prompt: int, max_answer: int) -> Encoded:
+        """Tokenise pairs, as `encode` takes them; leave out too long prompts, cut too long answers
+        (a cut answer has no end-of-turn token).
 
         Raises:
           ValueError: every prompt is too long.
         """
-        encoded = [self.encode(prompt, answer) for prompt, answer in pairs]
+        encoded = [self.encode(*pair) for pair in pairs]
         fitting = [e for e in encoded if len(e.prompt_ids) <= max_prompt]
         if not fitting:
             shortest = min((len(e.prompt_ids) for e in encoded), default=0)
@@ -261,9 +282,9 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[tuple[str, str]]:
-    """Pair each record's prompt with its answer or its refusal."""
-    return [(r.prompt, getattr(r, field)) for r in records]
+def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[Pair]:
+    """Pair each record's prompt with its answer or its refusal, and with what stands before it."""
+    return [(r.prompt, getattr(r, field), r.turns) for r in records]
 
 
 def bucket(length: int, step: int = 8) -> int:

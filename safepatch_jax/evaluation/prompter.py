@@ -9,8 +9,8 @@ from safepatch_jax.data.chat import Chat, NoChat, load_tokenizer
 from safepatch_jax.data.rendering import DATE, NotRendered
 from safepatch_jax.models.config import DecoderConfig
 
-# a user's text, or the turns of a conversation as in `Prompter.ask`
-Talk = str | Sequence[str]
+# a user's text, the turns of a conversation as in `Prompter.ask`, or (role, text) of each message
+Talk = str | Sequence[str] | Sequence[tuple[str, str]]
 
 
 class Prompter:
@@ -74,9 +74,14 @@ class Prompter:
             ) from error
 
     def ask_talk(self, talk: Talk, system: str | None = None) -> list[int]:
-        """Return the ids of a user's text or a conversation; see `ask`."""
-        turns = [talk] if isinstance(talk, str) else talk
-        return self.ask(*turns, system=system)
+        """Return the ids of a user's text or a conversation; see `ask`. A system message of the
+        conversation's own stands after `system`."""
+        turns = [talk] if isinstance(talk, str) else list(talk)
+        if isinstance(turns[0], str):
+            return self.ask(*turns, system=system)
+        if turns[0][0] == "system":
+            system = "\n\n".join(filter(None, (system, turns.pop(0)[1])))
+        return self.ask(*(text for _, text in turns), system=system)
 
     def _ask_with_system(self, turns: Sequence[str], system: str) -> list[int] | None:
         """Return None where the template has no place for a system message (Gemma)."""

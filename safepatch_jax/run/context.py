@@ -89,7 +89,7 @@ class Context:
     def data_hashes(self) -> dict[str, str]:
         hashes = {}
         for role, records in self.records.items():
-            hashes[role] = files.text_hash([record.__dict__ for record in records])
+            hashes[role] = files.text_hash([record.fields() for record in records])
         return hashes
 
     def split(self, role: str, split: str) -> list[Record]:

@@ -25,6 +25,10 @@ LIMITS = {
     "TEMPLATE_CHARACTERS": Limit(10_000_000, "characters for one conversation"),
     "ENDPOINT_SECONDS": Limit(300, "seconds for one request and its repetitions"),
     "ENDPOINT_BYTES": Limit(10_000_000, "bytes of one reply"),
+    "ROW_CHARACTERS": Limit(1_000_000, "characters"),
+    "DATA_ROWS": Limit(1_000_000, "rows"),
+    "DATA_BYTES": Limit(4 << 30, "bytes, unpacked"),
+    "ARCHIVE_MEMBERS": Limit(10_000, "members"),
 }
 
 

@@ -126,8 +126,8 @@ def test_all_prompts_too_long(chat):
 
 def test_pairs_of_records():
     records = [Record("p", "a", "r", "", "train")]
-    assert answer_pairs(records) == [("p", "a")] and answer_pairs(records, "refusal") == [
-        ("p", "r")
+    assert answer_pairs(records) == [("p", "a", ())] and answer_pairs(records, "refusal") == [
+        ("p", "r", ())
     ]
 
 

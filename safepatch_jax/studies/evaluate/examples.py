@@ -41,15 +41,15 @@ def _example(measure: Measure, prompter: Prompter, options: EvaluationOptions) -
     item = next(iter(sources.items(measure).values()))
     if measure.kind == "mt_bench":
         lines = []
-        turns = zip(mt_bench.TURNS, mt_bench.examples(prompter, item), item["references"])
-        for turn, text, reference in turns:
+        examples = mt_bench.examples(prompter, item)
+        for turn, text, reference in zip(mt_bench.TURNS, examples, item["references"]):
             lines.append(example(f"turn {turn}: {text}", reference))
         return lines
-    chat = prompter.needed_chat()
+    chat, turns = prompter.needed_chat(), item.get("turns", ())
     if measure.kind == "text":
-        pair = chat.encode(item["prompt"], item["answer"])
+        pair = chat.encode(item["prompt"], item["answer"], turns)
         return [example(_text(prompter, pair.prompt_ids), _text(prompter, pair.answer_ids))]
-    return [example(chat.prompt_text(FORMS[measure.form](item["prompt"])))]
+    return [example(chat.prompt_text(FORMS[measure.form](item["prompt"]), turns))]
 
 
 def _text(prompter: Prompter, ids: Sequence[int]) -> str:
