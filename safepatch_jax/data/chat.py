@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -18,15 +19,16 @@ import numpy as np
 from safepatch_jax.data import rendering
 from safepatch_jax.data.cells import Turns, transcript
 from safepatch_jax.data.records import Record
-from safepatch_jax.io.companions import VOCABULARY
+from safepatch_jax.io.companions import TOKENIZER, VOCABULARY
+from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import some
-from safepatch_jax.runtime.reading import reading, refuse_pointer
+from safepatch_jax.runtime.reading import Refused, reading, refuse_pointer
+from safepatch_jax.runtime.text import printable
 
 # Prompt and answer, and the turns before them where there may be some.
 Pair = tuple[str, str] | tuple[str, str, Turns]
 _THOUGHT = re.compile(r"<think>\s*\Z")
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
-_FEW = 16  # tokens that may have been added
 _END_OF_THOUGHT = "\n\n</think>\n\n"
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
@@ -75,6 +77,16 @@ class Encoded:
         return text
 
 
+_COPY = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
+# Files of a tokenizer that hold one JSON object and are small.
+_OBJECTS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+
+
 class NoChat(ValueError):
     """A model folder without tokenizer or chat template, usable as weights only."""
 
@@ -84,57 +96,70 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
 
     Raises:
       NoChat: there is none.
-      ValueError: it is damaged, or its vocabulary is larger than the model's embedding.
+      ValueError: it is damaged, what reads it is not installed, or it has tokens that are no rows
+        of the embedding.
     """
+    folder = pathlib.Path(folder)
+    there = [name for name in TOKENIZER if (folder / name).is_file()]
+    if not any(name in VOCABULARY for name in there):
+        raise NoChat(
+            f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). {_COPY}"
+        )
+    for name in there:
+        refuse_pointer(folder / name)
+        if name in _OBJECTS:
+            files.read_json(folder / name)  # names the file where the library does not
+    _refuse_unreadable_vocabulary(folder, there)
     import transformers  # imported here: it takes seconds, and only text needs it
 
-    loader, place = transformers.AutoTokenizer, pathlib.Path(folder)
-    held = [name for name in VOCABULARY if (place / name).is_file()]
-    for name in (*held, "tokenizer_config.json"):
-        refuse_pointer(place / name)
-    if "tokenizer.json" in held:
+    loader = transformers.AutoTokenizer
+    if "tokenizer.json" in there:
         # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
         # "▁[INST]" becomes "[INST]".
         loader = getattr(transformers, "TokenizersBackend", loader)
-    if not held:
-        raise NoChat(
-            f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy "
-            "tokenizer.json and tokenizer_config.json of the model into the folder."
-        )
-    fix = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
-    if held == ["tokenizer.model"]:
-        # transformers may ask for other packages than the one that reads this file.
-        fix = (
-            "It is a SentencePiece model: copy tokenizer.json of the model into the folder too, or "
-            "install what converts it (pip install sentencepiece protobuf)."
-        )
-    with reading(folder, "a folder with a tokenizer", fix):
+    with reading(folder, "a folder with a tokenizer", _COPY):
         tokenizer = loader.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-        tokens = tokenizer.get_vocab()
-        beyond = sorted((i, token) for token, i in tokens.items() if i >= vocab_size)
-    if beyond:
-        raise ValueError(_describe_beyond(folder, beyond, len(tokens), vocab_size))
-    return tokenizer
+        _refuse_missing_rows(tokenizer, vocab_size, folder)
+        return tokenizer
 
 
-def _describe_beyond(
-    folder: str | pathlib.Path, beyond: Sequence[tuple[int, str]], size: int, rows: int
-) -> str:
-    """Say which tokens have no row of the embedding: a few that were added, or most of them."""
-    if len(beyond) <= max(_FEW, size // 100):
-        named = some([f"{token!r:.60} ({i})" for i, token in beyond], ", ")
-        return (
-            f"{folder}: {len(beyond)} tokens of the tokenizer have no row in the embedding, which "
-            f"has {rows:,}: {named}. They were added after the weights were saved: take the "
-            "weights that were trained with them (resize_token_embeddings), or take the tokens out "
-            "of tokenizer.json and added_tokens.json."
+def _refuse_unreadable_vocabulary(folder: pathlib.Path, there: Sequence[str]) -> None:
+    """Raise ValueError if a SentencePiece vocabulary is alone there, and what reads it is not
+    installed."""
+    if "tokenizer.model" not in there or {"tokenizer.json", "vocab.json"} & set(there):
+        return
+    with open(folder / "tokenizer.model", "rb") as file:
+        # A SentencePiece file begins with this tag, a tiktoken file with base64.
+        package = "sentencepiece" if file.read(1) == b"\n" else "tiktoken"
+    if importlib.util.find_spec(package) is None:
+        raise Refused(
+            f"{folder}: of the tokenizer only tokenizer.model is there, and {package}, which reads "
+            "it, is not installed. Copy tokenizer.json of the model into the folder, or install "
+            f"it: pip install {package}."
         )
-    return (
-        f"{folder}: the tokenizer has ids up to {beyond[-1][0]:,}, the embedding only {rows:,} "
-        "rows: tokenizer and weights are of different models. Copy the tokenizer of this model "
-        "into the folder."
+
+
+def _refuse_missing_rows(tokenizer: Any, vocab_size: int, folder: pathlib.Path) -> None:
+    """Raise ValueError for tokens whose ids are no rows of the embedding."""
+    vocabulary = tokenizer.get_vocab()
+    beyond = {i: token for token, i in vocabulary.items() if i >= vocab_size}
+    if not beyond:
+        return
+    added = tokenizer.added_tokens_decoder.keys()
+    if beyond.keys() <= added:
+        names = [f"{printable(beyond[i], 40)!r} (id {i})" for i in sorted(beyond)]
+        raise Refused(
+            f"{folder}: the embedding has {vocab_size} rows, ids 0 to {vocab_size - 1}, and none "
+            f"for {len(beyond)} added tokens: {some(names, ', ', 3)}. Add rows "
+            "(model.resize_token_embeddings(len(tokenizer)) of transformers, then "
+            "save_pretrained), or delete the tokens from the tokenizer's files."
+        )
+    raise Refused(
+        f"{folder}: the tokenizer has ids up to {max(beyond)}, the embedding only {vocab_size} "
+        "rows: tokenizer and weights are of different models. Copy the tokenizer files that belong "
+        "to the weights."
     )
 
 
