@@ -31,6 +31,8 @@ from safepatch_jax.runtime.reading import Refused, reading, reason
 
 _LABELS = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}  # of a role's rows
 FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
+_CHECKSUMS = "checksums.json"  # in the folder of a prepared set, of its other files
+_AGAIN = "Delete the folder; it is made again."
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 
 
@@ -116,7 +118,7 @@ def _load_split(entry: DataSet, split: str, manual_dir: str, data_dir: pathlib.P
             f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}"
         )
     rows = []
-    with reading(builder.data_path, "a prepared data set", "Delete the folder, it is made again."):
+    with reading(builder.data_path, "a prepared data set", _AGAIN):
         for stored in builder.as_data_source(split):
             row = decoded(stored)
             row["extra"] = json.loads(row["extra"] or "{}")
@@ -132,16 +134,20 @@ def _prepared(
     with files.locked(data_dir / f".{entry.name}.lock"):
         path, sha256 = _find_file(entry, file, manual_dir, data_dir)
         folder = data_dir / f"{entry.name}-{_splits_of(entry, file)[0]}-{sha256[:12]}"
-        with reading(folder, "a prepared data set", "Delete the folder, it is made again."):
+        if (folder / _CHECKSUMS).is_file():
+            _check_prepared(folder)
+        else:
+            # What a killed run left there.
+            shutil.rmtree(folder, ignore_errors=True)
+        with reading(folder, "a prepared data set", _AGAIN):
             builder = SafetySets(entry, file, path, folder)
         if not pathlib.Path(builder.data_path).is_dir():
             if sha256 == file.sha256:
                 _check_sha256(path, sha256)
-            # What a killed run left there.
-            shutil.rmtree(folder, ignore_errors=True)
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
                 builder.download_and_prepare()
+            files.write_json(folder / _CHECKSUMS, files.folder_hashes(folder))
             splits = builder.info.splits
             counts = ", ".join(f"{name} {info.num_examples:,}" for name, info in splits.items())
             differs = file.sha256 not in ("", sha256)
@@ -151,6 +157,17 @@ def _prepared(
                 f"{entry.licence}."
             )
     return builder, path
+
+
+def _check_prepared(folder: pathlib.Path) -> None:
+    """Raise ValueError if the files of a prepared set are not what they were when it was made: a
+    damaged one may still be read, as other records."""
+    with reading(folder, "a prepared data set", _AGAIN):
+        noted = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        hashes = files.folder_hashes(folder)
+        del hashes[_CHECKSUMS]
+        if hashes != noted:
+            raise ValueError("it was damaged since it was made")
 
 
 def _splits_of(entry: DataSet, file: File) -> list[str]:

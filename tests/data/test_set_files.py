@@ -99,7 +99,7 @@ def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A prepared set, and how it is loaded."""
+    """What loads a set that is prepared."""
     rows = [f"Tie knot number {i}" for i in range(200)]
     (tmp_path / "OKTest.csv").write_text("prompt\n" + "\n".join(rows) + "\n")
 
@@ -107,20 +107,26 @@ def prepared(tmp_path):
         return load_records("lookalike", "set:oktest", str(tmp_path), tmp_path / "data")
 
     assert len(load()) == 200
-    return load, next((tmp_path / "data").glob("*/safety_sets/oktest/1.0.1"))
+    return load
 
 
-@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "*.array_record*"])
-def test_damaged_prepared_sets(prepared, name):
-    load, folder = prepared
-    (path,) = folder.glob(name)
+@pytest.mark.parametrize("name", ["dataset_info.json", "*.array_record*", "checksums.json"])
+def test_damaged_prepared_sets(prepared, tmp_path, name):
+    load = prepared
+    (path,) = (tmp_path / "data").rglob(name)
     content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"\xff" + content, b"[" * 99_999):
+    for damaged in (
+        content[: len(content) // 2],
+        b"",
+        b"\xff" + content,
+        b"[" * 99_999,
+        content[:-9] + b"damaged..",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError) as raised:
             load()
         message = str(raised.value)
         assert "cannot be read as a prepared data set" in message and "\n" not in message
-        assert "Delete the folder, it is made again" in message and len(message) < 1000
+        assert "Delete the folder; it is made again" in message and len(message) < 1000
     path.write_bytes(content)
     assert len(load()) == 200
