@@ -181,7 +181,7 @@ def test_prompt_batch_pads_on_the_left():
 
 def test_tokenizer_with_ids_beyond_the_embedding(tiny):
     Chat(tiny, 259)
-    message = r"1 tokens .* have no row in the embedding, which has 258: '<\|pad\|>' \(258\)\. They"
+    message = r"has 258 rows, .* none for 1 added tokens: '<\|pad\|>' \(id 258\)\. Add rows"
     with pytest.raises(ValueError, match=message):
         Chat(tiny, 258)
     message = "ids up to 258, the embedding only 100 rows: tokenizer and weights are of different"
@@ -192,7 +192,9 @@ def test_tokenizer_with_ids_beyond_the_embedding(tiny):
 def test_a_sentencepiece_model_alone_names_what_reads_it(copy):
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.model").write_bytes(b"\x0a\x05no one")
-    with pytest.raises(ValueError, match="copy tokenizer.json .* or install .*sentencepiece"):
+    with pytest.raises(
+        ValueError, match="sentencepiece, which reads it, is not installed. Copy tokenizer.json"
+    ):
         Chat(copy, 264)
 
 

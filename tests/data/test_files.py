@@ -69,8 +69,11 @@ def failure(read, *arguments):
         ("list.jsonl", json.dumps(ROWS, indent=1)),
         ("bom.jsonl", b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row) for row in ROWS).encode()),
         ("utf16.json", json.dumps(ROWS, ensure_ascii=False).encode("utf-16")),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
-        ("two_parts.csv.gz", gzip.compress(CSV[:20].encode()) + gzip.compress(CSV[20:].encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
+        (
+            "two_parts.csv.gz",
+            gzip.compress(CSV[:20].encode(), mtime=0) + gzip.compress(CSV[20:].encode(), mtime=0),
+        ),
     ],
 )
 def test_read_as_any_other(tmp_path, name, content):
@@ -126,9 +129,9 @@ def test_another_separator_is_said(tmp_path, capsys):
             ("line 1: an object has the key 'prompt' twice",),
         ),
         ("a.jsonl", "[1]", ("expected a list of objects, one a record; value 1 is of type int",)),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], ("cannot be read as CSV",)),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)[:-9], ("cannot be read as CSV",)),
         ("a.csv.xz", lzma.compress(CSV.encode())[:-9], ("cannot be read as CSV",)),
-        ("a.csv.gz", gzip.compress(CSV.encode()) + b"junk", ("cannot be read as CSV",)),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0) + b"junk", ("cannot be read as CSV",)),
         ("a.parquet.gz", b"", ("'.parquet.gz' is not a known format",)),
         ("a.parquet", b"PAR1" * 20, ("cannot be read as PARQUET",)),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid x\n", ("Git LFS pointer",)),
@@ -260,7 +263,10 @@ def test_bombs_end_while_they_are_read(tmp_path):
         paths.append(put(tmp_path, name, pack(header.tobuf() + zeros)))
     header = tarfile.TarInfo("pax")
     header.size, header.type = 7_000_000, tarfile.XHDTYPE
-    paths += [put(tmp_path, "d.tgz", gzip.compress(header.tobuf() + zeros)), tmp_path / "a.zip"]
+    paths += [
+        put(tmp_path, "d.tgz", gzip.compress(header.tobuf() + zeros, mtime=0)),
+        tmp_path / "a.zip",
+    ]
     environment = os.environ | {"SAFEPATCH_DATA_BYTES": "5000000"}
     result = subprocess.run(
         [sys.executable, "-c", BOMB, *map(str, paths)],
