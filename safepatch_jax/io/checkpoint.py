@@ -250,13 +250,19 @@ def load_checkpoint(
         )
     _check_arrays(folder / PARAMS)
     dtypes = _check_architecture(folder, table)
-    fix = f"{_AGAIN} If you changed it yourself, delete {checksums.NAME} beside {MODEL}."
-    processes.on_first(checksums.check, folder, fix)
+    processes.on_first(check_companions, folder)
     abstract = {}
     for row in table:
         sharding = sharder.sharding(row.axes, row.shape, row.path)
         abstract[row.path] = jax.ShapeDtypeStruct(row.shape, dtypes[row.path], sharding=sharding)
     return config, load_tree(folder / PARAMS, nest(abstract)), stored
+
+
+def check_companions(folder: pathlib.Path) -> None:
+    """Raise ValueError if a file beside the arrays of a model checkpoint, such as its tokenizer, is
+    not as it was written."""
+    fix = f"{_AGAIN} If you changed it yourself, delete {checksums.NAME} beside {MODEL}."
+    checksums.check(folder, fix)
 
 
 def array_hashes(

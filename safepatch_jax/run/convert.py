@@ -13,6 +13,7 @@ from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
     MODEL,
     array_hashes,
+    check_companions,
     load_checkpoint,
     read_description,
     save_checkpoint,
@@ -216,6 +217,7 @@ def inspect_model(model: str, scope: str) -> list[str]:
             f"--source=gguf:{place.path} --target=hf:DIR."
         )
     if place.kind == "orbax":
+        check_companions(place.path)
         config = read_hf_config(place.path / COMPANIONS_FOLDER)
         return describe(config, scope, read_description(place.path))
     config = read_hf_config(place.path)

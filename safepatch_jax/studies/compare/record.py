@@ -98,7 +98,8 @@ def _differences(
         for key in {**old, **value}:
             counts = name == "settings" or key in made
             if counts and old.get(key) != value.get(key):
-                lines.append(f"{name} ({key}: {old.get(key)} there, {value.get(key)} here)")
+                there, here = f"{old.get(key)!s:.100}", f"{value.get(key)!s:.100}"
+                lines.append(f"{name} ({key}: {there} there, {here} here)")
     return lines
 
 

@@ -25,7 +25,7 @@ from safepatch_jax.run.convert import Place
 from safepatch_jax.run.stages import versions
 from safepatch_jax.run.state import check_source
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate import report
@@ -281,7 +281,8 @@ def _difference(name: str, recorded: Any, wanted: Any) -> str:
         if recorded.get(key) == wanted.get(key):
             continue
         if name == "options":
-            changes.append(f"{key} {recorded.get(key)} there, {wanted.get(key)} here")
+            there, here = f"{recorded.get(key)!s:.100}", f"{wanted.get(key)!s:.100}"
+            changes.append(f"{key} {there} there, {here} here")
         else:
-            changes.append(key)
-    return f"{name} ({', '.join(changes)})"
+            changes.append(f"{key:.100}")
+    return f"{name} ({some(changes, ', ')})"
