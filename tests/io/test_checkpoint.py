@@ -89,7 +89,7 @@ def test_damaged_description(tmp_path, sharder, text):
     (checkpoint / "model.json").write_text(text)
     with pytest.raises(
         ValueError,
-        match=r"model\.json (is damaged or of another version|is not valid JSON|holds list)",
+        match=r"model\.json (is damaged or of another version|cannot be read as JSON|holds list)",
     ):
         load_checkpoint(checkpoint, sharder)
 
