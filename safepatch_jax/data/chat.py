@@ -117,7 +117,7 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
         # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
         # "▁[INST]" becomes "[INST]".
         loader = getattr(transformers, "TokenizersBackend", loader)
-    with reading(folder, "a folder with a tokenizer", _COPY):
+    with reading(folder, "a tokenizer", _COPY):
         tokenizer = loader.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )

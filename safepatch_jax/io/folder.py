@@ -13,7 +13,7 @@ from safepatch_jax.io.names import listed, refuse_adapter, standard_names
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.io.torch_file import TorchTensor
-from safepatch_jax.models.strays import other_kind
+from safepatch_jax.models.strays import other_kind, refuse_no_model
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import progress, some
 from safepatch_jax.runtime.reading import Refused, reading
@@ -58,6 +58,8 @@ class Checkpoint:
         self.folder = pathlib.Path(folder)
         if not unfinished:
             refuse_unfinished(self.folder)
+        if not self.folder.is_dir():
+            refuse_no_model(self.folder)
         for single, index, list_tensors in _LAYOUTS:
             if (self.folder / single).is_file():
                 self.layout = single
@@ -97,7 +99,13 @@ class Checkpoint:
         return (self.renamed, *notes) if self.renamed else tuple(notes)
 
     def _hint(self) -> str:
-        """Say what to do with the weight files of other names that are there."""
+        """Say what to do with the weight files of other names, or links to none, that are there."""
+        dangling = [name for name in _layout_names() if (self.folder / name).is_symlink()]
+        if dangling:
+            return (
+                f" {some(dangling, ', ')} is a link to a file that is not there: download the "
+                "model again, or copy it with the files that its links name (cp -rL)."
+            )
         others = sorted(p.name for p in self.folder.glob("*") if p.suffix in _WEIGHT_SUFFIXES)
         if not others:
             return ""

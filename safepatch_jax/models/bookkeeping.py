@@ -61,6 +61,7 @@ FIXED: Mapping[str, tuple] = {
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({}, []),
     "per_layer_config": ({},),
+    "is_causal": (True,),
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 DEQUANTISE = (

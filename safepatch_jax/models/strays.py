@@ -30,9 +30,9 @@ def adapter_of(folder: pathlib.Path) -> str | None:
         except ValueError:
             pass  # a damaged file is an adapter's all the same
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
-    kind = f"{printable(kind, 20)} " if isinstance(kind, str) else ""
+    kind = f"a {printable(kind, 20)}" if isinstance(kind, str) else "an"
     base = printable(base, 100) if isinstance(base, str) and base else "an unnamed base model"
-    return f"a {kind}adapter ({there[0]}) of {base}"
+    return f"{kind} adapter ({there[0]}) of {base}"
 
 
 MERGE = (
@@ -69,7 +69,7 @@ def other_kind(folder: pathlib.Path) -> str | None:
     if adapter := adapter_of(folder):
         return f"{folder} holds {adapter}, not a model: {MERGE}, and give DIR."
     names = _names(folder)
-    if "zero_to_fp32.py" in names or _any(names, "global_step", "zero_pp_rank"):
+    if "zero_to_fp32.py" in names or _any(names, "global_step", "zero_pp_rank", "mp_rank"):
         return (
             f"{folder} is a checkpoint of DeepSpeed, whose weights are cut over processes. Gather "
             "them first (python zero_to_fp32.py . DIR --safe_serialization, in that folder), copy "
@@ -78,8 +78,9 @@ def other_kind(folder: pathlib.Path) -> str | None:
     if any(name.endswith(".distcp") for name in names) or _any(names, "pytorch_model_fsdp"):
         return (
             f"{folder} is a checkpoint of FSDP, whose weights are cut over processes. Gather them "
-            "first (accelerate merge-weights CHECKPOINT DIR), copy config.json and the tokenizer "
-            "files to DIR, and give DIR."
+            "first (accelerate merge-weights CHECKPOINT DIR; python -m "
+            "torch.distributed.checkpoint.format_utils dcp_to_torch CHECKPOINT FILE), copy "
+            "config.json and the tokenizer files to DIR, and give DIR."
         )
     originals = sorted(name for name in names if name.startswith("consolidated."))
     if originals:
