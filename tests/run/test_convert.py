@@ -118,7 +118,7 @@ def test_another_dtype_with_either_rounding(tmp_path):
             {},
             "names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2",
         ),
-        ("", "hf:{tmp}/x", {}, "names no model"),
+        ("", "hf:{tmp}/x", {}, "A path is empty"),
         ("hf:gs://bucket/x", "hf:{tmp}/x", {}, "gs:// is not supported"),
         ("hf:{model}", "hf:gs://bucket/x", {}, "gs:// is not supported"),
     ],
