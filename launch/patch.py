@@ -18,8 +18,9 @@ holds a few megabytes, whatever the model's size.
 
 In place, weight files are written beside the old ones and renamed, so there must be room for the
 largest of them. Killed at any moment, the folder has every tensor as before or as after: the same
-command again finishes, the other one of apply and revert undoes. certificate.json is removed from a
-folder that is changed in place; README.md stays as it is.
+command again finishes, the other one of apply and revert undoes; until then unfinished_patch.json
+is there, and every other command refuses the folder. certificate.json is removed from a folder that
+is changed in place; README.md stays as it is.
 
 docs/patch_file.md has the format. Exit code 0: done; 2: a mistake, with one line that names it.
 verify also ends with 2 for a folder that is neither the backbone nor the patched model.
