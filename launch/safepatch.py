@@ -21,13 +21,13 @@ import sys
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.planning.plan import dry_run
 from safepatch_jax.run.job import Job
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, show
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = kinds.path(
     "workdir", None, "Folder of this run; made if it is not there.", required=True
 )
 _DRY_RUN = flags.DEFINE_bool(
@@ -64,7 +64,7 @@ def run() -> None:
     )
     if _SHOW.value:
         for line in job.examples():
-            say(line)
+            show(line)
         return
     report = job.run(sys.argv)
     say(f"Report: {report}")

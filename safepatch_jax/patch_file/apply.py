@@ -161,6 +161,8 @@ def _move(
             f"{folder} has torch weights ({checkpoint.layout}), and patches go onto safetensors. "
             f"Convert it first: python -m launch.convert --source=hf:{folder} --target=hf:DIR."
         )
+    if out is None:
+        checkpoint.refuse_second_set()
     with contextlib.nullcontext() if out is not None else _alone(folder):
         check_names(patch, checkpoint.tensors, folder)
         current = states(patch, tensor_hashes(checkpoint.tensors))

@@ -18,7 +18,7 @@ from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, stage_table, variants
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.console import example, say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.records import read_record
@@ -240,12 +240,12 @@ class Job:
             kinds += [("harmful", "refusal"), ("ordinary", "answer")]
         lines = []
         for role, field in kinds:
-            for example in context.encoded(source, role, "train", field).examples[:count]:
-                prompt = tokenizer.decode(example.prompt_ids, skip_special_tokens=False)
-                answer = tokenizer.decode(example.answer_ids, skip_special_tokens=False)
-                lengths = f"{len(example.prompt_ids)} + {len(example.answer_ids)}"
+            for pair in context.encoded(source, role, "train", field).examples[:count]:
+                prompt = tokenizer.decode(pair.prompt_ids, skip_special_tokens=False)
+                answer = tokenizer.decode(pair.answer_ids, skip_special_tokens=False)
+                lengths = f"{len(pair.prompt_ids)} + {len(pair.answer_ids)}"
                 lines.append(f"--- {role}, {field}: {lengths} tokens")
-                lines.append(f"{prompt}\033[32m{answer}\033[0m")
+                lines.append(example(prompt, answer))
         return lines
 
     def _refuse_other_settings(self) -> None:

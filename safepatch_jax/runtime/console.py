@@ -11,6 +11,9 @@ from tqdm import tqdm
 from safepatch_jax.runtime.processes import first
 from safepatch_jax.runtime.text import printable
 
+_MOST_OF_EXAMPLE = 50_000  # characters
+_INDENTED = "\n  "
+
 
 def say(text: str) -> None:
     """Print one line, in the first process alone; what could steer the terminal is escaped."""
@@ -23,6 +26,15 @@ def show(text: str) -> None:
     if first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def example(text: str, answer: str = "") -> str:
+    """Return a text of others, and an answer in green after it, as `show` may print them: lines
+    after the first are indented, so that none of them passes for one of ours."""
+    shown = printable(text, _MOST_OF_EXAMPLE, _INDENTED)
+    if answer:
+        shown += f"\033[32m{printable(answer, _MOST_OF_EXAMPLE, _INDENTED)}\033[0m"
+    return shown
 
 
 def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:

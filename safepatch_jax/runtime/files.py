@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from safepatch_jax.runtime.locks import LOCK, claimed, locked, open_alone
 from safepatch_jax.runtime.reading import Refused, reading
+from safepatch_jax.runtime.text import redacted
 
 __all__ = ["LOCK", "claimed", "locked"]
 
@@ -37,7 +38,7 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path) as temporary, new_alone(temporary) as f:
-        f.write(text.encode())
+        f.write(redacted(text).encode())
         _sync(f)
 
 
@@ -326,14 +327,14 @@ def text_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def own_file(path: pathlib.Path) -> pathlib.Path:
-    """Return `path` if it lies in its folder, or is a link as the Hugging Face cache makes them
-    (into its ``blobs``).
+def own_file(path: pathlib.Path, folder: pathlib.Path | None = None) -> pathlib.Path:
+    """Return `path` if it lies in `folder` (by default the one it is in), or is a link as the
+    Hugging Face cache makes them (into its ``blobs``).
 
     Raises:
       ValueError: it is a link to somewhere else, whose content would be published with a model.
     """
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = (folder or path.parent).resolve(), path.resolve()
     if target.is_relative_to(folder):
         return path
     if folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs":
@@ -353,6 +354,7 @@ def plain_name(name: str, where: str) -> str:
     plain = isinstance(name, str) and name not in ("", ".", "..")
     if not plain or any(character in name for character in "/\\:\0"):
         raise ValueError(
-            f"{where}: refusing the file name {name!r}: it must be a plain name inside the folder."
+            f"{where}: refusing the file name {name!r:.100}: it must be a plain name inside the "
+            "folder."
         )
     return name

@@ -8,6 +8,7 @@ import re
 
 from safepatch_jax.runtime.reading import Refused
 
+MODEL_KINDS = ("hf", "orbax", "gguf")  # before a model's path, with a colon
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://?")
 
 
@@ -40,3 +41,40 @@ def plain(path: str | os.PathLike[str]) -> str:
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of what a user named. Raises ValueError as `plain` does."""
     return pathlib.Path(plain(path)).absolute()
+
+
+def model(text: str) -> str:
+    """Return the name of a model with its path as `plain` gives it: DIR, FILE, or either after
+    'hf:', 'orbax:' or 'gguf:'."""
+    kind, colon, rest = text.partition(":")
+    if colon and kind in MODEL_KINDS:
+        return f"{kind}:{plain(rest)}"
+    return plain(text)
+
+
+def data(text: str) -> str:
+    """Return a data source with its path as `plain` gives it; a name (builtin, set:, tfds:) as it
+    is."""
+    if text.startswith(("set:", "tfds:")):
+        return text
+    if os.path.isfile(text):  # a file's name may hold a question mark
+        return plain(text)
+    place, mark, query = text.partition("?")
+    return plain(place) + mark + query
+
+
+def suite(text: str) -> str:
+    """Return a list 'A+B' of suites, their .json files as `plain` gives them."""
+    if os.path.isfile(text):  # a file's name may hold a plus sign
+        return plain(text)
+    return "+".join(plain(part) if part.endswith(".json") else part for part in text.split("+"))
+
+
+def judge(text: str) -> str:
+    """Return a judge's text, KIND or KIND:DIR?OPTIONS, with its folder as `plain` gives it; an
+    endpoint's URL stays as it is."""
+    kind, colon, rest = text.partition(":")
+    if not rest or kind == "endpoint":
+        return text
+    place, mark, query = rest.partition("?")
+    return kind + colon + plain(place) + mark + query

@@ -9,6 +9,7 @@ why, and the way out.
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -48,9 +49,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return os.strerror(error.errno) if error.errno > 0 else error.strerror
     text = str(error).strip().partition("\n")[0].rstrip(".")[:_MOST]
-    if type(error) in (ValueError, Exception) and text:
+    if text and (isinstance(error, ValueError) or type(error) is Exception):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

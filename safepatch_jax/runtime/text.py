@@ -8,6 +8,7 @@ megabytes, or a key that a server echoes. Everything printed passes `printable`,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 MOST = 2000  # characters of a message
 _PART = 8  # characters of a secret that are enough to be hidden
@@ -19,36 +20,37 @@ _secrets: set[str] = set()
 
 
 def hide(secret: str) -> None:
-    """Keep a secret, and parts of it, out of everything that this process prints or writes."""
-    if secret:
+    """Keep a secret, and parts of it, out of everything that this process prints or writes.
+
+    One shorter than 8 characters is no secret, and may be a part of any word.
+    """
+    if len(secret) >= _PART:
         _secrets.add(secret)
 
 
 def redacted(text: str) -> str:
     """Return a text in which secrets, and their parts of 8 characters or more, are masked."""
+    hidden: set[int] = set()  # positions
     for secret in _secrets:
-        text = _without(text, secret)
-    return text
-
-
-def _without(text: str, secret: str) -> str:
-    if len(secret) <= _PART:
-        return text.replace(secret, _MASK)
-    parts = {secret[i : i + _PART] for i in range(len(secret) - _PART + 1)}
-    if not any(part in text for part in parts):
+        for start in range(len(secret) - _PART + 1):
+            hidden.update(_positions(text, secret[start : start + _PART]))
+    if not hidden:
         return text
-    shown, i = [], 0
-    while i < len(text):
-        end = i
-        while text[end : end + _PART] in parts:  # the parts overlap in all but one character
-            end += 1
-        if end > i:
+    shown = []
+    for i, character in enumerate(text):
+        if i not in hidden:
+            shown.append(character)
+        elif i - 1 not in hidden:
             shown.append(_MASK)
-            i = end + _PART - 1
-        else:
-            shown.append(text[i])
-            i += 1
     return "".join(shown)
+
+
+def _positions(text: str, part: str) -> Iterator[int]:
+    """Yield the positions of all characters that belong to an occurrence of a part."""
+    at = text.find(part)
+    while at >= 0:
+        yield from range(at, at + len(part))
+        at = text.find(part, at + 1)
 
 
 def printable(text: str, most: int = MOST, line_break: str = "\\n") -> str:

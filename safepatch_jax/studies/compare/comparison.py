@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from safepatch_jax.data.cells import key
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.answers import JUDGED, Sources
@@ -384,12 +385,12 @@ class Comparison:
         """Raise ValueError if a measure holds prompts on which models are trained."""
         trained = set()
         for role in ("harmful", "ordinary"):
-            trained |= {record.prompt for record in self.base.context.split(role, "train")}
+            trained |= {record.key for record in self.base.context.split(role, "train")}
         for measure in self.suite:
             if measure.kind not in answers.ROLES:
                 continue
             items = self.items[measure.name].values()
-            count = sum(item["prompt"] in trained for item in items)
+            count = sum(key(item["prompt"], item.get("turns", ())) in trained for item in items)
             if count:
                 raise ValueError(
                     f"suite {self.options.suite}: {count} of the {len(items)} prompts of "

@@ -238,6 +238,7 @@ class _Evaluation:
             mesh=options.mesh,
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
+            date=options.date,
         )
 
 
