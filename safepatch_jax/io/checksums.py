@@ -23,6 +23,7 @@ def write(folder: pathlib.Path, hashes: Mapping[str, Any] | None = None) -> None
     """Write down the SHA-256 of the files below a folder: of all, or as `folder_hashes` gives
     them."""
     listed = files.folder_hashes(folder) if hashes is None else dict(hashes)
+    listed.pop(NAME, None)
     files.write_json(folder / NAME, {"sha256": listed})
 
 
