@@ -206,8 +206,8 @@ def test_no_tokenizer(copy, broken):
         (copy / "tokenizer.json").write_text(broken)
     with pytest.raises(
         ValueError,
-        match="(?s)copy(: no usable tokenizer| cannot be read as a tokenizer: ).*Copy tokenizer.json"
-        " and tokenizer_config.json",
+        match="(?s)copy(: no usable tokenizer| cannot be read as a tokenizer: ).*"
+        "Copy tokenizer.json and tokenizer_config.json",
     ):
         Chat(copy, 264)
 
