@@ -246,7 +246,7 @@ def test_no_tokenizer(copy, broken):
         (copy / "tokenizer.json").write_text(broken)
     with pytest.raises(
         ValueError,
-        match="copy(: no usable| cannot be read as a folder with a) tokenizer.*Copy tokenizer.json",
+        match="copy(: no usable| cannot be read as a) tokenizer.*Copy tokenizer.json",
     ):
         Chat(copy, 264)
 

@@ -184,7 +184,7 @@ def llama_guard(folder: pathlib.Path) -> Format:
 def _llama_guard_render(folder: pathlib.Path) -> Callable[[str, str], str]:
     import transformers  # imported here: it takes seconds
 
-    with reading(folder, "a folder with a tokenizer", "Copy the judge's tokenizer files there."):
+    with reading(folder, "a tokenizer", "Copy the judge's tokenizer files there."):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
