@@ -98,7 +98,7 @@ def _differences(
         for key in {**old, **value}:
             counts = name == "settings" or key in made
             if counts and old.get(key) != value.get(key):
-                there, here = f"{old.get(key)!s:.100}", f"{value.get(key)!s:.100}"
+                there, here = f"{old.get(key)!s:.400}", f"{value.get(key)!s:.400}"
                 lines.append(f"{name} ({key}: {there} there, {here} here)")
     return lines
 
