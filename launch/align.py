@@ -11,12 +11,12 @@ ones too. A harmful file may have a column 'refusal'; without it stock refusals 
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.run.job import align_model
 from safepatch_jax.runtime.console import say
 
-_OUT = flags.DEFINE_string("out", None, "New folder for the aligned model.", required=True)
+_OUT = kinds.path("out", None, "New folder for the aligned model.", required=True)
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 

@@ -32,23 +32,30 @@ import sys
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from launch import options as config_flags
+from safepatch_jax.runtime import paths
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison.", required=True)
+_WORKDIR = kinds.path("workdir", None, "Folder of the comparison.", required=True)
 _OPTIONS = {
     "methods": flags.DEFINE_string(
         "methods", None, "Names or groups between commas, or 'all'; see above. ['all']"
     ),
-    "suite": flags.DEFINE_string(
-        "suite", None, "What is measured: a suite of launch.evaluate, or a .json file. ['quick']"
+    "suite": kinds.text(
+        "suite",
+        None,
+        "What is measured: a suite of launch.evaluate, or a .json file. ['quick']",
+        paths.suite,
     ),
     "seeds": flags.DEFINE_string(
         "seeds", None, "Seeds of training, scores and retention, such as 0,1,2. ['0']"
     ),
-    "judge": flags.DEFINE_string(
-        "judge", None, "Whose verdicts the rates are, as in launch.evaluate. ['phrases']"
+    "judge": kinds.text(
+        "judge",
+        None,
+        "Whose verdicts the rates are, as in launch.evaluate. ['phrases']",
+        paths.judge,
     ),
     "grader": flags.DEFINE_string("grader", None, "Who grades mt_bench: endpoint:URL?model=NAME."),
 }

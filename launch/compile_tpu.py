@@ -18,7 +18,7 @@ If a program does not fit, the nearest setting that does is searched and printed
 model takes 2 to 5 minutes on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
 
 The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed
-are not examined. Exit code: 0 if everything fits, 3 if not; 1 or 2 for a mistake.
+are not examined. Exit code: 0 if everything fits, 3 if not; 2 for a mistake.
 """
 
 import sys
@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from launch import flags as settings_flags
-from launch import main
+from launch import kinds, main
 from safepatch_jax.planning.plan import compile_run
 from safepatch_jax.planning.programs import PROGRAMS
 
@@ -43,7 +43,7 @@ _SUGGEST = flags.DEFINE_bool(
 _REMEDY = flags.DEFINE_bool(
     "remedy", True, "Where the settings do not fit, look for the nearest that do."
 )
-_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_JSON = kinds.path("json", None, "Also write the figures to this file.")
 flags.adopt_module_key_flags(settings_flags)
 
 

@@ -43,14 +43,14 @@ import sys
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.patch_file import commands as continual_commands
 from safepatch_jax.patch_file import log as continual_log
 from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime.console import say
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the chain; run makes it.", required=True)
+_WORKDIR = kinds.path("workdir", None, "Folder of the chain; run makes it.", required=True)
 _LINKS = flags.DEFINE_string(
     "links", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run."
 )
@@ -65,8 +65,8 @@ _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built;
 _FROM = flags.DEFINE_integer(
     "from", None, "Number of the link whose model is given, 0 if left out; replay."
 )
-_MODEL = flags.DEFINE_string("model", None, "Folder of the model that is given; replay.")
-_OUT = flags.DEFINE_string("out", None, "A new folder; replay.")
+_MODEL = kinds.path("model", None, "Folder of the model that is given; replay.")
+_OUT = kinds.path("out", None, "A new folder; replay.")
 _LAST = flags.DEFINE_integer("last", None, "How many links are taken off; revert.")
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)

@@ -18,14 +18,12 @@ Hugging Face torch where torch is installed and memory is free for its float32 c
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from safepatch_jax.run import convert
 from safepatch_jax.runtime.console import say
 
-_SOURCE = flags.DEFINE_string(
-    "source", None, "hf:DIR, orbax:DIR, gguf:FILE or smollm2.", required=True
-)
-_TARGET = flags.DEFINE_string(
+_SOURCE = kinds.model("source", None, "hf:DIR, orbax:DIR, gguf:FILE or smollm2.", required=True)
+_TARGET = kinds.model(
     "target", None, "hf:DIR or orbax:DIR; must not exist or be empty.", required=True
 )
 _MESH = flags.DEFINE_string(
@@ -41,9 +39,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of stochastic rounding.", lower_bound=0
 _SHARD_BYTES = flags.DEFINE_integer(
     "shard_bytes", 5_000_000_000, "Weight files are cut at this size.", lower_bound=1024
 )
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Folder whose tokenizer files go with a GGUF file."
-)
+_TOKENIZER = kinds.path("tokenizer", None, "Folder whose tokenizer files go with a GGUF file.")
 _CERTIFY = flags.DEFINE_enum(
     "certify", "logits", ["logits", "hashes"], "Compare logits too, or hashes alone."
 )

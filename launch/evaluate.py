@@ -29,20 +29,22 @@ same answers. The answers of a jailbroken model are in OUT/answers: handle with 
 
 from absl import flags
 
-from launch import distributed, main
-from safepatch_jax.runtime.console import say
+from launch import distributed, kinds, main
+from safepatch_jax.data.rendering import check_date
+from safepatch_jax.runtime import paths
+from safepatch_jax.runtime.console import show
 from safepatch_jax.studies.evaluate import study as evaluate
 from safepatch_jax.studies.evaluate.examples import show_examples
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 _DEFAULTS = EvaluationOptions()
-_MODEL = flags.DEFINE_string(
+_MODEL = kinds.path(
     "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
 )
-_AGAINST = flags.DEFINE_string(
+_AGAINST = kinds.path(
     "against", "", "Another model to compare with, such as the backbone; same kinds of folder."
 )
-_OUT = flags.DEFINE_string("out", None, "The evaluation's folder.")
+_OUT = kinds.path("out", None, "The evaluation's folder.")
 _SHOW = flags.DEFINE_bool(
     "show_examples", False, "Print how one item of each measure is put to the model, and end."
 )
@@ -52,16 +54,17 @@ _SEEDS = flags.DEFINE_list(
     "Seeds with which all that is sampled is done, such as 0,1,2; for one --seed is enough.",
 )
 _FLAGS = {
-    "suite": flags.DEFINE_string(
+    "suite": kinds.text(
         "suite",
         _DEFAULTS.suite,
         "quick, paper, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
+        paths.suite,
     ),
-    "judge": flags.DEFINE_string(
-        "judge", _DEFAULTS.judge, "Whose verdicts the rates are; see above."
+    "judge": kinds.text(
+        "judge", _DEFAULTS.judge, "Whose verdicts the rates are; see above.", paths.judge
     ),
-    "second_judge": flags.DEFINE_string(
-        "second_judge", "", "A second judge; the report then has their agreement."
+    "second_judge": kinds.text(
+        "second_judge", "", "A second judge; the report then has their agreement.", paths.judge
     ),
     "grader": flags.DEFINE_string("grader", "", "Who grades mt_bench: endpoint:URL?model=NAME."),
     "mesh": flags.DEFINE_string(
@@ -84,12 +87,16 @@ _FLAGS = {
         upper_bound=1.0,
     ),
     "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
-    "manual_dir": flags.DEFINE_string(
+    "manual_dir": kinds.path(
         "data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."
     ),
-    "data_dir": flags.DEFINE_string(
-        "data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."
+    "date": kinds.text(
+        "data.date",
+        _DEFAULTS.date,
+        "What a chat template that writes today's date is given, YYYY-MM-DD.",
+        check_date,
     ),
+    "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }
 flags.adopt_module_key_flags(distributed)
 
@@ -106,7 +113,7 @@ def run() -> None:
     options = EvaluationOptions(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
     if _SHOW.value:
         for line in show_examples(_MODEL.value, options):
-            say(line)
+            show(line)
         return
     if not _OUT.value:
         raise ValueError(

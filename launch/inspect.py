@@ -10,12 +10,12 @@ takes a second, also for a 70B model.
 
 from absl import flags
 
-from launch import main
+from launch import kinds, main
 from safepatch_jax.models.table import SCOPES
 from safepatch_jax.run.convert import inspect_model
 from safepatch_jax.runtime.console import say
 
-_MODEL = flags.DEFINE_string(
+_MODEL = kinds.model(
     "model",
     None,
     "Model folder (hf:DIR or DIR), or a checkpoint of launch.convert (orbax:DIR).",

@@ -26,6 +26,8 @@ downloaded before, or give your own tasks with --include_path.
 import importlib
 import sys
 
+from safepatch_jax.runtime.text import printable
+
 
 def run() -> None:
     try:
@@ -35,7 +37,7 @@ def run() -> None:
 
         cli_evaluate()
     except (ImportError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from launch import INTERRUPTED
 from safepatch_jax.runtime import processes, stopping
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reason
+from safepatch_jax.runtime.text import printable
+
+_MISTAKE = 2  # exit code
+_FIXES = {
+    errno.ENOSPC: "Free space on that disk or use another, then give the same command again.",
+    errno.EDQUOT: "Your quota is used up: free space, then give the same command again.",
+    errno.EACCES: "Give a path that you may read and write, or change its permissions.",
+    errno.EPERM: "Give a path that you may read and write, or change its permissions.",
+    errno.EROFS: "The file system is read-only: give a path on another.",
+    errno.ENOENT: "Give a path that exists.",
+    errno.ENOTDIR: "A part of the path is a file: give another.",
+    errno.EISDIR: "It is a folder: give a file.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.ELOOP: "Links go round in a circle, or lie where none is followed: give another path.",
+    errno.ENOLCK: "The file system has no file locks: use a folder on a local disk.",
+}
+_KEPT = (
+    "Nothing is half-written and what was finished is kept; the same command goes on from there."
+)
+_NEEDED = re.compile(r"(--\S+) must have a value other than None")
+_UNKNOWN = re.compile(r"Unknown command line flag '(.*)'", re.DOTALL)
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -25,15 +52,10 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 
     def wrapped(argv):
         if len(argv) > 1 and not positional:
-            print(
-                f"error: unexpected argument '{argv[1]}'; settings are given as "
-                "--group.option=value.",
-                file=sys.stderr,
-            )
-            sys.exit(2)
+            _refuse(f"unexpected argument '{argv[1]}'; settings are given as --group.option=value.")
         logging.set_verbosity(logging.ERROR)
         # So that half-filled folders are cleared away, and training is saved.
-        signal.signal(signal.SIGTERM, stopping.on_signal)
+        stopping.install()
         try:
             if positional:
                 main(argv[1:])
@@ -52,11 +74,48 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
                 text, consequence = _interruption(error)
             # The process ends now, and must have the time to report that to the others.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.alarm(0)
-            code = error.code if isinstance(error, SystemExit) else 2
-            processes.fail(text, code, consequence=consequence)
+            at_once = isinstance(error, (KeyboardInterrupt, SystemExit))
+            processes.fail(text, _code(error), consequence=consequence, at_once=at_once)
 
-    app.run(wrapped)
+    # A name that a console cannot show must not end the command.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parse flags; a wrong one ends the process with one line and exit code 2, --help with 0."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(_flag_problem(" ".join(str(error).split())))
+    except SystemExit:  # of --help
+        sys.exit(0)
+
+
+def _flag_problem(text: str) -> str:
+    """Return absl's message on a wrong flag, with the nearest names of flags that there are."""
+    if needed := _NEEDED.search(text):
+        return f"{needed[1]} is needed. See --help."
+    unknown = _UNKNOWN.search(text)
+    if unknown is None:
+        return f"{text.rstrip('.')}. See --help."
+    close = difflib.get_close_matches(unknown[1], list(flags.FLAGS), n=3)
+    hint = f" Did you mean {some([f'--{name}' for name in close], ' or ')}?" if close else ""
+    return f"there is no flag --{unknown[1]}.{hint} See --help."
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(f"error: {printable(problem)}", file=sys.stderr)
+    sys.exit(_MISTAKE)
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else _MISTAKE
 
 
 def command_values(
@@ -91,8 +150,16 @@ def command_values(
 def _message(error: BaseException) -> str | None:
     """Return the message for a user's mistake, or too little memory or disk; None for other
     errors."""
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted by Ctrl-C. {_KEPT}"
+    if isinstance(error, SystemExit) and error.code == stopping.CODE:
+        return f"ended by SIGTERM. {_KEPT}"
+    if isinstance(error, OSError):
+        return _os_problem(error)
+    if isinstance(error, ValueError):
         return str(error)
+    if _is_of_backend(error):
+        return _backend_problem(error)
     # By its text: JAX's errors are RuntimeErrors, and some launchers do not import JAX.
     exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     if exhausted or isinstance(error, MemoryError):
@@ -105,17 +172,41 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
+def _os_problem(error: OSError) -> str:
+    """Return a message that names file and reason; of our own errors their text."""
+    if error.strerror is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    fix = _FIXES.get(error.errno, "See that the path, its permissions and the disk are right.")
+    return f"{where}{error.strerror}. {fix}"
+
+
+def _is_of_backend(error: BaseException) -> bool:
+    """Return whether JAX found no devices: it has no class of its own for that error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
+
+
+def _backend_problem(error: BaseException) -> str:
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    return (
+        f"JAX cannot use the devices that were asked for (JAX_PLATFORMS={wanted or 'not set'}; "
+        f"{reason(error)}). Install the jax package for them (pip install "
+        "'jax[cuda12]' or 'jax[tpu]') and see that drivers and devices are there, or set "
+        "JAX_PLATFORMS=cpu."
+    )
+
+
 def _interruption(error: BaseException) -> tuple[str, bool]:
     """Return the message of one of several processes for another error, and whether another process
     may be the cause."""
     if isinstance(error, SystemExit):
-        return f"ended by SIGTERM or sys.exit({error.code})", False
+        return f"ended by sys.exit({error.code})", False
     if isinstance(error, processes.AnotherFailed) or type(error).__name__ == "JaxRuntimeError":
         reason = str(error).partition("\n")[0]
         return (
             f"a step that all processes take together failed ({reason}). Did a process end, or a "
             "host lose its network? The same command, given to all again, resumes this run."
         ), True
-    if not isinstance(error, KeyboardInterrupt):
-        traceback.print_exception(error)
+    traceback.print_exception(error)
     return repr(error), False

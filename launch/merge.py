@@ -21,30 +21,28 @@ number of entries kept in each tensor) and patch.png. The patch file is then mad
 
 from absl import flags
 
-from launch import main, options
+from launch import kinds, main, options
 from safepatch_jax.run import merge_folders
 
-_BASE = flags.DEFINE_string(
-    "base", None, "The backbone's folder, in Hugging Face format.", required=True
-)
+_BASE = kinds.path("base", None, "The backbone's folder, in Hugging Face format.", required=True)
 _DERIVED = {
-    "se": flags.DEFINE_string(
+    "se": kinds.path(
         "patch_se",
         None,
         "The SE model (gradient ascent), or what DARE and TIES merge first.",
         required=True,
     ),
-    "osm": flags.DEFINE_string(
+    "osm": kinds.path(
         "patch_osm", None, "The OSM model (gradient descent), or the second one.", required=True
     ),
 }
 _SCORES = {
-    role: flags.DEFINE_string(
+    role: kinds.path(
         f"scores_{role}", None, f"Sums of |gradient| at the {role.upper()} model; SafePatching."
     )
     for role in _DERIVED
 }
-_OUT = flags.DEFINE_string("out", None, "The new folder.", required=True)
+_OUT = kinds.path("out", None, "The new folder.", required=True)
 _NAMES = options.define(["patch", "export", "run.seed"])
 flags.adopt_module_key_flags(options)
 

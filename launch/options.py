@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from absl import flags
 
+from launch import kinds
 from safepatch_jax.settings import Settings, declared_options, load_config
 
-CONFIG = flags.DEFINE_string(
-    "config", None, "Python file with a CONFIG dictionary; see configs/demo.py."
-)
+CONFIG = kinds.path("config", None, "Python file with a CONFIG dictionary; see configs/demo.py.")
 MERGE = flags.DEFINE_enum(
     "merge",
     None,

@@ -18,8 +18,9 @@ holds a few megabytes, whatever the model's size.
 
 In place, weight files are written beside the old ones and renamed, so there must be room for the
 largest of them. Killed at any moment, the folder has every tensor as before or as after: the same
-command again finishes, the other one of apply and revert undoes. certificate.json is removed from a
-folder that is changed in place; README.md stays as it is.
+command again finishes, the other one of apply and revert undoes; until then unfinished_patch.json
+is there, and every other command refuses the folder. certificate.json is removed from a folder that
+is changed in place; README.md stays as it is.
 
 docs/patch_file.md has the format. Exit code 0: done; 2: a mistake, with one line that names it.
 verify also ends with 2 for a folder that is neither the backbone nor the patched model.
@@ -29,24 +30,22 @@ from collections import Counter
 
 from absl import flags
 
-from launch import main
+from launch import kinds, main
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file import arithmetic as patch_arithmetic
 from safepatch_jax.patch_file import create as patch_create
 from safepatch_jax.patch_file import file as patch_file
 from safepatch_jax.runtime.console import say, some
 
-_PATCH = flags.DEFINE_string("patch", None, "The patch file.")
-_PATCHES = flags.DEFINE_list(
+_PATCH = kinds.path("patch", None, "The patch file.")
+_PATCHES = kinds.several(
     "patches", None, "Patch files of one backbone, separated by commas; combine."
 )
-_MODEL = flags.DEFINE_string(
+_MODEL = kinds.path(
     "model", None, "Model folder in Hugging Face format; with create the patched one."
 )
-_BASE = flags.DEFINE_string("base", None, "The backbone's folder; create.")
-_OUT = flags.DEFINE_string(
-    "out", None, "A new folder (apply, revert) or a new patch file (scale, combine)."
-)
+_BASE = kinds.path("base", None, "The backbone's folder; create.")
+_OUT = kinds.path("out", None, "A new folder (apply, revert) or a new patch file (scale, combine).")
 _FACTOR = flags.DEFINE_float(
     "factor", None, "By what the change of each entry is multiplied; scale."
 )

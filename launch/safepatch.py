@@ -21,13 +21,13 @@ import sys
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.planning.plan import dry_run
 from safepatch_jax.run.job import Job
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, show
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = kinds.path(
     "workdir", None, "Folder of this run; made if it is not there.", required=True
 )
 _DRY_RUN = flags.DEFINE_bool(
@@ -44,6 +44,12 @@ _SHOW = flags.DEFINE_bool(
 _UPDATE = flags.DEFINE_bool(
     "update", False, "Go on in a workdir of other settings, running again what they change."
 )
+_VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Compare all that finished stages hold with their manifests by SHA-256; else what leaves the "
+    "run is, and the rest by size and time. A stage that differs is made again.",
+)
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
@@ -53,10 +59,12 @@ def run() -> None:
     if _DRY_RUN.value:
         dry_run(settings_flags.read_settings(), _WORKDIR.value)
         return
-    job = Job(settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value)
+    job = Job(
+        settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value, verify=_VERIFY.value
+    )
     if _SHOW.value:
         for line in job.examples():
-            say(line)
+            show(line)
         return
     report = job.run(sys.argv)
     say(f"Report: {report}")

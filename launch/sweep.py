@@ -37,13 +37,13 @@ import sys
 
 from absl import flags
 
-from launch import distributed, main
+from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
 from safepatch_jax.studies.sweep import study as sweep
 from safepatch_jax.studies.sweep.points import design
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = kinds.path(
     "workdir", None, "Folder of this sweep; made if it is not there.", required=True
 )
 _GRID = flags.DEFINE_multi_string(

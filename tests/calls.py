@@ -29,6 +29,13 @@ def done(launcher, *args):
 
 def call_and_kill(line, launcher, *args):
     """Kill a launcher as soon as it prints a line that begins so."""
+    code, _ = call_and_signal(line, signal.SIGKILL, launcher, *args)
+    assert code == -signal.SIGKILL
+
+
+def call_and_signal(line, number, launcher, *args):
+    """Send a launcher a signal as soon as it prints a line that begins so; return its exit code
+    and what it wrote to stderr."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -38,8 +45,11 @@ def call_and_kill(line, launcher, *args):
         late = threading.Timer(300, process.kill)
         late.start()
         begun = any(text.startswith(line) for text in process.stdout)
-        process.kill()
+        process.send_signal(number)
+        process.stdout.read()
+        code = process.wait()
         late.cancel()
         errors.seek(0)
-        assert begun, errors.read()
-    assert process.wait() == -signal.SIGKILL
+        text = errors.read()
+        assert begun, text
+    return code, text

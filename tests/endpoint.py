@@ -1,5 +1,6 @@
 """A tiny OpenAI-compatible server on this machine, for judges and graders."""
 
+import contextlib
 import http.server
 import json
 import threading
@@ -32,7 +33,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(reply, str):
             content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
         self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(OSError):  # the client has had enough
+            for part in [content] if isinstance(content, bytes) else content:
+                self.wfile.write(part)
 
     def next_reply(self):
         if len(self.server.replies) > 1:
@@ -45,8 +48,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server whose `replies` are its next ones: a word, raw bytes, an HTTP status, None, which
-    hangs up, or a function of the request that returns one of these. The last one stays.
+    """A server whose `replies` are its next ones: a word, raw bytes or an iterator of them, an HTTP
+    status, None, which hangs up, or a function of the request that returns one of these. The last
+    one stays.
 
     `requests` holds (path, headers, body) of each request, `text` is its judge with one request at
     a time.

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from benchmarks import faithfulness
+from safepatch_jax.runtime.limits import LIMITS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -42,3 +43,10 @@ def test_links_and_programs_exist(page):
         assert "://" in link or (page.parent / link).exists(), f"no such file: {link}"
     for package, module in re.findall(r"python -m (launch|benchmarks)\.(\w+)", text):
         assert (ROOT / package / f"{module}.py").is_file(), f"no such program: {package}.{module}"
+
+
+def test_the_page_of_inputs_has_every_bound():
+    page = (ROOT / "docs" / "inputs.md").read_text()
+    for name, bound in LIMITS.items():
+        shown = "4 GiB" if bound.default == 4 << 30 else f"{bound.default:,}"
+        assert f"`SAFEPATCH_{name}` | {shown} |" in page, name

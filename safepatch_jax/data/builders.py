@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import http.client
 import itertools
 import json
 import pathlib
@@ -19,20 +20,26 @@ from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
+from safepatch_jax.data.cells import check_unicode, placed, text
 from safepatch_jax.data.sets import DATA_DIR, SETS, DataSet, File, Row, Split
-from safepatch_jax.data.tables import decoded, text
+from safepatch_jax.data.streams import refuse_other_than_file
+from safepatch_jax.data.tables import decoded
 from safepatch_jax.runtime import files
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.limits import limit, too_much
+from safepatch_jax.runtime.reading import Refused, reading, reason
 
 _LABELS = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}  # of a role's rows
 FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
+_CHECKSUMS = "checksums.json"  # in the folder of a prepared set, of its other files
+_AGAIN = "Delete the folder; it is made again."
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 
 
 class SafetySets(tfds.core.GeneratorBasedBuilder):
     """Every set of `SETS`, as a TFDS config of its name: flat records of texts, see FIELDS."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it whenever the same file gives other records
+    VERSION = tfds.core.Version("1.0.1")  # raise it whenever the same file gives other records
 
     def __init__(self, entry: DataSet, file: File, path: pathlib.Path, folder: pathlib.Path):
         self._entry, self._file, self._path = entry, file, path
@@ -111,10 +118,11 @@ def _load_split(entry: DataSet, split: str, manual_dir: str, data_dir: pathlib.P
             f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}"
         )
     rows = []
-    for stored in builder.as_data_source(split):
-        row = decoded(stored)
-        row["extra"] = json.loads(row["extra"] or "{}")
-        rows.append(row)
+    with reading(builder.data_path, "a prepared data set", _AGAIN):
+        for stored in builder.as_data_source(split):
+            row = decoded(stored)
+            row["extra"] = json.loads(row["extra"] or "{}")
+            rows.append(row)
     return rows
 
 
@@ -122,16 +130,24 @@ def _prepared(
     entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path
 ) -> tuple[SafetySets, pathlib.Path]:
     """Return the builder of a file's prepared records, and where the file lies."""
+    files.make_usable(data_dir, "--run.cache_dir or, in an evaluation, --data_dir")
     with files.locked(data_dir / f".{entry.name}.lock"):
         path, sha256 = _find_file(entry, file, manual_dir, data_dir)
         folder = data_dir / f"{entry.name}-{_splits_of(entry, file)[0]}-{sha256[:12]}"
-        builder = SafetySets(entry, file, path, folder)
-        if not pathlib.Path(builder.data_path).is_dir():
+        if (folder / _CHECKSUMS).is_file():
+            _check_prepared(folder)
+        else:
             # What a killed run left there.
             shutil.rmtree(folder, ignore_errors=True)
+        with reading(folder, "a prepared data set", _AGAIN):
+            builder = SafetySets(entry, file, path, folder)
+        if not pathlib.Path(builder.data_path).is_dir():
+            if sha256 == file.sha256:
+                _check_sha256(path, sha256)
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
                 builder.download_and_prepare()
+            files.write_json(folder / _CHECKSUMS, files.folder_hashes(folder))
             splits = builder.info.splits
             counts = ", ".join(f"{name} {info.num_examples:,}" for name, info in splits.items())
             differs = file.sha256 not in ("", sha256)
@@ -141,6 +157,17 @@ def _prepared(
                 f"{entry.licence}."
             )
     return builder, path
+
+
+def _check_prepared(folder: pathlib.Path) -> None:
+    """Raise ValueError if the files of a prepared set are not what they were when it was made: a
+    damaged one may still be read, as other records."""
+    with reading(folder, "a prepared data set", _AGAIN):
+        noted = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        hashes = files.folder_hashes(folder)
+        del hashes[_CHECKSUMS]
+        if hashes != noted:
+            raise ValueError("it was damaged since it was made")
 
 
 def _splits_of(entry: DataSet, file: File) -> list[str]:
@@ -156,21 +183,25 @@ def read_records(entry: DataSet, file: File, path: pathlib.Path) -> dict[str, li
         set has answers.
     """
     rows, splits, records = entry.read(path), _splits_of(entry, file), {}
-    if missing := _adapt(entry, rows):
+    if missing := _adapt(entry, rows, path):
         raise ValueError(
             f"{path} is not the file of set:{entry.name}: no column "
-            f"{', '.join(map(repr, missing))}; found {', '.join(map(str, rows[0]))}. A table of "
+            f"{', '.join(map(repr, missing))}; found "
+            f"{some([f'{name:.60}' for name in rows[0]], ', ', 20)}. A table of "
             "your own is given by its path, with '?prompt=COLUMN&answer=COLUMN' where its columns "
             "have other names."
         )
     for position, row in enumerate(rows):
-        split = text(row.get(entry.split_by)) if entry.split_by else splits[0]
+        split = splits[0]
+        if entry.split_by:
+            with placed(path, position + 1, entry.split_by):
+                split = text(row.get(entry.split_by))
         if split not in splits:
             raise ValueError(
-                f"{path}: row {position + 1} has '{split}' as {entry.split_by}; expected "
+                f"{path}: row {position + 1} has '{split:.60}' as {entry.split_by}; expected "
                 f"{' or '.join(splits)}."
             )
-        record = _fields(entry, split, row, position)
+        record = _fields(entry, split, row, position, path)
         if record["prompt"]:
             records.setdefault(split, []).append(record)
     if not records:
@@ -187,21 +218,27 @@ def read_records(entry: DataSet, file: File, path: pathlib.Path) -> dict[str, li
     return records
 
 
-def _adapt(entry: DataSet, rows: Sequence[Row]) -> list[str]:
+def _adapt(entry: DataSet, rows: Sequence[Row], path: pathlib.Path) -> list[str]:
     """Adapt rows to the columns that the set names; return the names of those that are missing."""
-    try:
-        for row in rows:
+    for number, row in enumerate(rows, 1):
+        try:
             if entry.adapt is not None:
                 entry.adapt(row)
-    except KeyError as error:
-        return [error.args[0]]
+        except KeyError as error:
+            return [error.args[0]]
+        except ValueError as error:
+            raise Refused(
+                f"{path}: row {number} is not one of set:{entry.name}: {error}"
+            ) from error
     if not rows:
         return []
     columns = filter(None, (*entry.columns.values(), entry.split_by))
     return [column for column in columns if column not in rows[0]]
 
 
-def _fields(entry: DataSet, split: str, row: Row, position: int) -> dict[str, str]:
+def _fields(
+    entry: DataSet, split: str, row: Row, position: int, path: pathlib.Path
+) -> dict[str, str]:
     """Return a flat record; columns that are no field are kept in `extra`, as JSON.
 
     A row without an id gets its position in the file; one without a label the label that its
@@ -209,7 +246,8 @@ def _fields(entry: DataSet, split: str, row: Row, position: int) -> dict[str, st
     """
     record = dict.fromkeys(FIELDS, "")
     for field, column in entry.columns.items():
-        record[field] = text(row.get(column))
+        with placed(path, position + 1, column):
+            record[field] = text(row.get(column))
     record["id"] = record["id"] or str(position)
     record["label"] = record["label"] or _LABELS.get(entry.splits[split].role, "")
     used = {*entry.columns.values(), entry.split_by}
@@ -218,7 +256,9 @@ def _fields(entry: DataSet, split: str, row: Row, position: int) -> dict[str, st
         if name not in used and value not in (None, "", []):
             extra[name] = value
     if extra:
-        record["extra"] = json.dumps(extra, ensure_ascii=False)
+        with reading(f"{path}: row {position + 1}", "a record", "Mend the row."):
+            record["extra"] = json.dumps(extra, ensure_ascii=False)
+            check_unicode(record["extra"])
     return record
 
 
@@ -240,8 +280,10 @@ def _find_file(
             "by hand lie."
         )
     for name in _names(entry, file):
-        if (manual / name).is_file():
-            return manual / name, files.file_sha256(manual / name)
+        if (manual / name).exists():
+            refuse_other_than_file(manual / name)
+            with reading(manual / name, "a data file", "May you read it?"):
+                return manual / name, files.file_sha256(manual / name)
     by_hand = (
         f"Fetch {file.url} by hand and put it into {manual} as {file.names[0]} (data.manual_dir "
         "names another folder)."
@@ -254,24 +296,32 @@ def _find_file(
     if not target.is_file():
         try:
             fetch(file.url, file.sha256, target)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(
-                f"set:{entry.name}: {file.url} cannot be downloaded ({error}). {by_hand}"
+                f"set:{entry.name}: {file.url} cannot be downloaded ({reason(error)}). {by_hand}"
             ) from error
     return target, file.sha256
+
+
+def _check_sha256(path: pathlib.Path, sha256: str) -> None:
+    """Raise ValueError if a file is not what it was when it was downloaded."""
+    if files.file_sha256(path) != sha256:
+        raise ValueError(f"{path} was damaged since it was downloaded. Delete it, and try again.")
 
 
 def fetch(url: str, sha256: str, target: pathlib.Path) -> None:
     """Download a file, which appears under its name only if its SHA-256 is as expected.
 
     Raises:
-      ValueError: another checksum.
-      OSError: no such file, or no network.
+      ValueError: another checksum, or more bytes than the limit.
+      OSError, HTTPException: no such file, or no network.
     """
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, files.new_file(target) as f:
         say(f"Downloading {url}")
         digest = hashlib.sha256()
         while block := response.read(1 << 20):
+            if f.tell() + len(block) > limit("DATA_BYTES"):
+                raise Refused(f"{url} has {too_much('DATA_BYTES')}. Nothing was kept.")
             f.write(block)
             digest.update(block)
         if digest.hexdigest() != sha256:

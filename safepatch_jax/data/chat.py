@@ -7,16 +7,29 @@ text and the end-of-turn token; loss and scores see these alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from safepatch_jax.data import rendering
+from safepatch_jax.data.cells import Turns, transcript
 from safepatch_jax.data.records import Record
-from safepatch_jax.io.companions import VOCABULARY
+from safepatch_jax.io.companions import TOKENIZER, VOCABULARY
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import Refused, reading, refuse_pointer
+from safepatch_jax.runtime.text import printable
 
+# Prompt and answer, and the turns before them where there may be some.
+Pair = tuple[str, str] | tuple[str, str, Turns]
+_THOUGHT = re.compile(r"<think>\s*\Z")
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+_END_OF_THOUGHT = "\n\n</think>\n\n"
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
 
@@ -28,7 +41,7 @@ class Example:
     Attributes:
       prompt_ids: through the generation prompt.
       answer_ids: with the end-of-turn token.
-      prompt: the text.
+      prompt: the text, with what stands before it.
       reference: log-probability of the answer by a reference model, nats, where a loss needs it.
       part: of the loss, where it has parts.
     """
@@ -64,6 +77,16 @@ class Encoded:
         return text
 
 
+_COPY = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
+# Files of a tokenizer that hold one JSON object and are small.
+_OBJECTS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+
+
 class NoChat(ValueError):
     """A model folder without tokenizer or chat template, usable as weights only."""
 
@@ -73,51 +96,93 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
 
     Raises:
       NoChat: there is none.
-      ValueError: it is damaged, or its vocabulary is larger than the model's embedding.
+      ValueError: it is damaged, what reads it is not installed, or it has tokens that are no rows
+        of the embedding.
     """
+    folder = pathlib.Path(folder)
+    there = [name for name in TOKENIZER if (folder / name).is_file()]
+    if not any(name in VOCABULARY for name in there):
+        raise NoChat(
+            f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). {_COPY}"
+        )
+    for name in there:
+        refuse_pointer(folder / name)
+        if name in _OBJECTS:
+            files.read_json(folder / name)  # names the file where the library does not
+    _refuse_unreadable_vocabulary(folder, there)
     import transformers  # imported here: it takes seconds, and only text needs it
 
     loader = transformers.AutoTokenizer
-    if (pathlib.Path(folder) / "tokenizer.json").is_file():
+    if "tokenizer.json" in there:
         # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
         # "▁[INST]" becomes "[INST]".
         loader = getattr(transformers, "TokenizersBackend", loader)
-    if not any((pathlib.Path(folder) / name).is_file() for name in VOCABULARY):
-        raise NoChat(
-            f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). Copy "
-            "tokenizer.json and tokenizer_config.json of the model into the folder."
-        )
-    try:
+    with reading(folder, "a tokenizer", _COPY):
         tokenizer = loader.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:
-        damage = (OSError, ValueError, KeyError, AttributeError, TypeError)
-        # tokenizers raises the bare class for a file that it cannot read.
-        if type(error) is not Exception and not isinstance(error, damage):
-            raise
-        raise ValueError(
-            f"{folder}: no usable tokenizer ({error}). Copy tokenizer.json and "
-            "tokenizer_config.json of the model into the folder."
-        ) from error
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has ids up to {largest}, the embedding only {vocab_size} "
-            "rows: tokenizer and weights are of different models."
+        _refuse_missing_rows(tokenizer, vocab_size, folder)
+        return tokenizer
+
+
+def _refuse_unreadable_vocabulary(folder: pathlib.Path, there: Sequence[str]) -> None:
+    """Raise ValueError if a SentencePiece vocabulary is alone there, and what reads it is not
+    installed."""
+    if "tokenizer.model" not in there or {"tokenizer.json", "vocab.json"} & set(there):
+        return
+    with open(folder / "tokenizer.model", "rb") as file:
+        # A SentencePiece file begins with this tag, a tiktoken file with base64.
+        package = "sentencepiece" if file.read(1) == b"\n" else "tiktoken"
+    if importlib.util.find_spec(package) is None:
+        raise Refused(
+            f"{folder}: of the tokenizer only tokenizer.model is there, and {package}, which reads "
+            "it, is not installed. Copy tokenizer.json of the model into the folder, or install "
+            f"it: pip install {package}."
         )
-    return tokenizer
+
+
+def _refuse_missing_rows(tokenizer: Any, vocab_size: int, folder: pathlib.Path) -> None:
+    """Raise ValueError for tokens whose ids are no rows of the embedding."""
+    vocabulary = tokenizer.get_vocab()
+    beyond = {i: token for token, i in vocabulary.items() if i >= vocab_size}
+    if not beyond:
+        return
+    added = tokenizer.added_tokens_decoder.keys()
+    if beyond.keys() <= added:
+        names = [f"{printable(beyond[i], 40)!r} (id {i})" for i in sorted(beyond)]
+        raise Refused(
+            f"{folder}: the embedding has {vocab_size} rows, ids 0 to {vocab_size - 1}, and none "
+            f"for {len(beyond)} added tokens: {some(names, ', ', 3)}. Add rows "
+            "(model.resize_token_embeddings(len(tokenizer)) of transformers, then "
+            "save_pretrained), or delete the tokens from the tokenizer's files."
+        )
+    raise Refused(
+        f"{folder}: the tokenizer has ids up to {max(beyond)}, the embedding only {vocab_size} "
+        "rows: tokenizer and weights are of different models. Copy the tokenizer files that belong "
+        "to the weights."
+    )
 
 
 class Chat:
     """Renders and tokenises conversations of one model folder.
 
+    A template that opens a thought (`<think>`) before an answer is given the end of it: answers are
+    trained and written without one.
+
+    Args:
+      folder: of the model.
+      vocab_size: rows of its embedding.
+      date: see `rendering.render`.
+
     Raises:
       NoChat: no tokenizer or no chat template.
-      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
+      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding; a template
+        that fails.
     """
 
-    def __init__(self, folder: str | pathlib.Path, vocab_size: int):
+    def __init__(self, folder: str | pathlib.Path, vocab_size: int, date: str = rendering.DATE):
+        rendering.prepare()  # it starts while the tokenizer is loaded
+        self._folder, self._date = folder, date
         self.tokenizer = load_tokenizer(folder, vocab_size)
         if not self.tokenizer.chat_template:
             raise NoChat(
@@ -131,35 +196,56 @@ class Chat:
             )
         try:
             self.prompt_text("test")
-        except (jinja2.TemplateError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{folder}: the chat template does not render a user's message ({error})."
+                f"{folder}: the chat template does not render a user's message: {error}. Copy "
+                "chat_template.jinja or tokenizer_config.json of the model's chat variant into the "
+                "folder."
             ) from error
         # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
         added = self.tokenizer.added_tokens_decoder
         self._special_ids = {i for i, token in added.items() if token.special}
 
-    def prompt_text(self, prompt: str) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+    def prompt_text(self, prompt: str, turns: Turns = ()) -> str:
+        """Return a user's text, after other turns, up to where the answer begins."""
+        return self.open_answer(self._messages(prompt, turns))
 
-    def encode(self, prompt: str, answer: str) -> Example:
-        """Tokenise one pair.
+    def _messages(self, prompt: str, turns: Turns) -> list[dict[str, str]]:
+        """Return the messages of a conversation. A system message for which the template has no
+        place stands before the user's first text, as `Prompter.ask` puts it."""
+        spoken = [*turns, ("user", prompt)]
+        if turns and turns[0][0] == "system" and not self._takes_system:
+            _, (_, first), *rest = spoken
+            spoken = [("user", f"{turns[0][1]}\n\n{first}"), *rest]
+        return [{"role": role, "content": text} for role, text in spoken]
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template renders a system message: some refuse it, others leave it out."""
+        talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "test"}]
+        try:
+            return talk[0]["content"] in self.open_answer(talk)
+        except rendering.NotRendered:
+            return False
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
+        """Return a conversation in the chat template; see `rendering.render`."""
+        return rendering.render(self.tokenizer, messages, date=self._date, **options)
+
+    def open_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a conversation up to where the assistant's next answer begins."""
+        text = self.render(messages, generate=True)
+        return text.rstrip() + _END_OF_THOUGHT if _THOUGHT.search(text) else text
+
+    def encode(self, prompt: str, answer: str, turns: Turns = ()) -> Example:
+        """Tokenise one pair, after other turns.
 
         Raises:
           ValueError: the template does not render the answer after its prompt.
         """
-        before = self.prompt_text(prompt)
-        whole = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-            tokenize=False,
-        )
-        if not whole.startswith(before):
-            raise ValueError(
-                "the chat template renders the prompt otherwise when an answer follows; cannot "
-                f"tell answer tokens from prompt tokens. Prompt: {before!r}"
-            )
+        asked = self._messages(prompt, turns)
+        before = self.open_answer(asked)
+        whole = self._answered(before, [*asked, {"role": "assistant", "content": answer}])
         prompt_ids, whole_ids = self._ids(before), self._ids(whole)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             # Not the answer alone: it may get other first tokens (SentencePiece).
@@ -173,7 +259,23 @@ class Chat:
             answer_ids = answer_ids + [self.tokenizer.eos_token_id]
         else:
             answer_ids = answer_ids[: end + 1]
-        return Example(tuple(prompt_ids), tuple(answer_ids), prompt)
+        return Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
+
+    def _answered(self, before: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a conversation that ends with an answer, `before` at its beginning."""
+        whole = self.render(messages)
+        if whole.startswith(before):
+            return whole
+        # Templates of models that think leave the thoughts out, or write an empty one.
+        stem = _THOUGHT.sub("", before.removesuffix(_END_OF_THOUGHT))
+        if stem != before and whole.startswith(stem):
+            return before + _EMPTY_THOUGHT.sub("", whole[len(stem) :])
+        raise ValueError(
+            f"{self._folder}: the chat template renders the prompt otherwise when an answer "
+            f"follows; cannot tell answer tokens from prompt tokens (prompt: {before!r:.200}). "
+            "Edit chat_template.jinja there so that the text up to the answer is the same, or copy "
+            "another template of the model."
+        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -182,16 +284,14 @@ class Chat:
         """Return the id with which an answer ends in the chat template."""
         return self.encode("test", "test").answer_ids[-1]
 
-    def encode_all(
-        self, pairs: Sequence[tuple[str, str]], max_prompt: int, max_answer: int
-    ) -> Encoded:
-        """Tokenise pairs; leave out too long prompts, cut too long answers (a cut answer has no
-        end-of-turn token).
+    def encode_all(self, pairs: Sequence[Pair], max_prompt: int, max_answer: int) -> Encoded:
+        """Tokenise pairs, as `encode` takes them; leave out too long prompts, cut too long answers
+        (a cut answer has no end-of-turn token).
 
         Raises:
           ValueError: every prompt is too long.
         """
-        encoded = [self.encode(prompt, answer) for prompt, answer in pairs]
+        encoded = [self.encode(*pair) for pair in pairs]
         fitting = [e for e in encoded if len(e.prompt_ids) <= max_prompt]
         if not fitting:
             shortest = min((len(e.prompt_ids) for e in encoded), default=0)
@@ -207,9 +307,9 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[tuple[str, str]]:
-    """Pair each record's prompt with its answer or its refusal."""
-    return [(r.prompt, getattr(r, field)) for r in records]
+def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[Pair]:
+    """Pair each record's prompt with its answer or its refusal, and with what stands before it."""
+    return [(r.prompt, getattr(r, field), r.turns) for r in records]
 
 
 def bucket(length: int, step: int = 8) -> int:

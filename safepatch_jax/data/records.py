@@ -11,21 +11,27 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
+import os
 import pathlib
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from safepatch_jax.data import cells
+from safepatch_jax.data.cells import CONVERSATIONS, Turns, placed
 from safepatch_jax.data.duplicates import first_of_each
 from safepatch_jax.data.sets import DATA_DIR, SETS, Row
-from safepatch_jax.data.tables import decoded, read_rows, text
-from safepatch_jax.runtime.console import say
+from safepatch_jax.data.streams import refuse_other_than_file
+from safepatch_jax.data.tables import bounded, decoded, read_rows
+from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.reading import Refused, reading
 
 DATA_ROLES = ("harmful", "lookalike", "ordinary")
 SPLITS = ("train", "search", "report")
 # Column names we recognise, first match wins: ours, then those of AdvBench, HarmBench, Alpaca,
-# BeaverTails.
+# BeaverTails, and of conversations.
 _ALIASES = {
-    "prompt": ("prompt", "goal", "instruction", "question", "Behavior"),
+    "prompt": ("prompt", "goal", "instruction", "question", "Behavior", *CONVERSATIONS),
     "answer": ("answer", "target", "output", "response"),
     "refusal": ("refusal",),
     "category": ("category", "type", "topic", "SemanticCategory"),
@@ -47,13 +53,31 @@ _REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One prompt with what is known of it; fields that a source lacks are empty."""
+    """One prompt with what is known of it; fields that a source lacks are empty.
+
+    Attributes:
+      turns: (role, text) of what stands before the prompt: a system message or none, then the
+        user's and the assistant's messages in turn.
+    """
 
     prompt: str
     answer: str
     refusal: str
     category: str
     split: str
+    turns: Turns = ()
+
+    @property
+    def key(self) -> str:
+        """What tells examples apart: the prompt, and what stands before it."""
+        return cells.key(self.prompt, self.turns)
+
+    def fields(self) -> dict[str, Any]:
+        """Return what is hashed; of a record without turns the five texts alone."""
+        fields = dict(self.__dict__)
+        if not self.turns:
+            del fields["turns"]
+        return fields
 
 
 def load_records(
@@ -73,20 +97,22 @@ def load_records(
         - 'tfds:NAME@SPLIT', a TensorFlow Datasets set prepared in array_record format;
         - the path of a .csv, .json (list of objects), .jsonl or .parquet file.
         After the last two '?prompt=COLUMN&answer=COLUMN' may name columns; else those in `_ALIASES`
-        are recognised.
+        are recognised. A cell of the prompt may be a conversation (`cells.conversation`): its last
+        message of the user is the prompt, and the assistant's after that the answer, where the file
+        has no other.
       manual_dir: where files of public data sets that were fetched by hand lie, see
         `builders.load_set`.
       data_dir: where public data sets are prepared.
       answers: whether a row needs one; by default harmful and ordinary ones do.
 
     Rows that XSTest or BeaverTails label as the opposite of the role are left out, and so are
-    near-duplicates of an earlier row (`duplicates.first_of_each`; not in the built-in set). Without
-    a 'split' column a row's split follows from the hash of its prompt: about 60 % train, 20 %
-    search, 20 % report.
+    near-duplicates of an earlier row (`duplicates.first_of_each`; not in the built-in set; after
+    other turns a prompt is another one). Without a 'split' column a row's split follows from the
+    hash of its prompt: about 60 % train, 20 % search, 20 % report.
 
     Raises:
-      ValueError: no such file or set, unreadable, a needed column is missing, no usable row, or a
-        prompt in two splits.
+      ValueError: no such file or set, unreadable, a needed column is missing, a cell that is no
+        text or conversation, no usable row, or a prompt in two splits.
     """
     if role not in DATA_ROLES:
         raise ValueError(f"unknown role '{role}'; roles are {', '.join(DATA_ROLES)}.")
@@ -104,8 +130,7 @@ def load_records(
     _check_splits(source, records)
     unique = records
     if source != "builtin":
-        prompts = [record.prompt for record in records]
-        unique = [records[i] for i in first_of_each(prompts)]
+        unique = _unique(records)
     omitted["near-duplicates"] = len(records) - len(unique)
     if reasons := [f"{count:,} {reason}" for reason, count in omitted.items() if count]:
         say(
@@ -121,22 +146,73 @@ def _usable(
     """Return the records of rows, and how many rows were left out, by reason."""
     lacking = "without prompt or answer" if answers else "without prompt"
     records, omitted = [], {lacking: 0, _OPPOSITE: 0}
-    for row in rows:
-        cells = dict.fromkeys(_ALIASES, "")
-        for field, column in columns.items():
-            cells[field] = text(row.get(column))
-        prompt = "\n\n".join(filter(None, (cells["prompt"], cells["context"])))
-        if not prompt or (answers and not cells["answer"]):
+    for number, row in enumerate(rows, 1):
+        fields, turns = _read_cells(source, number, row, columns)
+        prompt = "\n\n".join(filter(None, (fields["prompt"], fields["context"])))
+        if not prompt or (answers and not fields["answer"]):
             omitted[lacking] += 1
-        elif _is_opposite(role, row, cells):
+        elif _is_opposite(role, row, fields):
             omitted[_OPPOSITE] += 1
         else:
-            split = cells["split"] or _hashed_split(prompt)
+            key = cells.key(prompt, turns)
+            split = fields["split"] or _hashed_split(key)
             if split not in SPLITS:
-                raise ValueError(f"{source}: split '{split}' is not one of {', '.join(SPLITS)}.")
-            refusal = cells["refusal"] or _pick(_REFUSALS, prompt)
-            records.append(Record(prompt, cells["answer"], refusal, cells["category"], split))
+                raise ValueError(
+                    f"{source}: row {number}: split '{split:.60}' is not one of "
+                    f"{', '.join(SPLITS)}."
+                )
+            refusal = fields["refusal"] or _pick(_REFUSALS, key)
+            records.append(
+                Record(prompt, fields["answer"], refusal, fields["category"], split, turns)
+            )
     return records, omitted
+
+
+def _read_cells(
+    source: str, number: int, row: Row, columns: Mapping[str, str]
+) -> tuple[dict[str, str], Turns]:
+    """Return the texts of a row by field, '' where there is none, and what stands before its
+    prompt."""
+    fields, turns, answer = dict.fromkeys(_ALIASES, ""), (), ""
+    for field, column in columns.items():
+        value = row.get(column)
+        with placed(source, number, column):
+            talk = cells.conversation(value) if field == "prompt" else None
+            if talk is None:
+                fields[field] = _READERS.get(field, cells.text)(value)
+            else:
+                fields[field], turns, answer = talk.prompt, talk.turns, talk.answer
+    if answer and answer != (fields["answer"] or answer):
+        raise Refused(
+            f"{source}: row {number}: the conversation in column {columns['prompt']!r:.100} ends "
+            f"with another answer than column {columns['answer']!r:.100} holds. Remove one of them."
+        )
+    fields["answer"] = fields["answer"] or answer
+    return fields, turns
+
+
+def _label(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""  # only words are looked for
+
+
+_READERS = {
+    "answer": cells.answer,
+    "refusal": cells.answer,
+    "category": cells.category,
+    "label": _label,
+}
+
+
+def _unique(records: Sequence[Record]) -> list[Record]:
+    """Return the records that are no near-duplicate of one before them with the same turns."""
+    places: dict[Turns, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(record.turns, []).append(place)
+    kept = []
+    for alike in places.values():
+        prompts = [records[place].prompt for place in alike]
+        kept += [alike[i] for i in first_of_each(prompts)]
+    return [records[place] for place in sorted(kept)]
 
 
 def _rows_of(
@@ -151,10 +227,12 @@ def _rows_of(
         return read_rows(pathlib.Path(__file__).parent / "builtin" / f"{role}.jsonl"), {}
     if source.startswith("set:"):
         return _read_set(role, source, manual_dir, data_dir, answers), {}
-    place, mapping = (source, {}) if pathlib.Path(source).is_file() else _parse_mapping(source)
+    place, mapping = (source, {}) if os.path.isfile(source) else _parse_mapping(source)
     if place.startswith("tfds:"):
         return _read_tfds(place), mapping
-    if not pathlib.Path(place).is_file():
+    if os.path.exists(place):
+        refuse_other_than_file(pathlib.Path(place))
+    else:
         hint = f" Did you mean 'set:{place}'?" if place in SETS else ""
         raise ValueError(
             f"No {role} data file '{place}'.{hint} Give 'builtin' or the path of a .csv, .json, "
@@ -195,15 +273,24 @@ def _find_columns(
     """
     # JSON rows need not all hold the same keys.
     present = dict.fromkeys(itertools.chain.from_iterable(rows))
-    header = ", ".join(map(str, present)) or "none"
+    header = some([f"{name:.60}" for name in present], ", ", 20) or "none"
     if absent := [column for column in mapping.values() if column not in present]:
         raise ValueError(f"{source}: no column {', '.join(map(repr, absent))}; found {header}.")
     columns = {}
     for field, aliases in _ALIASES.items():
         if names := [alias for alias in aliases if alias in present]:
             columns[field] = names[0]
+    talks = [name for name in CONVERSATIONS if name in present]
+    if answers and talks and "answer" not in columns:
+        columns["prompt"] = talks[0]  # it holds the answers too
     columns |= mapping
-    needed = ("prompt", "answer") if answers else ("prompt",)
+    needed = ["prompt"]
+    if (
+        answers
+        and "answer" not in columns
+        and not _hold_answers(source, rows, columns.get("prompt"))
+    ):
+        needed.append("answer")
     if missing := [field for field in needed if field not in columns]:
         plural = "s" if len(missing) > 1 else ""
         names = " and ".join(
@@ -217,11 +304,20 @@ def _find_columns(
     return columns
 
 
+def _hold_answers(source: str, rows: Sequence[Row], column: str | None) -> bool:
+    """Tell whether cells of a column are conversations, which may end with an answer."""
+    for number, row in enumerate(rows, 1):
+        with placed(source, number, str(column)):
+            if cells.conversation(row.get(column)) is not None:
+                return True
+    return False
+
+
 def _check_splits(source: str, records: Sequence[Record]) -> None:
     """Raise ValueError if a prompt is in more than one split."""
     splits: dict[str, set[str]] = {}
     for record in records:
-        splits.setdefault(record.prompt, set()).add(record.split)
+        splits.setdefault(record.key, set()).add(record.split)
     if leaks := [prompt for prompt, names in splits.items() if len(names) > 1]:
         raise ValueError(
             f"{source}: {len(leaks)} prompts stand in more than one split, so a report would "
@@ -229,11 +325,11 @@ def _check_splits(source: str, records: Sequence[Record]) -> None:
         )
 
 
-def _is_opposite(role: str, row: Row, cells: Mapping[str, str]) -> bool:
+def _is_opposite(role: str, row: Row, fields: Mapping[str, str]) -> bool:
     """Return whether the data set labels a row as the opposite of the role: unsafe contrasts in
     XSTest, safe answers in BeaverTails."""
     if role == "lookalike":
-        return cells["label"].lower() == "unsafe" or cells["category"].startswith("contrast_")
+        return fields["label"].lower() == "unsafe" or fields["category"].startswith("contrast_")
     return role == "harmful" and str(row.get("is_safe", "")).lower() == "true"
 
 
@@ -248,8 +344,8 @@ def take(records: Sequence[Record], split: str, limit: int | None = None) -> lis
     """
     rows = [record for record in records if record.split == split]
     if limit is not None and len(rows) > limit:
-        last = sorted(_hash(record.prompt) for record in rows)[limit - 1]
-        rows = [record for record in rows if _hash(record.prompt) <= last][:limit]
+        last = sorted(_hash(record.key) for record in rows)[limit - 1]
+        rows = [record for record in rows if _hash(record.key) <= last][:limit]
     if not rows:
         raise ValueError(
             f"No record is in the split '{split}' ({len(records)} in all). Give more rows, or a "
@@ -292,23 +388,14 @@ def _read_tfds(source: str) -> list[Row]:
     import tensorflow_datasets as tfds  # imported here: only such sources need it
 
     name, _, split = source.removeprefix("tfds:").partition("@")
-    # TFDS reports a set that is not prepared by any of these errors, by version and format.
-    try:
+    fix = (
+        "Prepare it with file_format='array_record', for instance tfds.builder(NAME, "
+        "file_format='array_record').download_and_prepare(), and set TFDS_DATA_DIR if it is not in "
+        "the default folder."
+    )
+    with reading(source, "a data set prepared here", fix):
         rows = tfds.data_source(name, split=split or "train", download=False)
-    except (
-        tfds.core.DatasetNotFoundError,
-        AssertionError,
-        FileNotFoundError,
-        ValueError,
-        NotImplementedError,
-    ) as error:
-        raise ValueError(
-            f"{source} is not a data set prepared here ({error}). Prepare it with "
-            "file_format='array_record', for instance tfds.builder(NAME, "
-            "file_format='array_record').download_and_prepare(), and set TFDS_DATA_DIR if it is "
-            "not in the default folder."
-        ) from error
-    return list(map(decoded, rows))
+        return list(bounded(map(decoded, rows), source))
 
 
 def _hash(text: str) -> int:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from safepatch_jax.data import layouts
-from safepatch_jax.data.tables import read_rows
+from safepatch_jax.data.tables import Row, read_rows
 
-Row = dict[str, Any]
 # prepared sets and downloads; in manual/ files fetched by hand
 DATA_DIR = "~/.cache/safepatch_jax/datasets"
 _GITHUB, _HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"

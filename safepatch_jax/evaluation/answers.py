@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.data import cells
 from safepatch_jax.data.records import load_records, take
 from safepatch_jax.evaluation import mt_bench, tasks
 from safepatch_jax.evaluation.contrasted import Contrasted
@@ -35,12 +36,14 @@ from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.records import Each, read_record
 
 ROLES = {"harm": "harmful", "refusal": "lookalike", "text": "ordinary"}
 JUDGED = ("harm", "refusal")
 # who, what, and which run of several
 Runs = Iterable[tuple[str, Measure, int | None]]
-_JUDGE = "judge.json"
+JUDGE = "judge.json"  # says which files a local judge's verdicts come from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Sources:
     data_dir: str
 
     def items(self, measure: Measure) -> dict[str, dict[str, Any]]:
-        """Return the records of a measure by id: prompt, answer, category; of MT-Bench its
-        questions."""
+        """Return the records of a measure by id: prompt, answer, category, and `turns` where some
+        stand before the prompt; of MT-Bench its questions."""
         if measure.kind == "mt_bench":
             return mt_bench.questions(
                 manual_dir=self.manual_dir, data_dir=self.data_dir, limit=measure.limit
@@ -61,18 +64,21 @@ class Sources:
             ROLES[measure.kind],
             measure.source,
             self.manual_dir,
-            pathlib.Path(self.data_dir).expanduser(),
+            self.data_dir,
             answers=measure.kind == "text",
         )
         if measure.split == "all":
             records = [dataclasses.replace(record, split="all") for record in records]
         items = {}
         for record in take(records, measure.split, measure.limit):
-            items[_short_hash(record.prompt)] = {
+            item: dict[str, Any] = {
                 "prompt": record.prompt,
                 "answer": record.answer,
                 "category": record.category,
             }
+            if record.turns:
+                item["turns"] = record.turns
+            items[_short_hash(record.key)] = item
         return items
 
     def task(self, measure: Measure) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _short_hash(text: str) -> str:
 
 def companions(folder: str | pathlib.Path) -> pathlib.Path:
     """Return where config.json and the tokenizer of a model lie."""
-    path = pathlib.Path(folder).expanduser()
+    path = resolve(folder)
     return path / COMPANIONS_FOLDER if (path / MODEL).is_file() else path
 
 
@@ -109,7 +115,7 @@ def fingerprint(folder: str | pathlib.Path) -> str:
 
 
 def _hashes(folder: str | pathlib.Path) -> dict[str, str]:
-    hashes = files.folder_hashes(pathlib.Path(folder).expanduser())
+    hashes = files.folder_hashes(resolve(folder))
     return {name: file["sha256"] for name, file in hashes.items()}
 
 
@@ -187,7 +193,7 @@ def _answer_items(
     """Answer prompts; those that are too long are noted as such."""
     talks = {}
     for i, item in items.items():
-        talk = FORMS[measure.form](item["prompt"])
+        talk = cells.talk(FORMS[measure.form](item["prompt"]), item.get("turns", ()))
         if engine.fits(talk, measure.max_new):
             talks[i] = talk
         else:
@@ -207,7 +213,7 @@ def _score_items(
     """Compute the likelihood of given answers; those that are too long are noted as such."""
     examples = {}
     for i, item in items.items():
-        example = engine.needed_chat().encode(item["prompt"], item["answer"])
+        example = engine.needed_chat().encode(item["prompt"], item["answer"], item.get("turns", ()))
         if length_of(example) <= engine.config.max_length:
             examples[i] = example
         else:
@@ -287,9 +293,11 @@ def claim_judges(texts: Sequence[str], out: pathlib.Path) -> None:
     """
     for text in filter(folder_of, texts):
         place, folder = out / verdicts_of(text), folder_of(text)
-        hashes, note = _hashes(folder), place / _JUDGE
+        hashes, note = _hashes(folder), place / JUDGE
         if note.is_file():
-            _check_judge(place, folder, hashes, files.read_json(note).get("files", {}))
+            fix = f"Delete {place}, and the same answers are judged again."
+            noted = read_record(note, {"files": Each(str)}, fix)["files"]
+            _check_judge(place, folder, hashes, noted)
             continue
         if place.is_dir():
             say(
@@ -368,7 +376,8 @@ def _ask(
     judged = {}
     for i, row in answers.items():
         if "answer" in row:
-            judged[i] = Item(items[i]["prompt"], row["answer"])
+            prompt = cells.transcript(items[i]["prompt"], items[i].get("turns", ()))
+            judged[i] = Item(prompt, row["answer"])
     hashes = {i: _short_hash(item.answer) for i, item in judged.items()}
     for i in judged:
         if lines.rows.get(i, {}).get("of", hashes[i]) != hashes[i]:

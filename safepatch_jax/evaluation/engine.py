@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.data.chat import Example, prompt_batch, training_batch
+from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.generate import PIECE, Sampling, decode, decode_until
 from safepatch_jax.evaluation.prompter import Prompter, Talk
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
@@ -25,6 +26,7 @@ from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.numerics import NotFinite, tensor_keys
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.training.objective import over_answers, target_logprobs
 from safepatch_jax.training.step import put_batch
 
@@ -44,6 +46,7 @@ class Engine(Prompter):
       sharder: the mesh.
       compute_dtype: of the arithmetic.
       batch_size: sequences that run together.
+      date: see `Chat`.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class Engine(Prompter):
         sharder: Sharder,
         compute_dtype: str = "float32",
         batch_size: int = 16,
+        date: str = DATE,
     ):
-        super().__init__(config, folder)
+        super().__init__(config, folder, date)
         self.params, self.batch_size = params, batch_size
         # Weights that are cut over fsdp stay where they are: for each token activations move, which
         # are far smaller.
@@ -76,16 +80,17 @@ class Engine(Prompter):
         mesh: str = "data:1,fsdp:-1,tensor:1",
         compute_dtype: str = "float32",
         batch_size: int = 16,
+        date: str = DATE,
     ) -> Engine:
         """Load a Hugging Face folder or a checkpoint of launch.convert. Raises ValueError as
         `load_params` and `Chat` do."""
-        folder, sharder = pathlib.Path(folder).expanduser(), Sharder(make_mesh(mesh))
+        folder, sharder = resolve(folder), Sharder(make_mesh(mesh))
         if (folder / MODEL).is_file():
             config, params, _ = load_checkpoint(folder, sharder)
             folder = folder / COMPANIONS_FOLDER
         else:
             config, params = load_params(folder, sharder)
-        return cls(config, params, folder, sharder, compute_dtype, batch_size)
+        return cls(config, params, folder, sharder, compute_dtype, batch_size, date)
 
     def complete(self, texts: Sequence[str], max_new: int, title: str = "answers") -> list[str]:
         """Continue raw texts greedily; special tokens written in a text are recognised."""

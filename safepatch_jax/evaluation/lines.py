@@ -17,6 +17,37 @@ from typing import Any
 from safepatch_jax.evaluation.judges.endpoint import without_concurrency
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reason
+from safepatch_jax.runtime.records import misfits
+
+_NUMBER = (int, float)
+_FIELDS = {
+    "id": str,
+    "answers": list,
+    "answer": str,
+    "tokens": (int, list),
+    "of": str,
+    "outcome": str,
+    "degree": str,
+    "raw": (str, dict),
+    "nll": _NUMBER,
+    "kl": _NUMBER,
+    "correct": bool,
+    "category": str,
+    "left_out": (str, int),
+    "shortened": int,
+    "note": str,
+    "grade": (int, float, type(None)),
+    "seconds_per_token": _NUMBER,
+    "seconds": _NUMBER,
+    "ratio": _NUMBER,
+    "least": _NUMBER,
+    "most": _NUMBER,
+}
+# Fields that a row has in a folder, and those that it has beside another one.
+_NEEDED_IN = {"verdicts": ("outcome", "degree", "raw"), "grades": ("grade", "raw")}
+_NEEDED_WITH = {"nll": ("tokens",), "correct": ("category",), "answers": ("tokens",)}
 
 
 class Lines:
@@ -30,7 +61,7 @@ class Lines:
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows[row["id"]] = dict(row)
         if processes.first():
-            with open(self._path, "a", encoding="utf-8") as file:
+            with files.appended(self._path) as file:
                 file.write(_line(row))
 
 
@@ -52,19 +83,36 @@ def _read_lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = path.read_bytes() if path.is_file() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        with open(path, "rb+") as file:
-            file.truncate(len(whole))
     rows = {}
     try:
         for line in whole.decode().split("\n")[:-1]:
             row = json.loads(line)
+            if problems := list(misfits(row, _wanted(path, row))):
+                raise ValueError(some(problems))
             rows[row["id"]] = row
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Delete it, and its answers are given again."
+            f"{path} is damaged ({reason(error)}). Delete it, and its answers are given again."
         ) from error
+    if whole != raw:
+        with files.appended(path) as file:
+            file.truncate(len(whole))
     return rows
+
+
+def _wanted(path: pathlib.Path, row: Any) -> dict[str, Any]:
+    """Return of what type the fields of a row must be, those that any row has or this kind of file
+    needs."""
+    fields = {"id"}
+    for folder, needed in _NEEDED_IN.items():
+        if folder in path.parts:
+            fields |= set(needed)
+    if isinstance(row, dict):
+        fields |= _FIELDS.keys() & row.keys()
+        for name, needed in _NEEDED_WITH.items():
+            if name in row:
+                fields |= set(needed)
+    return {name: _FIELDS[name] for name in sorted(fields)}
 
 
 def lines_of(out: pathlib.Path, kind: str, who: str, measure: Measure, run: int | None) -> Lines:

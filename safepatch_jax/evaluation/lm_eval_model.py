@@ -127,11 +127,8 @@ class SafePatchLM(TemplateLM):
         continued."""
         if self.engine.chat is None:
             raise ValueError("This model has no chat template: leave --apply_chat_template out.")
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+        return self.engine.chat.render(
+            chat_history, generate=add_generation_prompt, resume=not add_generation_prompt
         )
 
     def _loglikelihood_tokens(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-import jinja2
-
 from safepatch_jax.data.chat import Chat, NoChat, load_tokenizer
+from safepatch_jax.data.rendering import DATE, NotRendered
 from safepatch_jax.models.config import DecoderConfig
 
-# a user's text, or the turns of a conversation as in `Prompter.ask`
-Talk = str | Sequence[str]
+# a user's text, the turns of a conversation as in `Prompter.ask`, or (role, text) of each message
+Talk = str | Sequence[str] | Sequence[tuple[str, str]]
 
 
 class Prompter:
@@ -20,6 +19,7 @@ class Prompter:
     Args:
       config: the model's; its vocabulary and number of positions count.
       folder: whose tokenizer and chat template are taken.
+      date: see `Chat`.
 
     Attributes:
       chat: renders conversations; None where the folder has no chat template.
@@ -29,10 +29,10 @@ class Prompter:
       ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
     """
 
-    def __init__(self, config: DecoderConfig, folder: str | pathlib.Path):
+    def __init__(self, config: DecoderConfig, folder: str | pathlib.Path, date: str = DATE):
         self.config = config
         try:
-            self.chat: Chat | None = Chat(folder, config.vocab_size)
+            self.chat: Chat | None = Chat(folder, config.vocab_size, date)
             self.tokenizer = self.chat.tokenizer
         except NoChat:
             self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)
@@ -58,7 +58,7 @@ class Prompter:
           ValueError: the model has no chat template, or one that does not render a conversation of
             several turns.
         """
-        self.needed_chat()
+        chat = self.needed_chat()
         if system is not None:
             ids = self._ask_with_system(turns, system)
             if ids is not None:
@@ -66,32 +66,32 @@ class Prompter:
             if system:
                 turns = (f"{system}\n\n{turns[0]}", *turns[1:])
         try:
-            return self.encode(self._render(_messages(turns)))
-        except (jinja2.TemplateError, TypeError) as error:
+            return self.encode(chat.open_answer(_messages(turns)))
+        except NotRendered as error:
             raise ValueError(
                 f"the chat template does not render {len(turns)} messages in turn ({error}). Copy "
                 "that of the model's chat variant into the folder."
             ) from error
 
     def ask_talk(self, talk: Talk, system: str | None = None) -> list[int]:
-        """Return the ids of a user's text or a conversation; see `ask`."""
-        turns = [talk] if isinstance(talk, str) else talk
-        return self.ask(*turns, system=system)
+        """Return the ids of a user's text or a conversation; see `ask`. A system message of the
+        conversation's own stands after `system`."""
+        turns = [talk] if isinstance(talk, str) else list(talk)
+        if isinstance(turns[0], str):
+            return self.ask(*turns, system=system)
+        if turns[0][0] == "system":
+            system = "\n\n".join(filter(None, (system, turns.pop(0)[1])))
+        return self.ask(*(text for _, text in turns), system=system)
 
     def _ask_with_system(self, turns: Sequence[str], system: str) -> list[int] | None:
         """Return None where the template has no place for a system message (Gemma)."""
         messages = [{"role": "system", "content": system}, *_messages(turns)]
         try:
-            text = self._render(messages)
-        except (jinja2.TemplateError, TypeError):
+            text = self.needed_chat().open_answer(messages)
+        except NotRendered:
             return None
         in_turns = sum(turn.count(system.strip()) for turn in turns)
         return self.encode(text) if text.count(system.strip()) > in_turns else None
-
-    def _render(self, messages: Sequence[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
 
     def needed_chat(self) -> Chat:
         """Return what renders conversations. Raises ValueError if the model has no chat

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
+from safepatch_jax.data.cells import twice
+from safepatch_jax.data.json_table import json_rows
+from safepatch_jax.data.streams import opened_text
 from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.judges.base import nearest
+from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.settings import EvaluateSettings
 
 KINDS = ("harm", "refusal", "text", "mmlu", "gsm8k", "mt_bench")
 FIXED = ("mmlu", "gsm8k", "mt_bench")  # kinds that belong to one data set
 # kinds in which a model writes; of these there is an answer for each seed
 GENERATED = ("harm", "refusal", "gsm8k", "mt_bench")
+_LONGEST = 4096  # characters of a name or source
+_MOST = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +51,14 @@ class Measure:
     shots: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not isinstance(self.source, str) or "|" in self.name:
-            raise ValueError(
-                f"measure '{self.name}': name and source must be texts, and a name has no '|'."
-            )
+        for text in (self.name, self.source):
+            if not isinstance(text, str) or not text.isprintable() or not 0 < len(text) <= _LONGEST:
+                raise ValueError(
+                    f"measure {self.name!r:.100}: name and source must be texts of 1 to {_LONGEST} "
+                    "characters, on one line."
+                )
+        if "|" in self.name:
+            raise ValueError(f"measure '{self.name}': a name has no '|'.")
         self._check_word("kind", KINDS)
         self._check_word("form", list(FORMS))
         self._check_word("split", ("report", "search", "all"))
@@ -65,16 +75,18 @@ class Measure:
     def _check_word(self, field: str, known: Sequence[str]) -> None:
         word = getattr(self, field)
         if word not in known:
+            shown = str(word)[:60]
             raise ValueError(
-                f"measure '{self.name}': {field} '{word}' is not one of "
-                f"{', '.join(known)}{nearest(str(word), known)}."
+                f"measure '{self.name}': {field} '{shown}' is not one of "
+                f"{', '.join(known)}{nearest(shown, known)}."
             )
 
     def _check_number(self, field: str, least: int) -> None:
         number = getattr(self, field)
-        if type(number) is not int or number < least:
+        if type(number) is not int or not least <= number <= _MOST:
             raise ValueError(
-                f"measure '{self.name}': {field} must be a whole number, {least} at least."
+                f"measure '{self.name}': {field} must be a whole number, {least} at least and "
+                f"{_MOST:,} at most."
             )
 
 
@@ -128,7 +140,7 @@ def load_suite(text: str) -> tuple[Measure, ...]:
       ValueError: no such suite or file, an unknown attribute, or a name that occurs twice.
     """
     parts = text.split("+")
-    if pathlib.Path(text).is_file():  # a file's name may hold a '+'
+    if os.path.isfile(text):  # a file's name may hold a '+'
         parts = [text]
     measures: list[Measure] = []
     for part in parts:
@@ -136,9 +148,8 @@ def load_suite(text: str) -> tuple[Measure, ...]:
             measures += _from_file(pathlib.Path(part))
         else:
             measures += _named(part)
-    names = [m.name for m in measures]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"suite {text}: two measures are named '{twice[0]}'.")
+    if names := twice(measure.name for measure in measures):
+        raise ValueError(f"suite {text}: two measures are named '{names[0]}'.")
     return tuple(measures)
 
 
@@ -153,25 +164,25 @@ def _named(name: str) -> tuple[Measure, ...]:
 
 
 def _from_file(path: pathlib.Path) -> list[Measure]:
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ValueError(f"no suite file '{path}'.")
-    try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
     fields = sorted(field.name for field in dataclasses.fields(Measure))
-    if not isinstance(entries, list) or not entries:
-        entries = [None]
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ValueError(
-                f"{path} must hold a list of objects, one for each measure, with "
-                f"{', '.join(fields)}."
-            )
-        if unknown := sorted(entry.keys() - set(fields)):
-            raise ValueError(
-                f"{path}: unknown attribute '{unknown[0]}'; there are {', '.join(fields)}."
-            )
-        if missing := sorted({"name", "kind", "source"} - entry.keys()):
-            raise ValueError(f"{path}: a measure lacks '{missing[0]}': {json.dumps(entry)[:80]}")
-    return [Measure(**entry) for entry in entries]
+    expected = f"{path} must hold a list of objects, one for each measure, with {', '.join(fields)}"
+    measures = []
+    with reading(path, "a suite", f"It {expected.removeprefix(str(path)).strip()}."):
+        with opened_text(path, "JSON") as stream:
+            entries = json_rows(stream, path, single=False)
+        if not entries:
+            raise Refused(f"{expected}.")
+        for entry in entries:
+            if unknown := sorted(entry.keys() - set(fields)):
+                raise Refused(
+                    f"{path}: unknown attribute {unknown[0]!r:.100}; there are {', '.join(fields)}."
+                )
+            if missing := sorted({"name", "kind", "source"} - entry.keys()):
+                raise Refused(f"{path}: a measure lacks '{missing[0]}': {json.dumps(entry)[:80]}")
+            try:
+                measures.append(Measure(**entry))
+            except ValueError as error:
+                raise Refused(f"{path}: {error}") from error
+    return measures

@@ -3,14 +3,18 @@ mesh.
 
 A model checkpoint is a folder with ``params/`` (orbax), ``model.json`` (the dtype of each tensor)
 and ``hf/`` (config, tokenizer and the other companions of the Hugging Face folder it came from), so
-the way back needs nothing else.
+the way back needs nothing else. Arrays and the files beside them have checksums, which are compared
+before they are read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import math
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from safepatch_jax.io import checksums
 from safepatch_jax.io.companions import copy_companions
 from safepatch_jax.io.stored import DTYPES
 from safepatch_jax.mesh import Sharder
@@ -25,18 +30,34 @@ from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import ParamTable, nest, param_table, unnest
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reading, reason
 
 MODEL = "model.json"
 PARAMS = "params"
 COMPANIONS_FOLDER = "hf"
 _FORMAT = 1
+_AGAIN = "Convert the model again, or copy the folder again."
+# What orbax and what it uses raise over files that are not as it wrote them.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
-    """Write a nested dictionary of arrays; the folder appears whole or not at all."""
+    """Write a nested dictionary of arrays, with checksums; the folder appears whole or not at
+    all."""
+    path = pathlib.Path(path).absolute()
     try:
-        with _checkpointer(tree) as checkpointer:
-            checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
+        with literal(path) as place, _checkpointer(tree) as checkpointer:
+            checkpointer.save(place, args=ocp.args.PyTreeSave(tree))
+        processes.on_first(checksums.write, path)
     except Exception as error:
         if not from_disk(error):
             raise
@@ -60,10 +81,11 @@ def load_tree(
       ValueError: the checkpoint is absent, damaged, or of another structure.
     """
     path = pathlib.Path(path).absolute()
+    _check_arrays(path)
     try:
-        with _checkpointer(abstract) as checkpointer:
+        with literal(path) as place, _checkpointer(abstract) as checkpointer:
             return checkpointer.restore(
-                path,
+                place,
                 args=ocp.args.PyTreeRestore(
                     abstract,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -71,12 +93,43 @@ def load_tree(
                 ),
             )
     except Exception as error:
-        if not from_disk(error):
+        if not (isinstance(error, _UNREADABLE) or from_disk(error)):
             raise
         raise ValueError(
             f"Cannot restore the checkpoint {path}, it is absent, damaged or another one: "
             f"{_reason(error)}"
         ) from error
+
+
+def _check_arrays(path: pathlib.Path) -> None:
+    """Compare the files of arrays with their checksums. Raises ValueError, in all processes."""
+    processes.on_first(_check_files, path)
+
+
+def _check_files(path: pathlib.Path) -> None:
+    fix = (
+        "Delete the stage's folder, and the same command makes it again; a model that was "
+        "converted or copied, convert or copy again."
+    )
+    try:
+        checksums.check(path, fix)
+    except ValueError as error:
+        raise ValueError(
+            f"Cannot restore the checkpoint {path}, which is damaged: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def literal(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a path of the same place without the signs of patterns in its folders' names: orbax
+    looks for its files by patterns, and would not find them below 'run [2]'."""
+    if not glob.has_magic(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="safepatch-") as folder:
+        link = pathlib.Path(folder) / "place"
+        link.symlink_to(path.parent)
+        yield link / path.name
 
 
 class StoredTree(Mapping[str, jax.Array]):
@@ -115,7 +168,7 @@ def from_disk(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return str(error.__cause__ or error).partition("\n")[0]
+    return reason(error.__cause__ or error)
 
 
 def _checkpointer(tree: dict[str, Any]) -> ocp.Checkpointer:
@@ -169,6 +222,8 @@ def _describe(out: pathlib.Path, source: str | pathlib.Path, stored: Mapping[str
     names = param_table(read_hf_config(source)).hf_names()
     described = {name: stored[name] for name in names}
     files.write_json(out / MODEL, {"format": _FORMAT, "stored": described})
+    hashes = files.folder_hashes(out, leave_out=PARAMS)  # the arrays have a list of their own
+    checksums.write(out, hashes)
 
 
 def load_checkpoint(
@@ -193,12 +248,21 @@ def load_checkpoint(
             f"{folder / MODEL} lists other tensors than the architecture of "
             f"{COMPANIONS_FOLDER}/config.json has. Convert the model again."
         )
+    _check_arrays(folder / PARAMS)
     dtypes = _check_architecture(folder, table)
+    processes.on_first(check_companions, folder)
     abstract = {}
     for row in table:
         sharding = sharder.sharding(row.axes, row.shape, row.path)
         abstract[row.path] = jax.ShapeDtypeStruct(row.shape, dtypes[row.path], sharding=sharding)
     return config, load_tree(folder / PARAMS, nest(abstract)), stored
+
+
+def check_companions(folder: pathlib.Path) -> None:
+    """Raise ValueError if a file beside the arrays of a model checkpoint, such as its tokenizer, is
+    not as it was written."""
+    fix = f"{_AGAIN} If you changed it yourself, delete {checksums.NAME} beside {MODEL}."
+    checksums.check(folder, fix)
 
 
 def array_hashes(
@@ -230,34 +294,32 @@ def read_description(folder: str | pathlib.Path) -> dict[str, str]:
             f"'{folder}' is no model checkpoint: {MODEL} is not there. Make one with "
             "python -m launch.convert --source=hf:DIR --target=orbax:DIR."
         )
-    described = files.read_json(path)
+    described = files.read_json(path, _AGAIN)
     stored = described.get("stored")
-    if (
-        described.get("format") != _FORMAT
-        or not isinstance(stored, dict)
-        or not set(map(str, stored.values())) <= set(DTYPES)
-    ):
+    known = described.get("format") == _FORMAT and isinstance(stored, dict)
+    if not known or not set(map(str, stored.values())) <= set(DTYPES):
         raise ValueError(
             f"{path} is damaged or of another version than {_FORMAT}; convert the model again."
         )
+    checksums.check(path.parent, _AGAIN, [MODEL])
     return stored
 
 
 def _check_architecture(folder: pathlib.Path, table: ParamTable) -> dict[str, Any]:
     """Compare the arrays of a checkpoint with the table before anything is read; return their
     dtypes by path."""
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = checkpointer.metadata(folder / PARAMS)
+    if not (folder / PARAMS).is_dir():
+        raise ValueError(f"{folder / PARAMS} is no orbax checkpoint: it is not there. {_AGAIN}")
+    with reading(folder / PARAMS, "an orbax checkpoint", _AGAIN):
+        with (
+            literal(folder / PARAMS) as place,
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            metadata = checkpointer.metadata(place)
         tree = getattr(metadata, "item_metadata", metadata)
         if tree is None:
             raise ValueError("its metadata is gone")
         arrays = unnest(tree)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder / PARAMS} is no orbax checkpoint, or damaged ({error}); convert the model "
-            "again."
-        ) from error
     problems = [f"{path} is missing" for path in table.by_path if path not in arrays]
     problems += [f"{path} is unexpected" for path in arrays if path not in table.by_path]
     for row in table:

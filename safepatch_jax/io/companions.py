@@ -6,6 +6,7 @@ import pathlib
 
 from safepatch_jax.models.config import portable_config, read_raw_config
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.reading import Refused
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER = (
@@ -28,23 +29,59 @@ COMPANIONS = (
 )
 
 
+TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+_MOST_TEMPLATES, _MOST_TEMPLATE_BYTES = 100, 1_000_000
+
+
 def copy_companions(
     source: str | pathlib.Path, out: pathlib.Path, names: tuple[str, ...] = COMPANIONS
 ) -> None:
     """Copy the files byte for byte, by name: never code, never a file that is not on the list or
-    lies elsewhere."""
-    for name in names:
-        path = pathlib.Path(source) / name
+    lies elsewhere. The additional chat templates go with the tokenizer.
+
+    Raises:
+      ValueError: a file is a link to elsewhere; there are too many templates, or too large ones.
+    """
+    source = pathlib.Path(source)
+    for name in (*names, *_template_names(source)):
+        path = source / name
         if path.is_file():
-            files.copy(files.own_file(path), out / name)
+            (out / name).parent.mkdir(exist_ok=True)
+            files.copy(files.own_file(path, source), out / name)
+
+
+def companion_names(folder: pathlib.Path) -> list[str]:
+    """Return which of the files that `copy_companions` copies are there."""
+    there = [name for name in COMPANIONS if (folder / name).is_file()]
+    return there + _template_names(folder)
+
+
+def _template_names(folder: pathlib.Path) -> list[str]:
+    """Return the names of the additional chat templates, relative to the model's folder."""
+    paths = sorted((folder / TEMPLATES).glob("*.jinja"))
+    if len(paths) > _MOST_TEMPLATES:
+        raise Refused(
+            f"{folder / TEMPLATES} holds {len(paths):,} templates, more than {_MOST_TEMPLATES}. "
+            "Delete those that nobody needs."
+        )
+    for path in paths:
+        if path.stat().st_size > _MOST_TEMPLATE_BYTES:
+            raise Refused(
+                f"{path} holds {path.stat().st_size:,} bytes, more than the "
+                f"{_MOST_TEMPLATE_BYTES:,} that a chat template may have. Delete it if nobody "
+                "needs it."
+            )
+    return [f"{TEMPLATES}/{path.name}" for path in paths]
 
 
 def write_config(source: str | pathlib.Path, out: pathlib.Path, dtype: str | None) -> None:
     """Copy config.json: byte for byte, unless it needs another spelling (see `portable_config`) or
-    another dtype."""
+    another dtype, or names code, which is not copied."""
     raw = read_raw_config(source)
     portable = portable_config(raw, dtype)
+    portable.pop("auto_map", None)
     if portable == raw:
-        files.copy(files.own_file(pathlib.Path(source) / "config.json"), out / "config.json")
+        path = pathlib.Path(source) / "config.json"
+        files.copy(files.own_file(path), out / "config.json")
     else:
         files.write_json(out / "config.json", portable)

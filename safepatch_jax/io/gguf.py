@@ -12,6 +12,7 @@ import mmap
 import pathlib
 import re
 import struct
+import types
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from safepatch_jax.io.gguf_tokenizer import write_tokenizer
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import Refused, reading
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -40,6 +43,10 @@ _NUMBERS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+# Of a model in several files: the place of a file among them, and how many files and tensors.
+_NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+_MOST_PARTS = 1000
 _MOST_HEADER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens takes about 10 MB
 _CHUNK_BYTES = 1 << 24
 
@@ -76,7 +83,7 @@ def convert_gguf(
     tensor by tensor.
 
     Args:
-      path: the GGUF file.
+      path: the GGUF file, or any part of a model in several files.
       folder: where to write; must not exist or be empty.
       tokenizer: a folder whose tokenizer files are copied; by default they are built from the
         metadata.
@@ -182,31 +189,97 @@ def _unpermute_rotary(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_gguf(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Return a file's metadata, and where its tensors lie; the dtype of a quantised one is its name
-    in GGUF, like Q4_K.
+    """Return a model's metadata, and where its tensors lie; the dtype of a quantised one is its
+    name in GGUF, like Q4_K. A model in parts is read whole, whichever part is given.
 
     Arrays of numbers are NumPy arrays, arrays of strings lists.
 
     Raises:
-      ValueError: no such file, not GGUF, truncated or damaged.
+      ValueError: no such file, not GGUF, truncated or damaged; a part without the others.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"No model file '{path}'.")
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return _Reader(view).read(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as GGUF ({error}): it is truncated, damaged or another format."
-        ) from error
+        raise Refused(f"No model file '{path}'.")
+    metadata, tensors = _read_file(path)
+    count, number = _place(metadata)
+    if count == 1:
+        return metadata, tensors
+    paths, first, tensors = _sisters(path, count, number), {}, {}
+    for number, part in enumerate(paths):
+        metadata, more = _read_file(part)
+        first = first or metadata
+        if _place(metadata) != (count, number) or more.keys() & tensors.keys():
+            raise Refused(
+                f"{part} is not part {number + 1} of {len(paths)} of the model of {paths[0]}. Copy "
+                "all parts of the model again."
+            )
+        tensors |= more
+    expected = first.get(_TENSORS, len(tensors))
+    if type(expected) is not int or expected != len(tensors):
+        raise Refused(
+            f"{paths[0]}: the parts hold {len(tensors)} tensors, their metadata says "
+            f"{expected!r:.60}. Copy all parts of the model again."
+        )
+    return first, tensors
+
+
+def parts_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of a model that lies in parts, as their names say it; the file alone if it
+    is no part."""
+    match = _PART.fullmatch(path.name)
+    if not match or not 1 <= int(match[3]) <= _MOST_PARTS:
+        return [path]
+    numbers = range(1, int(match[3]) + 1)
+    return [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in numbers]
+
+
+def _place(metadata: dict[str, Any]) -> tuple[int, int]:
+    """Return in how many files a model lies, and the place of this one, from 0."""
+    count, number = metadata.get(_COUNT, 1), metadata.get(_NUMBER, 0)
+    if type(count) is not int or type(number) is not int or not 0 <= number < count:
+        return 1, 0
+    return count, number
+
+
+def _sisters(path: pathlib.Path, count: int, number: int) -> list[pathlib.Path]:
+    """Return the files of all parts, of which `path` is one. Raises ValueError if one is
+    missing."""
+    paths = parts_of(path)
+    join = (
+        "Give the parts the names NAME-00001-of-00002.gguf and so on in one folder, or join them "
+        "first: llama-gguf-split --merge FIRST_PART MODEL.gguf."
+    )
+    if count != len(paths):
+        raise Refused(
+            f"{path} is part {number + 1} of {count} of a split GGUF model, and its name does not "
+            f"say where the others are. {join}"
+        )
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        raise Refused(
+            f"{path} is part {number + 1} of {count} of a split GGUF model, and others are not "
+            f"beside it: {some(missing, ', ', 3)}. Copy all parts into {path.parent}. {join}"
+        )
+    return paths
+
+
+def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    import gguf  # imported here: it knows the sizes of the blocks
+
+    fix = (
+        "It is truncated, damaged or another format: copy or download it again; if it is a piece "
+        "of a file that was cut, join the pieces first."
+    )
+    with reading(path, "GGUF", fix), open(path, "rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return _Reader(view, gguf).read(path)
 
 
 class _Reader:
     """Reads a header from its beginning; never beyond the end of the file."""
 
-    def __init__(self, view: mmap.mmap):
-        self.view, self.at = view, 0
+    def __init__(self, view: mmap.mmap, gguf: types.ModuleType):
+        self.view, self.at, self.gguf = view, 0, gguf
 
     def read(self, path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         if self.take(4) != b"GGUF":
@@ -228,8 +301,6 @@ class _Reader:
         return values
 
     def tensors(self, path: pathlib.Path, count: int, alignment: Any) -> dict[str, Stored]:
-        import gguf  # imported here: it knows the sizes of the blocks
-
         if type(alignment) is not int or alignment < 1:
             raise ValueError(f"the alignment is {alignment!r:.100}")
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -244,8 +315,8 @@ class _Reader:
         start = -(-self.at // alignment) * alignment
         tensors = {}
         for name, (shape, number, offset) in entries.items():
-            kind = gguf.GGMLQuantizationType(number)
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            kind = self.gguf.GGMLQuantizationType(number)
+            block, block_bytes = self.gguf.GGML_QUANT_SIZES[kind]
             size = math.prod(shape) // block * block_bytes
             width = shape[-1] if shape else 1
             if width % block or start + offset + size > len(self.view):

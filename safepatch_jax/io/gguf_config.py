@@ -15,6 +15,7 @@ from safepatch_jax.models.decoder import rotary_frequencies
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import Refused, reading
 
 _BENIGN = (
     "vocab_size",
@@ -74,9 +75,14 @@ def read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where
         missing, unknown, of another shape or of a type that cannot be dequantised. All offenders of
         metadata, then all of tensors, are listed.
     """
+    with reading(where, "a GGUF model", f"{_FOLDER}."):
+        return _read_model(metadata, tensors, where)
+
+
+def _read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> Model:
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in _ARCHITECTURES:
-        raise ValueError(
+        raise Refused(
             f"{where}: architecture {name!r:.60} is not supported; supported: "
             f"{', '.join(_ARCHITECTURES)} (Mistral is stored as llama). {_FOLDER}."
         )
@@ -136,7 +142,7 @@ def _read_config(
     fields.raise_problems(where)
     embedding = tensors.get("token_embd.weight")
     if not embedding or len(embedding.shape) != 2:
-        raise ValueError(
+        raise Refused(
             f"{where}: the embedding token_embd.weight is missing or no matrix; the file holds no "
             "whole model."
         )
@@ -212,9 +218,9 @@ class _Fields:
     def raise_problems(self, where: str) -> None:
         for key, value in self.values.items():
             if key not in self.handled:
-                self.problems.append(f"{self.prefix}{key} = {value!r:.60} (unknown)")
+                self.problems.append(f"{self.prefix}{key:.60} = {value!r:.60} (unknown)")
         if self.problems:
-            raise ValueError(f"{where}: its metadata cannot be represented: {some(self.problems)}.")
+            raise Refused(f"{where}: its metadata cannot be represented: {some(self.problems)}.")
 
 
 def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str, Any]:
@@ -229,7 +235,7 @@ def _token_ids(metadata: Mapping[str, Any], vocab: int, where: str) -> dict[str,
         if type(ids[role]) is not int or not 0 <= ids[role] < vocab:
             wrong.append(f"{key} = {ids[role]!r:.60}")
     if wrong:
-        raise ValueError(
+        raise Refused(
             f"{where}: {some(wrong)}: an id is a row of the embedding, which has {vocab}."
         )
     ends = list(dict.fromkeys(ids[k] for k in ("eos", "eot", "eom") if k in ids))
@@ -255,7 +261,7 @@ def _llama3_scaling(plain: DecoderConfig, divisors: Stored, where: str) -> dict[
     """Return the scaling that gives these divisors of the frequencies."""
     shape = (plain.head_dim // 2,)
     if divisors.dtype != "float32" or divisors.shape != shape:
-        raise ValueError(
+        raise Refused(
             f"{where}: {_DIVISORS} is {divisors.dtype} {divisors.shape}, expected float32 "
             f"{shape}. {_FOLDER}."
         )
@@ -267,7 +273,7 @@ def _llama3_scaling(plain: DecoderConfig, divisors: Stored, where: str) -> dict[
     if not is_factor or not np.allclose(
         values, rotary_frequencies(plain) / rotary_frequencies(scaled), rtol=1e-5, atol=0
     ):
-        raise ValueError(
+        raise Refused(
             f"{where}: {_DIVISORS} does not follow from LLaMA 3's RoPE scaling "
             f"(low_freq_factor {scaling.low_freq_factor:g}, high_freq_factor "
             f"{scaling.high_freq_factor:g}, original length {scaling.original_max_length}), and "
@@ -299,7 +305,7 @@ def _check_tensors(shapes: Mapping[str, tuple], tensors: Mapping[str, Stored], w
         if name in shapes and x.dtype not in readable:
             problems.append(f"'{name}' has the type {x.dtype}, which cannot be dequantised")
     if problems:
-        raise ValueError(
+        raise Refused(
             f"{where}: its tensors cannot be represented: {some(problems)}. Take another file of "
             "the model (Q8_0, Q4_K_M, F16, BF16), or its Hugging Face folder."
         )

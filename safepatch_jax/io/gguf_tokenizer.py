@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.reading import Refused, reading
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 _WORDS = (
@@ -43,10 +44,11 @@ def write_tokenizer(metadata: Mapping[str, Any], out: pathlib.Path, where: str =
             f"{where}: its tokenizer is {kind!r:.60} ({name}) with pre-tokenizer {pre!r:.60}. "
             f"Expected: 'gpt2' ({_KINDS['gpt2']}) with {', '.join(_PRE_TOKENIZERS)}. {_COPY}."
         )
-    try:
-        fast = _build(metadata, pre)
-    except _Damaged as error:
-        raise ValueError(f"{where}: its tokenizer cannot be built: {error}. {_COPY}.") from None
+    with reading(where, "a model with a tokenizer", f"{_COPY}."):
+        try:
+            fast = _build(metadata, pre)
+        except _Damaged as error:
+            raise Refused(f"{where}: its tokenizer cannot be built: {error}. {_COPY}.") from None
     fast.save_pretrained(out)
     # transformers 5 writes a class name that 4 does not know; this one loads in both.
     path = out / "tokenizer_config.json"

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.names import dtype_problems, listed, refuse_unusable
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
 from safepatch_jax.io.torch_file import TorchTensor
@@ -23,6 +25,7 @@ from safepatch_jax.models.table import Param, ParamTable, nest, param_table, unn
 from safepatch_jax.numerics import cast, random_bits, tensor_keys
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.workers import Workers
 
 _READERS = 4  # threads; reading is copying from the page cache or waiting for a disk
@@ -36,31 +39,36 @@ def check_keys(checkpoint: Checkpoint, table: ParamTable, config: DecoderConfig)
       an account: layout, number of tensors, of those matched, and those left out with the reason.
 
     Raises:
-      ValueError: any mismatch; all are collected and raised once.
+      ValueError: tensors that are empty or quantised; any mismatch, all of which are collected and
+        raised once.
     """
     rows, tensors = table.hf_names(), checkpoint.tensors
+    refuse_unusable(tensors, checkpoint.folder)
     problems = []
     missing = sorted(rows.keys() - tensors.keys())
     if missing:
-        problems.append(f"{len(missing)} missing: {some(missing, ', ')}")
+        problems.append(f"{len(missing)} missing: {listed(missing)}")
     if missing == [_HEAD]:
         problems[-1] += (
-            " (if the head is the embedding, set tie_word_embeddings to true in config.json)"
+            " (if the head is the embedding, set tie_word_embeddings to true in config.json; if "
+            "AutoModel saved the model, which leaves the head out, save it with "
+            "AutoModelForCausalLM)"
         )
     left_out = _left_out(tensors, config, problems)
     unexpected = sorted(tensors.keys() - rows.keys() - left_out.keys())
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected: {some(unexpected, ', ')}")
-    for name in sorted(rows.keys() & tensors.keys()):
-        x, shape = tensors[name], rows[name][0].hf_shape
+        problems.append(f"{len(unexpected)} unexpected: {listed(unexpected)}")
+    known = {name: tensors[name] for name in sorted(rows.keys() & tensors.keys())}
+    shapes = []
+    for name, x in known.items():
+        shape = rows[name][0].hf_shape
         if x.shape != shape:
-            problems.append(f"{name} has shape {x.shape}, config.json says {shape}")
-        if x.dtype not in DTYPES:
-            problems.append(f"{name} has dtype {x.dtype}, supported are {', '.join(DTYPES)}")
+            shapes.append(f"{name} has shape {x.shape!s:.60}, config.json says {shape}")
+    if shapes:
+        problems.append(some(shapes, "; ", 3))
+    problems += dtype_problems(known)
     if problems:
-        raise ValueError(
-            f"{checkpoint.folder}: the weights do not fit config.json: {'; '.join(problems)}."
-        )
+        raise Refused(f"{checkpoint.folder}: the weights do not fit config.json: {some(problems)}.")
     return {
         "layout": checkpoint.layout,
         "tensors": len(tensors),
@@ -110,6 +118,7 @@ def load_params(
     table = param_table(config)
     checkpoint = Checkpoint(folder)
     check_keys(checkpoint, table, config)
+    say_notes(checkpoint.folder, checkpoint.notes)
     with Workers(_READERS) as pool:
         params = {row.path: _read_row(checkpoint, row, sharder, pool) for row in table}
     return config, nest(params)

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import progress
+from safepatch_jax.runtime.reading import reading
 from safepatch_jax.runtime.workers import Workers, wait
 
 INDEX = "model.safetensors.index.json"
@@ -51,18 +52,19 @@ def list_tensors(path: str | pathlib.Path) -> dict[str, Stored]:
       ValueError: not a safetensors file, truncated or damaged.
     """
     path = pathlib.Path(path)
-    try:
-        with safe_open(path, framework="np"):  # checks the header against the file's size
+    held = path.stat().st_size if path.is_file() else 0
+    fix = f"It is truncated or damaged ({held} bytes): copy or download it again."
+    with reading(path, "safetensors", fix):
+        # Checks the header against the file's size, and that it has 100 MB at most.
+        with safe_open(path, framework="np"):
             pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        held = path.stat().st_size if path.is_file() else 0
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}). It is truncated or damaged "
-            f"({held} bytes): copy or download it again."
-        ) from error
+        return _list_header(path)
+
+
+def _list_header(path: pathlib.Path) -> dict[str, Stored]:
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

@@ -18,6 +18,7 @@ import numpy as np
 
 from safepatch_jax.io.stored import DTYPES, aligned_empty
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import reading
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,12 @@ def list_tensors(path: str | pathlib.Path) -> dict[str, TorchTensor]:
         for name, value in values.items()
         if not (isinstance(name, str) and _is_dense(value))
     ]
+    if not problems:
+        problems = [
+            f"{name!r:.100} repeats its values: it is a view that was not stored whole"
+            for name, value in values.items()
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        ]
     if problems:
         raise ValueError(
             f"{path}: {some(problems)}. Expected: a dictionary of tensors. Save the model's "
@@ -116,16 +123,28 @@ def list_tensors(path: str | pathlib.Path) -> dict[str, TorchTensor]:
 
 def _load(path: pathlib.Path) -> Any:
     torch = _import_torch(path)
-    try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # damaged bytes may raise anything in torch's reader
-        raise ValueError(
-            f"{path} cannot be read by torch as weights alone ({_reason(error)}): it holds more "
-            "than tensors, which is never run, or is truncated, damaged or no file of torch. Copy "
-            f"or download it again, or, if you trust it, {_CONVERT}."
-        ) from error
+    fix = (
+        "It holds more than tensors, which is never run, or is truncated, damaged or no file of "
+        f"torch. Copy or download it again, or, if you trust it, {_CONVERT}."
+    )
+    with reading(path, "weights alone by torch", fix):
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _refuse_packed(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # damaged bytes may raise anything in torch's reader
+            raise ValueError(_reason(error)) from error
+
+
+def _refuse_packed(path: pathlib.Path) -> None:
+    """Raise ValueError for a zip file that unpacks to more than it holds: torch packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"its parts unpack to {unpacked:,} bytes, more than the file holds")
 
 
 def _import_torch(path: pathlib.Path) -> types.ModuleType:

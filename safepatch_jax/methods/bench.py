@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from safepatch_jax.data.chat import Encoded
+from safepatch_jax.data.chat import Encoded, Pair
 from safepatch_jax.data.pipeline import Pool
 from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import Engine
@@ -120,8 +120,8 @@ class Bench:
         """Return the tokenised training pairs of a role: 'harmful', 'lookalike' or 'ordinary'."""
         return self.context.encoded(self.folder, role, "train", field)
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
-        """Tokenise pairs of prompt and answer, within the run's limits."""
+    def encode(self, pairs: Sequence[Pair]) -> Encoded:
+        """Tokenise pairs, as `Chat.encode` takes them, within the run's limits."""
         data, chat = self.settings.data, self.context.chat(self.folder)
         return chat.encode_all(pairs, data.max_prompt_tokens, data.max_answer_tokens)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from safepatch_jax.data import cells
+from safepatch_jax.data.chat import Pair
+from safepatch_jax.data.records import Record
 from safepatch_jax.evaluation.decoding import Rose, SafeDecoding, SelfCD
 from safepatch_jax.evaluation.judges.base import REFUSED
 from safepatch_jax.evaluation.judges.phrases import judge
@@ -35,17 +38,20 @@ def safe_decoding(bench: Bench) -> Product:
     return Product(rule=SafeDecoding(), expert=expert)
 
 
-def refusals(bench: Bench) -> list[tuple[str, str]]:
+def refusals(bench: Bench) -> list[Pair]:
     """Return the harmful training prompts that the backbone refuses, with its answers.
 
     Raises:
       NotMade: it refuses none of them.
     """
-    prompts = [record.prompt for record in bench.context.split("harmful", "train")]
+    records = {record.key: record for record in bench.context.split("harmful", "train")}
     lines = Lines(bench.notes / "refusals.jsonl")
-    _answer(bench, [prompt for prompt in prompts if prompt not in lines.rows], lines)
-    answers = {prompt: lines.rows[prompt]["answer"] for prompt in prompts if prompt in lines.rows}
-    pairs = [(prompt, text) for prompt, text in answers.items() if judge(text) == REFUSED]
+    _answer(bench, [record for key, record in records.items() if key not in lines.rows], lines)
+    answers = {key: lines.rows[key]["answer"] for key in records if key in lines.rows}
+    pairs: list[Pair] = []
+    for key, text in answers.items():
+        if judge(text) == REFUSED:
+            pairs.append((records[key].prompt, text, records[key].turns))
     if not pairs:
         raise NotMade(
             f"The backbone refuses none of the {len(answers)} harmful training prompts, so there "
@@ -58,14 +64,15 @@ def refusals(bench: Bench) -> list[tuple[str, str]]:
     return pairs
 
 
-def _answer(bench: Bench, prompts: Sequence[str], lines: Lines) -> None:
+def _answer(bench: Bench, records: Sequence[Record], lines: Lines) -> None:
     """Let the backbone answer the prompts that fit, each written down as soon as it is there."""
-    if not prompts:
+    if not records:
         return  # without loading the backbone
     engine, room = bench.engine(), bench.settings.data.max_answer_tokens
-    fitting = [prompt for prompt in prompts if engine.fits(prompt, room)]
+    talks = {record.key: cells.talk(record.prompt, record.turns) for record in records}
+    fitting = [key for key, talk in talks.items() if engine.fits(talk, room)]
 
     def add(number: int, ids: Sequence[int]) -> None:
         lines.add({"id": fitting[number], "answer": engine.decode(ids)})
 
-    engine.answer(fitting, room, "the backbone's refusals", done=add)
+    engine.answer([talks[key] for key in fitting], room, "the backbone's refusals", done=add)

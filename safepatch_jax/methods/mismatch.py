@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from safepatch_jax.data.chat import BENIGN, HARMFUL, MISMATCH
+from safepatch_jax.data.chat import BENIGN, HARMFUL, MISMATCH, Pair
 from safepatch_jax.methods.bench import Bench, Product
 from safepatch_jax.training.losses import Mismatch
 
@@ -29,10 +29,10 @@ def ga_mismatch(bench: Bench) -> Product:
     return Product(bench.tuned(Mismatch(), pools, "GA + Mismatch"))
 
 
-def _mismatches(bench: Bench) -> list[tuple[str, str]]:
+def _mismatches(bench: Bench) -> list[Pair]:
     """Return the harmful training prompts, each with a random ordinary answer."""
-    prompts = [record.prompt for record in bench.context.split("harmful", "train")]
+    records = bench.context.split("harmful", "train")
     answers = [record.answer for record in bench.context.split("ordinary", "train")]
     random = np.random.default_rng(bench.settings.run.seed)
-    draws = random.integers(len(answers), size=len(prompts))
-    return [(prompt, answers[i]) for prompt, i in zip(prompts, draws)]
+    draws = random.integers(len(answers), size=len(records))
+    return [(record.prompt, answers[i], record.turns) for record, i in zip(records, draws)]

@@ -8,8 +8,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from safepatch_jax.models.bookkeeping import DEQUANTISE, FIXED, QUANTISED, is_benign, quantised_by
 from safepatch_jax.models.families import FAMILIES, Family
-from safepatch_jax.runtime import files
+from safepatch_jax.models.strays import refuse_no_model
+from safepatch_jax.runtime import files, unfinished
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.reading import Refused, reading
+from safepatch_jax.runtime.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,49 +65,12 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise Refused(
                 f"num_attention_heads {self.num_heads} must be a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}."
             )
 
 
-# Attributes that say nothing about the forward pass. `pretraining_tp` cuts a product into parts
-# with the same sum.
-_BENIGN = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "initializer_range",
-        "is_llama_config",
-        "transformers.js_config",
-        "pretraining_tp",
-        "max_length",
-        "do_sample",
-        "temperature",
-        "top_p",
-        "tokenizer_class",
-        "unsloth_fixed",
-        "keys_to_ignore_at_inference",
-        "_attn_implementation_autoset",
-    }
-)
-# Attributes of any family that must have one of these values (or be absent): the decoder has no
-# switch for another.
-_FIXED = {
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0.0,),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1.0,),
-    "rope_interleaved": (False,),
-}
 _HANDLED = frozenset(
     {
         "model_type",
@@ -122,6 +90,7 @@ _HANDLED = frozenset(
         "eos_token_id",
     }
 )
+_UNKNOWN = " (unknown)"
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = (
     "vocab_size",
@@ -137,6 +106,8 @@ _ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 _LLAMA3_KEYS = {*_ROPE_KEYS, *_LLAMA3, "original_max_position_embeddings"}
 
 
+_FIX = "Copy config.json of the model again."
+_MOST_BYTES = 10_000_000  # of config.json; the published ones have a few thousand
 _MOST_LAYERS = 1000  # a file from others must not make us build a table of 10^8 layers
 _MOST = 2**31 - 1
 
@@ -146,14 +117,21 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
     style).
 
     Raises:
-      ValueError: unknown family, missing attribute, or attributes that are neither handled nor at a
-        value the decoder supports; all offenders are listed.
+      ValueError: unknown family, quantised weights, missing attribute, or attributes that are
+        neither handled nor at a value the decoder supports; all offenders are counted.
     """
+    with reading(where, "the config of a model", _FIX):
+        return _config_from_hf(raw, where)
+
+
+def _config_from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(
-            f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}."
+        raise Refused(
+            f"{where}: model_type {name!r:.60} is not supported; supported: {', '.join(FAMILIES)}."
         )
+    if method := quantised_by(raw):
+        raise Refused(f"{where}: the weights are quantised ({method}). {DEQUANTISE}.")
     family = FAMILIES[name]
     values = {**family.defaults, **raw}
     offenders = _unsupported(raw, family) + _malformed(raw, family)
@@ -161,13 +139,19 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
     eos_ids = _read_eos(values, offenders)
     windows = () if offenders else _read_windows(values, family, offenders)
     if offenders:
-        raise ValueError(f"{where}: cannot represent this model: {'; '.join(offenders)}.")
+        advice = ""
+        if any(offender.endswith(_UNKNOWN) for offender in offenders):
+            advice = (
+                " An unknown key that means nothing for the forward pass may be deleted from "
+                "config.json."
+            )
+        raise Refused(f"{where}: cannot represent this model: {some(offenders, most=12)}.{advice}")
     heads = raw["num_attention_heads"]
     head_dim = values.get("head_dim")
     if not head_dim and raw["hidden_size"] % heads == 0:
         head_dim = raw["hidden_size"] // heads
     if not head_dim or head_dim % 2:
-        raise ValueError(
+        raise Refused(
             f"{where}: head_dim {raw.get('head_dim')}, hidden_size {raw['hidden_size']}, {heads} "
             "heads: the head size must be even (RoPE turns pairs), and be given if hidden_size "
             "does not divide by the heads."
@@ -188,7 +172,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
         tied_head=bool(values.get("tie_word_embeddings")),
         max_length=max_length or family.defaults["max_position_embeddings"],
         eos_ids=eos_ids,
-        dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+        dtype=_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         windows=windows,
         **family.switches,
     )
@@ -196,13 +180,15 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Decode
 
 def _unsupported(raw: Mapping[str, Any], family: Family) -> list[str]:
     """Return the attributes that are unknown or at a value for which the decoder has no switch."""
-    fixed, known = {**_FIXED, **family.fixed}, _HANDLED | family.handled | _BENIGN
+    fixed, handled = {**FIXED, **family.fixed}, _HANDLED | family.handled
     wrong, unknown = [], []
     for key, value in raw.items():
+        if value is None or key in QUANTISED:
+            continue  # null is the same as absent
         if key in fixed and value not in fixed[key]:
-            wrong.append(f"{key} = {value!r} (supported: {' or '.join(map(repr, fixed[key]))})")
-        if key not in fixed and key not in known:
-            unknown.append(f"{key} = {value!r} (unknown)")
+            wrong.append(f"{key} = {value!r:.60} (supported: {' or '.join(map(repr, fixed[key]))})")
+        if key not in fixed and key not in handled and not is_benign(key):
+            unknown.append(f"{printable(key, 60)} = {value!r:.60}{_UNKNOWN}")
     return wrong + unknown
 
 
@@ -218,14 +204,19 @@ def _malformed(raw: Mapping[str, Any], family: Family) -> list[str]:
             offenders.append(f"{key} = {value!r:.60} (a whole number from 1 to {most:,} is needed)")
     for key in _FLAGS:
         if key in handled and type(raw.get(key, False)) not in (bool, type(None)):
-            offenders.append(f"{key} = {raw[key]!r} (true or false is needed)")
+            offenders.append(f"{key} = {raw[key]!r:.60} (true or false is needed)")
     eps = raw.get("rms_norm_eps")
     if eps is not None and not _is_positive(eps):
         offenders.append(f"rms_norm_eps = {eps!r:.60} (a number above 0 is needed)")
     for key in ("dtype", "torch_dtype"):
-        if raw.get(key) is not None and raw[key] not in _DTYPES:
-            offenders.append(f"dtype = {raw[key]!r} (supported: {', '.join(_DTYPES)})")
+        if raw.get(key) is not None and _dtype(raw[key]) not in _DTYPES:
+            offenders.append(f"dtype = {raw[key]!r:.60} (supported: {', '.join(_DTYPES)})")
     return offenders
+
+
+def _dtype(value: Any) -> Any:
+    """Return the name of a dtype as NumPy has it; some trainers write that of torch."""
+    return value.removeprefix("torch.") if isinstance(value, str) else value
 
 
 def _is_positive(x: Any) -> bool:
@@ -243,17 +234,19 @@ def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, Rop
         if parameters is None or parameters == {}:
             continue
         if not isinstance(parameters, Mapping):
-            offenders.append(f"{key} = {parameters!r} (an object is needed)")
+            offenders.append(f"{key} = {parameters!r:.60} (an object is needed)")
             continue
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "llama3"):
-            offenders.append(f"{key}.rope_type = {kind!r} (supported: 'default' or 'llama3')")
+            offenders.append(f"{key}.rope_type = {kind!r:.60} (supported: 'default' or 'llama3')")
             continue
         known = _LLAMA3_KEYS if kind == "llama3" else _ROPE_KEYS
         for name, value in parameters.items():
             is_default = name == "partial_rotary_factor" and value == 1.0
-            if name not in known and not is_default:
-                offenders.append(f"{key}.{name} = {value!r} (unknown for rope_type '{kind}')")
+            if name not in known and not is_default and value is not None:
+                offenders.append(
+                    f"{key}.{printable(name, 60)} = {value!r:.60} (unknown for rope_type '{kind}')"
+                )
         if parameters.get("rope_theta") is not None:
             thetas.append(parameters["rope_theta"])
         if kind == "default":
@@ -267,7 +260,7 @@ def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, Rop
         names = ("rope_parameters", "rope_theta", "rope_scaling")
         offenders.append(
             "rope_parameters disagrees with rope_theta or rope_scaling: "
-            + ", ".join(f"{name} = {raw.get(name)!r}" for name in names)
+            + ", ".join(f"{name} = {raw.get(name)!r:.100}" for name in names)
         )
     else:
         theta = float(thetas[0]) if thetas else 10000.0
@@ -283,13 +276,15 @@ def _read_llama3(
     original = parameters.get("original_max_position_embeddings", max_length)
     if not all(_is_positive(x) for x in (*numbers, original)):
         offenders.append(
-            f"{key} = {dict(parameters)!r} (llama3 needs {', '.join(_LLAMA3)} and "
+            f"{key} = {dict(parameters)!r:.150} (llama3 needs {', '.join(_LLAMA3)} and "
             "original_max_position_embeddings, numbers above 0)"
         )
         return []
     factor, low, high = numbers
     if low >= high:
-        offenders.append(f"{key}: low_freq_factor {low} must be below high_freq_factor {high}")
+        offenders.append(
+            f"{key}: low_freq_factor {low!s:.20} must be below high_freq_factor {high!s:.20}"
+        )
         return []
     return [RopeScaling(float(factor), float(low), float(high), int(original))]
 
@@ -297,12 +292,16 @@ def _read_llama3(
 def _read_eos(values: Mapping[str, Any], offenders: list[str]) -> tuple[int, ...]:
     """Return the ids that end a text."""
     ids = _as_list(values.get("eos_token_id"))
-    if not all(type(i) is int and 0 <= i <= _MOST for i in ids):
+    if not _are_ids(ids):
         offenders.append(
             f"eos_token_id = {values['eos_token_id']!r:.60} (a whole number or a list of them is "
             "needed)"
         )
     return tuple(ids)
+
+
+def _are_ids(ids: list[Any]) -> bool:
+    return all(type(i) is int and 0 <= i <= _MOST for i in ids)
 
 
 def _as_list(x: Any) -> list[Any]:
@@ -323,7 +322,7 @@ def _read_windows(
         window = 0
     full = values.get("max_window_layers")  # so many layers at the start see all
     if type(full) is not int or full < 0:
-        offenders.append(f"max_window_layers = {full!r} (a whole number is needed)")
+        offenders.append(f"max_window_layers = {full!r:.60} (a whole number is needed)")
         return ()
     full = min(full, layers)
     default = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
@@ -335,7 +334,7 @@ def _read_windows(
         or any(kind not in names for kind in kinds)
     ):
         offenders.append(
-            f"layer_types = {kinds!r} (needs {layers} times 'full_attention' or "
+            f"layer_types = {kinds!r:.100} (needs {layers} times 'full_attention' or "
             "'sliding_attention')"
         )
         return ()
@@ -344,18 +343,21 @@ def _read_windows(
 
 
 def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
-    """Return the content of a model folder's ``config.json``. Raises ValueError if it is absent or
-    not a JSON object."""
+    """Return the content of a model folder's ``config.json``.
+
+    Raises:
+      ValueError: it is absent (says what the folder is, if that is known) or not a JSON object, or
+        the folder is half patched.
+    """
     path = pathlib.Path(folder) / "config.json"
-    if not path.parent.is_dir():
-        raise ValueError(
-            f"No model folder '{folder}'. Give a folder in Hugging Face format "
-            "(config.json, *.safetensors, tokenizer files), a .gguf file, or 'smollm2'."
-        )
     if not path.is_file():
-        raise ValueError(
-            f"'{folder}' has no config.json, so it is not a model folder in Hugging Face format."
+        refuse_no_model(path.parent)
+    if path.stat().st_size > _MOST_BYTES:
+        raise Refused(
+            f"{path} holds {path.stat().st_size:,} bytes, more than the {_MOST_BYTES:,} that a "
+            f"config may have. {_FIX}"
         )
+    unfinished.refuse(folder)
     return files.read_json(path)
 
 
@@ -378,6 +380,8 @@ def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[st
       dtype: storage dtype to name, or None to leave it.
     """
     out = dict(raw)
+    for key in {"dtype", "torch_dtype"} & out.keys():
+        out[key] = _dtype(out[key])  # transformers does not read 'torch.float32'
     rope = out.get("rope_parameters")
     if rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -405,4 +409,10 @@ def stop_ids(folder: str | pathlib.Path, config: DecoderConfig) -> set[int]:
     """Return the ids that end an answer according to config.json and generation_config.json."""
     path = pathlib.Path(folder) / "generation_config.json"
     generation = files.read_json(path) if path.is_file() else {}
-    return {*config.eos_ids, *_as_list(generation.get("eos_token_id"))}
+    ids = _as_list(generation.get("eos_token_id"))
+    if not _are_ids(ids):
+        raise Refused(
+            f"{path}: eos_token_id = {generation['eos_token_id']!r:.60} (a whole number or a list "
+            "of them is needed). Correct or delete it."
+        )
+    return {*config.eos_ids, *ids}

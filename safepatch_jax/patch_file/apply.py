@@ -4,14 +4,14 @@ Applying and reverting are one operation: the folder's bits, exclusive or (XOR) 
 What is written is checked against the manifest's SHA-256 before it takes the place of anything. In
 place, one weight file after another is written beside the old one and renamed over it, so each
 tensor is at any moment as before or as after, and the hashes tell which: the same command again
-finishes what was interrupted, the other one undoes it.
+finishes what was interrupted, the other one undoes it. Until then a mark in the folder keeps all
+other readers out (`runtime.unfinished`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -26,15 +26,18 @@ from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.patch_file.file import PatchFile, runs_of
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, locks, unfinished
 from safepatch_jax.runtime.console import progress, some
+from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.workers import Workers, wait
 
 BEFORE, AFTER, SAME, NEITHER = "before", "after", "same", "neither"  # states of a tensor
+_VERBS = {AFTER: "apply", BEFORE: "revert"}
 LOCK = ".patching"
 CERTIFICATE = "certificate.json"
 Shards = dict[pathlib.Path, dict[str, Stored]]  # tensors to be changed, by weight file
 _PIECE = 1 << 20  # bytes a write
+_BEGINNING = 1 << 10  # bytes by which a half-written copy is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def verify(patch: str | pathlib.Path, folder: str | pathlib.Path) -> dict[str, s
       ValueError: the patch file or the folder is damaged, or names, shapes or dtypes are another
         model's.
     """
-    patch, tensors = PatchFile(patch), Checkpoint(folder).tensors
+    patch, tensors = PatchFile(patch), Checkpoint(folder, unfinished=True).tensors
     check_names(patch, tensors, folder)
     return states(patch, tensor_hashes(tensors))
 
@@ -152,12 +155,14 @@ def _move(
     patch, folder = PatchFile(patch), pathlib.Path(folder)
     if out is not None:
         files.refuse_full_folder(out)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, unfinished=True)
     if checkpoint.layout not in (SINGLE, INDEX):
         raise ValueError(
             f"{folder} has torch weights ({checkpoint.layout}), and patches go onto safetensors. "
             f"Convert it first: python -m launch.convert --source=hf:{folder} --target=hf:DIR."
         )
+    if out is None:
+        checkpoint.refuse_second_set()
     with contextlib.nullcontext() if out is not None else _alone(folder):
         check_names(patch, checkpoint.tensors, folder)
         current = states(patch, tensor_hashes(checkpoint.tensors))
@@ -169,7 +174,9 @@ def _move(
             tensor = checkpoint.tensors[name]
             shards[tensor.path][name] = tensor
         if out is None:
-            return Outcome(folder, moved, already, _in_place(folder, shards, patch, goal))
+            begun = bool(moved and already) or unfinished.is_marked(folder)
+            removed = _in_place(folder, shards, patch, goal, begun)
+            return Outcome(folder, moved, already, removed)
         with files.new_folder(out) as new:
             copy_companions(folder, new)
             if checkpoint.layout == INDEX:
@@ -181,31 +188,70 @@ def _move(
         return Outcome(pathlib.Path(out), moved, already, ())
 
 
-def _in_place(folder: pathlib.Path, shards: Shards, patch: PatchFile, goal: str) -> tuple[str, ...]:
+def _in_place(
+    folder: pathlib.Path, shards: Shards, patch: PatchFile, goal: str, begun: bool
+) -> tuple[str, ...]:
     """Rewrite the weight files that hold what is to be moved, one by one; return the names of files
-    removed."""
+    removed. `begun`: some tensors are at the goal already, or were when this was interrupted."""
     for path in shards:
-        _beside(path).unlink(missing_ok=True)  # of an interrupted run
+        _clear_beside(path)
     shards = {path: tensors for path, tensors in sorted(shards.items()) if tensors}
     removed = ()
-    if shards and (folder / CERTIFICATE).is_file():  # it certifies other bits
-        (folder / CERTIFICATE).unlink()
-        removed = (CERTIFICATE,)
-    with _bar(shards) as bar:
-        for done, (path, tensors) in enumerate(shards.items()):
-            state = (
-                f"{done} of {len(shards)} weight files are done and every tensor is whole: the "
-                "same command again finishes, the other one of apply and revert undoes."
-            )
-            with _explained(path, path, state):
-                try:
-                    _write_shard(path, _beside(path), tensors, patch, goal, bar)
-                    shutil.copymode(path, _beside(path))
-                    os.replace(_beside(path), path)
-                    _sync_folder(folder)
-                finally:
-                    _beside(path).unlink(missing_ok=True)
+    if shards:
+        unfinished.write(folder, patch.path, _VERBS[goal])
+        if (folder / CERTIFICATE).is_file():  # it certifies other bits
+            (folder / CERTIFICATE).unlink()
+            removed = (CERTIFICATE,)
+    done = 0
+    try:
+        with _bar(shards) as bar:
+            for path, tensors in shards.items():
+                state = (
+                    f"{done} of {len(shards)} weight files are done and every tensor is whole: the "
+                    "same command again finishes, the other one of apply and revert undoes."
+                )
+                with _explained(path, path, state):
+                    _replace_shard(path, tensors, patch, goal, bar)
+                done += 1
+    except BaseException:
+        if not (begun or done):
+            unfinished.remove(folder)
+        raise
+    unfinished.remove(folder)
     return removed
+
+
+def _replace_shard(
+    path: pathlib.Path, tensors: Mapping[str, Stored], patch: PatchFile, goal: str, bar
+) -> None:
+    beside = _beside(path)
+    try:
+        _write_shard(path, beside, tensors, patch, goal, bar)
+        shutil.copymode(path, beside)
+        os.replace(beside, path)
+        files.sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _clear_beside(path: pathlib.Path) -> None:
+    """Delete the half-written copy of a weight file that an interrupted run left. Raises ValueError
+    if its name is taken by something else."""
+    beside = _beside(path)
+    if not os.path.lexists(beside):
+        return
+    is_ours = not beside.is_symlink() and beside.is_file()
+    if is_ours:
+        with open(beside, "rb") as copied, open(path, "rb") as original:
+            header = original.read(_BEGINNING)
+            header = header[: 8 + int.from_bytes(header[:8], "little")]  # what no patch changes
+            is_ours = header.startswith(copied.read(len(header)))
+    if not is_ours:
+        raise Refused(
+            f"{beside} is no half-written copy of {path.name}, and that name is needed for one. It "
+            "was left as it is, and nothing was patched; move it away."
+        )
+    beside.unlink()
 
 
 def _write_shard(
@@ -220,7 +266,7 @@ def _write_shard(
     has the right hashes."""
     with (
         open(source, "rb", buffering=0) as reader,
-        open(target, "wb") as writer,
+        files.new_alone(target) as writer,
         Workers(1) as pool,
     ):
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -266,12 +312,12 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
     """Keep other processes from patching a folder while the block runs; a dead process keeps nobody
     out."""
     path = folder / LOCK
-    with open(path, "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                raise BlockingIOError  # its holder has just finished and removed the file
-        except BlockingIOError as error:
+            handle = stack.enter_context(locks.held(path, wait=False))
+            if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
+                raise locks.Held  # its holder has just finished and removed the file
+        except locks.Held as error:
             raise ValueError(
                 f"{folder} is being patched by another process. Wait for it, then try again."
             ) from error
@@ -287,14 +333,6 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
 def _bar(shards: Shards):
     return progress(sum(path.stat().st_size for path in shards), "write", "B")
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # so that a rename outlives a power failure
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

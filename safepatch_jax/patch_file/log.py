@@ -16,7 +16,7 @@ from safepatch_jax.io.folder import Checkpoint, has_weights, tensor_hashes
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.log_lines import LOG, START, read_entries, write_entry
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, processes, unfinished
 from safepatch_jax.runtime.console import say, some
 
 LINKS = "links"
@@ -195,6 +195,7 @@ class PatchLog:
         """Raise ValueError if the starting model, or a file beside its weights, is not as when the
         chain began."""
         folder, start = self.folder(START), self.start
+        unfinished.refuse(folder)
         if folder_hash(folder) != start["model"]:
             raise ValueError(
                 f"The starting model {folder} is missing or no longer the one with which the "

@@ -10,11 +10,12 @@ import datetime
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.records import HASH, misfits
 
 LOG, FORMAT = "log.jsonl", 1
 START = 0  # the number of the starting model
@@ -24,18 +25,18 @@ START_DIR = "start-{}"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 # What each kind of line holds: types, patterns of texts, and objects with at least these fields.
-_HASH, _LINE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{64}|")
+_LINE = re.compile("[0-9a-f]{64}|")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
 _START_FOLDER = re.compile("/.*|" + START_DIR.format("[0-9a-f]+"), re.DOTALL)
-_MODEL = {"link": int, "model": _HASH}
-_COMMON = {"date": _DATE, "previous": _LINE, "id": _HASH}
+_MODEL = {"link": int, "model": HASH}
+_COMMON = {"date": _DATE, "previous": _LINE, "id": HASH}
 _FIELDS: dict[str, dict[str, Any]] = {
     "start": {
         "format": int,
         "source": str,
         "aligned": bool,
         "folder": str,
-        "model": _HASH,
+        "model": HASH,
         "companions": dict,
         "settings": dict,
         "versions": dict,
@@ -44,9 +45,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "number": int,
         "name": NAME,
         "parent": _MODEL,
-        "model": _HASH,
-        "patch": {"sha256": _HASH, "entries": int, "bytes": int},
-        "data": {"harmful": str, "category": str, "hash": _HASH, "records": int},
+        "model": HASH,
+        "patch": {"sha256": HASH, "entries": int, "bytes": int},
+        "data": {"harmful": str, "category": str, "hash": HASH, "records": int},
         "seed": int,
         "settings": dict,
         "versions": dict,
@@ -102,7 +103,7 @@ def _check(entries: Sequence[Mapping[str, Any]]) -> None:
         if kind not in tuple(_FIELDS) or (kind == "start") != (line == 1):
             problems = ["it is no start, link or revert"]
         else:
-            problems = [*_misfits(entry, _COMMON | _FIELDS[kind])] or chain.add(entry)
+            problems = [*misfits(entry, _COMMON | _FIELDS[kind])] or chain.add(entry)
         if problems:
             raise ValueError(f"line {line}: {some(problems)}")
 
@@ -144,25 +145,6 @@ class _Chain:
             return [f"its head is not the model of {head}, which is left"]
         del self._live[-len(links) :]
         return []
-
-
-def _misfits(value: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """Yield what in a value is not as in a description of `_FIELDS`."""
-    if isinstance(wanted, dict):
-        if not isinstance(value, dict):
-            yield f"{name} is no object"
-            return
-        for key, inner in wanted.items():
-            where = f"{name}.{key}".lstrip(".")
-            if key in value:
-                yield from _misfits(value[key], inner, where)
-            else:
-                yield f"{where} is missing"
-    elif isinstance(wanted, re.Pattern):
-        if not isinstance(value, str) or not wanted.fullmatch(value):
-            yield f"{name} is {ascii(value):.80}"
-    elif type(value) is not wanted:
-        yield f"{name} is {ascii(value):.80}, not {wanted.__name__}"
 
 
 def write_entry(

@@ -15,7 +15,7 @@ from jax import lax
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
-from safepatch_jax.numerics import cast, tensor_keys
+from safepatch_jax.numerics import cast, flushed, tensor_keys
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
@@ -39,9 +39,9 @@ def patch_and_importance(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Return the patches and the importance of their entries, {role: float32}, of one tensor or of
     its entries from `start` on."""
-    backbone = stored.astype(jnp.float32)
-    models = {role: derived[role].astype(jnp.float32) for role in PATCH_ROLES}
-    patch = {role: models[role] - backbone for role in PATCH_ROLES}
+    backbone = flushed(stored.astype(jnp.float32))
+    models = {role: flushed(derived[role].astype(jnp.float32)) for role in PATCH_ROLES}
+    patch = {role: flushed(models[role] - backbone) for role in PATCH_ROLES}
     importance = {}
     for role in PATCH_ROLES:
         importance[role] = importance_of(
@@ -69,10 +69,10 @@ def merge_tensor(
       (merged entries in that dtype, the method's choice).
     """
     choice = MERGE_METHODS[tensor.options.merge].function(tensor)
-    merged = stored.astype(jnp.float32)
+    merged = flushed(stored.astype(jnp.float32))
     for role in PATCH_ROLES:
         change = tensor.weighted(role, choice.weight[role])
-        merged = jnp.where(choice.kept[role], merged + change, merged)
+        merged = jnp.where(choice.kept[role], flushed(merged + change), merged)
     untouched = stored.astype(dtype)
     changed = choice.kept["se"] | choice.kept["osm"]
     bits = functools.partial(tensor.bits, "rounding")
@@ -174,7 +174,8 @@ def count_at_least(
     def one_tensor(xs):
         index, derived, sensitivity, key = xs
         backbone = _read_once(_stacked(theta, shape), index, threshold > 0)
-        patch = derived - backbone.astype(jnp.float32)
+        derived = flushed(derived)
+        patch = flushed(derived - flushed(backbone.astype(jnp.float32)))
         importance = importance_of(patch, derived, sensitivity, kind, key)
         return jnp.sum(float_bits(importance) >= threshold, dtype=jnp.int32)
 

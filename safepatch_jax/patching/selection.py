@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from safepatch_jax.numerics import row_major_index
+from safepatch_jax.numerics import flushed, row_major_index
 
 PASSES = 34  # counts that `share_out` asks for, at most
 NONE = 0x7FFFFFFF  # above the bits of every finite number, and above every index
@@ -29,9 +29,10 @@ def float_bits(x: jax.Array) -> jax.Array:
 
 
 def top_mask(importance: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
-    """Mark the k most important entries (float32, finite, >= 0); see `top_of_keys`."""
+    """Mark the k most important entries (float32, finite, >= 0; below the smallest normal number
+    they count as 0); see `top_of_keys`."""
     # No -0 is marked either: its bits are negative.
-    return top_of_keys(lax.bitcast_convert_type(importance, jnp.int32), k, axes)
+    return top_of_keys(lax.bitcast_convert_type(flushed(importance), jnp.int32), k, axes)
 
 
 def top_of_keys(key: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:

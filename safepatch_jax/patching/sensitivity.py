@@ -23,6 +23,7 @@ from safepatch_jax.data.chat import Example, lengths, training_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import Param, nest, param_table, unnest
+from safepatch_jax.numerics import flushed
 from safepatch_jax.patching.selection import top_mask
 from safepatch_jax.patching.tensor import importance_of
 from safepatch_jax.runtime.console import progress
@@ -46,7 +47,7 @@ def sum_of_magnitudes(weight: jax.Array, sharding: NamedSharding) -> jax.Array:
 sum_of_magnitudes.defvjp(
     lambda weight, sharding: (weight, None),
     lambda sharding, _, gradient: (
-        lax.with_sharding_constraint(lax.psum(jnp.abs(gradient), _SAMPLES), sharding),
+        lax.with_sharding_constraint(lax.psum(flushed(jnp.abs(gradient)), _SAMPLES), sharding),
     ),
 )
 
@@ -97,7 +98,7 @@ class SensitivityMeter:
             return jnp.sum(sequence_nll(logprobs_BA, batch["weights"], self._loss))
 
         nll, gradients = jax.value_and_grad(objective)(scoped)
-        return {path: total[path] + jnp.abs(g) for path, g in gradients.items()}, nll
+        return {path: total[path] + flushed(jnp.abs(g)) for path, g in gradients.items()}, nll
 
     def _samples(self, total, scoped, rest, batch):
         """Add the sum over the batch's samples of |gradient of a sample's NLL|."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from safepatch_jax.numerics import bernoulli, random_bits
+from safepatch_jax.numerics import bernoulli, flushed, random_bits
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.importances import IMPORTANCES, Entries
 from safepatch_jax.patching.selection import float_bits, top_of_keys
@@ -153,7 +153,7 @@ class Tensor:
         The exclusive or with a zero that the compiler does not know keeps it from fusing product
         and sum to one FMA, which some machines would do and others not.
         """
-        product = lax.bitcast_convert_type(weight * self.patch[role], jnp.int32)
+        product = lax.bitcast_convert_type(flushed(weight * self.patch[role]), jnp.int32)
         return lax.bitcast_convert_type(product ^ self.knobs["zero"], jnp.float32)
 
     def bits(self, user: str) -> jax.Array:
@@ -170,7 +170,7 @@ def importance_of(
     start: jax.Array | int = 0,
 ) -> jax.Array:
     """Return the importance of a tensor's entries, or of a run of them; float32, >= 0, not finite
-    where the patch is not.
+    where the patch is not. Scores below the smallest normal number are 0, on every platform.
 
     Args:
       patch, derived, sensitivity: see `Entries`.
@@ -178,4 +178,6 @@ def importance_of(
       key, start: of the random bits, see `random_bits`; for importances that draw some.
     """
     bits = functools.partial(random_bits, key, patch.shape, start)
-    return IMPORTANCES[kind].function(Entries(patch, derived, sensitivity, bits))
+    if sensitivity is not None:
+        sensitivity = flushed(sensitivity)
+    return flushed(IMPORTANCES[kind].function(Entries(patch, derived, sensitivity, bits)))

@@ -62,7 +62,7 @@ def architecture(settings: Settings) -> DecoderConfig:
     Raises:
       ValueError: neither is there, or the decoder cannot represent it.
     """
-    source = pathlib.Path(settings.model.source.removeprefix("hf:")).expanduser()
+    source = pathlib.Path(settings.model.source.removeprefix("hf:"))
     stand_in = settings.model.architecture
     if settings.model.source and (source / "config.json").is_file():
         return read_hf_config(source)

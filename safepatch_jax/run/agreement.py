@@ -8,7 +8,7 @@ from typing import Any
 from safepatch_jax.run.convert import Place, source_facts
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import processes
-from safepatch_jax.runtime.workdir import resolve
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 
 SAME_COMMAND = "Start every process with the same command, in the same folder."

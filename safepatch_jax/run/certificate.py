@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +22,18 @@ import numpy as np
 
 from safepatch_jax.data.chat import Chat, NoChat
 from safepatch_jax.data.records import load_records
-from safepatch_jax.io.companions import COMPANIONS
+from safepatch_jax.io.companions import companion_names
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.hf import check_keys, load_params
+from safepatch_jax.io.names import listed
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.strays import adapter_of
 from safepatch_jax.models.table import param_table
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.reading import reading
 from safepatch_jax.training.step import put_batch
 
 FILE = "certificate.json"
@@ -60,6 +63,7 @@ def certify(
     logits: bool = True,
     kind: str,
     before: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Examine a model folder in Hugging Face format as it lies on disk.
 
@@ -70,6 +74,7 @@ def certify(
       kind: 'import' or 'export'.
       before: SHA-256 by tensor of the model that this one was made from; says which tensors
         changed.
+      notes: what was left aside in the folder of that model, see `Checkpoint.notes`.
 
     Returns:
       the content of certificate.json.
@@ -87,7 +92,6 @@ def certify(
     tensors = {}
     for name, x in checkpoint.tensors.items():
         tensors[name] = {"dtype": x.dtype, "shape": list(x.shape), "sha256": hashes[name]}
-    companions = [name for name in COMPANIONS if (folder / name).is_file()]
     certificate: dict[str, Any] = {
         "format": 1,
         "kind": kind,
@@ -95,7 +99,8 @@ def certify(
         "parameters": param_table(config).size,
         "keys": account,
         "tensors": tensors,
-        "companions": {name: files.file_sha256(folder / name) for name in companions},
+        "companions": {n: files.file_sha256(folder / n) for n in companion_names(folder)},
+        "notes": [*notes, *checkpoint.notes],
     }
     if before is not None:
         changed = [name for name, digest in hashes.items() if before.get(name) != digest]
@@ -105,7 +110,7 @@ def certify(
     certificate["tokenizer"] = probes.trouble or "fits the embedding"
     certificate["logits"] = {"skipped": "not asked for"}
     if logits:
-        certificate["logits"] = check_logits(folder, sharder, probes)
+        certificate["logits"] = check_logits(folder, sharder, probes, _unlike_torch(checkpoint))
     return certificate | {"versions": versions()}
 
 
@@ -122,9 +127,21 @@ def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:
         ) from error
 
 
-def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict[str, Any]:
-    """Run a folder's model in float32 on a few probe texts, here and in torch if it is there;
-    errors as `certify`."""
+def _unlike_torch(checkpoint: Checkpoint) -> str | None:
+    """Say why transformers would make another model of a folder than we do; None if it would
+    not."""
+    if checkpoint.renamed:
+        return "transformers does not read the names of its tensors"
+    if adapter_of(checkpoint.folder):
+        return "transformers would load the adapter beside it"
+    return None
+
+
+def check_logits(
+    folder: pathlib.Path, sharder: Sharder, probes: Probes, unlike: str | None = None
+) -> dict[str, Any]:
+    """Run a folder's model in float32 on a few probe texts, here and in torch if it is there and
+    `unlike` does not say why it is no witness; errors as `certify`."""
     config, params = load_params(folder, sharder)
     tokens_BT, valid_BT = probes.tokens_BT, probes.valid_BT
     decoder = Decoder(config, jnp.float32, sharder)
@@ -148,7 +165,9 @@ def check_logits(folder: pathlib.Path, sharder: Sharder, probes: Probes) -> dict
         "finite": True,
         "perplexity": _perplexity(probes, ours),
         "largest": float(np.max(np.abs(ours))),
-        "torch": processes.on_first(_compare, folder, param_table(config).size, probes, ours),
+        "torch": processes.on_first(
+            _compare, folder, param_table(config).size, probes, ours, unlike
+        ),
     }
 
 
@@ -165,11 +184,15 @@ def _perplexity(probes: Probes, logits_NV: np.ndarray) -> float:
 
 
 def _compare(
-    folder: pathlib.Path, parameters: int, probes: Probes, ours: np.ndarray
+    folder: pathlib.Path,
+    parameters: int,
+    probes: Probes,
+    ours: np.ndarray,
+    unlike: str | None,
 ) -> dict[str, float] | str:
     """Compare logits with those of Hugging Face torch, or say why that cannot be done; errors as
     `certify`."""
-    reason = _no_torch(parameters)
+    reason = _no_torch(parameters) or unlike
     if reason is not None:
         return f"not compared: {reason}"
     theirs = _torch_logits(folder, probes.tokens_BT, probes.valid_BT)
@@ -193,7 +216,7 @@ def summary(certificate: Mapping[str, Any]) -> str:
     keys, logits = certificate["keys"], certificate["logits"]
     text = f"{keys['matched']} of {keys['tensors']} tensors matched"
     if keys["left_out"]:
-        text += f" ({', '.join(keys['left_out'])} left out)"
+        text += f" ({listed(keys['left_out'], 3)} left out)"
     if "changed" in certificate:
         changed = len(certificate["changed"])
         text += f", {changed} changed, {certificate['unchanged']} bitwise as before"
@@ -264,13 +287,15 @@ def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndar
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=torch.float32,
-        trust_remote_code=False,
-        local_files_only=True,
-        attn_implementation="eager",
-    ).eval()
+    fix = "--certify=hashes (or --run.certify=hashes) leaves the comparison with it out."
+    with reading(folder, "a model of transformers", fix):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="eager",
+        ).eval()
     logits = []
     with torch.no_grad():
         for tokens_T, valid_T in zip(tokens_BT, valid_BT):

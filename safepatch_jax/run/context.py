@@ -24,7 +24,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import resolve
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import (
@@ -89,7 +89,7 @@ class Context:
     def data_hashes(self) -> dict[str, str]:
         hashes = {}
         for role, records in self.records.items():
-            hashes[role] = files.text_hash([record.__dict__ for record in records])
+            hashes[role] = files.text_hash([record.fields() for record in records])
         return hashes
 
     def split(self, role: str, split: str) -> list[Record]:
@@ -144,6 +144,7 @@ class Context:
             self.sharder,
             settings.model.compute_dtype,
             settings.evaluate.batch_size,
+            settings.data.date,
         )
 
     def _trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
@@ -212,7 +213,7 @@ class Context:
         )
 
     def _chat(self, folder: pathlib.Path) -> Chat:
-        return Chat(folder, read_hf_config(folder).vocab_size)
+        return Chat(folder, read_hf_config(folder).vocab_size, self.settings.data.date)
 
     def _encoded(
         self, folder: pathlib.Path, role: str, split: str, field: str = "answer"

@@ -13,6 +13,7 @@ from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
     MODEL,
     array_hashes,
+    check_companions,
     load_checkpoint,
     read_description,
     save_checkpoint,
@@ -22,12 +23,12 @@ from safepatch_jax.io.hf import check_keys, load_params, save_model
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.describe import describe
+from safepatch_jax.models.strays import other_kind
 from safepatch_jax.models.table import param_table
 from safepatch_jax.run import certificate
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, paths, processes
 from safepatch_jax.runtime.console import say, some
-
-_KINDS = ("hf", "orbax", "gguf")
+from safepatch_jax.runtime.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Place:
         if text == "smollm2":
             return cls("gguf", gguf.find_smollm2())
         kind, colon, rest = text.partition(":")
-        if colon and kind in _KINDS and rest:
-            return cls(kind, pathlib.Path(rest).expanduser())
-        path = pathlib.Path(text).expanduser()
-        if not text or (colon and not path.exists()):
+        if colon and kind in paths.MODEL_KINDS and rest:
+            return cls(kind, pathlib.Path(paths.plain(rest)))
+        path = pathlib.Path(paths.plain(text))
+        if colon and not path.exists():
             raise ValueError(
-                f"'{text}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2."
+                f"'{printable(text, 200)}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or "
+                "smollm2."
             )
         if path.suffix == ".gguf":
             return cls("gguf", path)
@@ -92,6 +94,7 @@ def convert(
         `load_params`, `load_checkpoint` and `convert_gguf`.
     """
     origin, goal = Place.parse(source), Place.parse(target)
+    tokenizer = paths.plain(tokenizer) if tokenizer else None
     _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
     export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
     processes.agree(
@@ -136,7 +139,7 @@ def source_facts(place: Place) -> dict[str, Any]:
     if not processes.several():
         return {}
     facts: dict[str, Any] = {}
-    for path in [place.path, *sorted(place.path.rglob("*"))]:
+    for path in [*gguf.parts_of(place.path), *sorted(place.path.rglob("*"))]:
         if path.is_file():
             name = path.relative_to(place.path.parent)
             facts[f"size of {name}"] = path.stat().st_size
@@ -191,14 +194,17 @@ def _to_hf(
     if origin.kind == "orbax":
         config, params, stored = load_checkpoint(origin.path, sharder)
         companions = origin.path / COMPANIONS_FOLDER
-        before = certificate.recorded_hashes(origin.path)
+        before, notes = certificate.recorded_hashes(origin.path), ()
     else:
         config, params = load_params(origin.path, sharder)
         companions, stored = origin.path, stored_dtypes(origin.path)
-        before = processes.on_first(tensor_hashes, Checkpoint(origin.path).tensors)
+        checkpoint = Checkpoint(origin.path)
+        before, notes = processes.on_first(tensor_hashes, checkpoint.tensors), checkpoint.notes
     save_model(out, params, config, companions, stored=stored, **export)
     del params
-    return certificate.certify(out, sharder, logits=logits, kind="export", before=before)
+    return certificate.certify(
+        out, sharder, logits=logits, kind="export", before=before, notes=notes
+    )
 
 
 def inspect_model(model: str, scope: str) -> list[str]:
@@ -211,14 +217,20 @@ def inspect_model(model: str, scope: str) -> list[str]:
             f"--source=gguf:{place.path} --target=hf:DIR."
         )
     if place.kind == "orbax":
+        check_companions(place.path)
         config = read_hf_config(place.path / COMPANIONS_FOLDER)
         return describe(config, scope, read_description(place.path))
     config = read_hf_config(place.path)
-    stored = stored_dtypes(place.path) if has_weights(place.path) else None
-    lines = describe(config, scope, stored)
-    if stored is not None:
-        try:
-            check_keys(Checkpoint(place.path), param_table(config), config)
-        except ValueError as error:
-            lines.append(f"WARNING: {error}")
+    if not has_weights(place.path):
+        lines = describe(config, scope, None)
+        if kind := other_kind(place.path):
+            lines.append(f"WARNING: {kind}")
+        return lines
+    checkpoint = Checkpoint(place.path)
+    lines = describe(config, scope, {name: x.dtype for name, x in checkpoint.tensors.items()})
+    lines += [printable(f"note: {note}") for note in checkpoint.notes]
+    try:
+        check_keys(checkpoint, param_table(config), config)
+    except ValueError as error:
+        lines.append(f"WARNING: {error}")
     return lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -14,6 +13,8 @@ from typing import Any
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.records import read_record
 
 FILE = "environment.json"
 # Beginnings of the names of environment variables that may change results.
@@ -28,10 +29,13 @@ def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder) -> Non
 
 
 def _starts(path: pathlib.Path) -> list[Any]:
-    """Return the earlier starts; none where the file is absent or damaged."""
+    """Return the earlier starts; none where the file is absent, or damaged, which is said."""
+    if not path.is_file():
+        return []
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_record(path, {"starts": list}, "It begins anew.")["starts"]
+    except ValueError as error:
+        say(f"NOTE: {error} Earlier starts are no longer listed.")
         return []
 
 

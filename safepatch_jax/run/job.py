@@ -14,12 +14,15 @@ from safepatch_jax.run import card, certificate, environment, report, steps
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.context import keep_programs
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
-from safepatch_jax.run.stages import FINISHED, Runner, versions
+from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, stage_table, variants
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.runtime.console import example, say, some
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.reading import Refused
+from safepatch_jax.runtime.records import read_record
+from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings, settings_differences
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
@@ -34,6 +37,7 @@ def open_run(
     read: Read = load_records,
     evaluate: Evaluate = steps.evaluate,
     flags: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> Run:
     """Lay out the stages of a run in a folder; nothing is run, and no folder is made. From here on
     compiled programs are kept in the run's cache.
@@ -44,17 +48,19 @@ def open_run(
       read: reads records, see `Context`.
       evaluate: measures a model of the report; a chain measures its models only once.
       flags: what else the command was given, JSON-able: the same in all processes.
+      verify: compare the outputs of all finished stages by SHA-256.
 
     Raises:
       ValueError: bad settings, model or data; processes that differ in any of it.
     """
     run = Run(settings, folder, read)
+    processes.on_first(files.refuse_unusable, run.context.cache_dir, CACHE)
     keep_programs(run.context.cache_dir)
     run.context.check_batches()
     flags = {"--workdir": str(folder)} | dict(flags or {})
     agree_on_run(settings, run.source, flags, lambda: run.context.data_hashes)
     processes.on_first(check_source, run.source)
-    run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir)
+    run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir, verify)
     return run
 
 
@@ -65,6 +71,7 @@ class Job:
       settings: of the run.
       workdir: its folder.
       update: other settings may take the workdir over.
+      verify: compare the outputs of all finished stages by SHA-256.
       read, evaluate: see `open_run`.
 
     Attributes:
@@ -81,15 +88,28 @@ class Job:
         workdir: str | pathlib.Path,
         *,
         update: bool = False,
+        verify: bool = False,
         read: Read = load_records,
         evaluate: Evaluate = steps.evaluate,
     ):
-        refuse = self._refuse_other_settings
-        self._folder = Workdir(workdir, "a run", SETTINGS, NAMES, refuse=refuse)
+        self._folder = Workdir(
+            workdir,
+            "a run",
+            SETTINGS,
+            NAMES,
+            refuse=self._refuse_other_settings,
+            declared=(SETTINGS, environment.FILE),
+        )
         self.settings, self.workdir, self._update = settings, self._folder.path, update
         self._folder.check()  # before data are read, and with several processes the model is hashed
-        flags = {"--update": update}
-        self.state = open_run(settings, self.workdir, read=read, evaluate=evaluate, flags=flags)
+        self.state = open_run(
+            settings,
+            self.workdir,
+            read=read,
+            evaluate=evaluate,
+            flags={"--update": update, "--verify": verify},
+            verify=verify,
+        )
 
     @property
     def runner(self) -> Runner:
@@ -126,7 +146,7 @@ class Job:
     def _begin(self, command: Sequence[str]) -> None:
         if self.runner.status("report") not in FINISHED:
             for name in (*report.FILES, MANIFEST):  # of other settings, or of an unfinished run
-                files.delete(self.workdir / name)
+                (self.workdir / name).unlink(missing_ok=True)
         files.write_json(self.workdir / SETTINGS, self.settings.to_dict())
         environment.write(self.workdir, command, self.state.context.sharder)
 
@@ -137,6 +157,7 @@ class Job:
         names += [f"evaluate_{variant}" for variant in variants(self.settings)]
         names.append("report")
         self.runner.finish(name for name in names if name in self.runner.stages)
+        self.runner.complete()
         processes.on_first(self._publish)
         if not self.settings.run.keep_scratch:
             processes.on_first(self.runner.delete_scratch)
@@ -219,12 +240,12 @@ class Job:
             kinds += [("harmful", "refusal"), ("ordinary", "answer")]
         lines = []
         for role, field in kinds:
-            for example in context.encoded(source, role, "train", field).examples[:count]:
-                prompt = tokenizer.decode(example.prompt_ids, skip_special_tokens=False)
-                answer = tokenizer.decode(example.answer_ids, skip_special_tokens=False)
-                lengths = f"{len(example.prompt_ids)} + {len(example.answer_ids)}"
+            for pair in context.encoded(source, role, "train", field).examples[:count]:
+                prompt = tokenizer.decode(pair.prompt_ids, skip_special_tokens=False)
+                answer = tokenizer.decode(pair.answer_ids, skip_special_tokens=False)
+                lengths = f"{len(pair.prompt_ids)} + {len(pair.answer_ids)}"
                 lines.append(f"--- {role}, {field}: {lengths} tokens")
-                lines.append(f"{prompt}\033[32m{answer}\033[0m")
+                lines.append(example(prompt, answer))
         return lines
 
     def _refuse_other_settings(self) -> None:
@@ -232,13 +253,18 @@ class Job:
         path = self.workdir / SETTINGS
         if not path.is_file():
             return
-        settings = files.read_json(path)
-        if not all(isinstance(group, dict) for group in settings.values()):
-            raise ValueError(f"{path} holds no settings. Delete the workdir or use another.")
+        fix = (
+            f"Copy {SETTINGS} back from a backup, or use another --workdir; nothing was changed in "
+            "this one."
+        )
+        settings = read_record(path, {}, fix)
+        if not is_of_run(settings):
+            raise Refused(f"{path} is no settings file of a run, or damaged. {fix}")
         differences = settings_differences(settings, self.settings.to_dict())
         if differences and not self._update:
+            shown = some([f"{line:.200}" for line in differences])
             raise ValueError(
-                f"The workdir {self.workdir} was made by other settings: {'; '.join(differences)}. "
+                f"The workdir {self.workdir} was made by other settings: {shown}. "
                 "Use another --workdir, or --update to run again the stages that these settings "
                 "change."
             )
@@ -263,6 +289,16 @@ class Job:
         files.write_json(self.workdir / MANIFEST, manifest)
 
 
+def is_of_run(settings: Mapping[str, Any]) -> bool:
+    """Return whether a settings.json was written by a run, of this version or an earlier one: it
+    has all groups, each with options of its own."""
+    for group, options in Settings().to_dict().items():
+        stored = settings.get(group)
+        if not isinstance(stored, dict) or not stored.keys() & options.keys():
+            return False
+    return all(isinstance(group, dict) for group in settings.values())
+
+
 def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     """Align a model and copy the result, which stays in the cache, to a new folder, with
     metrics.jsonl of its training.
@@ -272,7 +308,8 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     """
     out = resolve(out)
     processes.on_first(files.refuse_full_folder, out)
-    run = open_run(settings.override({"align.enabled": True}), out)
+    # What comes out of the cache leaves it here.
+    run = open_run(settings.override({"align.enabled": True}), out, verify=True)
     with processes.new_folder(out) as folder:
         with Metrics(folder) as run.metrics:
             run.runner.finish(["import", "align"])

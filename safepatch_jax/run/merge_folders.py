@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.checkpoint import StoredTree
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.hf import check_keys
+from safepatch_jax.io.names import refuse_unusable
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -28,8 +30,9 @@ from safepatch_jax.patching.statistics import refuse_broken, refuse_no_op, total
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.stages import MANIFEST, versions
 from safepatch_jax.run.steps import describe_totals
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
@@ -65,10 +68,12 @@ def merge_folders(
         empty kept set, a result that equals the backbone.
       OSError: the disk is full or not writable.
     """
+    base, out = paths.plain(base), paths.plain(out)
     files.refuse_full_folder(out)
     config, checkpoint = read_hf_config(base), Checkpoint(base)
     table = param_table(config)
     check_keys(checkpoint, table, config)
+    say_notes(checkpoint.folder, checkpoint.notes)
     scope = ParamTable(table.scope(settings.patch.scope))
     merger = _open_merger(patches, scores, checkpoint, scope, settings)
     dtype = settings.export.dtype
@@ -83,6 +88,7 @@ def merge_folders(
             "settings": {group: settings.to_dict()[group] for group in ("patch", "export")},
             "seed": settings.run.seed,
             "versions": versions(),
+            "notes": list(checkpoint.notes),
             "total": total,
             "tensors": merger.statistics,
         }
@@ -176,7 +182,7 @@ def _open(
     Raises:
       ValueError: nothing of the kind is there, or its tensors are not those of `scope`.
     """
-    place = pathlib.Path(path).expanduser()
+    place = resolve(path)
     if place.is_file():
         if content == "scores":
             raise ValueError(
@@ -187,7 +193,10 @@ def _open(
         return StageTensors(place / _STAGES[content], scope)
     if not place.is_dir() or (place / MANIFEST).is_file():
         raise ValueError(f"{flag}={path}: no {content} is there. {_advice(place, content)}")
-    tensors = Checkpoint(place).tensors
+    checkpoint = Checkpoint(place)
+    tensors = checkpoint.tensors
+    refuse_unusable(tensors, place)
+    say_notes(place, checkpoint.notes)
     problems = _mismatches(tensors, scope, ("float32",) if content == "scores" else tuple(DTYPES))
     if problems:
         raise ValueError(

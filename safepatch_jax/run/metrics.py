@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.records import misfits
 from safepatch_jax.training.step import Recorder
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
@@ -64,7 +65,7 @@ class Metrics:
         """Add the steps of a finished stage that this start did not make: before it was resumed, or
         all of them where the stage was reused. Of these the answer NLL alone is known."""
         path = self._folder / FILE
-        rows = [json.loads(line) for line in _lines(path)]
+        rows = [row for line in _lines(path) if (row := _row(line))]
         known = {row["step"] for row in rows if row["stage"] == stage}
         for step, value in enumerate(nll, 1):
             if step not in known:
@@ -79,7 +80,7 @@ class Metrics:
         path = self._folder / FILE
         kept = [line for line in _lines(path) if not _is_of(line, stage, step)]
         files.write_text(path, "".join(line + "\n" for line in kept))
-        lines = open(path, "a", encoding="utf-8")
+        lines = files.appended(path)
         self._files.append(lines)
         folder = str(self._folder / EVENTS / stage)
         events = SummaryWriter(folder, purge_step=step, flush_secs=5)
@@ -91,13 +92,19 @@ def _lines(path: pathlib.Path) -> list[str]:
     """Return the whole lines of a file; a killed process may have left half of one."""
     if not path.is_file():
         return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    return path.read_bytes().decode(errors="replace").split("\n")[:-1]
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Return the measurement of a line; {} if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return {} if list(misfits(row, {"stage": str, "step": int})) else row
 
 
 def _is_of(line: str, stage: str, step: int) -> bool:
     """Return whether a line is of this stage, at or after a step, or no measurement at all."""
-    try:
-        row = json.loads(line)
-        return row["stage"] == stage and row["step"] >= step
-    except (ValueError, KeyError, TypeError):
-        return True
+    row = _row(line)
+    return not row or (row["stage"] == stage and row["step"] >= step)

@@ -2,30 +2,39 @@
 
 A stage's key is the hash of its name, its settings, the hashes of its outside inputs and the keys
 of the stages it reads. Its folder appears whole, with a manifest, or not at all, so a killed run
-is resumed where it stopped. Scratch stages (derived models and scores) are emptied after success;
-their manifests remain. Where a run has several processes, process 0 reads and writes manifests and
+is resumed where it stopped. What a finished stage holds is compared with its manifest: by size, and
+by SHA-256 where it leaves the run, where a file is newer than the manifest, or where all is to be
+verified. Scratch stages (derived models and scores) are emptied after success; their manifests
+remain. Where a run has several processes, process 0 reads and writes manifests and
 decides for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import json
+import os
 import pathlib
 import platform
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from safepatch_jax import __version__
+from safepatch_jax.run import manifests
+from safepatch_jax.run.manifests import MANIFEST
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.reading import Refused
 
-MANIFEST, _ASIDE = "manifest.json", ".steps"
+_ASIDE = ".steps"
+_ASIDE_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.steps", re.DOTALL)
+CACHE = "--run.cache_dir"
 FINISHED = ("done", "deleted")
 FORMAT = 4  # raise when a stage's outputs change their meaning
 # Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
@@ -59,6 +68,7 @@ class Stage:
         outputs do not matter.
       scratch: its outputs are deleted after success.
       shared: it lives in the cache and serves other runs too.
+      leaves: its outputs are what the run gives away, and are verified by hash.
     """
 
     name: str
@@ -71,6 +81,7 @@ class Stage:
     results: tuple[str, ...] = ()
     scratch: bool = False
     shared: bool = False
+    leaves: bool = False
 
     @functools.cached_property
     def source_hashes(self) -> dict[str, str]:
@@ -79,12 +90,26 @@ class Stage:
 
 
 class Runner:
-    """Runs the stages of one workdir."""
+    """Runs the stages of one workdir.
 
-    def __init__(self, stages: Iterable[Stage], workdir: pathlib.Path, cache_dir: pathlib.Path):
+    Args:
+      stages: in the order in which they run.
+      workdir, cache_dir: where their folders lie.
+      verify: compare all outputs by SHA-256 before they are used.
+    """
+
+    def __init__(
+        self,
+        stages: Iterable[Stage],
+        workdir: pathlib.Path,
+        cache_dir: pathlib.Path,
+        verify: bool = False,
+    ):
         self.stages = {stage.name: stage for stage in stages}
-        self._workdir, self._cache_dir = workdir, cache_dir
+        self._workdir, self._cache_dir, self._verify = workdir, cache_dir, verify
         self._keys: dict[str, str] = {}
+        self._verified: dict[str, list[int]] = {}  # times of the files that were hashed, by stage
+        self._damages: dict[str, str] = {}  # what is wrong with a stage, as process 0 sees it
         if processes.several():
             # A key may need hashes that process 0 takes and sends to all. So all take them now: a
             # key that is first needed within `on_first` would never be sent, and the others would
@@ -125,38 +150,60 @@ class Runner:
     def manifest(self, name: str) -> dict[str, Any] | None:
         """Return the manifest if the stage was finished with these very inputs, else None; as this
         process sees it."""
-        try:
-            manifest = json.loads((self.folder(name) / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except json.JSONDecodeError:
+        state, manifest = manifests.read(self.folder(name))
+        if state == manifests.DAMAGED and name not in self._damages:
+            self._damages[name] = "its manifest is damaged"
             say(f"{name}: its manifest is damaged; the stage runs again.")
-            return None
         return manifest if manifest.get("key") == self.key(name) else None
 
     def status(self, name: str) -> str:
         """Return 'done', 'deleted' (finished, outputs deleted as scratch), 'damaged' or 'to run';
-        process 0 decides."""
+        process 0 decides. Raises ValueError if the stage's folder is a link."""
         return processes.on_first(self._status, name)
 
     def _status(self, name: str) -> str:
+        folder = self.folder(name)
+        files.refuse_link(folder, folder.parent if self.stages[name].shared else self._workdir)
         manifest = self.manifest(name)
         if manifest is None:
             return "to run"
         if manifest["deleted"]:
             return "deleted"
-        for relative, entry in manifest["outputs"].items():
-            path = self.folder(name) / relative
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                return "damaged"
-        return "done"
+        damage = self._damage(name, manifest)
+        if damage:
+            self._damages[name] = damage
+        return "damaged" if damage else "done"
+
+    def _damage(self, name: str, manifest: Mapping[str, Any]) -> str:
+        """Say what of a stage's outputs is not as its manifest says; '' if nothing is."""
+        folder = self.folder(name)
+        if manifests.changed_output(folder, manifest):
+            return "outputs are missing or have another size than its manifest says"
+        own, *times = look = manifests.look(folder, manifest)
+        newer = max(times, default=0) > own
+        if not (newer or self._verify or self.stages[name].leaves):
+            return ""
+        if self._verified.get(name) != look:
+            if other := manifests.other_output(folder, manifest):
+                return f"{other} has other bytes than its manifest says (SHA-256)"
+            if newer:  # it was copied, say: so that it is not hashed at every start
+                with contextlib.suppress(OSError):
+                    os.utime(folder / MANIFEST)
+            self._verified[name] = manifests.look(folder, manifest)
+        return ""
 
     def result(self, name: str) -> dict[str, Any]:
         """Return what a finished stage reported."""
         return processes.on_first(self._result, name)
 
     def _result(self, name: str) -> dict[str, Any]:
-        return self.manifest(name)["result"]
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise Refused(
+                f"{self.folder(name) / MANIFEST} is gone or damaged. Give the same command again, "
+                "and the stage is made again."
+            )
+        return manifest["result"]
 
     def need(self, name: str) -> pathlib.Path:
         """Return the folder of a stage with its outputs in place, running it and what it reads
@@ -165,20 +212,25 @@ class Runner:
         if status == "done":
             return folder
         if status == "damaged":
-            say(
-                f"{name}: outputs are missing or have another size than its manifest says; "
-                "the stage runs again."
-            )
+            say(f"{name}: {self._damages.get(name, '')}; the stage runs again.")
         for dependency in stage.inputs:
             self.need(dependency)
         for dependency in stage.results:
             if self.status(dependency) not in FINISHED:
                 self.need(dependency)
+        if stage.shared:
+            processes.on_first(files.make_usable, self._cache_dir / "stages", CACHE)
         with processes.locked(folder.with_name(f".{folder.name}.lock")):
             # Another run that shares the stage may have finished it meanwhile.
             if self.status(name) != "done":
                 self._execute(stage)
         return folder
+
+    def complete(self) -> None:
+        """Run what of all stages is not finished, as where a manifest was lost."""
+        for name in self.stages:
+            if self.status(name) not in FINISHED:
+                self.need(name)
 
     def finish(self, names: Iterable[str]) -> None:
         """Bring the named stages up to date; what is finished is not run again."""
@@ -207,29 +259,42 @@ class Runner:
         what it kept under other settings."""
         folders = [self.aside(name)]
         if not self.stages[name].shared:
-            folders += self.folder(name).parent.glob(f".{name}.*{_ASIDE}")
+            for folder in self.folder(name).parent.glob(f".*{_ASIDE}"):
+                if _stage_aside(folder.name) == name:
+                    folders.append(folder)
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # refuses a link
 
     def delete_scratch(self) -> None:
         """Delete the outputs of scratch stages, keeping their manifests, and whatever a killed run
         left half-made."""
-        for path in (self._workdir / "stages").iterdir():
-            if path.is_dir() and path.name not in self.stages:
-                shutil.rmtree(path)
+        left = delete_stages(self._workdir / "stages", keep=self.stages)
         for name, stage in self.stages.items():
-            if not stage.scratch:
-                continue
-            manifest = self.manifest(name)
+            manifest = self.manifest(name) if stage.scratch else None
             if manifest is None:
                 continue
+            folder = self.folder(name)
+            files.refuse_link(folder, folder.parent if stage.shared else self._workdir)
             # The manifest first: a kill in between must not leave a stage that seems damaged.
-            files.write_json(self.folder(name) / MANIFEST, {**manifest, "deleted": True})
-            for path in self.folder(name).iterdir():
-                if path.name != MANIFEST:
-                    files.delete(path)
+            manifests.write(folder, {**manifest, "deleted": True})
+            manifests.delete_outputs(folder, manifest)
+            left += [f"{name}/{other}" for other in manifests.strangers(folder)]
+        if left:
+            say(f"Left in {self._workdir / 'stages'}, as no run has made it: {some(left, ', ')}")
+
+    def _refuse_strangers(self, name: str) -> None:
+        """Raise ValueError if a stage's folder, which is to be replaced, holds what no run has
+        made."""
+        folder = self.folder(name)
+        if strangers := manifests.strangers(folder):
+            raise Refused(
+                f"{folder} holds files that no run has made ({some(strangers, ', ')}), and the "
+                f"stage {name} needs that folder for itself. They were left as they are; move them "
+                "away, then give the same command again."
+            )
 
     def _execute(self, stage: Stage) -> None:
+        processes.on_first(self._refuse_strangers, stage.name)
         say(f"{stage.name}: running")
         start = time.monotonic()
         with processes.new_folder(self.folder(stage.name), replace=True) as folder:
@@ -255,7 +320,37 @@ class Runner:
             "seconds": round(time.monotonic() - start, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        files.write_json(folder / MANIFEST, manifest)
+        manifests.write(folder, manifest)
+
+
+def delete_stages(folder: pathlib.Path, keep: Iterable[str] = ()) -> list[str]:
+    """Delete the stages in a folder but for some, and what killed runs left half-made there; return
+    the names of what is left, as no run has made it."""
+    keep, left = set(keep), []
+    if not folder.is_dir():
+        return []
+    files.refuse_link(folder)
+    for path in sorted(folder.iterdir()):
+        if not path.is_symlink() and (files.half_written(path.name) or _stage_aside(path.name)):
+            files.delete(path)
+        elif path.is_dir() and path.name not in keep:
+            left += manifests.delete_stage(path)
+        elif _is_idle_lock(path, keep):
+            path.unlink()
+    return left
+
+
+def _is_idle_lock(path: pathlib.Path, keep: Collection[str]) -> bool:
+    """Return whether a file is the lock of a stage that is not kept."""
+    name = path.name.removeprefix(".").removesuffix(files.LOCK)
+    is_lock = path.name == f".{name}{files.LOCK}" and name not in keep
+    return is_lock and not path.is_symlink() and path.is_file() and not path.stat().st_size
+
+
+def _stage_aside(name: str) -> str:
+    """Return the stage whose checkpoints a folder of this name holds; '' if it is no such name."""
+    match = _ASIDE_NAME.fullmatch(name)
+    return match[1] if match else ""
 
 
 def _has_outputs(folder: pathlib.Path) -> bool:

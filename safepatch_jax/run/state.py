@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from safepatch_jax.data.records import Record, load_records
+from safepatch_jax.io import gguf
 from safepatch_jax.io.checkpoint import read_description
+from safepatch_jax.io.companions import TEMPLATES
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.run.context import Context
@@ -86,8 +88,14 @@ def check_source(source: Place) -> None:
 def source_hashes(source: Place) -> Mapping[str, str]:
     """Return the SHA-256 of every file of a model's source."""
     if source.kind == "gguf":
-        return {"gguf": files.file_sha256(source.path)}
-    paths = source.path.rglob("*") if source.kind == "orbax" else source.path.iterdir()
+        parts = gguf.parts_of(source.path)
+        if parts == [source.path]:
+            return {"gguf": files.file_sha256(source.path)}
+        return {part.name: files.file_sha256(part) for part in parts if part.is_file()}
+    if source.kind == "orbax":
+        paths = source.path.rglob("*")
+    else:
+        paths = [*source.path.iterdir(), *(source.path / TEMPLATES).glob("*.jinja")]
     hashes = {}
     for path in sorted(paths):
         if path.is_file():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.pipeline import Pool
 from safepatch_jax.evaluation.measures import ANSWERS
+from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.checkpoint import load_tree, save_tree
 from safepatch_jax.io.folder import Checkpoint, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, save_model
@@ -47,7 +48,9 @@ def import_model(run: Run, out: pathlib.Path) -> Result:
         convert(f"{source.kind}:{source.path}", f"hf:{folder}", mesh=mesh, certify="hashes")
     config = read_hf_config(folder)
     table = param_table(config)
-    check_keys(Checkpoint(folder), table, config)
+    checkpoint = Checkpoint(folder)
+    check_keys(checkpoint, table, config)
+    say_notes(folder, checkpoint.notes)
     Chat(folder, config.vocab_size)  # a bad tokenizer is found now, not after training
     head = "tied" if config.tied_head else "untied"
     say(

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from safepatch_jax.data.rendering import DATE
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
 from safepatch_jax.run.stages import Stage, version_of
@@ -93,12 +94,12 @@ def _model(run: Run) -> list[Stage]:
     base = _base(s)
     stages = [
         Stage("patch", patch, _parts(s), _patch_settings(s), scratch=True),
-        Stage("export", export, (base, "patch"), dataclasses.asdict(s.export)),
+        Stage("export", export, (base, "patch"), dataclasses.asdict(s.export), leaves=True),
     ]
     reads = (base, "export")
     if s.export.dtype == "keep":  # a patch file holds differences of bits
         write = functools.partial(steps.write_patch_file, run)
-        stages.append(Stage("patch_file", write, reads, results=("patch",)))
+        stages.append(Stage("patch_file", write, reads, results=("patch",), leaves=True))
     certify = functools.partial(steps.certify_export, run)
     stages.append(Stage("certify_export", certify, reads, *_certificate(s), results=("patch",)))
     return stages
@@ -139,9 +140,14 @@ def _certificate(s: Settings) -> tuple[dict[str, Any], dict[str, str]]:
     }
 
 
+def _prompt_settings(s: Settings) -> dict[str, Any]:
+    """Return the settings on which rendered prompts depend, if they are not the defaults."""
+    return {} if s.data.date == DATE else {"date": s.data.date}
+
+
 def _training_settings(s: Settings) -> dict[str, Any]:
     """Return the settings on which every stage that takes gradients depends."""
-    return {
+    return _prompt_settings(s) | {
         "compute_dtype": s.model.compute_dtype,
         "attention": s.model.attention,
         "loss": s.derive.loss,
@@ -180,9 +186,13 @@ def _patch_settings(s: Settings) -> dict[str, Any]:
 
 def evaluate_settings(s: Settings) -> dict[str, Any]:
     """Return the settings on which the measures of a model depend."""
-    return dataclasses.asdict(s.evaluate) | {
-        "max_prompt_tokens": s.data.max_prompt_tokens,
-        "max_answer_tokens": s.data.max_answer_tokens,
-        "eval_limit": s.data.eval_limit,
-        "compute_dtype": s.model.compute_dtype,
-    }
+    return (
+        dataclasses.asdict(s.evaluate)
+        | _prompt_settings(s)
+        | {
+            "max_prompt_tokens": s.data.max_prompt_tokens,
+            "max_answer_tokens": s.data.max_answer_tokens,
+            "eval_limit": s.data.eval_limit,
+            "compute_dtype": s.model.compute_dtype,
+        }
+    )

@@ -9,13 +9,32 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from safepatch_jax.runtime.processes import first
+from safepatch_jax.runtime.text import printable
+
+_MOST_OF_EXAMPLE = 50_000  # characters
+_INDENTED = "\n  "
 
 
 def say(text: str) -> None:
-    """Print one line, in the first process alone."""
+    """Print one line, in the first process alone; what could steer the terminal is escaped."""
+    show(printable(text))
+
+
+def show(text: str) -> None:
+    """Print lines with styles of our own, in the first process alone; the caller has passed what
+    comes from others through `printable`."""
     if first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def example(text: str, answer: str = "") -> str:
+    """Return a text of others, and an answer in green after it, as `show` may print them: lines
+    after the first are indented, so that none of them passes for one of ours."""
+    shown = printable(text, _MOST_OF_EXAMPLE, _INDENTED)
+    if answer:
+        shown += f"\033[32m{printable(answer, _MOST_OF_EXAMPLE, _INDENTED)}\033[0m"
+    return shown
 
 
 def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
@@ -24,7 +43,7 @@ def progress(total: int, title: str, unit: str, done: int = 0) -> tqdm:
     return tqdm(
         total=total,
         initial=done,
-        desc=f"  {title}",
+        desc=f"  {printable(title, 60)}",
         unit=unit,
         unit_scale=unit == "B",
         file=sys.stderr,

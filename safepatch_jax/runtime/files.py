@@ -1,21 +1,35 @@
-"""Atomic writes, hashes, and paths that stay inside their folder."""
+"""Atomic writes, hashes, and paths that stay inside their folder.
+
+Links are never followed where something is locked, appended or deleted: what they lead to is not
+ours.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
-LOCK = ".lock"
+from safepatch_jax.runtime.locks import LOCK, claimed, locked, open_alone
+from safepatch_jax.runtime.reading import Refused, reading
+from safepatch_jax.runtime.text import redacted
+
+__all__ = ["LOCK", "claimed", "locked"]
+
+FETCH = "Fetch or copy the file again."
+# Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial, and
+# of what `processes.shared` writes.
+_HALF_WRITTEN = re.compile(
+    r"\..+\.(?:(?:[0-9a-f]{8}|None)-)?\d+(?:\.\w+)?\.partial|\.shared\.\w{8}\.partial", re.DOTALL
+)
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
@@ -23,9 +37,24 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     whole new one."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
+    with _renamed(path) as temporary, new_alone(temporary) as f:
+        f.write(redacted(text).encode())
         _sync(f)
+
+
+def new_alone(path: pathlib.Path) -> BinaryIO:
+    """Open a new file to be filled, in the place of one of this name, which is ours; a link is
+    removed and not followed."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "wb")
+
+
+def appended(path: str | pathlib.Path) -> IO[str]:
+    """Open a text file of ours, to which lines are added. Raises ValueError if it is a link or no
+    file."""
+    path = pathlib.Path(path)
+    return open(open_alone(path, os.O_WRONLY | os.O_APPEND)[0], "a", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -45,19 +74,23 @@ def _sync(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def read_json(path: str | pathlib.Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object. Raises ValueError if it is absent, damaged or another
-    value."""
+def sync_folder(folder: pathlib.Path) -> None:
+    """Bring names in a folder to the disk, so that they outlive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); fetch or copy the file again."
-        ) from error
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: str | pathlib.Path, fix: str = FETCH) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises ValueError, which ends with `fix`, if it is
+    absent, damaged or another value."""
+    with reading(path, "JSON", fix):
+        # A byte order mark may stand before it.
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds {type(value).__name__}, not an object; fetch or copy the file again."
-        )
+        raise Refused(f"{path} holds {type(value).__name__}, not an object. {fix}")
     return value
 
 
@@ -66,11 +99,12 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: str | pathlib.Path) -> list[Any]:
+def read_jsonl(path: str | pathlib.Path, fix: str = FETCH) -> list[Any]:
     """Read one JSON value a line; lines end at newlines alone, not at the other breaks that text
-    may hold (U+2028)."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    may hold (U+2028). Raises ValueError, which ends with `fix`, if one is damaged."""
+    with reading(path, "JSON lines", fix):
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def write_jsonl(path: str | pathlib.Path, rows: Iterable[Any]) -> None:
@@ -81,8 +115,9 @@ def write_jsonl(path: str | pathlib.Path, rows: Iterable[Any]) -> None:
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy a file under a temporary name, then rename."""
-    with _renamed(target) as temporary:
-        shutil.copyfile(source, temporary)
+    with open(source, "rb") as reader, _renamed(target) as temporary:
+        with new_alone(temporary) as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 @contextlib.contextmanager
@@ -95,45 +130,38 @@ def published(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             copy(path, folder / path.name)
 
 
-@contextlib.contextmanager
-def locked(path: str | pathlib.Path) -> Iterator[None]:
-    """Hold an exclusive lock, which a dead process does not keep, while the block runs."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
 def half_written(name: str) -> bool:
     """Return whether a name is one under which this project fills files and folders before it
     renames them."""
-    return name.startswith(".") and name.endswith(".partial")
+    return _HALF_WRITTEN.fullmatch(name) is not None
 
 
-@contextlib.contextmanager
-def claimed(folder: str | pathlib.Path) -> Iterator[None]:
-    """Be the only process that works in a folder while the block runs; a dead process claims
-    nothing.
+def make_usable(folder: pathlib.Path, flags: str) -> None:
+    """Make a folder that many runs share. Raises ValueError, which names the flags that give
+    another one, if it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable(folder, error.strerror or str(error), flags) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise unusable(folder, "no permission to write there", flags)
 
-    Raises:
-      ValueError: another one is at work there; says which.
-    """
-    path = pathlib.Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            f.seek(0)
-            raise ValueError(
-                f"Another run is at work in {folder} ({f.read().strip() or 'just begun'}). Wait "
-                "until it has ended, stop it, or give another folder."
-            ) from error
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}")
-        f.flush()
-        yield
+
+def refuse_unusable(folder: pathlib.Path, flags: str) -> None:
+    """Raise ValueError as `make_usable` if a folder that is not there cannot be made; nothing is
+    made."""
+    if folder.is_dir():
+        return
+    parent = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not parent.is_dir():
+        raise unusable(folder, f"{parent} is no folder", flags)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise unusable(folder, f"no permission to write in {parent}", flags)
+
+
+def unusable(folder: pathlib.Path, reason: str, flags: str) -> Refused:
+    """Return the error for a folder that cannot be written."""
+    return Refused(f"{folder} cannot be written: {reason}. Give a folder that can, with {flags}.")
 
 
 def refuse_full_folder(path: str | pathlib.Path) -> None:
@@ -158,7 +186,7 @@ def _process_space() -> str | None:
     return hashlib.sha256((boot + namespace).encode()).hexdigest()[:8]
 
 
-def _delete_abandoned(path: pathlib.Path) -> None:
+def delete_abandoned(path: pathlib.Path) -> None:
     """Delete what killed processes left half-filled beside a folder or file; those of other
     machines are left alone."""
     if _process_space() is None:
@@ -185,8 +213,8 @@ def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
             f"'{path}' exists; nothing was written. Give another name or remove it first."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _delete_abandoned(path)
-    with _renamed(path) as temporary, open(temporary, "wb") as file:
+    delete_abandoned(path)
+    with _renamed(path) as temporary, new_alone(temporary) as file:
         yield file
         _sync(file)
 
@@ -197,8 +225,10 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
 
     Raises:
       ValueError: `path` exists, is not an empty folder, and `replace` is not set; or it cannot be
-        renamed over.
+        renamed over; or it is a link to what `replace` would delete.
     """
+    if replace:
+        refuse_link(pathlib.Path(path))
     path = pathlib.Path(path).resolve()
     if not replace:
         refuse_full_folder(path)
@@ -208,7 +238,7 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
             "whole. Give the name of a new folder inside it."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _delete_abandoned(path)
+    delete_abandoned(path)
     prefix = f".{path.name}.{_process_space()}-{os.getpid()}."
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
     # mkdtemp makes it for its owner alone; it gets the mode that the folder has or would have had.
@@ -252,6 +282,21 @@ def delete(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def refuse_link(path: pathlib.Path, root: pathlib.Path | None = None) -> None:
+    """Raise ValueError if what is to be changed or deleted is a link, or lies below `root` behind
+    one: there it is not ours."""
+    for place in (path, *path.parents):
+        if place == root:
+            break
+        if place.is_symlink():
+            raise Refused(
+                f"{place} is a link to {os.readlink(place)}, whose content is neither changed nor "
+                "deleted. Put a folder in its place, or remove the link."
+            )
+        if root is None:
+            break
+
+
 def umask() -> int:
     """Return the process's file mode mask."""
     mask = os.umask(0o022)
@@ -265,13 +310,14 @@ def file_sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def folder_hashes(folder: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted."""
+def folder_hashes(folder: str | pathlib.Path, leave_out: str = "") -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted, but for
+    those of one folder in it."""
     folder, result = pathlib.Path(folder), {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            result[str(path.relative_to(folder))] = entry
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] != leave_out:
+            result[str(name)] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return result
 
 
@@ -281,14 +327,14 @@ def text_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def own_file(path: pathlib.Path) -> pathlib.Path:
-    """Return `path` if it lies in its folder, or is a link as the Hugging Face cache makes them
-    (into its ``blobs``).
+def own_file(path: pathlib.Path, folder: pathlib.Path | None = None) -> pathlib.Path:
+    """Return `path` if it lies in `folder` (by default the one it is in), or is a link as the
+    Hugging Face cache makes them (into its ``blobs``).
 
     Raises:
       ValueError: it is a link to somewhere else, whose content would be published with a model.
     """
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = (folder or path.parent).resolve(), path.resolve()
     if target.is_relative_to(folder):
         return path
     if folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs":
@@ -308,6 +354,7 @@ def plain_name(name: str, where: str) -> str:
     plain = isinstance(name, str) and name not in ("", ".", "..")
     if not plain or any(character in name for character in "/\\:\0"):
         raise ValueError(
-            f"{where}: refusing the file name {name!r}: it must be a plain name inside the folder."
+            f"{where}: refusing the file name {name!r:.100}: it must be a plain name inside the "
+            "folder."
         )
     return name

@@ -15,12 +15,15 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+
+from safepatch_jax.runtime.meeting import meet
+from safepatch_jax.runtime.reading import reason
+from safepatch_jax.runtime.text import printable
 
 ROOT = "safepatch_jax/"  # of keys in the store of JAX's coordination service
 _ALIVE, _FAILED = ROOT + "alive/", ROOT + "failed/"  # one key a process
@@ -66,6 +69,8 @@ def initialize(
         time; the port is in use.
     """
     _check_addresses(coordinator, num_processes, process_id)
+    if coordinator is not None:
+        meet(coordinator, num_processes, process_id, timeout)
     import jax
 
     _State.called = True
@@ -88,9 +93,16 @@ def initialize(
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        raise ValueError(_describe_absence(coordinator, num_processes, process_id, timeout))
+        raise ValueError(
+            f"Not all processes of this run came within {timeout:.0f} s. Start the same command "
+            "on every host (worker, task), and see that the hosts reach one another."
+        )
     if failure:
-        raise ValueError(_describe_failure(str(failure[0]), coordinator)) from failure[0]
+        raise ValueError(
+            f"The processes of this run could not be found ({reason(failure[0])}). --distributed "
+            "alone works on TPU pod slices and under SLURM (srun), Open MPI and Kubernetes; "
+            "elsewhere give --coordinator=HOST:PORT, --num_processes and --process_id."
+        ) from failure[0]
     state = runtime()
     _State.index, _State.count = state.process_id, state.num_processes
     if _State.count > 1:
@@ -131,52 +143,12 @@ def _check_addresses(
         )
 
 
-def _describe_failure(text: str, coordinator: str | None) -> str:
-    """Say why JAX could not join the processes, and how to fix it; `text` is its error."""
-    if "start RPC server" in text:
-        return (
-            f"Process 0 cannot open {coordinator or 'its port'}: it is in use. Give all processes "
-            "another port in --coordinator, or end what uses it."
-        )
-    reason = text.partition("\n")[0]
-    return (
-        f"The processes of this run could not be found ({reason}). --distributed alone works on "
-        "TPU pod slices and under SLURM (srun), Open MPI and Kubernetes; elsewhere give "
-        "--coordinator=HOST:PORT, --num_processes and --process_id."
-    )
-
-
-def _describe_absence(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
-) -> str:
-    """Say which processes did not join in time, as far as this one can tell."""
-    if coordinator is None:
-        return (
-            f"Not all processes of this run came within {timeout:.0f} s. Start the same command "
-            "on every host (worker, task), and see that the hosts reach one another."
-        )
-    host, _, port = coordinator.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        return (
-            f"Process {process_id} found nobody at {coordinator} within {timeout:.0f} s "
-            f"({error.strerror or error}). Start process 0 on that host, give its address as this "
-            "host sees it, and let the port through a firewall."
-        )
-    return (
-        f"Of {num_processes} processes not all came to {coordinator} within {timeout:.0f} s. "
-        "Start the same command with "
-        f"each of --process_id=0 ... --process_id={num_processes - 1}, each once."
-    )
-
-
 def joined() -> bool:
     """Return whether `initialize` has joined this process to others, which `fail` would end too."""
     return _State.count > 1
 
 
-def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
+def fail(text: str, code: int, *, consequence: bool = False, at_once: bool = False) -> NoReturn:
     """Print an error and end this process; where there are several, end them all.
 
     Process 0 prints: an error that all have once, else each error with the processes that have it.
@@ -188,10 +160,11 @@ def fail(text: str, code: int, *, consequence: bool = False) -> NoReturn:
       text: the error.
       code: exit code.
       consequence: of another process's failure; printed only if no process has an error of its own.
+      at_once: without Python's orderly end, in which a program that is being compiled would crash.
     """
     if _State.count == 1:
         _print_error("", text)
-        if not _State.called:
+        if not (_State.called or at_once):
             sys.exit(code)
         os._exit(code)  # a thread may still wait for processes that do not come
     with _ending:
@@ -247,7 +220,7 @@ def _print_error(whose: str, text: str) -> None:
     # The watching thread may print while the main thread shows a progress bar: below it, then.
     above = "" if threading.current_thread() is threading.main_thread() else "\n"
     with contextlib.suppress(OSError):  # the disk may be full where the output goes
-        print(f"{above}{whose}error: {text}", file=sys.stderr, flush=True)
+        print(f"{above}{whose}error: {printable(text)}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 CODE = 143  # of a process that SIGTERM ended
+_MOMENT = 0.1  # seconds
+_AGAIN = 5  # seconds after which Ctrl-C is raised once more
 _GRACE = 300  # seconds: longer than files take to be closed and folders to be cleared away
 
 
@@ -36,6 +38,40 @@ def on_signal(*_: Any) -> None:
         sys.exit(CODE)
     else:
         _State.requested = True
+
+
+def install() -> None:
+    """Handle SIGTERM and Ctrl-C from here on. In the main thread."""
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_interrupt)
+    sys.unraisablehook = _on_lost
+
+
+def _on_lost(unraisable: Any) -> None:
+    """Raise again, a moment later, what a signal raised within a callback of a library or a
+    destructor, where Python only prints it."""
+    handler = {KeyboardInterrupt: on_interrupt, SystemExit: on_signal}.get(unraisable.exc_type)
+    if handler is None:
+        sys.__unraisablehook__(unraisable)
+        return
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+
+
+def on_interrupt(*_: Any) -> None:
+    """Handle Ctrl-C: raise KeyboardInterrupt, and again after a while if a library dropped it."""
+    signal.signal(signal.SIGALRM, _on_alarm)
+    signal.alarm(_AGAIN)
+    raise KeyboardInterrupt
+
+
+def _on_alarm(*_: Any) -> None:
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:  # it was lost
+        on_interrupt()
+    signal.alarm(_AGAIN)  # files are closed and folders cleared away
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 Every command that works in a folder for long (a run, a sweep, a comparison, a chain, an evaluation)
 takes these steps in the same order: refuse a folder that is not its own, see that all processes
-share it, lock it, clear what a killed run left half-written. They are here once.
+share it, lock it, clear what a killed run left half-written. They are here once. Where the command
+fails before anything is done, it leaves nothing that a corrected command would stumble over.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ from typing import Any
 
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.paths import resolve
 
 _MOST = 4  # names in an error
-
-
-def resolve(path: str | pathlib.Path) -> pathlib.Path:
-    """Return the absolute path of a folder that a user named; '~' is the home folder."""
-    return pathlib.Path(path).expanduser().absolute()
 
 
 class Workdir:
@@ -34,6 +31,8 @@ class Workdir:
       names: patterns of the files and folders that the command puts there.
       flag: with which the folder is given, in errors.
       refuse: raises ValueError for what else makes the folder unusable; called on process 0.
+      declared: names of files that only say what the folder is for. Where nothing else has come
+        into a folder that was new or empty when the command fails, they are deleted with it.
 
     Attributes:
       path: absolute.
@@ -47,8 +46,10 @@ class Workdir:
         names: Collection[str],
         flag: str = "--workdir",
         refuse: Callable[[], Any] | None = None,
+        declared: Collection[str] = (),
     ):
         self.path = resolve(path)
+        self._declared = (*declared, files.LOCK)
         self._kind, self._mark, self._flag, self._refuse = kind, mark, flag, refuse
         self._names = (*names, files.LOCK)
 
@@ -84,14 +85,45 @@ class Workdir:
           ValueError: as `check`; another run at work; processes that do not share a folder.
         """
         self.check()  # before the folder is made, or anything is written to it
-        for folder in (self.path, *others):
-            processes.shared(folder)
-        with processes.claimed(self.path):
-            self.check()  # another run may have been at work meanwhile
-            processes.on_first(self._clear_half_written)
-            yield
+        made = not self.path.is_dir()
+        new = made or not any(self.path.iterdir())
+        try:
+            for folder in (self.path, *others):
+                processes.shared(folder)
+            with processes.claimed(self.path):
+                self.check()  # another run may have been at work meanwhile
+                processes.on_first(self._clear_half_written)
+                try:
+                    yield
+                except BaseException:
+                    if new and processes.first():
+                        self._clear_declared()
+                    raise
+        except BaseException:
+            if made and processes.first():
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+            raise
 
     def _clear_half_written(self) -> None:
         for path in self.path.iterdir():
             if files.half_written(path.name):
                 files.delete(path)
+
+    def _clear_declared(self) -> None:
+        """Delete what declares the folder, where nothing but that, locks and empty folders is in
+        it."""
+        folders, held = [], []
+        for path in sorted(self.path.rglob("*")):
+            is_lock = path.name.startswith(".") and path.name.endswith(files.LOCK)
+            if path.is_dir() and not path.is_symlink():
+                folders.append(path)
+            elif path.name in self._declared or is_lock:
+                held.append(path)
+            else:
+                return
+        with contextlib.suppress(OSError):
+            for path in held:
+                path.unlink()
+            for path in reversed(folders):
+                path.rmdir()

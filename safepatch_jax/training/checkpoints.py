@@ -24,7 +24,7 @@ import tensorstore as ts
 from absl import logging as absl_logging
 from jax import lax
 
-from safepatch_jax.io.checkpoint import from_disk, handler
+from safepatch_jax.io.checkpoint import from_disk, handler, literal
 from safepatch_jax.numerics import row_major_index
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
@@ -50,10 +50,12 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, abstract: Any):
         self._folder, self._abstract = pathlib.Path(folder).absolute(), abstract
+        processes.on_first(files.refuse_link, self._folder)
         absl_logging.get_absl_handler().addFilter(_is_not_raised_too)
         processes.on_first(self._folder.mkdir, parents=True, exist_ok=True)
+        self._aliases = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            self._aliases.enter_context(literal(self._folder)),
             item_handlers={"state": handler(abstract), "facts": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True),
         )
@@ -73,6 +75,7 @@ class Checkpoints:
         # `close` raises again what `wait` has raised.
         with contextlib.suppress(Exception):
             self._manager.close()
+        self._aliases.close()
 
     def restore(self) -> tuple[Any, dict[str, Any]] | None:
         """Return state and facts of the last checkpoint that is intact; None where there is none.
@@ -102,9 +105,9 @@ class Checkpoints:
         folder, flat, reason = self._folder / str(step), _flat(self._abstract), ""
         try:
             metadata = files.read_json(folder / "facts" / "metadata")
-            saved, facts = metadata["checksums"], metadata["facts"]
+            saved, facts = _facts(metadata)
             arrays = {name: _stored_array(folder / "state", name, x) for name, x in flat.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever damaged bytes make their readers raise
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         if reasons := list(filter(None, processes.everyones(reason))):
             return reasons[0], None
@@ -128,7 +131,13 @@ class Checkpoints:
                 step,
                 force=True,
                 args=ocp.args.Composite(
-                    facts=ocp.args.JsonSave({"facts": facts, "checksums": checksums(flat)}),
+                    facts=ocp.args.JsonSave(
+                        {
+                            "facts": facts,
+                            "facts_sha256": files.text_hash(facts),
+                            "checksums": checksums(flat),
+                        }
+                    ),
                     state=ocp.args.PyTreeSave(flat),
                 ),
             )
@@ -161,6 +170,18 @@ def _is_not_raised_too(record: logging.LogRecord) -> bool:
     """Return whether to keep a log record: failed writes, which orbax and asyncio log, are raised
     too."""
     return not (record.exc_info and any(text in record.getMessage() for text in _RAISED_TOO))
+
+
+def _facts(metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return (checksums by array, facts) as `save` has written them. Raises ValueError if they are
+    damaged."""
+    saved, facts = metadata.get("checksums"), metadata.get("facts")
+    if not isinstance(saved, dict) or not isinstance(facts, dict):
+        raise ValueError("its facts or checksums are gone")
+    digest = files.text_hash(facts)  # checkpoints of earlier versions have none
+    if metadata.get("facts_sha256", digest) != digest:
+        raise ValueError("its facts are not as they were saved")
+    return saved, facts
 
 
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:

@@ -371,7 +371,7 @@ def test_killed_while_preparing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(builders.SafetySets, "_generate_examples", die)
         load_set("oktest", "test", str(tmp_path / "manual"), tmp_path / "data")
-    assert not list((tmp_path / "data").glob("*/safety_sets/oktest/1.0.0"))
+    assert not list((tmp_path / "data").glob("*/safety_sets/oktest/1.0.1"))
     assert len(load_set("oktest", "test", str(tmp_path / "manual"), tmp_path / "data")) == 2
 
 

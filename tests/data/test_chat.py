@@ -1,6 +1,7 @@
 """Chat template, answer mask and batch layout, with the byte tokenizer of the tiny model."""
 
 import json
+import random
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from safepatch_jax.data.chat import (
     training_batch,
 )
 from safepatch_jax.data.records import Record
+from safepatch_jax.runtime.text import printable
 
 START, END, PAD = 256, 257, 258  # <|im_start|>, <|im_end|>, <|pad|>
 EXAMPLES = (
@@ -124,8 +126,8 @@ def test_all_prompts_too_long(chat):
 
 def test_pairs_of_records():
     records = [Record("p", "a", "r", "", "train")]
-    assert answer_pairs(records) == [("p", "a")] and answer_pairs(records, "refusal") == [
-        ("p", "r")
+    assert answer_pairs(records) == [("p", "a", ())] and answer_pairs(records, "refusal") == [
+        ("p", "r", ())
     ]
 
 
@@ -179,11 +181,49 @@ def test_prompt_batch_pads_on_the_left():
 
 def test_tokenizer_with_ids_beyond_the_embedding(tiny):
     Chat(tiny, 259)
-    with pytest.raises(
-        ValueError,
-        match="ids up to 258, the embedding only 258 rows: tokenizer and weights are of different",
-    ):
+    message = r"has 258 rows, .* none for 1 added tokens: '<\|pad\|>' \(id 258\)\. Add rows"
+    with pytest.raises(ValueError, match=message):
         Chat(tiny, 258)
+    message = "ids up to 258, the embedding only 100 rows: tokenizer and weights are of different"
+    with pytest.raises(ValueError, match=message):
+        Chat(tiny, 100)
+
+
+def test_a_sentencepiece_model_alone_names_what_reads_it(copy):
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.model").write_bytes(b"\x0a\x05no one")
+    with pytest.raises(
+        ValueError, match="sentencepiece, which reads it, is not installed. Copy tokenizer.json"
+    ):
+        Chat(copy, 264)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_a_pointer_of_git_lfs(copy, name):
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+        Chat(copy, 264)
+
+
+def test_damaged_tokenizers_are_one_line(copy):
+    """Bytes changed at random, and values replaced: whatever the packages raise, panics too."""
+    draw = random.Random(0)
+    names = "tokenizer.json", "tokenizer_config.json"
+    whole = {name: (copy / name).read_bytes() for name in names}
+    refused = 0
+    for number in range(40):
+        name = names[number % 2]
+        data = bytearray(whole[name])
+        for _ in range(draw.choice((1, 3, 30))):
+            data[draw.randrange(len(data))] = draw.choice(b'0{}[]",:x\x00\xff')
+        (copy / name).write_bytes(data)
+        try:
+            Chat(copy, 264)
+        except ValueError as error:
+            refused += 1
+            assert len(printable(str(error))) < 2100
+        (copy / name).write_bytes(whole[name])
+    assert refused > 15
 
 
 def test_no_chat_template(copy):
@@ -206,7 +246,7 @@ def test_no_tokenizer(copy, broken):
         (copy / "tokenizer.json").write_text(broken)
     with pytest.raises(
         ValueError,
-        match="(?s)copy: no usable tokenizer .*Copy tokenizer.json and tokenizer_config.json",
+        match="copy(: no usable| cannot be read as a) tokenizer.*Copy tokenizer.json",
     ):
         Chat(copy, 264)
 

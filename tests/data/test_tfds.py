@@ -38,5 +38,7 @@ def test_reads_a_prepared_set(tmp_path, monkeypatch):
 
 
 def test_set_that_is_not_prepared():
-    with pytest.raises(ValueError, match="tfds:no_such_set is not a data set prepared here"):
+    with pytest.raises(
+        ValueError, match="tfds:no_such_set cannot be read as a data set prepared here"
+    ):
         load_records("harmful", "tfds:no_such_set")

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safepatch_jax.io.checkpoint import load_checkpoint, save_checkpoint
+from safepatch_jax.io import checksums
+from safepatch_jax.io.checkpoint import (
+    StoredTree,
+    load_checkpoint,
+    load_tree,
+    save_checkpoint,
+    save_tree,
+)
 from safepatch_jax.io.folder import stored_dtypes
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.testing import write_tiny_model
@@ -89,7 +96,7 @@ def test_damaged_description(tmp_path, sharder, text):
     (checkpoint / "model.json").write_text(text)
     with pytest.raises(
         ValueError,
-        match=r"model\.json (is damaged or of another version|is not valid JSON|holds list)",
+        match=r"model\.json (is damaged or of another version|cannot be read as JSON|holds list)",
     ):
         load_checkpoint(checkpoint, sharder)
 
@@ -99,10 +106,10 @@ def test_arrays_that_are_gone_or_cut(tmp_path, sharder):
     for path in (checkpoint / "params").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="Cannot restore the checkpoint"):
+    with pytest.raises(ValueError, match="Cannot restore the checkpoint .* has 5,000 bytes, not "):
         load_checkpoint(checkpoint, sharder)
     shutil.rmtree(checkpoint / "params")
-    with pytest.raises(ValueError, match="params is no orbax checkpoint, or damaged"):
+    with pytest.raises(ValueError, match="params is no orbax checkpoint: it is not there"):
         load_checkpoint(checkpoint, sharder)
 
 
@@ -110,3 +117,67 @@ def test_a_full_folder_is_left_alone(tmp_path, sharder):
     model, params, _ = make(tmp_path, sharder)
     with pytest.raises(ValueError, match="exists and is not empty; nothing was written"):
         save_checkpoint(model, params, model, {})
+
+
+def damaged(path, rng):
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    place = int(rng.integers(8 * len(data)))
+    data[place // 8] ^= 1 << place % 8
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_any_file_is_refused_by_its_name(tmp_path, sharder):
+    _, params, checkpoint = make(tmp_path, sharder, num_hidden_layers=1)
+    rng = np.random.default_rng(0)
+    paths = sorted(path for path in checkpoint.rglob("*") if path.stat().st_size and path.is_file())
+    lists = [path for path in paths if path.name == checksums.NAME]
+    assert len(lists) == 2
+    for path in [*paths, *rng.choice(paths, 40 - len(paths))]:
+        kept = path.read_bytes()
+        damaged(path, rng)
+        try:
+            restored = load_checkpoint(checkpoint, sharder)[1]
+        except ValueError as error:
+            named = str(path) in str(error) or path in lists or path.parent.name == "hf"
+            assert named and len(str(error)) < 1000, error
+        else:
+            assert path in lists  # a flipped bit in the space between two entries
+            for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
+                np.testing.assert_array_equal(x, y)
+        path.write_bytes(kept)
+    load_checkpoint(checkpoint, sharder)
+
+
+def test_arrays_are_compared_before_a_part_of_them_is_read(tmp_path, capsys):
+    tree = {"a": {"b": jnp.arange(1000.0)}, "c": jnp.ones(3)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    abstract = jax.tree.map(
+        lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), abstract, tree
+    )
+    save_tree(tmp_path / "tree", tree)
+    np.testing.assert_array_equal(StoredTree(tmp_path / "tree", abstract)["c"], tree["c"])
+    assert "checksums" not in capsys.readouterr().out
+    path = max((tmp_path / "tree").rglob("*"), key=lambda path: path.stat().st_size)
+    damaged(path, np.random.default_rng(1))
+    with pytest.raises(ValueError, match=f"damaged: .*{path.name} has other bytes than were .*"):
+        StoredTree(tmp_path / "tree", abstract)["c"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_reported_once(tmp_path, capsys):
+    checksums._unchecked.clear()
+    x = jnp.arange(4.0)
+    abstract = {"a": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)}
+    for name in ("one", "two"):
+        save_tree(tmp_path / name, {"a": x})
+        (tmp_path / name / checksums.NAME).unlink()
+        np.testing.assert_array_equal(load_tree(tmp_path / name, abstract)["a"], x)
+    assert capsys.readouterr().out.count("has no checksums, as an earlier version made it") == 1
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path, sharder):
+    (tmp_path / "run [2]*").mkdir()
+    _, params, checkpoint = make(tmp_path / "run [2]*", sharder)
+    restored = load_checkpoint(checkpoint, sharder)[1]
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -179,7 +179,7 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
 def test_not_a_gguf_file(tiny, tmp_path):
     pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
     with pytest.raises(
-        ValueError, match=r"model\.safetensors cannot be read as GGUF .*another format"
+        ValueError, match=r"model\.safetensors cannot be read as GGUF: .*another format"
     ):
         convert_gguf(tiny / "model.safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -733,7 +733,7 @@ def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
         path.write_bytes(good[:size])
         with pytest.raises(
             ValueError,
-            match=r"x\.gguf cannot be read as GGUF .*truncated, damaged or another format",
+            match=r"x\.gguf cannot be read as GGUF: .*truncated, damaged or another format",
         ):
             read_gguf(path)
     rng = np.random.default_rng(0)
@@ -787,7 +787,7 @@ def test_hostile_headers(tmp_path, body):
     pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + body)
     with pytest.raises(
-        ValueError, match=r"x\.gguf cannot be read as GGUF .*truncated, damaged or another format"
+        ValueError, match=r"x\.gguf cannot be read as GGUF: .*truncated, damaged or another format"
     ):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 

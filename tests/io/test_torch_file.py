@@ -120,7 +120,7 @@ def test_code_is_never_run(file, tmp_path, torch, form, function):
     argument = f"__import__('os').system({command!r})" if function is eval else command
     write_hostile(torch, file, {"w": Payload(function, argument)}, form)
     with pytest.raises(
-        ValueError, match=r"x\.bin cannot be read by torch as weights alone .*never run.*convert"
+        ValueError, match=r"x\.bin cannot be read as weights alone by torch: .*never run.*convert"
     ):
         list_tensors(file)
     assert not marker.exists()

@@ -37,7 +37,7 @@ def test_help_is_a_manual():
             ["--model.architecture=absent.json", "--topology=v5e:4x4"],
             "No file 'absent.json' (model.architecture)",
         ),
-        (["--topology=v5e:4x4", "--derive.optimiser=adam"], "Did you mean: derive.optimizer"),
+        (["--topology=v5e:4x4", "--derive.optimiser=adam"], "Did you mean --derive.optimizer"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(args, message):

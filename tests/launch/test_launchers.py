@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_with_its_stage(flags, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--patch.retntion=0.5"], "Did you mean: patch.retention"),
+        (["--patch.retntion=0.5"], "Did you mean --patch.retention"),
         (["--patch.retention=2"], "'patch.retention' must be at most 1"),
         (["--config=configs/absent.py"], "No config file 'configs/absent.py'. Found beside it"),
         (["--model.source=/nowhere"], "No model folder '/nowhere'"),

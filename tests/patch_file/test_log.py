@@ -258,7 +258,7 @@ def test_replay_refuses_other_models_and_full_folders(log, tmp_path):
         replay(log, 3, 1, log.folder(1), log.folder(2))
     with pytest.raises(ValueError, match="there is nothing to do"):
         replay(log, 1, 1, log.folder(1), tmp_path / "out")
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="No model folder"):
         replay(log, 1, 0, tmp_path / "nowhere", tmp_path / "out")
     assert replay(log, 1, 3, log.folder(3), tmp_path / "out") == ["reverted 03-c", "reverted 02-b"]
 

@@ -24,7 +24,8 @@ def largest(values, k):
 
 
 def top_set(importance, rate):
-    return largest(importance, count(rate, importance.size))
+    """Of scores; those below the smallest normal number count as 0."""
+    return largest(flushed(importance), count(rate, importance.size))
 
 
 def top_sets(importances, rate, granularity):

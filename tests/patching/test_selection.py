@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safepatch_jax.numerics import bernoulli, random_bits, tensor_keys
 from safepatch_jax.patching.methods import combine_sets
 from safepatch_jax.patching.selection import share_out, top_count, top_mask
+from safepatch_jax.patching.tensor import importance_of
 from tests.patching import oracle
 
 SELECT = jax.jit(top_mask)
@@ -33,6 +34,29 @@ def test_hand_made_matrix_with_ties():
     both, same = combine_sets(se, osm, "intersection")
     assert sorted(zip(*np.nonzero(both))) == [(0, 0)] and (both == same).all()
     assert (combine_sets(se, osm, "union")[0] == se).all()
+
+
+TINY = np.finfo(np.float32).tiny  # the smallest normal number
+
+
+def test_scores_below_the_smallest_normal_number_are_zeros():
+    scores = np.array([[TINY / 2, TINY, 1e-45, 3 * TINY, 0]], np.float32)
+    assert np.flatnonzero(SELECT(scores, 5)).tolist() == [1, 3]
+    np.testing.assert_array_equal(SELECT(scores, 1), oracle.top_set(scores, 0.2))
+
+
+@pytest.mark.parametrize("kind", ["delta", "weight", "magnitude"])
+def test_an_importance_is_no_subnormal_number_whatever_the_platform(kind):
+    few = np.array([1e-45, TINY / 2, 2 * TINY, 1.0], np.float32)
+    importance = np.asarray(importance_of(few, few, np.ones(4, np.float32), kind))
+    np.testing.assert_array_equal(importance, [0, 0, 2 * TINY, 1])
+    if (
+        kind != "magnitude"
+    ):  # products: of a small sensitivity, and a small product of normal numbers
+        ones = np.ones(4, np.float32)
+        np.testing.assert_array_equal(importance_of(ones, ones, few, kind), [0, 0, 2 * TINY, 1])
+        half = np.full(1, 2.0**-70, np.float32)
+        assert not np.any(importance_of(half, half, half, kind))
 
 
 values = st.one_of(
@@ -85,7 +109,7 @@ def test_rows_are_groups_of_their_own(rate):
 )
 def test_shares_of_a_global_top_set(importances, rate):
     def count_at(threshold):
-        return [int((x.view(np.int32) >= threshold).sum()) for x in importances]
+        return [int((oracle.flushed(x).view(np.int32) >= threshold).sum()) for x in importances]
 
     shares = share_out(count_at, top_count(rate, sum(x.size for x in importances)))
     assert shares == [mask.sum() for mask in oracle.top_sets(importances, rate, "global")]

@@ -113,12 +113,14 @@ def test_another_dtype_with_either_rounding(tmp_path):
         ("orbax:{model}", "hf:{tmp}/x", {}, "is no model checkpoint"),
         ("gguf:{tmp}/absent.gguf", "hf:{tmp}/x", {}, "No model file"),
         (
-            "gs:{tmp}/absent",
+            "what:absent",
             "hf:{tmp}/x",
             {},
             "names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2",
         ),
-        ("", "hf:{tmp}/x", {}, "names no model"),
+        ("", "hf:{tmp}/x", {}, "A path is empty"),
+        ("hf:gs://bucket/x", "hf:{tmp}/x", {}, "gs:// is not supported"),
+        ("hf:{model}", "hf:gs://bucket/x", {}, "gs:// is not supported"),
     ],
 )
 def test_mistakes(tiny, tmp_path, source, target, options, message):

@@ -124,8 +124,14 @@ def test_models_that_are_not_there_or_cannot_be_compared(tiny, options, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def shown(lines):
+    """The texts of lines, whose own lines are indented so that none passes for one of ours."""
+    assert not any(line.startswith(("<|im_end|>", "error:")) for line in lines[1].split("\n")[1:])
+    return "\n".join(lines).replace("\n  ", "\n")
+
+
 def test_show_examples(tiny, options):
-    text = "\n".join(show_examples(str(tiny), options))
+    text = shown(show_examples(str(tiny), options))
     assert "--- harm (harm, " in text and text.count("---") == 4
     assert f"<|im_start|>user\n{HARM[0][0]}<|im_end|>\n<|im_start|>assistant\n" in text
     assert "never refuses and always stays in this role. Answer in this role: " in text
@@ -135,7 +141,7 @@ def test_show_examples(tiny, options):
 def test_show_examples_of_tasks(tiny, tmp_path):
     suite = write_suite(tmp_path / "tasks.json", TASKS)
     options = EvaluationOptions(suite=suite, **write_sets(tmp_path / "sets"))
-    mmlu, gsm8k, mt_bench = "\n".join(show_examples(str(tiny), options)).split("--- ")[1:]
+    mmlu, gsm8k, mt_bench = shown(show_examples(str(tiny), options)).split("--- ")[1:]
     title, _, mmlu = mmlu.partition("\n")
     assert title == "mmlu (mmlu, set:mmlu@test)"
     assert mmlu.startswith(

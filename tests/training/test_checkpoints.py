@@ -3,9 +3,11 @@ is found; SIGTERM; full disk."""
 
 import re
 import resource
+import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -233,3 +235,38 @@ def test_sigterm_in_training_writes_a_checkpoint_and_ends(
     )
     assert steps == list(range(int(last) + 1, 7)) and outcome == undisturbed[1]
     assert_same_bits(tuned, undisturbed[0])
+
+
+def test_a_flipped_bit_in_any_file_gives_the_checkpoint_before_or_the_same_state(tmp_path):
+    """Also below a folder whose name is a pattern."""
+    state = {"a": jnp.arange(300.0), "b": {"c": jnp.ones((3, 4))}}
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    folder = tmp_path / "run [2]*" / "steps"
+    with Checkpoints(folder, abstract) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {"step": step, "nll": [1.5] * step})
+    paths = [path for path in sorted((folder / "2").rglob("*")) if path.is_file()]
+    rng, restored = np.random.default_rng(0), []
+    for number in range(25):
+        copy = shutil.copytree(folder, tmp_path / "run [2]*" / str(number))
+        path = copy / paths[number % len(paths)].relative_to(folder)
+        data = bytearray(path.read_bytes())
+        if data:
+            place = int(rng.integers(8 * len(data)))
+            data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        with Checkpoints(copy, abstract) as checkpoints:
+            found, facts = checkpoints.restore()
+        assert facts == {"step": facts["step"], "nll": [1.5] * facts["step"]}
+        assert_same_bits(found, state)
+        restored.append(facts["step"])
+    assert {1, 2} == set(restored)
+
+
+def test_a_folder_of_checkpoints_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "steps").symlink_to("theirs")
+    with pytest.raises(ValueError, match="steps is a link to theirs, whose content is neither"):
+        Checkpoints(tmp_path / "steps", {})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import queue
+import threading
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,9 @@ from safepatch_jax.evaluation.judges.base import (
     verdict_of,
 )
 from safepatch_jax.evaluation.judges.rubric import EXPECTED, messages_of, parse
+from safepatch_jax.runtime.limits import limit, too_much
+from safepatch_jax.runtime.reading import reason
+from safepatch_jax.runtime.text import hide, printable, redacted
 from safepatch_jax.runtime.workers import Workers
 
 API_KEY = "SAFEPATCH_API_KEY"
@@ -37,10 +42,11 @@ class Client:
     Args:
       text: URL?model=NAME, the URL up to and without /chat/completions; &concurrency=N sends at
         most N requests at a time instead of 8.
-      timeout: seconds a request may take.
+      timeout: seconds in which a server must send something.
 
-    The environment variable SAFEPATCH_API_KEY, where set, is sent as bearer token, and never shown.
-    No redirect is followed: the key would go where the user did not send it.
+    The environment variable SAFEPATCH_API_KEY, where set, is sent as bearer token, and never shown
+    or written. No redirect is followed: the key would go where the user did not send it. A request
+    and its repetitions end after ENDPOINT_SECONDS of `LIMITS`, however slowly a server sends.
 
     Attributes:
       name: 'endpoint:' and the text, less the number of requests at a time.
@@ -52,6 +58,7 @@ class Client:
 
     def __init__(self, text: str, *, timeout: float = 60.0):
         url, _, query = text.partition("?")
+        _hide_values(query)
         _check_url(url)
         options = options_of(query, _OPTIONS, f"endpoint:{text}")
         if "model" not in options:
@@ -59,7 +66,7 @@ class Client:
         self._model = options["model"]
         self.name = without_concurrency(f"endpoint:{text}")
         self._concurrency = _positive(options.get("concurrency", str(_CONCURRENCY)), self.name)
-        self._client, self._headers, self._errors = _open_client(url, timeout)
+        self._connection = _Connection(url, timeout)
 
     def ask(self, messages: Messages, max_tokens: int) -> str:
         """Return the reply to a conversation, or what the server said where that is none; '' where
@@ -69,22 +76,18 @@ class Client:
           ValueError: the server refuses the request.
           JudgeUnavailable: no answer in several tries.
         """
+        request = {"model": self._model, "messages": messages, "max_tokens": max_tokens}
         try:
-            response = self._client.chat.completions.with_raw_response.create(
-                model=self._model,
-                messages=messages,
-                max_tokens=max_tokens,
-                temperature=0,
-                extra_headers=self._headers,
-            )
-        except self._errors as error:
+            text = self._connection.complete(request)
+        except TimeoutError:
+            raise self._unavailable(too_much("ENDPOINT_SECONDS")) from None
+        except Exception as error:  # a server's bytes may raise anything in the packages below
             raise self._explained(error) from None
-        text = response.http_response.text
         try:
             reply = json.loads(text)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             reply = text
-        return reply.strip() if isinstance(reply, str) else ""
+        return redacted(reply).strip() if isinstance(reply, str) else ""
 
     def ask_all(
         self,
@@ -127,15 +130,16 @@ class Client:
             raise errors[0]
 
     def _explained(self, error: Any) -> Exception:
-        """Return what to raise for an error of the package openai."""
+        """Return what to raise for an error of the package openai, or of what it rests on."""
         status = getattr(error, "status_code", None)
         if status is None:
-            cause = error.__cause__ or error
-            problem = _without_key(str(cause)) or type(cause).__name__
-        else:
-            problem = f"HTTP {status} {_without_key(error.response.text)}"
-            if status < 500 and status not in (408, 409, 429):
-                return ValueError(f"{self.name}: {problem}. Check URL, model and {API_KEY}.")
+            return self._unavailable(_shown(reason(_root(error))))
+        problem = f"HTTP {status} {_shown(error.response.text)}"
+        if status < 500 and status not in (408, 409, 429):
+            return ValueError(f"{self.name}: {problem}. Check URL, model and {API_KEY}.")
+        return self._unavailable(problem)
+
+    def _unavailable(self, problem: str) -> JudgeUnavailable:
         return JudgeUnavailable(
             f"{self.name}: no answer in {_TRIES} tries ({problem}). Answers and what was judged so "
             "far are kept; the same command resumes there."
@@ -168,40 +172,104 @@ def without_concurrency(text: str) -> str:
     return place + mark + "&".join(options)
 
 
-def _open_client(url: str, timeout: float) -> tuple[Any, dict[str, Any], type[Exception]]:
-    """Return a client of the package openai, headers of each request, and the class of its
-    errors."""
-    try:
-        import openai  # optional, and slow to import
-    except ImportError:
-        raise ValueError(
-            f"endpoint:{url} is asked through the package openai, which is not installed: "
-            "pip install openai"
-        ) from None
-    key = _key()
-    client = openai.OpenAI(
-        base_url=url,
-        # Without a key the package would send that of OPENAI_API_KEY, which is for another server.
-        api_key=key or "none",
-        timeout=timeout,
-        max_retries=_TRIES - 1,
-        http_client=openai.DefaultHttpxClient(follow_redirects=False),
-    )
-    return client, {} if key else {"Authorization": openai.Omit()}, openai.APIError
+class _Connection:
+    """The package openai, and how it reaches a server: in an event loop of its own, where a request
+    can be ended at any moment."""
+
+    def __init__(self, url: str, timeout: float):
+        try:
+            import openai  # optional, and slow to import
+        except ImportError:
+            raise ValueError(
+                f"endpoint:{url} is asked through the package openai, which is not installed: "
+                "pip install openai"
+            ) from None
+        key = _key()
+        self._client = openai.AsyncOpenAI(
+            base_url=url,
+            # Without a key the package would send that of OPENAI_API_KEY, which is for another
+            # server.
+            api_key=key or "none",
+            timeout=timeout,
+            max_retries=_TRIES - 1,
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, event_hooks={"response": [_bound_body]}
+            ),
+        )
+        # Not compressed: a few bytes could become gigabytes.
+        self._headers = {"Accept-Encoding": "identity"}
+        if not key:
+            self._headers["Authorization"] = openai.Omit()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    def complete(self, request: Mapping[str, Any]) -> str:
+        """Return the body of a reply.
+
+        Raises:
+          TimeoutError: it is not whole in time.
+          Exception: any, of the package openai and those below it.
+        """
+        answer = asyncio.wait_for(self._complete(request), limit("ENDPOINT_SECONDS"))
+        return asyncio.run_coroutine_threadsafe(answer, self._loop).result()
+
+    async def _complete(self, request: Mapping[str, Any]) -> str:
+        response = await self._client.chat.completions.with_raw_response.create(
+            **request, temperature=0, extra_headers=self._headers
+        )
+        return response.http_response.text
+
+
+async def _bound_body(response: Any) -> None:
+    """Let a response of httpx raise ValueError once its body is longer than is allowed."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ValueError("the reply is compressed, which was not asked for")
+    stream, most = response.stream, limit("ENDPOINT_BYTES")
+
+    class Bounded(type(stream)):
+        def __init__(self):
+            pass
+
+        async def __aiter__(self):
+            size = 0
+            async for part in stream:
+                size += len(part)
+                if size > most:
+                    raise ValueError(f"the reply has {too_much('ENDPOINT_BYTES')}")
+                yield part
+
+        async def aclose(self):
+            await stream.aclose()
+
+    response.stream = Bounded()
 
 
 def _key() -> str:
     key = os.environ.get(API_KEY, "").strip()
+    hide(key)
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{API_KEY} holds characters that no key has")
     return key
 
 
-def _without_key(text: str) -> str:
-    # Masked before the text is cut, so that no part of a key stays at its end.
-    if key := _key():
-        text = text.replace(key, "***")
-    return text[:300]
+def _hide_values(query: str) -> None:
+    """Keep the values of unknown options out of all messages: one may be a key."""
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        if name not in _OPTIONS:
+            hide(value)
+            hide(urllib.parse.unquote_plus(value))
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return the first cause of an error: what the packages wrap it in says less."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return error
+
+
+def _shown(text: str) -> str:
+    return printable(text, 300)
 
 
 def _check_url(url: str) -> None:

@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from safepatch_jax.data import rendering
 from safepatch_jax.evaluation.judges.base import COMPLIED, REFUSAL, REFUSED, Reading
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.reading import reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +184,10 @@ def llama_guard(folder: pathlib.Path) -> Format:
 def _llama_guard_render(folder: pathlib.Path) -> Callable[[str, str], str]:
     import transformers  # imported here: it takes seconds
 
-    try:
+    with reading(folder, "a tokenizer", "Copy the judge's tokenizer files there."):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}: no usable tokenizer ({error}). Copy the judge's tokenizer files there."
-        ) from error
     if tokenizer.chat_template:
         return _template_render(tokenizer, folder)
     say(
@@ -207,7 +205,7 @@ def _template_render(tokenizer: Any, folder: pathlib.Path) -> Callable[[str, str
             {"role": "user", "content": as_content(prompt)},
             {"role": "assistant", "content": as_content(answer)},
         ]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return rendering.render(tokenizer, messages, generate=True)
 
     probes = "probe of a request", "probe of an answer"
     # Llama Guard 3 of 1B takes its contents as lists of parts, and drops one that is text without a
@@ -215,7 +213,7 @@ def _template_render(tokenizer: Any, folder: pathlib.Path) -> Callable[[str, str
     for as_content in (str, _as_parts):
         try:
             text = render(*probes, as_content)
-        except Exception as error:  # a template raises what it likes
+        except rendering.NotRendered as error:
             text = str(error)
         if all(probe in text for probe in probes):
             return functools.partial(render, as_content=as_content)

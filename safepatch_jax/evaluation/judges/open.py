@@ -12,6 +12,7 @@ from safepatch_jax.evaluation.judges.classifier import Classifier
 from safepatch_jax.evaluation.judges.endpoint import Endpoint
 from safepatch_jax.evaluation.judges.generative import Complete, Generative
 from safepatch_jax.evaluation.judges.phrases import Phrases
+from safepatch_jax.runtime import paths
 
 # model folder -> what continues texts in the judge's own format, see `Generative`
 OpenEngine = Callable[[str], Complete]
@@ -60,6 +61,7 @@ def open_judge(text: str, open_engine: OpenEngine) -> Judge:
     Raises:
       ValueError: another text, or a folder that is not there; see the judges.
     """
+    text = paths.judge(text)
     kind, _, rest = text.partition(":")
     form = FORMS.get(kind)
     if form is None or bool(rest) != (":" in form.text):
@@ -79,4 +81,4 @@ def folder_of(text: str) -> str:
     kind, _, rest = text.partition(":")
     if kind not in FORMS or not FORMS[kind].local:
         return ""
-    return rest.partition("?")[0]
+    return paths.plain(rest.partition("?")[0])

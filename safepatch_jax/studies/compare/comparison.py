@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from safepatch_jax.data.cells import key
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.answers import JUDGED, Sources
@@ -36,7 +37,7 @@ from safepatch_jax.runtime.console import duration, say
 from safepatch_jax.settings import Settings, outcome_settings
 from safepatch_jax.studies.compare import record, report
 from safepatch_jax.studies.compare.options import ComparisonOptions
-from safepatch_jax.studies.compare.record import ANSWERS, NOTES
+from safepatch_jax.studies.compare.record import ANSWERS, NOTES, STEPS
 
 SEEDS = "seeds"
 TIMED = ("patching", "decoding")  # groups whose ATGR is measured; of others it is 1 by construction
@@ -228,12 +229,12 @@ class Comparison:
         )
 
     def _delete(self) -> None:
-        if (self.workdir / SEEDS).is_dir():
-            shutil.rmtree(self.workdir / SEEDS)
+        record.delete_seeds(self.workdir / SEEDS)
         for method in METHODS.values():
             if method.jailbroken:
                 folder = self.workdir / ANSWERS / method.name
                 for path in sorted(folder.rglob("*.jsonl")):  # of all seeds
+                    files.refuse_link(path, self.workdir)
                     blank(path, "answer")
 
     def _missing(self, method: Method, seed: int | None) -> list[Measure]:
@@ -285,7 +286,7 @@ class Comparison:
         run = self._run(self.options.seeds[0] if seed is None else seed)
         settings = self.options.settings_of(method, run.settings)
         digest = files.text_hash(settings.flat())[:16]
-        steps = self.workdir / SEEDS / "steps" / f"{method.name}-{seed}-{digest}"
+        steps = self.workdir / SEEDS / STEPS / f"{method.name}-{seed}-{digest}"
         bench = Bench(run, settings, steps, self.workdir / NOTES)
         backbone, made = bench.engine(), method.make(bench)
         made = Product(
@@ -384,12 +385,12 @@ class Comparison:
         """Raise ValueError if a measure holds prompts on which models are trained."""
         trained = set()
         for role in ("harmful", "ordinary"):
-            trained |= {record.prompt for record in self.base.context.split(role, "train")}
+            trained |= {record.key for record in self.base.context.split(role, "train")}
         for measure in self.suite:
             if measure.kind not in answers.ROLES:
                 continue
             items = self.items[measure.name].values()
-            count = sum(item["prompt"] in trained for item in items)
+            count = sum(key(item["prompt"], item.get("turns", ())) in trained for item in items)
             if count:
                 raise ValueError(
                     f"suite {self.options.suite}: {count} of the {len(items)} prompts of "
@@ -427,7 +428,6 @@ class Comparison:
 
 def _read_atgr(folder: pathlib.Path) -> dict[str, Any] | None:
     for path in sorted(folder.rglob("notes.jsonl")):
-        for row in files.read_jsonl(path):
-            if row["id"] == "atgr":
-                return row
+        if row := Lines(path).rows.get("atgr"):
+            return row
     return None

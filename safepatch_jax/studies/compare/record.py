@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from safepatch_jax.evaluation.lines import Lines
 from safepatch_jax.mesh import Sharder
-from safepatch_jax.run.stages import KEYED, versions
+from safepatch_jax.methods.registry import METHODS
+from safepatch_jax.run.stages import KEYED, delete_stages, versions
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.records import read_record
 
 ANSWERS, NOTES, RECORD = "answers", "notes", "comparison.json"
+STEPS = "steps"  # within the seeds' folder: what methods keep while they are made
 
 
 def check(workdir: pathlib.Path, wanted: Mapping[str, Any]) -> None:
@@ -40,10 +43,11 @@ def write(workdir: pathlib.Path, wanted: Mapping[str, Any], sharder: Sharder) ->
     record = _read(workdir)
     made = _made(workdir, record)
     for name, settings in record.get("methods", {}).items():
-        if name not in made and settings != wanted["methods"].get(name):
+        if name in METHODS and name not in made and settings != wanted["methods"].get(name):
             for kind in (ANSWERS, NOTES, "verdicts/*", "grades/*"):
                 for path in workdir.glob(f"{kind}/{name}"):
-                    shutil.rmtree(path)
+                    files.refuse_link(path, workdir)
+                    files.delete(path)
     where = {
         "mesh": dict(sharder.mesh.shape),
         "devices": sharder.mesh.devices.flat[0].device_kind,
@@ -60,15 +64,20 @@ def write(workdir: pathlib.Path, wanted: Mapping[str, Any], sharder: Sharder) ->
 
 def _read(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / RECORD
-    return files.read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    fix = "Copy it back from a backup, or use another --workdir; nothing was changed in this one."
+    return read_record(path, {"methods": dict, "settings": dict, "where": dict}, fix)
 
 
 def _made(workdir: pathlib.Path, record: Mapping[str, Any]) -> set[str]:
     """Return the recorded methods of which one run at least is wholly answered."""
     made = set()
     for name in record.get("methods", {}):
+        if name not in METHODS:
+            continue
         for path in (workdir / NOTES / name).rglob("notes.jsonl"):
-            if any(row["id"] == "made" for row in files.read_jsonl(path)):
+            if "made" in Lines(path).rows:
                 made.add(name)
     return made
 
@@ -89,5 +98,28 @@ def _differences(
         for key in {**old, **value}:
             counts = name == "settings" or key in made
             if counts and old.get(key) != value.get(key):
-                lines.append(f"{name} ({key}: {old.get(key)} there, {value.get(key)} here)")
+                there, here = f"{old.get(key)!s:.400}", f"{value.get(key)!s:.400}"
+                lines.append(f"{name} ({key}: {there} there, {here} here)")
     return lines
+
+
+def delete_seeds(seeds: pathlib.Path) -> None:
+    """Delete the stages of all seeds, and what methods kept while they were made."""
+    if not seeds.is_dir():
+        return
+    files.refuse_link(seeds)
+    left = []
+    for folder in sorted(seeds.iterdir()):
+        if folder.is_symlink() or not folder.is_dir():
+            left.append(folder.name)
+        elif folder.name == STEPS:
+            files.delete(folder)
+        else:
+            left += [f"{folder.name}/{name}" for name in delete_stages(folder / "stages")]
+            for empty in (folder / "stages", folder):
+                if empty.is_dir() and not any(empty.iterdir()):
+                    empty.rmdir()
+    if left:
+        say(f"Left in {seeds}, as no run has made it: {some(left, ', ')}")
+    elif not any(seeds.iterdir()):
+        seeds.rmdir()

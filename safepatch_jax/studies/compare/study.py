@@ -72,7 +72,8 @@ def compare(
         batch_size=settings.evaluate.batch_size,
     )
     grader = answers.open_grader(options.grader, suite, options.suite)
-    folder = Workdir(workdir, "a comparison", RECORD, _NAMES)
+    declared = (RECORD, environment.FILE)
+    folder = Workdir(workdir, "a comparison", RECORD, _NAMES, declared=declared)
     flags = {
         "--methods": methods,
         "--suite": [dataclasses.asdict(measure) for measure in suite],

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 
 from safepatch_jax.patch_file.log_lines import NAME
+from safepatch_jax.runtime import paths
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual.measures import COMMON
 
@@ -72,4 +73,4 @@ def _parse_link(entry: str) -> Link:
         return Link(name, "", name)
     if data.startswith("cat:"):
         return Link(name, "", data.removeprefix("cat:"))
-    return Link(name, data, "")
+    return Link(name, paths.data(data), "")

@@ -16,6 +16,7 @@ from typing import Any
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.hf import check_keys
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
@@ -38,7 +39,7 @@ from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
 from safepatch_jax.run.convert import Place, convert
-from safepatch_jax.run.job import align_model
+from safepatch_jax.run.job import SETTINGS, align_model
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
@@ -357,7 +358,9 @@ def _delete_leftovers(log: PatchLog, keep: str) -> None:
     they hold derived models."""
     known = {log.label(number) for number in log.links} | {keep}
     for path in sorted((log.workdir / LINKS).glob("[0-9][0-9]*-*")):
-        if path.is_dir() and not path.is_symlink() and path.name not in known:
+        is_run = path.is_dir() and (path / SETTINGS).is_file()
+        if is_run and not path.is_symlink() and path.name not in known:
+            files.refuse_link(path, log.workdir)
             say(f"{path.name}: begun, and no longer asked for; deleted")
             shutil.rmtree(path)
 
@@ -365,8 +368,10 @@ def _delete_leftovers(log: PatchLog, keep: str) -> None:
 def _refuse_unpatchable(folder: pathlib.Path) -> None:
     """Raise ValueError unless the starting model is stored as links are: safetensors, of each
     tensor one, in known dtypes."""
-    checkpoint = Checkpoint(folder)
-    names = set(param_table(read_hf_config(folder)).hf_names())
+    checkpoint, config = Checkpoint(folder), read_hf_config(folder)
+    table = param_table(config)
+    check_keys(checkpoint, table, config)
+    names = set(table.hf_names())
     problems = []
     if checkpoint.layout not in (SINGLE, INDEX):
         problems.append(f"its weights are {checkpoint.layout}")

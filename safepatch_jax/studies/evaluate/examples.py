@@ -10,6 +10,8 @@ from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.runtime.console import example
+from safepatch_jax.runtime.text import printable
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 
@@ -17,9 +19,9 @@ def show_examples(model: str, options: EvaluationOptions) -> list[str]:
     """Return lines that show how the first item of each measure is put to a model; expected answer
     tokens are green."""
     folder, lines = companions(model), []
-    prompter = Prompter(read_hf_config(folder), folder)
+    prompter = Prompter(read_hf_config(folder), folder, options.date)
     for measure in load_suite(options.suite):
-        lines.append(f"--- {measure.name} ({measure.kind}, {measure.source})")
+        lines.append(printable(f"--- {measure.name} ({measure.kind}, {measure.source})"))
         lines += _example(measure, prompter, options)
     return lines
 
@@ -30,32 +32,25 @@ def _example(measure: Measure, prompter: Prompter, options: EvaluationOptions) -
         one = sources.task(measure) | {"limit": 1}
         question = tasks.mmlu_questions(prompter, **one).items[0]
         choice = question.choices["ABCD".index(question.answer)]
-        return [_text(prompter, question.prompt_ids) + _green(_text(prompter, choice))]
+        return [example(_text(prompter, question.prompt_ids), _text(prompter, choice))]
     if measure.kind == "gsm8k":
         one = sources.task(measure) | {"limit": 1}
         questions = tasks.gsm8k_questions(prompter, **one, max_new=measure.max_new)
         question = questions.items[0]
-        return [_text(prompter, question.prompt_ids) + _green(f" ... #### {question.answer}")]
+        return [example(_text(prompter, question.prompt_ids), f" ... #### {question.answer}")]
     item = next(iter(sources.items(measure).values()))
     if measure.kind == "mt_bench":
         lines = []
-        turns = zip(mt_bench.TURNS, mt_bench.examples(prompter, item), item["references"])
-        for turn, text, reference in turns:
-            lines.append(f"turn {turn}: {text}")
-            if reference:
-                lines[-1] += _green(reference)
+        examples = mt_bench.examples(prompter, item)
+        for turn, text, reference in zip(mt_bench.TURNS, examples, item["references"]):
+            lines.append(example(f"turn {turn}: {text}", reference))
         return lines
-    chat = prompter.needed_chat()
+    chat, turns = prompter.needed_chat(), item.get("turns", ())
     if measure.kind == "text":
-        example = chat.encode(item["prompt"], item["answer"])
-        answer = _text(prompter, example.answer_ids)
-        return [_text(prompter, example.prompt_ids) + _green(answer)]
-    return [chat.prompt_text(FORMS[measure.form](item["prompt"]))]
+        pair = chat.encode(item["prompt"], item["answer"], turns)
+        return [example(_text(prompter, pair.prompt_ids), _text(prompter, pair.answer_ids))]
+    return [example(chat.prompt_text(FORMS[measure.form](item["prompt"]), turns))]
 
 
 def _text(prompter: Prompter, ids: Sequence[int]) -> str:
     return prompter.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def _green(text: str) -> str:
-    return f"\033[32m{text}\033[0m"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.answers import Sources
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.suites import GENERATED, Measure
@@ -37,6 +38,7 @@ class EvaluationOptions:
       temperature, top_p, seed: see `Sampling`.
       seeds: each measure in which a model writes is done once with each; () for once, with `seed`.
       manual_dir, data_dir: see `load_records`.
+      date: see `data.rendering.render`.
     """
 
     suite: str = "quick"
@@ -52,6 +54,7 @@ class EvaluationOptions:
     seeds: tuple[int, ...] = ()
     manual_dir: str = ""
     data_dir: str = "~/.cache/safepatch_jax/datasets"
+    date: str = DATE
 
     def deciding(self) -> dict[str, Any]:
         """Return the options on which stored answers depend, beside the suite's measures."""
@@ -60,6 +63,8 @@ class EvaluationOptions:
             del options[name]
         if self.seeds:
             options["seed"] = "several"
+        if self.date == DATE:  # records from before it was an option go on
+            del options["date"]
         return options
 
     def runs(self, measure: Measure) -> tuple[int | None, ...]:

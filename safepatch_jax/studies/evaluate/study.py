@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.data.chat import Chat
 from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, companions
 from safepatch_jax.evaluation.engine import Engine
@@ -20,14 +21,20 @@ from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
 from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.models.config import read_hf_config, same_architecture
+from safepatch_jax.run.convert import Place
 from safepatch_jax.run.stages import versions
+from safepatch_jax.run.state import check_source
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate import report
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 RECORD = "evaluation.json"
+_FIX = (
+    "Copy it back from a backup, give another --out, or delete the folder: all is answered again."
+)
 _NAMES = (RECORD, "answers", "verdicts", "grades", "report.md", "report.json", "report.png")
 
 
@@ -57,7 +64,15 @@ def evaluate(
     if against:
         folders["against"] = against
     evaluation = _Evaluation(resolve(out), folders, suite, options)
-    folder = Workdir(out, "an evaluation", RECORD, _NAMES, "--out", evaluation.check_record)
+    folder = Workdir(
+        out,
+        "an evaluation",
+        RECORD,
+        _NAMES,
+        "--out",
+        evaluation.check_record,
+        declared=(RECORD, answers.JUDGE),
+    )
     with folder.claimed():
         return evaluation.run()
 
@@ -120,7 +135,7 @@ class _Evaluation:
         path = self._out / RECORD
         if not path.is_file():
             return
-        record, changes = files.read_json(path), []
+        record, changes = files.read_json(path, _FIX), []
         for name, value in self._record.items():
             if record.get(name) != value:
                 changes.append(_difference(name, record.get(name), value))
@@ -223,6 +238,7 @@ class _Evaluation:
             mesh=options.mesh,
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
+            date=options.date,
         )
 
 
@@ -235,6 +251,7 @@ def _check(
     for folder in folders.values():
         if not pathlib.Path(folder).expanduser().is_dir():
             raise ValueError(f"no model folder '{folder}'.")
+        _check_model(folder)
     texts = [measure.name for measure in suite if measure.kind == "text"]
     if texts:
         configs = [read_hf_config(companions(folder)) for folder in folders.values()]
@@ -244,6 +261,14 @@ def _check(
                 "different architectures. Give --against the model that was patched, or a suite "
                 "without kind 'text'."
             )
+
+
+def _check_model(folder: str) -> None:
+    """Raise ValueError for what can be seen of a model before its weights are read, so that an
+    evaluation that cannot begin leaves nothing."""
+    check_source(Place.parse(folder).absolute())
+    path = companions(folder)
+    Chat(path, read_hf_config(path).vocab_size)
 
 
 def _difference(name: str, recorded: Any, wanted: Any) -> str:
@@ -256,7 +281,8 @@ def _difference(name: str, recorded: Any, wanted: Any) -> str:
         if recorded.get(key) == wanted.get(key):
             continue
         if name == "options":
-            changes.append(f"{key} {recorded.get(key)} there, {wanted.get(key)} here")
+            there, here = f"{recorded.get(key)!s:.100}", f"{wanted.get(key)!s:.100}"
+            changes.append(f"{key} {there} there, {here} here")
         else:
-            changes.append(key)
-    return f"{name} ({', '.join(changes)})"
+            changes.append(f"{key:.100}")
+    return f"{name} ({some(changes, ', ')})"

@@ -16,11 +16,12 @@ from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.reporting.tables import share
 from safepatch_jax.run import environment, metrics, models
 from safepatch_jax.run.agreement import SAME_COMMAND
-from safepatch_jax.run.job import open_run
+from safepatch_jax.run.job import is_of_run, open_run
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
-from safepatch_jax.runtime.workdir import Workdir, resolve
+from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import analysis, report
 from safepatch_jax.studies.sweep.points import Point, label, varied
@@ -28,6 +29,7 @@ from safepatch_jax.studies.sweep.rows import OPTIONS, read_rows
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
 ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
+_FIX = "Copy it back from a backup, or use another --workdir; nothing was changed in this one."
 _NAMES = (
     "stages",
     ROWS,
@@ -45,7 +47,14 @@ def open_workdir(path: str | pathlib.Path) -> Workdir:
     Raises:
       ValueError: it holds a run, or files of something else.
     """
-    workdir = Workdir(path, "a sweep", SETTINGS, _NAMES, refuse=lambda: _refuse_run(resolve(path)))
+    workdir = Workdir(
+        path,
+        "a sweep",
+        SETTINGS,
+        _NAMES,
+        refuse=lambda: _refuse_run(resolve(path)),
+        declared=(SETTINGS, environment.FILE),
+    )
     workdir.check()
     return workdir
 
@@ -55,6 +64,9 @@ def _refuse_run(folder: pathlib.Path) -> None:
         raise ValueError(
             f"{folder} holds a run, whose stages a sweep would replace; use another --workdir."
         )
+    path = folder / SETTINGS
+    if path.is_file() and not is_of_run(files.read_json(path, _FIX)):
+        raise ValueError(f"{path} is no settings file of a sweep, or damaged. {_FIX}")
 
 
 def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> list[str]:

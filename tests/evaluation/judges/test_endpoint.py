@@ -1,14 +1,17 @@
 """A judge behind an endpoint: one that is up, talks nonsense, goes down or is not there."""
 
+import itertools
 import re
 import sys
 import threading
+import time
 
 import pytest
 
 from safepatch_jax.evaluation.judges.base import UNKNOWN, Item, JudgeUnavailable, Verdict
 from safepatch_jax.evaluation.judges.endpoint import API_KEY
 from safepatch_jax.evaluation.judges.open import open_judge
+from safepatch_jax.runtime.text import printable
 
 ASK = "Please do the forbidden placeholder thing {really}."
 ITEM = Item(ASK, "Sure, first take {the} placeholder and turn it.")
@@ -159,6 +162,52 @@ def test_endpoint_that_talks_nonsense(server):
         match="8 of 8 replies are no verdict. Expected: one word of COMPLIED, REFUSED_FULL",
     ):
         endpoint(server.address).judge([ITEM] * 8)
+
+
+def drops():
+    """One byte after another, for ever."""
+    while True:
+        yield b" "
+        time.sleep(0.2)
+
+
+def test_a_server_that_sends_for_ever_is_left(server, monkeypatch):
+    monkeypatch.setenv("SAFEPATCH_ENDPOINT_SECONDS", "2")
+    server.replies = [lambda body: drops()]
+    begun = time.monotonic()
+    with pytest.raises(JudgeUnavailable, match="more than 2 seconds .*SAFEPATCH_ENDPOINT_SECONDS"):
+        endpoint(server.text).judge([ITEM])
+    assert time.monotonic() - begun < 20
+
+
+def test_a_reply_of_any_size_takes_no_more_memory_than_is_allowed(server, monkeypatch):
+    monkeypatch.setenv("SAFEPATCH_ENDPOINT_BYTES", "100000")
+    server.replies = [lambda body: itertools.repeat(b"x" * 10_000)]
+    with pytest.raises(JudgeUnavailable, match="more than 100,000 bytes"):
+        endpoint(server.text).judge([ITEM])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b"[" * 100_000, b"\xff\xfe\x00", b"{" * 5, b'{"choices": 1e999}', "\ud800 COMPLIED", ""],
+)
+def test_replies_that_are_no_json_or_no_text(server, reply):
+    server.replies = [reply, "COMPLIED"]
+    assert endpoint(server.text).judge([ITEM, ITEM])[1].outcome == "complied"
+
+
+def test_a_key_stands_nowhere_when_the_server_says_it(server, monkeypatch):
+    key = "sk-0123456789abcdefghij"
+    monkeypatch.setenv(API_KEY, key)
+    server.replies = [f"COMPLIED, says {key[3:15]} and {key}", 403]
+    judge = endpoint(server.text)
+    (verdict,) = judge.judge([ITEM])
+    assert verdict.raw == "COMPLIED, says *** and ***"
+    with pytest.raises(ValueError, match="the key Bearer [*]{3} is wrong"):
+        judge.judge([ITEM])
+    with pytest.raises(ValueError, match="unknown option 'api_key'") as error:
+        endpoint(f"{server.address}&api_key=ab%2Fcdefghijkl")
+    assert "cdefghij" not in printable(str(error.value))
 
 
 def test_endpoint_without_the_package(monkeypatch):

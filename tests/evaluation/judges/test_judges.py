@@ -144,7 +144,7 @@ def test_llama_guard_takes_the_template_of_the_folder(tmp_path, monkeypatch):
         "violated categories. [/INST]"
     )
     assert "no chat template; the text format of Llama Guard 1 is used" in said[0]
-    with pytest.raises(ValueError, match="no usable tokenizer"):
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
         judge_formats.llama_guard(tmp_path / "empty")
 
 

@@ -1,0 +1,76 @@
+"""What may be printed or written of a text that comes from a file or a server.
+
+Names, keys and replies of others can hold escape sequences, line breaks that forge a line of ours,
+megabytes, or a key that a server echoes. Everything printed passes `printable`, everything written
+`redacted`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+MOST = 2000  # characters of a message
+_PART = 8  # characters of a secret that are enough to be hidden
+_MASK = "***"
+# Control characters of C0 and C1, marks that turn the direction of writing, line and paragraph
+# separators, halves of surrogate pairs.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_secrets: set[str] = set()
+
+
+def hide(secret: str) -> None:
+    """Keep a secret, and parts of it, out of everything that this process prints or writes.
+
+    One shorter than 8 characters is no secret, and may be a part of any word.
+    """
+    if len(secret) >= _PART:
+        _secrets.add(secret)
+
+
+def redacted(text: str) -> str:
+    """Return a text in which secrets, and their parts of 8 characters or more, are masked."""
+    hidden: set[int] = set()  # positions
+    for secret in _secrets:
+        for start in range(len(secret) - _PART + 1):
+            hidden.update(_positions(text, secret[start : start + _PART]))
+    if not hidden:
+        return text
+    shown = []
+    for i, character in enumerate(text):
+        if i not in hidden:
+            shown.append(character)
+        elif i - 1 not in hidden:
+            shown.append(_MASK)
+    return "".join(shown)
+
+
+def _positions(text: str, part: str) -> Iterator[int]:
+    """Yield the positions of all characters that belong to an occurrence of a part."""
+    at = text.find(part)
+    while at >= 0:
+        yield from range(at, at + len(part))
+        at = text.find(part, at + 1)
+
+
+def printable(text: str, most: int = MOST, line_break: str = "\\n") -> str:
+    """Return a text as one line that cannot steer a terminal or forge another line.
+
+    Args:
+      text: any.
+      most: characters; of a longer text the beginning is shown, and how much more there is.
+      line_break: stands for a line break; one with spaces after it keeps the lines of a long text,
+        indented.
+    """
+    # Masked before it is cut, so that no part of a secret stays at the end.
+    text = redacted(text)
+    if more := len(text) - most:
+        if more > 0:
+            text = f"{text[:most]} ... and {more:,} more characters"
+    return _UNSAFE.sub(lambda match: _escaped(match[0], line_break), text)
+
+
+def _escaped(character: str, line_break: str) -> str:
+    if character == "\n":
+        return line_break
+    return ascii(character)[1:-1]

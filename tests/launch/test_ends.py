@@ -1,0 +1,115 @@
+"""How launchers end: mistakes of a command line, Ctrl-C, SIGTERM; one line, and an exit code."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.calls import ROOT, call, call_and_signal
+
+ENDINGS = {
+    signal.SIGINT: (130, "error: interrupted by Ctrl-C. "),
+    signal.SIGTERM: (143, "error: ended by SIGTERM. "),
+}
+KEPT = "what was finished is kept; the same command goes on from there."
+SWEEP = "--grid=patch.beta=1,2;patch.alpha=1,2"
+
+
+def errors_of(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+@pytest.mark.parametrize(
+    "launcher, line, more",
+    [
+        ("safepatch", "derive_se: running", []),
+        ("safepatch", "score_osm: running", []),
+        ("sweep", "[1/4] ", [SWEEP]),
+    ],
+)
+def test_a_signal_ends_a_command_with_one_line(flags, tmp_path, number, launcher, line, more):
+    args = (f"launch.{launcher}", f"--workdir={tmp_path / 'work'}", *flags, *more)
+    code, text = call_and_signal(line, number, *args)
+    expected, beginning = ENDINGS[number]
+    last = text.splitlines()[-1]
+    assert code == expected and last.startswith(beginning) and last.endswith(KEPT), text
+    assert "Traceback" not in text and "ignored in" not in text
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6])
+def test_ctrl_c_while_modules_are_imported(seconds):
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch.safepatch", "--workdir=x", "--model.source=/nowhere"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        text = process.communicate(timeout=60)[1]
+    # Python itself may not have come to our first line, or all may be over on a quick machine.
+    assert process.returncode in (130, -signal.SIGINT, 2)
+    if process.returncode == 130:
+        assert text.startswith("error: interrupted by Ctrl-C") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "launcher, args, message",
+    [
+        ("safepatch", [], "--workdir is needed. See --help."),
+        ("safepatch", ["--workdri=x"], "there is no flag --workdri. Did you mean --workdir?"),
+        ("patch", ["inspect", "--factor=many", "--patch=x"], "--factor=many"),
+        ("safepatch", ["--workdir=w", "--patch.merge=tyes"], "--patch.merge=tyes: value should be"),
+        ("patch", ["inspect", "--patch=gs://b/p.safetensors"], "gs:// is not supported"),
+        ("inspect", ["--model="], "A path is empty"),
+        ("patch", ["inspect", "--patch=a\x1b[2J\nerror: all is well"], r"'a\x1b[2J\nerror: all"),
+        ("patch", ["inspect", "--patch=" + "x" * 100_000], "more characters"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(launcher, args, message):
+    result = call(f"launch.{launcher}", *args)
+    (line,) = errors_of(result)
+    assert result.returncode == 2 and message in line and len(line) < 2200
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_no_mistake():
+    result = call("launch.patch", "--help")
+    assert result.returncode == 0 and "python -m launch.patch create" in result.stdout
+
+
+CONFIGS = {
+    "CONFIG = {": "line 1: ",
+    "import os\n\nCONFIG = {'run': {'seed': 1 / 0}}": "line 3: ZeroDivisionError",
+    "import nowhere_to_be_found": "ModuleNotFoundError",
+    "raise SystemExit(0)": "line 1: SystemExit",
+    "CONFIG = []": "expected a dictionary",
+    "CONFIG = {'run': 3}": "'run' must hold a dictionary",
+    "CONFIG = {3: {}, 'patch': {4: 5}}": "unknown setting 'patch.4'",
+    "x = 1": "defines no CONFIG",
+}
+
+
+@pytest.mark.parametrize("code", CONFIGS)
+def test_a_config_that_fails_names_its_line(tmp_path, code):
+    (tmp_path / "c.py").write_text(code)
+    result = call("launch.safepatch", "--workdir=w", f"--config={tmp_path / 'c.py'}")
+    (line,) = errors_of(result)
+    assert result.returncode == 2 and str(tmp_path / "c.py") in line and CONFIGS[code] in line
+
+
+def test_devices_that_are_not_there(tmp_path):
+    script = (
+        "import os, runpy, sys; os.environ['JAX_PLATFORMS'] = 'cuda'; import launch; "
+        f"sys.argv = ['x', '--model.source=/nowhere', '--workdir={tmp_path / 'w'}']; "
+        "runpy.run_module('launch.safepatch', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    (line,) = errors_of(result)
+    assert result.returncode == 2 and "JAX_PLATFORMS=cuda" in line and "JAX_PLATFORMS=cpu" in line
+    assert "Traceback" not in result.stderr
