@@ -16,6 +16,7 @@ from safepatch_jax.io.torch_file import TorchTensor
 from safepatch_jax.models.strays import other_kind, refuse_no_model
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import progress, some
+from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.runtime.unfinished import refuse as refuse_unfinished
 from safepatch_jax.runtime.workers import Workers
@@ -30,8 +31,6 @@ _LAYOUTS: tuple[tuple[str, str, _Lister], ...] = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_file.list_tensors),
 )
 _SETS = (".safetensors", ".bin")  # kinds of files that hold a model for transformers
-_MOST_INDEX_BYTES = 100_000_000  # of an index; one of 1,000 tensors has 100,000
-_MOST_SHARDS = 10_000
 
 
 class Checkpoint:
@@ -115,23 +114,16 @@ class Checkpoint:
         )
 
     def _from_index(self, index: pathlib.Path, list_tensors: _Lister) -> Tensors:
-        size = index.stat().st_size
-        if size > _MOST_INDEX_BYTES:
-            raise Refused(
-                f"{index} holds {size:,} bytes, more than the {_MOST_INDEX_BYTES:,} that an index "
-                "may have. Copy the file again."
-            )
+        if index.stat().st_size > limit("INDEX_BYTES"):
+            raise Refused(f"{index} has {too_much('INDEX_BYTES')}. Copy the file again.")
         weight_map = files.read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise Refused(
                 f"{index} is not a weight index (it has no weight_map); copy the file again."
             )
         shards = sorted({files.plain_name(name, str(index)) for name in weight_map.values()})
-        if len(shards) > _MOST_SHARDS:
-            raise Refused(
-                f"{index} names {len(shards):,} weight files, more than the {_MOST_SHARDS:,} that "
-                "are read. Copy the file again."
-            )
+        if len(shards) > limit("INDEX_FILES"):
+            raise Refused(f"{index} names {too_much('INDEX_FILES')}. Copy the file again.")
         with reading(index, "an index of weights", "Copy the file again."):
             missing = [name for name in shards if not (self.folder / name).is_file()]
         if missing:

@@ -25,6 +25,8 @@ LIMITS = {
     "TEMPLATE_CHARACTERS": Limit(10_000_000, "characters for one conversation"),
     "ENDPOINT_SECONDS": Limit(300, "seconds for one request and its repetitions"),
     "ENDPOINT_BYTES": Limit(10_000_000, "bytes of one reply"),
+    "INDEX_BYTES": Limit(100_000_000, "bytes"),  # one of 1,000 tensors has 100,000
+    "INDEX_FILES": Limit(10_000, "weight files"),
     "ROW_CHARACTERS": Limit(1_000_000, "characters"),
     "DATA_ROWS": Limit(1_000_000, "rows"),
     "DATA_BYTES": Limit(4 << 30, "bytes, unpacked"),
