@@ -13,5 +13,7 @@ def _end(*_):
     os._exit(INTERRUPTED)
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _end)  # `launch.main.run` takes it from here
+# So Python calls itself while it imports the package of `python -m launch.NAME`; other programs may
+# import a launcher too. A launcher takes the signal over once it is imported.
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end)

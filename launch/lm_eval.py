@@ -24,8 +24,10 @@ downloaded before, or give your own tasks with --include_path.
 """
 
 import importlib
+import signal
 import sys
 
+from launch import INTERRUPTED
 from safepatch_jax.runtime.text import printable
 
 
@@ -35,7 +37,11 @@ def run() -> None:
         importlib.import_module("safepatch_jax.evaluation.lm_eval_model")
         from lm_eval.__main__ import cli_evaluate
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         cli_evaluate()
+    except KeyboardInterrupt:
+        print("error: interrupted by Ctrl-C.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ImportError, ValueError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -27,6 +27,7 @@ from safepatch_jax.data.tables import decoded
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.limits import limit, too_much
+from safepatch_jax.runtime.paths import plain, resolve
 from safepatch_jax.runtime.reading import Refused, reading, reason
 
 _LABELS = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}  # of a role's rows
@@ -85,7 +86,7 @@ def load_set(
       ValueError: unknown set or split, a missing file, a wrong checksum, a file that is not the
         set's, no answers where the set has answers.
     """
-    entry, folder = find_set(name), pathlib.Path(data_dir).expanduser()
+    entry, folder = find_set(name), resolve(data_dir)
     rows = []
     for split in splits.split("+"):
         rows += _load_split(entry, split, manual_dir, folder)
@@ -273,7 +274,7 @@ def _find_file(
     entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path
 ) -> tuple[pathlib.Path, str]:
     """Return a file of the user's, or a downloaded one, and the SHA-256 of its bytes."""
-    manual = pathlib.Path(manual_dir).expanduser() if manual_dir else data_dir / "manual"
+    manual = pathlib.Path(plain(manual_dir)) if manual_dir else data_dir / "manual"
     if manual_dir and not manual.is_dir():
         raise ValueError(
             f"data.manual_dir '{manual}' is not a folder. Give the folder in which files fetched "

@@ -22,15 +22,15 @@ def main():
     sys.stdout = sys.stderr  # what libraries print is no answer
     from transformers.utils import chat_template_utils as templates
 
-    used = None
+    bounded = False
     for line in sys.stdin:
         request = json.loads(line)
         limits = request["limits"]
-        if used is None:
-            used = _address_space()
+        if not bounded:
             with contextlib.suppress(ValueError, OSError):  # not every system knows the bound
-                most = used + limits["megabytes"] * 2**20
+                most = _address_space() + limits["megabytes"] * 2**20
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            bounded = True
         templates.datetime = _clock(request["date"])
         signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
         answer = _render(templates, request["arguments"], limits["characters"])

@@ -20,6 +20,7 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.records import misfits
+from safepatch_jax.runtime.text import redacted
 
 _NUMBER = (int, float)
 _FIELDS = {
@@ -66,7 +67,7 @@ class Lines:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return redacted(json.dumps(row, ensure_ascii=False)) + "\n"
 
 
 def blank(path: pathlib.Path, field: str) -> None:

@@ -6,6 +6,7 @@ import pathlib
 
 from safepatch_jax.models.config import portable_config, read_raw_config
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -30,7 +31,6 @@ COMPANIONS = (
 
 
 TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
-_MOST_TEMPLATES, _MOST_TEMPLATE_BYTES = 100, 1_000_000
 
 
 def copy_companions(
@@ -59,18 +59,12 @@ def companion_names(folder: pathlib.Path) -> list[str]:
 def _template_names(folder: pathlib.Path) -> list[str]:
     """Return the names of the additional chat templates, relative to the model's folder."""
     paths = sorted((folder / TEMPLATES).glob("*.jinja"))
-    if len(paths) > _MOST_TEMPLATES:
-        raise Refused(
-            f"{folder / TEMPLATES} holds {len(paths):,} templates, more than {_MOST_TEMPLATES}. "
-            "Delete those that nobody needs."
-        )
+    fix = "Delete those that nobody needs."
+    if len(paths) > limit("TEMPLATES"):
+        raise Refused(f"{folder / TEMPLATES} holds {too_much('TEMPLATES')}. {fix}")
     for path in paths:
-        if path.stat().st_size > _MOST_TEMPLATE_BYTES:
-            raise Refused(
-                f"{path} holds {path.stat().st_size:,} bytes, more than the "
-                f"{_MOST_TEMPLATE_BYTES:,} that a chat template may have. Delete it if nobody "
-                "needs it."
-            )
+        if path.stat().st_size > limit("TEMPLATE_BYTES"):
+            raise Refused(f"{path} has {too_much('TEMPLATE_BYTES')}. {fix}")
     return [f"{TEMPLATES}/{path.name}" for path in paths]
 
 

@@ -13,6 +13,7 @@ from safepatch_jax.models.families import FAMILIES, Family
 from safepatch_jax.models.strays import refuse_no_model
 from safepatch_jax.runtime import files, unfinished
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.runtime.text import printable
 
@@ -107,7 +108,6 @@ _LLAMA3_KEYS = {*_ROPE_KEYS, *_LLAMA3, "original_max_position_embeddings"}
 
 
 _FIX = "Copy config.json of the model again."
-_MOST_BYTES = 10_000_000  # of config.json; the published ones have a few thousand
 _MOST_LAYERS = 1000  # a file from others must not make us build a table of 10^8 layers
 _MOST = 2**31 - 1
 
@@ -352,11 +352,8 @@ def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         refuse_no_model(path.parent)
-    if path.stat().st_size > _MOST_BYTES:
-        raise Refused(
-            f"{path} holds {path.stat().st_size:,} bytes, more than the {_MOST_BYTES:,} that a "
-            f"config may have. {_FIX}"
-        )
+    if path.stat().st_size > limit("CONFIG_BYTES"):
+        raise Refused(f"{path} has {too_much('CONFIG_BYTES')}. {_FIX}")
     unfinished.refuse(folder)
     return files.read_json(path)
 

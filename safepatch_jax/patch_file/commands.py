@@ -17,7 +17,7 @@ from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, inspect
 from safepatch_jax.patch_file.log import PatchLog, Step, data_text, folder_hash, plain
 from safepatch_jax.patch_file.log_lines import START
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import some
 
 
@@ -178,7 +178,7 @@ def replay(
     steps = _steps(log, start, to)
     if not steps:
         raise ValueError(f"--to and --from are both {to}: there is nothing to do.")
-    model, out = (pathlib.Path(path).expanduser() for path in (model, out))
+    model, out = (pathlib.Path(paths.plain(path)) for path in (model, out))
     files.refuse_full_folder(out)
     Checkpoint(model)  # says what is wrong with the folder, if anything
     digest = folder_hash(model)

@@ -18,6 +18,7 @@ from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.log_lines import LOG, START, read_entries, write_entry
 from safepatch_jax.runtime import files, processes, unfinished
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import resolve
 
 LINKS = "links"
 # Within a link's folder.
@@ -49,7 +50,7 @@ class PatchLog:
     """
 
     def __init__(self, workdir: str | pathlib.Path):
-        self.workdir = pathlib.Path(workdir).expanduser().absolute()
+        self.workdir = resolve(workdir)
         self.entries: list[dict[str, Any]] = processes.on_first(self._read)
 
     def _read(self) -> list[dict[str, Any]]:

@@ -25,6 +25,9 @@ LIMITS = {
     "TEMPLATE_CHARACTERS": Limit(10_000_000, "characters for one conversation"),
     "ENDPOINT_SECONDS": Limit(300, "seconds for one request and its repetitions"),
     "ENDPOINT_BYTES": Limit(10_000_000, "bytes of one reply"),
+    "CONFIG_BYTES": Limit(10_000_000, "bytes"),  # the published ones have a few thousand
+    "TEMPLATES": Limit(100, "additional chat templates"),
+    "TEMPLATE_BYTES": Limit(1_000_000, "bytes"),
     "INDEX_BYTES": Limit(100_000_000, "bytes"),  # one of 1,000 tensors has 100,000
     "INDEX_FILES": Limit(10_000, "weight files"),
     "ROW_CHARACTERS": Limit(1_000_000, "characters"),

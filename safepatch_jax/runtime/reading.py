@@ -49,7 +49,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
     if isinstance(error, OSError) and error.strerror:
-        return os.strerror(error.errno) if error.errno > 0 else error.strerror
+        return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
     text = str(error).strip().partition("\n")[0].rstrip(".")[:_MOST]
     if text and (isinstance(error, ValueError) or type(error) is Exception):
         return text

@@ -122,3 +122,30 @@ finally:
     begun = time.monotonic()
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
     assert result.returncode == -signal.SIGALRM and time.monotonic() - begun > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_callback_swallows_comes_again(number):
+    """A garbage collection calls back, and what is raised there is printed and lost."""
+    script = f"""
+import gc, signal, time
+from safepatch_jax.runtime import stopping
+stopping.install()
+def once(*_):
+    gc.callbacks.remove(once)
+    signal.raise_signal({int(number)})
+    for _ in range(1000):
+        pass
+gc.callbacks.append(once)
+try:
+    gc.collect()
+    for _ in range(100):
+        time.sleep(0.05)
+except KeyboardInterrupt:
+    raise SystemExit(130)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert result.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert result.stderr == ""

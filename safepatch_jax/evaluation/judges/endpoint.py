@@ -226,7 +226,7 @@ async def _bound_body(response: Any) -> None:
         raise ValueError("the reply is compressed, which was not asked for")
     stream, most = response.stream, limit("ENDPOINT_BYTES")
 
-    class Bounded(type(stream)):
+    class Bounded(type(stream)):  # as httpx asks for a stream of its own kind
         def __init__(self):
             pass
 

@@ -15,6 +15,7 @@ from safepatch_jax.evaluation.statistics import agreement
 from safepatch_jax.evaluation.suites import KINDS, Measure
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, rate
+from safepatch_jax.runtime.paths import plain
 from safepatch_jax.studies.evaluate.figures import TITLES, draw
 from safepatch_jax.studies.evaluate.results import COUNTED, TASKS, Rows, described, measured
 
@@ -28,7 +29,7 @@ def labels(folders: Mapping[str, str]) -> dict[str, str]:
     """
     parts, last = {}, {}
     for who, folder in folders.items():
-        path = pathlib.Path(os.path.abspath(os.path.expanduser(folder)))
+        path = pathlib.Path(os.path.abspath(plain(folder)))
         parts[who], last[who] = path.parts[1:], path.name or "/"
     equal = len(set(last.values())) < len(last)
     names = {}

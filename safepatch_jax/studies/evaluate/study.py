@@ -249,7 +249,7 @@ def _check(
     options.check_seeds(any(measure.kind in GENERATED for measure in suite))
     check_names(suite, options.suite, {"speed": "the time of a token"})
     for folder in folders.values():
-        if not pathlib.Path(folder).expanduser().is_dir():
+        if not resolve(folder).is_dir():
             raise ValueError(f"no model folder '{folder}'.")
         _check_model(folder)
     texts = [measure.name for measure in suite if measure.kind == "text"]
