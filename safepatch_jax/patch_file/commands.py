@@ -15,10 +15,11 @@ import numpy as np
 from safepatch_jax.io.folder import Checkpoint, has_weights
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, inspect
-from safepatch_jax.patch_file.log import PatchLog, Step, data_text, folder_hash, plain
+from safepatch_jax.patch_file.log import PatchLog, Step, data_text, folder_hash
 from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.text import printable
 
 
 def history(log: PatchLog) -> list[str]:
@@ -31,7 +32,7 @@ def _history_line(entry: Mapping[str, Any], live: Sequence[int]) -> str:
     date = entry["date"][:16].replace("T", " ")
     if entry["entry"] == "start":
         aligned = ", aligned" if entry["aligned"] else ""
-        source = plain(entry["source"])
+        source = printable(entry["source"])
         return f"{START:>3}  {entry['model'][:12]}  {date}  start: {source}{aligned}"
     if entry["entry"] == "revert":
         links, head = ", ".join(map(str, entry["links"])), entry["head"]
@@ -53,7 +54,7 @@ def show(log: PatchLog, number: int) -> list[str]:
     lines = []
     for key, value in entry.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        lines.append(plain(f"{key}: {text}"))
+        lines.append(printable(f"{key}: {text}"))
     return lines + (inspect(log.patch(number).path) if number else [])
 
 

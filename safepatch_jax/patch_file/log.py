@@ -19,6 +19,7 @@ from safepatch_jax.patch_file.log_lines import LOG, START, read_entries, write_e
 from safepatch_jax.runtime import files, processes, unfinished
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.text import printable
 
 LINKS = "links"
 # Within a link's folder.
@@ -201,17 +202,17 @@ class PatchLog:
             raise ValueError(
                 f"The starting model {folder} is missing or no longer the one with which the "
                 f"chain began (hash {start['model'][:16]}...). Put it back; its source was "
-                f"{plain(start['source'])}."
+                f"{printable(start['source'])}."
             )
         before, after = start["companions"], companion_hashes(folder)
         changes = []
         for name in sorted(before.keys() | after.keys()):
             if name not in before:
-                changes.append(f"{plain(name)} is new")
+                changes.append(f"{printable(name)} is new")
             elif name not in after:
-                changes.append(f"{plain(name)} is gone")
+                changes.append(f"{printable(name)} is gone")
             elif before[name] != after[name]:
-                changes.append(f"{plain(name)} was changed")
+                changes.append(f"{printable(name)} was changed")
         if changes:
             raise ValueError(
                 f"The starting model {folder} is no longer as when the chain began: "
@@ -299,9 +300,4 @@ def companion_hashes(folder: pathlib.Path) -> dict[str, str]:
 def data_text(data: Mapping[str, str]) -> str:
     """Describe the harmful records of a link."""
     category = f" [{data['category']}]" if data["category"] else ""
-    return plain(data["harmful"] + category)
-
-
-def plain(text: str) -> str:
-    """Return a text of which a terminal shows every character and obeys none."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(data["harmful"] + category)

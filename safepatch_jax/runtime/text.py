@@ -7,15 +7,11 @@ megabytes, or a key that a server echoes. Everything printed passes `printable`,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 MOST = 2000  # characters of a message
 _PART = 8  # characters of a secret that are enough to be hidden
 _MASK = "***"
-# Control characters of C0 and C1, marks that turn the direction of writing, line and paragraph
-# separators, halves of surrogate pairs.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _secrets: set[str] = set()
 
 
@@ -64,10 +60,9 @@ def printable(text: str, most: int = MOST, line_break: str = "\\n") -> str:
     """
     # Masked before it is cut, so that no part of a secret stays at the end.
     text = redacted(text)
-    if more := len(text) - most:
-        if more > 0:
-            text = f"{text[:most]} ... and {more:,} more characters"
-    return _UNSAFE.sub(lambda match: _escaped(match[0], line_break), text)
+    if (more := len(text) - most) > 0:
+        text = f"{text[:most]} ... and {more:,} more characters"
+    return "".join(c if c.isprintable() else _escaped(c, line_break) for c in text)
 
 
 def _escaped(character: str, line_break: str) -> str:

@@ -30,7 +30,6 @@ from safepatch_jax.patch_file.log import (
     folder_hash,
     label,
     patch_hash,
-    plain,
 )
 from safepatch_jax.patch_file.log_lines import FORMAT, LOG, entry_id
 from safepatch_jax.runtime import files
@@ -410,4 +409,3 @@ def test_texts_of_a_log_do_not_reach_the_terminal_raw(log):
     lines = history(forged) + show(forged, 0) + show(forged, 1)
     assert all(line.isprintable() for line in lines)
     assert r"start: \x1b[2Jx" in lines[3] and r"a\nb [\x1b]0;é]" in lines[2]
-    assert plain("Größe <a|b>") == "Größe <a|b>"

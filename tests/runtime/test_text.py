@@ -25,6 +25,7 @@ def secret(monkeypatch):
         ("back\b\r\x9b31m", r"back\x08\r\x9b31m"),
         ("a\u202egpj.exe\u2066\u2028b", r"a\u202egpj.exe\u2066\u2028b"),
         ("half \ud800", r"half \ud800"),
+        ("un\u200bseen \ufeff\U000e0041", r"un\u200bseen \ufeff\U000e0041"),
         ("Größe 日本 'quoted'", "Größe 日本 'quoted'"),
     ],
 )

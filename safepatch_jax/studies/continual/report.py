@@ -10,9 +10,10 @@ from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
 from safepatch_jax.evaluation.measures import perplexity
-from safepatch_jax.patch_file.log import data_text, plain
+from safepatch_jax.patch_file.log import data_text
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, share
+from safepatch_jax.runtime.text import printable
 from safepatch_jax.studies.continual.figures import draw
 from safepatch_jax.studies.continual.measures import COMMON
 
@@ -108,7 +109,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         means=means,
         total=_sum,
         data_text=data_text,
-        code=lambda text: tables.code(plain(text)),
+        code=lambda text: tables.code(printable(text)),
     )
 
 
