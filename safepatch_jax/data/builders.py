@@ -24,6 +24,7 @@ from safepatch_jax.data.cells import check_unicode, placed, text
 from safepatch_jax.data.sets import DATA_DIR, SETS, DataSet, File, Row, Split
 from safepatch_jax.data.streams import refuse_other_than_file
 from safepatch_jax.data.tables import decoded
+from safepatch_jax.io import checksums
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.limits import limit, too_much
@@ -32,7 +33,6 @@ from safepatch_jax.runtime.reading import Refused, reading, reason
 
 _LABELS = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}  # of a role's rows
 FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
-_CHECKSUMS = "checksums.json"  # in the folder of a prepared set, of its other files
 _AGAIN = "Delete the folder; it is made again."
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 
@@ -135,8 +135,9 @@ def _prepared(
     with files.locked(data_dir / f".{entry.name}.lock"):
         path, sha256 = _find_file(entry, file, manual_dir, data_dir)
         folder = data_dir / f"{entry.name}-{_splits_of(entry, file)[0]}-{sha256[:12]}"
-        if (folder / _CHECKSUMS).is_file():
-            _check_prepared(folder)
+        if (folder / checksums.NAME).is_file():
+            # A damaged file may still be read, as other records.
+            checksums.check(folder, f"Delete {folder}; it is made again.")
         else:
             # What a killed run left there.
             shutil.rmtree(folder, ignore_errors=True)
@@ -148,7 +149,7 @@ def _prepared(
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
                 builder.download_and_prepare()
-            files.write_json(folder / _CHECKSUMS, files.folder_hashes(folder))
+            checksums.write(folder)
             splits = builder.info.splits
             counts = ", ".join(f"{name} {info.num_examples:,}" for name, info in splits.items())
             differs = file.sha256 not in ("", sha256)
@@ -158,17 +159,6 @@ def _prepared(
                 f"{entry.licence}."
             )
     return builder, path
-
-
-def _check_prepared(folder: pathlib.Path) -> None:
-    """Raise ValueError if the files of a prepared set are not what they were when it was made: a
-    damaged one may still be read, as other records."""
-    with reading(folder, "a prepared data set", _AGAIN):
-        noted = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
-        hashes = files.folder_hashes(folder)
-        del hashes[_CHECKSUMS]
-        if hashes != noted:
-            raise ValueError("it was damaged since it was made")
 
 
 def _splits_of(entry: DataSet, file: File) -> list[str]:

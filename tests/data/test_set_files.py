@@ -126,7 +126,7 @@ def test_damaged_prepared_sets(prepared, tmp_path, name):
         with pytest.raises(ValueError) as raised:
             load()
         message = str(raised.value)
-        assert "cannot be read as a prepared data set" in message and "\n" not in message
-        assert "Delete the folder; it is made again" in message and len(message) < 1000
+        assert str(path) in message and "\n" not in message and len(message) < 1000
+        assert f"Delete {tmp_path / 'data'}" in message and "; it is made again" in message
     path.write_bytes(content)
     assert len(load()) == 200

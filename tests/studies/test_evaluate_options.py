@@ -4,6 +4,7 @@ their items are put to a model."""
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 
@@ -174,3 +175,13 @@ def test_a_suite_and_a_file_together(suite, tmp_path, measures):
     assert names(str(odd)) == names(suite)
     with pytest.raises(ValueError, match="two measures are named 'harm'"):
         load_suite(f"{suite}+{suite}")
+
+
+def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    suite = write_suite(tmp_path / "mmlu.json", TASKS[:1])
+    options = EvaluationOptions(suite=suite, batch_size=4, **write_sets(tmp_path / "sets"))
+    evaluate(str(base), tmp_path / "out", options)
+    (answers,) = (tmp_path / "out" / "answers" / "model").glob("mmlu*.jsonl")
+    assert answers.read_text().count('"correct"') == 4

@@ -13,11 +13,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.data.chat import Chat
 from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, companions
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
+from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
 from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.models.config import read_hf_config, same_architecture
@@ -268,7 +268,7 @@ def _check_model(folder: str) -> None:
     evaluation that cannot begin leaves nothing."""
     check_source(Place.parse(folder).absolute())
     path = companions(folder)
-    Chat(path, read_hf_config(path).vocab_size)
+    Prompter(read_hf_config(path), path)
 
 
 def _difference(name: str, recorded: Any, wanted: Any) -> str:
