@@ -15,9 +15,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.runtime import files, joining
 from safepatch_jax.runtime.joining import (
@@ -30,6 +28,9 @@ from safepatch_jax.runtime.joining import (
     until,
     who,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "AnotherFailed",
@@ -305,6 +306,8 @@ def fetch(x: Any) -> np.ndarray:
     """Return an array whole on the host, also one whose parts lie with several processes, all of
     which must call this."""
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+        import numpy as np  # here: --help, which comes this way, has no need of it
+
         return np.asarray(x)
     assert not _State.alone, "process 0 alone cannot bring parts that lie with others"
     from jax.experimental import multihost_utils
