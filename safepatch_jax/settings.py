@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch_jax.data.rendering import DATE, check_date
+from safepatch_jax.data.windows import check_score_window, check_window
 from safepatch_jax.option import nearest, option
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.runtime import paths
@@ -161,6 +162,17 @@ class DeriveSettings:
     )
     osm_steps: int = option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
     osm_learning_rate: float = option(2e-5, "Learning rate of gradient descent.", above=0)
+    se_tokens: str = option(
+        "all",
+        "Answer tokens that carry the loss of gradient ascent: all, head:N (the first N), tail:N "
+        "(the last N), after:N (all but the first N).",
+        read=check_window,
+    )
+    osm_tokens: str = option(
+        "all",
+        "Those of gradient descent: head:N lets it act on how an answer opens alone.",
+        read=check_window,
+    )
     loss: str = option(
         "mean",
         "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).",
@@ -183,6 +195,13 @@ class ScoreSettings:
         choices=("per_sample", "batched"),
     )
     batch_size: int = option(8, "Samples a gradient where score.mode is batched.", low=2)
+    se_tokens: str = option(
+        "derive",
+        "Answer tokens over which SNIP takes the SE patch's loss: as derive.se_tokens, or a window "
+        "of its own.",
+        read=check_score_window,
+    )
+    osm_tokens: str = option("derive", "Those of the OSM patch, likewise.", read=check_score_window)
 
 
 @dataclasses.dataclass(frozen=True)

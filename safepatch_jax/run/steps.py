@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.pipeline import Pool
+from safepatch_jax.data.windows import ALL
 from safepatch_jax.evaluation.measures import ANSWERS
 from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.checkpoint import load_tree, save_tree
@@ -148,7 +149,10 @@ def align(run: Run, out: pathlib.Path) -> Result:
 def derive(run: Run, role: str, out: pathlib.Path) -> Result:
     """Fine-tune a copy of the backbone on harmful answers: ascent (SE) or descent (OSM)."""
     settings = run.settings.derive
-    examples = run.context.encoded(run.imported, "harmful", "train").examples
+    window = getattr(settings, f"{role}_tokens")
+    examples = models.training_examples(run, window)
+    if window != ALL:
+        say(f"  loss on the answer tokens {window} of {len(examples)} examples")
     if role == "se":
         recipe = Recipe(
             -1.0,
@@ -193,7 +197,7 @@ def _summary(outcome: TrainingOutcome) -> Result:
 def score(run: Run, role: str, out: pathlib.Path) -> Result:
     """Sum gradient magnitudes of the derived model over calibration samples."""
     settings = run.settings.score
-    samples = models.calibration(run, settings)
+    samples = models.calibration(run, settings, role)
     if len(samples) < settings.samples:
         say(f"  all {len(samples)} samples are used, fewer than score.samples={settings.samples}")
     save_tree(out / "sensitivity", nest(models.sensitivity(run, role, settings)))

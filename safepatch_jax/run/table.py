@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from safepatch_jax.data.rendering import DATE
+from safepatch_jax.data.windows import ALL
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
+from safepatch_jax.run.models import score_window
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
 from safepatch_jax.runtime import processes
@@ -81,7 +83,9 @@ def _patches(run: Run) -> list[Stage]:
     for role in PATCH_ROLES:
         score = functools.partial(steps.score, run, role)
         reads = (f"derive_{role}",)
-        stage = Stage(f"score_{role}", score, reads, _score_settings(s), harmful, scratch=True)
+        stage = Stage(
+            f"score_{role}", score, reads, _score_settings(s, role), harmful, scratch=True
+        )
         stages.append(stage)
     return stages
 
@@ -165,11 +169,20 @@ def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
     for name, value in dataclasses.asdict(s.derive).items():
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
-    return result
+    return _without_default(result, f"{role}_tokens", ALL)
 
 
-def _score_settings(s: Settings) -> dict[str, Any]:
-    result = _training_settings(s)
+def _without_default(settings: dict[str, Any], name: str, default: Any) -> dict[str, Any]:
+    """Return settings without one that came later and has its default: what earlier versions made
+    with it is the same, and has a key without it."""
+    if settings[name] == default:
+        del settings[name]
+    return settings
+
+
+def _score_settings(s: Settings, role: str) -> dict[str, Any]:
+    result = _training_settings(s) | {"tokens": score_window(s, role)}
+    result = _without_default(result, "tokens", ALL)
     result |= {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
     if s.score.mode == "batched":
         result["batch_size"] = s.score.batch_size
