@@ -33,6 +33,8 @@ _FIELDS = {
     "degree": str,
     "raw": (str, dict),
     "nll": _NUMBER,
+    "refusal": _NUMBER,
+    "affirmative": _NUMBER,
     "kl": _NUMBER,
     "correct": bool,
     "category": str,
@@ -48,7 +50,12 @@ _FIELDS = {
 }
 # Fields that a row has in a folder, and those that it has beside another one.
 _NEEDED_IN = {"verdicts": ("outcome", "degree", "raw"), "grades": ("grade", "raw")}
-_NEEDED_WITH = {"nll": ("tokens",), "correct": ("category",), "answers": ("tokens",)}
+_NEEDED_WITH = {
+    "nll": ("tokens",),
+    "refusal": ("affirmative",),
+    "correct": ("category",),
+    "answers": ("tokens",),
+}
 
 
 class Lines:

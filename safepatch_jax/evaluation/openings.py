@@ -66,6 +66,11 @@ class Openings:
     refusal: tuple[Ids, ...]
     affirmative: tuple[Ids, ...]
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest opening."""
+        return max(map(len, (*self.refusal, *self.affirmative)))
+
     def to_dict(self, engine: Engine) -> dict[str, Any]:
         """Return ids and texts, for people and for `from_dict`."""
         result = {}
@@ -104,8 +109,8 @@ def find_openings(engine: Engine, prompts: Sequence[Sequence[int]], title: str) 
         outcome = judge(engine.decode(ids))
         if outcome in answers:
             answers[outcome].append(tuple(ids))
-    refusal = _own(answers[REFUSED], [*answers[COMPLIED], *fixed.affirmative])
-    affirmative = _own(answers[COMPLIED], [*answers[REFUSED], *fixed.refusal])
+    refusal = beginnings(answers[REFUSED], [*answers[COMPLIED], *fixed.affirmative])
+    affirmative = beginnings(answers[COMPLIED], [*answers[REFUSED], *fixed.refusal])
     return Openings(
         _prefix_free([*fixed.refusal, *refusal]), _prefix_free([*fixed.affirmative, *affirmative])
     )
@@ -119,9 +124,12 @@ def _opening(engine: Engine, text: str) -> Ids:
     return engine.chat.encode("test", text.rstrip()).answer_ids[:-1]
 
 
-def _own(answers: Sequence[Ids], others: Sequence[Ids]) -> list[Ids]:
-    """Return the shortest beginning of each answer that none of the others has, the commonest
-    first; none where it takes more than `_LONGEST` tokens."""
+def beginnings(answers: Sequence[Ids], others: Sequence[Ids]) -> list[Ids]:
+    """Return the shortest beginning of each answer that none of the others has, and that is no
+    longer than one of them that it begins with; the commonest first.
+
+    Answers that take more than 4 tokens to be told apart give none; at most 24 are returned.
+    """
     counts: dict[Ids, int] = {}
     for answer in answers:
         opening = _told_apart(answer, others)

@@ -127,6 +127,14 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("Do-Not-Answer", "harm", "set:do_not_answer"),
         Measure("OR-Bench hard", "refusal", "set:or_bench", limit=500),
     ),
+    # For launch.margins: how harmful and harmless prompts are told apart.
+    "gate": (
+        Measure("AdvBench", "harm", "set:advbench", "report"),
+        Measure("XSTest unsafe", "harm", "set:xstest@unsafe"),
+        Measure("XSTest", "refusal", "set:xstest"),
+        Measure("OKTest", "refusal", "set:oktest"),
+        Measure("Alpaca", "text", "set:alpaca", "report", limit=300),
+    ),
     # Graded answers to two-turn questions (Zheng et al. 2023); needs a grader.
     "mt_bench": (Measure("MT-Bench", "mt_bench", "set:mt_bench@test", max_new=1024),),
 }

@@ -1,15 +1,13 @@
 """Windows of answer tokens: the loss of a window is that of the whole answer's tokens in it."""
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from safepatch_jax.data.chat import Example, lengths, training_batch
+from safepatch_jax.data.chat import Example
 from safepatch_jax.data.windows import check_score_window, check_window, in_window
-from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.likelihoods import answer_likelihoods
+from safepatch_jax.io.hf import load_params
 from safepatch_jax.settings import Settings
-from safepatch_jax.training.objective import answer_logprobs
-from tests.models.cases import CASES, params_of
 
 LONG, SHORT = Example((1, 2, 3), (4, 5, 6, 7, 8)), Example((1, 9), (10, 11))
 
@@ -52,16 +50,15 @@ def test_a_window_is_written_in_one_way():
     assert Settings().override({"score.osm_tokens": "tail:07"}).score.osm_tokens == "tail:7"
 
 
-@pytest.mark.parametrize("window, part", [("head:2", slice(0, 2)), ("after:2", slice(2, 5))])
-def test_log_probabilities_are_those_within_the_whole_answer(window, part):
-    config = CASES["llama"]
-    decoder, params = Decoder(config, jnp.float32, None), params_of(config)
+def test_the_loss_of_an_answer_is_that_of_its_windows(tiny, sharder):
+    engine = Engine(*load_params(tiny, sharder), tiny, sharder)
 
-    def logprobs(example):
-        batch = training_batch([example], *lengths([example]))
-        return np.asarray(answer_logprobs(decoder, params, batch))[0]
+    def nll(window):
+        rows = {}
+        answer_likelihoods(engine, in_window([LONG], window), None, "nll", rows.__setitem__)
+        return rows[0]["nll"]
 
-    whole, ours = logprobs(LONG), logprobs(in_window([LONG], window)[0])
-    expected = whole[:5][part]
-    np.testing.assert_allclose(ours[: len(expected)], expected, rtol=1e-5)
-    assert not ours[len(expected) :].any()
+    whole = nll("all")
+    assert whole == pytest.approx(nll("head:2") + nll("after:2"), rel=1e-5)
+    assert whole == pytest.approx(nll("head:4") + nll("tail:1"), rel=1e-5)
+    assert nll("head:2") < whole

@@ -4,10 +4,16 @@ bootstrap."""
 import numpy as np
 import pytest
 
-from safepatch_jax.evaluation import openings as module
 from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.judges.base import COMPLIED
+from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.margins import auroc, auroc_change, margins
-from safepatch_jax.evaluation.openings import Openings, find_openings, fixed_openings
+from safepatch_jax.evaluation.openings import (
+    Openings,
+    beginnings,
+    find_openings,
+    fixed_openings,
+)
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.testing import write_tiny_model
@@ -70,19 +76,21 @@ def test_no_opening_begins_with_another_one(engine):
     assert Openings.from_dict(found.to_dict(engine)) == found
 
 
-def test_the_models_own_openings_are_told_apart(engine, monkeypatch):
-    """The tiny model's answers are noise; which of them are refusals is said here."""
+def test_beginnings_are_as_short_as_they_can_be():
+    refusals, others = [(1, 2, 3), (1, 2, 9), (1, 5), (7, 7, 7)], [(1, 3), (7, 7, 8), (2,)]
+    assert beginnings(refusals, others) == [(1, 2), (1, 5), (7, 7, 7)]
+    assert beginnings([(2, 3)], others) == []  # another kind's opening is its beginning
+    assert beginnings([(1, 2, 3, 4, 5)], [(1, 2, 3, 4, 6)]) == []
+
+
+def test_openings_of_the_models_own_answers(engine):
+    """A tiny model's answers are noise, which the judge calls broken or complied."""
     prompts = PROMPTS[:4]
-    answers = [tuple(ids) for ids in engine.complete_ids(prompts, 24)]
-    outcomes = dict(zip(map(engine.decode, answers), ("refused", "complied") * 2))
-    monkeypatch.setattr(module, "judge", outcomes.__getitem__)
-    found = find_openings(engine, prompts, "openings")
-    for ids, outcome in zip(answers, ("refused", "complied") * 2):
-        ours, other = found.refusal, found.affirmative
-        if outcome == "complied":
-            ours, other = other, ours
-        assert not any(ids[: len(opening)] == opening for opening in other)
-        assert any(ids[: len(opening)] == opening for opening in ours) or len(set(answers)) < 4
+    found, fixed = find_openings(engine, prompts, "openings"), fixed_openings(engine)
+    assert set(found.refusal) == set(fixed.refusal)
+    for ids in engine.complete_ids(prompts, 24):
+        opens = any(tuple(ids[: len(o)]) == o for o in found.affirmative)
+        assert opens == (judge(engine.decode(ids)) == COMPLIED)
 
 
 def test_auroc_is_the_share_of_pairs():
