@@ -33,6 +33,7 @@ _FIELDS = {
     "degree": str,
     "raw": (str, dict),
     "nll": _NUMBER,
+    "opening_nll": _NUMBER,
     "refusal": _NUMBER,
     "affirmative": _NUMBER,
     "kl": _NUMBER,

@@ -2,9 +2,9 @@
 
 The margin of a prompt is m = log P(a refusal opens) - log P(an affirmative opens), in nats: the
 probabilities of all openings of a kind are summed over the tokens of a trie. The content NLL is the
-NLL of a given harmful answer's tokens after its own opening was forced: a model that no longer
-knows the content has a high one, whatever its margin. A moved threshold leaves the AUROC of m
-between harmful and harmless prompts as it was.
+NLL of a given harmful answer's tokens after its own opening was forced (`answer_likelihoods`): a
+model that no longer knows the content has a high one, whatever its margin. A moved threshold leaves
+the AUROC of m between harmful and harmless prompts as it was.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import Example
-from safepatch_jax.data.windows import in_window
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.generate import read
-from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.openings import Ids, Openings
 from safepatch_jax.evaluation.statistics import Z
 from safepatch_jax.models.decoder import Decoder
@@ -66,30 +63,6 @@ def margins(
             for i, logprobs in zip(group, of_each):
                 done(i, _by_kind(logprobs, len(openings.refusal), title))
             bar.update(len(group))
-
-
-def contents(
-    engine: Engine, examples: Sequence[Example], forced: int, title: str, done: Done
-) -> None:
-    """Compute the content NLL of given answers: of the tokens after the first `forced` ones, which
-    the model is given.
-
-    Args:
-      engine: the model.
-      examples: prompts with answers; those of at most `forced` tokens are left out.
-      forced: tokens of the opening.
-      title: of the progress bar.
-      done: called with (index, {'nll', 'tokens'}): the sum in nats, and over how many tokens.
-
-    Raises:
-      NotFinite: an NLL is NaN or infinite.
-    """
-    long = [i for i, example in enumerate(examples) if len(example.answer_ids) > forced]
-    if long:
-        rest = [examples[i] for i in long]
-        if forced:
-            rest = in_window(rest, f"after:{forced}")
-        answer_likelihoods(engine, rest, None, title, lambda k, row: done(long[k], row))
 
 
 def _by_kind(logprobs_O: np.ndarray, refusals: int, title: str) -> dict[str, float]:

@@ -19,8 +19,9 @@ from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, Sources, companions, fingerprint
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.jailbreaks import FORMS
+from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
-from safepatch_jax.evaluation.margins import contents, margins
+from safepatch_jax.evaluation.margins import margins
 from safepatch_jax.evaluation.openings import Openings, find_openings
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import Measure, load_suite
@@ -273,7 +274,8 @@ class _MarginMap:
         def keep(k: int, row: Mapping[str, float]) -> None:
             lines.add({"id": names[k]} | row)
 
-        contents(engine, list(examples.values()), forced, title, keep)
+        if examples:
+            answer_likelihoods(engine, list(examples.values()), None, title, keep, forced)
 
 
 def _talk(measure: Measure, item: Mapping[str, Any]) -> Any:
