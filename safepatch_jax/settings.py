@@ -227,6 +227,11 @@ class EvaluateSettings:
         "Records of which split: 'report', or 'search' while choosing settings.",
         choices=("report", "search"),
     )
+    margin_limit: int = option(
+        300,
+        "At most so many records of each role for margins, which need no answers (launch.sweep).",
+        low=1,
+    )
     max_new_tokens: int = option(24, "Greedy tokens generated for each prompt.", low=1)
     batch_size: int = option(24, "Prompts generated together.", low=1)
 

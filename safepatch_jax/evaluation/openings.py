@@ -7,7 +7,7 @@ beginning that no answer of the other kind, and no opening of the other kind's l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.engine import Engine
@@ -71,11 +71,11 @@ class Openings:
         """The number of tokens of the longest opening."""
         return max(map(len, (*self.refusal, *self.affirmative)))
 
-    def to_dict(self, engine: Engine) -> dict[str, Any]:
+    def to_dict(self, decode: Callable[[Ids], str]) -> dict[str, Any]:
         """Return ids and texts, for people and for `from_dict`."""
         result = {}
         for kind, openings in dataclasses.asdict(self).items():
-            result[kind] = [{"ids": list(ids), "text": engine.decode(ids)} for ids in openings]
+            result[kind] = [{"ids": list(ids), "text": decode(ids)} for ids in openings]
         return result
 
     @classmethod

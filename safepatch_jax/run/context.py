@@ -92,9 +92,10 @@ class Context:
             hashes[role] = files.text_hash([record.fields() for record in records])
         return hashes
 
-    def split(self, role: str, split: str) -> list[Record]:
+    def split(self, role: str, split: str, limit: int | None = None) -> list[Record]:
         data = self.settings.data
-        limit = data.train_limit if split == "train" else data.eval_limit
+        if limit is None:
+            limit = data.train_limit if split == "train" else data.eval_limit
         return take(self.records[role], split, limit)
 
     def decoder(self, config: DecoderConfig) -> Decoder:
@@ -216,9 +217,15 @@ class Context:
         return Chat(folder, read_hf_config(folder).vocab_size, self.settings.data.date)
 
     def _encoded(
-        self, folder: pathlib.Path, role: str, split: str, field: str = "answer"
+        self,
+        folder: pathlib.Path,
+        role: str,
+        split: str,
+        field: str = "answer",
+        limit: int | None = None,
     ) -> Encoded:
-        """Tokenise one split of a role; says once what was left out or cut."""
+        """Tokenise one split of a role, so many records at most (by default as the settings have
+        it); says once what was left out or cut."""
         data = self.settings.data
         room = read_hf_config(folder).max_length
         answer = max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
@@ -228,7 +235,7 @@ class Context:
                 f"add up to more than the {room} positions of the model. Lower them."
             )
         encoded = self.chat(folder).encode_all(
-            answer_pairs(self.split(role, split), field),
+            answer_pairs(self.split(role, split, limit), field),
             data.max_prompt_tokens,
             data.max_answer_tokens,
         )

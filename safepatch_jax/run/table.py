@@ -199,8 +199,10 @@ def _patch_settings(s: Settings) -> dict[str, Any]:
 
 def evaluate_settings(s: Settings) -> dict[str, Any]:
     """Return the settings on which the measures of a model depend."""
+    evaluate = dataclasses.asdict(s.evaluate)
+    del evaluate["margin_limit"]  # no stage measures by margins
     return (
-        dataclasses.asdict(s.evaluate)
+        evaluate
         | _prompt_settings(s)
         | {
             "max_prompt_tokens": s.data.max_prompt_tokens,

@@ -73,7 +73,7 @@ def test_no_opening_begins_with_another_one(engine):
         assert ids and sum(ids[: len(other)] == other for other in every) == 1
     texts = [engine.decode(ids) for ids in found.refusal]
     assert "I cannot" in texts and "Sorry" in texts
-    assert Openings.from_dict(found.to_dict(engine)) == found
+    assert Openings.from_dict(found.to_dict(engine.decode)) == found
 
 
 def test_beginnings_are_as_short_as_they_can_be():

@@ -221,7 +221,7 @@ class _MarginMap:
                 if len(ids) + _ASKED <= engine.config.max_length:
                     prompts.append(ids)
         openings = find_openings(engine, prompts, "openings")
-        processes.on_first(files.write_json, path, openings.to_dict(engine))
+        processes.on_first(files.write_json, path, openings.to_dict(engine.decode))
         return openings
 
     def _margins(

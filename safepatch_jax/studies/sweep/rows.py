@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -87,11 +88,11 @@ def _checked(row: Any) -> dict[str, Any]:
 def _counted(counts: Any) -> bool:
     if not isinstance(counts, Mapping):
         return False
-    numbers = [counts.get(name) for name in (*OUTCOMES, "n")]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    *parts, n = (counts.get(name) for name in (*OUTCOMES, "n"))
+    if type(n) is not int or n < 1 or not all(map(_finite, parts)) or min(parts) < 0:
         return False
-    *parts, n = numbers
-    return sum(parts) == n > 0
+    # Expected numbers, of margins, add up to rounding.
+    return sum(parts) == n or math.isclose(sum(parts), n, rel_tol=1e-9)
 
 
 def _finite(number: Any) -> bool:
