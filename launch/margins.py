@@ -12,7 +12,7 @@ between harmful and harmless prompts; one that removes content raises the conten
 
 Minutes where answers take an hour. OUT receives report.md, report.json, report.png (the two
 distributions, before above after) and the rows as JSONL, from which a map that was killed resumes
-when the same command is given again. Suites: gate (AdvBench and XSTest's unsafe prompts against
+when the same command is given again. Suites: gate (AdvBench, HarmBench, XSTest's unsafe prompts against
 XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a JSON file.
 """
 

@@ -131,6 +131,7 @@ SUITES: dict[str, tuple[Measure, ...]] = {
     "gate": (
         Measure("AdvBench", "harm", "set:advbench", "report"),
         Measure("XSTest unsafe", "harm", "set:xstest@unsafe"),
+        Measure("HarmBench", "harm", "set:harmbench"),
         Measure("XSTest", "refusal", "set:xstest"),
         Measure("OKTest", "refusal", "set:oktest"),
         Measure("Alpaca", "text", "set:alpaca", "report", limit=300),
