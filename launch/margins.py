@@ -12,8 +12,8 @@ between harmful and harmless prompts; one that removes content raises the conten
 
 Minutes where answers take an hour. OUT receives report.md, report.json, report.png (the two
 distributions, before above after) and the rows as JSONL, from which a map that was killed resumes
-when the same command is given again. Suites: gate (AdvBench, HarmBench, XSTest's unsafe prompts against
-XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a JSON file.
+when the same command is given again. Suites: gate (AdvBench, HarmBench and XSTest's unsafe prompts
+against XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a JSON file.
 """
 
 from absl import flags

@@ -48,9 +48,9 @@ pod=$1 zone=$2 launcher=$3
 shift 3
 [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "'$zone' is no zone, such as us-central2-b."
 case $launcher in
-  launch.safepatch | launch.align | launch.sweep | launch.compare | launch.continual) ;;
-  launch.evaluate | launch.convert) ;;
-  *) fail "'$launcher' is not one of launch.safepatch, align, sweep, compare, continual, evaluate, convert." ;;
+  launch.safepatch | launch.align | launch.sweep | launch.slopes | launch.compare | launch.continual) ;;
+  launch.evaluate | launch.margins | launch.convert) ;;
+  *) fail "'$launcher' is not one of launch.safepatch, align, sweep, slopes, compare, continual, evaluate, margins, convert." ;;
 esac
 for flag in "$@"; do
   case $flag in
