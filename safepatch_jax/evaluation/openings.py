@@ -80,17 +80,19 @@ class Openings:
 
     @classmethod
     def from_dict(cls, rows: dict[str, Any]) -> Openings:
-        return cls(
-            *(tuple(tuple(row["ids"]) for row in rows[k]) for k in ("refusal", "affirmative"))
-        )
+        """Return the openings of `to_dict`."""
+        return cls(_ids_of(rows["refusal"]), _ids_of(rows["affirmative"]))
+
+
+def _ids_of(rows: Sequence[dict[str, Any]]) -> tuple[Ids, ...]:
+    return tuple(tuple(row["ids"]) for row in rows)
 
 
 def fixed_openings(engine: Engine) -> Openings:
     """Return the openings of REFUSALS and AFFIRMATIVES as a model's tokenizer writes them at the
     begin of an answer."""
-    refusal, affirmative = (
-        [_opening(engine, text) for text in texts] for texts in (REFUSALS, AFFIRMATIVES)
-    )
+    refusal = [_opening(engine, text) for text in REFUSALS]
+    affirmative = [_opening(engine, text) for text in AFFIRMATIVES]
     return Openings(_prefix_free(refusal), _prefix_free(affirmative))
 
 

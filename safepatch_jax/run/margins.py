@@ -125,5 +125,8 @@ def of_rows(rows: Rows) -> dict[str, Any]:
 
 
 def _totals(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = ("nll", "tokens", "opening_nll", "opening_tokens")
-    return {name: math.fsum(row.get(name, 0.0) for row in rows) for name in names}
+    """Return the sums over rows."""
+    totals = {}
+    for name in ("nll", "tokens", "opening_nll", "opening_tokens"):
+        totals[name] = math.fsum(row.get(name, 0.0) for row in rows)
+    return totals

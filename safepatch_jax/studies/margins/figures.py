@@ -28,7 +28,7 @@ def draw(content: Mapping[str, Any]) -> Any:
     left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
     axes = charts.panels(left, len(whos), 1, sharex=True, sharey=True)[:, 0]
     pools = {who: _pools(content, who) for who in whos}
-    every = np.concatenate([values for pool in pools.values() for values in pool.values()])
+    every = np.concatenate([np.concatenate(list(pool.values())) for pool in pools.values()])
     bins = np.linspace(*np.quantile(every, (0.002, 0.998)), _BINS)
     for axis, who in zip(axes, whos):
         _distributions(axis, pools[who], bins)

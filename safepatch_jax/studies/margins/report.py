@@ -52,8 +52,11 @@ def gather(
 
 def _common(rows: Rows, measure: Measure, whos: Sequence[str], field: str) -> list[str]:
     """Return the ids of a measure that all models have."""
-    ids = [i for i, row in rows[whos[0], measure.name].items() if field in row]
-    return [i for i in ids if all(field in rows[who, measure.name].get(i, ()) for who in whos)]
+    ids = list(rows[whos[0], measure.name])
+    for who in whos:
+        of_model = rows[who, measure.name]
+        ids = [i for i in ids if field in of_model.get(i, ())]
+    return ids
 
 
 def _pools(
@@ -114,7 +117,9 @@ def _change(differences: Sequence[float]) -> dict[str, Any]:
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Return report.md."""
-    by_kind = {kind: [m for m in content["measures"] if m["kind"] == kind] for kind in KINDS}
+    by_kind: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*KINDS, "text")}
+    for measure in content["measures"]:
+        by_kind[measure["kind"]].append(measure)
     openings = {}
     for kind, rows in content["openings"].items():
         openings[kind] = ", ".join(tables.code(row["text"]) for row in rows)
@@ -122,7 +127,6 @@ def markdown(content: Mapping[str, Any]) -> str:
         "studies/margins/report.md.jinja",
         **{"auroc_change": None} | dict(content),
         by_kind=by_kind,
-        texts=[m for m in content["measures"] if m["kind"] == "text"],
         shown=openings,
         kinds=KINDS,
         signed=_signed,

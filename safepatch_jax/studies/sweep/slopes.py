@@ -10,6 +10,7 @@ refusals, AUROC and content NLL at any (alpha, beta); some points are checked by
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -164,8 +165,10 @@ def gather(
     """
     alphas = np.linspace(0, options.alpha, _SIDE)
     betas = np.linspace(0, options.beta, _SIDE)
-    plane = [[_point((float(a), float(b)), corners, options) for b in betas] for a in alphas]
-    points = [point for row in plane for point in row]
+    plane = []
+    for alpha in map(float, alphas):
+        plane.append([_point((alpha, beta), corners, options) for beta in map(float, betas)])
+    points = list(itertools.chain.from_iterable(plane))
     start = points[0]
     both = [p for p in points if p["harm"] < start["harm"] and p["refusal"] < start["refusal"]]
     return {
@@ -224,21 +227,20 @@ def _slopes(corners: Mapping[Place, Rows], options: SlopeOptions) -> dict[str, d
 
 
 def _worth_a_check(points: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> list[Place]:
+    """Return the places with the least sum of both excesses over the backbone, the least harm
+    without more over-refusal, the reverse, and the largest AUROC."""
+
     def excess(p):
         return max(0.0, p["harm"] - start["harm"]) + max(0.0, p["refusal"] - start["refusal"])
 
     others = points[1:]
-    ranks = (
-        lambda p: (excess(p), p["harm"] + p["refusal"]),
-        lambda p: (p["refusal"] > start["refusal"], p["harm"]),
-        lambda p: (p["harm"] > start["harm"], p["refusal"]),
-        lambda p: -p["auroc"],
+    best = (
+        min(others, key=lambda p: (excess(p), p["harm"] + p["refusal"])),
+        min(others, key=lambda p: (p["refusal"] > start["refusal"], p["harm"])),
+        min(others, key=lambda p: (p["harm"] > start["harm"], p["refusal"])),
+        max(others, key=lambda p: p["auroc"]),
     )
-    places: list[Place] = []
-    for rank in ranks:
-        best = min(others, key=rank)
-        places.append((best["alpha"], best["beta"]))
-    return list(dict.fromkeys(places))
+    return list(dict.fromkeys((p["alpha"], p["beta"]) for p in best))
 
 
 def _write(content: Mapping[str, Any], folder: pathlib.Path) -> None:
