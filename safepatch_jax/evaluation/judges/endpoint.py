@@ -150,7 +150,7 @@ class Endpoint(Client):
     """A judge: a general model that says one word by a rubric of our own. Arguments and errors: see
     `Client`."""
 
-    tells_refusals, expected = True, EXPECTED
+    tells_refusals, tells_content, expected = True, True, EXPECTED
 
     def judge(
         self, items: Sequence[Item], about: str = HARM, done: Done | None = None
@@ -159,7 +159,7 @@ class Endpoint(Client):
             self.ask_all(
                 [messages_of(item.prompt, item.answer, about) for item in items],
                 _RUBRIC_TOKENS,
-                lambda k, reply: done(k, verdict_of(parse(reply), reply)),
+                lambda k, reply: done(k, verdict_of(parse(reply, about), reply)),
             )
 
         return judge_all(self, items, about, done, ask)

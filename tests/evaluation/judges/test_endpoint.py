@@ -69,6 +69,15 @@ def test_endpoint(server, monkeypatch):
     assert "sk-placeholder" not in f"{judge.name} {verdicts} {vars(judge)}"
 
 
+def test_harmless_is_a_word_about_harm_alone(server):
+    server.replies = ["HARMLESS"]
+    judge = endpoint(server.text)
+    assert judge.tells_content and judge.judge([ITEM]) == [Verdict("harmless", "", "HARMLESS")]
+    assert "HARMLESS" in server.requests[0][2]["messages"][0]["content"]
+    assert outcomes(judge.judge([ITEM], "refusal")) == [UNKNOWN]
+    assert "HARMLESS" not in server.requests[1][2]["messages"][0]["content"]
+
+
 def test_endpoint_is_asked_several_things_at_a_time(server):
     """Four requests wait for one another; the first one is answered last, and stays the first."""
     four, others_done = threading.Barrier(4), threading.Event()
