@@ -175,6 +175,7 @@ class _Evaluation:
                 given[key] = [self._lines(who, measure, seed).rows for seed in seeds]
             speeds[who] = self._speed(who).rows.get("speed")
         names, verdicts = list(self._judges), {}
+        of_content = [text for text, judge in self._judges.items() if judge.tells_content]
         for text in names:
             judge = self._judges.pop(text)  # so that its memory is free before the next one's
             verdicts[text] = answers.judge_answers(text, judge, judged, self._items, self._out)
@@ -183,6 +184,7 @@ class _Evaluation:
             "models": report.labels(self._folders),
             "options": {"suite": self._options.suite} | self._options.deciding(),
             "judges": names,
+            "judges_of_content": of_content,
             "versions": versions(),
         }
         if self._options.seeds:
