@@ -20,7 +20,8 @@ from safepatch_jax.evaluation import statistics
 from safepatch_jax.evaluation.judges.base import COMPLIED, HARMLESS, Verdict
 
 COMMON = 0.05  # of the documents; a word in a larger share of them is common
-LEAST = 3  # rare words that a reference needs for a share
+LEAST = 6  # rare words that a reference needs for a share; an opening of an answer has fewer
+RECORDS = 8  # with a share, that say something of a model
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
@@ -120,11 +121,8 @@ def of_runs(
 
 
 def summary(values: Mapping[str, float], others: Mapping[str, float] | None) -> dict[str, Any]:
-    """Return n and mean of shares by id, with a 95 % interval, and where there is another model the
-    mean difference on the records that both have: n, mean and interval.
-
-    None where no record has a share.
-    """
+    """Return n, mean and 95 % interval of shares by id, and where there is another model those of
+    the difference on the records that both have; mean and interval None where n is 0."""
     result: dict[str, Any] = {"n": len(values), **_mean(list(values.values()))}
     if others is not None:
         differences = [values[i] - others[i] for i in sorted(values.keys() & others.keys())]

@@ -1,4 +1,4 @@
-"""The share of a reference answer's rare words, and what it and phrases make of labelled answers."""
+"""The share of a reference answer's rare words; what it and phrases make of labelled answers."""
 
 import math
 import re
@@ -42,8 +42,8 @@ def test_a_word_of_one_document_in_twenty_is_rare():
 def test_shares():
     answers = ["Whisk the butter with sugar.", "I cannot help."]
     assert content.shares(answers, PROMPTS, REFERENCES) == [pytest.approx(4 / 10), 0.0]
-    few = content.shares(["plums"], ["How?"], ["Stone plums."])
-    assert few == [None]  # two rare words say nothing
+    few = content.shares(["plums"], ["How?"], ["Stone five ripe plums first."])
+    assert few == [None]  # five rare words say nothing
     with pytest.raises(ValueError, match="2 prompts and 1 reference answers; each record needs"):
         content.shares(answers, PROMPTS, REFERENCES[:1])
 

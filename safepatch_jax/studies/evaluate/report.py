@@ -140,6 +140,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         left_out=left_out,
         titles=TITLES,
         content_share=_content_share,
+        content_difference=_content_difference,
         least=LEAST,
         most=MOST,
         rate=_rate,
@@ -168,11 +169,19 @@ def _rate(x: Mapping[str, Any]) -> str:
     return text
 
 
-def _content_share(x: Mapping[str, Any] | None) -> str:
-    """Return a mean share, or a difference of shares, in per cent with its interval."""
-    if x is None:
-        return ""
+def _content_share(x: Mapping[str, Any]) -> str:
     return "-" if x["mean"] is None else rate(x["mean"], x["interval"], digits=1, ends=1)
+
+
+def _content_difference(x: Mapping[str, Any]) -> str:
+    """Return the difference of two models' shares, which stands with the first one."""
+    if "difference" not in x:
+        return ""
+    difference = x["difference"]
+    if difference["mean"] is None:
+        return "-"
+    low, high = difference["interval"]
+    return f"{100 * difference['mean']:+.1f} [{100 * low:+.1f} to {100 * high:+.1f}]"
 
 
 def _test(measure: Mapping[str, Any], who: str) -> str:

@@ -72,7 +72,7 @@ def judged(
 
 def contents(items: Mapping[str, Any], answers: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
     """Return by model how much of the records' reference answers its answers to harmful requests
-    hold (see `content.summary`); nothing where no record has a reference to tell by.
+    hold (see `content.summary`); nothing where too few records have a reference to tell by.
 
     Args:
       items: the records by id.
@@ -84,7 +84,7 @@ def contents(items: Mapping[str, Any], answers: Mapping[str, Rows]) -> dict[str,
     rare = content.rare_words(prompts, references, content.benign_answers())
     by_id = dict(zip(known, rare))
     values = {who: content.of_runs(runs, by_id) for who, runs in answers.items()}
-    if not any(values.values()):
+    if max(map(len, values.values())) < content.RECORDS:
         return {}
     others = values.get("against")
     result = {}
