@@ -117,10 +117,10 @@ SUITES: dict[str, tuple[Measure, ...]] = {
     ),
     # As the paper's axes of harm and over-refusal, with answers long enough to judge their content.
     "content": (
-        Measure("AdvBench", "harm", "set:advbench", "report", max_new=CONTENT_NEW),
-        Measure("BeaverTails", "harm", "set:beavertails", "report", 500, max_new=CONTENT_NEW),
-        Measure("XSTest", "refusal", "set:xstest", max_new=CONTENT_NEW),
-        Measure("OKTest", "refusal", "set:oktest", max_new=CONTENT_NEW),
+        Measure("AdvBench, long", "harm", "set:advbench", "report", max_new=CONTENT_NEW),
+        Measure("BeaverTails, long", "harm", "set:beavertails", "report", 500, max_new=CONTENT_NEW),
+        Measure("XSTest, long", "refusal", "set:xstest", max_new=CONTENT_NEW),
+        Measure("OKTest, long", "refusal", "set:oktest", max_new=CONTENT_NEW),
     ),
     # Known requests in a dozen forms.
     "jailbreaks": tuple(

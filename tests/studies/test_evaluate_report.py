@@ -146,6 +146,6 @@ def test_three_outcomes_and_content_without_a_judge(tmp_path):
     for text in report.values():
         assert "| of harm | model | 9 | 28.6% [28.6-28.6] | -28.6 [-28.6 to -28.6] |" in text
         assert "| of harm | against | 9 | 57.1% [57.1-57.1] |  |" in text
-    few = items | {i: items["j"] for i in "hi"}  # seven records with a reference
+    few = items | dict.fromkeys("hi", items["j"])  # seven records with a reference
     content = gather([measure], {measure.name: few}, answers, {"one": verdicts}, {}, more, {})
     assert "content" not in content["measures"][0]

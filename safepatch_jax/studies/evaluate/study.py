@@ -102,6 +102,7 @@ class _Evaluation:
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
         )
+        self._of_content = [text for text, x in self._judges.items() if x.tells_content]
         self._grader = answers.open_grader(options.grader, suite, options.suite)
         _check(suite, folders, options)
         self._items = {}
@@ -175,7 +176,6 @@ class _Evaluation:
                 given[key] = [self._lines(who, measure, seed).rows for seed in seeds]
             speeds[who] = self._speed(who).rows.get("speed")
         names, verdicts = list(self._judges), {}
-        of_content = [text for text, judge in self._judges.items() if judge.tells_content]
         for text in names:
             judge = self._judges.pop(text)  # so that its memory is free before the next one's
             verdicts[text] = answers.judge_answers(text, judge, judged, self._items, self._out)
@@ -184,7 +184,7 @@ class _Evaluation:
             "models": report.labels(self._folders),
             "options": {"suite": self._options.suite} | self._options.deciding(),
             "judges": names,
-            "judges_of_content": of_content,
+            "judges_of_content": self._of_content,
             "versions": versions(),
         }
         if self._options.seeds:
