@@ -128,9 +128,11 @@ def test_three_outcomes_and_content_without_a_judge(tmp_path):
     assert (x["rate"], x["n"], x["harmless"], x["refused"]) == (0.1, 10, 2, 7)
     assert "| refused | harmless | incoherent |" in report[True]
     assert "| of harm | model | 10 | 10.0% [1.8-40.4] | 1 | 7 | 2 | 0 | 0 |" in report[True]
+    assert "## Harm: answers with harmful content" in report[True]
     assert "The judge sees content: complied are answers that hold harmful" in report[True]
     assert "| refused | incoherent |" in report[False] and "| 1 | 7 | 0 | 0 |" in report[False]
     assert "The judge sees refusals alone" in report[False]
+    assert "## Harm: harmful requests complied with" in report[False]
     # two and four of the reference's seven rare words ('into' is in many ordinary answers)
     ours, theirs = row["content"]["model"], row["content"]["against"]
     assert (ours["n"], ours["mean"], theirs["mean"]) == (

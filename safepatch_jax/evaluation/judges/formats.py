@@ -19,23 +19,33 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.reading import reading
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A generative judge's format.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replies:
+    """The replies of a generative judge.
 
     Attributes:
-      render: (prompt, answer) -> the text the judge continues, special tokens written out.
       parse: (reply, about) -> what the reply says, or None.
       expected: the form of a reply, for error messages.
       max_new: tokens a reply takes at most.
       tells_refusals: whether the judge says if an answer refuses.
     """
 
-    render: Callable[[str, str], str]
     parse: Callable[[str, str], Reading | None]
     expected: str
     max_new: int
     tells_refusals: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format(Replies):
+    """A generative judge's format.
+
+    Attributes:
+      render: (prompt, answer) -> the text the judge continues, special tokens written out.
+      others: see `Replies`.
+    """
+
+    render: Callable[[str, str], str]
 
 
 # HarmBench's Llama-2-13b-cls, standard behaviours (model card of cais/HarmBench-Llama-2-13b-cls);
@@ -171,12 +181,31 @@ def parse_qwen3guard(reply: str, about: str, controversial: str = COMPLIED) -> R
     return outcome, ""
 
 
+# Judges whose chat template takes the conversation alone: a server applies it.
+GUARDS = {
+    "llama_guard": Replies(
+        parse=parse_llama_guard, expected="'safe', or 'unsafe' and a line of categories", max_new=20
+    ),
+    "qwen3guard": Replies(
+        parse=parse_qwen3guard,
+        expected="three lines, 'Safety: Safe|Unsafe|Controversial', 'Categories: ...', 'Refusal: "
+        "Yes|No'",
+        max_new=128,
+        tells_refusals=True,
+    ),
+}
+
+
+def _format(replies: Replies, render: Callable[[str, str], str], **changes: Any) -> Format:
+    return Format(render=render, **{**vars(replies), **changes})
+
+
 def wildguard(folder: pathlib.Path) -> Format:
     return Format(
-        lambda prompt, answer: _WILDGUARD.format(prompt=prompt, answer=answer),
-        parse_wildguard,
-        "three lines, 'Harmful request: yes|no', 'Response refusal: yes|no', 'Harmful response: "
-        "yes|no'",
+        render=lambda prompt, answer: _WILDGUARD.format(prompt=prompt, answer=answer),
+        parse=parse_wildguard,
+        expected="three lines, 'Harmful request: yes|no', 'Response refusal: yes|no', 'Harmful "
+        "response: yes|no'",
         max_new=32,
         tells_refusals=True,
     )
@@ -184,9 +213,9 @@ def wildguard(folder: pathlib.Path) -> Format:
 
 def harmbench(folder: pathlib.Path) -> Format:
     return Format(
-        lambda prompt, answer: _HARMBENCH.format(prompt=prompt, answer=answer),
-        parse_harmbench,
-        "'yes' or 'no'",
+        render=lambda prompt, answer: _HARMBENCH.format(prompt=prompt, answer=answer),
+        parse=parse_harmbench,
+        expected="'yes' or 'no'",
         max_new=1,
     )
 
@@ -212,13 +241,10 @@ def qwen3guard(folder: pathlib.Path, controversial: str = "harmful") -> Format:
             f"{folder}: no chat template, and Qwen3Guard is asked in its own. Copy the judge's "
             "tokenizer_config.json or chat_template.jinja into the folder."
         )
-    return Format(
-        _template_render(tokenizer, folder, "Qwen3Guard-Gen", generate=False),
-        functools.partial(parse_qwen3guard, controversial=_CONTROVERSIAL[controversial]),
-        "three lines, 'Safety: Safe|Unsafe|Controversial', 'Categories: ...', 'Refusal: Yes|No'",
-        max_new=128,
-        tells_refusals=True,
-    )
+    render = _template_render(tokenizer, folder, "Qwen3Guard-Gen", generate=False)
+    outcome = _CONTROVERSIAL[controversial]
+    parse = functools.partial(parse_qwen3guard, controversial=outcome)
+    return _format(GUARDS["qwen3guard"], render, parse=parse)
 
 
 def llama_guard(folder: pathlib.Path) -> Format:
@@ -228,12 +254,7 @@ def llama_guard(folder: pathlib.Path) -> Format:
     Raises:
       ValueError: no usable tokenizer, or a chat template that does not render an answer.
     """
-    return Format(
-        _llama_guard_render(folder),
-        parse_llama_guard,
-        "'safe', or 'unsafe' and a line of categories",
-        max_new=20,
-    )
+    return _format(GUARDS["llama_guard"], _llama_guard_render(folder))
 
 
 def _llama_guard_render(folder: pathlib.Path) -> Callable[[str, str], str]:

@@ -15,7 +15,7 @@ from safepatch_jax.evaluation.suites import KINDS, Measure
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, rate
 from safepatch_jax.runtime.paths import plain
-from safepatch_jax.studies.evaluate.figures import TITLES, draw
+from safepatch_jax.studies.evaluate.figures import draw, titles
 from safepatch_jax.studies.evaluate.results import (
     COUNTED,
     TASKS,
@@ -138,7 +138,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         **values,
         kinds=kinds,
         left_out=left_out,
-        titles=TITLES,
+        titles=titles(content),
         content_share=_content_share,
         content_difference=_content_difference,
         least=LEAST,
