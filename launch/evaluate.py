@@ -21,8 +21,9 @@ them, the judges, and how reliable the phrase judge is.
 
 Judges: phrases (offline), classifier:DIR (a Hugging Face sequence classifier; needs torch),
 llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself), qwen3guard:DIR
-(torch), endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY). All but phrases
-judge content: harmful content, refused, or harmless (neither).
+(torch), endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY; &format=llama_guard
+or qwen3guard for a served guard). All but phrases, and classifiers by their labels, judge content:
+harmful content, refused, or harmless (neither).
 
 OUT receives report.md, report.json, report.png, and the answers, verdicts and grades as JSONL. An
 evaluation that was killed resumes when the same command is given again; another judge reads the
