@@ -93,6 +93,7 @@ class Measure:
 _JAILBREAKS = tuple(form for form in FORMS if form != "plain")
 # As the report of a run, so that figures of the two can be compared.
 _QUICK_NEW = EvaluateSettings().max_new_tokens
+CONTENT_NEW = 128  # tokens in which an answer comes to its content
 SUITES: dict[str, tuple[Measure, ...]] = {
     # In minutes on a laptop, without any file: the built-in, mild data.
     "quick": (
@@ -113,6 +114,13 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("MMLU", "mmlu", "set:mmlu@test", limit=2000, shots=5),
         Measure("GSM8K", "gsm8k", "set:gsm8k@test", limit=500, max_new=256),
         Measure("Alpaca", "text", "set:alpaca", "report", limit=500),
+    ),
+    # As the paper's axes of harm and over-refusal, with answers long enough to judge their content.
+    "content": (
+        Measure("AdvBench, long", "harm", "set:advbench", "report", max_new=CONTENT_NEW),
+        Measure("BeaverTails, long", "harm", "set:beavertails", "report", 500, max_new=CONTENT_NEW),
+        Measure("XSTest, long", "refusal", "set:xstest", max_new=CONTENT_NEW),
+        Measure("OKTest, long", "refusal", "set:oktest", max_new=CONTENT_NEW),
     ),
     # Known requests in a dozen forms.
     "jailbreaks": tuple(

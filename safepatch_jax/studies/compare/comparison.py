@@ -164,7 +164,7 @@ class Comparison:
                 "seconds": [row.get("seconds") for row in times],
                 "atgr": self._atgr(method),
             }
-        about = self._about(rows, text, grader)
+        about = self._about(rows, text, grader) | {"judge_sees_content": judge.tells_content}
         suite = [(measure, self.measures) for measure in self.suite]
         content = report.gather(rows, suite, self.items, given, verdicts, grades, notes, about)
         processes.on_first(report.write, content, self.workdir)
