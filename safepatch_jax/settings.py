@@ -161,6 +161,12 @@ class DeriveSettings:
     )
     osm_steps: int = option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
     osm_learning_rate: float = option(2e-5, "Learning rate of gradient descent.", above=0)
+    osm_seed: int = option(
+        -1,
+        "-1: gradient descent sees the batches of ascent, in the same order, and their first steps "
+        "are opposites. Any other number: an order of its own, from run.seed and this number.",
+        low=-1,
+    )
     loss: str = option(
         "mean",
         "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).",
@@ -383,20 +389,32 @@ NEUTRAL = (
     "data.manual_dir",
 )
 
+# Options that came after runs had been made without them. At its default such an option is no part
+# of keys and records, so that older workdirs remain what they are.
+LATER = ("derive.osm_seed",)
+
 
 def outcome_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that decide what comes out of a run, by dotted name."""
-    return {name: x for name, x in settings.flat().items() if not name.startswith(NEUTRAL)}
+    """Return the settings that decide what comes out of a run, by dotted name; of LATER those that
+    are not at their defaults."""
+    known, result = declared_options(), {}
+    for name, value in settings.flat().items():
+        silent = name in LATER and value == known[name].default
+        if not silent and not name.startswith(NEUTRAL):
+            result[name] = value
+    return result
 
 
 def settings_differences(old: Mapping, new: Mapping) -> list[str]:
-    """List where two resolved dictionaries differ in what comes out, as ``name: old -> new``."""
-    lines = []
+    """List where two resolved dictionaries differ in what comes out, as ``name: old -> new``. One
+    of LATER that is not there has its default."""
+    known, lines = declared_options(), []
     for group in sorted(set(old) | set(new)):
         before, after = old.get(group, {}), new.get(group, {})
         for key in sorted(set(before) | set(after)):
-            values = before.get(key), after.get(key)
             name = f"{group}.{key}"
+            default = known[name].default if name in LATER else None
+            values = before.get(key, default), after.get(key, default)
             if values[0] != values[1] and not name.startswith(NEUTRAL):
                 lines.append(f"{name}: {json.dumps(values[0])} -> {json.dumps(values[1])}")
     return lines

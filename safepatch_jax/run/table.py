@@ -162,7 +162,10 @@ def _training_settings(s: Settings) -> dict[str, Any]:
 
 def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
     result = _training_settings(s)
-    for name, value in dataclasses.asdict(s.derive).items():
+    for option, value in outcome_settings(s).items():
+        group, _, name = option.partition(".")
+        if group != "derive":
+            continue
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
     return result
