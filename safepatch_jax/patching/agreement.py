@@ -96,19 +96,22 @@ def agreement(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def total_agreement(statistics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what `agreement` does, of all tensors together; nothing if one of them has no such
-    figures, as in runs of earlier versions."""
+    """Return what `agreement` does, of all tensors together, and the range of their cosines, least
+    and largest; nothing if one of them has no such figures, as in runs of earlier versions."""
+    statistics = list(statistics)
+    if not statistics or not all("cosine" in s for s in statistics):
+        return {}
     squares, product = dict.fromkeys(PATCH_ROLES, 0.0), 0.0
     counts = {"nonzero_both": 0, "same_sign": 0}
     for s in statistics:
-        if "cosine" not in s:
-            return {}
         for name in counts:
             counts[name] += s[name]
         for role in PATCH_ROLES:
             squares[role] += s[f"norm_{role}"] ** 2
         product += s["cosine"] * s["norm_se"] * s["norm_osm"]
-    return _figures(squares, product, counts)
+    cosines = [s["cosine"] for s in statistics]
+    ends = {"cosine_least": min(cosines), "cosine_largest": max(cosines)}
+    return _figures(squares, product, counts) | ends
 
 
 def _figures(
@@ -124,6 +127,15 @@ def _figures(
         **{f"norm_{role}": norm for role, norm in norms.items()},
         "norm_ratio": norms["se"] / norms["osm"] if norms["osm"] else 0.0,
     }
+
+
+def bearing(cosine: float) -> str:
+    """Say in a few words what the cosine of the two patches means."""
+    size, way = abs(cosine), "against each other" if cosine < 0 else "the same way"
+    if size < 0.1:
+        return "they are next to unrelated"
+    share = f"{cosine**2:.0%} of either's squared norm lies along the other"
+    return f"they point {'mostly' if size >= 0.7 else 'partly'} {way}: {share}"
 
 
 def describe_agreement(total: Mapping[str, Any]) -> str:
