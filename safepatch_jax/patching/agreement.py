@@ -119,9 +119,11 @@ def _figures(
 ) -> dict[str, Any]:
     # What is not finite makes sums of no meaning, also below 0; such patches are refused later on.
     norms = {role: math.sqrt(max(0.0, square)) for role, square in squares.items()}
+    # Each is exact to a multiple of 2^-24, so their ratio may be just beyond 1.
     area = norms["se"] * norms["osm"]
+    cosine = min(1.0, max(-1.0, product / area)) if area else 0.0
     return {
-        "cosine": min(1.0, max(-1.0, product / area)) if area else 0.0,
+        "cosine": cosine,
         **counts,
         "sign_agreement": counts["same_sign"] / max(1, counts["nonzero_both"]),
         **{f"norm_{role}": norm for role, norm in norms.items()},

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from safepatch_jax.data.rendering import DATE
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
 from safepatch_jax.runtime import processes
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")

@@ -7,10 +7,10 @@ import pytest
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.outcome import settings_differences
 from safepatch_jax.run import report
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.files import read_json
-from safepatch_jax.settings import settings_differences
 from tests.patching import oracle
 
 OWN = {"derive.osm_seed": 1}

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.methods.bench import Method
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.log import folder_hash
 from safepatch_jax.run.stages import FINISHED, Runner, Stage
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
