@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import pathlib
 import runpy
@@ -172,6 +171,12 @@ class DeriveSettings:
         "all",
         "Those of gradient descent: head:N lets it act on how an answer opens alone.",
         read=check_window,
+    )
+    osm_seed: int = option(
+        -1,
+        "-1: gradient descent sees the batches of ascent, in the same order, and their first steps "
+        "are opposites. Any other number: an order of its own, from run.seed and this number.",
+        low=-1,
     )
     loss: str = option(
         "mean",
@@ -390,40 +395,6 @@ def _line_of(error: BaseException, path: pathlib.Path) -> str:
         return f"line {error.lineno}: "
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f"line {lines[-1]}: " if lines else ""
-
-
-# Settings that say where and how a run is done and do not change what comes out: names, or how they
-# begin.
-NEUTRAL = (
-    "run.keep_scratch",
-    "run.cache_dir",
-    "run.certify",
-    "run.checkpoint_minutes",
-    "mesh.",
-    "model.remat",
-    "model.loss_chunk",
-    "model.architecture",
-    "derive.accumulate",
-    "data.manual_dir",
-)
-
-
-def outcome_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that decide what comes out of a run, by dotted name."""
-    return {name: x for name, x in settings.flat().items() if not name.startswith(NEUTRAL)}
-
-
-def settings_differences(old: Mapping, new: Mapping) -> list[str]:
-    """List where two resolved dictionaries differ in what comes out, as ``name: old -> new``."""
-    lines = []
-    for group in sorted(set(old) | set(new)):
-        before, after = old.get(group, {}), new.get(group, {})
-        for key in sorted(set(before) | set(after)):
-            values = before.get(key), after.get(key)
-            name = f"{group}.{key}"
-            if values[0] != values[1] and not name.startswith(NEUTRAL):
-                lines.append(f"{name}: {json.dumps(values[0])} -> {json.dumps(values[1])}")
-    return lines
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

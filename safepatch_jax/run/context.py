@@ -171,6 +171,7 @@ class Context:
         steps: pathlib.Path,
         record: Recorder = ignore,
         loss: Loss | None = None,
+        seed: int | None = None,
     ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
@@ -181,6 +182,7 @@ class Context:
           steps: the folder of its checkpoints.
           loss: by default the patches' likelihood. One that compares is given the model as it was
             before tuning.
+          seed: of the batch order, if not the run's.
 
         Returns:
           (nested parameters float32, outcome).
@@ -188,8 +190,8 @@ class Context:
         local = None  # all rows of a batch
         if processes.several():
             local = self.sharder.local_rows(sum(rows for _, rows in pools))
-        seed, buckets = self.settings.run.seed, self.settings.data.length_buckets
-        batches = training_batches(pools, seed, buckets, local)
+        seed = self.settings.run.seed if seed is None else seed
+        batches = training_batches(pools, seed, self.settings.data.length_buckets, local)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         trainer = self.trainer(read_hf_config(folder), loss)
         models = [self.load(folder)[1]]

@@ -177,6 +177,7 @@ def apply_patch(
         title,
         run.settings.export.dtype,
         run.settings.export.rounding,
+        compare=patch is run.settings.patch,  # they stand as they do, however they are merged
     )
     others = {path: x for path, x in backbone.items() if path not in weights}
     return PatchResult(weights, others, statistics, overlap)

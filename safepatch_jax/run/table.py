@@ -10,13 +10,14 @@ from typing import Any
 
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.data.windows import ALL
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
 from safepatch_jax.run.models import score_window
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
 from safepatch_jax.runtime import processes
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
@@ -166,23 +167,19 @@ def _training_settings(s: Settings) -> dict[str, Any]:
 
 def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
     result = _training_settings(s)
-    for name, value in dataclasses.asdict(s.derive).items():
+    for option, value in outcome_settings(s).items():
+        group, _, name = option.partition(".")
+        if group != "derive":
+            continue
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
-    return _without_default(result, f"{role}_tokens", ALL)
-
-
-def _without_default(settings: dict[str, Any], name: str, default: Any) -> dict[str, Any]:
-    """Return settings without one that came later and has its default: what earlier versions made
-    with it is the same, and has a key without it."""
-    if settings[name] == default:
-        del settings[name]
-    return settings
+    return result
 
 
 def _score_settings(s: Settings, role: str) -> dict[str, Any]:
-    result = _training_settings(s) | {"tokens": score_window(s, role)}
-    result = _without_default(result, "tokens", ALL)
+    result = _training_settings(s)
+    if score_window(s, role) != ALL:
+        result["tokens"] = score_window(s, role)
     result |= {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
     if s.score.mode == "batched":
         result["batch_size"] = s.score.batch_size
