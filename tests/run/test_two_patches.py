@@ -85,6 +85,20 @@ def test_no_key_changes_at_the_default_and_few_otherwise(kept, settings, tmp_pat
     assert other.stages["derive_osm"].settings["osm_seed"] == 1
 
 
+def test_a_window_is_in_the_keys_of_its_patch_alone(kept, settings, tmp_path):
+    windowed = settings.override({"derive.se_tokens": "after:1", "score.osm_tokens": "head:2"})
+    other = Job(windowed, tmp_path / "work")
+    changed = {x for x in other.runner.stages if other.runner.key(x) != kept.runner.key(x)}
+    assert {"derive_se", "score_se", "score_osm", "patch"} <= changed
+    assert not changed & {"align", "derive_osm", "evaluate_backbone", "evaluate_osm"}
+    stages = other.runner.stages
+    assert stages["score_se"].settings["tokens"] == "after:1"  # as derived
+    assert stages["score_osm"].settings["tokens"] == "head:2"
+    other.runner.need("derive_se")
+    first = {job: job.runner.result("derive_se")["nll"][0] for job in (kept, other)}
+    assert first[kept] != first[other]
+
+
 def test_a_workdir_of_before_the_option_has_its_default(settings):
     before, after = settings.to_dict(), settings.override(OWN).to_dict()
     del before["derive"]["osm_seed"]
