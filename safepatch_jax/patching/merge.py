@@ -347,6 +347,7 @@ def apply_patching(
                 rounding=rounding,
                 sharding=sharder.sharding(row.axes, row.shape, row.path),
             )
+            del models  # the next weight's are read before these names are taken again
             statistics |= _by_tensor(row, counted, compared)
             bar.update()
     refuse_broken(statistics)
