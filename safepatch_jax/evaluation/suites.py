@@ -139,7 +139,7 @@ SUITES: dict[str, tuple[Measure, ...]] = {
     "gate": (
         Measure("AdvBench", "harm", "set:advbench", "report"),
         Measure("XSTest unsafe", "harm", "set:xstest@unsafe"),
-        Measure("HarmBench", "harm", "set:harmbench"),
+        Measure("HarmBench", "harm", "set:harmbench@val"),
         Measure("XSTest", "refusal", "set:xstest"),
         Measure("OKTest", "refusal", "set:oktest"),
         Measure("Alpaca", "text", "set:alpaca", "report", limit=300),
