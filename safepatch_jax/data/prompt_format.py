@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import re
 from typing import Any
 
 from safepatch_jax.option import nearest
@@ -63,8 +64,8 @@ class PromptFormat:
 
     @property
     def label(self) -> str:
-        """What a report calls the template."""
-        return pathlib.PurePath(self.name).name or OWN
+        """What a report calls the template: a word that a file's name can hold."""
+        return re.sub(r"[^\w.-]+", "_", pathlib.PurePath(self.name).name) or OWN
 
     def key(self) -> dict[str, str]:
         """Return what decides the prompts, for keys and records: of a file its content, whatever
@@ -77,12 +78,13 @@ class PromptFormat:
         return key
 
     def describe(self) -> str:
-        """Say in a few words what the template is."""
+        """Say what prompts are written in."""
+        text = "the tokenizer's chat template"
         if self.text:
-            return f"the template {self.label} (SHA-256 {self.sha256})"
-        if self.name:
-            return "plain question and answer headings, without chat tokens"
-        return "the tokenizer's chat template"
+            text = f"the template {self.label} (SHA-256 {self.sha256})"
+        elif self.name:
+            text = "plain question and answer headings, without chat tokens"
+        return f"{text}, after the system message '{self.system}'" if self.system else text
 
     def template_for(self, tokenizer: Any) -> str:
         """Return the Jinja text; '' for the tokenizer's own."""

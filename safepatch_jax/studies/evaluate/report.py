@@ -106,8 +106,8 @@ def _agreements(
     return result
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """Return report.md."""
+def markdown(content: Mapping[str, Any], picture: str = "report.png") -> str:
+    """Return report.md; `picture` is the file to show in it."""
     kinds: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*KINDS, "task")}
     left_out = []
     for measure in content["measures"]:
@@ -115,8 +115,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         for who, x in measure["models"].items():
             if x["left_out"]:
                 left_out.append(f"{x['left_out']} of {measure['name']} ({content['models'][who]})")
-    empty = {"seeds": [], "grader": "", "agreement": {}, "seconds_per_token": {}}
-    values = empty | dict(content)
+    empty = {"seeds": [], "grader": "", "agreement": {}, "seconds_per_token": {}, "prompts": ""}
+    values = empty | dict(content) | {"picture": picture}
     return templates.render(
         "studies/evaluate/report.md.jinja",
         **values,
@@ -126,13 +126,14 @@ def markdown(content: Mapping[str, Any]) -> str:
         outcomes=OUTCOMES,
         least=LEAST,
         most=MOST,
-        rate=_rate,
-        grade=_grade,
+        rate=rated,
+        grade=grade,
         test=_test,
     )
 
 
-def _grade(x: Mapping[str, Any]) -> str:
+def grade(x: Mapping[str, Any]) -> str:
+    """Return a mean grade with its interval, and the range of the seeds' means."""
     if x["mean"] is None:
         return "none graded"
     text = f"{x['mean']:.2f}"
@@ -143,7 +144,8 @@ def _grade(x: Mapping[str, Any]) -> str:
     return text
 
 
-def _rate(x: Mapping[str, Any]) -> str:
+def rated(x: Mapping[str, Any]) -> str:
+    """Return a rate with its interval, and the range of the seeds' rates."""
     if x["rate"] is None:
         return "none judged"
     text = rate(x["rate"], x["interval"], digits=1, ends=1)
