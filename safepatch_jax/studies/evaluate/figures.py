@@ -68,8 +68,9 @@ def draw_templates(content: Mapping[str, Any]) -> Any:
             for label, m in zip(parts, row):
                 rates = {who: _rate(x) for who, x in m["models"].items()}
                 groups[group][f"{m['name']}, {label}"] = rates
+    groups = {group: rates for group, rates in groups.items() if rates} or {"harm": {}}
     names, rows = content["models"], max(map(len, groups.values()))
-    figure = charts.figure(16, 2.4 + 0.34 * rows)
+    figure = charts.figure(16, 2.4 + 0.4 * rows)
     axes = charts.panels(figure, 1, len(groups))[0]
     for axis, (group, rates) in zip(axes, groups.items()):
         _dots(axis, TITLES[group], rates, names)
