@@ -272,6 +272,8 @@ def _write_patch_file(run: Run, out: pathlib.Path) -> Result:
         "versions": versions(),
         "statistics": run.runner.result("patch")["total"],
     }
+    if prompts := run.context.prompt_format.key():
+        about["prompts"] = prompts
     file = create(run.backbone, run.folder("export"), out / "patch.safetensors", about)
     size, entries = file.path.stat().st_size, file.entries()
     say(

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.run.job import Job, open_run
 from safepatch_jax.runtime.files import read_json, write_json
 from safepatch_jax.settings import Settings, outcome_settings, settings_differences
@@ -115,6 +116,8 @@ def test_a_run_of_a_base_model_in_a_template_of_a_file(own, template, tmp_path, 
     report = (job.workdir / "report.md").read_text()
     assert "mine.jinja" in report and r"Be kind, \*always\*." in report
     assert not (export / "chat_template.jinja").exists()
+    prompts = PatchFile(job.state.patch_file).about["prompts"]
+    assert prompts == {"template": f"sha256:{sha256}", "system": "Be kind, *always*."}
     capsys.readouterr()
     template.write_text(TEMPLATE.replace(": ", " says: "))
     Job(mine, tmp_path / "work").run()
