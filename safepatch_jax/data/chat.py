@@ -209,8 +209,8 @@ class Chat:
         added = self.tokenizer.added_tokens_decoder
         self._special_ids = {i for i, token in added.items() if token.special}
         if self._template:
-            prompt_format.check(self, folder)
             self._special_ids.add(self.tokenizer.eos_token_id)
+            prompt_format.check(self, folder)
             return
         try:
             self.prompt_text("test")

@@ -141,7 +141,7 @@ def read_format(template: str = "", system: str = "") -> PromptFormat:
     """
     name = template_name(template)
     text = _read_template(pathlib.Path(name)) if name not in ("", PLAIN) else ""
-    return PromptFormat(name, system, text)
+    return PromptFormat(name, system if system.strip() else "", text)
 
 
 def _read_template(path: pathlib.Path) -> str:
