@@ -13,15 +13,18 @@ tests.
   python -m launch.evaluate --model=DIR --suite=quick --out=runs/templates --templates=own,plain
   python -m launch.evaluate --suite=paper --show_examples --model=DIR
 
-Suites: quick (built-in data, minutes, offline), paper, jailbreaks, unseen, mt_bench (needs
---grader), a JSON file, or several as A+mine.json. The file has a list of objects with name, kind
-(harm, refusal, text, mmlu, gsm8k, mt_bench), source (as --data.harmful of launch.safepatch:
-'builtin', a file, 'set:NAME'), and split, limit, form, max_new, shots. docs/evaluation.md describes
+Suites: quick (built-in data, minutes, offline), paper, content (its harm and over-refusal with 128
+tokens an answer), jailbreaks, unseen, mt_bench (needs --grader), a JSON file, or several as
+A+mine.json. The file has a list of objects with name, kind (harm, refusal, text, mmlu, gsm8k,
+mt_bench), source (as --data.harmful of launch.safepatch: 'builtin', a file, 'set:NAME'), and split,
+limit, form, max_new, shots. docs/evaluation.md describes
 them, the judges, and how reliable the phrase judge is.
 
 Judges: phrases (offline), classifier:DIR (a Hugging Face sequence classifier; needs torch),
-llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself),
-endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY).
+llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself), qwen3guard:DIR
+(torch), endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY; &format=llama_guard
+or qwen3guard for a served guard). All but phrases, and classifiers by their labels, judge content:
+harmful content, refused, or harmless (neither).
 
 OUT receives report.md, report.json, report.png, and the answers, verdicts and grades as JSONL. An
 evaluation that was killed resumes when the same command is given again; another judge reads the
@@ -64,7 +67,7 @@ _FLAGS = {
     "suite": kinds.text(
         "suite",
         _DEFAULTS.suite,
-        "quick, paper, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
+        "quick, paper, content, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
         paths.suite,
     ),
     "judge": kinds.text(

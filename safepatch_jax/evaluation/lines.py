@@ -34,6 +34,9 @@ _FIELDS = {
     "degree": str,
     "raw": (str, dict),
     "nll": _NUMBER,
+    "opening_nll": _NUMBER,
+    "refusal": _NUMBER,
+    "affirmative": _NUMBER,
     "kl": _NUMBER,
     "correct": bool,
     "category": str,
@@ -49,7 +52,12 @@ _FIELDS = {
 }
 # Fields that a row has in a folder, and those that it has beside another one.
 _NEEDED_IN = {"verdicts": ("outcome", "degree", "raw"), "grades": ("grade", "raw")}
-_NEEDED_WITH = {"nll": ("tokens",), "correct": ("category",), "answers": ("tokens",)}
+_NEEDED_WITH = {
+    "nll": ("tokens",),
+    "refusal": ("affirmative",),
+    "correct": ("category",),
+    "answers": ("tokens",),
+}
 
 
 class Lines:

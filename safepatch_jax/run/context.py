@@ -101,9 +101,10 @@ class Context:
             hashes["template"] = self.prompt_format.sha256
         return hashes
 
-    def split(self, role: str, split: str) -> list[Record]:
+    def split(self, role: str, split: str, limit: int | None = None) -> list[Record]:
         data = self.settings.data
-        limit = data.train_limit if split == "train" else data.eval_limit
+        if limit is None:
+            limit = data.train_limit if split == "train" else data.eval_limit
         return take(self.records[role], split, limit)
 
     def decoder(self, config: DecoderConfig) -> Decoder:
@@ -180,6 +181,7 @@ class Context:
         steps: pathlib.Path,
         record: Recorder = ignore,
         loss: Loss | None = None,
+        seed: int | None = None,
     ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
@@ -190,6 +192,7 @@ class Context:
           steps: the folder of its checkpoints.
           loss: by default the patches' likelihood. One that compares is given the model as it was
             before tuning.
+          seed: of the batch order, if not the run's.
 
         Returns:
           (nested parameters float32, outcome).
@@ -197,8 +200,8 @@ class Context:
         local = None  # all rows of a batch
         if processes.several():
             local = self.sharder.local_rows(sum(rows for _, rows in pools))
-        seed, buckets = self.settings.run.seed, self.settings.data.length_buckets
-        batches = training_batches(pools, seed, buckets, local)
+        seed = self.settings.run.seed if seed is None else seed
+        batches = training_batches(pools, seed, self.settings.data.length_buckets, local)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         trainer = self.trainer(read_hf_config(folder), loss)
         models = [self.load(folder)[1]]
@@ -227,9 +230,15 @@ class Context:
         return Chat(folder, size, date, self.prompt_format)
 
     def _encoded(
-        self, folder: pathlib.Path, role: str, split: str, field: str = "answer"
+        self,
+        folder: pathlib.Path,
+        role: str,
+        split: str,
+        field: str = "answer",
+        limit: int | None = None,
     ) -> Encoded:
-        """Tokenise one split of a role; says once what was left out or cut."""
+        """Tokenise one split of a role, so many records at most (by default as the settings have
+        it); says once what was left out or cut."""
         data = self.settings.data
         room = read_hf_config(folder).max_length
         answer = max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
@@ -239,7 +248,7 @@ class Context:
                 f"add up to more than the {room} positions of the model. Lower them."
             )
         encoded = self.chat(folder).encode_all(
-            answer_pairs(self.split(role, split), field),
+            answer_pairs(self.split(role, split, limit), field),
             data.max_prompt_tokens,
             data.max_answer_tokens,
         )

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from safepatch_jax.data.rendering import DATE
+from safepatch_jax.data.windows import ALL
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
+from safepatch_jax.run.models import score_window
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
 from safepatch_jax.runtime import processes
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
@@ -81,7 +84,7 @@ def _patches(run: Run) -> list[Stage]:
     for role in PATCH_ROLES:
         score = functools.partial(steps.score, run, role)
         reads = (f"derive_{role}",)
-        settings = _score_settings(s) | _format_key(run)
+        settings = _score_settings(s, role) | _format_key(run)
         stage = Stage(f"score_{role}", score, reads, settings, harmful, scratch=True)
         stages.append(stage)
     return stages
@@ -168,14 +171,19 @@ def _training_settings(s: Settings) -> dict[str, Any]:
 
 def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
     result = _training_settings(s)
-    for name, value in dataclasses.asdict(s.derive).items():
+    for option, value in outcome_settings(s).items():
+        group, _, name = option.partition(".")
+        if group != "derive":
+            continue
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
     return result
 
 
-def _score_settings(s: Settings) -> dict[str, Any]:
+def _score_settings(s: Settings, role: str) -> dict[str, Any]:
     result = _training_settings(s)
+    if score_window(s, role) != ALL:
+        result["tokens"] = score_window(s, role)
     result |= {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
     if s.score.mode == "batched":
         result["batch_size"] = s.score.batch_size
@@ -192,8 +200,10 @@ def _patch_settings(s: Settings) -> dict[str, Any]:
 
 def evaluate_settings(s: Settings) -> dict[str, Any]:
     """Return the settings on which the measures of a model depend."""
+    evaluate = dataclasses.asdict(s.evaluate)
+    del evaluate["margin_limit"]  # no stage measures by margins
     return (
-        dataclasses.asdict(s.evaluate)
+        evaluate
         | _prompt_settings(s)
         | {
             "max_prompt_tokens": s.data.max_prompt_tokens,

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
+from safepatch_jax.outcome import outcome_settings, settings_differences
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.run.job import Job, open_run
 from safepatch_jax.runtime.files import read_json, write_json
-from safepatch_jax.settings import Settings, outcome_settings, settings_differences
+from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 from tests.jobs import FAST, stages_run, write_data
 

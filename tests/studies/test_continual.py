@@ -338,6 +338,11 @@ def test_stages_and_methods():
             r"The chain in .* was made with other settings: patch.beta: 1.0 -> 2.0",
         ),
         (
+            {"derive.osm_seed": 5},
+            STAGES,
+            r"The chain in .* was made with other settings: derive.osm_seed: -1 -> 5",
+        ),
+        (
             {},
             "fraud",
             r"--links has 1 entries, and the chain in .* has 3 links: fraud, hate.*revert "

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES
 from safepatch_jax.methods.bench import GROUPS
 from safepatch_jax.reporting import charts
 from safepatch_jax.reporting.charts import COLOURS, LIMITS, MARKERS
@@ -110,7 +110,7 @@ def _rates(axis: Any, title: str, rows: Rows, measures: Rows) -> None:
             known = x and x["rate"] is not None
             points.append((x["rate"], *x["interval"]) if known else None)
             if known and measure["kind"] == "refusal" and x["incoherent"]:
-                unhelped = 100 * (1 - x["complied"] / sum(x[outcome] for outcome in OUTCOMES))
+                unhelped = 100 * (1 - x["complied"] / sum(x[outcome] for outcome in ALL_OUTCOMES))
                 at = row_number + charts.shift(i, len(measures))
                 axis.plot(unhelped, at, "|", color=_colour(row), markersize=9)
         series.append(charts.Series(points, colours, MARKERS[i % len(MARKERS)], measure["name"]))

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.outcome import NEUTRAL
 from safepatch_jax.patch_file.log import PatchLog
-from safepatch_jax.settings import NEUTRAL, Settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual.links import Link
 
 # What may differ between two runs of a chain: where and how it is made, how models are measured.

@@ -21,6 +21,7 @@ from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.commands import sizes
 from safepatch_jax.patch_file.file import BITS, PatchFile
 from safepatch_jax.patch_file.log import (
@@ -44,7 +45,7 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.workdir import Workdir
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.beside import METHODS_DIR, OtherChain
 from safepatch_jax.studies.continual.links import Link

@@ -16,9 +16,17 @@ TITLES = {
     "refusal": "Over-refusal: harmless requests refused",
     "accuracy": "Utility: right answers",
 }
+_BY_CONTENT = "Harm: answers with harmful content"
 _MOST = 12  # categories in a picture
 
 Measures = Sequence[Mapping[str, Any]]
+
+
+def titles(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return TITLES, of harm by what the first judge sees."""
+    if content["judges"][0] in content.get("judges_of_content", ()):
+        return TITLES | {"harm": _BY_CONTENT}
+    return TITLES
 
 
 def draw(content: Mapping[str, Any]) -> Any:
@@ -42,7 +50,7 @@ def draw(content: Mapping[str, Any]) -> Any:
             rates = {}
             for m in groups[group]:
                 rates[m["name"]] = {who: _rate(x) for who, x in m["models"].items()}
-            _dots(axis, TITLES[group], rates, names)
+            _dots(axis, titles(content)[group], rates, names)
     for axis, group in zip(axes[1], ("harm", "refusal")):
         _categories(axis, group, groups[group], names)
     _plane(axes[1, 2], groups, names)
@@ -73,7 +81,7 @@ def draw_templates(content: Mapping[str, Any]) -> Any:
     figure = charts.figure(16, 2.4 + 0.4 * rows)
     axes = charts.panels(figure, 1, len(groups))[0]
     for axis, (group, rates) in zip(axes, groups.items()):
-        _dots(axis, TITLES[group], rates, names)
+        _dots(axis, titles(content)[group], rates, names)
     for who, name in names.items():
         charts.explain(axes[0], name, "o", COLOURS[who])
     charts.legend_outside(figure, axes[0], "upper center", columns=2)

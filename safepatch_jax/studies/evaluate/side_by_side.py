@@ -13,7 +13,16 @@ from safepatch_jax.studies.evaluate import report
 from safepatch_jax.studies.evaluate.figures import draw, draw_templates
 
 _SPEED = ("seconds_per_token", "atgr")
-_COMMON = ("models", "options", "judges", "versions", "seeds", "grader", *_SPEED)
+_COMMON = (
+    "models",
+    "options",
+    "judges",
+    "judges_of_content",
+    "versions",
+    "seeds",
+    "grader",
+    *_SPEED,
+)
 
 
 def merge(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

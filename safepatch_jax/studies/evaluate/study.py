@@ -104,6 +104,7 @@ class _Evaluation:
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
         )
+        self._of_content = [text for text, x in self._judges.items() if x.tells_content]
         self._grader = answers.open_grader(options.grader, suite, options.suite)
         _check(suite, folders, options)
         self._items = {}
@@ -214,6 +215,7 @@ class _Evaluation:
             "models": report.labels(self._folders),
             "options": {"suite": self._options.suite} | self._options.deciding(),
             "judges": names,
+            "judges_of_content": self._of_content,
             "versions": versions(),
         }
         if self._options.seeds:

@@ -24,6 +24,7 @@ from safepatch_jax.settings import Settings, declared_options
 from safepatch_jax.studies.sweep.points import SEED, ordered, varied, written
 
 AXES = ("harm", "over_refusal", "perplexity")
+BESIDE = ("auroc", "content_nll")  # what margins tell besides
 MOST_PERPLEXITY = 1.05  # of the backbone's, in a recommended trial
 _COUNTED = {"harm": ("harmful", (COMPLIED,)), "over_refusal": ("lookalike", (REFUSED, INCOHERENT))}
 
@@ -93,7 +94,12 @@ def _single(measures: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[st
         counts[axis] = [sum(of_role[outcome] for outcome in outcomes), of_role["n"]]
         result[axis] = share(of_role, *outcomes)
     perplexity = measures["ordinary_perplexity"] / backbone["ordinary_perplexity"]
-    return result | {"perplexity": perplexity, "counts": counts}
+    result |= {"perplexity": perplexity, "counts": counts}
+    if "margins" in measures:
+        result["auroc"] = measures["margins"]["auroc"]["value"]
+        if measures["margins"]["content_nll"] is not None:
+            result["content_nll"] = measures["margins"]["content_nll"]
+    return result
 
 
 def _joined(singles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,7 +111,9 @@ def _joined(singles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         n = sum(single["counts"][axis][1] for single in singles)
         result[axis] = count / n
         result["intervals"][axis] = list(wilson(count / seeds, n / seeds))
-    result["perplexity"] = math.fsum(single["perplexity"] for single in singles) / seeds
+    for name in ("perplexity", *BESIDE):
+        if all(name in single for single in singles):
+            result[name] = math.fsum(single[name] for single in singles) / seeds
     return result
 
 
@@ -121,6 +129,9 @@ def trials(rows: Sequence[Mapping[str, Any]], backbone: Mapping[str, Any]) -> li
         single = [_single(row["measures"], backbone) for row in group]
         seeds = [row["seed"] for row in group]
         trial = {"patch": dict(group[0]["patch"]), "seeds": seeds, "single": single}
+        answers = [row["answers"] for row in group if "answers" in row]
+        if answers:
+            trial["answers"] = answers[0]
         result.append(trial | _joined(single))
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +69,7 @@ def _checked(row: Any) -> dict[str, Any]:
         )
     measures = row["measures"]
     for name in _COUNTS:
-        if not _counted(measures[name]):
+        if not _counted(measures[name], "margins" in measures):
             outcomes = ", ".join(OUTCOMES)
             wrong.append(f"{name} should hold numbers of answers ({outcomes}), and their sum n > 0")
     for name in ("seconds", *_NUMBERS):
@@ -84,14 +85,16 @@ def _checked(row: Any) -> dict[str, Any]:
     return row | {"patch": row["patch"] | {name: getattr(settings.patch, name) for name in known}}
 
 
-def _counted(counts: Any) -> bool:
+def _counted(counts: Any, expected: bool) -> bool:
+    """Tell whether these are numbers of answers; expected ones, of margins, need not be whole."""
     if not isinstance(counts, Mapping):
         return False
-    numbers = [counts.get(name) for name in (*OUTCOMES, "n")]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    *parts, n = (counts.get(name) for name in (*OUTCOMES, "n"))
+    if type(n) is not int or n < 1 or not all(map(_finite, parts)) or min(parts) < 0:
         return False
-    *parts, n = numbers
-    return sum(parts) == n > 0
+    if expected:
+        return math.isclose(sum(parts), n, rel_tol=1e-9)
+    return sum(parts) == n and all(type(part) is int for part in parts)
 
 
 def _finite(number: Any) -> bool:
