@@ -10,6 +10,7 @@ tests.
       --grader=endpoint:https://HOST/v1?model=NAME
   python -m launch.evaluate --model=DIR --suite=quick --out=runs/seeds \\
       --temperature=0.7 --seeds=0,1,2
+  python -m launch.evaluate --model=DIR --suite=quick --out=runs/templates --templates=own,plain
   python -m launch.evaluate --suite=paper --show_examples --model=DIR
 
 Suites: quick (built-in data, minutes, offline), paper, content (its harm and over-refusal with 128
@@ -33,6 +34,7 @@ same answers. The answers of a jailbroken model are in OUT/answers: handle with 
 from absl import flags
 
 from launch import distributed, kinds, main
+from safepatch_jax.data.prompt_format import template_name
 from safepatch_jax.data.rendering import check_date
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.console import show
@@ -55,6 +57,11 @@ _SEEDS = flags.DEFINE_list(
     "seeds",
     [],
     "Seeds with which all that is sampled is done, such as 0,1,2; for one --seed is enough.",
+)
+_TEMPLATES = flags.DEFINE_list(
+    "templates",
+    [],
+    "Templates as of --template: all is done in each, side by side in one report; own,plain.",
 )
 _FLAGS = {
     "suite": kinds.text(
@@ -99,6 +106,16 @@ _FLAGS = {
         "What a chat template that writes today's date is given, YYYY-MM-DD.",
         check_date,
     ),
+    "template": kinds.text(
+        "template",
+        "",
+        "What prompts are written in: own (the tokenizer's chat template), plain (headings without "
+        "chat tokens), or a Jinja file.",
+        template_name,
+    ),
+    "system": flags.DEFINE_string(
+        "system", "", "A system message that stands before every conversation."
+    ),
     "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }
 flags.adopt_module_key_flags(distributed)
@@ -113,7 +130,8 @@ def run() -> None:
             "--seeds takes whole numbers with commas between, such as 0,1,2; got "
             f"'{','.join(_SEEDS.value)}'."
         ) from None
-    options = EvaluationOptions(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
+    values = {name: flag.value for name, flag in _FLAGS.items()}
+    options = EvaluationOptions(**values, seeds=seeds, templates=tuple(_TEMPLATES.value))
     if _SHOW.value:
         for line in show_examples(_MODEL.value, options):
             show(line)

@@ -33,6 +33,8 @@ LATER = (
     "derive.osm_tokens",
     "score.se_tokens",
     "score.osm_tokens",
+    "data.template",
+    "data.system",
 )
 
 

@@ -1,9 +1,9 @@
 """Typed, frozen settings of a run, read from a config file and overridden by name.
 
 A config file is Python with one dictionary called ``CONFIG``: ``{group: {option: value}}``. Every
-option is declared once, below or (the patch group) in patching/settings.py, with its default, its
-bounds and its help text; launch flags, validation, the resolved ``settings.json`` and the
-documentation read these declarations.
+option is declared once, below or in data/settings.py and patching/settings.py (the groups of these
+names), with its default, its bounds and its help text; launch flags, validation, the resolved
+``settings.json`` and the documentation read these declarations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from safepatch_jax.data.rendering import DATE, check_date
+from safepatch_jax.data.settings import DataSettings
 from safepatch_jax.data.windows import check_score_window, check_window
 from safepatch_jax.option import nearest, option
 from safepatch_jax.patching.settings import PatchSettings
@@ -63,53 +63,6 @@ class ModelSettings:
         "launch.compile_tpu).",
         read=paths.plain,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    harmful: str = option(
-        "builtin",
-        "Harmful question/answer pairs: 'builtin'; 'set:NAME@SPLIT', a public data set "
-        "(docs/data.md); a CSV / JSON / JSONL / Parquet file with prompt and answer, "
-        "'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; or 'tfds:NAME@SPLIT'.",
-        read=paths.data,
-    )
-    category: str = option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")
-    lookalike: str = option(
-        "builtin",
-        "Harmless prompts that look dangerous (over-refusal), given likewise; answers are not "
-        "needed.",
-        read=paths.data,
-    )
-    ordinary: str = option(
-        "builtin", "Ordinary instructions with answers, given likewise.", read=paths.data
-    )
-    manual_dir: str = option(
-        "",
-        "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in "
-        "run.cache_dir.",
-        read=paths.plain,
-    )
-    date: str = option(
-        DATE,
-        "What a chat template that writes today's date is given, YYYY-MM-DD: one day for ever, so "
-        "that a run which is resumed tomorrow has the same prompts.",
-        read=check_date,
-    )
-    max_prompt_tokens: int = option(
-        96, "Longer prompts are left out; they are counted and reported.", low=8
-    )
-    max_answer_tokens: int = option(
-        32, "Longer answers are cut here; they are counted and reported.", low=2
-    )
-    length_buckets: int = option(
-        1,
-        "Padded lengths that batches of training and scoring may have. Several save padding where "
-        "lengths differ much, cost a compilation each, and bring examples of like length together.",
-        low=1,
-    )
-    train_limit: int = option(200, "At most so many records of each role for training.", low=1)
-    eval_limit: int = option(48, "At most so many records of each role for evaluation.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

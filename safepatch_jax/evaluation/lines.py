@@ -2,7 +2,8 @@
 
 OUT/answers/WHO/MEASURE.jsonl holds what a model did on each item,
 OUT/verdicts/JUDGE/WHO/MEASURE.jsonl what a judge said of it, OUT/grades/GRADER/WHO/MEASURE.jsonl
-what a grader did. Where a measure is done several times, WHO is followed by seed-N.
+what a grader did. WHO is followed by template-NAME where several templates are compared, and by
+seed-N where a measure is done several times.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
 from safepatch_jax.data.pipeline import Pool, training_batches
+from safepatch_jax.data.prompt_format import read_format
 from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.hf import load_params
@@ -57,6 +58,8 @@ class Context:
         """Take the settings, and what reads a role's records; contexts that share data may share a
         reader that remembers."""
         self.settings, self._read = settings, read
+        # Now: a file that is edited later is another template.
+        self.prompt_format = read_format(settings.data.template, settings.data.system)
         self.cache_dir = resolve(settings.run.cache_dir)
         # Caches of this object alone: one on the class would keep every context alive.
         self.trainer = functools.cache(self._trainer)
@@ -66,7 +69,10 @@ class Context:
 
     def with_settings(self, settings: Settings) -> Context:
         """Return a context of other settings that reads records as this one does."""
-        return Context(settings, self._read)
+        context = Context(settings, self._read)
+        if settings.data == self.settings.data:
+            context.prompt_format = self.prompt_format
+        return context
 
     @functools.cached_property
     def sharder(self) -> Sharder:
@@ -87,9 +93,12 @@ class Context:
 
     @functools.cached_property
     def data_hashes(self) -> dict[str, str]:
+        """Of each role's records, and of a template that is a file."""
         hashes = {}
         for role, records in self.records.items():
             hashes[role] = files.text_hash([record.fields() for record in records])
+        if self.prompt_format.sha256:
+            hashes["template"] = self.prompt_format.sha256
         return hashes
 
     def split(self, role: str, split: str, limit: int | None = None) -> list[Record]:
@@ -146,6 +155,7 @@ class Context:
             settings.model.compute_dtype,
             settings.evaluate.batch_size,
             settings.data.date,
+            self.prompt_format,
         )
 
     def _trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
@@ -216,7 +226,8 @@ class Context:
         )
 
     def _chat(self, folder: pathlib.Path) -> Chat:
-        return Chat(folder, read_hf_config(folder).vocab_size, self.settings.data.date)
+        size, date = read_hf_config(folder).vocab_size, self.settings.data.date
+        return Chat(folder, size, date, self.prompt_format)
 
     def _encoded(
         self,

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.pipeline import Pool
 from safepatch_jax.data.windows import ALL
 from safepatch_jax.evaluation.measures import ANSWERS
@@ -54,7 +53,7 @@ def import_model(run: Run, out: pathlib.Path) -> Result:
     checkpoint = Checkpoint(folder)
     check_keys(checkpoint, table, config)
     say_notes(folder, checkpoint.notes)
-    Chat(folder, config.vocab_size)  # a bad tokenizer is found now, not after training
+    run.context.chat(folder)  # a bad tokenizer is found now, not after training
     head = "tied" if config.tied_head else "untied"
     say(
         f"  {config.family}, {table.size:,} parameters, {config.num_layers} layers, "
@@ -300,6 +299,8 @@ def _write_patch_file(run: Run, out: pathlib.Path) -> Result:
         "versions": versions(),
         "statistics": run.runner.result("patch")["total"],
     }
+    if prompts := run.context.prompt_format.key():
+        about["prompts"] = prompts
     file = create(run.backbone, run.folder("export"), out / "patch.safetensors", about)
     size, entries = file.path.stat().st_size, file.entries()
     say(
@@ -353,7 +354,10 @@ def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Resul
     content = report.gather(run.settings, measures, statistics["total"], training, answers)
     report.write(content, out)
     exported = files.read_json(run.runner.folder("certify_export") / certificate.FILE)
-    text = card.model_card(content, exported, run.context.data_hashes, versions())
+    context = run.context
+    text = card.model_card(
+        content, exported, context.data_hashes, versions(), context.prompt_format
+    )
     files.write_text(out / card.NAME, text)
     files.write_json(out / "statistics.json", statistics["tensors"])
     draw_patch(statistics["tensors"], out / PATCH)

@@ -64,7 +64,7 @@ def _backbone(run: Run) -> list[Stage]:
         Stage("certify_import", certify, ("import",), *_certificate(s), shared=True),
     ]
     if s.align.enabled:
-        settings = dataclasses.asdict(s.align) | _training_settings(s)
+        settings = dataclasses.asdict(s.align) | _training_settings(s) | _format_key(run)
         settings["clip_norm"] = s.derive.clip_norm
         sources = {role: data[role] for role in ("harmful", "ordinary")}
         align = functools.partial(steps.align, run)
@@ -78,15 +78,14 @@ def _patches(run: Run) -> list[Stage]:
     stages = []
     for role in PATCH_ROLES:
         derive = functools.partial(steps.derive, run, role)
-        settings = _derive_settings(s, role)
+        settings = _derive_settings(s, role) | _format_key(run)
         stage = Stage(f"derive_{role}", derive, (_base(s),), settings, harmful, scratch=True)
         stages.append(stage)
     for role in PATCH_ROLES:
         score = functools.partial(steps.score, run, role)
         reads = (f"derive_{role}",)
-        stage = Stage(
-            f"score_{role}", score, reads, _score_settings(s, role), harmful, scratch=True
-        )
+        settings = _score_settings(s, role) | _format_key(run)
+        stage = Stage(f"score_{role}", score, reads, settings, harmful, scratch=True)
         stages.append(stage)
     return stages
 
@@ -122,7 +121,7 @@ def _evaluations(run: Run, evaluate: Evaluate) -> list[Stage]:
     }
     stages = []
     for variant in variants(s):
-        settings = evaluate_settings(s)
+        settings = evaluate_settings(s) | _format_key(run)
         if variant == "intersection":
             settings["patch"] = _patch_settings(s)
         stages.append(
@@ -143,6 +142,11 @@ def _certificate(s: Settings) -> tuple[dict[str, Any], dict[str, str]]:
     return {"certify": s.run.certify}, {
         name: version_of(name) for name in ("torch", "transformers")
     }
+
+
+def _format_key(run: Run) -> dict[str, str]:
+    """Return what is not the default of how prompts are written, a template's content with it."""
+    return run.context.prompt_format.key()
 
 
 def _prompt_settings(s: Settings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from safepatch_jax.evaluation.judges.base import UNKNOWN, Verdict
 from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.studies.evaluate import side_by_side
 from safepatch_jax.studies.evaluate.report import gather, labels, write
 
 TASKS = ("mmlu", "gsm8k")
@@ -103,6 +104,33 @@ def test_a_report_of_any_measures(kinds, n, tmp_path):
                 assert row["rate"] == (1.0 if n else None)
             if kind in VERDICTS:
                 assert {"complied", "refused", "incoherent"} < row.keys()
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_report_of_several_templates_has_any_measures(n, tmp_path):
+    ids = [str(i) for i in range(n)]
+    kinds = ("harm", "refusal", "text", "mmlu", "mt_bench")
+    contents = {}
+    for label in ("own", "mine.jinja"):
+        contents[label] = content_of(kinds, ids, ("model", "against")) | {"prompts": f"<{label}>"}
+    content = side_by_side.merge(contents)
+    side_by_side.write(content, tmp_path)
+    for name in ("report.png", "report-own.png", "report-mine.jinja.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    text = (tmp_path / "report.md").read_text()
+    assert "| mine.jinja | \\<mine.jinja\\> |" in text
+    table = text.partition("| measure | kind | model | own | mine.jinja |\n")[2].partition("\n\n")[
+        0
+    ]
+    cells = [line.strip("| ").split(" | ") for line in table.split("\n")[1:]]
+    assert [row[1] for row in cells] == [kind for kind in kinds for _ in range(2)]
+    shown = {row[1]: row[3] for row in cells}
+    assert all(row[3] == row[4] for row in cells)
+    if n:
+        assert shown["text"] == "perplexity 4.48" and shown["mt_bench"].startswith("7.50 [")
+        assert shown["harm"].startswith("100.0% [") and shown["mmlu"].startswith("100.0% [")
+    else:
+        assert set(shown.values()) == {"none judged", "none scored", "none graded"}
 
 
 def test_three_outcomes_and_content_without_a_judge(tmp_path):

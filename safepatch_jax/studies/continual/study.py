@@ -135,7 +135,7 @@ class Chain:
         self._check_data()
         if processes.on_first((workdir / LOG).is_file):
             self.log = PatchLog(workdir)
-            hashes = {name: x.data_hashes["harmful"] for name, x in self._contexts.items()}
+            hashes = {name: self._data_hash(name) for name in self._contexts}
             check_resumable(self.log, settings, self.links, hashes)
         else:
             self.log = PatchLog.begin(workdir, self._make_start())
@@ -242,7 +242,7 @@ class Chain:
             },
             "data": {
                 **self._data(link),
-                "hash": self.measures.data_hash(link.name),
+                "hash": self._data_hash(link.name),
                 "records": self.measures.records(link.name),
             },
             "seed": settings["run"]["seed"],
@@ -300,6 +300,13 @@ class Chain:
             colours=colours,
             patches=sizes([log.patch(number) for number in log.live]),
         )
+
+    def _data_hash(self, name: str) -> str:
+        """Return the hash of a link's harmful records, with the template where that is a file."""
+        hashes = self._contexts[name].data_hashes
+        if "template" in hashes:
+            return files.text_hash([hashes["harmful"], hashes["template"]])
+        return hashes["harmful"]
 
     def _check_data(self) -> None:
         """Read the data of all links before anything is trained.

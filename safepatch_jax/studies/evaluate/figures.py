@@ -60,6 +60,34 @@ def draw(content: Mapping[str, Any]) -> Any:
     return figure
 
 
+def draw_templates(content: Mapping[str, Any]) -> Any:
+    """Draw an evaluation in several templates: below each measure a row for each of them.
+
+    Args:
+      content: see `side_by_side.merge`.
+    """
+    kinds = {"harm": ("harm",), "refusal": ("refusal",), "accuracy": TASKS}
+    groups: dict[str, dict[str, Any]] = {group: {} for group in kinds}
+    parts = content["templates"]
+    for row in zip(*(part["measures"] for part in parts.values())):
+        for group, members in kinds.items():
+            if row[0]["kind"] not in members:
+                continue
+            for label, m in zip(parts, row):
+                rates = {who: _rate(x) for who, x in m["models"].items()}
+                groups[group][f"{m['name']}, {label}"] = rates
+    groups = {group: rates for group, rates in groups.items() if rates} or {"harm": {}}
+    names, rows = content["models"], max(map(len, groups.values()))
+    figure = charts.figure(16, 2.4 + 0.4 * rows)
+    axes = charts.panels(figure, 1, len(groups))[0]
+    for axis, (group, rates) in zip(axes, groups.items()):
+        _dots(axis, titles(content)[group], rates, names)
+    for who, name in names.items():
+        charts.explain(axes[0], name, "o", COLOURS[who])
+    charts.legend_outside(figure, axes[0], "upper center", columns=2)
+    return figure
+
+
 def _rate(x: Mapping[str, Any]) -> Sequence[float] | None:
     return None if x["rate"] is None else (x["rate"], *x["interval"])
 

@@ -116,8 +116,8 @@ def _agreements(
     return result
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """Return report.md."""
+def markdown(content: Mapping[str, Any], picture: str = "report.png") -> str:
+    """Return report.md; `picture` is the file to show in it."""
     kinds: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*KINDS, "task")}
     left_out = []
     for measure in content["measures"]:
@@ -131,8 +131,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         "agreement": {},
         "seconds_per_token": {},
         "judges_of_content": [],
+        "prompts": "",
     }
-    values = empty | dict(content)
+    values = empty | dict(content) | {"picture": picture}
     return templates.render(
         "studies/evaluate/report.md.jinja",
         **values,
@@ -143,13 +144,14 @@ def markdown(content: Mapping[str, Any]) -> str:
         content_difference=_content_difference,
         least=LEAST,
         most=MOST,
-        rate=_rate,
-        grade=_grade,
+        rate=rated,
+        grade=grade,
         test=_test,
     )
 
 
-def _grade(x: Mapping[str, Any]) -> str:
+def grade(x: Mapping[str, Any]) -> str:
+    """Return a mean grade with its interval, and the range of the seeds' means."""
     if x["mean"] is None:
         return "none graded"
     text = f"{x['mean']:.2f}"
@@ -160,7 +162,8 @@ def _grade(x: Mapping[str, Any]) -> str:
     return text
 
 
-def _rate(x: Mapping[str, Any]) -> str:
+def rated(x: Mapping[str, Any]) -> str:
+    """Return a rate with its interval, and the range of the seeds' rates."""
     if x["rate"] is None:
         return "none judged"
     text = rate(x["rate"], x["interval"], digits=1, ends=1)
