@@ -19,6 +19,7 @@ against XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a J
 from absl import flags
 
 from launch import distributed, kinds, main
+from safepatch_jax.data.prompt_format import template_name
 from safepatch_jax.data.rendering import check_date
 from safepatch_jax.runtime import paths
 from safepatch_jax.studies.margins.study import MarginOptions, margin_map
@@ -62,6 +63,16 @@ _FLAGS = {
         _DEFAULTS.date,
         "What a chat template that writes today's date is given, YYYY-MM-DD.",
         check_date,
+    ),
+    "template": kinds.text(
+        "template",
+        _DEFAULTS.template,
+        "What prompts are written in: own (the tokenizer's chat template), plain (headings without "
+        "chat tokens), or a Jinja file.",
+        template_name,
+    ),
+    "system": flags.DEFINE_string(
+        "system", "", "A system message that stands before every conversation."
     ),
     "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }

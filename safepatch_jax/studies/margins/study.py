@@ -15,6 +15,7 @@ from typing import Any
 
 from safepatch_jax.data import cells
 from safepatch_jax.data.chat import Example
+from safepatch_jax.data.prompt_format import PromptFormat, read_format
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, Sources, companions, fingerprint
 from safepatch_jax.evaluation.engine import Engine
@@ -52,6 +53,7 @@ class MarginOptions:
       longest: answer tokens at most, content and opening.
       mesh, compute_dtype, batch_size, date: see `Engine`.
       manual_dir, data_dir: see `load_records`.
+      template, system: see `data.prompt_format.read_format`.
     """
 
     suite: str = "gate"
@@ -63,11 +65,18 @@ class MarginOptions:
     manual_dir: str = ""
     data_dir: str = "~/.cache/safepatch_jax/datasets"
     date: str = DATE
+    template: str = ""
+    system: str = ""
+
+    @functools.cached_property
+    def prompt_format(self) -> PromptFormat:
+        """How prompts are written."""
+        return read_format(self.template, self.system)
 
     def deciding(self) -> dict[str, Any]:
         """Return the options on which the rows depend."""
         names = ("forced", "longest", "compute_dtype", "date")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | self.prompt_format.key()
 
 
 def margin_map(
@@ -115,7 +124,7 @@ class _MarginMap:
                     f"{what} prompts with the others. Add one, as in --suite=gate."
                 )
         for folder in folders.values():
-            _check_model(folder, options.date)
+            _check_model(folder, options)
         sources = Sources(options.manual_dir, options.data_dir)
         self._items = {measure.name: sources.items(measure) for measure in self._suite}
 
@@ -205,6 +214,7 @@ class _MarginMap:
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
             date=options.date,
+            prompt_format=options.prompt_format,
         )
 
     def _openings(self, engine: Engine) -> Openings:
@@ -286,10 +296,11 @@ def _too_long(i: str) -> dict[str, str]:
     return {"id": i, "left_out": "too long for the model"}
 
 
-def _check_model(folder: str, date: str) -> None:
+def _check_model(folder: str, options: MarginOptions) -> None:
     """Raise ValueError for what can be seen of a model before its weights are read."""
     if not resolve(folder).is_dir():
         raise ValueError(f"no model folder '{folder}'.")
     check_source(Place.parse(folder).absolute())
     path = companions(folder)
-    Prompter(read_hf_config(path), path, date).needed_chat()
+    prompter = Prompter(read_hf_config(path), path, options.date, options.prompt_format)
+    prompter.needed_chat()
