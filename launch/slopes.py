@@ -5,8 +5,9 @@
 The patched weights are linear in alpha and beta. Margins, content NLL and perplexity (see
 launch.margins) are measured at the backbone, at a step along alpha, along beta and along both, and
 are taken as bilinear: so a sweep of the plane costs four times the forward passes of one model.
---checks points (the least excess on both axes, the least harm without more over-refusal, the
-reverse, the best AUROC) are measured with true models, beside what was predicted.
+Up to --checks points (the least excess on both axes, the least harm without more over-refusal, the
+reverse, the best AUROC) are measured with true models, beside what was predicted. Merging methods
+that elect signs, or lack alpha, have no such plane and are refused.
 
 Settings are given by --config and flags, as for launch.safepatch; --patch.alpha and --patch.beta do
 not count. The workdir is one of launch.sweep, whose derived models and scores are shared
@@ -34,7 +35,7 @@ _FLAGS = {
         "step", _DEFAULTS.step, "Of the finite differences, as a share of --alpha and --beta."
     ),
     "checks": flags.DEFINE_integer(
-        "checks", _DEFAULTS.checks, "Points that are measured with true models."
+        "checks", _DEFAULTS.checks, "Points that are measured with true models, 4 at most."
     ),
 }
 flags.adopt_module_key_flags(settings_flags)

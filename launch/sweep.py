@@ -74,7 +74,10 @@ def run() -> None:
     if _DRY_RUN.value:
         settings = settings_flags.read_settings()
         for line in sweep.plan(
-            settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value)
+            settings,
+            _WORKDIR.value,
+            design(settings, _GRID.value, _AROUND.value),
+            _MEASURE.value,
         ):
             say(line)
         return

@@ -59,7 +59,7 @@ def margins(
         before = _read_shared(engine, prompts[0][:shared])
     rests = [ids[shared:] for ids in prompts]
     with progress(len(prompts), title, "prompt") as bar:
-        for rows, group in engine.groups([len(ids) for ids in rests]):
+        for rows, group in engine.groups([len(ids) for ids in prompts]):
             filled = group + [group[-1]] * (rows - len(group))
             batch = engine.put_prompts([rests[i] for i in filled])
             first_BO, later = _opening_logprobs(

@@ -7,6 +7,7 @@ beginning that no answer of the other kind, and no opening of the other kind's l
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ AFFIRMATIVES = (
 )
 _LONGEST = 4  # tokens of an opening of the model's own
 _MOST = 24  # openings of the model's own, of each kind
-_WRITTEN = 24  # tokens of an answer that is judged
+WRITTEN = 24  # tokens of an answer that is judged
 Ids = tuple[int, ...]
 
 
@@ -107,7 +108,7 @@ def find_openings(engine: Engine, prompts: Sequence[Sequence[int]], title: str) 
     """
     fixed = fixed_openings(engine)
     answers: dict[str, list[Ids]] = {REFUSED: [], COMPLIED: []}
-    for ids in engine.complete_ids(prompts, _WRITTEN, title):
+    for ids in engine.complete_ids(prompts, WRITTEN, title):
         outcome = judge(engine.decode(ids))
         if outcome in answers:
             answers[outcome].append(tuple(ids))
@@ -119,11 +120,21 @@ def find_openings(engine: Engine, prompts: Sequence[Sequence[int]], title: str) 
 
 
 def _opening(engine: Engine, text: str) -> Ids:
-    """Return the ids of an answer's beginning; those at the begin of a text may differ
-    (SentencePiece), and a blank at the end belongs to the next word."""
+    """Return the ids of an answer's beginning as they stand in a longer answer: those at the begin
+    of a text may differ (SentencePiece), and what a template writes behind it is none of it."""
+    opening = text.rstrip()
     if engine.chat is None:
-        return tuple(engine.encode(text.rstrip()))
-    return engine.chat.encode("test", text.rstrip()).answer_ids[:-1]
+        return tuple(engine.encode(opening))
+    ids = engine.chat.encode("test", opening).answer_ids
+    longer = engine.chat.encode("test", f"{opening} zebra").answer_ids
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, longer))
+    common = tuple(ours for ours, _ in pairs)
+    if engine.decode(common) != opening:
+        raise ValueError(
+            f"The tokenizer does not write the opening '{opening}' with tokens of its own in the "
+            "chat template: margins cannot be taken. Use another template (--template=plain)."
+        )
+    return common
 
 
 def beginnings(answers: Sequence[Ids], others: Sequence[Ids]) -> list[Ids]:

@@ -55,14 +55,20 @@ def _exact_sum(x: jax.Array) -> jax.Array:
     reads.
 
     Float32 sums would depend on the mesh, which orders them, and statistics do not. Whole numbers
-    are summed in limbs that cannot overflow: first along rows, then over the rows' sums, so that no
+    are summed in limbs that cannot overflow: first along rows (of as many last axes as 2^18 entries
+    hold), then over the rows' sums, so that no
     more than one number a row crosses devices.
     """
-    assert x.shape[-1] <= 1 << 18 and math.prod(x.shape[:-1]) <= 1 << 20, x.shape
+    trailing = 1  # axes that make a row
+    while trailing + 1 < x.ndim and math.prod(x.shape[-trailing - 1 :]) <= 1 << 18:
+        trailing += 1
+    row = tuple(range(x.ndim - trailing, x.ndim))
+    assert math.prod(x.shape[i] for i in row) <= 1 << 18, x.shape
+    assert math.prod(x.shape[:-trailing]) <= 1 << 20, x.shape
     whole = lax.round(x * 2.0**_FRACTION, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
     result = []
     for limb in (whole & (1 << _LOW) - 1, whole >> _LOW):  # the upper one carries the sign
-        rows = jnp.sum(limb, axis=-1, dtype=jnp.int32) if x.ndim > 1 else limb
+        rows = jnp.sum(limb, axis=row, dtype=jnp.int32) if x.ndim > 1 else limb
         mask = (1 << _PART) - 1
         parts = (rows & mask, rows >> _PART & mask, rows >> 2 * _PART)
         result += [jnp.sum(part, dtype=jnp.int32) for part in parts]

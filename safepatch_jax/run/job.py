@@ -28,7 +28,16 @@ from safepatch_jax.settings import Settings
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
-NAMES = ("stages", FILE, EVENTS, environment.FILE, "sweep*")
+NAMES = (
+    "stages",
+    FILE,
+    EVENTS,
+    environment.FILE,
+    "sweep*",
+    "slope*",
+    "openings.json",
+    "backbone_margins.json",
+)
 
 
 def open_run(

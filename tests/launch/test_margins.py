@@ -122,7 +122,7 @@ def test_a_suite_without_harmless_prompts_is_refused(tiny, tmp_path, suite):
     rows = [m for m in json.loads(open(suite).read()) if m["kind"] == "harm"]
     alone = write_suite(tmp_path / "alone.json", rows)
     result = call("launch.margins", f"--model={tiny}", f"--suite={alone}", f"--out={tmp_path}/out")
-    assert result.returncode == 2 and "no measure of kind refusal" in result.stderr
+    assert result.returncode == 2 and "no measure of kind refusal and form plain" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 

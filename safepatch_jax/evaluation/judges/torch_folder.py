@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,7 @@ def load(folder: str, kind: str, auto_class: str, what: str) -> tuple[Any, Any, 
     Raises:
       ValueError: torch is absent, or the folder holds no such model in safetensors.
     """
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            f"The judge '{kind}' needs torch, which is not installed: pip install torch, or "
-            "take another judge."
-        ) from None
+    torch = _import_torch(kind)
     import transformers
 
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -50,9 +45,26 @@ def load(folder: str, kind: str, auto_class: str, what: str) -> tuple[Any, Any, 
     return torch, tokenizer, model.eval()
 
 
+def _import_torch(kind: str) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"The judge '{kind}' needs torch, which is not installed: pip install torch, or "
+            "take another judge."
+        ) from None
+    return torch
+
+
 def continues(folder: str, kind: str) -> Complete:
     """Return what continues texts greedily with the language model in a folder, which is loaded
-    when first asked. Errors: see `load`."""
+    when first asked. Errors: see `load`; missing torch and missing safetensors show at once."""
+    _import_torch(kind)
+    if not any(pathlib.Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"{folder}: no weights in safetensors, which the judge '{kind}' needs. Download the "
+            "whole model, or save it with save_pretrained."
+        )
 
     @functools.cache
     def loaded() -> tuple[Any, Any, Any]:

@@ -142,7 +142,7 @@ class Comparison:
         that are there."""
         rows = self._complete(methods)
         ((text, judge),) = judges.items()
-        processes.on_first(answers.claim_judges, [text], self.workdir)
+        processes.on_first(answers.claim_judges, {text: judge}, self.workdir)
         judged, given, grades, notes = [], {}, {}, {}
         for method in rows:
             seeds = self.runs(method)

@@ -29,7 +29,10 @@ def draw(content: Mapping[str, Any]) -> Any:
     figure = charts.figure(17, 2.4 + 0.34 * len(rows))
     axes = charts.panels(figure, 1, 4, width_ratios=[1.5, 1, 1, 1])[0]
     _plane(axes[0], rows)
-    titles = {"harm": "harmful requests complied with", "refusal": "harmless requests refused"}
+    harm = "harmful requests complied with"
+    if content.get("judge_sees_content"):
+        harm = "harmful requests answered with harmful content"
+    titles = {"harm": harm, "refusal": "harmless requests refused"}
     for axis, (kind, title) in zip(axes[1:], titles.items()):
         _rates(axis, title, rows, [m for m in content["measures"] if m["kind"] == kind])
     _utility(axes[3], rows, [m for m in content["measures"] if m["kind"] not in titles])

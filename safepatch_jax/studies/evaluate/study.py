@@ -141,7 +141,7 @@ class _Evaluation:
         record, changes = files.read_json(path, _FIX), []
         for name, value in self._record.items():
             if record.get(name) != value:
-                changes.append(_difference(name, record.get(name), value))
+                changes.append(difference(name, record.get(name), value))
         if changes:
             raise ValueError(
                 f"{self._out} is an evaluation with other {' and '.join(changes)}. Give another "
@@ -303,7 +303,7 @@ def _check(
     for folder in folders.values():
         if not resolve(folder).is_dir():
             raise ValueError(f"no model folder '{folder}'.")
-        _check_model(folder, options)
+        _check_model(folder, options, asks=any(m.kind in JUDGED for m in suite))
     texts = [measure.name for measure in suite if measure.kind == "text"]
     if texts:
         configs = [read_hf_config(companions(folder)) for folder in folders.values()]
@@ -315,16 +315,19 @@ def _check(
             )
 
 
-def _check_model(folder: str, options: EvaluationOptions) -> None:
+def _check_model(folder: str, options: EvaluationOptions, asks: bool) -> None:
     """Raise ValueError for what can be seen of a model before its weights are read, so that an
-    evaluation that cannot begin leaves nothing."""
+    evaluation that cannot begin leaves nothing; `asks` says whether there are prompts for its chat
+    template."""
     check_source(Place.parse(folder).absolute())
     path = companions(folder)
     for prompt_format in options.formats.values():
-        Prompter(read_hf_config(path), path, options.date, prompt_format)
+        prompter = Prompter(read_hf_config(path), path, options.date, prompt_format)
+        if asks:
+            prompter.needed_chat()
 
 
-def _difference(name: str, recorded: Any, wanted: Any) -> str:
+def difference(name: str, recorded: Any, wanted: Any) -> str:
     """Say what differs: of models and data which one, of options their values, of the others the
     name alone."""
     if name not in ("models", "options", "data") or not isinstance(recorded, dict):

@@ -43,11 +43,35 @@ def gather(
     pools = {who: _pools(suite, margins, who, whos) for who in whos}
     content["n"] = {kind: len(pools[whos[0]][kind]) for kind in KINDS.values()}
     content["auroc"] = {who: auroc(pools[who]["harmful"], pools[who]["harmless"]) for who in whos}
+    content["pairs"] = _pairs(suite, margins, whos)
     if "against" in whos:
         before, after = pools["against"], pools["model"]
         pairs = [(before[kind], after[kind]) for kind in KINDS.values()]
         content["auroc_change"] = auroc_change(*pairs)
     return content
+
+
+def _pairs(suite: Sequence[Measure], rows: Rows, whos: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the AUROC of each harmful set against each harmless one, by model."""
+    pairs = []
+    for harmful in suite:
+        for harmless in suite:
+            if (harmful.kind, harmless.kind) != tuple(KINDS):
+                continue
+            values = {}
+            for who in whos:
+                values[who] = [_values(m, rows, who, whos) for m in (harmful, harmless)]
+            if all(all(map(len, pair)) for pair in values.values()):
+                pair = {"harmful": harmful.name, "harmless": harmless.name}
+                pair["auroc"] = {who: auroc(*of_model) for who, of_model in values.items()}
+                pairs.append(pair)
+    return pairs
+
+
+def _values(measure: Measure, rows: Rows, who: str, whos: Sequence[str]) -> list[float]:
+    """Return a model's margins of a measure, of the prompts that all models have."""
+    ids = _common(rows, measure, whos, "refusal")
+    return margins_of([rows[who, measure.name][i] for i in ids]).tolist()
 
 
 def _common(rows: Rows, measure: Measure, whos: Sequence[str], field: str) -> list[str]:
@@ -66,9 +90,7 @@ def _pools(
     pools: dict[str, list[float]] = {kind: [] for kind in KINDS.values()}
     for measure in suite:
         if measure.kind in KINDS and measure.form == "plain":
-            of_measure = rows[who, measure.name]
-            ids = _common(rows, measure, whos, "refusal")
-            pools[KINDS[measure.kind]] += margins_of([of_measure[i] for i in ids]).tolist()
+            pools[KINDS[measure.kind]] += _values(measure, rows, who, whos)
     for kind, pool in pools.items():
         if not pool:
             raise ValueError(

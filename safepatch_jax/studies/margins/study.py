@@ -23,7 +23,7 @@ from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.margins import margins
-from safepatch_jax.evaluation.openings import Openings, find_openings
+from safepatch_jax.evaluation.openings import WRITTEN, Openings, find_openings
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.models.config import read_hf_config
@@ -35,6 +35,7 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate.report import labels
+from safepatch_jax.studies.evaluate.study import difference
 from safepatch_jax.studies.margins import report
 
 RECORD, OPENINGS = "margin_map.json", "openings.json"
@@ -116,12 +117,12 @@ class _MarginMap:
         self._out, self._folders, self._options = out, dict(folders), options
         self._suite = [m for m in load_suite(options.suite) if m.kind in ROLES]
         check_names(self._suite, options.suite)
-        kinds = {measure.kind for measure in self._suite}
+        plain = {measure.kind for measure in self._suite if measure.form == "plain"}
         for kind, what in (("harm", "harmful"), ("refusal", "harmless")):
-            if kind not in kinds:
+            if kind not in plain:
                 raise ValueError(
-                    f"suite {options.suite} has no measure of kind {kind}: a margin map compares "
-                    f"{what} prompts with the others. Add one, as in --suite=gate."
+                    f"suite {options.suite} has no measure of kind {kind} and form plain: a margin "
+                    f"map compares {what} prompts with the others. Add one, as in --suite=gate."
                 )
         for folder in folders.values():
             _check_model(folder, options)
@@ -144,7 +145,10 @@ class _MarginMap:
         if not path.is_file():
             return
         record = files.read_json(path, _FIX)
-        changes = [name for name, value in self._record.items() if record.get(name) != value]
+        changes = []
+        for name, value in self._record.items():
+            if record.get(name) != value:
+                changes.append(difference(name, record.get(name), value))
         if changes:
             raise ValueError(
                 f"{self._out} is a margin map with other {' and '.join(changes)}. Give another "
@@ -222,13 +226,15 @@ class _MarginMap:
         path = self._out / OPENINGS
         if processes.on_first(path.is_file):
             return Openings.from_dict(processes.on_first(files.read_json, path, _FIX))
+        if any(self._rows("margins", JUDGED).values()):
+            raise ValueError(f"{path} is gone, with whose openings margins were taken. {_FIX}")
         prompts = []
         for kind in JUDGED:
             measure = next(m for m in self._suite if m.kind == kind)
             items = list(self._items[measure.name].values())
             for item in items[:: max(1, len(items) // _ASKED)][:_ASKED]:
                 ids = engine.ask_talk(_talk(measure, item))
-                if len(ids) + _ASKED <= engine.config.max_length:
+                if len(ids) + WRITTEN <= engine.config.max_length:
                     prompts.append(ids)
         openings = find_openings(engine, prompts, "openings")
         processes.on_first(files.write_json, path, openings.to_dict(engine.decode))

@@ -14,8 +14,10 @@ from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.settings import PatchSettings
+from safepatch_jax.studies.sweep import analysis
 
 OPENINGS, BACKBONE = "openings.json", "backbone_margins.json"
+MOST_ANSWERS = 12
 _FIX = "Delete it, and it is made again."
 
 
@@ -26,11 +28,17 @@ def margin_meter(run: Run) -> MarginMeter:
     noted = processes.on_first(_read, path)
     if noted.get("key") == key:
         return MarginMeter(run, Openings.from_dict(noted))
-    run.runner.need("evaluate_backbone")
+    for name in ("align" if run.settings.align.enabled else "import", "evaluate_backbone"):
+        run.runner.need(name)
     meter = MarginMeter(run)
     content = meter.openings.to_dict(meter.backbone().decode) | {"key": key}
     processes.on_first(files.write_json, path, content)
     return meter
+
+
+def measure_of(row: Mapping[str, Any]) -> str:
+    """Return by what a row of a sweep was measured: 'margins' or 'answers'."""
+    return row["keys"].get("measure", "answers")
 
 
 def measure_keys(run: Run, meter: MarginMeter) -> dict[str, Any]:
@@ -63,15 +71,17 @@ def measure(run: Run, meter: MarginMeter, patch: PatchSettings, seed: int) -> di
 def unanswered(
     rows: Iterable[Mapping[str, Any]], content: Mapping[str, Any]
 ) -> list[Mapping[str, Any]]:
-    """Return the rows of the models that should write answers and have not: those on the front,
-    and the recommended one, each with the first seed over which choices are compared.
+    """Return the rows of the models that should write answers and have not: those on the front
+    (MOST_ANSWERS at most, evenly over it), and the recommended one, each with the first seed over
+    which choices are compared.
 
     Args:
       rows: of the sweep.
       content: see `analysis.gather`, of these rows.
     """
     trials = content["trials"]
-    wanted = [trial for trial in trials if trial["front"]]
+    wanted = sorted((trial for trial in trials if trial["front"]), key=analysis.place)
+    wanted = wanted[:: -(-len(wanted) // MOST_ANSWERS) or 1]
     wanted.append(trials[content["recommended"]["trial"]])
     chosen = set()
     for trial in wanted:

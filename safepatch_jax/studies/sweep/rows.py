@@ -72,6 +72,11 @@ def _checked(row: Any) -> dict[str, Any]:
         if not _counted(measures[name], "margins" in measures):
             outcomes = ", ".join(OUTCOMES)
             wrong.append(f"{name} should hold numbers of answers ({outcomes}), and their sum n > 0")
+    if "margins" in measures and not _has_margins(measures["margins"]):
+        wrong.append("margins should hold auroc with its value, content_nll, and covered by role")
+    for name in _COUNTS if "answers" in row else ():
+        if not isinstance(row["answers"], dict) or not _counted(row["answers"].get(name), False):
+            wrong.append(f"answers should hold numbers of answers for {name}")
     for name in ("seconds", *_NUMBERS):
         if not _finite((row | measures)[name]):
             wrong.append(f"{name} should be a finite number")
@@ -95,6 +100,17 @@ def _counted(counts: Any, expected: bool) -> bool:
     if expected:
         return math.isclose(sum(parts), n, rel_tol=1e-9)
     return sum(parts) == n and all(type(part) is int for part in parts)
+
+
+def _has_margins(margins: Any) -> bool:
+    if not isinstance(margins, Mapping) or not isinstance(margins.get("auroc"), Mapping):
+        return False
+    numbers = [margins["auroc"].get("value")]
+    for role in _COUNTS:
+        of_role = margins.get(role)
+        numbers.append(of_role.get("covered") if isinstance(of_role, Mapping) else None)
+    content = margins.get("content_nll", "")
+    return all(map(_finite, numbers)) and (content is None or _finite(content))
 
 
 def _finite(number: Any) -> bool:

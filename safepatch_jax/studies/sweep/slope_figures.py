@@ -30,7 +30,7 @@ def draw(content: Mapping[str, Any]) -> Any:
     start = content["backbone"]
     alphas, betas = content["alphas"], content["betas"]
     grids = {name: _grid(content, name) for name in _PANELS}
-    both = (grids["harm"] < start["harm"]) & (grids["refusal"] < start["refusal"])
+    both = _grid(content, "both") > 0
     for axis, (name, (title, scale)) in zip(axes.flat, _PANELS.items()):
         if start[name] is None:
             charts.empty(axis, title, "no answer has content")

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from safepatch_jax.evaluation.margins import margins_of
+from safepatch_jax.evaluation.measures import ANSWERED
+from safepatch_jax.patching.methods import MERGE_METHODS, merge_method
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.run import environment, models
+from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.margins import MarginMeter, Rows, of_rows
 from safepatch_jax.run.state import Run
@@ -26,10 +31,12 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import by_margins
+from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY
 from safepatch_jax.studies.sweep.slope_figures import draw
 from safepatch_jax.studies.sweep.study import PARTS, open_workdir
 
 POINTS = "slope_points"
+LEAST = 0.005  # a share by which a point must be below the backbone's
 _SIDE = 21  # points along each axis of the plane
 _FIX = "Delete it, and it is made again."
 Place = tuple[float, float]  # alpha, beta
@@ -48,7 +55,7 @@ class SlopeOptions:
     alpha: float = 2.0
     beta: float = 4.0
     step: float = 0.5
-    checks: int = 3
+    checks: int = 4
 
     def __post_init__(self):
         if not (self.alpha > 0 and self.beta > 0 and 0 < self.step <= 1 and self.checks >= 0):
@@ -85,6 +92,8 @@ def slopes(
     Raises:
       ValueError: as `study.sweep` does.
     """
+    _check_method(settings)
+    processes.agree({"what is looked at": dataclasses.asdict(options)}, SAME_COMMAND)
     settings = settings.override(
         {"evaluate.split": "search", "run.keep_scratch": True, "export.dtype": "float32"}
     )
@@ -102,6 +111,17 @@ def slopes(
             content["checks"].append(_point((alpha, beta), rows, options) | {"true": _short(true)})
         processes.on_first(_write, content, folder.path)
     return folder.path / "slopes.md"
+
+
+def _check_method(settings: Settings) -> None:
+    """Raise ValueError for a merging method whose model is not linear in alpha and beta."""
+    if not merge_method(settings.patch.merge).linear:
+        methods = [name for name, method in MERGE_METHODS.items() if method.linear]
+        raise ValueError(
+            f"patch.merge={settings.patch.merge}: its kept entries depend on alpha and beta, or it "
+            "has only one of them, so there is no plane to predict. Use launch.sweep, or one of "
+            f"{', '.join(methods)}."
+        )
 
 
 def _measured(run: Run, meter: MarginMeter, place: Place) -> Rows:
@@ -160,8 +180,9 @@ def gather(
 
     Returns:
       plane: the predicted measures by alpha (rows) and beta (columns); both: how many of its points
-      are below the backbone on harm and on over-refusal; chosen: the places that are worth a check:
-      the least sum of both excesses, the least harm without more over-refusal, and the reverse.
+      are below the backbone on harm and on over-refusal by LEAST each, openings covered as well and
+      perplexity at most MOST_PERPLEXITY times its; chosen: the places that are worth a check, see
+      `_worth_a_check`.
     """
     alphas = np.linspace(0, options.alpha, _SIDE)
     betas = np.linspace(0, options.beta, _SIDE)
@@ -170,7 +191,9 @@ def gather(
         plane.append([_point((alpha, beta), corners, options) for beta in map(float, betas)])
     points = list(itertools.chain.from_iterable(plane))
     start = points[0]
-    both = [p for p in points if p["harm"] < start["harm"] and p["refusal"] < start["refusal"]]
+    for point in points:
+        point["both"] = _is_below(point, start)
+    both = [point for point in points if point["both"]]
     return {
         "settings": settings.to_dict(),
         "options": dataclasses.asdict(options),
@@ -186,6 +209,18 @@ def gather(
     }
 
 
+def _is_below(point: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    return _is_sound(point, start) and all(
+        point[axis] <= start[axis] - LEAST for axis in ("harm", "refusal")
+    )
+
+
+def _is_sound(point: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Tell whether a model is none that merely broke: of such a one margins say nothing."""
+    dearer = point["ordinary_nll"] - start["ordinary_nll"]
+    return dearer <= math.log(MOST_PERPLEXITY) and point["covered"] >= start["covered"] / 2
+
+
 def _point(place: Place, corners: Mapping[Place, Rows], options: SlopeOptions) -> dict[str, Any]:
     alpha, beta = place
     return {"alpha": alpha, "beta": beta} | _short(of_rows(predicted(corners, options, place)))
@@ -199,6 +234,7 @@ def _short(measures: Mapping[str, Any]) -> dict[str, Any]:
         "refusal": look["refused"] / look["n"],
         "auroc": measures["margins"]["auroc"]["value"],
         "content_nll": measures["margins"]["content_nll"],
+        "covered": min(measures["margins"][role]["covered"] for role in ANSWERED),
         "ordinary_nll": measures["ordinary_nll"],
     }
 
@@ -213,11 +249,8 @@ def _slopes(corners: Mapping[Place, Rows], options: SlopeOptions) -> dict[str, d
     ):
         of_step = {}
         for role in ("harmful", "lookalike"):
-            changes = []
-            for before, after in zip(start[role], moved[role]):
-                m = [row["refusal"] - row["affirmative"] for row in (before, after)]
-                changes.append((m[1] - m[0]) / step)
-            of_step[role] = float(np.mean(changes))
+            change = margins_of(moved[role]) - margins_of(start[role])
+            of_step[role] = float(change.mean()) / step
         before, after = (_short(of_rows(rows)) for rows in (start, moved))
         for key in ("content_nll", "ordinary_nll"):
             if before[key] is not None:
@@ -233,7 +266,7 @@ def _worth_a_check(points: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
     def excess(p):
         return max(0.0, p["harm"] - start["harm"]) + max(0.0, p["refusal"] - start["refusal"])
 
-    others = points[1:]
+    others = [point for point in points[1:] if _is_sound(point, start)] or points[1:]
     best = (
         min(others, key=lambda p: (excess(p), p["harm"] + p["refusal"])),
         min(others, key=lambda p: (p["refusal"] > start["refusal"], p["harm"])),

@@ -30,7 +30,8 @@ from safepatch_jax.studies.sweep.rows import OPTIONS, read_rows
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
 ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
-MARGINS, ANSWERS = MEASURES = ("margins", "answers")
+MARGINS, ANSWERS = "margins", "answers"
+MEASURES = (MARGINS, ANSWERS)
 _FIX = "Copy it back from a backup, or use another --workdir; nothing was changed in this one."
 _NAMES = (
     "stages",
@@ -75,14 +76,19 @@ def _refuse_run(folder: pathlib.Path) -> None:
         raise ValueError(f"{path} is no settings file of a sweep, or damaged. {_FIX}")
 
 
-def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> list[str]:
+def plan(
+    settings: Settings,
+    workdir: str | pathlib.Path,
+    points: Sequence[Point],
+    measure: str = MARGINS,
+) -> list[str]:
     """List the points, and which of them have a row; reads no model and starts no device.
 
     Raises:
       ValueError: the workdir is not a sweep's, or its rows are damaged.
     """
     path = open_workdir(workdir).path / ROWS
-    rows = read_rows(path)
+    rows = [row for row in read_rows(path) if by_margins.measure_of(row) == measure]
     known = {_key(row) for row in rows}
     titles = _titles(settings, points)
     lines, missing = [], 0
@@ -98,8 +104,8 @@ def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point
         seconds = statistics.median(row["seconds"] for row in rows)
         pace = f"; those there took {seconds:.0f} s each"
     lines.append(
-        f"{len(points)} points, {missing} without a row in {path}{pace}. A row counts if model, "
-        "data, training and scores are the same."
+        f"{len(points)} points, {missing} without a row by {measure} in {path}{pace}. A row "
+        "counts if model, data, training and scores are the same."
     )
     return lines
 
@@ -138,7 +144,11 @@ def sweep(
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
     choices = [_choice(point) for point in points]
     processes.agree(
-        {"number of points": len(choices), "hash of the points": files.text_hash(choices)[:16]},
+        {
+            "number of points": len(choices),
+            "hash of the points": files.text_hash(choices)[:16],
+            "measure": measure,
+        },
         SAME_COMMAND,
     )
     folder = open_workdir(workdir)
@@ -184,6 +194,10 @@ def _compute(
         if row["keys"] == base and row["patch"].keys() == set(OPTIONS):
             known[_key(row)] = row
     missing = sum(_key(_choice(point)) not in known for point in points)
+    measure = ANSWERS if meter is None else MARGINS
+    others = sum(by_margins.measure_of(row) != measure for row in rows)
+    if others:
+        say(f"{others} rows in the workdir are not by {measure} (--measure) and do not count.")
     for name in PARTS if missing else PARTS[:1]:
         run.runner.need(name)
     backbone = run.runner.result("evaluate_backbone")
@@ -262,18 +276,29 @@ def _measured(
 
 
 def _finish(
-    run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any], by_answers_too: bool
+    run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
 ) -> None:
     """Let the models of the front write answers, where points did not, and report."""
-    if by_answers_too:
-        content = analysis.gather(run.settings, rows, backbone)
-        missing = by_margins.unanswered(rows, content)
-        for number, row in enumerate(missing, 1):
-            patch = PatchSettings(**row["patch"])
-            row["answers"] = models.measure_patch(run, patch, row["seed"])
-            processes.on_first(_keep_answers, run.workdir / ROWS, row)
-            say(f"answers of the front [{number}/{len(missing)}] {describe(row['answers'])}")
+    if front_answers:
+        _answer_front(run, rows, backbone)
     processes.on_first(_report, run, rows, backbone)
+
+
+def _answer_front(run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
+    """Let the models of the front, and the recommended one, write answers; keep them with their
+    rows. A model that overflows in one of them gets none."""
+    missing = by_margins.unanswered(rows, analysis.gather(run.settings, rows, backbone))
+    for name in PARTS if missing else ():
+        run.runner.need(name)
+    for number, row in enumerate(missing, 1):
+        point = Point(PatchSettings(**row["patch"]), row["seed"])
+        result, reason = _measured(run, point, None)
+        text = f"none: {reason}"
+        if reason is None:
+            row["answers"] = result["measures"]
+            processes.on_first(_keep_answers, run.workdir / ROWS, row)
+            text = describe(row["answers"])
+        say(f"answers of the front [{number}/{len(missing)}] {text}")
 
 
 def _keep_answers(path: pathlib.Path, row: Mapping[str, Any]) -> None:
