@@ -51,8 +51,20 @@ def test_slopes_and_plane(settings):
     assert point["harm"] == pytest.approx(true["harmful"]["complied"] / 5)
     assert point["auroc"] == true["margins"]["auroc"]["value"]
     start, points = content["backbone"], sum(content["plane"], [])
-    below = [p["harm"] < start["harm"] and p["refusal"] < start["refusal"] for p in points]
+    below = []
+    for p in points:
+        lower = all(p[axis] <= start[axis] - 0.005 for axis in ("harm", "refusal"))
+        sound = p["covered"] >= start["covered"] / 2
+        below.append(lower and sound and p["ordinary_nll"] - start["ordinary_nll"] <= np.log(1.05))
     assert content["both"] == sum(below) > 0
+    assert [p["both"] for p in points] == below
+
+
+def test_a_method_without_a_plane_is_refused_before_anything_is_trained(settings, tmp_path):
+    for merge in ("ties", "dare_ties", "resta"):
+        with pytest.raises(ValueError, match=f"patch.merge={merge}: .*or one of safepatching"):
+            slopes(settings.override({"patch.merge": merge}), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_tiny_models_plane_is_checked_and_resumed(settings, tmp_path):

@@ -120,7 +120,7 @@ def test_damaged_rows(swept, settings, points, tmp_path, capsys):
     path = tmp_path / "sweep.jsonl"
     text = (swept / "sweep.jsonl").read_text()
     path.write_text(text[:-40])
-    assert "1 without a row" in sweep.plan(settings, tmp_path, points)[-1]
+    assert "1 without a row" in sweep.plan(settings, tmp_path, points, sweep.ANSWERS)[-1]
     assert "line 4, the last one, breaks off and is left out" in capsys.readouterr().out
     lines = text.splitlines()
     path.write_text("\n".join([lines[0], "{", *lines[2:]]))
@@ -142,13 +142,13 @@ def test_workdirs_of_others_are_refused(settings, points, tmp_path):
 def test_the_plan_lists_the_points_and_reads_no_model(swept, settings, tmp_path):
     settings = settings.override({"model.source": "/nowhere"})
     wanted = design(settings, ["patch.beta=4;run.seed=3,0"], ["patch.retention=0.5"])
-    lines = sweep.plan(settings, swept, wanted)
+    lines = sweep.plan(settings, swept, wanted, sweep.ANSWERS)
     assert lines[:3] == [
         "1 retention 0.3, seed 3 (has a row)",
         "2 retention 0.3, seed 0 (has a row)",
         "3 retention 0.5, seed 3",
     ]
-    assert lines[3].startswith("3 points, 1 without a row in") and "s each" in lines[3]
+    assert lines[3].startswith("3 points, 1 without a row by answers in") and "s each" in lines[3]
     assert sweep.plan(settings, tmp_path / "new", wanted[:1])[0] == "1 the config's own settings"
     assert not (tmp_path / "new").exists()
 
