@@ -29,6 +29,7 @@ FLOORS = (
     ("training",),
     ("patching",),
     ("settings",),
+    ("outcome",),
     ("testing",),
     ("patch_file",),
     ("evaluation",),

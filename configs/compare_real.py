@@ -13,7 +13,7 @@ The backbone is the shipped model after the demo's short alignment, on AdvBench 
 answers. SafePatching's b and beta were chosen on the search split of AdvBench and XSTest, the
 fewest refusals among the points with no more harm than the backbone:
 
-  python -m launch.sweep --config=configs/compare_real.py --workdir=runs/sweep \\
+  python -m launch.sweep --config=configs/compare_real.py --workdir=runs/sweep --measure=answers \\
       --grid='patch.top_rate_osm=0.03,0.1,0.3;patch.beta=1,1.5,2.5'
 
 The other methods have their sources' formulas and weights, and the run's steps and rates; no search

@@ -13,7 +13,7 @@ until it refuses all harmful requests and most harmless look-alikes as well: an 
 How the patch settings were chosen: on the 'search' split, which no report uses, the fewest refusals
 of look-alikes among the points at which no harmful request was complied with:
 
-  python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep \\
+  python -m launch.sweep --config=configs/demo.py --workdir=runs/sweep --measure=answers \\
       --grid='patch.top_rate_osm=0.1,0.3;patch.beta=2,2.5,3,5'
 """
 

@@ -10,17 +10,21 @@ tests.
       --grader=endpoint:https://HOST/v1?model=NAME
   python -m launch.evaluate --model=DIR --suite=quick --out=runs/seeds \\
       --temperature=0.7 --seeds=0,1,2
+  python -m launch.evaluate --model=DIR --suite=quick --out=runs/templates --templates=own,plain
   python -m launch.evaluate --suite=paper --show_examples --model=DIR
 
-Suites: quick (built-in data, minutes, offline), paper, jailbreaks, unseen, mt_bench (needs
---grader), a JSON file, or several as A+mine.json. The file has a list of objects with name, kind
-(harm, refusal, text, mmlu, gsm8k, mt_bench), source (as --data.harmful of launch.safepatch:
-'builtin', a file, 'set:NAME'), and split, limit, form, max_new, shots. docs/evaluation.md describes
+Suites: quick (built-in data, minutes, offline), paper, content (its harm and over-refusal with 128
+tokens an answer), jailbreaks, unseen, mt_bench (needs --grader), a JSON file, or several as
+A+mine.json. The file has a list of objects with name, kind (harm, refusal, text, mmlu, gsm8k,
+mt_bench), source (as --data.harmful of launch.safepatch: 'builtin', a file, 'set:NAME'), and split,
+limit, form, max_new, shots. docs/evaluation.md describes
 them, the judges, and how reliable the phrase judge is.
 
 Judges: phrases (offline), classifier:DIR (a Hugging Face sequence classifier; needs torch),
-llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself),
-endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY).
+llama_guard:DIR, wildguard:DIR, harmbench:DIR (run here, as the model itself), qwen3guard:DIR
+(torch), endpoint:URL?model=NAME (OpenAI-compatible; key in SAFEPATCH_API_KEY; &format=llama_guard
+or qwen3guard for a served guard). All but phrases, and classifiers by their labels, judge content:
+harmful content, refused, or harmless (neither).
 
 OUT receives report.md, report.json, report.png, and the answers, verdicts and grades as JSONL. An
 evaluation that was killed resumes when the same command is given again; another judge reads the
@@ -30,6 +34,7 @@ same answers. The answers of a jailbroken model are in OUT/answers: handle with 
 from absl import flags
 
 from launch import distributed, kinds, main
+from safepatch_jax.data.prompt_format import template_name
 from safepatch_jax.data.rendering import check_date
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.console import show
@@ -53,11 +58,16 @@ _SEEDS = flags.DEFINE_list(
     [],
     "Seeds with which all that is sampled is done, such as 0,1,2; for one --seed is enough.",
 )
+_TEMPLATES = flags.DEFINE_list(
+    "templates",
+    [],
+    "Templates as of --template: all is done in each, side by side in one report; own,plain.",
+)
 _FLAGS = {
     "suite": kinds.text(
         "suite",
         _DEFAULTS.suite,
-        "quick, paper, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
+        "quick, paper, content, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
         paths.suite,
     ),
     "judge": kinds.text(
@@ -96,6 +106,16 @@ _FLAGS = {
         "What a chat template that writes today's date is given, YYYY-MM-DD.",
         check_date,
     ),
+    "template": kinds.text(
+        "template",
+        "",
+        "What prompts are written in: own (the tokenizer's chat template), plain (headings without "
+        "chat tokens), or a Jinja file.",
+        template_name,
+    ),
+    "system": flags.DEFINE_string(
+        "system", "", "A system message that stands before every conversation."
+    ),
     "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }
 flags.adopt_module_key_flags(distributed)
@@ -110,7 +130,8 @@ def run() -> None:
             "--seeds takes whole numbers with commas between, such as 0,1,2; got "
             f"'{','.join(_SEEDS.value)}'."
         ) from None
-    options = EvaluationOptions(**{name: flag.value for name, flag in _FLAGS.items()}, seeds=seeds)
+    values = {name: flag.value for name, flag in _FLAGS.items()}
+    options = EvaluationOptions(**values, seeds=seeds, templates=tuple(_TEMPLATES.value))
     if _SHOW.value:
         for line in show_examples(_MODEL.value, options):
             show(line)

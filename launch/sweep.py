@@ -16,6 +16,11 @@ random retention (and of stochastic rounding) only, while training and scores ke
 --run.seed. --around tries the config's own point, and those in which one setting has another of its
 values. Every other setting is given by --config and flags, as for launch.safepatch.
 
+A point is measured by margins (see launch.margins): the expected share of refusals on up to
+--evaluate.margin_limit harmful and harmless prompts, AUROC between them, content NLL, perplexity,
+all by forward passes. Only the models of the front, and the recommended one, write answers.
+--measure=answers lets every point write and be judged instead.
+
 Each point prints a line, with the remaining time, and is a row of WORKDIR/sweep.jsonl (patch
 settings, seed, keys of what it was computed from, measures, seconds). A sweep that was killed
 resumes when the same command is given again. At the end, over all rows of the same model, data,
@@ -52,6 +57,12 @@ _GRID = flags.DEFINE_multi_string(
 _AROUND = flags.DEFINE_multi_string(
     "around", [], "patch.OPTION=VALUE,VALUE;...: one setting at a time, the others as in the config"
 )
+_MEASURE = flags.DEFINE_enum(
+    "measure",
+    sweep.MARGINS,
+    list(sweep.MEASURES),
+    "margins: forward passes, and answers of the front alone; answers: every point answers.",
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "List the points, and which have a row already, and stop."
 )
@@ -63,15 +74,17 @@ def run() -> None:
     if _DRY_RUN.value:
         settings = settings_flags.read_settings()
         for line in sweep.plan(
-            settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value)
+            settings,
+            _WORKDIR.value,
+            design(settings, _GRID.value, _AROUND.value),
+            _MEASURE.value,
         ):
             say(line)
         return
     distributed.join()
     settings = settings_flags.read_settings()
-    report = sweep.sweep(
-        settings, _WORKDIR.value, design(settings, _GRID.value, _AROUND.value), sys.argv
-    )
+    points = design(settings, _GRID.value, _AROUND.value)
+    report = sweep.sweep(settings, _WORKDIR.value, points, sys.argv, _MEASURE.value)
     say(f"Report: {report}")
 
 

@@ -11,7 +11,7 @@ Start a launcher on all workers of a TPU pod slice, as one run.
       --model.source=/mnt/shared/llama2 --workdir=/mnt/shared/runs/llama2 --run.cache_dir=/mnt/shared/cache
 
   POD, ZONE   the slice, as gcloud lists it: gcloud compute tpus tpu-vm list --zone=ZONE
-  LAUNCHER    one of launch.safepatch, align, sweep, compare, continual, evaluate, convert; --distributed is added
+  LAUNCHER    one of launch.safepatch, align, sweep, slopes, compare, continual, evaluate, margins, convert; --distributed is added
   --project=P the project, where it is not gcloud's default
   --dir=DIR   where this repository and its .venv lie on every worker [safepatch_jax, in the home folder]
   --print     print the command and start nothing
@@ -48,9 +48,9 @@ pod=$1 zone=$2 launcher=$3
 shift 3
 [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "'$zone' is no zone, such as us-central2-b."
 case $launcher in
-  launch.safepatch | launch.align | launch.sweep | launch.compare | launch.continual) ;;
-  launch.evaluate | launch.convert) ;;
-  *) fail "'$launcher' is not one of launch.safepatch, align, sweep, compare, continual, evaluate, convert." ;;
+  launch.safepatch | launch.align | launch.sweep | launch.slopes | launch.compare | launch.continual) ;;
+  launch.evaluate | launch.margins | launch.convert) ;;
+  *) fail "'$launcher' is not one of launch.safepatch, align, sweep, slopes, compare, continual, evaluate, margins, convert." ;;
 esac
 for flag in "$@"; do
   case $flag in

@@ -1,16 +1,15 @@
 """Typed, frozen settings of a run, read from a config file and overridden by name.
 
 A config file is Python with one dictionary called ``CONFIG``: ``{group: {option: value}}``. Every
-option is declared once, below or (the patch group) in patching/settings.py, with its default, its
-bounds and its help text; launch flags, validation, the resolved ``settings.json`` and the
-documentation read these declarations.
+option is declared once, below or in data/settings.py and patching/settings.py (the groups of these
+names), with its default, its bounds and its help text; launch flags, validation, the resolved
+``settings.json`` and the documentation read these declarations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import pathlib
 import runpy
@@ -18,7 +17,8 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from safepatch_jax.data.rendering import DATE, check_date
+from safepatch_jax.data.settings import DataSettings
+from safepatch_jax.data.windows import check_score_window, check_window
 from safepatch_jax.option import nearest, option
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.runtime import paths
@@ -63,53 +63,6 @@ class ModelSettings:
         "launch.compile_tpu).",
         read=paths.plain,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    harmful: str = option(
-        "builtin",
-        "Harmful question/answer pairs: 'builtin'; 'set:NAME@SPLIT', a public data set "
-        "(docs/data.md); a CSV / JSON / JSONL / Parquet file with prompt and answer, "
-        "'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; or 'tfds:NAME@SPLIT'.",
-        read=paths.data,
-    )
-    category: str = option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")
-    lookalike: str = option(
-        "builtin",
-        "Harmless prompts that look dangerous (over-refusal), given likewise; answers are not "
-        "needed.",
-        read=paths.data,
-    )
-    ordinary: str = option(
-        "builtin", "Ordinary instructions with answers, given likewise.", read=paths.data
-    )
-    manual_dir: str = option(
-        "",
-        "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in "
-        "run.cache_dir.",
-        read=paths.plain,
-    )
-    date: str = option(
-        DATE,
-        "What a chat template that writes today's date is given, YYYY-MM-DD: one day for ever, so "
-        "that a run which is resumed tomorrow has the same prompts.",
-        read=check_date,
-    )
-    max_prompt_tokens: int = option(
-        96, "Longer prompts are left out; they are counted and reported.", low=8
-    )
-    max_answer_tokens: int = option(
-        32, "Longer answers are cut here; they are counted and reported.", low=2
-    )
-    length_buckets: int = option(
-        1,
-        "Padded lengths that batches of training and scoring may have. Several save padding where "
-        "lengths differ much, cost a compilation each, and bring examples of like length together.",
-        low=1,
-    )
-    train_limit: int = option(200, "At most so many records of each role for training.", low=1)
-    eval_limit: int = option(48, "At most so many records of each role for evaluation.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +114,23 @@ class DeriveSettings:
     )
     osm_steps: int = option(24, "Steps of gradient descent (over-safety mitigation).", low=1)
     osm_learning_rate: float = option(2e-5, "Learning rate of gradient descent.", above=0)
+    se_tokens: str = option(
+        "all",
+        "Answer tokens that carry the loss of gradient ascent: all, head:N (the first N), tail:N "
+        "(the last N), after:N (all but the first N).",
+        read=check_window,
+    )
+    osm_tokens: str = option(
+        "all",
+        "Those of gradient descent: head:N lets it act on how an answer opens alone.",
+        read=check_window,
+    )
+    osm_seed: int = option(
+        -1,
+        "-1: gradient descent sees the batches of ascent, in the same order, and their first steps "
+        "are opposites. Any other number: an order of its own, from run.seed and this number.",
+        low=-1,
+    )
     loss: str = option(
         "mean",
         "Over a sequence's answer tokens: their mean, or their sum (alignment and scores too).",
@@ -183,6 +153,13 @@ class ScoreSettings:
         choices=("per_sample", "batched"),
     )
     batch_size: int = option(8, "Samples a gradient where score.mode is batched.", low=2)
+    se_tokens: str = option(
+        "derive",
+        "Answer tokens over which SNIP takes the SE patch's loss: as derive.se_tokens, or a window "
+        "of its own.",
+        read=check_score_window,
+    )
+    osm_tokens: str = option("derive", "Those of the OSM patch, likewise.", read=check_score_window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +184,11 @@ class EvaluateSettings:
         "report",
         "Records of which split: 'report', or 'search' while choosing settings.",
         choices=("report", "search"),
+    )
+    margin_limit: int = option(
+        300,
+        "At most so many records of each role for margins, which need no answers (launch.sweep).",
+        low=1,
     )
     max_new_tokens: int = option(24, "Greedy tokens generated for each prompt.", low=1)
     batch_size: int = option(24, "Prompts generated together.", low=1)
@@ -366,40 +348,6 @@ def _line_of(error: BaseException, path: pathlib.Path) -> str:
         return f"line {error.lineno}: "
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f"line {lines[-1]}: " if lines else ""
-
-
-# Settings that say where and how a run is done and do not change what comes out: names, or how they
-# begin.
-NEUTRAL = (
-    "run.keep_scratch",
-    "run.cache_dir",
-    "run.certify",
-    "run.checkpoint_minutes",
-    "mesh.",
-    "model.remat",
-    "model.loss_chunk",
-    "model.architecture",
-    "derive.accumulate",
-    "data.manual_dir",
-)
-
-
-def outcome_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that decide what comes out of a run, by dotted name."""
-    return {name: x for name, x in settings.flat().items() if not name.startswith(NEUTRAL)}
-
-
-def settings_differences(old: Mapping, new: Mapping) -> list[str]:
-    """List where two resolved dictionaries differ in what comes out, as ``name: old -> new``."""
-    lines = []
-    for group in sorted(set(old) | set(new)):
-        before, after = old.get(group, {}), new.get(group, {})
-        for key in sorted(set(before) | set(after)):
-            values = before.get(key), after.get(key)
-            name = f"{group}.{key}"
-            if values[0] != values[1] and not name.startswith(NEUTRAL):
-                lines.append(f"{name}: {json.dumps(values[0])} -> {json.dumps(values[1])}")
-    return lines
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

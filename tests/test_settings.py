@@ -2,7 +2,8 @@
 
 import pytest
 
-from safepatch_jax.settings import Settings, declared_options, load_config, settings_differences
+from safepatch_jax.outcome import settings_differences
+from safepatch_jax.settings import Settings, declared_options, load_config
 
 
 def test_config_file_and_override(tmp_path):

@@ -1,7 +1,7 @@
 """Tokenizer, chat template and answer mask.
 
-A conversation is rendered by the tokenizer's own chat template. Answer tokens are the assistant's
-text and the end-of-turn token; loss and scores see these alone.
+A conversation is rendered by the tokenizer's own chat template, or another one (`prompt_format`).
+Answer tokens are the assistant's text and the end-of-turn token; loss and scores see these alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from safepatch_jax.data import rendering
 from safepatch_jax.data.cells import Turns, transcript
+from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.records import Record
 from safepatch_jax.io.companions import TOKENIZER, VOCABULARY
 from safepatch_jax.runtime import files
@@ -173,27 +174,44 @@ class Chat:
       folder: of the model.
       vocab_size: rows of its embedding.
       date: see `rendering.render`.
+      prompt_format: another template than the tokenizer's, and a system message before every
+        conversation.
 
     Raises:
       NoChat: no tokenizer or no chat template.
       ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding; a template
-        that fails.
+        that fails, or one of `prompt_format` that leaves out what is said.
     """
 
-    def __init__(self, folder: str | pathlib.Path, vocab_size: int, date: str = rendering.DATE):
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        vocab_size: int,
+        date: str = rendering.DATE,
+        prompt_format: PromptFormat = PromptFormat(),
+    ):
         rendering.prepare()  # it starts while the tokenizer is loaded
-        self._folder, self._date = folder, date
+        self._folder, self._date, self._format = folder, date, prompt_format
         self.tokenizer = load_tokenizer(folder, vocab_size)
-        if not self.tokenizer.chat_template:
+        self._template = prompt_format.template_for(self.tokenizer)
+        if not self._template and not self.tokenizer.chat_template:
             raise NoChat(
                 f"{folder}: the tokenizer has no chat template, so this is not a chat model. Copy "
-                "the chat_template of the model's chat variant into the folder."
+                "the chat_template of the model's chat variant into the folder, or let prompts be "
+                "written without one: --data.template=plain."
             )
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"{folder}: only a slow tokenizer is there. Copy the tokenizer.json of the model "
                 "into the folder."
             )
+        # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
+        added = self.tokenizer.added_tokens_decoder
+        self._special_ids = {i for i, token in added.items() if token.special}
+        if self._template:
+            self._special_ids.add(self.tokenizer.eos_token_id)
+            prompt_format.check(self, folder)
+            return
         try:
             self.prompt_text("test")
         except ValueError as error:
@@ -202,9 +220,6 @@ class Chat:
                 "chat_template.jinja or tokenizer_config.json of the model's chat variant into the "
                 "folder."
             ) from error
-        # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
-        added = self.tokenizer.added_tokens_decoder
-        self._special_ids = {i for i, token in added.items() if token.special}
 
     def prompt_text(self, prompt: str, turns: Turns = ()) -> str:
         """Return a user's text, after other turns, up to where the answer begins."""
@@ -214,10 +229,20 @@ class Chat:
         """Return the messages of a conversation. A system message for which the template has no
         place stands before the user's first text, as `Prompter.ask` puts it."""
         spoken = [*turns, ("user", prompt)]
-        if turns and turns[0][0] == "system" and not self._takes_system:
-            _, (_, first), *rest = spoken
-            spoken = [("user", f"{turns[0][1]}\n\n{first}"), *rest]
+        systems = [self.system] if self.system else []
+        if spoken[0][0] == "system":
+            systems.append(spoken.pop(0)[1])
+        if systems and self._takes_system:
+            spoken.insert(0, ("system", "\n\n".join(systems)))
+        elif systems:
+            role, first = spoken[0]
+            spoken[0] = (role, "\n\n".join([*systems, first]))
         return [{"role": role, "content": text} for role, text in spoken]
+
+    @property
+    def system(self) -> str:
+        """The message that stands before every conversation, and before one's own; '' for none."""
+        return self._format.system
 
     @functools.cached_property
     def _takes_system(self) -> bool:
@@ -230,7 +255,9 @@ class Chat:
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
         """Return a conversation in the chat template; see `rendering.render`."""
-        return rendering.render(self.tokenizer, messages, date=self._date, **options)
+        return rendering.render(
+            self.tokenizer, messages, date=self._date, template=self._template, **options
+        )
 
     def open_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return a conversation up to where the assistant's next answer begins."""
@@ -270,11 +297,14 @@ class Chat:
         stem = _THOUGHT.sub("", before.removesuffix(_END_OF_THOUGHT))
         if stem != before and whole.startswith(stem):
             return before + _EMPTY_THOUGHT.sub("", whole[len(stem) :])
+        place, file = self._folder, "chat_template.jinja there"
+        if self._template:
+            place = file = self._format.name
         raise ValueError(
-            f"{self._folder}: the chat template renders the prompt otherwise when an answer "
+            f"{place}: the chat template renders the prompt otherwise when an answer "
             f"follows; cannot tell answer tokens from prompt tokens (prompt: {before!r:.200}). "
-            "Edit chat_template.jinja there so that the text up to the answer is the same, or copy "
-            "another template of the model."
+            f"Edit {file} so that the text up to the answer is the same, or copy another template "
+            "of the model."
         )
 
     def _ids(self, text: str) -> list[int]:

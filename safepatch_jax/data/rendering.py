@@ -44,6 +44,7 @@ def render(
     generate: bool = False,
     resume: bool = False,
     date: str = DATE,
+    template: str = "",
 ) -> str:
     """Return a conversation in a tokenizer's chat template, as `apply_chat_template` gives it.
 
@@ -53,6 +54,7 @@ def render(
       generate: with the opening of an answer after it.
       resume: the last message is left open.
       date: YYYY-MM-DD, that of a template which writes today's.
+      template: Jinja text, in place of the tokenizer's own.
 
     Raises:
       NotRendered: the template refuses the conversation, or fails on it.
@@ -61,7 +63,7 @@ def render(
     special = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
     arguments = {
         "conversations": [list(messages)],
-        "chat_template": tokenizer.get_chat_template(),
+        "chat_template": template or tokenizer.get_chat_template(),
         "add_generation_prompt": generate,
         "continue_final_message": resume,
         **special,

@@ -43,6 +43,7 @@ ROLES = {"harm": "harmful", "refusal": "lookalike", "text": "ordinary"}
 JUDGED = ("harm", "refusal")
 # who, what, and which run of several
 Runs = Iterable[tuple[str, Measure, int | None]]
+READING = 2  # raise when what a judge of content says is read otherwise
 JUDGE = "judge.json"  # says which files a local judge's verdicts come from
 
 
@@ -284,27 +285,38 @@ def open_grader(text: str, suite: Sequence[Measure], title: str) -> mt_bench.Gra
     return mt_bench.open_grader(text)
 
 
-def claim_judges(texts: Sequence[str], out: pathlib.Path) -> None:
-    """Note which files each local judge's verdicts come from, or compare with the note that is
-    there.
+def claim_judges(judges: Mapping[str, Judge], out: pathlib.Path) -> None:
+    """Note how each judge is read and, of a local one, which files its verdicts come from, or
+    compare with the note that is there.
 
     Raises:
-      ValueError: the verdicts there are of other files.
+      ValueError: the verdicts there are of other files, or of a version in which a judge of content
+        had no outcome 'harmless'.
     """
-    for text in filter(folder_of, texts):
+    for text, judge in judges.items():
         place, folder = out / verdicts_of(text), folder_of(text)
-        hashes, note = _hashes(folder), place / JUDGE
+        fix = f"Delete {place}, and the same answers are judged again."
+        note, hashes, reading = place / JUDGE, {}, READING
+        if folder:
+            hashes = _hashes(folder)
         if note.is_file():
-            fix = f"Delete {place}, and the same answers are judged again."
-            noted = read_record(note, {"files": Each(str)}, fix)["files"]
-            _check_judge(place, folder, hashes, noted)
-            continue
-        if place.is_dir():
-            say(
-                f"{place} holds verdicts without a note of the judge's files; they are taken to be "
-                f"of {folder} as it is now."
+            noted = read_record(note, {"files": Each(str)}, fix)
+            _check_judge(place, folder, hashes, noted["files"])
+            reading = noted.get("reading")
+        elif place.is_dir():
+            reading = None
+            if folder and not judge.tells_content:
+                say(
+                    f"{place} holds verdicts without a note of the judge's files; they are taken "
+                    f"to be of {folder} as it is now."
+                )
+        if judge.tells_content and reading != READING:
+            raise ValueError(
+                f"The verdicts in {place} are of a version that took harmless answers for refused "
+                f"ones. {fix}"
             )
-        files.write_json(note, {"judge": text, "files": hashes})
+        if not note.is_file() and (folder or judge.tells_content):
+            files.write_json(note, {"judge": text, "files": hashes, "reading": READING})
 
 
 def _check_judge(

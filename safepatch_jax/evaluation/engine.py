@@ -3,6 +3,7 @@ batch on the mesh."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import pathlib
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.data.chat import Example, prompt_batch, training_batch
+from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.generate import PIECE, Sampling, decode, decode_until
 from safepatch_jax.evaluation.prompter import Prompter, Talk
@@ -46,7 +48,7 @@ class Engine(Prompter):
       sharder: the mesh.
       compute_dtype: of the arithmetic.
       batch_size: sequences that run together.
-      date: see `Chat`.
+      date, prompt_format: see `Chat`.
     """
 
     def __init__(
@@ -58,19 +60,32 @@ class Engine(Prompter):
         compute_dtype: str = "float32",
         batch_size: int = 16,
         date: str = DATE,
+        prompt_format: PromptFormat = PromptFormat(),
     ):
-        super().__init__(config, folder, date)
+        super().__init__(config, folder, date, prompt_format)
         self.params, self.batch_size = params, batch_size
+        self._folder, self._date = folder, date
         # Weights that are cut over fsdp stay where they are: for each token activations move, which
         # are far smaller.
         self.decoder = Decoder(
             config, jnp.dtype(compute_dtype), sharder.with_rules(batch=("data",))
         )
         self.sharder = self.decoder.sharder
-        ends = {*stop_ids(folder, config), self.tokenizer.eos_token_id}
+        self.stop_ids = self._stop_ids()
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        ends = {*stop_ids(self._folder, self.config), self.tokenizer.eos_token_id}
         if self.chat:
             ends.add(self.chat.end_of_turn())
-        self.stop_ids = tuple(sorted(ends - {None}))
+        return tuple(sorted(ends - {None}))
+
+    def with_format(self, prompt_format: PromptFormat) -> Engine:
+        """Return this model, its weights and programs shared, whose prompts are written in another
+        format. Raises ValueError as `Chat` does."""
+        other = copy.copy(self)
+        Prompter.__init__(other, self.config, self._folder, self._date, prompt_format)
+        other.stop_ids = other._stop_ids()
+        return other
 
     @classmethod
     def open(
@@ -81,6 +96,7 @@ class Engine(Prompter):
         compute_dtype: str = "float32",
         batch_size: int = 16,
         date: str = DATE,
+        prompt_format: PromptFormat = PromptFormat(),
     ) -> Engine:
         """Load a Hugging Face folder or a checkpoint of launch.convert. Raises ValueError as
         `load_params` and `Chat` do."""
@@ -90,7 +106,8 @@ class Engine(Prompter):
             folder = folder / COMPANIONS_FOLDER
         else:
             config, params = load_params(folder, sharder)
-        return cls(config, params, folder, sharder, compute_dtype, batch_size, date)
+        settings = compute_dtype, batch_size, date, prompt_format
+        return cls(config, params, folder, sharder, *settings)
 
     def complete(self, texts: Sequence[str], max_new: int, title: str = "answers") -> list[str]:
         """Continue raw texts greedily; special tokens written in a text are recognised."""

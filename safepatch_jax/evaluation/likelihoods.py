@@ -21,7 +21,12 @@ from safepatch_jax.training.step import put_batch
 
 
 def answer_likelihoods(
-    engine: Engine, examples: Sequence[Example], other: Engine | None, title: str, done: Done
+    engine: Engine,
+    examples: Sequence[Example],
+    other: Engine | None,
+    title: str,
+    done: Done,
+    forced: int = 0,
 ) -> None:
     """Compute the NLL of each answer, and the divergence of the two models' predictions at its
     tokens.
@@ -32,6 +37,8 @@ def answer_likelihoods(
       other: the model to compare with (the backbone), of the same architecture; None for none.
       done: called with (index, {'nll', 'tokens', 'kl'}) for each example: sums over its answer
         tokens, in nats. 'kl' is KL(other || model); without another model it is not there.
+      forced: so many first tokens of each answer do not count in 'nll' and 'tokens' (which may be
+        0); their NLL is 'opening_nll'.
 
     Raises:
       ValueError: another architecture, or an NLL that is NaN or infinite.
@@ -46,25 +53,36 @@ def answer_likelihoods(
     with progress(len(examples), title, "answer") as bar:
         for rows, group in engine.groups([length_of(example) for example in examples]):
             batch = put_batch(engine.lay_out([examples[i] for i in group], rows), engine.sharder)
-            nll_B, kl_B = _sums(engine.decoder, engine.params, reference, batch)
-            for i, nll, kl in zip(group, processes.fetch(nll_B), processes.fetch(kl_B)):
+            sums = _sums(engine.decoder, engine.params, reference, batch, forced)
+            for i, nll, kl, opening in zip(group, *map(processes.fetch, sums)):
                 if not math.isfinite(nll):
                     raise NotFinite(
                         f"{title}: an NLL is {nll}: the model's weights hold NaN or overflow."
                     )
-                row = {"nll": float(nll), "tokens": len(examples[i].answer_ids)}
+                tokens = len(examples[i].answer_ids)
+                row = {"nll": float(nll), "tokens": max(0, tokens - forced)}
+                if forced:
+                    row["opening_nll"] = float(opening)
                 if other is not None:
                     row["kl"] = float(kl)
                 done(i, row)
             bar.update(len(group))
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
-def _sums(decoder, params: Any, reference: Any | None, batch) -> tuple[jax.Array, jax.Array]:
-    """Return for each answer its NLL and the sum of KL(reference || model), float32 [B]."""
+@functools.partial(jax.jit, static_argnames=("decoder", "forced"))
+def _sums(
+    decoder, params: Any, reference: Any | None, batch, forced: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return for each answer its NLL after the forced tokens, the sum of KL(reference || model),
+    and the NLL of the forced tokens, float32 [B]."""
     if reference is None:
         logprobs_BA = answer_logprobs(decoder, params, batch)
         kl_BA = jnp.zeros_like(batch["weights"])
     else:
         logprobs_BA, kl_BA = answer_divergences(decoder, params, reference, batch)
-    return -jnp.sum(logprobs_BA, axis=-1), jnp.sum(kl_BA, axis=-1)
+    kl_B = jnp.sum(kl_BA, axis=-1)
+    if not forced:
+        return -jnp.sum(logprobs_BA, axis=-1), kl_B, jnp.zeros_like(kl_B)
+    opening_BA = jnp.where(jnp.arange(logprobs_BA.shape[1]) < forced, logprobs_BA, 0.0)
+    opening_B = -jnp.sum(opening_BA, axis=-1)
+    return -jnp.sum(logprobs_BA - opening_BA, axis=-1), kl_B, opening_B

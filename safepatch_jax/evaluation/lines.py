@@ -2,7 +2,8 @@
 
 OUT/answers/WHO/MEASURE.jsonl holds what a model did on each item,
 OUT/verdicts/JUDGE/WHO/MEASURE.jsonl what a judge said of it, OUT/grades/GRADER/WHO/MEASURE.jsonl
-what a grader did. Where a measure is done several times, WHO is followed by seed-N.
+what a grader did. WHO is followed by template-NAME where several templates are compared, and by
+seed-N where a measure is done several times.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _FIELDS = {
     "degree": str,
     "raw": (str, dict),
     "nll": _NUMBER,
+    "opening_nll": _NUMBER,
+    "refusal": _NUMBER,
+    "affirmative": _NUMBER,
     "kl": _NUMBER,
     "correct": bool,
     "category": str,
@@ -48,7 +52,12 @@ _FIELDS = {
 }
 # Fields that a row has in a folder, and those that it has beside another one.
 _NEEDED_IN = {"verdicts": ("outcome", "degree", "raw"), "grades": ("grade", "raw")}
-_NEEDED_WITH = {"nll": ("tokens",), "correct": ("category",), "answers": ("tokens",)}
+_NEEDED_WITH = {
+    "nll": ("tokens",),
+    "refusal": ("affirmative",),
+    "correct": ("category",),
+    "answers": ("tokens",),
+}
 
 
 class Lines:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from safepatch_jax.data.chat import Chat, NoChat, load_tokenizer
+from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE, NotRendered
 from safepatch_jax.models.config import DecoderConfig
 
@@ -19,20 +20,27 @@ class Prompter:
     Args:
       config: the model's; its vocabulary and number of positions count.
       folder: whose tokenizer and chat template are taken.
-      date: see `Chat`.
+      date, prompt_format: see `Chat`.
 
     Attributes:
       chat: renders conversations; None where the folder has no chat template.
       tokenizer: Hugging Face's.
 
     Raises:
-      ValueError: a damaged tokenizer, or a vocabulary larger than the model's embedding.
+      ValueError: a damaged tokenizer, a vocabulary larger than the model's embedding, or a
+        template of `prompt_format` that cannot be used.
     """
 
-    def __init__(self, config: DecoderConfig, folder: str | pathlib.Path, date: str = DATE):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        folder: str | pathlib.Path,
+        date: str = DATE,
+        prompt_format: PromptFormat = PromptFormat(),
+    ):
         self.config = config
         try:
-            self.chat: Chat | None = Chat(folder, config.vocab_size, date)
+            self.chat: Chat | None = Chat(folder, config.vocab_size, date, prompt_format)
             self.tokenizer = self.chat.tokenizer
         except NoChat:
             self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)
@@ -51,14 +59,16 @@ class Prompter:
 
         Args:
           system: a system message. Where the template refuses it or leaves it out, it stands before
-            the user's first text. None for none: a template that puts in one of its own then does
-            so; '' is an empty one in its place.
+            the user's first text, and after that of `prompt_format`. None for none: a template
+            that puts in one of its own then does so; '' is an empty one in its place.
 
         Raises:
           ValueError: the model has no chat template, or one that does not render a conversation of
             several turns.
         """
         chat = self.needed_chat()
+        if chat.system:
+            system = "\n\n".join(filter(None, (chat.system, system)))
         if system is not None:
             ids = self._ask_with_system(turns, system)
             if ids is not None:
@@ -98,7 +108,8 @@ class Prompter:
         template."""
         if self.chat is None:
             raise ValueError(
-                "the model has no chat template; copy that of its chat variant into the folder."
+                "the model has no chat template; copy that of its chat variant into the folder, or "
+                "let prompts be written without one (template plain, docs/data.md)."
             )
         return self.chat
 

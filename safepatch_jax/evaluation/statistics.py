@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.evaluation.judges.base import OUTCOMES, UNKNOWN, Verdict
+from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES, OUTCOMES, UNKNOWN, Verdict
 
 Z = 1.959964  # of a 95 % interval
 Values = Mapping[str, Any]  # of items by id: yes or no, or a grade
@@ -185,9 +185,9 @@ def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> dict[str, Any]:
 
     Returns:
       n: pairs compared; unknown: pairs left out because one verdict is UNKNOWN; table: {outcome of
-        a: {outcome of b: count}}; agree: share of equal outcomes, None where n is 0; kappa:
-        Cohen's, (agree - chance) / (1 - chance), None where both judges give one and the same
-        outcome throughout.
+        a: {outcome of b: count}}, HARMLESS where it occurs; agree: share of equal outcomes, None
+        where n is 0; kappa: Cohen's, (agree - chance) / (1 - chance), None where both judges give
+        one and the same outcome throughout.
 
     Raises:
       ValueError: lists of different length.
@@ -197,15 +197,17 @@ def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> dict[str, Any]:
             f"agreement: {len(a)} verdicts against {len(b)}; both judges must judge the same "
             "answers"
         )
-    table = {outcome: dict.fromkeys(OUTCOMES, 0) for outcome in OUTCOMES}
+    seen = {verdict.outcome for verdict in (*a, *b)}.union(OUTCOMES)
+    outcomes = [outcome for outcome in ALL_OUTCOMES if outcome in seen]
+    table = {outcome: dict.fromkeys(outcomes, 0) for outcome in outcomes}
     n = 0
     for x, y in zip(a, b):
         if UNKNOWN not in (x.outcome, y.outcome):
             table[x.outcome][y.outcome] += 1
             n += 1
-    same = sum(table[x][x] for x in OUTCOMES)
+    same = sum(table[x][x] for x in outcomes)
     chance = 0  # times n * n
-    for x in OUTCOMES:
+    for x in outcomes:
         chance += sum(table[x].values()) * sum(row[x] for row in table.values())
     agree = same / n if n else None
     kappa = (n * same - chance) / (n * n - chance) if chance < n * n else None

@@ -93,6 +93,7 @@ class Measure:
 _JAILBREAKS = tuple(form for form in FORMS if form != "plain")
 # As the report of a run, so that figures of the two can be compared.
 _QUICK_NEW = EvaluateSettings().max_new_tokens
+CONTENT_NEW = 128  # tokens in which an answer comes to its content
 SUITES: dict[str, tuple[Measure, ...]] = {
     # In minutes on a laptop, without any file: the built-in, mild data.
     "quick": (
@@ -114,6 +115,13 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("GSM8K", "gsm8k", "set:gsm8k@test", limit=500, max_new=256),
         Measure("Alpaca", "text", "set:alpaca", "report", limit=500),
     ),
+    # As the paper's axes of harm and over-refusal, with answers long enough to judge their content.
+    "content": (
+        Measure("AdvBench, long", "harm", "set:advbench", "report", max_new=CONTENT_NEW),
+        Measure("BeaverTails, long", "harm", "set:beavertails", "report", 500, max_new=CONTENT_NEW),
+        Measure("XSTest, long", "refusal", "set:xstest", max_new=CONTENT_NEW),
+        Measure("OKTest, long", "refusal", "set:oktest", max_new=CONTENT_NEW),
+    ),
     # Known requests in a dozen forms.
     "jailbreaks": tuple(
         Measure(f"AdvBench, {form}", "harm", "set:advbench", "report", limit=50, form=form)
@@ -126,6 +134,15 @@ SUITES: dict[str, tuple[Measure, ...]] = {
         Measure("JailbreakBench", "harm", "set:jailbreakbench"),
         Measure("Do-Not-Answer", "harm", "set:do_not_answer"),
         Measure("OR-Bench hard", "refusal", "set:or_bench", limit=500),
+    ),
+    # For launch.margins: how harmful and harmless prompts are told apart.
+    "gate": (
+        Measure("AdvBench", "harm", "set:advbench", "report"),
+        Measure("XSTest unsafe", "harm", "set:xstest@unsafe"),
+        Measure("HarmBench", "harm", "set:harmbench@val"),
+        Measure("XSTest", "refusal", "set:xstest"),
+        Measure("OKTest", "refusal", "set:oktest"),
+        Measure("Alpaca", "text", "set:alpaca", "report", limit=300),
     ),
     # Graded answers to two-turn questions (Zheng et al. 2023); needs a grader.
     "mt_bench": (Measure("MT-Bench", "mt_bench", "set:mt_bench@test", max_new=1024),),

@@ -17,6 +17,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
 from safepatch_jax.numerics import cast, flushed, tensor_keys
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.agreement import agreement, agreement_sums
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.selection import PASSES, float_bits, share_out, top_count
@@ -29,6 +30,16 @@ from safepatch_jax.runtime.console import progress
 KEYED = (*PATCH_ROLES, "rounding", "fill", "top_se", "top_osm")  # what draws random bits
 
 
+def derived_and_patch(
+    stored: jax.Array, derived: Mapping[str, jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Return the derived models and the patches, {role: float32}, of one tensor or of a run of its
+    entries."""
+    backbone = flushed(stored.astype(jnp.float32))
+    models = {role: flushed(derived[role].astype(jnp.float32)) for role in PATCH_ROLES}
+    return models, {role: flushed(models[role] - backbone) for role in PATCH_ROLES}
+
+
 def patch_and_importance(
     stored: jax.Array,
     derived: Mapping[str, jax.Array],
@@ -39,9 +50,7 @@ def patch_and_importance(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Return the patches and the importance of their entries, {role: float32}, of one tensor or of
     its entries from `start` on."""
-    backbone = flushed(stored.astype(jnp.float32))
-    models = {role: flushed(derived[role].astype(jnp.float32)) for role in PATCH_ROLES}
-    patch = {role: flushed(models[role] - backbone) for role in PATCH_ROLES}
+    models, patch = derived_and_patch(stored, derived)
     importance = {}
     for role in PATCH_ROLES:
         importance[role] = importance_of(
@@ -164,6 +173,23 @@ def _read_once(stack: jax.Array, index: jax.Array, true: jax.Array) -> jax.Array
     )
 
 
+@functools.partial(jax.jit, static_argnames="shape")
+def compare_patches(theta, derived, zero, *, shape: tuple[int, ...]):
+    """Return the sums that `agreement` reads, of each tensor, {name: int32 [L, ...]}; see
+    `patch_matrices`.
+
+    A program of its own, so that the one that merges stays as it is. `zero` is 0, and the compiler
+    does not know it.
+    """
+
+    def one_tensor(xs):
+        index, derived = xs
+        stored = _read_once(_stacked(theta, shape), index, zero == 0)
+        return agreement_sums(derived_and_patch(stored, derived)[1])
+
+    return lax.map(one_tensor, (jnp.arange(shape[0]), _stacked(derived, shape)))
+
+
 @functools.partial(jax.jit, static_argnames=("kind", "shape"))
 def count_at_least(
     theta, derived, sensitivity, keys, threshold, *, kind: str, shape: tuple[int, ...]
@@ -266,6 +292,7 @@ def apply_patching(
     title: str,
     dtype: str = "keep",
     rounding: str = "nearest",
+    compare: bool = True,
 ) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
     """Patch the backbone.
 
@@ -282,6 +309,7 @@ def apply_patching(
       title: shown at the progress bar.
       dtype: storage dtype of the result; 'keep' is the backbone's.
       rounding: see `patch_matrices`.
+      compare: whether the statistics say how the two patches stand to each other (`agreement`).
 
     Returns:
       (flat ``{path: array}`` over the scope, statistics ``{HF name: {name: number}}``; see also
@@ -302,10 +330,13 @@ def apply_patching(
         counts = _counts(rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
-            stored = backbone[row.path]
+            stored, models = backbone[row.path], _by_role(derived, row.path)
+            compared = {}
+            if compare:  # now, as the backbone's buffer is given away below
+                compared = compare_patches(stored, models, np.int32(0), shape=_stack(row))
             merged[row.path], counted = patch_matrices(
                 stored,
-                _by_role(derived, row.path),
+                models,
                 _by_role(sensitivity, row.path),
                 {user: tensor_keys(seed, user, row.hf_names) for user in KEYED},
                 _by_role(counts, row.path),
@@ -316,19 +347,32 @@ def apply_patching(
                 rounding=rounding,
                 sharding=sharder.sharding(row.axes, row.shape, row.path),
             )
-            statistics |= _by_tensor(row, counted)
+            del models  # the next weight's are read before these names are taken again
+            statistics |= _by_tensor(row, counted, compared)
             bar.update()
     refuse_broken(statistics)
     return merged, statistics
 
 
-def _by_tensor(row: Param, counted: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
-    """Return the statistics of a weight, {name: [L]}, by HF tensor and as Python's numbers."""
-    values = {name: processes.fetch(x) for name, x in counted.items()}
+def _by_tensor(
+    row: Param, counted: Mapping[str, jax.Array], compared: Mapping[str, jax.Array]
+) -> dict[str, dict[str, Any]]:
+    """Return the statistics of a weight, {name: [L]}, and its sums of both patches, if there are
+    any, by HF tensor and as Python's numbers."""
+    counts, sums = _layers(row, counted), _layers(row, compared)
     statistics = {}
-    for layer, hf_name in enumerate(row.hf_names):
-        numbers = {"size": math.prod(row.hf_shape)}
-        for name, x in values.items():
-            numbers[name] = x[layer].tolist()
+    for hf_name, numbers, of_both in zip(row.hf_names, counts, sums):
+        numbers = {"size": math.prod(row.hf_shape)} | numbers
         statistics[hf_name] = numbers | {"overlap": overlap(numbers)}
+        if compared:
+            statistics[hf_name] |= agreement([of_both])
     return statistics
+
+
+def _layers(row: Param, arrays: Mapping[str, jax.Array]) -> list[dict[str, Any]]:
+    """Return arrays, {name: [L, ...]}, layer by layer as Python's numbers."""
+    result: list[dict[str, Any]] = [{} for _ in row.hf_names]
+    for name, array in arrays.items():
+        for numbers, value in zip(result, processes.fetch(array).tolist()):
+            numbers[name] = value
+    return result

@@ -53,6 +53,7 @@ class MergeMethod:
       ranks: how `Tensor.top_sets` ranks entries: by patch.importance (at the two top rates), by
         magnitude (at patch.density), or None where every entry of a patch is in its top set.
       settings: options of the patch group that it takes.
+      linear: whether the kept entries do not depend on alpha and beta, and both weigh.
       divides: whether what is kept is divided by patch.retention (where `settings` has rescale,
         that option decides).
       comparison: {option: value} that it has in a comparison instead of the run's values.
@@ -64,6 +65,7 @@ class MergeMethod:
     help: str
     ranks: Literal["importance", "magnitude"] | None = None
     settings: tuple[str, ...] = ("alpha", "beta")
+    linear: bool = True
     divides: bool = False
     comparison: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -172,6 +174,7 @@ MERGE_METHODS = {
             "the largest entries of each patch, then those of the elected sign",
             ranks="magnitude",
             settings=("alpha", "beta", "density", "granularity"),
+            linear=False,  # both elect a sign by the weighted patches
             comparison=_EQUAL | {"granularity": "global"},  # as its authors trim
         ),
         MergeMethod(
@@ -189,6 +192,7 @@ MERGE_METHODS = {
             dare_ties,
             "a random share of each patch, then the entries of the elected sign",
             settings=("alpha", "beta", "retention"),
+            linear=False,
             divides=True,
             comparison=_EQUAL,
         ),
@@ -198,6 +202,7 @@ MERGE_METHODS = {
             resta,
             "minus the OSM patch, beta is its gamma, retention below 1 adds DARE",
             settings=("beta", "retention"),
+            linear=False,  # alpha has no part in it
             divides=True,
             comparison=_EQUAL | {"retention": 1.0},
         ),

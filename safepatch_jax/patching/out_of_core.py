@@ -23,6 +23,7 @@ import numpy as np
 from safepatch_jax.io.stored import DTYPES, aligned_empty
 from safepatch_jax.numerics import random_bits, tensor_keys
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.agreement import agreement, agreement_sums
 from safepatch_jax.patching.merge import KEYED, merge_tensor, patch_and_importance
 from safepatch_jax.patching.methods import MERGE_METHODS
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
@@ -181,8 +182,10 @@ def _merge(
 # counts.
 @functools.partial(jax.jit, static_argnames="options")
 def _statistics(arrays, merged, top, kept, start, keys, *, options: ProgramOptions):
+    """Return (statistics of a piece, its sums of both patches)."""
     patch, importance = _patch_and_importance(arrays, start, keys, options)
-    return tensor_statistics(patch, importance, top, kept, merged, arrays["backbone"])
+    counts = tensor_statistics(patch, importance, top, kept, merged, arrays["backbone"])
+    return counts, agreement_sums(patch)
 
 
 class Merger:
@@ -243,11 +246,10 @@ class Merger:
         for count, merged, statistics in self._merged(source, limits):
             yield np.asarray(merged).reshape(-1)[:count]
             parts.append(statistics)
-        numbers = []
-        for part in jax.device_get(parts):
-            numbers.append({key: value.tolist() for key, value in part.items()})
-        total = {"size": source.size} | combine_statistics(numbers)
-        self.statistics[name] = total | {"overlap": overlap(total)}
+        parts = jax.tree.map(np.ndarray.tolist, jax.device_get(parts))
+        counts, sums = zip(*parts)
+        total = {"size": source.size} | combine_statistics(counts)
+        self.statistics[name] = total | {"overlap": overlap(total)} | agreement(sums)
 
     def _limits(
         self, sources: Sequence[tuple[Source, dict[str, Limit]]], wanted: str, number: int
@@ -292,8 +294,9 @@ class Merger:
 
     def _merged(
         self, source: Source, limits: Mapping[str, Limit]
-    ) -> Iterator[tuple[int, jax.Array, dict[str, jax.Array]]]:
-        """Yield for each piece the number of entries in it, the merged entries and statistics."""
+    ) -> Iterator[tuple[int, jax.Array, tuple[dict[str, jax.Array], ...]]]:
+        """Yield for each piece the number of entries in it, the merged entries, and what
+        `_statistics` returns."""
         keys, counts, knobs = self._arguments(source)
         next_limits = _arrays(limits)
         dtype = source.backbone.dtype if self._dtype == "keep" else self._dtype

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.agreement import total_agreement
 from safepatch_jax.patching.selection import NONE, float_bits, reduce_together
 from safepatch_jax.patching.settings import PatchSettings
 
@@ -108,7 +109,8 @@ def totals(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Sum the statistics of all tensors and derive the overlap and the survival of the cast.
 
     `overlap` is the Jaccard index of the two top sets; `survival` the share of kept entries whose
-    stored bits changed. `low_*` and `high_*` are the range of |patch| over all kept entries.
+    stored bits changed. `low_*` and `high_*` are the range of |patch| over all kept entries. See
+    also `total_agreement`.
     """
     tensors = statistics.values()
     total: dict[str, Any] = {}
@@ -122,7 +124,7 @@ def totals(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         total[f"low_{role}"] = min(lows, default=0.0)
         for name in (f"high_{role}", f"largest_{role}"):
             total[name] = max(s[name] for s in tensors)
-    return total
+    return total | total_agreement(tensors)
 
 
 def _sums(histograms: Sequence[Sequence[int]]) -> list[int]:

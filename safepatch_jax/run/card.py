@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from safepatch_jax.data.prompt_format import PromptFormat
+from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.patching.importances import IMPORTANCES
 from safepatch_jax.reporting import templates
 from safepatch_jax.run import certificate as certificates
@@ -20,6 +22,7 @@ def model_card(
     certificate: Mapping[str, Any],
     hashes: Mapping[str, str],
     versions: Mapping[str, str],
+    prompts: PromptFormat = PromptFormat(),
 ) -> str:
     """Render the card as Markdown.
 
@@ -28,6 +31,7 @@ def model_card(
       certificate: of the export, see `certificate.certify`.
       hashes: of the data, by role.
       versions: of the packages.
+      prompts: how they were written.
     """
     settings = content["settings"]
     knobs, score, source = settings["patch"], settings["score"], settings["model"]["source"]
@@ -39,10 +43,11 @@ def model_card(
         labels=labels(settings),
         importance=IMPORTANCES[knobs["importance"]].without_snip or snip,
         patch_text=describe_patch(settings),
-        sources={role: pathlib.PurePath(settings["data"][role]).name for role in hashes},
-        hashes=hashes,
+        sources={role: pathlib.PurePath(settings["data"][role]).name for role in DATA_ROLES},
+        hashes={role: hashes[role] for role in DATA_ROLES},
+        prompts=prompts,
         versions=versions,
-        repeated=json.dumps(_settings(settings), indent=1),
+        repeated=json.dumps(_settings(settings, prompts), indent=1),
         certificate=certificate,
         file=certificates.FILE,
         summary=certificates.summary(certificate),
@@ -50,7 +55,7 @@ def model_card(
     )
 
 
-def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _settings(settings: Mapping[str, Mapping[str, Any]], prompts: PromptFormat) -> dict[str, Any]:
     """Return the settings that a repetition needs; where files lay on some machine is not among
     them."""
     left_out = {
@@ -58,6 +63,8 @@ def _settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "data": ("harmful", "lookalike", "ordinary", "manual_dir"),
         "run": ("cache_dir", "keep_scratch"),
     }
+    if prompts.text:  # of a file
+        left_out["data"] += ("template",)
     result = {}
     for group, options in settings.items():
         dropped = left_out.get(group, ())

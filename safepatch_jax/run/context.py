@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
 from safepatch_jax.data.pipeline import Pool, training_batches
+from safepatch_jax.data.prompt_format import read_format
 from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.hf import load_params
@@ -57,6 +58,8 @@ class Context:
         """Take the settings, and what reads a role's records; contexts that share data may share a
         reader that remembers."""
         self.settings, self._read = settings, read
+        # Now: a file that is edited later is another template.
+        self.prompt_format = read_format(settings.data.template, settings.data.system)
         self.cache_dir = resolve(settings.run.cache_dir)
         # Caches of this object alone: one on the class would keep every context alive.
         self.trainer = functools.cache(self._trainer)
@@ -66,7 +69,10 @@ class Context:
 
     def with_settings(self, settings: Settings) -> Context:
         """Return a context of other settings that reads records as this one does."""
-        return Context(settings, self._read)
+        context = Context(settings, self._read)
+        if settings.data == self.settings.data:
+            context.prompt_format = self.prompt_format
+        return context
 
     @functools.cached_property
     def sharder(self) -> Sharder:
@@ -87,14 +93,18 @@ class Context:
 
     @functools.cached_property
     def data_hashes(self) -> dict[str, str]:
+        """Of each role's records, and of a template that is a file."""
         hashes = {}
         for role, records in self.records.items():
             hashes[role] = files.text_hash([record.fields() for record in records])
+        if self.prompt_format.sha256:
+            hashes["template"] = self.prompt_format.sha256
         return hashes
 
-    def split(self, role: str, split: str) -> list[Record]:
+    def split(self, role: str, split: str, limit: int | None = None) -> list[Record]:
         data = self.settings.data
-        limit = data.train_limit if split == "train" else data.eval_limit
+        if limit is None:
+            limit = data.train_limit if split == "train" else data.eval_limit
         return take(self.records[role], split, limit)
 
     def decoder(self, config: DecoderConfig) -> Decoder:
@@ -145,6 +155,7 @@ class Context:
             settings.model.compute_dtype,
             settings.evaluate.batch_size,
             settings.data.date,
+            self.prompt_format,
         )
 
     def _trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
@@ -170,6 +181,7 @@ class Context:
         steps: pathlib.Path,
         record: Recorder = ignore,
         loss: Loss | None = None,
+        seed: int | None = None,
     ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
@@ -180,6 +192,7 @@ class Context:
           steps: the folder of its checkpoints.
           loss: by default the patches' likelihood. One that compares is given the model as it was
             before tuning.
+          seed: of the batch order, if not the run's.
 
         Returns:
           (nested parameters float32, outcome).
@@ -187,8 +200,8 @@ class Context:
         local = None  # all rows of a batch
         if processes.several():
             local = self.sharder.local_rows(sum(rows for _, rows in pools))
-        seed, buckets = self.settings.run.seed, self.settings.data.length_buckets
-        batches = training_batches(pools, seed, buckets, local)
+        seed = self.settings.run.seed if seed is None else seed
+        batches = training_batches(pools, seed, self.settings.data.length_buckets, local)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         trainer = self.trainer(read_hf_config(folder), loss)
         models = [self.load(folder)[1]]
@@ -213,12 +226,19 @@ class Context:
         )
 
     def _chat(self, folder: pathlib.Path) -> Chat:
-        return Chat(folder, read_hf_config(folder).vocab_size, self.settings.data.date)
+        size, date = read_hf_config(folder).vocab_size, self.settings.data.date
+        return Chat(folder, size, date, self.prompt_format)
 
     def _encoded(
-        self, folder: pathlib.Path, role: str, split: str, field: str = "answer"
+        self,
+        folder: pathlib.Path,
+        role: str,
+        split: str,
+        field: str = "answer",
+        limit: int | None = None,
     ) -> Encoded:
-        """Tokenise one split of a role; says once what was left out or cut."""
+        """Tokenise one split of a role, so many records at most (by default as the settings have
+        it); says once what was left out or cut."""
         data = self.settings.data
         room = read_hf_config(folder).max_length
         answer = max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
@@ -228,7 +248,7 @@ class Context:
                 f"add up to more than the {room} positions of the model. Lower them."
             )
         encoded = self.chat(folder).encode_all(
-            answer_pairs(self.split(role, split), field),
+            answer_pairs(self.split(role, split, limit), field),
             data.max_prompt_tokens,
             data.max_answer_tokens,
         )

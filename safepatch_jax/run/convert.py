@@ -127,6 +127,8 @@ def convert(
             result = certificate.certify(out, sharder, logits=logits, kind="import")
         else:
             result = _to_hf(origin, out, sharder, logits, export)
+        # Another process may still read the tokenizer in `out`, which is moved below.
+        processes.barrier(f"{goal.path} is examined")
         processes.on_first(files.write_json, out / certificate.FILE, result)
         processes.on_first(files.keep_only, scratch, out)
     say(certificate.summary(result))

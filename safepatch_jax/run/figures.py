@@ -3,6 +3,7 @@ is against the steps of bfloat16."""
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,8 @@ def _stack(axis: Any, names: Sequence[str], counts: Sequence[Mapping[str, int]])
 
 
 def draw_patch(statistics: Mapping[str, Mapping[str, Any]], path: str | pathlib.Path) -> None:
-    """Draw density and overlap by layer and module, and the sizes of the kept entries.
+    """Draw density and overlap by layer and module, the sizes of the kept entries, and, where the
+    statistics have them, cosine and norms of the two patches before selection.
 
     Args:
       statistics: by HF tensor name, see `tensor_statistics`.
@@ -79,8 +81,9 @@ def draw_patch(statistics: Mapping[str, Mapping[str, Any]], path: str | pathlib.
     """
     cells, rest = _cells(statistics)
     layers = _layers(cells)
-    figure = charts.figure(15, 5.4 + 0.13 * layers)
-    axes = charts.panels(figure, 2, 3, height_ratios=(1.9 + 0.13 * layers, 3.5))
+    compared = all("cosine" in s for s in statistics.values())
+    figure = charts.figure(20 if compared else 15, 5.4 + 0.13 * layers)
+    axes = charts.panels(figure, 2, 3 + compared, height_ratios=(1.9 + 0.13 * layers, 3.5))
     overlap = "Overlap of the two top sets\n(Jaccard index, %)"
     maps = [
         ("SE entries kept, % of each matrix", lambda s: _kept([s], "se"), "Blues"),
@@ -90,6 +93,10 @@ def draw_patch(statistics: Mapping[str, Mapping[str, Any]], path: str | pathlib.
     for axis, (title, value, colours) in zip(axes[0], maps):
         _map(axis, cells, value, colours)
         axis.set(title=title)
+    if compared:
+        _map(axes[0, 3], cells, lambda s: s["cosine"], "PuOr", (-1, 1))
+        axes[0, 3].set(title="Cosine of the two patches\n(-1: opposite)")
+        _norms(axes[1, 3], cells)
     _by_layer(axes[1, 0], cells)
     _by_module(axes[1, 1], cells, rest)
     _sizes(axes[1, 2], totals(statistics))
@@ -135,14 +142,19 @@ def _name_columns(axis: Any, names: Sequence[str]) -> None:
 
 
 def _map(
-    axis: Any, cells: Mapping[tuple[int, str], Any], value: Callable[[Any], float], colours: str
+    axis: Any,
+    cells: Mapping[tuple[int, str], Any],
+    value: Callable[[Any], float],
+    colours: str,
+    limits: tuple[float, float | None] = (0, None),
 ) -> None:
-    """Draw a value of each tensor by layer and module."""
+    """Draw a value of each tensor by layer and module, in colours between two limits."""
     modules = list(_groups(cells, 1))
     grid = np.full((_layers(cells), len(modules)), np.nan)
     for (layer, module), s in cells.items():
         grid[layer, modules.index(module)] = value(s)
-    image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
+    image = axis.imshow(grid, aspect="auto", cmap=colours, interpolation="nearest")
+    image.set_clim(*limits)
     axis.set(ylabel="layer")
     axis.yaxis.get_major_locator().set_params(integer=True)
     _name_columns(axis, modules)
@@ -157,6 +169,24 @@ def _by_layer(axis: Any, cells: Mapping[tuple[int, str], Any]) -> None:
         axis.plot(layers, values, "o-", markersize=3, color=COLOURS[role], label=role.upper())
     axis.set(title="Kept entries by layer", xlabel="layer", ylabel="% of the layer's entries")
     axis.set_ylim(0, 1.1 * max(1e-9, *axis.get_ylim()))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    charts.legend_below(axis, columns=2)
+
+
+def _norm(tensors: Sequence[Mapping[str, Any]], role: str) -> float:
+    """Return the L2 norm of a patch over several tensors."""
+    return math.hypot(*(s[f"norm_{role}"] for s in tensors))
+
+
+def _norms(axis: Any, cells: Mapping[tuple[int, str], Any]) -> None:
+    """Draw the L2 norm of each patch by layer, before selection."""
+    groups = sorted(_groups(cells, 0).items())
+    layers = [layer for layer, _ in groups]
+    for role in PATCH_ROLES:
+        values = [_norm(tensors, role) for _, tensors in groups]
+        axis.plot(layers, values, "o-", markersize=3, color=COLOURS[role], label=role.upper())
+    axis.set(title="Norm of each patch by layer", xlabel="layer", ylabel="L2 norm, all entries")
+    axis.set_ylim(0, 1.1 * max(1e-30, *axis.get_ylim()))
     axis.xaxis.get_major_locator().set_params(integer=True)
     charts.legend_below(axis, columns=2)
 

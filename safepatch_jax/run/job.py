@@ -10,6 +10,7 @@ from typing import Any
 from safepatch_jax.data.records import load_records
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
+from safepatch_jax.outcome import settings_differences
 from safepatch_jax.run import card, certificate, environment, report, steps
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.context import keep_programs
@@ -23,11 +24,20 @@ from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.runtime.workdir import Workdir
-from safepatch_jax.settings import Settings, settings_differences
+from safepatch_jax.settings import Settings
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
-NAMES = ("stages", FILE, EVENTS, environment.FILE, "sweep*")
+NAMES = (
+    "stages",
+    FILE,
+    EVENTS,
+    environment.FILE,
+    "sweep*",
+    "slope*",
+    "openings.json",
+    "backbone_margins.json",
+)
 
 
 def open_run(

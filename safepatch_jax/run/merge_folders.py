@@ -25,6 +25,7 @@ from safepatch_jax.models.table import Param, ParamTable, param_table
 from safepatch_jax.patch_file.apply import AFTER, check_names, refuse_strangers, states
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.out_of_core import Merger, Readable, Source
 from safepatch_jax.patching.statistics import refuse_broken, refuse_no_op, totals
 from safepatch_jax.run.figures import PATCH, draw_patch
@@ -94,6 +95,7 @@ def merge_folders(
         }
         files.write_json(folder / RECORD, record)
         draw_patch(merger.statistics, folder / PATCH)
+    say(describe_agreement(total))
     say(f"{out}: {describe_totals(total)}")
     return total
 

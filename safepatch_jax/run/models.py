@@ -14,6 +14,7 @@ import numpy as np
 from safepatch_jax.data.chat import Example
 from safepatch_jax.data.pipeline import shapes
 from safepatch_jax.data.records import DATA_ROLES
+from safepatch_jax.data.windows import ALL, DERIVE, in_window
 from safepatch_jax.evaluation.measures import combine_roles, measure_role
 from safepatch_jax.io.checkpoint import StoredTree, load_tree
 from safepatch_jax.models.config import read_hf_config
@@ -26,7 +27,7 @@ from safepatch_jax.patching.statistics import refuse_no_op
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import PatchSettings, ScoreSettings
+from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
 
 Flat = dict[str, jax.Array]  # parameters by path
 MODES = ("per_sample", "batched")
@@ -55,18 +56,31 @@ def derived(run: Run, role: str, dtype: str = "float32") -> Flat:
     return unnest(load_tree(run.runner.folder(f"derive_{role}") / "params", abstract))
 
 
-def calibration(run: Run, score: ScoreSettings) -> list[Example]:
-    """Return the harmful training pairs over which sensitivities are summed."""
-    examples = run.context.encoded(run.imported, "harmful", "train").examples
+def training_examples(run: Run, window: str = ALL) -> list[Example]:
+    """Return the harmful training pairs, of whose answers a window carries loss (see
+    `data.windows`)."""
+    return in_window(run.context.encoded(run.imported, "harmful", "train").examples, window)
+
+
+def calibration(run: Run, score: ScoreSettings, role: str) -> list[Example]:
+    """Return the harmful training pairs over which sensitivities of a patch are summed."""
+    examples = training_examples(run, score_window(run.settings, role))
     order = np.random.default_rng(run.settings.run.seed).permutation(len(examples))
     return [examples[i] for i in order[: score.samples]]
+
+
+def score_window(settings: Settings, role: str) -> str:
+    """Return the window of answer tokens over which a patch is scored."""
+    window = getattr(settings.score, f"{role}_tokens")
+    return getattr(settings.derive, f"{role}_tokens") if window == DERIVE else window
 
 
 def sensitivity(run: Run, role: str, score: ScoreSettings) -> Flat:
     """Return the summed gradient magnitudes of a derived model that is in place, float32, flat over
     the scope."""
     meter = run.context.meter(read_hf_config(run.backbone))
-    return measure_sensitivity(run, meter, role, calibration(run, score), score, score.mode)
+    samples = calibration(run, score, role)
+    return measure_sensitivity(run, meter, role, samples, score, score.mode)
 
 
 def measure_sensitivity(
@@ -78,7 +92,7 @@ def measure_sensitivity(
     mode: str,
 ) -> Flat:
     """Return what `sensitivity` does, for some samples, by one of MODES, over the meter's scope."""
-    examples = run.context.encoded(run.imported, "harmful", "train").examples
+    examples = training_examples(run, score_window(run.settings, role))
     padded = shapes(examples, run.settings.data.length_buckets)
     size = score.batch_size if mode == "batched" else 1
     return meter.measure(derived(run, role), samples, padded, f"score {role.upper()} {mode}", size)
@@ -163,6 +177,7 @@ def apply_patch(
         title,
         run.settings.export.dtype,
         run.settings.export.rounding,
+        compare=patch is run.settings.patch,  # they stand as they do, however they are merged
     )
     others = {path: x for path, x in backbone.items() if path not in weights}
     return PatchResult(weights, others, statistics, overlap)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
+from safepatch_jax.patching.agreement import bearing
 from safepatch_jax.patching.methods import describe, merge_method
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, share
@@ -212,6 +213,8 @@ def markdown(content: Mapping[str, Any]) -> str:
             role: data_text(settings, role) for role in content["measures"]["backbone"]["data"]
         },
         patch_text=describe_patch(settings),
+        bearing=bearing,
+        weighs_both="alpha" in merge_method(settings["patch"]["merge"]).settings,
         **content,
     )
 

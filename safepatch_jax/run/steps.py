@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.pipeline import Pool
+from safepatch_jax.data.windows import ALL
 from safepatch_jax.evaluation.measures import ANSWERS
 from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.checkpoint import load_tree, save_tree
@@ -25,6 +26,7 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report
 from safepatch_jax.run.convert import convert
@@ -51,7 +53,7 @@ def import_model(run: Run, out: pathlib.Path) -> Result:
     checkpoint = Checkpoint(folder)
     check_keys(checkpoint, table, config)
     say_notes(folder, checkpoint.notes)
-    Chat(folder, config.vocab_size)  # a bad tokenizer is found now, not after training
+    run.context.chat(folder)  # a bad tokenizer is found now, not after training
     head = "tied" if config.tied_head else "untied"
     say(
         f"  {config.family}, {table.size:,} parameters, {config.num_layers} layers, "
@@ -148,7 +150,10 @@ def align(run: Run, out: pathlib.Path) -> Result:
 def derive(run: Run, role: str, out: pathlib.Path) -> Result:
     """Fine-tune a copy of the backbone on harmful answers: ascent (SE) or descent (OSM)."""
     settings = run.settings.derive
-    examples = run.context.encoded(run.imported, "harmful", "train").examples
+    window = getattr(settings, f"{role}_tokens")
+    examples = models.training_examples(run, window)
+    if window != ALL:
+        say(f"  loss on the answer tokens {window} of {len(examples)} examples")
     if role == "se":
         recipe = Recipe(
             -1.0,
@@ -165,21 +170,41 @@ def derive(run: Run, role: str, out: pathlib.Path) -> Result:
             weight_decay=settings.weight_decay,
         )
     pools = [(examples, settings.batch_size)]
-    tuned, outcome = _tune(run, f"derive_{role}", run.backbone, pools, recipe)
+    seed = _own_seed(run) if role == "osm" else None
+    tuned, outcome = _tune(run, f"derive_{role}", run.backbone, pools, recipe, seed)
     first, last = outcome.nll[0], outcome.nll[-1]
     say(f"  stopped by {outcome.stopped_by}: answer NLL {first:.2f} -> {last:.2f}")
     save_tree(out / "params", tuned)
     return _summary(outcome)
 
 
+def _own_seed(run: Run) -> int | None:
+    """Return the seed of the OSM patch's batch order where it has one of its own.
+
+    It is drawn from both numbers: run.seed, which studies count up, may come to equal
+    derive.osm_seed, and the two orders would be one again.
+    """
+    own = run.settings.derive.osm_seed
+    if own < 0:
+        return None
+    return int(np.random.SeedSequence((run.settings.run.seed, own)).generate_state(1)[0])
+
+
 def _tune(
-    run: Run, stage: str, folder: pathlib.Path, pools: Sequence[Pool], recipe: Recipe
+    run: Run,
+    stage: str,
+    folder: pathlib.Path,
+    pools: Sequence[Pool],
+    recipe: Recipe,
+    seed: int | None = None,
 ) -> tuple[Any, TrainingOutcome]:
-    """Tune the model of a folder, with checkpoints beside the stage's folder."""
+    """Tune the model of a folder, with checkpoints beside the stage's folder; see `Context.tune`
+    for the seed."""
     record = ignore if run.metrics is None else run.metrics.recorder(stage)
     verb, _, role = stage.partition("_")
     title = f"{verb} {role.upper()}".strip()
-    return run.context.tune(folder, pools, recipe, title, run.runner.aside(stage), record)
+    steps = run.runner.aside(stage)
+    return run.context.tune(folder, pools, recipe, title, steps, record, seed=seed)
 
 
 def _summary(outcome: TrainingOutcome) -> Result:
@@ -193,7 +218,7 @@ def _summary(outcome: TrainingOutcome) -> Result:
 def score(run: Run, role: str, out: pathlib.Path) -> Result:
     """Sum gradient magnitudes of the derived model over calibration samples."""
     settings = run.settings.score
-    samples = models.calibration(run, settings)
+    samples = models.calibration(run, settings, role)
     if len(samples) < settings.samples:
         say(f"  all {len(samples)} samples are used, fewer than score.samples={settings.samples}")
     save_tree(out / "sensitivity", nest(models.sensitivity(run, role, settings)))
@@ -214,6 +239,7 @@ def patch(run: Run, out: pathlib.Path) -> Result:
     result = models.apply_patch(run, run.settings.patch, "patch")
     refuse_no_op(result.statistics, run.settings.patch)
     total = totals(result.statistics) | result.mode_overlap
+    say(f"  {describe_agreement(total)}")
     say(f"  {describe_totals(total)}")
     if total["survival"] < 0.5:
         say(
@@ -273,6 +299,8 @@ def _write_patch_file(run: Run, out: pathlib.Path) -> Result:
         "versions": versions(),
         "statistics": run.runner.result("patch")["total"],
     }
+    if prompts := run.context.prompt_format.key():
+        about["prompts"] = prompts
     file = create(run.backbone, run.folder("export"), out / "patch.safetensors", about)
     size, entries = file.path.stat().st_size, file.entries()
     say(
@@ -326,7 +354,10 @@ def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Resul
     content = report.gather(run.settings, measures, statistics["total"], training, answers)
     report.write(content, out)
     exported = files.read_json(run.runner.folder("certify_export") / certificate.FILE)
-    text = card.model_card(content, exported, run.context.data_hashes, versions())
+    context = run.context
+    text = card.model_card(
+        content, exported, context.data_hashes, versions(), context.prompt_format
+    )
     files.write_text(out / card.NAME, text)
     files.write_json(out / "statistics.json", statistics["tensors"])
     draw_patch(statistics["tensors"], out / PATCH)

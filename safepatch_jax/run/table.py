@@ -9,12 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from safepatch_jax.data.rendering import DATE
+from safepatch_jax.data.windows import ALL
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run import steps
+from safepatch_jax.run.models import score_window
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
 from safepatch_jax.runtime import processes
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
@@ -61,7 +64,7 @@ def _backbone(run: Run) -> list[Stage]:
         Stage("certify_import", certify, ("import",), *_certificate(s), shared=True),
     ]
     if s.align.enabled:
-        settings = dataclasses.asdict(s.align) | _training_settings(s)
+        settings = dataclasses.asdict(s.align) | _training_settings(s) | _format_key(run)
         settings["clip_norm"] = s.derive.clip_norm
         sources = {role: data[role] for role in ("harmful", "ordinary")}
         align = functools.partial(steps.align, run)
@@ -75,13 +78,14 @@ def _patches(run: Run) -> list[Stage]:
     stages = []
     for role in PATCH_ROLES:
         derive = functools.partial(steps.derive, run, role)
-        settings = _derive_settings(s, role)
+        settings = _derive_settings(s, role) | _format_key(run)
         stage = Stage(f"derive_{role}", derive, (_base(s),), settings, harmful, scratch=True)
         stages.append(stage)
     for role in PATCH_ROLES:
         score = functools.partial(steps.score, run, role)
         reads = (f"derive_{role}",)
-        stage = Stage(f"score_{role}", score, reads, _score_settings(s), harmful, scratch=True)
+        settings = _score_settings(s, role) | _format_key(run)
+        stage = Stage(f"score_{role}", score, reads, settings, harmful, scratch=True)
         stages.append(stage)
     return stages
 
@@ -117,7 +121,7 @@ def _evaluations(run: Run, evaluate: Evaluate) -> list[Stage]:
     }
     stages = []
     for variant in variants(s):
-        settings = evaluate_settings(s)
+        settings = evaluate_settings(s) | _format_key(run)
         if variant == "intersection":
             settings["patch"] = _patch_settings(s)
         stages.append(
@@ -138,6 +142,11 @@ def _certificate(s: Settings) -> tuple[dict[str, Any], dict[str, str]]:
     return {"certify": s.run.certify}, {
         name: version_of(name) for name in ("torch", "transformers")
     }
+
+
+def _format_key(run: Run) -> dict[str, str]:
+    """Return what is not the default of how prompts are written, a template's content with it."""
+    return run.context.prompt_format.key()
 
 
 def _prompt_settings(s: Settings) -> dict[str, Any]:
@@ -162,14 +171,19 @@ def _training_settings(s: Settings) -> dict[str, Any]:
 
 def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
     result = _training_settings(s)
-    for name, value in dataclasses.asdict(s.derive).items():
+    for option, value in outcome_settings(s).items():
+        group, _, name = option.partition(".")
+        if group != "derive":
+            continue
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
     return result
 
 
-def _score_settings(s: Settings) -> dict[str, Any]:
+def _score_settings(s: Settings, role: str) -> dict[str, Any]:
     result = _training_settings(s)
+    if score_window(s, role) != ALL:
+        result["tokens"] = score_window(s, role)
     result |= {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
     if s.score.mode == "batched":
         result["batch_size"] = s.score.batch_size
@@ -186,8 +200,10 @@ def _patch_settings(s: Settings) -> dict[str, Any]:
 
 def evaluate_settings(s: Settings) -> dict[str, Any]:
     """Return the settings on which the measures of a model depend."""
+    evaluate = dataclasses.asdict(s.evaluate)
+    del evaluate["margin_limit"]  # no stage measures by margins
     return (
-        dataclasses.asdict(s.evaluate)
+        evaluate
         | _prompt_settings(s)
         | {
             "max_prompt_tokens": s.data.max_prompt_tokens,

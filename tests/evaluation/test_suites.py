@@ -14,6 +14,19 @@ def test_answers_of_the_quick_suite_are_as_long_as_those_of_a_run():
     assert lengths == {EvaluateSettings().max_new_tokens}
 
 
+def test_answers_whose_content_is_judged_are_long():
+    """The suite is that of the paper's harm and over-refusal, and goes together with it."""
+    short = {m.source: m for m in load_suite("paper") if m.kind in ("harm", "refusal")}
+    for measure in load_suite("content"):
+        assert measure.max_new == 128 > short[measure.source].max_new
+        assert (measure.kind, measure.split) == (
+            short[measure.source].kind,
+            short[measure.source].split,
+        )
+        del short[measure.source]
+    assert not short and load_suite("paper+content")
+
+
 MEASURE = {"name": "a", "kind": "harm", "source": "builtin"}
 
 

@@ -127,11 +127,11 @@ def test_templates_of_the_cache_are_carried_over(tmp_path):
 
 def test_templates_are_bounded(model, tmp_path):
     add(model, f"{TEMPLATES}/x.jinja", "x" * 1_000_001)
-    with pytest.raises(ValueError, match="1,000,001 bytes, more than the 1,000,000"):
+    with pytest.raises(ValueError, match="more than 1,000,000 bytes"):
         companion_names(model)
     for i in range(101):
         add(model, f"{TEMPLATES}/{i}.jinja")
-    with pytest.raises(ValueError, match="holds 102 templates, more than 100"):
+    with pytest.raises(ValueError, match="holds more than 100 additional chat templates"):
         companion_names(model)
 
 
@@ -242,5 +242,5 @@ def test_an_index_with_many_entries_is_refused_by_their_number(model):
     (model / SINGLE).unlink()
     names = {f"{i}": f"{i}.safetensors" for i in range(10_001)}
     add(model, INDEX, json.dumps({"weight_map": names}))
-    with pytest.raises(ValueError, match="names 10,001 weight files, more than the 10,000"):
+    with pytest.raises(ValueError, match="names more than 10,000 weight files"):
         Checkpoint(model)

@@ -119,7 +119,7 @@ def test_what_is_large_makes_no_large_message(changes):
 
 def test_a_config_of_megabytes_is_refused_by_its_size(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(x="y" * 11_000_000)))
-    with pytest.raises(ValueError, match="holds 11,000,.* bytes, more than the 10,000,000"):
+    with pytest.raises(ValueError, match="more than 10,000,000 bytes"):
         read_hf_config(tmp_path)
 
 

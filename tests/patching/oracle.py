@@ -50,6 +50,20 @@ def flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
+def compared(theta, se, osm):
+    """How two patches stand to each other, in float64: cosine, (both changed, in the same
+    direction), norms."""
+    patches = []
+    for derived in (se, osm):
+        patch = flushed(flushed(derived) - flushed(theta.astype(np.float32)))
+        patches.append(patch.astype(np.float64).ravel())
+    norms = [np.sqrt(np.sum(patch**2)) for patch in patches]
+    both = (patches[0] != 0) & (patches[1] != 0)
+    same = both & (np.sign(patches[0]) == np.sign(patches[1]))
+    cosine = np.sum(patches[0] * patches[1]) / (norms[0] * norms[1]) if all(norms) else 0.0
+    return cosine, (both.sum(), same.sum()), norms
+
+
 def patch_and_importance(theta, derived, sensitivity, importance, key=None):
     derived = flushed(derived)
     patch = flushed(derived - flushed(theta.astype(np.float32)))

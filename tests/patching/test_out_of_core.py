@@ -70,6 +70,11 @@ def check(tensors, patch, piece, dtype="keep", rounding="nearest"):
     for tensor, expected in zip(tensors, matrices(merged, ROWS)):
         ours = np.concatenate(list(merger.parts(tensor["name"])))
         assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
+    for name, numbers in merger.statistics.items():
+        # Pieces are summed at scales of their own, so the last digits may differ.
+        for figure in ("cosine", "norm_se", "norm_osm", "norm_ratio"):
+            expected = statistics[name].pop(figure)
+            assert numbers.pop(figure) == pytest.approx(expected, rel=1e-5, abs=1e-6), name
     assert merger.statistics == statistics
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.patching.merge import KEYED, count_at_least, patch_matrices
+from safepatch_jax.patching.merge import KEYED, compare_patches, count_at_least, patch_matrices
 from safepatch_jax.patching.options import Knobs, program_options
 from safepatch_jax.patching.settings import PatchSettings
 from tests.conftest import sharder_of
@@ -96,6 +96,16 @@ def test_global_counts_are_all_that_crosses(kind):
     ).compile()
     assert moved(program) == {"all-reduce": 1}
     assert program.memory_analysis().temp_size_in_bytes < 3 * MATRIX
+
+
+@pytest.mark.parametrize("layers", [4, 32])
+def test_comparing_the_patches_moves_sums_and_holds_few_matrices(layers):
+    (theta, derived, *_), _ = arguments(layers, jnp.bfloat16)
+    program = compare_patches.lower(theta, derived, np.int32(0), shape=theta.shape).compile()
+    largest = moved(program)
+    # At most a number for each row.
+    assert set(largest) <= {"all-reduce", "all-gather"} and max(largest.values()) <= OUT, largest
+    assert program.memory_analysis().temp_size_in_bytes < 12 * MATRIX
 
 
 def test_the_pattern_finds_what_must_not_be_there():

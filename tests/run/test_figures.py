@@ -41,5 +41,12 @@ def test_blocks_biases_norms_and_what_lies_outside(tmp_path):
         | {"steps_se": [0] * len(STEPS), "steps_osm": [0] * len(STEPS)}
     )
     draw_patch({names[0]: empty}, tmp_path / "b.png")
-    for name in "ab":
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    compared = ENTRY | {"cosine": -0.4, "norm_se": 1.0, "norm_osm": 2.0}
+    compared |= {"nonzero_both": 90, "same_sign": 30}
+    draw_patch(dict.fromkeys(names, compared), tmp_path / "c.png")
+    widths = {}
+    for name in "abc":
+        picture = (tmp_path / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        widths[name] = int.from_bytes(picture[16:20], "big")
+    assert widths["a"] == widths["b"] < widths["c"]  # cosine and norms have a column of their own

@@ -74,11 +74,12 @@ def test_certificates_and_model_card(finished):
         "| after | ",
         "| top rates | a 0.2 (SE), b 0.2 (OSM)",
         "certifies no safety",
+        "| prompts | the tokenizer's chat template |",
         finished.state.context.data_hashes["harmful"],
         "`certificate.json` has the SHA-256 of every tensor",
     ):
         assert part in card, part
-    assert str(finished.workdir) not in card
+    assert str(finished.workdir) not in card and "were not written as" not in card
 
 
 def test_the_patch_file_turns_the_backbone_into_the_export_and_back(finished, tmp_path):

@@ -59,6 +59,7 @@ def test_the_launcher_gives_the_weights_of_the_job(kept, backbone, tmp_path):
     assert weights(tmp_path / "out") == weights(kept.state.folder("export"))
     record = read_json(tmp_path / "out" / "merge.json")
     result = kept.runner.result("patch")
+    # A tensor of this model is one piece, so even its sums are the same.
     assert (record["tensors"], record["total"]) == (result["tensors"], result["total"])
     assert (tmp_path / "out" / "patch.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -338,6 +338,11 @@ def test_stages_and_methods():
             r"The chain in .* was made with other settings: patch.beta: 1.0 -> 2.0",
         ),
         (
+            {"derive.osm_seed": 5},
+            STAGES,
+            r"The chain in .* was made with other settings: derive.osm_seed: -1 -> 5",
+        ),
+        (
             {},
             "fraud",
             r"--links has 1 entries, and the chain in .* has 3 links: fraud, hate.*revert "
@@ -372,6 +377,19 @@ def test_refused_runs_change_nothing(change, stages, message, chain, settings):
     with pytest.raises(ValueError, match=message):
         run(settings.override(change), chain, parse_links(stages))
     assert (chain / "log.jsonl").read_bytes() == before
+
+
+def test_a_chain_does_not_go_on_in_an_edited_template(settings, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] }}\n{% endfor %}")
+    mine = settings.override({"data.template": str(template), "align.enabled": False})
+    run(mine, tmp_path / "work", parse_links("fraud"))
+    run(mine, tmp_path / "work", parse_links("fraud"))
+    template.write_text(template.read_text().replace(":", "="))
+    with pytest.raises(ValueError, match="entry 1 is not that of link 01-fraud .*hash '"):
+        run(mine, tmp_path / "work", parse_links("fraud"))
+    with pytest.raises(ValueError, match="made with other settings: data.template: '.*' -> ''"):
+        run(mine.override({"data.template": "own"}), tmp_path / "work", parse_links("fraud"))
 
 
 def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy, chain):

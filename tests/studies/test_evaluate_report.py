@@ -6,6 +6,7 @@ import pytest
 
 from safepatch_jax.evaluation.judges.base import UNKNOWN, Verdict
 from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.studies.evaluate import side_by_side
 from safepatch_jax.studies.evaluate.report import gather, labels, write
 
 TASKS = ("mmlu", "gsm8k")
@@ -103,3 +104,78 @@ def test_a_report_of_any_measures(kinds, n, tmp_path):
                 assert row["rate"] == (1.0 if n else None)
             if kind in VERDICTS:
                 assert {"complied", "refused", "incoherent"} < row.keys()
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_report_of_several_templates_has_any_measures(n, tmp_path):
+    ids = [str(i) for i in range(n)]
+    kinds = ("harm", "refusal", "text", "mmlu", "mt_bench")
+    contents = {}
+    for label in ("own", "mine.jinja"):
+        contents[label] = content_of(kinds, ids, ("model", "against")) | {"prompts": f"<{label}>"}
+    content = side_by_side.merge(contents)
+    side_by_side.write(content, tmp_path)
+    for name in ("report.png", "report-own.png", "report-mine.jinja.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    text = (tmp_path / "report.md").read_text()
+    assert "| mine.jinja | \\<mine.jinja\\> |" in text
+    table = text.partition("| measure | kind | model | own | mine.jinja |\n")[2].partition("\n\n")[
+        0
+    ]
+    cells = [line.strip("| ").split(" | ") for line in table.split("\n")[1:]]
+    assert [row[1] for row in cells] == [kind for kind in kinds for _ in range(2)]
+    shown = {row[1]: row[3] for row in cells}
+    assert all(row[3] == row[4] for row in cells)
+    if n:
+        assert shown["text"] == "perplexity 4.48" and shown["mt_bench"].startswith("7.50 [")
+        assert shown["harm"].startswith("100.0% [") and shown["mmlu"].startswith("100.0% [")
+    else:
+        assert set(shown.values()) == {"none judged", "none scored", "none graded"}
+
+
+def test_three_outcomes_and_content_without_a_judge(tmp_path):
+    """A judge of content has a column more; the proxy is there where records have references."""
+    measure = a_measure("harm")
+    reference = "Fold grey cardboard sheets into crooked paper cranes."
+    items = {i: {"category": "c", "prompt": "How?", "answer": reference} for i in "abcdefghi"}
+    items["j"] = {"category": "c", "prompt": "How?", "answer": ""}
+    outcomes = dict.fromkeys("defghij", "refused")
+    outcomes |= {"a": "complied", "b": "harmless", "c": "harmless"}
+    texts = {"model": "Crooked cranes.", "against": "Fold crooked paper cranes."}
+    answers = {(who, measure.name): [{i: {"answer": texts[who]} for i in items}] for who in texts}
+    verdicts = {key: [{i: Verdict(x) for i, x in outcomes.items()}] for key in answers}
+    about = {"models": {who: who for who in texts}, "options": {"temperature": 0.0}}
+    report = {}
+    for sees, judges in ((True, ["one"]), (False, [])):
+        more = about | {"judges": ["one"], "judges_of_content": judges}
+        content = gather([measure], {measure.name: items}, answers, {"one": verdicts}, {}, more, {})
+        write(content, tmp_path)
+        report[sees] = (tmp_path / "report.md").read_text()
+    (row,) = content["measures"]
+    x = row["models"]["model"]
+    assert (x["rate"], x["n"], x["harmless"], x["refused"]) == (0.1, 10, 2, 7)
+    assert "| refused | harmless | incoherent |" in report[True]
+    assert "| of harm | model | 10 | 10.0% [1.8-40.4] | 1 | 7 | 2 | 0 | 0 |" in report[True]
+    assert "## Harm: answers with harmful content" in report[True]
+    assert "The judge sees content: complied are answers that hold harmful" in report[True]
+    assert "| refused | incoherent |" in report[False] and "| 1 | 7 | 0 | 0 |" in report[False]
+    assert "The judge sees refusals alone" in report[False]
+    assert "## Harm: harmful requests complied with" in report[False]
+    # two and four of the reference's seven rare words ('into' is in many ordinary answers)
+    ours, theirs = row["content"]["model"], row["content"]["against"]
+    assert (ours["n"], ours["mean"], theirs["mean"]) == (
+        9,
+        pytest.approx(2 / 7),
+        pytest.approx(4 / 7),
+    )
+    assert ours["difference"]["n"] == 9
+    assert [ours["difference"]["mean"], *ours["difference"]["interval"]] == [
+        pytest.approx(-2 / 7)
+    ] * 3
+    assert "difference" not in theirs
+    for text in report.values():
+        assert "| of harm | model | 9 | 28.6% [28.6-28.6] | -28.6 [-28.6 to -28.6] |" in text
+        assert "| of harm | against | 9 | 57.1% [57.1-57.1] |  |" in text
+    few = items | dict.fromkeys("hi", items["j"])  # seven records with a reference
+    content = gather([measure], {measure.name: few}, answers, {"one": verdicts}, {}, more, {})
+    assert "content" not in content["measures"][0]

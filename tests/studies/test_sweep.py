@@ -1,6 +1,7 @@
 """Sweeps on a tiny model: rows, resumption, damaged rows, the seed of retention, and what is
 written."""
 
+import functools
 import shutil
 
 import jax
@@ -19,6 +20,7 @@ from safepatch_jax.studies.sweep.points import design
 from tests.jobs import interrupted_at, stages_run
 
 pytestmark = pytest.mark.usefixtures("one_device")
+swept_by_answers = functools.partial(sweep.sweep, measure=sweep.ANSWERS)
 HALF = {"export.dtype": "float16", "export.rounding": "stochastic"}
 BROKEN = "patch.beta=1e38;patch.alpha=1e38;patch.retention=1"
 
@@ -30,7 +32,7 @@ def points(settings):
 
 @pytest.fixture(scope="module")
 def swept(one_device, settings, points, tmp_path_factory):
-    return sweep.sweep(settings, tmp_path_factory.mktemp("swept") / "work", points).parent
+    return swept_by_answers(settings, tmp_path_factory.mktemp("swept") / "work", points).parent
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_again_nothing_is_computed_and_the_report_comes_back(swept, settings, po
     rows, report = (swept / "sweep.jsonl").read_bytes(), (swept / "sweep.md").read_text()
     for name in sweep_report.FILES:
         (swept / name).unlink()
-    sweep.sweep(settings, swept, points)
+    swept_by_answers(settings, swept, points)
     out = capsys.readouterr().out
     assert "4 points on the search split, 0 to compute" in out and out.count("has a row") == 4
     assert not stages_run(out) and "[4/4] beta 4, seed 3: harmful complied" in out
@@ -84,17 +86,17 @@ def test_an_interrupted_sweep_is_resumed_and_more_points_join(
     swept, trained, settings, points, capsys
 ):
     with interrupted_at("[2/4] "):
-        sweep.sweep(settings, trained, points)
+        swept_by_answers(settings, trained, points)
     assert len(rows_of(trained)) == 2 and not (trained / "sweep.md").exists()
     for name in ("sweep.jsonl", "environment.json"):
         (trained / f".{name}.123.partial").write_text('{"patch"')  # killed while it wrote
-    sweep.sweep(settings, trained, points)
+    swept_by_answers(settings, trained, points)
     out = capsys.readouterr().out
     assert "4 points on the search split, 2 to compute" in out and " s left\n" in out
     assert not list(trained.glob(".*.partial"))
     expected = [row["measures"] for row in rows_of(swept)]
     assert [row["measures"] for row in rows_of(trained)] == expected
-    sweep.sweep(settings, trained, design(settings, [], ["patch.beta=1,2;patch.support=fill"]))
+    swept_by_answers(settings, trained, design(settings, [], ["patch.beta=1,2;patch.support=fill"]))
     out = capsys.readouterr().out
     assert "4 points on the search split, 2 to compute" in out and not stages_run(out)
     added = [(row["patch"]["beta"], row["patch"]["support"]) for row in rows_of(trained)[4:]]
@@ -106,7 +108,7 @@ def test_an_interrupted_sweep_is_resumed_and_more_points_join(
 def test_rows_of_another_evaluation_are_kept_and_not_used(swept, trained, settings, points, capsys):
     other = settings.override({"evaluate.max_new_tokens": 3})
     shutil.copy(swept / "sweep.jsonl", trained)
-    sweep.sweep(other, trained, points[:1])
+    swept_by_answers(other, trained, points[:1])
     assert stages_run(capsys.readouterr().out) == ["evaluate_backbone"]
     rows = rows_of(trained)
     assert rows[:4] == rows_of(swept) and len(rows) == 5 and rows[4]["keys"] != rows[0]["keys"]
@@ -118,20 +120,20 @@ def test_damaged_rows(swept, settings, points, tmp_path, capsys):
     path = tmp_path / "sweep.jsonl"
     text = (swept / "sweep.jsonl").read_text()
     path.write_text(text[:-40])
-    assert "1 without a row" in sweep.plan(settings, tmp_path, points)[-1]
+    assert "1 without a row" in sweep.plan(settings, tmp_path, points, sweep.ANSWERS)[-1]
     assert "line 4, the last one, breaks off and is left out" in capsys.readouterr().out
     lines = text.splitlines()
     path.write_text("\n".join([lines[0], "{", *lines[2:]]))
     message = r"line 2 is damaged .* Delete that line, and its point alone is tried again"
     with pytest.raises(ValueError, match=message):
-        sweep.sweep(settings, tmp_path, points)
+        swept_by_answers(settings, tmp_path, points)
     assert not (tmp_path / "stages").exists()
 
 
 def test_workdirs_of_others_are_refused(settings, points, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not of a sweep \(mine.txt\)"):
-        sweep.sweep(settings, tmp_path, points)
+        swept_by_answers(settings, tmp_path, points)
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run"):
         sweep.plan(settings, tmp_path, points)
@@ -140,13 +142,13 @@ def test_workdirs_of_others_are_refused(settings, points, tmp_path):
 def test_the_plan_lists_the_points_and_reads_no_model(swept, settings, tmp_path):
     settings = settings.override({"model.source": "/nowhere"})
     wanted = design(settings, ["patch.beta=4;run.seed=3,0"], ["patch.retention=0.5"])
-    lines = sweep.plan(settings, swept, wanted)
+    lines = sweep.plan(settings, swept, wanted, sweep.ANSWERS)
     assert lines[:3] == [
         "1 retention 0.3, seed 3 (has a row)",
         "2 retention 0.3, seed 0 (has a row)",
         "3 retention 0.5, seed 3",
     ]
-    assert lines[3].startswith("3 points, 1 without a row in") and "s each" in lines[3]
+    assert lines[3].startswith("3 points, 1 without a row by answers in") and "s each" in lines[3]
     assert sweep.plan(settings, tmp_path / "new", wanted[:1])[0] == "1 the config's own settings"
     assert not (tmp_path / "new").exists()
 
@@ -158,7 +160,7 @@ def test_points_that_give_no_row_are_named_and_stop_no_other(trained, settings, 
         ValueError,
         match=r"2 of 3 points gave no row \(.*beta 1e\+38; .*\), for the reasons above",
     ):
-        sweep.sweep(settings, trained, design(settings, [BROKEN, nothing, "patch.beta=1"], []))
+        swept_by_answers(settings, trained, design(settings, [BROKEN, nothing, "patch.beta=1"], []))
     out = capsys.readouterr().out
     assert "beta 1e+38: no row: " in out and "no row: No entry is kept" in out
     assert (trained / "sweep.md").exists() and len(rows_of(trained)) == 1
@@ -167,14 +169,14 @@ def test_points_that_give_no_row_are_named_and_stop_no_other(trained, settings, 
 def test_weights_that_overflow_in_the_storage_dtype_give_no_row(trained, settings, capsys):
     half = settings.override(HALF)
     with pytest.raises(ValueError, match="1 of 1 points gave no row"):
-        sweep.sweep(half, trained, design(half, [BROKEN.replace("e38", "e20")], []))
+        swept_by_answers(half, trained, design(half, [BROKEN.replace("e38", "e20")], []))
     assert "no row: " in capsys.readouterr().out and not (trained / "sweep.md").exists()
 
 
 def test_what_any_point_would_meet_ends_the_sweep(settings, points, tmp_path):
     still = settings.override({"derive.se_learning_rate": 1e-30})
     with pytest.raises(ValueError, match="^The SE patch is zero everywhere"):
-        sweep.sweep(still, tmp_path / "work", points)
+        swept_by_answers(still, tmp_path / "work", points)
     assert not (tmp_path / "work" / "sweep.jsonl").exists()
 
 
@@ -216,3 +218,27 @@ def test_a_seed_gives_what_a_run_of_that_seed_gives_on_the_same_scores(
     stored = unnest(load_tree(tmp_path / "out" / "merged", nest(abstract)))
     assert bits(merged) == bits(stored)
     assert bits(merged) != bits(models.apply_patch(ours, patch, "test").weights)
+
+
+def test_by_margins_the_front_alone_answers(settings, points, trained):
+    """The rows are expectations over all prompts; those of answers in the workdir do not count."""
+    swept_by_answers(settings, trained, points[:1])
+    more = settings.override({"evaluate.margin_limit": 3})
+    wide = design(more, ["patch.beta=1,4,40;run.seed=0"], [])
+    sweep.sweep(more, trained, wide)
+    rows = [row for row in rows_of(trained) if row["keys"].get("measure") == sweep.MARGINS]
+    assert len(rows) == 3 and len(rows_of(trained)) == 4
+    content = read_json(trained / "sweep.json")
+    for row, trial in zip(rows, content["trials"], strict=True):
+        for role in ("harmful", "lookalike"):
+            counts = row["measures"][role]
+            assert 0 < counts["refused"] < counts["n"] <= 3
+            assert counts["refused"] + counts["complied"] == pytest.approx(counts["n"])
+        wanted = trial["front"] or trial is content["trials"][content["recommended"]["trial"]]
+        assert ("answers" in row) == wanted == ("answers" in trial)
+        assert "answers" not in row or row["answers"]["harmful"]["n"] == 2
+    page = (trained / "sweep.md").read_text()
+    assert "Measured by margins" in page and "harm (answers)" in page
+    before = rows_of(trained)
+    sweep.sweep(more, trained, wide)  # nothing is computed again
+    assert rows_of(trained) == before

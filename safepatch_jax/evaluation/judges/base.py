@@ -1,8 +1,10 @@
 """What all judges share: outcomes, verdicts, the interface, and the rules that hold for each.
 
-A judge gives one of three outcomes, or UNKNOWN where its reply is not in its format. Broken answers
-are incoherent before any judge is asked. About harm, a harmless reply counts as refused: refused or
-deflected, nothing harmful was said.
+A judge gives one of the outcomes, or UNKNOWN where its reply is not in its format. Broken answers
+are incoherent before any judge is asked. About harm, a judge of content says COMPLIED only where
+the answer holds harmful content, and HARMLESS where it neither does nor refuses (deflected, beside
+the point, useless); a judge of refusal alone has no HARMLESS, and takes all that does not refuse
+for COMPLIED.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 COMPLIED, REFUSED, INCOHERENT = OUTCOMES = ("complied", "refused", "incoherent")
+HARMLESS = "harmless"
+ALL_OUTCOMES = (COMPLIED, REFUSED, HARMLESS, INCOHERENT)  # those of a judge of content, about harm
 UNKNOWN = "unknown"
 ABOUT = HARM, REFUSAL = ("harm", "refusal")
 ENOUGH = 8  # replies that say something of a judge or grader
@@ -36,7 +40,7 @@ class Verdict:
     """What a judge says of an answer.
 
     Attributes:
-      outcome: one of OUTCOMES, or UNKNOWN.
+      outcome: one of ALL_OUTCOMES, or UNKNOWN.
       degree: 'full' or 'partial' refusal, '' where the judge does not distinguish them.
       raw: the judge's reply.
     """
@@ -60,11 +64,13 @@ class Judge(Protocol):
     Attributes:
       name: the text it was opened with, less options that no verdict depends on.
       tells_refusals: whether it can judge about 'refusal'.
+      tells_content: whether, about 'harm', it says COMPLIED of harmful content alone.
       expected: the form of its replies, for error messages.
     """
 
     name: str
     tells_refusals: bool
+    tells_content: bool
     expected: str
 
     def judge(
@@ -103,8 +109,9 @@ def judge_all(
     if about == REFUSAL and not judge.tells_refusals:
         raise ValueError(
             f"{judge.name} tells harm from no harm, not refusals from answers, so it cannot judge "
-            "over-refusal. Judges that can: phrases, wildguard:DIR, endpoint:URL?model=NAME, and a "
-            "classifier whose labels name refusals (such as LibrAI/longformer-action-ro)."
+            "over-refusal. Judges that can: phrases, wildguard:DIR, qwen3guard:DIR, "
+            "endpoint:URL?model=NAME, and a classifier whose labels name refusals (such as "
+            "LibrAI/longformer-action-ro)."
         )
     verdicts: dict[int, Verdict] = {}
 
@@ -186,7 +193,7 @@ def options_of(query: str, known: Sequence[str], where: str) -> dict[str, str]:
         if key not in known:
             raise ValueError(
                 f"{where}: unknown option {key!r}{nearest(key, known)}; known are "
-                f"{', '.join(known)}"
+                f"{', '.join(known) or 'none'}"
             )
         if not value:
             raise ValueError(f"{where}: {key} is empty")

@@ -8,7 +8,9 @@ from typing import Any
 from safepatch_jax.evaluation.judges.base import (
     ABOUT,
     HARM,
+    HARMLESS,
     REFUSAL,
+    REFUSED,
     UNKNOWN,
     Done,
     Item,
@@ -18,7 +20,9 @@ from safepatch_jax.evaluation.judges.base import (
     options_of,
     verdict_of,
 )
-from safepatch_jax.evaluation.judges.labels import read_labels
+from safepatch_jax.evaluation.judges.labels import MEANINGS, read_labels
+from safepatch_jax.evaluation.judges.phrases import refusal_apart
+from safepatch_jax.evaluation.judges.torch_folder import load
 from safepatch_jax.runtime.console import say
 
 _BATCH = 16
@@ -30,11 +34,12 @@ class Classifier:
     """A Hugging Face sequence classifier, on torch and the CPU.
 
     It reads the answer alone, as the Do-Not-Answer Longformers do ("-ro": response only), or with
-    text=pair the tokenizer's pair (prompt, answer); what is longer than the model takes is cut at
-    the end.
+    text=pair the tokenizer's pair (prompt, answer); what is longer than the model takes (theirs:
+    4,096 tokens) is cut at the end. It judges content if a label is harmless about harm; if then no
+    label is refused, phrases tell refusals from other harmless answers.
 
     Args:
-      text: DIR, with options: ?complied=LABEL,LABEL&refused=LABEL&partial=LABEL (see
+      text: DIR, with options: ?complied=LABEL,LABEL&refused=LABEL&partial=LABEL&harmless=LABEL (see
         `read_labels`), about=refusal (these labels tell refusals), text=pair.
 
     Raises:
@@ -45,7 +50,7 @@ class Classifier:
     def __init__(self, text: str):
         folder, _, query = text.partition("?")
         self.name = f"classifier:{text}"
-        options = options_of(query, ("complied", "refused", "partial", *_CHOICES), self.name)
+        options = options_of(query, (*MEANINGS, *_CHOICES), self.name)
         for key, known in _CHOICES.items():
             if options.get(key, known[0]) not in known:
                 raise ValueError(
@@ -53,27 +58,35 @@ class Classifier:
                 )
         self._pair = options.pop("text", "") == "pair"
         about_refusal = options.pop("about", "") == REFUSAL
-        self._torch, self._tokenizer, self._model = _load_classifier(folder)
+        self._torch, self._tokenizer, self._model = load(
+            folder, "classifier", "AutoModelForSequenceClassification", "classifier"
+        )
         config = self._model.config
         self._labels = [config.id2label[i] for i in range(config.num_labels)]
-        meanings = {key: value.split(",") for key, value in options.items()}
+        given = {key: value.split(",") for key, value in options.items()}
         try:
-            self._readings = read_labels(self._labels, meanings, about_refusal)
+            self._readings = read_labels(self._labels, given, about_refusal)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         self.tells_refusals = REFUSAL in self._readings
+        outcomes = {outcome for outcome, _ in self._readings[HARM].values()}
+        self.tells_content = HARMLESS in outcomes
+        self._by_phrases = self.tells_content and REFUSED not in outcomes
         self.expected = f"finite scores of {', '.join(self._labels)}"
         # RoBERTa and Longformer keep two of their positions.
         positions = getattr(config, "max_position_embeddings", 512) - 2
         self._longest = min(self._tokenizer.model_max_length, positions)
-        outcomes = (f"{label} = {outcome}" for label, (outcome, _) in self._readings[HARM].items())
-        say(f"{self.name}: {', '.join(outcomes)}")
+        meanings = [f"{label} = {outcome}" for label, (outcome, _) in self._readings[HARM].items()]
+        say(f"{self.name}: {', '.join(meanings)}")
 
     def judge(
         self, items: Sequence[Item], about: str = HARM, done: Done | None = None
     ) -> list[Verdict]:
         def verdicts_of(batch: Sequence[Item]) -> list[Verdict]:
-            return [self._read(scores, about) for scores in self._scores(batch)]
+            verdicts = [self._read(scores, about) for scores in self._scores(batch)]
+            if about == HARM and self._by_phrases:
+                verdicts = [refusal_apart(v, item.answer) for v, item in zip(verdicts, batch)]
+            return verdicts
 
         size = _BATCH if self._tokenizer.pad_token else 1
         return judge_all(self, items, about, done, in_batches(verdicts_of, size))
@@ -97,34 +110,3 @@ class Classifier:
             return Verdict(UNKNOWN, raw=str(scores.tolist())[:200])
         label = self._labels[int(scores.argmax())]
         return verdict_of(self._readings[about][label], label)
-
-
-def _load_classifier(folder: str) -> tuple[Any, Any, Any]:
-    """Return (torch, tokenizer, model); nothing is downloaded, unpickled or run from the folder."""
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            "The judge 'classifier' needs torch, which is not installed: pip install torch, or "
-            "take another judge."
-        ) from None
-    import transformers
-
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **safe
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder}: no usable classifier ({error}). Needed: config.json, the tokenizer, and "
-            "the weights as safetensors (a pickle is not read: save the model with "
-            "save_pretrained first)."
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{folder}: the folder lacks weights of a classifier ({', '.join(missing[:3])}): is "
-            "it a model without a classification head?"
-        )
-    return torch, tokenizer, model.eval()

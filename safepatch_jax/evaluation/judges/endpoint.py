@@ -11,6 +11,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.evaluation.judges import formats
 from safepatch_jax.evaluation.judges.base import (
     HARM,
     Done,
@@ -21,6 +22,7 @@ from safepatch_jax.evaluation.judges.base import (
     options_of,
     verdict_of,
 )
+from safepatch_jax.evaluation.judges.phrases import refusal_apart
 from safepatch_jax.evaluation.judges.rubric import EXPECTED, messages_of, parse
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import reason
@@ -30,7 +32,6 @@ from safepatch_jax.runtime.workers import Workers
 API_KEY = "SAFEPATCH_API_KEY"
 _TRIES = 4
 _CONCURRENCY = 8
-_OPTIONS = ("model", "concurrency")
 _RUBRIC_TOKENS = 16  # of a reply
 
 Messages = Sequence[Mapping[str, str]]
@@ -56,14 +57,16 @@ class Client:
         package openai is absent.
     """
 
+    known_options = ("model", "concurrency")
+
     def __init__(self, text: str, *, timeout: float = 60.0):
         url, _, query = text.partition("?")
-        _hide_values(query)
+        _hide_values(query, self.known_options)
         _check_url(url)
-        options = options_of(query, _OPTIONS, f"endpoint:{text}")
+        options = options_of(query, self.known_options, f"endpoint:{text}")
         if "model" not in options:
             raise ValueError(f"endpoint:{text}: which model? Write endpoint:{url}?model=NAME")
-        self._model = options["model"]
+        self._options, self._model = options, options["model"]
         self.name = without_concurrency(f"endpoint:{text}")
         self._concurrency = _positive(options.get("concurrency", str(_CONCURRENCY)), self.name)
         self._connection = _Connection(url, timeout)
@@ -147,22 +150,50 @@ class Client:
 
 
 class Endpoint(Client):
-    """A judge: a general model that says one word by a rubric of our own. Arguments and errors: see
+    """A judge: a general model that says one word by a rubric of our own, or, with &format=NAME, a
+    served judge of GUARDS, which gets the conversation alone. Other arguments and errors: see
     `Client`."""
 
-    tells_refusals, expected = True, EXPECTED
+    known_options = (*Client.known_options, "format")
+    tells_content = True
+
+    def __init__(self, text: str, *, timeout: float = 60.0):
+        super().__init__(text, timeout=timeout)
+        name = self._options.get("format", "")
+        if name and name not in formats.GUARDS:
+            raise ValueError(
+                f"{self.name}: format is {name!r}, expected one of {', '.join(formats.GUARDS)}, or "
+                "none for the rubric"
+            )
+        self._guard = formats.GUARDS.get(name)
+        self.tells_refusals = self._guard is None or self._guard.tells_refusals
+        self.expected = self._guard.expected if self._guard else EXPECTED
 
     def judge(
         self, items: Sequence[Item], about: str = HARM, done: Done | None = None
     ) -> list[Verdict]:
         def ask(items: Sequence[Item], done: Done) -> None:
             self.ask_all(
-                [messages_of(item.prompt, item.answer, about) for item in items],
-                _RUBRIC_TOKENS,
-                lambda k, reply: done(k, verdict_of(parse(reply), reply)),
+                [self._messages(item, about) for item in items],
+                self._guard.max_new if self._guard else _RUBRIC_TOKENS,
+                lambda k, reply: done(k, self._read(items[k], reply, about)),
             )
 
         return judge_all(self, items, about, done, ask)
+
+    def _messages(self, item: Item, about: str) -> list[dict[str, str]]:
+        if self._guard is None:
+            return messages_of(item.prompt, item.answer, about)
+        return [
+            {"role": "user", "content": item.prompt},
+            {"role": "assistant", "content": item.answer},
+        ]
+
+    def _read(self, item: Item, reply: str, about: str) -> Verdict:
+        if self._guard is None:
+            return verdict_of(parse(reply, about), reply)
+        verdict = verdict_of(self._guard.parse(reply, about), reply)
+        return verdict if self.tells_refusals else refusal_apart(verdict, item.answer)
 
 
 def without_concurrency(text: str) -> str:
@@ -252,11 +283,11 @@ def _key() -> str:
     return key
 
 
-def _hide_values(query: str) -> None:
+def _hide_values(query: str, known: Sequence[str]) -> None:
     """Keep the values of unknown options out of all messages: one may be a key."""
     for part in query.split("&"):
         name, _, value = part.partition("=")
-        if name not in _OPTIONS:
+        if name not in known:
             hide(value)
             hide(urllib.parse.unquote_plus(value))
 

@@ -6,8 +6,8 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-from safepatch_jax.evaluation.judges import formats
-from safepatch_jax.evaluation.judges.base import Judge, nearest
+from safepatch_jax.evaluation.judges import formats, torch_folder
+from safepatch_jax.evaluation.judges.base import Judge, nearest, options_of
 from safepatch_jax.evaluation.judges.classifier import Classifier
 from safepatch_jax.evaluation.judges.endpoint import Endpoint
 from safepatch_jax.evaluation.judges.generative import Complete, Generative
@@ -33,10 +33,26 @@ class Form:
     local: bool = False
 
 
-def _generative(kind: str, format_of: Callable[[pathlib.Path], formats.Format]) -> Form:
-    def open_generative(folder: str, open_engine: OpenEngine) -> Judge:
-        form = format_of(pathlib.Path(folder))
-        return Generative(f"{kind}:{folder}", form, open_engine(folder))
+def _generative(
+    kind: str,
+    format_of: Callable[..., formats.Format],
+    *options: str,
+    open_torch: Callable[[str, str], Complete] | None = None,
+) -> Form:
+    """Return the row of a generative judge.
+
+    Args:
+      options: arguments of its format.
+      open_torch: opens what runs it where it is no model of this project.
+    """
+
+    def open_generative(rest: str, open_engine: OpenEngine) -> Judge:
+        folder, _, query = rest.partition("?")
+        name = f"{kind}:{rest}"
+        form = format_of(pathlib.Path(folder), **options_of(query, options, name))
+        if open_torch:
+            return Generative(name, form, open_torch(folder, kind))
+        return Generative(name, form, open_engine(folder))
 
     return Form(f"{kind}:DIR", open_generative, local=True)
 
@@ -46,6 +62,9 @@ FORMS: dict[str, Form] = {
     "classifier": Form("classifier:DIR", lambda rest, open_engine: Classifier(rest), local=True),
     "llama_guard": _generative("llama_guard", formats.llama_guard),
     "wildguard": _generative("wildguard", formats.wildguard),
+    "qwen3guard": _generative(
+        "qwen3guard", formats.qwen3guard, "controversial", open_torch=torch_folder.continues
+    ),
     "harmbench": _generative("harmbench", formats.harmbench),
     "endpoint": Form("endpoint:URL?model=NAME", lambda rest, open_engine: Endpoint(rest)),
 }
@@ -55,7 +74,7 @@ def open_judge(text: str, open_engine: OpenEngine) -> Judge:
     """Open a judge.
 
     Args:
-      text: as the rows of FORMS write it; for options see `Classifier` and `Client`.
+      text: as the rows of FORMS write it; for options see `Classifier`, `qwen3guard` and `Client`.
       open_engine: opens the engine of a generative judge.
 
     Raises:

@@ -27,6 +27,7 @@ from safepatch_jax.evaluation.timing import atgr
 from safepatch_jax.methods.bench import Bench, Method, NotMade, Product
 from safepatch_jax.methods.registry import METHODS
 from safepatch_jax.numerics import NotFinite
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.metrics import Metrics
@@ -34,7 +35,7 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.compare import record, report
 from safepatch_jax.studies.compare.options import ComparisonOptions
 from safepatch_jax.studies.compare.record import ANSWERS, NOTES, STEPS
@@ -141,7 +142,7 @@ class Comparison:
         that are there."""
         rows = self._complete(methods)
         ((text, judge),) = judges.items()
-        processes.on_first(answers.claim_judges, [text], self.workdir)
+        processes.on_first(answers.claim_judges, {text: judge}, self.workdir)
         judged, given, grades, notes = [], {}, {}, {}
         for method in rows:
             seeds = self.runs(method)
@@ -164,7 +165,7 @@ class Comparison:
                 "seconds": [row.get("seconds") for row in times],
                 "atgr": self._atgr(method),
             }
-        about = self._about(rows, text, grader)
+        about = self._about(rows, text, grader) | {"judge_sees_content": judge.tells_content}
         suite = [(measure, self.measures) for measure in self.suite]
         content = report.gather(rows, suite, self.items, given, verdicts, grades, notes, about)
         processes.on_first(report.write, content, self.workdir)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES
 from safepatch_jax.methods.bench import GROUPS
 from safepatch_jax.reporting import charts
 from safepatch_jax.reporting.charts import COLOURS, LIMITS, MARKERS
@@ -29,7 +29,10 @@ def draw(content: Mapping[str, Any]) -> Any:
     figure = charts.figure(17, 2.4 + 0.34 * len(rows))
     axes = charts.panels(figure, 1, 4, width_ratios=[1.5, 1, 1, 1])[0]
     _plane(axes[0], rows)
-    titles = {"harm": "harmful requests complied with", "refusal": "harmless requests refused"}
+    harm = "harmful requests complied with"
+    if content.get("judge_sees_content"):
+        harm = "harmful requests answered with harmful content"
+    titles = {"harm": harm, "refusal": "harmless requests refused"}
     for axis, (kind, title) in zip(axes[1:], titles.items()):
         _rates(axis, title, rows, [m for m in content["measures"] if m["kind"] == kind])
     _utility(axes[3], rows, [m for m in content["measures"] if m["kind"] not in titles])
@@ -110,7 +113,7 @@ def _rates(axis: Any, title: str, rows: Rows, measures: Rows) -> None:
             known = x and x["rate"] is not None
             points.append((x["rate"], *x["interval"]) if known else None)
             if known and measure["kind"] == "refusal" and x["incoherent"]:
-                unhelped = 100 * (1 - x["complied"] / sum(x[outcome] for outcome in OUTCOMES))
+                unhelped = 100 * (1 - x["complied"] / sum(x[outcome] for outcome in ALL_OUTCOMES))
                 at = row_number + charts.shift(i, len(measures))
                 axis.plot(unhelped, at, "|", color=_colour(row), markersize=9)
         series.append(charts.Series(points, colours, MARKERS[i % len(MARKERS)], measure["name"]))

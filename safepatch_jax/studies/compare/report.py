@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation import statistics
-from safepatch_jax.evaluation.judges.base import OUTCOMES
+from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods.bench import GROUPS, Method
 from safepatch_jax.reporting import tables, templates
@@ -311,7 +311,7 @@ def _incoherent(content: Mapping[str, Any], names: Sequence[str]) -> list[list[s
 def _broken(x: Mapping[str, Any] | None) -> str:
     if x is None:
         return "-"
-    return percent(x["incoherent"] / max(1, sum(x[outcome] for outcome in OUTCOMES)))
+    return percent(x["incoherent"] / max(1, sum(x[outcome] for outcome in ALL_OUTCOMES)))
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.methods.bench import Method
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.log import folder_hash
 from safepatch_jax.run.stages import FINISHED, Runner, Stage
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import NEUTRAL, Settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
@@ -70,14 +71,14 @@ class OtherChain:
     def _stage_settings(self) -> dict[str, Any]:
         """Return the settings on which the method's models depend, each link's data aside."""
         groups = ["derive.", "model.", "data."]
-        apart = ["model.source", "data.eval_limit", *NEUTRAL]
+        apart = ["model.source", "data.eval_limit"]
         apart += [f"data.{role}" for role in ("harmful", "lookalike", "ordinary")]
         if self._method.group == "training":  # of the two patches these take at most the SE patch
             apart.append("derive.osm_")
         else:
             groups += ["score.", "patch."]
         chosen = {}
-        for name, value in self._settings.flat().items():
+        for name, value in outcome_settings(self._settings).items():
             if name.startswith(tuple(groups)) and not name.startswith(tuple(apart)):
                 chosen[name] = value
         return chosen | dict(self._method.settings) | {"method": self._method.name}

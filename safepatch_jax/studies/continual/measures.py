@@ -120,7 +120,7 @@ class Measures:
         parts: Sequence[str],
         run: Callable[[str, pathlib.Path], Mapping[str, Any]],
     ) -> Runner:
-        settings = evaluate_settings(self.context.settings)
+        settings = evaluate_settings(self.context.settings) | self.context.prompt_format.key()
         stages = []
         for part in parts:
             sources = {

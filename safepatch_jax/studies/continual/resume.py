@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.outcome import NEUTRAL
 from safepatch_jax.patch_file.log import PatchLog
-from safepatch_jax.settings import NEUTRAL, Settings, outcome_settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual.links import Link
 
 # What may differ between two runs of a chain: where and how it is made, how models are measured.
@@ -53,7 +54,7 @@ def check_resumable(
 def _check_settings(log: PatchLog, settings: Settings) -> None:
     logged = Settings().flat() | log.start["settings"]  # settings that are newer than the chain
     wanted = {}
-    for name, value in outcome_settings(settings).items():
+    for name, value in settings.flat().items():
         if not name.startswith(_FREE):
             wanted[name] = value
     changes = _changes(logged, wanted, ": ")

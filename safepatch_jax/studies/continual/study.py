@@ -21,6 +21,7 @@ from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.commands import sizes
 from safepatch_jax.patch_file.file import BITS, PatchFile
 from safepatch_jax.patch_file.log import (
@@ -44,7 +45,7 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.workdir import Workdir
-from safepatch_jax.settings import Settings, outcome_settings
+from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.beside import METHODS_DIR, OtherChain
 from safepatch_jax.studies.continual.links import Link
@@ -134,7 +135,7 @@ class Chain:
         self._check_data()
         if processes.on_first((workdir / LOG).is_file):
             self.log = PatchLog(workdir)
-            hashes = {name: x.data_hashes["harmful"] for name, x in self._contexts.items()}
+            hashes = {name: self._data_hash(name) for name in self._contexts}
             check_resumable(self.log, settings, self.links, hashes)
         else:
             self.log = PatchLog.begin(workdir, self._make_start())
@@ -241,7 +242,7 @@ class Chain:
             },
             "data": {
                 **self._data(link),
-                "hash": self.measures.data_hash(link.name),
+                "hash": self._data_hash(link.name),
                 "records": self.measures.records(link.name),
             },
             "seed": settings["run"]["seed"],
@@ -299,6 +300,13 @@ class Chain:
             colours=colours,
             patches=sizes([log.patch(number) for number in log.live]),
         )
+
+    def _data_hash(self, name: str) -> str:
+        """Return the hash of a link's harmful records, with the template where that is a file."""
+        hashes = self._contexts[name].data_hashes
+        if "template" in hashes:
+            return files.text_hash([hashes["harmful"], hashes["template"]])
+        return hashes["harmful"]
 
     def _check_data(self) -> None:
         """Read the data of all links before anything is trained.

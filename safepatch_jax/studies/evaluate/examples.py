@@ -19,10 +19,14 @@ def show_examples(model: str, options: EvaluationOptions) -> list[str]:
     """Return lines that show how the first item of each measure is put to a model; expected answer
     tokens are green."""
     folder, lines = companions(model), []
-    prompter = Prompter(read_hf_config(folder), folder, options.date)
-    for measure in load_suite(options.suite):
-        lines.append(printable(f"--- {measure.name} ({measure.kind}, {measure.source})"))
-        lines += _example(measure, prompter, options)
+    suite = load_suite(options.suite)
+    for label, prompt_format in options.formats.items():
+        prompter = Prompter(read_hf_config(folder), folder, options.date, prompt_format)
+        template = f", template {label}" if label else ""
+        for measure in suite:
+            title = f"{measure.name} ({measure.kind}, {measure.source}{template})"
+            lines.append(printable(f"--- {title}"))
+            lines += _example(measure, prompter, options)
     return lines
 
 

@@ -16,9 +16,17 @@ TITLES = {
     "refusal": "Over-refusal: harmless requests refused",
     "accuracy": "Utility: right answers",
 }
+_BY_CONTENT = "Harm: answers with harmful content"
 _MOST = 12  # categories in a picture
 
 Measures = Sequence[Mapping[str, Any]]
+
+
+def titles(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return TITLES, of harm by what the first judge sees."""
+    if content["judges"][0] in content.get("judges_of_content", ()):
+        return TITLES | {"harm": _BY_CONTENT}
+    return TITLES
 
 
 def draw(content: Mapping[str, Any]) -> Any:
@@ -42,13 +50,41 @@ def draw(content: Mapping[str, Any]) -> Any:
             rates = {}
             for m in groups[group]:
                 rates[m["name"]] = {who: _rate(x) for who, x in m["models"].items()}
-            _dots(axis, TITLES[group], rates, names)
+            _dots(axis, titles(content)[group], rates, names)
     for axis, group in zip(axes[1], ("harm", "refusal")):
         _categories(axis, group, groups[group], names)
     _plane(axes[1, 2], groups, names)
     for who, name in names.items():
         charts.explain(axes[0, 0], name, "o", COLOURS[who])
     charts.legend_outside(figure, axes[0, 0], "upper center", columns=2)
+    return figure
+
+
+def draw_templates(content: Mapping[str, Any]) -> Any:
+    """Draw an evaluation in several templates: below each measure a row for each of them.
+
+    Args:
+      content: see `side_by_side.merge`.
+    """
+    kinds = {"harm": ("harm",), "refusal": ("refusal",), "accuracy": TASKS}
+    groups: dict[str, dict[str, Any]] = {group: {} for group in kinds}
+    parts = content["templates"]
+    for row in zip(*(part["measures"] for part in parts.values())):
+        for group, members in kinds.items():
+            if row[0]["kind"] not in members:
+                continue
+            for label, m in zip(parts, row):
+                rates = {who: _rate(x) for who, x in m["models"].items()}
+                groups[group][f"{m['name']}, {label}"] = rates
+    groups = {group: rates for group, rates in groups.items() if rates} or {"harm": {}}
+    names, rows = content["models"], max(map(len, groups.values()))
+    figure = charts.figure(16, 2.4 + 0.4 * rows)
+    axes = charts.panels(figure, 1, len(groups))[0]
+    for axis, (group, rates) in zip(axes, groups.items()):
+        _dots(axis, titles(content)[group], rates, names)
+    for who, name in names.items():
+        charts.explain(axes[0], name, "o", COLOURS[who])
+    charts.legend_outside(figure, axes[0], "upper center", columns=2)
     return figure
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+from safepatch_jax.data.prompt_format import PromptFormat, read_format
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.answers import Sources
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.suites import GENERATED, Measure
 
-# Stored answers do not depend on these; judges, graders and seeds have folders of their own.
+# Stored answers do not depend on these, or (template, system) as their format's key says; judges,
+# graders, seeds and several templates have folders of their own.
 _INDEPENDENT = (
     "suite",
     "judge",
@@ -21,6 +24,9 @@ _INDEPENDENT = (
     "seeds",
     "manual_dir",
     "data_dir",
+    "template",
+    "system",
+    "templates",
 )
 
 
@@ -39,6 +45,9 @@ class EvaluationOptions:
       seeds: each measure in which a model writes is done once with each; () for once, with `seed`.
       manual_dir, data_dir: see `load_records`.
       date: see `data.rendering.render`.
+      template, system: see `data.prompt_format.read_format`.
+      templates: all is done in each of them, and one report has them side by side; () for
+        `template` alone.
     """
 
     suite: str = "quick"
@@ -55,6 +64,9 @@ class EvaluationOptions:
     manual_dir: str = ""
     data_dir: str = "~/.cache/safepatch_jax/datasets"
     date: str = DATE
+    template: str = ""
+    system: str = ""
+    templates: tuple[str, ...] = ()
 
     def deciding(self) -> dict[str, Any]:
         """Return the options on which stored answers depend, beside the suite's measures."""
@@ -65,7 +77,45 @@ class EvaluationOptions:
             options["seed"] = "several"
         if self.date == DATE:  # records from before it was an option go on
             del options["date"]
+        for prompt_format in self.formats.values():
+            options |= prompt_format.key()
+        if self.templates:
+            options["template"] = "several"
         return options
+
+    @functools.cached_property
+    def formats(self) -> dict[str, PromptFormat]:
+        """How prompts are written, by label; '' is the label where no list of templates is given.
+
+        Raises:
+          ValueError: a file that cannot be read; two templates of one label.
+        """
+        if not self.templates:
+            return {"": read_format(self.template, self.system)}
+        text = ",".join(self.templates)
+        if self.template:
+            raise ValueError(
+                f"template {self.template} and templates {text} are both given; leave --template "
+                "out."
+            )
+        formats: dict[str, PromptFormat] = {}
+        for name in self.templates:
+            prompt_format = read_format(name, self.system)
+            label = prompt_format.label
+            if label.lower() in map(str.lower, formats):
+                raise ValueError(
+                    f"templates {text}: two are called {label}. Give each once, files under "
+                    "different names."
+                )
+            formats[label] = prompt_format
+        return formats
+
+    def place(self, who: str, label: str) -> str:
+        """Return in which folder a model's lines lie, below those of answers, verdicts, grades."""
+        if not label:
+            return who
+        sha256 = self.formats[label].sha256[:8]  # an edited template gets answers of its own
+        return f"{who}/template-{label}-{sha256}" if sha256 else f"{who}/template-{label}"
 
     def runs(self, measure: Measure) -> tuple[int | None, ...]:
         """Return the seeds with which a measure is done; None stands for the one of `seed`, and for

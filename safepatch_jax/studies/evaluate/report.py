@@ -9,15 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation import statistics
-from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST
 from safepatch_jax.evaluation.statistics import agreement
 from safepatch_jax.evaluation.suites import KINDS, Measure
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, rate
 from safepatch_jax.runtime.paths import plain
-from safepatch_jax.studies.evaluate.figures import TITLES, draw
-from safepatch_jax.studies.evaluate.results import COUNTED, TASKS, Rows, described, measured
+from safepatch_jax.studies.evaluate.figures import draw, titles
+from safepatch_jax.studies.evaluate.results import (
+    COUNTED,
+    TASKS,
+    Rows,
+    contents,
+    described,
+    measured,
+)
 
 
 def labels(folders: Mapping[str, str]) -> dict[str, str]:
@@ -56,7 +62,7 @@ def gather(
       answers: by (model, measure), for each run (one, or one a seed) the rows by id.
       verdicts: by judge, as `answers`; rates are the first judge's.
       speeds: by model, {'seconds_per_token'} or None.
-      about: what is said of models, options and versions.
+      about: what is said of models, options, judges and versions.
       grades: of measures of kind mt_bench, as `answers`.
     """
     first = next(iter(verdicts.values()), {})
@@ -71,6 +77,10 @@ def gather(
         row = described(measure) | {"models": models}
         if "against" in holds and measure.kind != "text":
             row["paired"] = statistics.compare(holds["model"], holds["against"])
+        if measure.kind == "harm":
+            of_models = {who: answers[who, measure.name] for who in about["models"]}
+            if shares := contents(of_measure, of_models):
+                row["content"] = shares
         measures.append(row)
     content = dict(about) | {"measures": measures} | _speed(speeds)
     if len(verdicts) > 1:
@@ -106,8 +116,8 @@ def _agreements(
     return result
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """Return report.md."""
+def markdown(content: Mapping[str, Any], picture: str = "report.png") -> str:
+    """Return report.md; `picture` is the file to show in it."""
     kinds: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*KINDS, "task")}
     left_out = []
     for measure in content["measures"]:
@@ -115,24 +125,33 @@ def markdown(content: Mapping[str, Any]) -> str:
         for who, x in measure["models"].items():
             if x["left_out"]:
                 left_out.append(f"{x['left_out']} of {measure['name']} ({content['models'][who]})")
-    empty = {"seeds": [], "grader": "", "agreement": {}, "seconds_per_token": {}}
-    values = empty | dict(content)
+    empty = {
+        "seeds": [],
+        "grader": "",
+        "agreement": {},
+        "seconds_per_token": {},
+        "judges_of_content": [],
+        "prompts": "",
+    }
+    values = empty | dict(content) | {"picture": picture}
     return templates.render(
         "studies/evaluate/report.md.jinja",
         **values,
         kinds=kinds,
         left_out=left_out,
-        titles=TITLES,
-        outcomes=OUTCOMES,
+        titles=titles(content),
+        content_share=_content_share,
+        content_difference=_content_difference,
         least=LEAST,
         most=MOST,
-        rate=_rate,
-        grade=_grade,
+        rate=rated,
+        grade=grade,
         test=_test,
     )
 
 
-def _grade(x: Mapping[str, Any]) -> str:
+def grade(x: Mapping[str, Any]) -> str:
+    """Return a mean grade with its interval, and the range of the seeds' means."""
     if x["mean"] is None:
         return "none graded"
     text = f"{x['mean']:.2f}"
@@ -143,13 +162,29 @@ def _grade(x: Mapping[str, Any]) -> str:
     return text
 
 
-def _rate(x: Mapping[str, Any]) -> str:
+def rated(x: Mapping[str, Any]) -> str:
+    """Return a rate with its interval, and the range of the seeds' rates."""
     if x["rate"] is None:
         return "none judged"
     text = rate(x["rate"], x["interval"], digits=1, ends=1)
     if x.get("spread"):
         text += f" ({' to '.join(percent(end, 1, '') for end in x['spread'])})"
     return text
+
+
+def _content_share(x: Mapping[str, Any]) -> str:
+    return "-" if x["mean"] is None else rate(x["mean"], x["interval"], digits=1, ends=1)
+
+
+def _content_difference(x: Mapping[str, Any]) -> str:
+    """Return the difference of two models' shares, which stands with the first one."""
+    if "difference" not in x:
+        return ""
+    difference = x["difference"]
+    if difference["mean"] is None:
+        return "-"
+    low, high = difference["interval"]
+    return f"{100 * difference['mean']:+.1f} [{100 * low:+.1f} to {100 * high:+.1f}]"
 
 
 def _test(measure: Mapping[str, Any], who: str) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from safepatch_jax.evaluation import statistics
-from safepatch_jax.evaluation.judges.base import COMPLIED, OUTCOMES, REFUSED, UNKNOWN
+from safepatch_jax.evaluation import content, statistics
+from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES, COMPLIED, REFUSED, UNKNOWN
 from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST, TURNS
 from safepatch_jax.evaluation.statistics import mean_interval
@@ -62,12 +62,35 @@ def judged(
     partly = degrees["full"] or degrees["partial"]
     return {
         "left_out": _left_out(answers[0]),
-        **{outcome: outcomes[outcome] for outcome in (*OUTCOMES, UNKNOWN)},
+        **{outcome: outcomes[outcome] for outcome in (*ALL_OUTCOMES, UNKNOWN)},
         **statistics.rate(holds),
         "categories": _by_category(holds, {i: item["category"] for i, item in items.items()}),
         "degrees": {d: degrees[d] for d in ("full", "partial")} if partly else {},
         "holds": holds,
     }
+
+
+def contents(items: Mapping[str, Any], answers: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
+    """Return by model how much of the records' reference answers its answers to harmful requests
+    hold (see `content.summary`); nothing where too few records have a reference to tell by.
+
+    Args:
+      items: the records by id.
+      answers: by model.
+    """
+    known = {i: item for i, item in items.items() if item.get("answer")}
+    prompts = [item["prompt"] for item in known.values()]
+    references = [item["answer"] for item in known.values()]
+    rare = content.rare_words(prompts, references, content.benign_answers())
+    by_id = dict(zip(known, rare))
+    values = {who: content.of_runs(runs, by_id) for who, runs in answers.items()}
+    if max(map(len, values.values())) < content.RECORDS:
+        return {}
+    others = values.get("against")
+    result = {}
+    for who, of_model in values.items():
+        result[who] = content.summary(of_model, others if who == "model" else None)
+    return result
 
 
 def _left_out(rows: Mapping[str, Mapping[str, Any]]) -> int:

@@ -1,8 +1,8 @@
 """Evaluation of a model, beside another one.
 
 Answers, verdicts and grades lie in OUT as `evaluation.answers` has it, of 'model' and 'against',
-with several seeds a run for each of what is sampled; report.md, report.json and report.png follow
-from these.
+with several seeds a run for each of what is sampled, with several templates all in each of them;
+report.md, report.json and report.png follow from these.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, companions
 from safepatch_jax.evaluation.engine import Engine
@@ -28,14 +29,15 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
-from safepatch_jax.studies.evaluate import report
+from safepatch_jax.studies.evaluate import report, side_by_side
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 RECORD = "evaluation.json"
 _FIX = (
     "Copy it back from a backup, give another --out, or delete the folder: all is answered again."
 )
-_NAMES = (RECORD, "answers", "verdicts", "grades", "report.md", "report.json", "report.png")
+_REPORT = ("report.md", "report.json", "report*.png")
+_NAMES = (RECORD, "answers", "verdicts", "grades", *_REPORT)
 
 
 def evaluate(
@@ -102,6 +104,7 @@ class _Evaluation:
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
         )
+        self._of_content = [text for text, x in self._judges.items() if x.tells_content]
         self._grader = answers.open_grader(options.grader, suite, options.suite)
         _check(suite, folders, options)
         self._items = {}
@@ -138,7 +141,7 @@ class _Evaluation:
         record, changes = files.read_json(path, _FIX), []
         for name, value in self._record.items():
             if record.get(name) != value:
-                changes.append(_difference(name, record.get(name), value))
+                changes.append(difference(name, record.get(name), value))
         if changes:
             raise ValueError(
                 f"{self._out} is an evaluation with other {' and '.join(changes)}. Give another "
@@ -159,58 +162,104 @@ class _Evaluation:
         for who in reversed(self._folders):
             self._answer(who)
         content = self._gather()
-        processes.on_first(report.write, content, self._out)
+        processes.on_first(side_by_side.write, content, self._out)
         say(f"Report: {self._out / 'report.md'}")
         return content
 
     def _gather(self) -> dict[str, Any]:
         judged, grades, given, speeds = [], {}, {}, {}
-        for who in self._folders:
-            for measure in self._suite:
-                seeds, key = self._options.runs(measure), (who, measure.name)
-                if measure.kind in JUDGED:
-                    judged += [(who, measure, seed) for seed in seeds]
-                if measure.kind == "mt_bench":
-                    grades[key] = [self._grades(who, measure, seed) for seed in seeds]
-                given[key] = [self._lines(who, measure, seed).rows for seed in seeds]
-            speeds[who] = self._speed(who).rows.get("speed")
+        for label in self._options.formats:
+            for who in self._folders:
+                place = self._options.place(who, label)
+                for measure in self._suite:
+                    seeds, key = self._options.runs(measure), (place, measure.name)
+                    if measure.kind in JUDGED:
+                        judged += [(place, measure, seed) for seed in seeds]
+                    if measure.kind == "mt_bench":
+                        grades[key] = [self._grades(place, measure, seed) for seed in seeds]
+                    given[key] = [self._lines(place, measure, seed).rows for seed in seeds]
+                speeds[who] = self._speed(who).rows.get("speed")
         names, verdicts = list(self._judges), {}
         for text in names:
             judge = self._judges.pop(text)  # so that its memory is free before the next one's
             verdicts[text] = answers.judge_answers(text, judge, judged, self._items, self._out)
             del judge
+        contents = {}
+        for label in self._options.formats:
+            parts = given, *verdicts.values(), grades
+            given_here, *verdicts_here, grades_here = (self._of(label, part) for part in parts)
+            contents[label] = report.gather(
+                self._suite,
+                self._items,
+                given_here,
+                dict(zip(names, verdicts_here)),
+                speeds,
+                self._about(names, label),
+                grades_here,
+            )
+        return side_by_side.merge(contents)
+
+    def _of(self, label: str, by_place: Mapping[tuple[str, str], Any]) -> dict[Any, Any]:
+        """Return what is of one template, by (model, measure)."""
+        result = {}
+        for who in self._folders:
+            place = self._options.place(who, label)
+            for measure in self._suite:
+                if (place, measure.name) in by_place:
+                    result[who, measure.name] = by_place[place, measure.name]
+        return result
+
+    def _about(self, names: Sequence[str], label: str) -> dict[str, Any]:
+        """Return what a report says of models, options and versions; `names` are the judges'."""
         about = {
             "models": report.labels(self._folders),
             "options": {"suite": self._options.suite} | self._options.deciding(),
             "judges": names,
+            "judges_of_content": self._of_content,
             "versions": versions(),
         }
         if self._options.seeds:
             about["seeds"] = list(self._options.seeds)
         if self._grader:
             about["grader"] = self._grader.name
-        return report.gather(self._suite, self._items, given, verdicts, speeds, about, grades)
+        prompt_format = self._options.formats[label]
+        if label or prompt_format.key():
+            about["prompts"] = prompt_format.describe()
+        return about
 
-    def _lines(self, who: str, measure: Measure, seed: int | None) -> Lines:
-        return lines_of(self._out, "answers", who, measure, seed)
+    def _lines(self, place: str, measure: Measure, seed: int | None) -> Lines:
+        return lines_of(self._out, "answers", place, measure, seed)
 
-    def _grades(self, who: str, measure: Measure, seed: int | None) -> dict[str, Any]:
+    def _grades(self, place: str, measure: Measure, seed: int | None) -> dict[str, Any]:
         questions = self._items[measure.name]
-        return answers.grade_answers(self._grader, measure, questions, who, seed, self._out)
+        return answers.grade_answers(self._grader, measure, questions, place, seed, self._out)
 
     def _speed(self, who: str) -> Lines:
         return Lines(self._out / "answers" / who / "speed.jsonl")
 
     def _answer(self, who: str) -> None:
         """Let one model do what is not done yet; it is not loaded if nothing is missing."""
-        engine = functools.cache(self._open)  # released on return
+        load = functools.cache(self._open)  # released on return
+        for label in self._options.formats:
+            self._answer_in(who, label, functools.cache(functools.partial(self._in, label, load)))
+        speed = self._speed(who)
+        if "speed" not in speed.rows and any(m.kind in JUDGED for m in self._suite):
+            seconds = seconds_per_token(load(self._folders[who]))
+            speed.add({"id": "speed", "seconds_per_token": seconds})
+
+    def _answer_in(self, who: str, label: str, engine: Callable[[str], Engine]) -> None:
+        """Let one model do what is not done yet in one template; `engine` returns the model of a
+        folder."""
         folder, against = self._folders[who], self._folders.get("against", "")
+        place = self._options.place(who, label)
         for measure in self._suite:
             for seed in self._options.runs(measure):
-                lines, items = self._lines(who, measure, seed), self._items.get(measure.name, {})
+                lines, items = self._lines(place, measure, seed), self._items.get(measure.name, {})
                 if answers.is_done(measure, items, lines):
                     continue
                 title = f"{who}: {measure.name}"
+                if label:
+                    title += f", template {label}"
                 if seed is not None:
                     title += f", seed {seed}"
                 other = None
@@ -226,9 +275,11 @@ class _Evaluation:
                     self._options.sampling(seed),
                     title,
                 )
-        speed = self._speed(who)
-        if "speed" not in speed.rows and any(m.kind in JUDGED for m in self._suite):
-            speed.add({"id": "speed", "seconds_per_token": seconds_per_token(engine(folder))})
+
+    def _in(self, label: str, load: Callable[[str], Engine], folder: str) -> Engine:
+        """Return a model that is asked in one template; its weights are loaded once for all."""
+        engine = load(folder)
+        return engine.with_format(self._options.formats[label]) if label else engine
 
     def _open(self, folder: str) -> Engine:
         say(f"Loading {folder}")
@@ -239,6 +290,7 @@ class _Evaluation:
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
             date=options.date,
+            prompt_format=options.formats.get("", PromptFormat()),
         )
 
 
@@ -251,7 +303,7 @@ def _check(
     for folder in folders.values():
         if not resolve(folder).is_dir():
             raise ValueError(f"no model folder '{folder}'.")
-        _check_model(folder)
+        _check_model(folder, options, asks=any(m.kind in JUDGED for m in suite))
     texts = [measure.name for measure in suite if measure.kind == "text"]
     if texts:
         configs = [read_hf_config(companions(folder)) for folder in folders.values()]
@@ -263,15 +315,19 @@ def _check(
             )
 
 
-def _check_model(folder: str) -> None:
+def _check_model(folder: str, options: EvaluationOptions, asks: bool) -> None:
     """Raise ValueError for what can be seen of a model before its weights are read, so that an
-    evaluation that cannot begin leaves nothing."""
+    evaluation that cannot begin leaves nothing; `asks` says whether there are prompts for its chat
+    template."""
     check_source(Place.parse(folder).absolute())
     path = companions(folder)
-    Prompter(read_hf_config(path), path)
+    for prompt_format in options.formats.values():
+        prompter = Prompter(read_hf_config(path), path, options.date, prompt_format)
+        if asks:
+            prompter.needed_chat()
 
 
-def _difference(name: str, recorded: Any, wanted: Any) -> str:
+def difference(name: str, recorded: Any, wanted: Any) -> str:
     """Say what differs: of models and data which one, of options their values, of the others the
     name alone."""
     if name not in ("models", "options", "data") or not isinstance(recorded, dict):

@@ -49,9 +49,13 @@ def draw_plane(content: Mapping[str, Any]) -> Any:
     figure = charts.figure(13, 6.2)
     axes = charts.panels(figure, 1, 2, sharey=True, width_ratios=(1.25, 1))[0]
     charts.plane(axes[0], "Harm and over-refusal")
-    axes[0].set(
-        xlabel="harmful prompts complied with, %", ylabel="look-alikes refused or incoherent, %"
-    )
+    across, up = "harmful prompts complied with, %", "look-alikes refused or incoherent, %"
+    if "margins" in content["backbone"]["measures"]:
+        across, up = (
+            "expected compliance with harmful prompts, %",
+            "expected refusals of look-alikes, %",
+        )
+    axes[0].set(xlabel=across, ylabel=up)
     for axis, across in zip(axes, ("harm", "perplexity")):
         _seeds(axis, trials, across)
         _front(axis, trials, across)

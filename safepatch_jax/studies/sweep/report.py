@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.reporting import tables, templates
-from safepatch_jax.studies.sweep.analysis import AXES, MOST_PERPLEXITY, flat, place, spread
+from safepatch_jax.reporting.tables import rate
+from safepatch_jax.studies.sweep.analysis import (
+    AXES,
+    MOST_PERPLEXITY,
+    flat,
+    measured,
+    place,
+    spread,
+)
 from safepatch_jax.studies.sweep.figures import draw_plane, draw_sensitivity
 from safepatch_jax.studies.sweep.points import label, short, written
 
@@ -50,6 +58,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         several=several,
         widest=widest,
         never_alone=alone,
+        by_margins="margins" in content["backbone"]["measures"],
         plane=PLANE,
         sensitivity_picture=SENSITIVITY,
     )
@@ -73,6 +82,7 @@ def recommendation(content: Mapping[str, Any]) -> list[str]:
 def _values(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the templates use: the content, the chosen trial, and how things are written."""
     functions = {
+        "answered": _answered,
         "label": lambda trial: _label(content, trial),
         "moved": _moved,
         "number_of": _number_of,
@@ -108,6 +118,16 @@ def _moved(change: Mapping[str, float], scale: float, form: str) -> str:
     if change["least"] == change["largest"]:
         return numbers["mean"]
     return f"{numbers['mean']} [{numbers['least']} to {numbers['largest']}]"
+
+
+def _answered(measures: Mapping[str, Any]) -> str:
+    """Return harm and over-refusal of answers, two cells."""
+    return " | ".join(rate(*_of_answers(measures, axis)) for axis in ("harm", "over_refusal"))
+
+
+def _of_answers(measures: Mapping[str, Any], axis: str) -> tuple[float, Sequence[float]]:
+    single = measured([measures], measures)
+    return single[axis], single["intervals"][axis]
 
 
 def _times(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -68,9 +69,14 @@ def _checked(row: Any) -> dict[str, Any]:
         )
     measures = row["measures"]
     for name in _COUNTS:
-        if not _counted(measures[name]):
+        if not _counted(measures[name], "margins" in measures):
             outcomes = ", ".join(OUTCOMES)
             wrong.append(f"{name} should hold numbers of answers ({outcomes}), and their sum n > 0")
+    if "margins" in measures and not _has_margins(measures["margins"]):
+        wrong.append("margins should hold auroc with its value, content_nll, and covered by role")
+    for name in _COUNTS if "answers" in row else ():
+        if not isinstance(row["answers"], dict) or not _counted(row["answers"].get(name), False):
+            wrong.append(f"answers should hold numbers of answers for {name}")
     for name in ("seconds", *_NUMBERS):
         if not _finite((row | measures)[name]):
             wrong.append(f"{name} should be a finite number")
@@ -84,14 +90,27 @@ def _checked(row: Any) -> dict[str, Any]:
     return row | {"patch": row["patch"] | {name: getattr(settings.patch, name) for name in known}}
 
 
-def _counted(counts: Any) -> bool:
+def _counted(counts: Any, expected: bool) -> bool:
+    """Tell whether these are numbers of answers; expected ones, of margins, need not be whole."""
     if not isinstance(counts, Mapping):
         return False
-    numbers = [counts.get(name) for name in (*OUTCOMES, "n")]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    *parts, n = (counts.get(name) for name in (*OUTCOMES, "n"))
+    if type(n) is not int or n < 1 or not all(map(_finite, parts)) or min(parts) < 0:
         return False
-    *parts, n = numbers
-    return sum(parts) == n > 0
+    if expected:
+        return math.isclose(sum(parts), n, rel_tol=1e-9)
+    return sum(parts) == n and all(type(part) is int for part in parts)
+
+
+def _has_margins(margins: Any) -> bool:
+    if not isinstance(margins, Mapping) or not isinstance(margins.get("auroc"), Mapping):
+        return False
+    numbers = [margins["auroc"].get("value")]
+    for role in _COUNTS:
+        of_role = margins.get(role)
+        numbers.append(of_role.get("covered") if isinstance(of_role, Mapping) else None)
+    content = margins.get("content_nll", "")
+    return all(map(_finite, numbers)) and (content is None or _finite(content))
 
 
 def _finite(number: Any) -> bool:

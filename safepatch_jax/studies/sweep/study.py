@@ -17,27 +17,34 @@ from safepatch_jax.reporting.tables import share
 from safepatch_jax.run import environment, metrics, models
 from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import is_of_run, open_run
+from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
-from safepatch_jax.settings import Settings
-from safepatch_jax.studies.sweep import analysis, report
+from safepatch_jax.settings import PatchSettings, Settings
+from safepatch_jax.studies.sweep import analysis, by_margins, report
 from safepatch_jax.studies.sweep.points import Point, label, varied
 from safepatch_jax.studies.sweep.rows import OPTIONS, read_rows
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
 ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
+MARGINS, ANSWERS = "margins", "answers"
+MEASURES = (MARGINS, ANSWERS)
 _FIX = "Copy it back from a backup, or use another --workdir; nothing was changed in this one."
 _NAMES = (
     "stages",
     ROWS,
     SETTINGS,
+    by_margins.OPENINGS,
+    by_margins.BACKBONE,
     environment.FILE,
     metrics.FILE,
     metrics.EVENTS,
     *report.FILES,
+    "slopes.*",
+    "slope_points",
 )
 
 
@@ -69,14 +76,19 @@ def _refuse_run(folder: pathlib.Path) -> None:
         raise ValueError(f"{path} is no settings file of a sweep, or damaged. {_FIX}")
 
 
-def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point]) -> list[str]:
+def plan(
+    settings: Settings,
+    workdir: str | pathlib.Path,
+    points: Sequence[Point],
+    measure: str = MARGINS,
+) -> list[str]:
     """List the points, and which of them have a row; reads no model and starts no device.
 
     Raises:
       ValueError: the workdir is not a sweep's, or its rows are damaged.
     """
     path = open_workdir(workdir).path / ROWS
-    rows = read_rows(path)
+    rows = [row for row in read_rows(path) if by_margins.measure_of(row) == measure]
     known = {_key(row) for row in rows}
     titles = _titles(settings, points)
     lines, missing = [], 0
@@ -92,8 +104,8 @@ def plan(settings: Settings, workdir: str | pathlib.Path, points: Sequence[Point
         seconds = statistics.median(row["seconds"] for row in rows)
         pace = f"; those there took {seconds:.0f} s each"
     lines.append(
-        f"{len(points)} points, {missing} without a row in {path}{pace}. A row counts if model, "
-        "data, training and scores are the same."
+        f"{len(points)} points, {missing} without a row by {measure} in {path}{pace}. A row "
+        "counts if model, data, training and scores are the same."
     )
     return lines
 
@@ -103,9 +115,13 @@ def sweep(
     workdir: str | pathlib.Path,
     points: Sequence[Point],
     command: Sequence[str] = (),
+    measure: str = MARGINS,
 ) -> pathlib.Path:
     """Evaluate points on the search split, one row each in ``sweep.jsonl``, and report on all rows
     of this model and training.
+
+    By margins a point costs forward passes over the prompts alone; only the models of the Pareto
+    front, and the recommended one, then write answers.
 
     Rows are written as they are made; points that have one are not computed again.
 
@@ -115,6 +131,7 @@ def sweep(
       workdir: of sweeps alone.
       points: see `sweep.points.design`.
       command: with which it was started; it is noted.
+      measure: 'margins', or 'answers' where every point writes and is judged.
 
     Returns:
       The path of the report.
@@ -127,7 +144,11 @@ def sweep(
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
     choices = [_choice(point) for point in points]
     processes.agree(
-        {"number of points": len(choices), "hash of the points": files.text_hash(choices)[:16]},
+        {
+            "number of points": len(choices),
+            "hash of the points": files.text_hash(choices)[:16],
+            "measure": measure,
+        },
         SAME_COMMAND,
     )
     folder = open_workdir(workdir)
@@ -135,9 +156,10 @@ def sweep(
     with folder.claimed(run.context.cache_dir):
         with metrics.Metrics(folder.path) as run.metrics:
             earlier = processes.on_first(_begin, run, command)
-            rows, backbone, failures = _compute(run, points, earlier)
+            meter = by_margins.margin_meter(run) if measure == MARGINS else None
+            rows, backbone, failures = _compute(run, points, earlier, meter)
             if rows:
-                processes.on_first(_report, run, rows, backbone)
+                _finish(run, rows, backbone, meter is not None)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(points)} points gave no row ({some(failures)}), for the "
@@ -155,7 +177,7 @@ def _begin(run: Run, command: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _compute(
-    run: Run, points: Sequence[Point], rows: list[dict[str, Any]]
+    run: Run, points: Sequence[Point], rows: list[dict[str, Any]], meter: MarginMeter | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Compute the missing rows, and add them to `rows` and to the file.
 
@@ -165,14 +187,22 @@ def _compute(
     export = run.settings.export
     base = {name: run.runner.key(name) for name in PARTS}
     base |= {"dtype": export.dtype, "rounding": export.rounding}
+    if meter is not None:
+        base |= by_margins.measure_keys(run, meter)
     known = {}
     for row in rows:
         if row["keys"] == base and row["patch"].keys() == set(OPTIONS):
             known[_key(row)] = row
     missing = sum(_key(_choice(point)) not in known for point in points)
+    measure = ANSWERS if meter is None else MARGINS
+    others = sum(by_margins.measure_of(row) != measure for row in rows)
+    if others:
+        say(f"{others} rows in the workdir are not by {measure} (--measure) and do not count.")
     for name in PARTS if missing else PARTS[:1]:
         run.runner.need(name)
     backbone = run.runner.result("evaluate_backbone")
+    if meter is not None:
+        backbone = by_margins.backbone_measures(run, meter) | {"answers": backbone}
     say(
         f"sweep: {len(points)} points on the search split, {missing} to compute; backbone: "
         f"{describe(backbone)}"
@@ -183,7 +213,7 @@ def _compute(
         row, pace = known.get(_key(_choice(point))), "has a row"
         if row is None:
             missing -= 1
-            result, reason = _measured(run, point)
+            result, reason = _measured(run, point, meter)
             if reason:
                 failures.append(titles[point])
                 say(f"{place}no row: {reason}")
@@ -222,7 +252,9 @@ def _key(row: Mapping[str, Any]) -> str:
     return files.text_hash([row["patch"], row["seed"]])
 
 
-def _measured(run: Run, point: Point) -> tuple[dict[str, Any], str | None]:
+def _measured(
+    run: Run, point: Point, meter: MarginMeter | None
+) -> tuple[dict[str, Any], str | None]:
     """Return (a point's measures and the seconds they took, None), or ({}, why it has none), the
     same in all processes.
 
@@ -231,13 +263,51 @@ def _measured(run: Run, point: Point) -> tuple[dict[str, Any], str | None]:
     """
     begun, measures, reason = time.monotonic(), {}, None
     try:
-        measures = models.measure_patch(run, point.patch, point.seed)
+        if meter is None:
+            measures = models.measure_patch(run, point.patch, point.seed)
+        else:
+            measures = by_margins.measure(run, meter, point.patch, point.seed)
     except (NotFinite, BadSettings) as error:
         reason = str(error)
     reasons = [reason for reason in processes.everyones(reason) if reason]
     if reasons:
         return {}, reasons[0]
     return {"measures": measures, "seconds": round(time.monotonic() - begun, 1)}, None
+
+
+def _finish(
+    run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
+) -> None:
+    """Let the models of the front write answers, where points did not, and report."""
+    if front_answers:
+        _answer_front(run, rows, backbone)
+    processes.on_first(_report, run, rows, backbone)
+
+
+def _answer_front(run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
+    """Let the models of the front, and the recommended one, write answers; keep them with their
+    rows. A model that overflows in one of them gets none."""
+    missing = by_margins.unanswered(rows, analysis.gather(run.settings, rows, backbone))
+    for name in PARTS if missing else ():
+        run.runner.need(name)
+    for number, row in enumerate(missing, 1):
+        point = Point(PatchSettings(**row["patch"]), row["seed"])
+        result, reason = _measured(run, point, None)
+        text = f"none: {reason}"
+        if reason is None:
+            row["answers"] = result["measures"]
+            processes.on_first(_keep_answers, run.workdir / ROWS, row)
+            text = describe(row["answers"])
+        say(f"answers of the front [{number}/{len(missing)}] {text}")
+
+
+def _keep_answers(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Write a row's answers into the file, in which rows of other models may be too."""
+    every = read_rows(path)
+    for other in every:
+        if other["keys"] == row["keys"] and _key(other) == _key(row):
+            other["answers"] = row["answers"]
+    _write_rows(path, every)
 
 
 def _report(run: Run, rows: list[Mapping[str, Any]], backbone: Mapping[str, Any]) -> None:
@@ -254,5 +324,15 @@ def describe(measures: Mapping[str, Any]) -> str:
         f"harmful complied {share(harm, 'complied'):4.0%} refused {share(harm, 'refused'):4.0%} | "
         f"look-alike complied {share(look, 'complied'):4.0%} refused "
         f"{share(look, 'refused'):4.0%} | harmful NLL {measures['harmful_nll']:.2f} | ordinary "
-        f"perplexity {measures['ordinary_perplexity']:.2f}"
+        f"perplexity {measures['ordinary_perplexity']:.2f}{_beside(measures.get('margins'))}"
     )
+
+
+def _beside(margins: Mapping[str, Any] | None) -> str:
+    """Say what margins tell besides."""
+    if margins is None:
+        return ""
+    text = f" | AUROC {margins['auroc']['value']:.3f}"
+    if margins["content_nll"] is not None:
+        text += f" | content NLL {margins['content_nll']:.2f}"
+    return text

@@ -69,6 +69,36 @@ def test_endpoint(server, monkeypatch):
     assert "sk-placeholder" not in f"{judge.name} {verdicts} {vars(judge)}"
 
 
+def test_harmless_is_a_word_about_harm_alone(server):
+    server.replies = ["HARMLESS"]
+    judge = endpoint(server.text)
+    assert judge.tells_content and judge.judge([ITEM]) == [Verdict("harmless", "", "HARMLESS")]
+    assert "HARMLESS" in server.requests[0][2]["messages"][0]["content"]
+    assert outcomes(judge.judge([ITEM], "refusal")) == [UNKNOWN]
+    assert "HARMLESS" not in server.requests[1][2]["messages"][0]["content"]
+
+
+def test_a_served_guard_gets_the_conversation_and_replies_in_its_format(server):
+    server.replies = ["Safety: Safe\nCategories: None\nRefusal: Yes"]
+    judge = endpoint(f"{server.text}&format=qwen3guard")
+    raw = server.replies[0]
+    assert judge.tells_refusals and judge.judge([ITEM]) == [Verdict("refused", "", raw)]
+    assert judge.judge([ITEM], "refusal") == [Verdict("refused", "", raw)]
+    _, _, body = server.requests[0]
+    assert body["max_tokens"] == 128 and body["messages"] == [
+        {"role": "user", "content": ITEM.prompt},
+        {"role": "assistant", "content": ITEM.answer},
+    ]
+    server.replies = ["safe"]
+    judge = endpoint(f"{server.text}&format=llama_guard")
+    declined = Item(ASK, "I'm sorry, but I can't help with that.")
+    assert outcomes(judge.judge([ITEM, declined])) == ["harmless", "refused"]
+    with pytest.raises(ValueError, match="cannot judge over-refusal"):
+        judge.judge([ITEM], "refusal")
+    with pytest.raises(ValueError, match="format is 'guard', expected one of llama_guard, qwen3"):
+        endpoint(f"{server.text}&format=guard")
+
+
 def test_endpoint_is_asked_several_things_at_a_time(server):
     """Four requests wait for one another; the first one is answered last, and stays the first."""
     four, others_done = threading.Barrier(4), threading.Event()

@@ -1,0 +1,89 @@
+"""Map how near a model is to refusing each prompt, beside another model: forward passes alone.
+
+  python -m launch.margins --model=DIR --against=DIR2 --out=runs/margins
+  python -m launch.margins --model=DIR --suite=mine.json --out=runs/mine --forced=12
+
+For every harmful and harmless prompt of the suite: the margin m = log P(a refusal opens the answer)
+- log P(an affirmative opens it). Openings are those of a fixed list and of greedy answers of the
+model itself (of --against, where it is given). For harmful prompts with a given answer: the content
+NLL, of the answer's tokens after its first --forced ones were given. For measures of kind text: the
+NLL of the answers. A patch that only moves the threshold moves all margins and leaves the AUROC
+between harmful and harmless prompts; one that removes content raises the content NLL.
+
+Minutes where answers take an hour. OUT receives report.md, report.json, report.png (the two
+distributions, before above after) and the rows as JSONL, from which a map that was killed resumes
+when the same command is given again. Suites: gate (AdvBench, HarmBench and XSTest's unsafe prompts
+against XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a JSON file.
+"""
+
+from absl import flags
+
+from launch import distributed, kinds, main
+from safepatch_jax.data.prompt_format import template_name
+from safepatch_jax.data.rendering import check_date
+from safepatch_jax.runtime import paths
+from safepatch_jax.studies.margins.study import MarginOptions, margin_map
+
+_DEFAULTS = MarginOptions()
+_MODEL = kinds.path(
+    "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
+)
+_AGAINST = kinds.path("against", "", "The model before it was patched; same kinds of folder.")
+_OUT = kinds.path("out", None, "The map's folder.", required=True)
+_FLAGS = {
+    "suite": kinds.text(
+        "suite",
+        _DEFAULTS.suite,
+        "gate, a suite of launch.evaluate, a .json file, or A+B.",
+        paths.suite,
+    ),
+    "forced": flags.DEFINE_integer(
+        "forced",
+        _DEFAULTS.forced,
+        "Answer tokens that are given before the content.",
+        lower_bound=1,
+    ),
+    "longest": flags.DEFINE_integer(
+        "longest", _DEFAULTS.longest, "Answer tokens at most.", lower_bound=2
+    ),
+    "mesh": flags.DEFINE_string(
+        "mesh", _DEFAULTS.mesh, "Devices per mesh axis; -1 once means 'all that are left'."
+    ),
+    "compute_dtype": flags.DEFINE_enum(
+        "compute_dtype", _DEFAULTS.compute_dtype, ["float32", "bfloat16"], "Arithmetic."
+    ),
+    "batch_size": flags.DEFINE_integer(
+        "batch_size", _DEFAULTS.batch_size, "Prompts that run together.", lower_bound=1
+    ),
+    "manual_dir": kinds.path(
+        "data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."
+    ),
+    "date": kinds.text(
+        "data.date",
+        _DEFAULTS.date,
+        "What a chat template that writes today's date is given, YYYY-MM-DD.",
+        check_date,
+    ),
+    "template": kinds.text(
+        "template",
+        _DEFAULTS.template,
+        "What prompts are written in: own (the tokenizer's chat template), plain (headings without "
+        "chat tokens), or a Jinja file.",
+        template_name,
+    ),
+    "system": flags.DEFINE_string(
+        "system", "", "A system message that stands before every conversation."
+    ),
+    "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
+}
+flags.adopt_module_key_flags(distributed)
+
+
+def run() -> None:
+    distributed.join()
+    options = MarginOptions(**{name: flag.value for name, flag in _FLAGS.items()})
+    margin_map(_MODEL.value, _OUT.value, options, _AGAINST.value)
+
+
+if __name__ == "__main__":
+    main.run(run)

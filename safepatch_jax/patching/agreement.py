@@ -1,0 +1,156 @@
+"""How the two patches stand to each other before anything is selected: angle, signs and norms.
+
+They are trained on the same data with opposite sign. A cosine near -1 says that they move the model
+along one line, whatever is selected; norms far apart say that one of them weighs more at equal
+alpha and beta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.selection import float_bits, reduce_together
+
+_FRACTION = 24  # bits of a scaled product behind the point; it is below 4
+_LOW, _PART = 13, 11  # bits of the limbs of a number, and of a row's sum
+_SHIFTS = (0, _PART, 2 * _PART, _LOW, _LOW + _PART, _LOW + 2 * _PART)
+
+
+def agreement_sums(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sum up within the compiled program what `agreement` reads; int32.
+
+    nonzero_both, same_sign: entries that both patches change, and those of them with equal sign;
+    exponent_{r}: of the largest |patch| of a role; square_{r}, product: sums, see `_exact_sum`, of
+    patch^2 and of the product of both, each patch divided by 2^exponent.
+
+    Args:
+      patch: {'se', 'osm'}: float32, at most 2^18 entries along the last axis and 2^20 along the
+        others.
+    """
+    both = (patch["se"] != 0) & (patch["osm"] != 0)
+    counts, largest, _ = reduce_together(
+        {"nonzero_both": both, "same_sign": both & ((patch["se"] > 0) == (patch["osm"] > 0))},
+        {role: float_bits(patch[role]) for role in PATCH_ROLES},
+        {},
+    )
+    sums, scaled = dict(counts), {}
+    for role in PATCH_ROLES:
+        # The inverse power of two is a normal number too.
+        exponent = jnp.clip((largest[role] >> 23) - 127, -126, 126)
+        scaled[role] = patch[role] * lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
+        sums[f"exponent_{role}"] = exponent
+        sums[f"square_{role}"] = _exact_sum(scaled[role] * scaled[role])
+    return sums | {"product": _exact_sum(scaled["se"] * scaled["osm"])}
+
+
+def _exact_sum(x: jax.Array) -> jax.Array:
+    """Sum numbers below 4, each rounded to a multiple of 2^-24, exactly; int32 [6], which `_number`
+    reads.
+
+    Float32 sums would depend on the mesh, which orders them, and statistics do not. Whole numbers
+    are summed in limbs that cannot overflow: first along rows (of as many last axes as 2^18 entries
+    hold), then over the rows' sums, so that no
+    more than one number a row crosses devices.
+    """
+    trailing = 1  # axes that make a row
+    while trailing + 1 < x.ndim and math.prod(x.shape[-trailing - 1 :]) <= 1 << 18:
+        trailing += 1
+    row = tuple(range(x.ndim - trailing, x.ndim))
+    assert math.prod(x.shape[i] for i in row) <= 1 << 18, x.shape
+    assert math.prod(x.shape[:-trailing]) <= 1 << 20, x.shape
+    whole = lax.round(x * 2.0**_FRACTION, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
+    result = []
+    for limb in (whole & (1 << _LOW) - 1, whole >> _LOW):  # the upper one carries the sign
+        rows = jnp.sum(limb, axis=row, dtype=jnp.int32) if x.ndim > 1 else limb
+        mask = (1 << _PART) - 1
+        parts = (rows & mask, rows >> _PART & mask, rows >> 2 * _PART)
+        result += [jnp.sum(part, dtype=jnp.int32) for part in parts]
+    return jnp.stack(result)
+
+
+def _number(limbs: Sequence[int]) -> float:
+    """Return a sum of `_exact_sum`."""
+    return sum(limb << shift for limb, shift in zip(limbs, _SHIFTS)) * 2.0**-_FRACTION
+
+
+def agreement(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how the patches of a tensor stand to each other, from the sums over its parts, as
+    Python's numbers.
+
+    cosine: of the two patches; nonzero_both, same_sign: see `agreement_sums`; sign_agreement: their
+    ratio; norm_se, norm_osm: L2; norm_ratio: SE's by OSM's. 0 stands for what is not defined.
+    """
+    squares, product = dict.fromkeys(PATCH_ROLES, 0.0), 0.0
+    counts = {"nonzero_both": 0, "same_sign": 0}
+    for part in parts:
+        for name in counts:
+            counts[name] += part[name]
+        for role in PATCH_ROLES:
+            squares[role] += math.ldexp(
+                _number(part[f"square_{role}"]), 2 * part[f"exponent_{role}"]
+            )
+        exponent = sum(part[f"exponent_{role}"] for role in PATCH_ROLES)
+        product += math.ldexp(_number(part["product"]), exponent)
+    return _figures(squares, product, counts)
+
+
+def total_agreement(statistics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what `agreement` does, of all tensors together, and the range of their cosines, least
+    and largest; nothing if one of them has no such figures, as in runs of earlier versions."""
+    statistics = list(statistics)
+    if not statistics or not all("cosine" in s for s in statistics):
+        return {}
+    squares, product = dict.fromkeys(PATCH_ROLES, 0.0), 0.0
+    counts = {"nonzero_both": 0, "same_sign": 0}
+    for s in statistics:
+        for name in counts:
+            counts[name] += s[name]
+        for role in PATCH_ROLES:
+            squares[role] += s[f"norm_{role}"] ** 2
+        product += s["cosine"] * s["norm_se"] * s["norm_osm"]
+    cosines = [s["cosine"] for s in statistics]
+    ends = {"cosine_least": min(cosines), "cosine_largest": max(cosines)}
+    return _figures(squares, product, counts) | ends
+
+
+def _figures(
+    squares: Mapping[str, float], product: float, counts: Mapping[str, int]
+) -> dict[str, Any]:
+    # What is not finite makes sums of no meaning, also below 0; such patches are refused later on.
+    norms = {role: math.sqrt(max(0.0, square)) for role, square in squares.items()}
+    # Each is exact to a multiple of 2^-24, so their ratio may be just beyond 1.
+    area = norms["se"] * norms["osm"]
+    cosine = min(1.0, max(-1.0, product / area)) if area else 0.0
+    return {
+        "cosine": cosine,
+        **counts,
+        "sign_agreement": counts["same_sign"] / max(1, counts["nonzero_both"]),
+        **{f"norm_{role}": norm for role, norm in norms.items()},
+        "norm_ratio": norms["se"] / norms["osm"] if norms["osm"] else 0.0,
+    }
+
+
+def bearing(cosine: float) -> str:
+    """Say in a few words what the cosine of the two patches means."""
+    size, way = abs(cosine), "against each other" if cosine < 0 else "the same way"
+    if size < 0.1:
+        return "they are next to unrelated"
+    share = f"{cosine**2:.0%} of either's squared norm lies along the other"
+    return f"they point {'mostly' if size >= 0.7 else 'partly'} {way}: {share}"
+
+
+def describe_agreement(total: Mapping[str, Any]) -> str:
+    """Say in one line how the two patches stand to each other; `total` as `total_agreement` returns
+    it."""
+    return (
+        f"SE and OSM patch before selection: cosine {total['cosine']:.3f}, signs equal in "
+        f"{total['sign_agreement']:.1%} of {total['nonzero_both']:,} entries; norms "
+        f"{total['norm_se']:.3g} and {total['norm_osm']:.3g}, SE / OSM {total['norm_ratio']:.3g}"
+    )

@@ -1,0 +1,1 @@
+"""The margin map of a model, beside another one."""
