@@ -311,7 +311,7 @@ def _incoherent(content: Mapping[str, Any], names: Sequence[str]) -> list[list[s
 def _broken(x: Mapping[str, Any] | None) -> str:
     if x is None:
         return "-"
-    return percent(x["incoherent"] / max(1, sum(x[outcome] for outcome in ALL_OUTCOMES)))
+    return percent(x["incoherent"] / max(1, sum(x.get(outcome, 0) for outcome in ALL_OUTCOMES)))
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
