@@ -33,9 +33,7 @@ same answers. The answers of a jailbroken model are in OUT/answers: handle with 
 
 from absl import flags
 
-from launch import distributed, kinds, main
-from safepatch_jax.data.prompt_format import template_name
-from safepatch_jax.data.rendering import check_date
+from launch import distributed, kinds, main, measuring
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.console import show
 from safepatch_jax.studies.evaluate import study as evaluate
@@ -63,7 +61,7 @@ _TEMPLATES = flags.DEFINE_list(
     [],
     "Templates as of --template: all is done in each, side by side in one report; own,plain.",
 )
-_FLAGS = {
+_FLAGS = measuring.define(_DEFAULTS) | {
     "suite": kinds.text(
         "suite",
         _DEFAULTS.suite,
@@ -77,15 +75,6 @@ _FLAGS = {
         "second_judge", "", "A second judge; the report then has their agreement.", paths.judge
     ),
     "grader": flags.DEFINE_string("grader", "", "Who grades mt_bench: endpoint:URL?model=NAME."),
-    "mesh": flags.DEFINE_string(
-        "mesh", _DEFAULTS.mesh, "Devices per mesh axis; -1 once means 'all that are left'."
-    ),
-    "compute_dtype": flags.DEFINE_enum(
-        "compute_dtype", _DEFAULTS.compute_dtype, ["float32", "bfloat16"], "Arithmetic."
-    ),
-    "batch_size": flags.DEFINE_integer(
-        "batch_size", _DEFAULTS.batch_size, "Sequences that run together.", lower_bound=1
-    ),
     "temperature": flags.DEFINE_float(
         "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0
     ),
@@ -97,26 +86,6 @@ _FLAGS = {
         upper_bound=1.0,
     ),
     "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
-    "manual_dir": kinds.path(
-        "data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."
-    ),
-    "date": kinds.text(
-        "data.date",
-        _DEFAULTS.date,
-        "What a chat template that writes today's date is given, YYYY-MM-DD.",
-        check_date,
-    ),
-    "template": kinds.text(
-        "template",
-        "",
-        "What prompts are written in: own (the tokenizer's chat template), plain (headings without "
-        "chat tokens), or a Jinja file.",
-        template_name,
-    ),
-    "system": flags.DEFINE_string(
-        "system", "", "A system message that stands before every conversation."
-    ),
-    "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }
 flags.adopt_module_key_flags(distributed)
 

@@ -18,9 +18,7 @@ against XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a J
 
 from absl import flags
 
-from launch import distributed, kinds, main
-from safepatch_jax.data.prompt_format import template_name
-from safepatch_jax.data.rendering import check_date
+from launch import distributed, kinds, main, measuring
 from safepatch_jax.runtime import paths
 from safepatch_jax.studies.margins.study import MarginOptions, margin_map
 
@@ -30,7 +28,7 @@ _MODEL = kinds.path(
 )
 _AGAINST = kinds.path("against", "", "The model before it was patched; same kinds of folder.")
 _OUT = kinds.path("out", None, "The map's folder.", required=True)
-_FLAGS = {
+_FLAGS = measuring.define(_DEFAULTS) | {
     "suite": kinds.text(
         "suite",
         _DEFAULTS.suite,
@@ -46,35 +44,6 @@ _FLAGS = {
     "longest": flags.DEFINE_integer(
         "longest", _DEFAULTS.longest, "Answer tokens at most.", lower_bound=2
     ),
-    "mesh": flags.DEFINE_string(
-        "mesh", _DEFAULTS.mesh, "Devices per mesh axis; -1 once means 'all that are left'."
-    ),
-    "compute_dtype": flags.DEFINE_enum(
-        "compute_dtype", _DEFAULTS.compute_dtype, ["float32", "bfloat16"], "Arithmetic."
-    ),
-    "batch_size": flags.DEFINE_integer(
-        "batch_size", _DEFAULTS.batch_size, "Prompts that run together.", lower_bound=1
-    ),
-    "manual_dir": kinds.path(
-        "data.manual_dir", "", "Folder with files of public data sets that were fetched by hand."
-    ),
-    "date": kinds.text(
-        "data.date",
-        _DEFAULTS.date,
-        "What a chat template that writes today's date is given, YYYY-MM-DD.",
-        check_date,
-    ),
-    "template": kinds.text(
-        "template",
-        _DEFAULTS.template,
-        "What prompts are written in: own (the tokenizer's chat template), plain (headings without "
-        "chat tokens), or a Jinja file.",
-        template_name,
-    ),
-    "system": flags.DEFINE_string(
-        "system", "", "A system message that stands before every conversation."
-    ),
-    "data_dir": kinds.path("data_dir", _DEFAULTS.data_dir, "Where public data sets are prepared."),
 }
 flags.adopt_module_key_flags(distributed)
 

@@ -198,7 +198,7 @@ def _answer_items(
         if engine.fits(talk, measure.max_new):
             talks[i] = talk
         else:
-            lines.add(_too_long(i))
+            lines.add(too_long(i))
     ids = list(talks)
 
     def keep(k: int, new: Sequence[int]) -> None:
@@ -218,7 +218,7 @@ def _score_items(
         if length_of(example) <= engine.config.max_length:
             examples[i] = example
         else:
-            lines.add(_too_long(i))
+            lines.add(too_long(i))
     ids = list(examples)
 
     def keep(k: int, row: Mapping[str, Any]) -> None:
@@ -227,7 +227,8 @@ def _score_items(
     answer_likelihoods(engine, list(examples.values()), other, title, keep)
 
 
-def _too_long(i: str) -> dict[str, str]:
+def too_long(i: str) -> dict[str, str]:
+    """Return the row of an item that does not fit into the model's positions."""
     return {"id": i, "left_out": "too long for the model"}
 
 

@@ -54,16 +54,16 @@ def margins(
     trie = _Trie(openings)
     engine.check(prompts, trie.depth)
     shared = _shared(prompts)
-    before = None
+    begun = None
     if shared:
-        before = _read_shared(engine, prompts[0][:shared])
+        begun = _read_shared(engine, prompts[0][:shared])
     rests = [ids[shared:] for ids in prompts]
     with progress(len(prompts), title, "prompt") as bar:
         for rows, group in engine.groups([len(ids) for ids in prompts]):
             filled = group + [group[-1]] * (rows - len(group))
             batch = engine.put_prompts([rests[i] for i in filled])
             first_BO, later = _opening_logprobs(
-                engine.decoder, engine.params, before, batch, trie.paths, trie.tokens
+                engine.decoder, engine.params, begun, batch, trie.paths, trie.tokens
             )
             later = {depth: processes.fetch(x_RBDO) for depth, x_RBDO in later.items()}
             of_each = trie.logprobs(processes.fetch(first_BO), later)
@@ -96,7 +96,8 @@ def _past_of(decoder: Decoder, params: Any, tokens_BT, valid_BT) -> Past:
 
 def _by_kind(logprobs_O: np.ndarray, refusals: int, title: str) -> dict[str, float]:
     kinds = {"refusal": logprobs_O[:refusals], "affirmative": logprobs_O[refusals:]}
-    result = {kind: float(np.logaddexp.reduce(values)) for kind, values in kinds.items()}
+    with np.errstate(invalid="ignore"):  # told below
+        result = {kind: float(np.logaddexp.reduce(values)) for kind, values in kinds.items()}
     if not all(map(math.isfinite, result.values())):
         raise NotFinite(
             f"{title}: the log-probability of an opening is {result}: the model's weights hold NaN "
@@ -153,11 +154,11 @@ def _place_of(path: Ids, by_depth: Mapping[int, Sequence[Ids]]) -> tuple[int, in
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def _opening_logprobs(
-    decoder: Decoder, params: Any, before: Past | None, batch, paths, tokens_DO
+    decoder: Decoder, params: Any, begun: Past | None, batch, paths, tokens_DO
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """Return the log-probability of each opening's first token [B, O], and by depth along each path
     those of the openings' later tokens [R, B, D, O], as if every opening ran along it."""
-    logits_BV, past = _read_on(decoder, params, before, batch["tokens"], batch["valid"])
+    logits_BV, past = _read_on(decoder, params, begun, batch["tokens"], batch["valid"])
     start_B1 = past.positions_BS[:, -1:] + 1
 
     def of_path(path_D):
@@ -175,16 +176,16 @@ def _opening_logprobs(
 
 
 def _read_on(
-    decoder: Decoder, params: Any, before: Past | None, tokens_BT, valid_BT
+    decoder: Decoder, params: Any, begun: Past | None, tokens_BT, valid_BT
 ) -> tuple[jax.Array, Past]:
     """Read left-padded prompts after what all of them begin with; returns as `generate.read`."""
-    if before is None:
+    if begun is None:
         return read(decoder, params, tokens_BT, valid_BT, 0)
     batch, length = tokens_BT.shape
-    times = batch // before.valid_BS.shape[0]
-    k, v = (jnp.repeat(x, times, axis=1) for x in (before.k_LBSKH, before.v_LBSKH))
+    times = batch // begun.valid_BS.shape[0]
+    k, v = (jnp.repeat(x, times, axis=1) for x in (begun.k_LBSKH, begun.v_LBSKH))
     earlier_BS, read_BS = (
-        jnp.repeat(x, times, axis=0) for x in (before.positions_BS, before.valid_BS)
+        jnp.repeat(x, times, axis=0) for x in (begun.positions_BS, begun.valid_BS)
     )
     shared = earlier_BS.shape[1]
     positions_BT = shared + jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import COMPLIED, REFUSED
@@ -57,7 +57,9 @@ AFFIRMATIVES = (
 _LONGEST = 4  # tokens of an opening of the model's own
 _MOST = 24  # openings of the model's own, of each kind
 WRITTEN = 24  # tokens of an answer that is judged
+_ASKED = 24  # prompts of each kind that are asked for openings
 Ids = tuple[int, ...]
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,12 @@ def find_openings(engine: Engine, prompts: Sequence[Sequence[int]], title: str) 
     return Openings(
         _prefix_free([*fixed.refusal, *refusal]), _prefix_free([*fixed.affirmative, *affirmative])
     )
+
+
+def some_of(items: Sequence[Item]) -> list[Item]:
+    """Return 24 items, evenly from a list, or all: prompts of one kind whose answers give
+    openings."""
+    return list(items[:: max(1, len(items) // _ASKED)][:_ASKED])
 
 
 def _opening(engine: Engine, text: str) -> Ids:

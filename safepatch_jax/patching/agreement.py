@@ -18,6 +18,7 @@ from jax import lax
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.selection import float_bits, reduce_together
 
+_COUNTS = ("nonzero_both", "same_sign")
 _FRACTION = 24  # bits of a scaled product behind the point; it is below 4
 _LOW, _PART = 13, 11  # bits of the limbs of a number, and of a row's sum
 _SHIFTS = (0, _PART, 2 * _PART, _LOW, _LOW + _PART, _LOW + 2 * _PART)
@@ -56,8 +57,7 @@ def _exact_sum(x: jax.Array) -> jax.Array:
 
     Float32 sums would depend on the mesh, which orders them, and statistics do not. Whole numbers
     are summed in limbs that cannot overflow: first along rows (of as many last axes as 2^18 entries
-    hold), then over the rows' sums, so that no
-    more than one number a row crosses devices.
+    hold), then over the rows' sums, so that no more than one number a row crosses devices.
     """
     trailing = 1  # axes that make a row
     while trailing + 1 < x.ndim and math.prod(x.shape[-trailing - 1 :]) <= 1 << 18:
@@ -87,18 +87,17 @@ def agreement(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     cosine: of the two patches; nonzero_both, same_sign: see `agreement_sums`; sign_agreement: their
     ratio; norm_se, norm_osm: L2; norm_ratio: SE's by OSM's. 0 stands for what is not defined.
     """
-    squares, product = dict.fromkeys(PATCH_ROLES, 0.0), 0.0
-    counts = {"nonzero_both": 0, "same_sign": 0}
-    for part in parts:
-        for name in counts:
-            counts[name] += part[name]
-        for role in PATCH_ROLES:
-            squares[role] += math.ldexp(
-                _number(part[f"square_{role}"]), 2 * part[f"exponent_{role}"]
-            )
-        exponent = sum(part[f"exponent_{role}"] for role in PATCH_ROLES)
-        product += math.ldexp(_number(part["product"]), exponent)
-    return _figures(squares, product, counts)
+    return _figures(map(_of_part, parts))
+
+
+def _of_part(part: Mapping[str, Any]) -> dict[str, float]:
+    """Return the sums of one part as plain numbers."""
+    exponents = {role: part[f"exponent_{role}"] for role in PATCH_ROLES}
+    result = {name: part[name] for name in _COUNTS}
+    for role in PATCH_ROLES:
+        result[role] = math.ldexp(_number(part[f"square_{role}"]), 2 * exponents[role])
+    product = math.ldexp(_number(part["product"]), sum(exponents.values()))
+    return result | {"product": product}
 
 
 def total_agreement(statistics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -107,31 +106,35 @@ def total_agreement(statistics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     statistics = list(statistics)
     if not statistics or not all("cosine" in s for s in statistics):
         return {}
-    squares, product = dict.fromkeys(PATCH_ROLES, 0.0), 0.0
-    counts = {"nonzero_both": 0, "same_sign": 0}
-    for s in statistics:
-        for name in counts:
-            counts[name] += s[name]
-        for role in PATCH_ROLES:
-            squares[role] += s[f"norm_{role}"] ** 2
-        product += s["cosine"] * s["norm_se"] * s["norm_osm"]
     cosines = [s["cosine"] for s in statistics]
     ends = {"cosine_least": min(cosines), "cosine_largest": max(cosines)}
-    return _figures(squares, product, counts) | ends
+    return _figures(map(_of_tensor, statistics)) | ends
 
 
-def _figures(
-    squares: Mapping[str, float], product: float, counts: Mapping[str, int]
-) -> dict[str, Any]:
+def _of_tensor(statistics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the sums that a tensor's figures stand for."""
+    norms = {role: statistics[f"norm_{role}"] for role in PATCH_ROLES}
+    result = {name: statistics[name] for name in _COUNTS}
+    result |= {role: norm**2 for role, norm in norms.items()}
+    return result | {"product": statistics["cosine"] * norms["se"] * norms["osm"]}
+
+
+def _figures(sums: Iterable[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the figures of several parts, each with the two counts, the sum of squares of each
+    patch and that of their products."""
+    total = dict.fromkeys((*_COUNTS, *PATCH_ROLES, "product"), 0)
+    for part in sums:
+        for name in total:
+            total[name] += part[name]
     # What is not finite makes sums of no meaning, also below 0; such patches are refused later on.
-    norms = {role: math.sqrt(max(0.0, square)) for role, square in squares.items()}
+    norms = {role: math.sqrt(max(0.0, total[role])) for role in PATCH_ROLES}
     # Each is exact to a multiple of 2^-24, so their ratio may be just beyond 1.
     area = norms["se"] * norms["osm"]
-    cosine = min(1.0, max(-1.0, product / area)) if area else 0.0
+    cosine = min(1.0, max(-1.0, total["product"] / area)) if area else 0.0
     return {
         "cosine": cosine,
-        **counts,
-        "sign_agreement": counts["same_sign"] / max(1, counts["nonzero_both"]),
+        **{name: total[name] for name in _COUNTS},
+        "sign_agreement": total["same_sign"] / max(1, total["nonzero_both"]),
         **{f"norm_{role}": norm for role, norm in norms.items()},
         "norm_ratio": norms["se"] / norms["osm"] if norms["osm"] else 0.0,
     }

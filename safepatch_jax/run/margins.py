@@ -12,14 +12,13 @@ from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.margins import auroc, margins, margins_of, refused, summary
 from safepatch_jax.evaluation.measures import ANSWERED, perplexity
-from safepatch_jax.evaluation.openings import Openings, find_openings
+from safepatch_jax.evaluation.openings import Openings, find_openings, some_of
 from safepatch_jax.models.table import nest, unnest
 from safepatch_jax.run.models import Flat
 from safepatch_jax.run.state import Run
 
 FORCED = 8  # answer tokens that are given before the content
 Rows = dict[str, list[dict[str, float]]]
-_ASKED = 24  # prompts of each role whose greedy answers give openings
 
 
 class MarginMeter:
@@ -50,9 +49,7 @@ class MarginMeter:
     def _find(self) -> Openings:
         prompts = []
         for role in ANSWERED:
-            examples = self._encoded[role].examples
-            step = max(1, len(examples) // _ASKED)
-            prompts += [example.prompt_ids for example in examples[::step][:_ASKED]]
+            prompts += [example.prompt_ids for example in some_of(self._encoded[role].examples)]
         return find_openings(self.backbone(), prompts, "openings")
 
     def rows(self, engine: Engine, title: str) -> Rows:
@@ -81,15 +78,15 @@ class MarginMeter:
         return [rows[i] for i in range(len(examples))]
 
     def measures(self, engine: Engine, title: str) -> dict[str, Any]:
-        """Return a model's measures, see `of_rows`, and the numbers of records."""
+        """Return a model's measures, see `expected_measures`, and the numbers of records."""
         data = {}
         for role, encoded in self._encoded.items():
             counts = {"examples": len(encoded.examples), "left_out": encoded.dropped}
             data[role] = counts | {"cut": encoded.cut}
-        return {"data": data} | of_rows(self.rows(engine, title))
+        return {"data": data} | expected_measures(self.rows(engine, title))
 
 
-def of_rows(rows: Rows) -> dict[str, Any]:
+def expected_measures(rows: Rows) -> dict[str, Any]:
     """Return the measures that follow from the rows of `MarginMeter.rows`: those of
     `evaluation.measures.combine_roles`, with EXPECTED numbers of refusals and compliances where the
     opening is drawn.

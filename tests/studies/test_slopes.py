@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from safepatch_jax.run.margins import of_rows
+from safepatch_jax.run.margins import expected_measures
 from safepatch_jax.runtime import files
 from safepatch_jax.studies.sweep.slopes import SlopeOptions, gather, predicted, slopes
 
@@ -45,7 +45,7 @@ def test_slopes_and_plane(settings):
     assert content["slopes"]["beta"]["harmful"] == pytest.approx(-2)
     assert content["slopes"]["alpha"]["content_nll"] == pytest.approx(1 / 5)
     assert content["slopes"]["beta"]["ordinary_nll"] == pytest.approx(1 / 10)
-    true = of_rows(rows_at((0.5, 1.0)))
+    true = expected_measures(rows_at((0.5, 1.0)))
     point = content["plane"][10][10]
     assert (point["alpha"], point["beta"]) == (0.5, 1.0)
     assert point["harm"] == pytest.approx(true["harmful"]["complied"] / 5)
@@ -83,7 +83,7 @@ def test_a_tiny_models_plane_is_checked_and_resumed(settings, tmp_path):
     a, b = OPTIONS.corners[3]
     corner = next(p for p in map(files.read_json, points) if p["place"] == [a, b])
     row = next(p for p in sum(content["plane"], []) if (p["alpha"], p["beta"]) == (a, b))
-    assert row["auroc"] == of_rows(corner["rows"])["margins"]["auroc"]["value"]
+    assert row["auroc"] == expected_measures(corner["rows"])["margins"]["auroc"]["value"]
 
 
 @pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"step": 1.5}, {"checks": -1}])

@@ -18,18 +18,16 @@ from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, companions
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
-from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
 from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.models.config import read_hf_config, same_architecture
-from safepatch_jax.run.convert import Place
 from safepatch_jax.run.stages import versions
-from safepatch_jax.run.state import check_source
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate import report, side_by_side
+from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 RECORD = "evaluation.json"
@@ -282,16 +280,8 @@ class _Evaluation:
         return engine.with_format(self._options.formats[label]) if label else engine
 
     def _open(self, folder: str) -> Engine:
-        say(f"Loading {folder}")
-        options = self._options
-        return Engine.open(
-            folder,
-            mesh=options.mesh,
-            compute_dtype=options.compute_dtype,
-            batch_size=options.batch_size,
-            date=options.date,
-            prompt_format=options.formats.get("", PromptFormat()),
-        )
+        prompt_format = self._options.formats.get("", PromptFormat())
+        return open_model(folder, self._options, prompt_format)
 
 
 def _check(
@@ -300,10 +290,9 @@ def _check(
     """Raise ValueError for what else would show only after some answers."""
     options.check_seeds(any(measure.kind in GENERATED for measure in suite))
     check_names(suite, options.suite, {"speed": "the time of a token"})
+    asks = any(measure.kind in (*ROLES, "mt_bench") for measure in suite)
     for folder in folders.values():
-        if not resolve(folder).is_dir():
-            raise ValueError(f"no model folder '{folder}'.")
-        _check_model(folder, options, asks=any(m.kind in JUDGED for m in suite))
+        check_model(folder, options.date, options.formats.values(), asks)
     texts = [measure.name for measure in suite if measure.kind == "text"]
     if texts:
         configs = [read_hf_config(companions(folder)) for folder in folders.values()]
@@ -313,18 +302,6 @@ def _check(
                 "different architectures. Give --against the model that was patched, or a suite "
                 "without kind 'text'."
             )
-
-
-def _check_model(folder: str, options: EvaluationOptions, asks: bool) -> None:
-    """Raise ValueError for what can be seen of a model before its weights are read, so that an
-    evaluation that cannot begin leaves nothing; `asks` says whether there are prompts for its chat
-    template."""
-    check_source(Place.parse(folder).absolute())
-    path = companions(folder)
-    for prompt_format in options.formats.values():
-        prompter = Prompter(read_hf_config(path), path, options.date, prompt_format)
-        if asks:
-            prompter.needed_chat()
 
 
 def difference(name: str, recorded: Any, wanted: Any) -> str:

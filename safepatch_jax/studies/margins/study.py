@@ -17,23 +17,20 @@ from safepatch_jax.data import cells
 from safepatch_jax.data.chat import Example
 from safepatch_jax.data.prompt_format import PromptFormat, read_format
 from safepatch_jax.data.rendering import DATE
-from safepatch_jax.evaluation.answers import JUDGED, ROLES, Sources, companions, fingerprint
+from safepatch_jax.evaluation.answers import JUDGED, ROLES, Sources, fingerprint, too_long
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.margins import margins
-from safepatch_jax.evaluation.openings import WRITTEN, Openings, find_openings
-from safepatch_jax.evaluation.prompter import Prompter
+from safepatch_jax.evaluation.openings import WRITTEN, Openings, find_openings, some_of
 from safepatch_jax.evaluation.suites import Measure, load_suite
-from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.run.convert import Place
 from safepatch_jax.run.stages import versions
-from safepatch_jax.run.state import check_source
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
+from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.report import labels
 from safepatch_jax.studies.evaluate.study import difference
 from safepatch_jax.studies.margins import report
@@ -41,7 +38,6 @@ from safepatch_jax.studies.margins import report
 RECORD, OPENINGS = "margin_map.json", "openings.json"
 _NAMES = (RECORD, OPENINGS, "margins", "contents", *report.FILES)
 _FIX = "Give another --out, or delete the folder: all is computed again."
-_ASKED = 24  # prompts of each kind whose greedy answers give openings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +121,7 @@ class _MarginMap:
                     f"map compares {what} prompts with the others. Add one, as in --suite=gate."
                 )
         for folder in folders.values():
-            _check_model(folder, options)
+            check_model(folder, options.date, [options.prompt_format], asks=True)
         sources = Sources(options.manual_dir, options.data_dir)
         self._items = {measure.name: sources.items(measure) for measure in self._suite}
 
@@ -210,16 +206,7 @@ class _MarginMap:
                 self._contents(engine(), measure, missing, lines, f"{title}, answers")
 
     def _open(self, folder: str) -> Engine:
-        say(f"Loading {folder}")
-        options = self._options
-        return Engine.open(
-            folder,
-            mesh=options.mesh,
-            compute_dtype=options.compute_dtype,
-            batch_size=options.batch_size,
-            date=options.date,
-            prompt_format=options.prompt_format,
-        )
+        return open_model(folder, self._options, self._options.prompt_format)
 
     def _openings(self, engine: Engine) -> Openings:
         """Return the openings, of the first model that is asked for them."""
@@ -231,8 +218,7 @@ class _MarginMap:
         prompts = []
         for kind in JUDGED:
             measure = next(m for m in self._suite if m.kind == kind)
-            items = list(self._items[measure.name].values())
-            for item in items[:: max(1, len(items) // _ASKED)][:_ASKED]:
+            for item in some_of(list(self._items[measure.name].values())):
                 ids = engine.ask_talk(_talk(measure, item))
                 if len(ids) + WRITTEN <= engine.config.max_length:
                     prompts.append(ids)
@@ -255,7 +241,7 @@ class _MarginMap:
             if len(ids) + openings.longest <= engine.config.max_length:
                 prompts[i] = ids
             else:
-                lines.add(_too_long(i))
+                lines.add(too_long(i))
         names = list(prompts)
 
         def keep(k: int, row: Mapping[str, float]) -> None:
@@ -280,7 +266,7 @@ class _MarginMap:
                 whole, answer_ids=whole.answer_ids[: self._options.longest]
             )
             if example.length + 1 > engine.config.max_length:
-                lines.add(_too_long(i))
+                lines.add(too_long(i))
             elif len(example.answer_ids) <= forced:
                 lines.add({"id": i, "left_out": "no token after the opening"})
             else:
@@ -296,17 +282,3 @@ class _MarginMap:
 
 def _talk(measure: Measure, item: Mapping[str, Any]) -> Any:
     return cells.talk(FORMS[measure.form](item["prompt"]), item.get("turns", ()))
-
-
-def _too_long(i: str) -> dict[str, str]:
-    return {"id": i, "left_out": "too long for the model"}
-
-
-def _check_model(folder: str, options: MarginOptions) -> None:
-    """Raise ValueError for what can be seen of a model before its weights are read."""
-    if not resolve(folder).is_dir():
-        raise ValueError(f"no model folder '{folder}'.")
-    check_source(Place.parse(folder).absolute())
-    path = companions(folder)
-    prompter = Prompter(read_hf_config(path), path, options.date, options.prompt_format)
-    prompter.needed_chat()

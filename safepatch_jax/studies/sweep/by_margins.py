@@ -25,8 +25,8 @@ def margin_meter(run: Run) -> MarginMeter:
     """Return what measures by margins, with the openings in the workdir if they are this
     backbone's, else with those that are found now."""
     path, key = run.workdir / OPENINGS, run.runner.key("evaluate_backbone")
-    noted = processes.on_first(_read, path)
-    if noted.get("key") == key:
+    noted = noted_with(path, key)
+    if noted is not None:
         return MarginMeter(run, Openings.from_dict(noted))
     for name in ("align" if run.settings.align.enabled else "import", "evaluate_backbone"):
         run.runner.need(name)
@@ -52,11 +52,18 @@ def backbone_measures(run: Run, meter: MarginMeter) -> dict[str, Any]:
     """Return the backbone's measures, which are kept in the workdir."""
     path = run.workdir / BACKBONE
     key = files.text_hash([run.runner.key("evaluate_backbone"), measure_keys(run, meter)])
-    noted = processes.on_first(_read, path)
-    if noted.get("key") != key:
+    noted = noted_with(path, key)
+    if noted is None:
         noted = {"key": key, "measures": meter.measures(meter.backbone(), "backbone")}
         processes.on_first(files.write_json, path, noted)
     return noted["measures"]
+
+
+def noted_with(path: pathlib.Path, key: str) -> dict[str, Any] | None:
+    """Return what a JSON file of the workdir holds if it was made with this 'key', the same in all
+    processes."""
+    noted = processes.on_first(_read, path)
+    return noted if noted.get("key") == key else None
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from safepatch_jax.reporting import tables, templates
 from safepatch_jax.run import environment, models
 from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
-from safepatch_jax.run.margins import MarginMeter, Rows, of_rows
+from safepatch_jax.run.margins import MarginMeter, Rows, expected_measures
+from safepatch_jax.run.metrics import Metrics
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
@@ -38,7 +39,6 @@ from safepatch_jax.studies.sweep.study import PARTS, open_workdir
 POINTS = "slope_points"
 LEAST = 0.005  # a share by which a point must be below the backbone's
 _SIDE = 21  # points along each axis of the plane
-_FIX = "Delete it, and it is made again."
 Place = tuple[float, float]  # alpha, beta
 
 
@@ -99,7 +99,7 @@ def slopes(
     )
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
-    with folder.claimed(run.context.cache_dir):
+    with folder.claimed(run.context.cache_dir), Metrics(folder.path) as run.metrics:
         processes.on_first(environment.write, run.workdir, command, run.context.sharder)
         for name in PARTS:
             run.runner.need(name)
@@ -107,7 +107,7 @@ def slopes(
         rows = {place: _measured(run, meter, place) for place in options.corners}
         content = gather(settings, rows, options)
         for alpha, beta in content["chosen"][: options.checks]:
-            true = of_rows(_measured(run, meter, (alpha, beta)))
+            true = expected_measures(_measured(run, meter, (alpha, beta)))
             content["checks"].append(_point((alpha, beta), rows, options) | {"true": _short(true)})
         processes.on_first(_write, content, folder.path)
     return folder.path / "slopes.md"
@@ -137,18 +137,14 @@ def _measured(run: Run, meter: MarginMeter, place: Place) -> Rows:
         ]
     )
     path = run.workdir / POINTS / f"{key[:16]}.json"
-    noted = processes.on_first(_read, path)
-    if noted.get("key") == key:
+    noted = by_margins.noted_with(path, key)
+    if noted is not None:
         return noted["rows"]
     title = f"alpha {alpha:g}, beta {beta:g}"
     engine = meter.backbone() if place == (0.0, 0.0) else meter.engine(models.patched(run, patch))
     rows = meter.rows(engine, title)
     processes.on_first(_keep, path, {"key": key, "place": place, "rows": rows})
     return rows
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    return files.read_json(path, _FIX) if path.is_file() else {}
 
 
 def _keep(path: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -223,7 +219,8 @@ def _is_sound(point: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
 
 def _point(place: Place, corners: Mapping[Place, Rows], options: SlopeOptions) -> dict[str, Any]:
     alpha, beta = place
-    return {"alpha": alpha, "beta": beta} | _short(of_rows(predicted(corners, options, place)))
+    measures = expected_measures(predicted(corners, options, place))
+    return {"alpha": alpha, "beta": beta} | _short(measures)
 
 
 def _short(measures: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +248,7 @@ def _slopes(corners: Mapping[Place, Rows], options: SlopeOptions) -> dict[str, d
         for role in ("harmful", "lookalike"):
             change = margins_of(moved[role]) - margins_of(start[role])
             of_step[role] = float(change.mean()) / step
-        before, after = (_short(of_rows(rows)) for rows in (start, moved))
+        before, after = (_short(expected_measures(rows)) for rows in (start, moved))
         for key in ("content_nll", "ordinary_nll"):
             if before[key] is not None:
                 of_step[key] = (after[key] - before[key]) / step

@@ -1,0 +1,57 @@
+"""Flags of the launchers that measure models: how they are run and asked, and where data sets
+are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from launch import kinds
+from safepatch_jax.data.prompt_format import template_name
+from safepatch_jax.data.rendering import check_date
+
+flags.disclaim_key_flags()  # what is defined by this function is the caller's
+
+
+def define(defaults: Any) -> dict[str, flags.FlagHolder]:
+    """Define one flag for each option that these launchers share; return them by the option's name.
+
+    Args:
+      defaults: options of a study, whose values are the defaults.
+    """
+    return {
+        "mesh": flags.DEFINE_string(
+            "mesh", defaults.mesh, "Devices per mesh axis; -1 once means 'all that are left'."
+        ),
+        "compute_dtype": flags.DEFINE_enum(
+            "compute_dtype", defaults.compute_dtype, ["float32", "bfloat16"], "Arithmetic."
+        ),
+        "batch_size": flags.DEFINE_integer(
+            "batch_size", defaults.batch_size, "Sequences that run together.", lower_bound=1
+        ),
+        "manual_dir": kinds.path(
+            "data.manual_dir",
+            "",
+            "Folder with files of public data sets that were fetched by hand.",
+        ),
+        "data_dir": kinds.path(
+            "data_dir", defaults.data_dir, "Where public data sets are prepared."
+        ),
+        "date": kinds.text(
+            "data.date",
+            defaults.date,
+            "What a chat template that writes today's date is given, YYYY-MM-DD.",
+            check_date,
+        ),
+        "template": kinds.text(
+            "template",
+            defaults.template,
+            "What prompts are written in: own (the tokenizer's chat template), plain (headings "
+            "without chat tokens), or a Jinja file.",
+            template_name,
+        ),
+        "system": flags.DEFINE_string(
+            "system", defaults.system, "A system message that stands before every conversation."
+        ),
+    }
