@@ -4,6 +4,7 @@ bootstrap."""
 import numpy as np
 import pytest
 
+from safepatch_jax.data.prompt_format import read_format
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import COMPLIED
 from safepatch_jax.evaluation.judges.phrases import judge
@@ -86,6 +87,22 @@ def test_no_opening_begins_with_another_one(engine):
     texts = [engine.decode(ids) for ids in found.refusal]
     assert "I cannot" in texts and "Sorry" in texts
     assert Openings.from_dict(found.to_dict(engine.decode)) == found
+
+
+# Each line ends with a line break, an answer's as well, and nothing else ends it.
+LINES = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_openings_end_before_what_a_template_writes_behind_them(engine, tmp_path):
+    (tmp_path / "lines.jinja").write_text(LINES)
+    for template in (str(tmp_path / "lines.jinja"), "plain"):
+        found = fixed_openings(engine.with_format(read_format(template)))
+        texts = [engine.tokenizer.decode(ids) for ids in (*found.refusal, *found.affirmative)]
+        assert {"I cannot", "Sure"} <= {text.lstrip(" ") for text in texts}
+        assert not any("\n" in text for text in texts)
 
 
 def test_beginnings_are_as_short_as_they_can_be():

@@ -195,6 +195,15 @@ def test_a_base_model_as_a_user_evaluates_it(tiny, suite, tmp_path):
     assert "plain question and answer headings" in (tmp_path / "plain" / "report.md").read_text()
 
 
+def test_a_base_model_is_refused_before_it_answers_in_another_template(tiny, options, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    both = dataclasses.replace(options, templates=("plain", "own"))
+    with pytest.raises(ValueError, match="no chat template"):
+        evaluate(str(base), tmp_path / "out", both)
+    assert not (tmp_path / "out").exists()
+
+
 def test_examples_are_shown_in_each_template(tiny, options):
     options = dataclasses.replace(options, templates=("own", "plain"), system="Be kind.")
     text = "\n".join(show_examples(str(tiny), options)).replace("\n  ", "\n")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from safepatch_jax.run.job import Job
 from safepatch_jax.run.margins import expected_measures
 from safepatch_jax.runtime import files
 from safepatch_jax.studies.sweep.slopes import SlopeOptions, gather, predicted, slopes
@@ -79,6 +80,7 @@ def test_a_tiny_models_plane_is_checked_and_resumed(settings, tmp_path):
     slopes(few, tmp_path / "work", OPTIONS)
     again = sorted((tmp_path / "work" / "slope_points").iterdir())
     assert [path.stat().st_mtime_ns for path in again] == stamps
+    Job(few, tmp_path / "work")  # the folder may become a run's
     # A true model at a corner is what the prediction goes through.
     a, b = OPTIONS.corners[3]
     corner = next(p for p in map(files.read_json, points) if p["place"] == [a, b])

@@ -28,6 +28,24 @@ def patched(**options):
 
 
 COUNTS = {"complied": 1, "refused": 1, "incoherent": 0, "n": 2}
+COVERED = {"covered": 0.5}
+MARGINS = {
+    "auroc": {"value": 0.5},
+    "content_nll": None,
+    "harmful": COVERED,
+    "lookalike": COVERED,
+}
+
+
+def test_expected_numbers_of_margins_are_no_damage(tmp_path):
+    expected = {"complied": 1.25, "refused": 0.75, "incoherent": 0.0, "n": 2}
+    row = changed(margins=MARGINS, harmful=expected) | {
+        "answers": {"harmful": COUNTS, "lookalike": COUNTS}
+    }
+    [found] = read(tmp_path, row)
+    assert found["measures"]["harmful"] == expected
+    with pytest.raises(ValueError, match="harmful should hold"):
+        read(tmp_path, changed(harmful=expected), "{}")  # of answers there are whole numbers
 
 
 @pytest.mark.parametrize(
@@ -54,6 +72,13 @@ COUNTS = {"complied": 1, "refused": 1, "incoherent": 0, "n": 2}
         (changed(harmful=dict.fromkeys(COUNTS, 0)), "harmful should"),
         (changed(harmful=COUNTS | {"complied": -1, "n": 0}), "harmful"),
         (changed(harmful=COUNTS | {"refused": 1.0}), "harmful"),
+        (changed(margins={}), "margins should hold auroc"),
+        (changed(margins=MARGINS | {"content_nll": "high"}), "margins should hold auroc"),
+        (changed(margins=MARGINS, harmful=COUNTS | {"refused": 1.5}), "harmful should hold"),
+        (
+            WHOLE | {"answers": {"harmful": COUNTS}},
+            "answers should hold numbers of answers for lookalike",
+        ),
         (patched(retention=2.0), "'patch.retention' must be at most 1"),
         (patched(beta="2"), "'patch.beta' must be of type float"),
         (patched(merge="| ![x](http://y)"), "'patch.merge' must be one of"),
