@@ -10,10 +10,10 @@ NLL, of the answer's tokens after its first --forced ones were given. For measur
 NLL of the answers. A patch that only moves the threshold moves all margins and leaves the AUROC
 between harmful and harmless prompts; one that removes content raises the content NLL.
 
-Minutes where answers take an hour. OUT receives report.md, report.json, report.png (the two
-distributions, before above after) and the rows as JSONL, from which a map that was killed resumes
-when the same command is given again. Suites: gate (AdvBench, HarmBench and XSTest's unsafe prompts
-against XSTest's safe ones and OKTest, Alpaca), those of launch.evaluate, or a JSON file.
+OUT receives report.md, report.json, report.png (the two distributions, before above after) and the
+rows as JSONL, from which a map that was killed resumes when the same command is given again.
+Suites: gate (AdvBench, HarmBench and XSTest's unsafe prompts against XSTest's safe ones and OKTest,
+Alpaca), those of launch.evaluate, or a JSON file.
 """
 
 from absl import flags

@@ -22,7 +22,8 @@ from safepatch_jax.testing import write_tiny_model
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in (1, 5, 9, 30, 31)]
 OPENINGS = Openings(
-    refusal=((7,), (1, 2), (1, 3, 4), (1, 3, 5, 6)), affirmative=((8, 9), (9,), (1, 4, 4))
+    refusal=((7,), (1, 2), (1, 3, 4), (1, 3, 5, 6)),
+    affirmative=((8, 9), (9,), (1, 4, 4), (2, 6), (2, 7)),
 )
 
 

@@ -8,7 +8,7 @@ from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table, unnest
 from safepatch_jax.outcome import settings_differences
-from safepatch_jax.run import report
+from safepatch_jax.run import models, report
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.files import read_json
 from tests.patching import oracle
@@ -94,6 +94,9 @@ def test_a_window_is_in_the_keys_of_its_patch_alone(kept, settings, tmp_path):
     stages = other.runner.stages
     assert stages["score_se"].settings["tokens"] == "after:1"  # as derived
     assert stages["score_osm"].settings["tokens"] == "head:2"
+    for role, window in (("se", "after:1"), ("osm", "head:2")):
+        samples = models.calibration(other.state, windowed.score, role)
+        assert set(samples) <= set(models.training_examples(other.state, window)), role
     other.runner.need("derive_se")
     first = {job: job.runner.result("derive_se")["nll"][0] for job in (kept, other)}
     assert first[kept] != first[other]

@@ -220,7 +220,7 @@ def test_a_seed_gives_what_a_run_of_that_seed_gives_on_the_same_scores(
     assert bits(merged) != bits(models.apply_patch(ours, patch, "test").weights)
 
 
-def test_by_margins_the_front_alone_answers(settings, points, trained):
+def test_by_margins_the_front_alone_answers(settings, points, trained, capsys):
     """The rows are expectations over all prompts; those of answers in the workdir do not count."""
     swept_by_answers(settings, trained, points[:1])
     more = settings.override({"evaluate.margin_limit": 3})
@@ -240,5 +240,11 @@ def test_by_margins_the_front_alone_answers(settings, points, trained):
     page = (trained / "sweep.md").read_text()
     assert "Measured by margins" in page and "harm (answers)" in page
     before = rows_of(trained)
+    assert "answers of the front [1/" in capsys.readouterr().out
     sweep.sweep(more, trained, wide)  # nothing is computed again
-    assert rows_of(trained) == before
+    out = capsys.readouterr().out
+    assert rows_of(trained) == before and "3 points on the search split, 0 to compute" in out
+    assert "answers of the front" not in out and "1 of 4 rows there are not by margins" in out
+    assert sweep.plan(more, trained, wide)[-1].startswith("3 points, 0 without a row by margins")
+    by_answers = sweep.plan(more, trained, wide, sweep.ANSWERS)[-1]
+    assert by_answers.startswith("3 points, 2 without a row by answers")

@@ -197,7 +197,9 @@ def _compute(
     measure = ANSWERS if meter is None else MARGINS
     others = sum(by_margins.measure_of(row) != measure for row in rows)
     if others:
-        say(f"{others} rows in the workdir are not by {measure} (--measure) and do not count.")
+        say(
+            f"{others} of {len(rows)} rows there are not by {measure} (--measure): they do not count."
+        )
     for name in PARTS if missing else PARTS[:1]:
         run.runner.need(name)
     backbone = run.runner.result("evaluate_backbone")
