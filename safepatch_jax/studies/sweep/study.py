@@ -198,7 +198,7 @@ def _compute(
     others = sum(by_margins.measure_of(row) != measure for row in rows)
     if others:
         say(
-            f"{others} of {len(rows)} rows there are not by {measure} (--measure): they do not count."
+            f"{others} of {len(rows)} rows there are not by {measure} (--measure) and do not count."
         )
     for name in PARTS if missing else PARTS[:1]:
         run.runner.need(name)
