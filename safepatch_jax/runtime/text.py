@@ -54,14 +54,16 @@ def printable(text: str, most: int = MOST, line_break: str = "\\n") -> str:
 
     Args:
       text: any.
-      most: characters; of a longer text the beginning is shown, and how much more there is.
+      most: characters; of a longer text its beginning and its end are shown (an error's end says
+        how to fix it), and how much more there is.
       line_break: stands for a line break; one with spaces after it keeps the lines of a long text,
         indented.
     """
     # Masked before it is cut, so that no part of a secret stays at the end.
     text = redacted(text)
     if (more := len(text) - most) > 0:
-        text = f"{text[:most]} ... and {more:,} more characters"
+        end = most // 5
+        text = f"{text[: most - end]} ... {more:,} more characters ... {text[len(text) - end :]}"
     return "".join(c if c.isprintable() else _escaped(c, line_break) for c in text)
 
 

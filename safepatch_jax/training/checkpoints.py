@@ -28,8 +28,10 @@ from safepatch_jax.io.checkpoint import from_disk, handler, literal
 from safepatch_jax.numerics import row_major_index
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.text import printable
 
 KEPT = 2  # the last one may be damaged
+_MOST_OF_REASON = 300  # characters
 # In log records of orbax and asyncio about a failed write, which is also raised.
 _RAISED_TOO = (
     "Handler Commit operations",
@@ -157,7 +159,8 @@ class Checkpoints:
         except Exception as error:
             if not from_disk(error):
                 raise
-            reason = str(error.__cause__ or error).partition("\n")[0]
+            # Tensorstore's reasons end with pages of its settings.
+            reason = printable(str(error.__cause__ or error).partition("\n")[0], _MOST_OF_REASON)
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract))
             raise OSError(
                 f"Cannot write a checkpoint to {self._folder}: {reason}. It needs {size:,} bytes, "

@@ -34,8 +34,10 @@ def test_a_text_cannot_steer_the_console_or_forge_a_line(raw, shown):
     shown.encode()
 
 
-def test_a_long_text_is_cut_and_says_how_much_more_there_is():
-    assert printable("x" * 10_000_000, 5) == "xxxxx ... and 9,999,995 more characters"
+def test_of_a_long_text_the_beginning_and_the_end_are_shown_where_an_error_says_its_fix():
+    text = "what" + "x" * 10_000_000 + "fix"
+    assert printable(text, 15) == "whatxxxxxxxx ... 9,999,992 more characters ... fix"
+    assert printable("x" * 10, 4) == "xxxx ... 6 more characters ... "
     assert len(printable("\x1b" * 10_000)) < 10_000
     assert printable("one\ntwo", line_break="\n  ") == "one\n  two"
 
