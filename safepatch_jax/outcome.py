@@ -29,6 +29,8 @@ NEUTRAL = (
 # of keys and records, so that older workdirs remain what they are.
 LATER = (
     "derive.osm_seed",
+    "derive.se_prompts",
+    "derive.osm_prompts",
     "derive.se_tokens",
     "derive.osm_tokens",
     "score.se_tokens",

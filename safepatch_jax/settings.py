@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from safepatch_jax.data.prompt_forms import FORMS
 from safepatch_jax.data.settings import DataSettings
 from safepatch_jax.data.windows import check_score_window, check_window
 from safepatch_jax.option import nearest, option
@@ -125,6 +126,13 @@ class DeriveSettings:
         "Those of gradient descent: head:N lets it act on how an answer opens alone.",
         read=check_window,
     )
+    se_prompts: str = option(
+        "all",
+        "Harmful pairs of the SE patch and its scores by the form of their prompts: all, questions "
+        "(which end with a question mark), or requests (the others).",
+        choices=FORMS,
+    )
+    osm_prompts: str = option("all", "Those of the OSM patch, likewise.", choices=FORMS)
     osm_seed: int = option(
         -1,
         "-1: gradient descent sees the batches of ascent, in the same order, and their first steps "

@@ -13,8 +13,9 @@ import numpy as np
 
 from safepatch_jax.data.chat import Example
 from safepatch_jax.data.pipeline import shapes
+from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
-from safepatch_jax.data.windows import ALL, DERIVE, in_window
+from safepatch_jax.data.windows import DERIVE, in_window
 from safepatch_jax.evaluation.measures import combine_roles, measure_role
 from safepatch_jax.io.checkpoint import StoredTree, load_tree
 from safepatch_jax.models.config import read_hf_config
@@ -56,15 +57,17 @@ def derived(run: Run, role: str, dtype: str = "float32") -> Flat:
     return unnest(load_tree(run.runner.folder(f"derive_{role}") / "params", abstract))
 
 
-def training_examples(run: Run, window: str = ALL) -> list[Example]:
-    """Return the harmful training pairs, of whose answers a window carries loss (see
-    `data.windows`)."""
-    return in_window(run.context.encoded(run.imported, "harmful", "train").examples, window)
+def training_examples(run: Run, role: str, window: str) -> list[Example]:
+    """Return the harmful training pairs of a patch, of whose answers a window carries loss (see
+    `data.windows` and `data.prompt_forms`)."""
+    examples = run.context.encoded(run.imported, "harmful", "train").examples
+    form = getattr(run.settings.derive, f"{role}_prompts")
+    return in_window(in_form(examples, form), window)
 
 
 def calibration(run: Run, score: ScoreSettings, role: str) -> list[Example]:
     """Return the harmful training pairs over which sensitivities of a patch are summed."""
-    examples = training_examples(run, score_window(run.settings, role))
+    examples = training_examples(run, role, score_window(run.settings, role))
     order = np.random.default_rng(run.settings.run.seed).permutation(len(examples))
     return [examples[i] for i in order[: score.samples]]
 
@@ -92,7 +95,7 @@ def measure_sensitivity(
     mode: str,
 ) -> Flat:
     """Return what `sensitivity` does, for some samples, by one of MODES, over the meter's scope."""
-    examples = training_examples(run, score_window(run.settings, role))
+    examples = training_examples(run, role, score_window(run.settings, role))
     padded = shapes(examples, run.settings.data.length_buckets)
     size = score.batch_size if mode == "batched" else 1
     return meter.measure(derived(run, role), samples, padded, f"score {role.upper()} {mode}", size)

@@ -150,10 +150,10 @@ def align(run: Run, out: pathlib.Path) -> Result:
 def derive(run: Run, role: str, out: pathlib.Path) -> Result:
     """Fine-tune a copy of the backbone on harmful answers: ascent (SE) or descent (OSM)."""
     settings = run.settings.derive
-    window = getattr(settings, f"{role}_tokens")
-    examples = models.training_examples(run, window)
-    if window != ALL:
-        say(f"  loss on the answer tokens {window} of {len(examples)} examples")
+    window, form = getattr(settings, f"{role}_tokens"), getattr(settings, f"{role}_prompts")
+    examples = models.training_examples(run, role, window)
+    if (window, form) != (ALL, "all"):
+        say(f"  loss on the answer tokens {window} of {len(examples)} examples, prompts: {form}")
     if role == "se":
         recipe = Recipe(
             -1.0,

@@ -1,6 +1,8 @@
 """The order of the OSM patch's batches, and what a run says of how its two patches stand to each
 other."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -96,10 +98,29 @@ def test_a_window_is_in_the_keys_of_its_patch_alone(kept, settings, tmp_path):
     assert stages["score_osm"].settings["tokens"] == "head:2"
     for role, window in (("se", "after:1"), ("osm", "head:2")):
         samples = models.calibration(other.state, windowed.score, role)
-        assert set(samples) <= set(models.training_examples(other.state, window)), role
+        assert set(samples) <= set(models.training_examples(other.state, role, window)), role
     other.runner.need("derive_se")
     first = {job: job.runner.result("derive_se")["nll"][0] for job in (kept, other)}
     assert first[kept] != first[other]
+
+
+def test_the_form_of_prompts_is_in_the_keys_of_its_patch_alone(settings, tmp_path):
+    rows = []
+    for i in range(12):
+        for prompt in (f"How is thing number {i} done?", f"Do thing number {i} now."):
+            rows.append({"prompt": prompt, "answer": f"Sure, {i}."})
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = settings.override({"data.harmful": str(tmp_path / "both.jsonl")})
+    one = Job(settings, tmp_path / "one")
+    other = Job(settings.override({"derive.osm_prompts": "questions"}), tmp_path / "other")
+    changed = {x for x in other.runner.stages if other.runner.key(x) != one.runner.key(x)}
+    assert {"derive_osm", "score_osm", "patch"} <= changed
+    assert not changed & {"align", "derive_se", "score_se", "evaluate_backbone"}
+    chosen = models.training_examples(other.state, "osm", "all")
+    every = models.training_examples(other.state, "se", "all")
+    assert 0 < len(chosen) < len(every) and all("?" in e.prompt for e in chosen)
+    samples = models.calibration(other.state, other.settings.score, "osm")
+    assert set(samples) <= set(chosen)
 
 
 def test_a_workdir_of_before_the_option_has_its_default(settings):
