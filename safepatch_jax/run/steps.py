@@ -204,7 +204,8 @@ def _tune(
     verb, _, role = stage.partition("_")
     title = f"{verb} {role.upper()}".strip()
     steps = run.runner.aside(stage)
-    return run.context.tune(folder, pools, recipe, title, steps, record, seed=seed)
+    patches = stage != "align"
+    return run.context.tune(folder, pools, recipe, title, steps, record, seed=seed, patches=patches)
 
 
 def _summary(outcome: TrainingOutcome) -> Result:

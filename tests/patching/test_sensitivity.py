@@ -27,7 +27,8 @@ def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear"):
     total = SensitivityMeter(decoder, rows, sharder).measure(
         unnest(params), examples, [lengths(examples)], "test", batch_size
     )
-    return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
+    result = {path: np.asarray(x) for path, x in total.items()}
+    return decoder, unnest(load_params(tiny, sharder)[1]), examples, result
 
 
 @pytest.mark.parametrize(
