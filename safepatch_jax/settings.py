@@ -168,7 +168,7 @@ class ScoreSettings:
     )
     batch_size: int = option(8, "Samples a gradient where score.mode is batched.", low=2)
     in_flight: int = option(
-        8,
+        1,
         "Samples on each part of the mesh's batch axis whose gradients of one block exist at once "
         "(per_sample, scope block_linear). Memory falls with it, results stay.",
         low=1,

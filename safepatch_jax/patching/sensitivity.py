@@ -55,7 +55,7 @@ class SensitivityMeter:
         sharder: Sharder,
         loss: str = "mean",
         chunk: int = 64,
-        in_flight: int = 8,
+        in_flight: int = 1,
     ):
         self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
         self._decoder, self._blocks = decoder, None

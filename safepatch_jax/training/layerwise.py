@@ -106,8 +106,8 @@ class LayerwisePass:
 
     def block_gradient(
         self,
-        trained: Any,
-        frozen: Any,
+        block: Any,
+        others: Any,
         layer: jax.Array,
         inputs_MRTD: jax.Array,
         gradient_MRTD: jax.Array,
@@ -117,14 +117,12 @@ class LayerwisePass:
         micro-batches, and the objective's gradient by what enters the block.
 
         Args:
-          trained, frozen: as in `forward`.
-          layer: the block's number.
+          block, others: its trained parameters, and its others; nested, below 'layers'.
+          layer: its number.
           inputs_MRTD: what enters it.
           gradient_MRTD: the objective's gradient by what leaves it.
         """
         blocks, sharder = Blocks(self.decoder), self.decoder.sharder
-        block = of_layer(trained[LAYERS], layer)
-        others = of_layer(frozen[LAYERS], layer)
 
         def of_micro(total, xs):
             x_RTD, gradient_RTD, micro = xs
@@ -176,13 +174,13 @@ def layerwise_update(
     stopped = stops(logprobs_MRA)
     layers = jnp.arange(inputs_LMRTD.shape[0])
 
-    def gradient_of(trained, layer, after_MRTD):
-        inputs_MRTD = of_layer(inputs_LMRTD, layer)
-        return passes.block_gradient(trained, frozen, layer, inputs_MRTD, after_MRTD, micros)
+    def gradient_of(block, layer, after_MRTD):
+        others, inputs_MRTD = of_layer(frozen[LAYERS], layer), of_layer(inputs_LMRTD, layer)
+        return passes.block_gradient(block, others, layer, inputs_MRTD, after_MRTD, micros)
 
     def add_squares(carry, layer):
         after_MRTD, total = carry
-        flat, before_MRTD = gradient_of(trained, layer, after_MRTD)
+        flat, before_MRTD = gradient_of(of_layer(trained[LAYERS], layer), layer, after_MRTD)
         return (before_MRTD, total + _squares(flat)), None
 
     scale = jnp.float32(1)
@@ -193,11 +191,11 @@ def layerwise_update(
 
     def update(carry, layer):
         params, moments, after_MRTD, total = carry
-        flat, before_MRTD = gradient_of(params, layer, after_MRTD)
-        block = {LAYERS: of_layer(params[LAYERS], layer)}
+        block = of_layer(params[LAYERS], layer)
+        flat, before_MRTD = gradient_of(block, layer, after_MRTD)
         scaled = nest({path: scale * g for path, g in flat.items()})
-        updates, new = optimizer.update(scaled, of_layer(moments, layer), block)
-        block = updated(block, updates, stopped, learning_rate, weight_decay)
+        updates, new = optimizer.update(scaled, of_layer(moments, layer), {LAYERS: block})
+        block = updated({LAYERS: block}, updates, stopped, learning_rate, weight_decay)
         params = {LAYERS: put_layer(params[LAYERS], block[LAYERS], layer)}
         return (params, put_layer(moments, new, layer), before_MRTD, total + _squares(flat)), None
 

@@ -7,42 +7,27 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import joined
 from safepatch_jax.models.table import Param, ParamTable, nest, unnest
-from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import stopping
 from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.checkpoints import Checkpoints
+from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe, Recorder, ignore
 from safepatch_jax.training.layerwise import LayerwisePass, layer_moments, layerwise_update
 from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 from safepatch_jax.training.optimizers import OPTIMIZERS, updated
-
-# What a process asks of all after a step; the largest request of any process counts.
-_CONTINUE, _SAVE, _END = range(3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Settings of a tuning run; a `sign` of +1 lowers the NLL (descent), -1 raises it (ascent)."""
-
-    sign: float
-    steps: int
-    learning_rate: float
-    nll_ceiling: float = float("inf")
-    weight_decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +48,6 @@ class Batches(Protocol):
     def get_state(self) -> dict[str, Any]: ...
 
     def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-Recorder = Callable[[int, Mapping[str, float]], None]
-
-
-def ignore(step: int, values: Mapping[str, float]) -> None:
-    """Record nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,12 +306,12 @@ class Trainer:
             del params, trained, restored
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
-            journal = _Journal(facts["nll"], bar, title, recipe, record)
+            journal = Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
             inputs = frozen, reference
             state = self._loop(state, inputs, batches, recipe, journal, store, seconds)
-            request = self._sharder.maximum(_END if stopping.requested() else _CONTINUE)
-            if max(journal.request, int(request)) == _END:
+            request = self._sharder.maximum(END if stopping.requested() else CONTINUE)
+            if max(journal.request, int(request)) == END:
                 self._end(state, batches, journal, store)
         reason = f"step limit {recipe.steps}"
         if journal.stopped:
@@ -359,7 +337,7 @@ class Trainer:
         inputs: tuple[Any, Any],
         batches: Batches,
         recipe: Recipe,
-        journal: _Journal,
+        journal: Journal,
         store: Checkpoints | None,
         seconds: float,
     ) -> Any:
@@ -375,9 +353,9 @@ class Trainer:
             check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
             state, metrics = self._step(state, frozen, batch, *scalars, reference)
             due = seconds > 0 and time.monotonic() - saved > seconds
-            request = _SAVE if due else _CONTINUE
+            request = SAVE if due else CONTINUE
             if stopping.requested():
-                request = _END
+                request = END
             # One process's clock or signal is enough, and all processes see it at the same step.
             metrics["request"] = self._sharder.maximum(request)
             if pending:
@@ -385,22 +363,22 @@ class Trainer:
             if journal.stopped:
                 return state
             pending = metrics
-            if journal.request != _CONTINUE:
+            if journal.request != CONTINUE:
                 journal.read(pending)
                 if journal.stopped:
                     return state
                 pending = None
-                if journal.request == _END:
+                if journal.request == END:
                     return state
                 if store and done < recipe.steps:
                     store.save(done, state, {"nll": journal.nll, "data": batches.get_state()})
-                journal.request, saved = _CONTINUE, time.monotonic()
+                journal.request, saved = CONTINUE, time.monotonic()
         if pending:
             journal.read(pending)
         return state
 
     def _end(
-        self, state: Any, batches: Batches, journal: _Journal, store: Checkpoints | None
+        self, state: Any, batches: Batches, journal: Journal, store: Checkpoints | None
     ) -> None:
         """End the process after SIGTERM, with a checkpoint if there is a store."""
         consequence = "The same command starts this stage anew."
@@ -410,33 +388,6 @@ class Trainer:
             consequence = "A checkpoint is written; the same command resumes from it."
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
-
-
-class _Journal:
-    """The measures of a run's steps, which are read in order, each once."""
-
-    def __init__(
-        self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Recorder
-    ):
-        self.nll, self.stopped, self.request = list(nll), False, _CONTINUE
-        self._bar, self._title, self._recipe, self._record = bar, title, recipe, record
-
-    def read(self, metrics: Mapping[str, Any]) -> None:
-        """Wait for a step and note what it measured. Raises ValueError if that is not finite."""
-        nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
-        self.stopped = bool(metrics["stopped"])
-        self.request = max(self.request, int(metrics["request"]))
-        # A gradient that was not used may be anything.
-        if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):
-            raise NotFinite(
-                f"{self._title}: answer NLL {nll}, gradient norm {norm} at step "
-                f"{len(self.nll) + 1}. Lower the learning rate ({self._recipe.learning_rate:g}), "
-                "or check the weights of the model for NaN."
-            )
-        self.nll.append(nll)
-        self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
-        self._bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
-        self._bar.update()
 
 
 def _reported(batch: Mapping[str, jax.Array], x_BA: jax.Array) -> jax.Array:
