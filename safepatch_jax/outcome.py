@@ -21,6 +21,8 @@ NEUTRAL = (
     "model.loss_chunk",
     "model.architecture",
     "derive.accumulate",
+    "derive.backward",
+    "score.in_flight",
     "data.manual_dir",
     "evaluate.margin_limit",  # of sweeps, which note it in their rows
 )
@@ -29,6 +31,7 @@ NEUTRAL = (
 # of keys and records, so that older workdirs remain what they are.
 LATER = (
     "derive.osm_seed",
+    "derive.train",
     "derive.se_prompts",
     "derive.osm_prompts",
     "derive.se_tokens",

@@ -93,6 +93,20 @@ class AlignSettings:
 @dataclasses.dataclass(frozen=True)
 class DeriveSettings:
     batch_size: int = option(8, "Sequences a step, both patches.", low=1)
+    train: str = option(
+        "all",
+        "What is trained: all weights of the derived models, or those in patch.scope alone, which "
+        "alone reach the result; what is outside stays the backbone's, in memory and on disk.",
+        choices=("all", "scope"),
+    )
+    backward: str = option(
+        "whole",
+        "Backward pass of derive.train=scope: the whole tree's gradient at once, or layerwise: one "
+        "block's gradient exists at a time and the block is updated at once, for models that do "
+        "not fit otherwise. The same update but for rounding; with derive.clip_norm above 0 it "
+        "takes a second backward pass.",
+        choices=("whole", "layerwise"),
+    )
     accumulate: int = option(
         1,
         "Micro-batches into which a step's batch (alignment's too) is cut; their gradients are "
@@ -146,7 +160,7 @@ class DeriveSettings:
     )
     weight_decay: float = option(0.0, "Decoupled weight decay.", low=0)
     clip_norm: float = option(
-        1.0, "Gradients with a larger global norm are scaled down to it.", above=0
+        1.0, "Gradients with a larger global norm are scaled down to it; 0: none is.", low=0
     )
 
 
@@ -161,6 +175,12 @@ class ScoreSettings:
         choices=("per_sample", "batched"),
     )
     batch_size: int = option(8, "Samples a gradient where score.mode is batched.", low=2)
+    in_flight: int = option(
+        1,
+        "Samples on each part of the mesh's batch axis whose gradients of one block exist at once "
+        "(per_sample, scope block_linear). Memory falls with it, results stay.",
+        low=1,
+    )
     se_tokens: str = option(
         "derive",
         "Answer tokens over which SNIP takes the SE patch's loss: as derive.se_tokens, or a window "

@@ -21,8 +21,8 @@ from safepatch_jax.run import models
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
+from safepatch_jax.training.journal import Recipe, ignore
 from safepatch_jax.training.losses import Loss
-from safepatch_jax.training.step import Recipe, ignore
 
 
 class NotMade(ValueError):

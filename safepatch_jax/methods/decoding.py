@@ -13,8 +13,8 @@ from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.lines import Lines
 from safepatch_jax.methods.bench import Bench, NotMade, Product
 from safepatch_jax.runtime.console import say
+from safepatch_jax.training.journal import Recipe
 from safepatch_jax.training.losses import Likelihood
-from safepatch_jax.training.step import Recipe
 
 
 def self_cd(bench: Bench) -> Product:

@@ -336,6 +336,36 @@ class Decoder(_Module):
         return (x_BTD if hidden else _read_out(self, embedder, x_BTD)), kv
 
 
+class Begin(_Module):
+    """The decoder's begin alone: maps tokens [B, T] to what enters the first block [B, T, D]; reads
+    the same dictionary."""
+
+    @nn.compact
+    def __call__(self, tokens_BT):
+        return self.child(Embedder, "embedder")(tokens_BT)
+
+
+class OneBlock(_Module):
+    """One block alone, of right-padded sequences without a past. It reads the dictionary that the
+    decoder's blocks read, of one layer, so without the axis of layers.
+
+    `window` is the layer's entry of DecoderConfig.windows, or None if no layer has a window.
+    """
+
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, x_BTD, window, positions_BT, valid_BT):
+        angles_BTh = rotary_angles(self.config, positions_BT)
+        mask_BTS, distance_BTS = visible(positions_BT, valid_BT, None)
+        if window is None:
+            distance_BTS = None
+        block = Block(
+            self.config, self.dtype, self.sharder, self.tap, False, self.attention, name="layers"
+        )
+        return block(x_BTD, window, None, None, angles_BTh, mask_BTS, distance_BTS)[0]
+
+
 class Readout(_Module):
     """The decoder's end alone: maps hidden states [B, A, D] to logits float32 [B, A, V]; reads the
     same dictionary."""

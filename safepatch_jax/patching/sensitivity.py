@@ -9,64 +9,43 @@ how far the two agree.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
 
 from safepatch_jax.data.chat import Example, lengths, training_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.numerics import flushed
+from safepatch_jax.patching.layerwise_scores import BlockScores
+from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes
 from safepatch_jax.patching.selection import top_mask
 from safepatch_jax.patching.tensor import importance_of
 from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
 from safepatch_jax.training.step import put_batch
 
-_SAMPLES = "samples"  # the vmapped axis
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def sum_of_magnitudes(weight: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return the weight; its gradient is the sum over samples, the vmapped axis, of the magnitudes
-    of theirs.
-
-    The magnitude comes before any sum over samples, on one device or between devices. Within a scan
-    over layers one layer's gradients of the samples in flight exist at once.
-    """
-    return weight
-
-
-sum_of_magnitudes.defvjp(
-    lambda weight, sharding: (weight, None),
-    lambda sharding, _, gradient: (
-        lax.with_sharding_constraint(lax.psum(flushed(jnp.abs(gradient)), _SAMPLES), sharding),
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Magnitudes:
-    """`sum_of_magnitudes` as the decoder's tap."""
-
-    sharder: Sharder
-
-    def __call__(self, weight: jax.Array, row: Param) -> jax.Array:
-        return sum_of_magnitudes(weight, self.sharder.sharding(row.layer_axes))
-
 
 class SensitivityMeter:
-    """Compiles the programs that add |gradient| to a sharded accumulator; serves both patches.
+    """Compiles the programs that sum |gradient|; serves both patches.
 
-    Memory a parameter, over all devices: 4 bytes each for weight, accumulator and what is added to
-    it. Per sample, each part of the batch axis has one sample in flight.
+    Magnitudes of each sample's gradient by weights of the blocks are summed block by block, see
+    `layerwise_scores`. Where other weights are scored too, and for batches, the whole tree's
+    gradient is added to an accumulator: 4 bytes a parameter each for weight, accumulator and what
+    is added, over all devices.
+
+    Args:
+      decoder: the model.
+      rows: what is scored.
+      sharder: the mesh.
+      loss: 'mean' or 'sum' over a sequence's answer tokens.
+      chunk: see `answer_logprobs`.
+      in_flight: samples on each part of the batch axis whose gradients of one block exist at once;
+        of the whole tree it is one.
     """
 
     def __init__(
@@ -76,9 +55,14 @@ class SensitivityMeter:
         sharder: Sharder,
         loss: str = "mean",
         chunk: int = 64,
+        in_flight: int = 1,
     ):
         self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
-        self._decoder = decoder
+        self._decoder, self._blocks = decoder, None
+        self._in_flight = sharder.batch_ways
+        if all(row.stacked for row in rows):
+            self._blocks = BlockScores(decoder, rows, sharder, loss, chunk)
+            self._in_flight *= in_flight
         shardings = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
         self._zeros = jax.jit(
             lambda: {row.path: jnp.zeros(row.shape, jnp.float32) for row in rows},
@@ -104,7 +88,7 @@ class SensitivityMeter:
         """Add the sum over the batch's samples of |gradient of a sample's NLL|."""
         # The batch axis of the mesh is that of the samples.
         within = self._sharder.with_rules(batch=())
-        magnitudes = _Magnitudes(self._sharder)
+        magnitudes = Magnitudes(self._sharder)
         decoder = self._decoder.clone(sharder=within, tap=magnitudes, attention="xla")
 
         def objective(scoped, sample):
@@ -117,17 +101,33 @@ class SensitivityMeter:
             return sequence_nll(logprobs_1A, batch["weights"], self._loss)[0]
 
         nll_B, gradients = jax.vmap(
-            jax.value_and_grad(objective), in_axes=(None, 0), out_axes=(0, None), axis_name=_SAMPLES
+            jax.value_and_grad(objective), in_axes=(None, 0), out_axes=(0, None), axis_name=SAMPLES
         )(scoped, batch)
         return {path: total[path] + g for path, g in gradients.items()}, nll_B
 
     def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
-        """Return the per-sample program traced for a batch of these shapes and shardings; nothing
-        is run."""
+        """Return the per-sample program traced for a batch of these shapes and shardings, of
+        `in_flight` samples; nothing is run."""
+        if self._blocks:
+            return self._blocks.trace(batch)
         table = param_table(self._decoder.config)
         params = unnest(table.abstract(self._sharder))
         scoped = {row.path: params.pop(row.path) for row in self._rows}
         return self._add_samples.trace(scoped, scoped, params, batch)
+
+    @property
+    def in_flight(self) -> int:
+        """Samples that the per-sample program takes at once, over all devices."""
+        return self._in_flight
+
+    def resident_bytes(self, samples: int, shape: tuple[int, int]) -> int:
+        """Return what each device holds beside the per-sample program.
+
+        Args:
+          samples: so many are scored.
+          shape: T and A of each.
+        """
+        return self._blocks.resident_bytes(samples, shape) if self._blocks else 0
 
     def measure(
         self,
@@ -140,7 +140,8 @@ class SensitivityMeter:
         """Return the sum of |gradient| over samples, or over batches (of the batch's summed NLL).
 
         Args:
-          params: flat ``{path: array}`` of the derived model, float32.
+          params: flat ``{path: array}`` of the derived model, float32. It is emptied, and the
+            scope's arrays may be taken over.
           examples: calibration samples.
           shapes: T and A to which samples may be padded, ascending; the last holds every sample.
             With several, samples are taken in the order of their length.
@@ -153,25 +154,19 @@ class SensitivityMeter:
         Raises:
           ValueError: the NLL of a sample, or of a batch, is NaN or infinite.
         """
-        scoped = {row.path: params[row.path] for row in self._rows}
-        rest = {path: x for path, x in params.items() if path not in scoped}
-        add, size = self._add_batch, batch_size
-        if batch_size == 1:
-            add, size = self._add_samples, self._sharder.batch_ways
-        total, losses = self._zeros(), []
+        size = batch_size if batch_size > 1 else self._in_flight
         if len(shapes) > 1:
             examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
-        with progress(len(examples), title, "sample") as bar:
-            for start in range(0, len(examples), size):
-                chosen = examples[start : start + size]
-                shape = next(shape for shape in shapes if shape[0] >= lengths(chosen)[0])
-                batch = put_batch(_full_batch(chosen, shape, size), self._sharder)
-                total, nll = add(total, scoped, rest, batch)
-                losses.append(nll)
-                if len(losses) > 1:
-                    # One batch stays in flight; the bar shows finished ones.
-                    jax.block_until_ready(losses[-2])
-                bar.update(len(chosen))
+        batches = []
+        for start in range(0, len(examples), size):
+            chosen = examples[start : start + size]
+            shape = next(shape for shape in shapes if shape[0] >= lengths(chosen)[0])
+            batches.append(put_batch(_full_batch(chosen, shape, size), self._sharder))
+        if batch_size == 1 and self._blocks:
+            total, losses = self._blocks.measure(params, batches, title)
+        else:
+            add = self._add_batch if batch_size > 1 else self._add_samples
+            total, losses = self._add_all(add, params, batches, title)
         bad = [i for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
         if bad:
             raise ValueError(
@@ -180,6 +175,22 @@ class SensitivityMeter:
                 "derive.*_learning_rate."
             )
         return total
+
+    def _add_all(self, add, params, batches, title):
+        """Return (sums of |gradient|, NLLs by batch), by a program that adds a batch's."""
+        scoped = {row.path: params[row.path] for row in self._rows}
+        rest = {path: x for path, x in params.items() if path not in scoped}
+        params.clear()
+        total, losses = self._zeros(), []
+        with progress(len(batches), title, "batch") as bar:
+            for batch in batches:
+                total, nll = add(total, scoped, rest, batch)
+                losses.append(nll)
+                if len(losses) > 1:
+                    # One batch stays in flight; the bar shows finished ones.
+                    jax.block_until_ready(losses[-2])
+                bar.update()
+        return total, losses
 
 
 def _full_batch(

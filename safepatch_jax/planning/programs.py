@@ -199,12 +199,13 @@ def _rows(sharder: Sharder, rows: int, length: int, dtype: Any) -> jax.ShapeDtyp
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
     align, derive = context.settings.align, context.settings.derive
 
-    def trace(rows):
-        return context.trainer(config).trace(abstract_batch(rows, shape, context.sharder))
+    def trace(rows, patches):
+        trainer = context.trainer(config, None, patches)
+        return trainer.trace(abstract_batch(rows, shape, context.sharder))
 
-    result = [Program("train", "", functools.partial(trace, derive.batch_size))]
-    if align.enabled and align.batch_size > derive.batch_size:
-        result.append(Program("train", "align", functools.partial(trace, align.batch_size)))
+    result = [Program("train", "", functools.partial(trace, derive.batch_size, True))]
+    if align.enabled and (align.batch_size > derive.batch_size or derive.train == "scope"):
+        result.append(Program("train", "align", functools.partial(trace, align.batch_size, False)))
     return result
 
 
@@ -212,11 +213,13 @@ def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> l
     """Return the per-sample program, also for the batched mode, which runs it on one weight to
     compare the two modes."""
 
-    def trace():
-        rows = context.sharder.batch_ways
-        return context.meter(config).trace(abstract_batch(rows, shape, context.sharder))
+    meter = context.meter(config)
+    resident = meter.resident_bytes(context.settings.score.samples, shape)
 
-    return [Program("score", "", trace)]
+    def trace():
+        return meter.trace(abstract_batch(meter.in_flight, shape, context.sharder))
+
+    return [Program("score", "", trace, resident)]
 
 
 def _patch(context: Context, config: DecoderConfig) -> list[Program]:

@@ -27,16 +27,9 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
+from safepatch_jax.training.journal import Recipe, Recorder, ignore
 from safepatch_jax.training.losses import Likelihood, Loss
-from safepatch_jax.training.step import (
-    Recipe,
-    Recorder,
-    Saving,
-    Trainer,
-    TrainingOutcome,
-    check_batch,
-    ignore,
-)
+from safepatch_jax.training.step import Saving, Trainer, TrainingOutcome, check_batch
 
 
 def keep_programs(cache_dir: pathlib.Path) -> None:
@@ -138,6 +131,12 @@ class Context:
             sizes["align.batch_size"] = self.settings.align.batch_size
         for name, rows in sizes.items():
             check_batch(name, rows, parts, self.sharder)
+        derive = self.settings.derive
+        if derive.backward == "layerwise" and derive.train != "scope":
+            raise ValueError(
+                "--derive.backward=layerwise trains the patch scope alone. Add "
+                "--derive.train=scope, or use --derive.backward=whole."
+            )
 
     def engine(self, folder: pathlib.Path, params: Any) -> Engine:
         """Return a model that is ready to answer.
@@ -158,13 +157,19 @@ class Context:
             self.prompt_format,
         )
 
-    def _trainer(self, config: DecoderConfig, loss: Loss | None = None) -> Trainer:
-        """Return the train step of a loss, by default of the patches' likelihood."""
-        derive = self.settings.derive
+    def _trainer(
+        self, config: DecoderConfig, loss: Loss | None = None, patches: bool = False
+    ) -> Trainer:
+        """Return the train step of a loss, by default of the patches' likelihood; 'patches': which
+        trains what derive.train says."""
+        derive, table = self.settings.derive, param_table(config)
+        scope = patches and derive.train == "scope"
         return Trainer(
             self.training_decoder(config),
-            param_table(config),
+            table,
             self.sharder,
+            rows=table.scope(self.settings.patch.scope) if scope else None,
+            layerwise=scope and derive.backward == "layerwise",
             loss=loss or Likelihood(derive.loss),
             clip_norm=derive.clip_norm,
             optimizer=derive.optimizer,
@@ -182,6 +187,7 @@ class Context:
         record: Recorder = ignore,
         loss: Loss | None = None,
         seed: int | None = None,
+        patches: bool = False,
     ) -> tuple[dict[str, Any], TrainingOutcome]:
         """Tune the model of a folder.
 
@@ -193,9 +199,10 @@ class Context:
           loss: by default the patches' likelihood. One that compares is given the model as it was
             before tuning.
           seed: of the batch order, if not the run's.
+          patches: train what derive.train says, not all.
 
         Returns:
-          (nested parameters float32, outcome).
+          (nested parameters float32, of the trained ones alone; outcome).
         """
         local = None  # all rows of a batch
         if processes.several():
@@ -203,7 +210,7 @@ class Context:
         seed = self.settings.run.seed if seed is None else seed
         batches = training_batches(pools, seed, self.settings.data.length_buckets, local)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
-        trainer = self.trainer(read_hf_config(folder), loss)
+        trainer = self.trainer(read_hf_config(folder), loss, patches)
         models = [self.load(folder)[1]]
         reference = None
         if loss is not None and loss.compares:
@@ -223,6 +230,7 @@ class Context:
             self.sharder,
             self.settings.derive.loss,
             self.settings.model.loss_chunk,
+            self.settings.score.in_flight,
         )
 
     def _chat(self, folder: pathlib.Path) -> Chat:

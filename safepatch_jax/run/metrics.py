@@ -11,7 +11,7 @@ from typing import Any
 
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.records import misfits
-from safepatch_jax.training.step import Recorder
+from safepatch_jax.training.journal import Recorder
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 

@@ -51,10 +51,18 @@ class PatchResult(NamedTuple):
 
 
 def derived(run: Run, role: str, dtype: str = "float32") -> Flat:
-    """Return the flat parameters of a derived model, whose stage must be in place."""
+    """Return the flat parameters of a derived model, whose stage must be in place: what it trained,
+    and else the backbone's."""
     table = param_table(read_hf_config(run.backbone))
-    abstract = table.abstract(run.context.sharder, jnp.dtype(dtype))
-    return unnest(load_tree(run.runner.folder(f"derive_{role}") / "params", abstract))
+    abstract = unnest(table.abstract(run.context.sharder, jnp.dtype(dtype)))
+    others: Flat = {}
+    if run.settings.derive.train == "scope":
+        trained = {row.path for row in table.scope(run.settings.patch.scope)}
+        for path, x in unnest(run.context.load(run.backbone)[1]).items():
+            if path not in trained:
+                others[path] = x.astype(abstract.pop(path).dtype)
+    folder = run.runner.folder(f"derive_{role}") / "params"
+    return unnest(load_tree(folder, nest(abstract))) | others
 
 
 def training_examples(run: Run, role: str, window: str) -> list[Example]:

@@ -35,7 +35,8 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
-from safepatch_jax.training.step import Recipe, TrainingOutcome, ignore
+from safepatch_jax.training.journal import Recipe, ignore
+from safepatch_jax.training.step import TrainingOutcome
 
 Result = Mapping[str, Any]
 
@@ -204,7 +205,8 @@ def _tune(
     verb, _, role = stage.partition("_")
     title = f"{verb} {role.upper()}".strip()
     steps = run.runner.aside(stage)
-    return run.context.tune(folder, pools, recipe, title, steps, record, seed=seed)
+    patches = stage != "align"
+    return run.context.tune(folder, pools, recipe, title, steps, record, seed=seed, patches=patches)
 
 
 def _summary(outcome: TrainingOutcome) -> Result:

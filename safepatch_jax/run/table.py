@@ -177,6 +177,8 @@ def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
             continue
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
+        if name == "train":  # what is trained then depends on the scope
+            result[name] = s.patch.scope
     return result
 
 

@@ -86,6 +86,19 @@ def over_answers(
         )[0]
         for params in models
     ]
+    return of_answers(decoder, models, hidden, batch, of_logits, chunk)
+
+
+def of_answers(
+    decoder: Decoder,
+    models: Sequence[Any],
+    hidden: Sequence[jax.Array],
+    batch: Mapping[str, jax.Array],
+    of_logits: Callable[..., Any],
+    chunk: int = 64,
+) -> Any:
+    """Do what `over_answers` does, from the hidden states [B, A, D] of each model at answer
+    positions."""
     readout = Readout(decoder.config, decoder.dtype, decoder.sharder)
 
     def of_hidden(hidden, targets_BC):

@@ -7,51 +7,27 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.table import ParamTable
-from safepatch_jax.numerics import NotFinite
+from safepatch_jax.models.layerwise import joined
+from safepatch_jax.models.table import Param, ParamTable, nest, unnest
 from safepatch_jax.runtime import stopping
 from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.checkpoints import Checkpoints
+from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe, Recorder, ignore
+from safepatch_jax.training.layerwise import LayerwisePass, layer_moments, layerwise_update
 from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
-
-# Each makes steps of about the size of the learning rate.
-OPTIMIZERS = {
-    # Kingma & Ba 2015; the decay is the train step's (Loshchilov & Hutter 2019)
-    "adamw": optax.scale_by_adam,
-    # Shazeer & Stern 2018; heads of 64 are factored too, and an update's root mean square is
-    # bounded over all layers of a weight.
-    "adafactor": lambda: optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
-    ),
-}
-
-
-# What a process asks of all after a step; the largest request of any process counts.
-_CONTINUE, _SAVE, _END = range(3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Settings of a tuning run; a `sign` of +1 lowers the NLL (descent), -1 raises it (ascent)."""
-
-    sign: float
-    steps: int
-    learning_rate: float
-    nll_ceiling: float = float("inf")
-    weight_decay: float = 0.0
+from safepatch_jax.training.optimizers import OPTIMIZERS, updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +50,6 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-Recorder = Callable[[int, Mapping[str, float]], None]
-
-
-def ignore(step: int, values: Mapping[str, float]) -> None:
-    """Record nothing."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainingOutcome:
     """Answer NLL of each step (nats a token, before its update; of the harmful rows, where a batch
@@ -93,19 +62,26 @@ class TrainingOutcome:
 class Trainer:
     """Compiles the train step once and runs any number of recipes with it.
 
-    State is ``{params, moments, stopped}``, float32, sharded as the table says, donated at each
-    step. Updates stop inside the program from the first step whose NLL is above the recipe's
-    ceiling, so that the host may read the metrics one step late without changing the result.
+    State is ``{params, moments, stopped}`` of the trained parameters, float32, sharded as the table
+    says, donated at each step; the others stay as they are, in the dtype in which they come.
+    Updates stop inside the program from the first step whose NLL is above the recipe's ceiling, so
+    that the host may read the metrics one step late without changing the result.
 
     Args:
       decoder: the model; its remat and attention hold for the step.
       table: its parameters.
       sharder: the mesh.
       loss: see `safepatch_jax.training.losses`.
-      clip_norm: gradients with a larger global norm are scaled down to it.
+      clip_norm: gradients with a larger global norm are scaled down to it; 0: none is.
       optimizer: 'adamw' or 'adafactor', see OPTIMIZERS.
       accumulate: micro-batches into which a batch is cut; their gradients are summed.
       chunk: see `answer_logprobs`.
+      rows: the trained parameters; by default all.
+      layerwise: one block's gradient exists at a time, see `safepatch_jax.training.layerwise`; the
+        same update but for rounding.
+
+    Raises:
+      ValueError: what the layerwise pass cannot do.
     """
 
     def __init__(
@@ -119,14 +95,26 @@ class Trainer:
         optimizer: str = "adamw",
         accumulate: int = 1,
         chunk: int = 64,
+        rows: Sequence[Param] | None = None,
+        layerwise: bool = False,
     ):
-        self._optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), OPTIMIZERS[optimizer]())
+        self._optimizer = OPTIMIZERS[optimizer](stacked=not layerwise)
+        self._clip_norm, self._passes = clip_norm, None
+        if clip_norm and not layerwise:
+            clip = optax.clip_by_global_norm(clip_norm)
+            self._optimizer = optax.chain(clip, self._optimizer)
         self._decoder, self._loss, self._sharder = decoder, loss, sharder
         self._accumulate, self._chunk = accumulate, chunk
-        params, shardings = table.abstract(sharder), table.shardings(sharder)
-        moments = jax.eval_shape(self._optimizer.init, params)
+        table.shardings(sharder)  # refuses a mesh that does not divide them
+        whole = unnest(table.abstract(sharder))
+        self._trained = frozenset(row.path for row in (table if rows is None else rows))
+        params, self._frozen = self._parted(nest(whole))
+        if layerwise:
+            kept = tuple(row for row in table if row.path in self._trained)
+            self._passes = LayerwisePass(decoder, kept, loss, chunk)
+        moments = jax.eval_shape(self._first_moments, params)
         self._shardings = {
-            "params": shardings,
+            "params": jax.tree.map(lambda p: p.sharding, params),
             "stopped": sharder.replicated(),
             # A moment of a parameter's shape is laid out as the parameter; factors are small.
             "moments": optax.tree.map_params(
@@ -153,23 +141,40 @@ class Trainer:
         self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None
     ) -> jax.stages.Traced:
         """Return the train step traced for a batch (and reference) of these shapes and shardings;
-        nothing is run."""
+        nothing is run. What is not trained is in the model's dtype."""
         scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 4
-        return self._step.trace(self._abstract, batch, *scalars, reference)
+        dtype = jnp.dtype(self._decoder.config.dtype)
+        frozen = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self._frozen
+        )
+        return self._step.trace(self._abstract, frozen, batch, *scalars, reference)
+
+    def _parted(self, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (trained, frozen), nested, of a model's nested parameters."""
+        trained, frozen = {}, {}
+        for path, x in unnest(params).items():
+            (trained if path in self._trained else frozen)[path] = x
+        return nest(trained), nest(frozen)
+
+    def _first_moments(self, params):
+        if self._passes:
+            return layer_moments(self._optimizer, params)
+        return self._optimizer.init(params)
 
     def _init_state(self, params):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         return {
             "params": params,
-            "moments": self._optimizer.init(params),
+            "moments": self._first_moments(params),
             "stopped": jnp.zeros((), bool),
         }
 
-    def _gradients(self, params, reference, batch, sign, rows):
+    def _gradients(self, params, frozen, reference, batch, sign, rows):
         """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences,
         and its summed log p."""
 
         def objective(params):
+            params = joined(params, frozen)
             if self._loss.compares:
                 logprobs_BA, *kl = answer_divergences(
                     self._decoder, params, reference, batch, self._chunk
@@ -182,46 +187,74 @@ class Trainer:
         return jax.grad(objective, has_aux=True)(params)
 
     def _train_step(
-        self, state, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
+        self, state, frozen, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
     ):
-        params, rows = state["params"], batch["tokens"].shape[0]
         if "part" in batch:
             # Before the batch is cut: a micro-batch may have its parts in other shares.
             batch = batch | {"row_weights": row_weights(batch["part"])}
-        if self._accumulate == 1:
-            gradients, logprob = self._gradients(params, reference, batch, sign, rows)
-        else:
+        tokens = jnp.sum(_reported(batch, batch["weights"]))
 
-            def add(total, micro):
-                share = self._gradients(params, reference, micro, sign, rows)
-                return jax.tree.map(jnp.add, total, share), None
+        def stops(nll):
+            return state["stopped"] | (nll > nll_ceiling)
 
-            micros = {}
-            for name, x in batch.items():
-                # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
-                parts = x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1)
-                micros[name] = self._sharder.constrain(parts, "layers", "batch", "length")
-            zeros = jax.tree.map(
-                lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
-                params,
-                self._shardings["params"],
+        if self._passes:
+            micros = self._micros(batch)
+
+            def nll_of(logprobs_MRA):
+                return -jnp.sum(_reported(micros, logprobs_MRA)) / tokens
+
+            new, norm, logprobs_MRA, stopped = layerwise_update(
+                self._passes,
+                self._optimizer,
+                self._clip_norm,
+                state,
+                frozen,
+                micros,
+                sign,
+                learning_rate,
+                weight_decay,
+                lambda logprobs_MRA: stops(nll_of(logprobs_MRA)),
             )
-            (gradients, logprob), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), micros)
-        token_nll = -logprob / jnp.sum(_reported(batch, batch["weights"]))
+            metrics = {"nll": nll_of(logprobs_MRA), "gradient_norm": norm, "stopped": stopped}
+            return new | {"stopped": stopped}, metrics
+        params = state["params"]
+        gradients, logprob = self._whole_gradients(params, frozen, reference, batch, sign)
+        nll = -logprob / tokens
         updates, moments = self._optimizer.update(gradients, state["moments"], params)
-        stopped = state["stopped"] | (token_nll > nll_ceiling)
-        # Chosen, not multiplied by 0: an update that is not taken may be NaN.
-        params = jax.tree.map(
-            lambda p, u: jnp.where(stopped, p, p - learning_rate * (u + weight_decay * p)),
-            params,
-            updates,
-        )
+        stopped = stops(nll)
+        params = updated(params, updates, stopped, learning_rate, weight_decay)
         metrics = {
-            "nll": token_nll,
+            "nll": nll,
             "gradient_norm": optax.tree.norm(gradients),
             "stopped": stopped,
         }
         return {"params": params, "moments": moments, "stopped": stopped}, metrics
+
+    def _whole_gradients(self, params, frozen, reference, batch, sign):
+        """Return the objective's gradient over a batch, and its summed log p."""
+        rows = batch["tokens"].shape[0]
+        if self._accumulate == 1:
+            return self._gradients(params, frozen, reference, batch, sign, rows)
+
+        def add(total, micro):
+            share = self._gradients(params, frozen, reference, micro, sign, rows)
+            return jax.tree.map(jnp.add, total, share), None
+
+        zeros = jax.tree.map(
+            lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
+            params,
+            self._shardings["params"],
+        )
+        return jax.lax.scan(add, (zeros, jnp.float32(0)), self._micros(batch))[0]
+
+    def _micros(self, batch):
+        """Cut a batch into micro-batches: [B, ...] to [accumulate, B / accumulate, ...]."""
+        micros = {}
+        for name, x in batch.items():
+            # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
+            parts = x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1)
+            micros[name] = self._sharder.constrain(parts, "layers", "batch", "length")
+        return micros
 
     def run(
         self,
@@ -248,7 +281,7 @@ class Trainer:
             any float dtype.
 
         Returns:
-          (tuned parameters float32, outcome).
+          (tuned parameters float32, of the trained ones alone; outcome).
 
         Raises:
           ValueError: the loss or a gradient became NaN or infinite (names the step and what to
@@ -262,21 +295,23 @@ class Trainer:
             if saving:
                 store = stack.enter_context(Checkpoints(saving.folder, self._abstract))
                 restored, seconds = store.restore(), 60 * saving.minutes
+            trained, frozen = self._parted(params)
             if restored:
                 state, facts = restored
                 batches.set_state(facts["data"])
                 say(f"  {title}: resumed after step {len(facts['nll'])} of {recipe.steps}")
             else:
-                state, facts = self._init(params), {"nll": []}
+                state, facts = self._init(trained), {"nll": []}
             # The state holds a copy: the caller's arrays can be freed, if the caller lets them go.
-            del params, restored
+            del params, trained, restored
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
-            journal = _Journal(facts["nll"], bar, title, recipe, record)
+            journal = Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
-            state = self._loop(state, batches, recipe, journal, store, seconds, reference)
-            request = self._sharder.maximum(_END if stopping.requested() else _CONTINUE)
-            if max(journal.request, int(request)) == _END:
+            inputs = frozen, reference
+            state = self._loop(state, inputs, batches, recipe, journal, store, seconds)
+            request = self._sharder.maximum(END if stopping.requested() else CONTINUE)
+            if max(journal.request, int(request)) == END:
                 self._end(state, batches, journal, store)
         reason = f"step limit {recipe.steps}"
         if journal.stopped:
@@ -299,14 +334,16 @@ class Trainer:
     def _loop(
         self,
         state: Any,
+        inputs: tuple[Any, Any],
         batches: Batches,
         recipe: Recipe,
-        journal: _Journal,
+        journal: Journal,
         store: Checkpoints | None,
         seconds: float,
-        reference: Any,
     ) -> Any:
-        """Take the remaining steps, with a checkpoint every so many seconds; return the state."""
+        """Take the remaining steps, with a checkpoint every so many seconds; return the state.
+        `inputs` are the parameters that are not trained, and the reference."""
+        frozen, reference = inputs
         rates = recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling
         scalars = list(map(jnp.float32, rates))
         pending = None  # read one step late, so that the devices need not wait for the host
@@ -314,11 +351,11 @@ class Trainer:
         for done in range(len(journal.nll) + 1, 0 if journal.stopped else recipe.steps + 1):
             batch = put_batch(next(batches), self._sharder)
             check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
-            state, metrics = self._step(state, batch, *scalars, reference)
+            state, metrics = self._step(state, frozen, batch, *scalars, reference)
             due = seconds > 0 and time.monotonic() - saved > seconds
-            request = _SAVE if due else _CONTINUE
+            request = SAVE if due else CONTINUE
             if stopping.requested():
-                request = _END
+                request = END
             # One process's clock or signal is enough, and all processes see it at the same step.
             metrics["request"] = self._sharder.maximum(request)
             if pending:
@@ -326,22 +363,22 @@ class Trainer:
             if journal.stopped:
                 return state
             pending = metrics
-            if journal.request != _CONTINUE:
+            if journal.request != CONTINUE:
                 journal.read(pending)
                 if journal.stopped:
                     return state
                 pending = None
-                if journal.request == _END:
+                if journal.request == END:
                     return state
                 if store and done < recipe.steps:
                     store.save(done, state, {"nll": journal.nll, "data": batches.get_state()})
-                journal.request, saved = _CONTINUE, time.monotonic()
+                journal.request, saved = CONTINUE, time.monotonic()
         if pending:
             journal.read(pending)
         return state
 
     def _end(
-        self, state: Any, batches: Batches, journal: _Journal, store: Checkpoints | None
+        self, state: Any, batches: Batches, journal: Journal, store: Checkpoints | None
     ) -> None:
         """End the process after SIGTERM, with a checkpoint if there is a store."""
         consequence = "The same command starts this stage anew."
@@ -351,33 +388,6 @@ class Trainer:
             consequence = "A checkpoint is written; the same command resumes from it."
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
-
-
-class _Journal:
-    """The measures of a run's steps, which are read in order, each once."""
-
-    def __init__(
-        self, nll: Sequence[float], bar: tqdm, title: str, recipe: Recipe, record: Recorder
-    ):
-        self.nll, self.stopped, self.request = list(nll), False, _CONTINUE
-        self._bar, self._title, self._recipe, self._record = bar, title, recipe, record
-
-    def read(self, metrics: Mapping[str, Any]) -> None:
-        """Wait for a step and note what it measured. Raises ValueError if that is not finite."""
-        nll, norm = float(metrics["nll"]), float(metrics["gradient_norm"])
-        self.stopped = bool(metrics["stopped"])
-        self.request = max(self.request, int(metrics["request"]))
-        # A gradient that was not used may be anything.
-        if not (np.isfinite(nll) and (np.isfinite(norm) or self.stopped)):
-            raise NotFinite(
-                f"{self._title}: answer NLL {nll}, gradient norm {norm} at step "
-                f"{len(self.nll) + 1}. Lower the learning rate ({self._recipe.learning_rate:g}), "
-                "or check the weights of the model for NaN."
-            )
-        self.nll.append(nll)
-        self._record(len(self.nll), {"answer_nll": nll, "gradient_norm": norm})
-        self._bar.set_postfix_str(f"answer NLL {nll:.3f}", refresh=False)
-        self._bar.update()
 
 
 def _reported(batch: Mapping[str, jax.Array], x_BA: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patching.methods import combine_sets
 from safepatch_jax.patching.selection import top_mask
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement
+from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
 from tests.patching import oracle
 
@@ -27,7 +28,8 @@ def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear"):
     total = SensitivityMeter(decoder, rows, sharder).measure(
         unnest(params), examples, [lengths(examples)], "test", batch_size
     )
-    return decoder, unnest(params), examples, {path: np.asarray(x) for path, x in total.items()}
+    result = {path: np.asarray(x) for path, x in total.items()}
+    return decoder, unnest(load_params(tiny, sharder)[1]), examples, result
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,32 @@ def test_sum_of_absolute_sample_gradients(tiny, devices, tensor, scope):
     for path, value in by_two.items():
         g = [np.asarray(g[path]) for g in gradients]
         np.testing.assert_allclose(value, np.abs(g[0] + g[1]) + np.abs(g[2]), rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scored", [("q", "down"), ("up",)])
+def test_chunks_and_inputs_that_are_made_again_change_no_sum(tmp_path, scored):
+    """24 samples of a deep, narrow model: what enters the blocks takes more than half of what the
+    weights take, so the inputs of every second block alone are kept."""
+    folder = write_tiny_model(tmp_path / "deep", num_hidden_layers=5)
+    config, _ = load_params(folder, sharder_of(1))
+    rows = [row for row in param_table(config) if row.path.split("/")[-1] in scored]
+    pairs = [(f"{i} " * (1 + i % 5), f"answer {i} " * (1 + i % 3)) for i in range(24)]
+    examples = Chat(folder, config.vocab_size).encode_all(pairs, 64, 32).examples
+    sums = {}
+    for many in (1, 3):  # samples in flight, and examples by which the inputs stay small
+        decoder = Decoder(config, jnp.float32, sharder_of(1))
+        meter = SensitivityMeter(decoder, rows, sharder_of(1), in_flight=many)
+        total: dict[str, np.ndarray] = {}
+        for few in (examples,) if many == 3 else ([e] for e in examples):
+            params = unnest(load_params(folder, sharder_of(1))[1])
+            part = meter.measure(params, few, [lengths(examples)], "test")
+            assert not params  # taken over
+            for path, x in part.items():
+                total[path] = total.get(path, 0) + np.asarray(x)
+        sums[many] = total
+    assert sums[1].keys() == {row.path for row in rows}
+    for path in sums[1]:
+        np.testing.assert_allclose(sums[1][path], sums[3][path], rtol=1e-5, atol=1e-8)
 
 
 def test_agreement_of_the_score_modes():

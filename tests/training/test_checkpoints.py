@@ -14,7 +14,8 @@ import pytest
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.runtime import stopping
 from safepatch_jax.training.checkpoints import Checkpoints, checksums
-from safepatch_jax.training.step import Recipe, Saving
+from safepatch_jax.training.journal import Recipe
+from safepatch_jax.training.step import Saving
 from tests.training.test_step import make
 
 RECIPE = Recipe(1.0, 6, 1e-3)

@@ -15,9 +15,10 @@ from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
 from safepatch_jax.planning.programs import abstract_batch
+from safepatch_jax.training.journal import Recipe
 from safepatch_jax.training.losses import Likelihood
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
-from safepatch_jax.training.step import Recipe, Trainer
+from safepatch_jax.training.step import Trainer
 from tests.conftest import sharder_of
 
 PAIRS = [(f"question {i}", "yes, number " * (1 + i % 2)) for i in range(8)]

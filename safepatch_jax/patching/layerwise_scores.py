@@ -1,0 +1,223 @@
+"""Sensitivities of the blocks' weights, one block at a time.
+
+All samples run forward once, in chunks, and what enters each block is kept. Then each block, from
+the last to the first, is run again for all chunks; its sums of magnitudes take the place of its own
+weights, which no earlier block needs. So weights are read once a chunk and not once a sample, and
+memory is that of the weights, the kept inputs, and one block's gradients of one chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.layerwise import LAYERS, Blocks, joined, of_layer, put_layer
+from safepatch_jax.models.table import Param, nest, param_table, unnest
+from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes
+from safepatch_jax.runtime.console import progress
+from safepatch_jax.training.objective import of_answers, sequence_nll, target_logprobs
+
+Batch = Mapping[str, jax.Array]
+_MOST_KEPT = 0.5  # kept inputs, as a share of the float32 weights of the scope
+
+
+class BlockScores:
+    """Compiles the programs of the pass; serves both patches.
+
+    Args:
+      decoder: the model.
+      rows: of whose weights magnitudes are summed; of the blocks.
+      sharder: the mesh.
+      loss: 'mean' or 'sum' over a sequence's answer tokens.
+      chunk: see `answer_logprobs`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, rows: Sequence[Param], sharder: Sharder, loss: str, chunk: int
+    ):
+        self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
+        self._paths = frozenset(row.path for row in rows)
+        self._decoder = decoder.clone(attention="xla")
+        # The batch axis of the mesh is that of the samples.
+        within = sharder.with_rules(batch=())
+        of_samples = decoder.clone(sharder=within, tap=Magnitudes(sharder), attention="xla")
+        self._blocks, self._sample_blocks = Blocks(self._decoder), Blocks(of_samples)
+        hidden = sharder.sharding(("batch", "length", "features"))
+        stacked = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
+        of_block = {row.path: sharder.sharding(row.layer_axes) for row in rows}
+        self._begin = jax.jit(self._blocks.begin, out_shardings=hidden)
+        self._forward = jax.jit(self._run_block, out_shardings=hidden)
+        self._end = jax.jit(self._end_gradient, out_shardings=(sharder.replicated(), hidden))
+        self._backward = jax.jit(
+            self._add_block, donate_argnums=(4, 6), out_shardings=(of_block, hidden)
+        )
+        self._zeros = jax.jit(
+            lambda: {row.path: jnp.zeros(row.layer_shape, jnp.float32) for row in rows},
+            out_shardings=of_block,
+        )
+        self._put = jax.jit(self._put_block, donate_argnums=0, out_shardings=stacked)
+
+    def _run_block(self, scoped, others, layer, x_BTD, batch):
+        block = of_layer(joined(nest(scoped), others)[LAYERS], layer)
+        return self._blocks.run({LAYERS: block}, layer, x_BTD, batch)
+
+    def _end_gradient(self, rest, x_BTD, batch):
+        """Return each sample's NLL, and its gradient by what leaves the last block."""
+
+        def total(x_BTD):
+            x_BAD = jnp.take_along_axis(x_BTD, batch["predict_at"][..., None], axis=1)
+            logprobs_BA = batch["weights"] * of_answers(
+                self._decoder, [rest], [x_BAD], batch, target_logprobs, self._chunk
+            )
+            nll_B = sequence_nll(logprobs_BA, batch["weights"], self._loss)
+            return jnp.sum(nll_B), nll_B
+
+        gradient_BTD, nll_B = jax.grad(total, has_aux=True)(x_BTD)
+        return nll_B, gradient_BTD
+
+    def _add_block(self, scoped, others, layer, x_BTD, gradient_BTD, batch, total):
+        """Add the magnitudes of one block's gradients over a chunk's samples; return the sum, and
+        the gradients by what enters the block."""
+        block = {LAYERS: of_layer(nest(scoped)[LAYERS], layer)}
+        rest = {LAYERS: of_layer(others[LAYERS], layer)}
+
+        def of_sample(block, x_TD, gradient_TD, sample):
+            batch = {name: x[None] for name, x in sample.items()}
+
+            def run(block, x_TD):
+                return self._sample_blocks.run(joined(block, rest), layer, x_TD[None], batch)[0]
+
+            _, back = jax.vjp(run, block, x_TD)
+            return back(gradient_TD)
+
+        added, before_BTD = jax.vmap(
+            of_sample, in_axes=(None, 0, 0, 0), out_axes=(None, 0), axis_name=SAMPLES
+        )(block, x_BTD, gradient_BTD, batch)
+        return {path: total[path] + x for path, x in unnest(added).items()}, before_BTD
+
+    def _put_block(self, scoped, block, layer):
+        return unnest(put_layer(nest(scoped), nest(block), layer))
+
+    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """Return the largest program, of one block and a chunk, traced for these shapes and
+        shardings; nothing is run."""
+        config = self._decoder.config
+        params = unnest(param_table(config).abstract(self._sharder))
+        scoped, others, _ = self._parted(params)
+        total = {}
+        for row in self._rows:
+            sharding = self._sharder.sharding(row.layer_axes)
+            total[row.path] = jax.ShapeDtypeStruct(row.layer_shape, jnp.float32, sharding=sharding)
+        hidden = jax.ShapeDtypeStruct(
+            (*batch["tokens"].shape, config.embed_dim),
+            self._decoder.dtype,
+            sharding=self._sharder.sharding(("batch", "length", "features")),
+        )
+        layer = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._backward.trace(scoped, others, layer, hidden, hidden, batch, total)
+
+    def resident_bytes(self, samples: int, shape: tuple[int, int]) -> int:
+        """Return what each device holds beside the program that `trace` traces: what is no block's,
+        and the kept inputs.
+
+        Args:
+          samples: so many.
+          shape: T and A of each.
+        """
+        size = 0
+        for row in param_table(self._decoder.config):
+            if not row.stacked:
+                local = self._sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
+                size += 4 * math.prod(local)
+        every = self._every(samples, shape[0])
+        kept = -(-self._blocks.number // every) + every
+        return size + kept * self._input_bytes(samples, shape[0])
+
+    def _input_bytes(self, samples: int, length: int) -> int:
+        """Bytes on each device of what enters one block, of all samples."""
+        width = self._decoder.config.embed_dim * jnp.dtype(self._decoder.dtype).itemsize
+        return -(-samples // self._sharder.batch_ways) * length * width
+
+    def _every(self, samples: int, length: int) -> int:
+        """Return of how many blocks one's inputs are kept: 1, unless they would take too much."""
+        weights = 0
+        for row in self._rows:
+            local = self._sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
+            weights += 4 * math.prod(local)
+        layers = self._blocks.number
+        if layers * self._input_bytes(samples, length) <= _MOST_KEPT * weights:
+            return 1
+        return max(1, math.isqrt(layers))
+
+    def _parted(self, flat: Mapping[str, Any]) -> tuple[dict, dict, dict]:
+        """Return (scoped, flat; the blocks' others, nested; what is no block's, nested)."""
+        scoped, others, rest = {}, {}, {}
+        for path, x in flat.items():
+            if path in self._paths:
+                scoped[path] = x
+            else:
+                (others if path.startswith(f"{LAYERS}/") else rest)[path] = x
+        return scoped, nest(others), nest(rest)
+
+    def measure(
+        self, params: dict[str, jax.Array], batches: Sequence[Batch], title: str
+    ) -> tuple[dict[str, jax.Array], list[np.ndarray]]:
+        """Return (sums of |gradient| over all samples, each sample's NLL by batch).
+
+        Args:
+          params: flat, of the derived model, float32. Emptied: the buffers of the scope's weights
+            take the sums.
+          batches: on the mesh; rows that are no sample have no answer token.
+          title: of the progress bar.
+        """
+        scoped, others, rest = self._parted(params)
+        params.clear()
+        samples = sum(batch["tokens"].shape[0] for batch in batches)
+        every = self._every(samples, max(batch["tokens"].shape[1] for batch in batches))
+        layers = range(self._blocks.number)
+        kept: list[dict[int, jax.Array]] = [{} for _ in batches]  # by block, of each batch
+        gradients, nlls = [], []
+        again = len(layers) - len(layers[::every])
+        with progress((2 * len(layers) + again) * len(batches), title, "block") as bar:
+
+            def run(layer, x_BTD, batch):
+                x_BTD = self._forward(scoped, others, jnp.int32(layer), x_BTD, batch)
+                bar.update()
+                return x_BTD
+
+            for inputs, batch in zip(kept, batches):
+                x_BTD = self._begin(rest, batch)
+                for layer in layers:
+                    if layer % every == 0:
+                        inputs[layer] = x_BTD
+                    x_BTD = run(layer, x_BTD, batch)
+                nll_B, gradient_BTD = self._end(rest, x_BTD, batch)
+                nlls.append(np.asarray(nll_B))
+                gradients.append(gradient_BTD)
+            for layer in reversed(layers):
+                total = self._zeros()
+                for i, (inputs, batch) in enumerate(zip(kept, batches)):
+                    first = layer - layer % every
+                    for earlier in range(first, layer):  # the last block of a part comes first
+                        if earlier + 1 not in inputs:
+                            inputs[earlier + 1] = run(earlier, inputs[earlier], batch)
+                    total, gradients[i] = self._backward(
+                        scoped,
+                        others,
+                        jnp.int32(layer),
+                        inputs.pop(layer),
+                        gradients[i],
+                        batch,
+                        total,
+                    )
+                    bar.update()
+                scoped = self._put(scoped, total, jnp.int32(layer))
+                jax.block_until_ready(total)  # the bar shows finished blocks
+        return scoped, nlls

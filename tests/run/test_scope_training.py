@@ -1,0 +1,74 @@
+"""A run that trains the patch scope alone, with either backward pass, and what it keeps on disk."""
+
+import numpy as np
+import pytest
+
+from safepatch_jax.io.checkpoint import load_tree
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.table import nest, param_table, unnest
+from safepatch_jax.outcome import settings_differences
+from safepatch_jax.run import models
+from safepatch_jax.run.job import Job
+
+SCOPE = {"derive.train": "scope", "run.keep_scratch": True, "run.certify": "hashes"}
+
+
+@pytest.fixture(scope="module")
+def jobs(kept, settings, tmp_path_factory):
+    """Runs of one backbone, whole but for their report, by the backward pass."""
+    result = {}
+    for backward in ("whole", "layerwise"):
+        chosen = settings.override(SCOPE | {"derive.backward": backward})
+        job = Job(chosen, tmp_path_factory.mktemp("scope") / backward)
+        for stage in ("patch", "evaluate_se"):
+            job.runner.need(stage)
+        result[backward] = job
+    return result
+
+
+def test_both_passes_make_one_patch_under_one_key(jobs):
+    whole, layerwise = jobs["whole"], jobs["layerwise"]
+    assert settings_differences(whole.settings.to_dict(), layerwise.settings.to_dict()) == []
+    for name in ("derive_se", "score_osm", "patch"):
+        assert whole.runner.key(name) == layerwise.runner.key(name)
+    for role in ("se", "osm"):
+        first = whole.runner.result(f"derive_{role}")["nll"]
+        second = layerwise.runner.result(f"derive_{role}")["nll"]
+        np.testing.assert_allclose(second, first, rtol=1e-4)
+    ours, theirs = (job.runner.result("patch")["total"] for job in (layerwise, whole))
+    assert ours["kept"] == pytest.approx(theirs["kept"], rel=0.01)
+    assert ours["cosine"] == pytest.approx(theirs["cosine"], abs=0.01)
+
+
+def test_the_stage_holds_the_scope_and_the_rest_is_the_backbones(jobs):
+    job = jobs["layerwise"]
+    table = param_table(read_hf_config(job.state.backbone))
+    scope = {row.path for row in table.scope("block_linear")}
+    abstract = unnest(table.abstract(job.state.context.sharder))
+    folder = job.runner.folder("derive_se") / "params"
+    with pytest.raises(ValueError, match="structures do not match"):
+        load_tree(folder, nest(abstract))
+    stored = unnest(load_tree(folder, nest({path: abstract[path] for path in scope})))
+    backbone = unnest(job.state.context.load(job.state.backbone)[1])
+    derived = models.derived(job.state, "se")
+    assert derived.keys() == backbone.keys() and stored.keys() == scope
+    for path, x in derived.items():
+        other = stored[path] if path in scope else backbone[path]
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(other, np.float32))
+        assert (path in scope) == bool(np.any(np.asarray(x) != np.asarray(backbone[path])))
+
+
+def test_another_training_is_another_key_and_the_default_none(kept, jobs):
+    changed = set()
+    for name in kept.runner.stages:
+        if kept.runner.key(name) != jobs["whole"].runner.key(name):
+            changed.add(name)
+    assert {"derive_se", "derive_osm", "patch"} <= changed
+    assert not changed & {"import", "align", "evaluate_backbone"}
+    assert jobs["whole"].runner.stages["derive_se"].settings["train"] == "block_linear"
+    assert "train" not in kept.runner.stages["derive_se"].settings
+
+
+def test_the_layerwise_pass_needs_the_scope(settings, tmp_path):
+    with pytest.raises(ValueError, match="derive.backward=layerwise.*--derive.train=scope"):
+        Job(settings.override({"derive.backward": "layerwise"}), tmp_path / "work")
