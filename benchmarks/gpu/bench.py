@@ -50,9 +50,10 @@ class Bench:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._record.note(peak_bytes=self.stats().get("peak_bytes_in_use"), host=host, **figures)
 
-    def figure(self, name: str) -> Any:
-        """Return a figure that was noted."""
-        return self._record.figures[name]
+    @property
+    def predicted(self) -> int:
+        """The bytes of the program compiled last."""
+        return self._record.figures["predicted_bytes"]
 
     def stats(self) -> dict[str, int]:
         """Return the device's account of its memory; empty on CPU, which keeps none."""
@@ -104,9 +105,9 @@ class Bench:
             rated_bandwidth=chip.bandwidth if chip else None,
         )
 
-    def predict(self, traced: jax.stages.Traced, resident: int = 0) -> int:
-        """Compile a traced program; note and return its bytes at most, with those `resident` beside
-        it, and note its FLOPs."""
+    def compiled(self, traced: jax.stages.Traced, resident: int = 0) -> jax.stages.Compiled:
+        """Compile a traced program; note its FLOPs, and its bytes at most, with those `resident`
+        beside it. A call of the same jitted function does not compile it again."""
         begun = time.perf_counter()
         compiled = traced.lower().compile()
         self.note(
@@ -114,7 +115,7 @@ class Bench:
             compile_seconds=time.perf_counter() - begun,
             program_flops=count_flops(traced.jaxpr),
         )
-        return self.figure("predicted_bytes")
+        return compiled
 
     def as_many_layers(
         self, predicted: Callable[[int], int], attempt: Callable[[int], None]

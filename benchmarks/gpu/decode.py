@@ -34,13 +34,11 @@ def run(bench: Bench) -> None:
         }
         settings = bench.settings(changes)
         (program,) = programs(settings, bench.config(layers), bench.sharder, ("decode",))
-        traced = program.trace()
-        bench.predict(traced)
-        return traced.lower().compile()
+        return bench.compiled(program.trace())
 
     def predicted(layers: int) -> int:
         compiled(layers, max(sizes.decode_batches))
-        return bench.figure("predicted_bytes")
+        return bench.predicted
 
     def attempt(layers: int) -> None:
         config, batches = bench.config(layers), {}

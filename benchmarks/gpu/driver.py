@@ -102,7 +102,7 @@ def _measure(
     for name in names:
         left = max(0.0, seconds - (time.monotonic() - begun))
         allowed = limits.get(name, limit(name, names, left))
-        say(f"{name}: {PARTS[name].title}, at most {allowed:.0f} s")
+        say(f"{name}: {PARTS[name].title}, at most {round(allowed, 1):g} s")
         summary.write(out, facts, _records(out))
         _run_part(out, name, shapes, facts["platform"], allowed, environment)
         state = _records(out)
@@ -114,10 +114,8 @@ def _measure(
 def _machine(out: pathlib.Path, environment: dict[str, str]) -> dict[str, Any]:
     """Return the facts of this machine, and keep them. Raises ValueError if the folder is that of
     another device."""
-    path, facts = (
-        out / "machine.json",
-        machine.probe(environment, out / "logs" / "machine.log", PROBE_SECONDS),
-    )
+    path, log = out / "machine.json", out / "logs" / "machine.log"
+    facts = machine.probe(environment, log, PROBE_SECONDS)
     before = records.read(path)
     if before and before["kind"] != facts["kind"]:
         raise ValueError(
@@ -149,14 +147,14 @@ def _run_part(
             stdin=subprocess.PIPE,  # its end tells the part that this process has ended
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**environment, **PARTS[name].environment},
+            env={**PARTS[name].environment, **environment},
             start_new_session=True,
         )
         try:
             code = process.wait(timeout=allowed)
             reason = f"exit code {code}: {_last_line(log)}"
         except subprocess.TimeoutExpired:
-            code, reason = None, f"cut after {allowed:.0f} s"
+            code, reason = None, f"cut after {round(allowed, 1):g} s"
         finally:
             _end(process)
             shutil.rmtree(scratch, ignore_errors=True)

@@ -34,7 +34,7 @@ def facts() -> dict[str, Any]:
         "devices": jax.device_count(),
         "capability": str(getattr(device, "compute_capability", "")),
         "memory": (stats or {}).get("bytes_limit"),
-        "runtime": device.client.platform_version.splitlines()[0],
+        "runtime": " ".join(device.client.platform_version.split()),
         "driver": _driver(),
         "host": platform.platform(),
         "python": platform.python_version(),

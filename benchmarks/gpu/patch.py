@@ -20,7 +20,8 @@ from safepatch_jax.planning.programs import programs
 
 # Of an entry: the backbone and the result, bfloat16; two derived models and two sums, float32.
 ENTRY_BYTES = 2 + 2 + 4 * 4
-HELD_BYTES = 4 * 4
+ARGUMENT_BYTES = 4 * 4
+HELD_BYTES = ARGUMENT_BYTES + 2  # with a backbone of which each repeat gets a copy
 
 
 def run(bench: Bench) -> None:
@@ -32,12 +33,14 @@ def run(bench: Bench) -> None:
         """The plan's bytes of the largest weights' programs, and what this part holds and a run
         reads weight by weight."""
         config, most = bench.config(layers), 0
+        scope = scope_size(config)
         traced = [(p, p.trace()) for p in programs(settings, config, bench.sharder, ("patch",))]
-        sizes_of = [stored_size(trace) for _, trace in traced]
-        for (program, trace), size in zip(traced, sizes_of):
-            if all_weights or size == max(sizes_of):
-                held = program.resident + HELD_BYTES * (scope_size(config) - size)
-                most = max(most, bench.predict(trace, held))
+        largest = max(stored_size(trace) for _, trace in traced)
+        for program, trace in traced:
+            if all_weights or stored_size(trace) == largest:
+                others = HELD_BYTES * scope - ARGUMENT_BYTES * stored_size(trace)
+                bench.compiled(trace, program.resident + others)
+                most = max(most, bench.predicted)
         bench.note(predicted_bytes=most)
         return most
 
@@ -46,25 +49,24 @@ def run(bench: Bench) -> None:
         rows, scope = param_table(config).scope(settings.patch.scope), scope_size(config)
         predicted(layers, all_weights=True)
         bench.note(scope=scope, needed_bytes=ENTRY_BYTES * scope)
-        derived, sums = _roles(bench, rows, "derived"), _roles(bench, rows, "sums")
+        backbone, derived, sums = made(bench, rows)
         seconds = []
-        for repeat in range(sizes.repeats + 1):  # the first compiles
-            backbone = {row.path: _random(bench, row, "backbone") for row in rows}
-            jax.block_until_ready((backbone, derived, sums))
+        for repeat in range(bench.sizes.repeats + 1):  # the first compiles
+            given = jax.tree.map(jnp.copy, backbone)  # it is donated
+            jax.block_until_ready((given, derived, sums))
             begun = time.perf_counter()
-            merged, statistics_of = apply_patching(
-                backbone, derived, sums, rows, settings.patch, 0, bench.sharder, "patch"
+            merged, numbers = apply_patching(
+                given, derived, sums, rows, settings.patch, 0, bench.sharder, "patch"
             )
             jax.block_until_ready(merged)
             took = time.perf_counter() - begun
             if repeat:
                 seconds.append(took)
                 bench.note(patch_seconds=seconds, median=statistics.median(seconds))
-            kept = sum(numbers["kept_se"] for numbers in statistics_of.values())
+            kept = sum(of_tensor["kept_se"] for of_tensor in numbers.values())
             bench.note(kept_share=kept / scope)
-            del backbone, merged
+            del given, merged
 
-    sizes = bench.sizes
     bench.as_many_layers(predicted, attempt)
 
 
@@ -78,27 +80,33 @@ def scope_size(config: DecoderConfig) -> int:
     return sum(math.prod(row.shape) for row in param_table(config).scope("block_linear"))
 
 
-def _roles(bench: Bench, rows: tuple[Param, ...], what: str) -> dict[str, dict[str, Any]]:
-    result = {}
-    for role in PATCH_ROLES:
-        result[role] = {row.path: _random(bench, row, what, role) for row in rows}
-    return result
+def made(bench: Bench, rows: tuple[Param, ...]) -> tuple[dict[str, Any], ...]:
+    """Return random backbone {path: array}, derived models and sums {role: {path: array}}, made on
+    the device, the same each time."""
+    backbone: dict[str, Any] = {}
+    derived: dict[str, Any] = {role: {} for role in PATCH_ROLES}
+    sums: dict[str, Any] = {role: {} for role in PATCH_ROLES}
+    for number, row in enumerate(rows):
+        place = bench.sharder.sharding(row.axes, row.shape, row.path)
+        key = jax.random.key(number, impl=GENERATOR)
+        arrays = _made(key, shape=row.shape, place=place)
+        backbone[row.path] = arrays["backbone"]
+        for role in PATCH_ROLES:
+            derived[role][row.path] = arrays["derived"][role]
+            sums[role][row.path] = arrays["sums"][role]
+    return backbone, derived, sums
 
 
-def _random(bench: Bench, row: Param, what: str, role: str = "se") -> jax.Array:
-    """Return a weight's backbone, derived model or sums, made on the device, the same each time."""
-    place = bench.sharder.sharding(row.axes, row.shape, row.path)
-    key = jax.random.key(sum(row.path.encode()), impl=GENERATOR)
-    return _made(key, PATCH_ROLES.index(role), shape=row.shape, what=what, place=place)
+@functools.partial(jax.jit, static_argnames=("shape", "place"))
+def _made(key: jax.Array, *, shape: tuple[int, ...], place: Any) -> dict[str, Any]:
+    keys = iter(jax.random.split(key, 1 + 2 * len(PATCH_ROLES)))
 
+    def normal(scale: float) -> jax.Array:
+        return jax.lax.with_sharding_constraint(scale * jax.random.normal(next(keys), shape), place)
 
-@functools.partial(jax.jit, static_argnames=("shape", "what", "place"))
-def _made(key: jax.Array, number: jax.Array, *, shape: tuple[int, ...], what: str, place: Any):
-    own = jax.random.fold_in(key, 1 + number)
-    if what == "sums":
-        x = jnp.abs(jax.random.normal(jax.random.fold_in(own, 7), shape))
-    else:
-        x = (0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16)
-        if what == "derived":
-            x = x.astype(jnp.float32) + 1e-4 * jax.random.normal(own, shape)
-    return jax.lax.with_sharding_constraint(x, place)
+    backbone = normal(0.02).astype(jnp.bfloat16)
+    return {
+        "backbone": backbone,
+        "derived": {role: backbone.astype(jnp.float32) + normal(1e-4) for role in PATCH_ROLES},
+        "sums": {role: jnp.abs(normal(1.0)) for role in PATCH_ROLES},
+    }

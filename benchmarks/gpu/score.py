@@ -10,6 +10,7 @@ from benchmarks.common import needed_flops
 from benchmarks.gpu.bench import Bench
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.patching.sensitivity import SensitivityMeter
 from safepatch_jax.planning.programs import abstract_batch
 
 # Of a weight of the scope, float32, for each sample: read forward and backward, its sum read and
@@ -24,14 +25,17 @@ def run(bench: Bench) -> None:
     bench.rates()
     bench.note(length=sizes.score[0], answer=sizes.score[1], dtype=sizes.dtype)
 
-    def predicted(layers: int) -> int:
+    def compiled(layers: int) -> SensitivityMeter:
         meter = bench.context(settings).meter(bench.config(layers))
-        return bench.predict(meter.trace(abstract_batch(1, sizes.score, bench.sharder)))
+        bench.compiled(meter.trace(abstract_batch(1, sizes.score, bench.sharder)))
+        return meter
+
+    def predicted(layers: int) -> int:
+        compiled(layers)
+        return bench.predicted
 
     def attempt(layers: int) -> None:
-        config = bench.config(layers)
-        meter = bench.context(settings).meter(config)
-        bench.predict(meter.trace(abstract_batch(1, sizes.score, bench.sharder)))
+        config, meter = bench.config(layers), compiled(layers)
         bench.note(parameters=param_table(config).size, **least(config, *sizes.score))
         params = unnest(bench.params(config, "float32"))
         examples = bench.examples(config, sizes.samples, *sizes.score)

@@ -149,16 +149,11 @@ def _decode(figures: Mapping[str, Figures]) -> str:
     for number, f in ours.get("batches", {}).items():
         floor = f["needed_bytes"] / ours["copy_rate"]
         other = theirs.get("batches", {}).get(number, {}).get("tokens_per_second")
-        rows.append(
-            [
-                number,
-                f"{f['tokens_per_second']:,.0f}",
-                _spread(f["seconds"], 1e3),
-                f"{other:,.0f}" if other else "",
-                f"{f['tokens_per_second'] / other:.2f}" if other else "",
-                f"{int(number) * ours['new'] / floor:,.0f}",
-            ]
-        )
+        beside = ["", ""]
+        if other:
+            beside = [f"{other:,.0f}", f"{f['tokens_per_second'] / other:.2f}"]
+        cells = [number, f"{f['tokens_per_second']:,.0f}", _spread(f["seconds"], 1e3), *beside]
+        rows.append([*cells, f"{int(number) * ours['new'] / floor:,.0f}"])
     text = f"{ours.get('layers')} blocks, prompts of {ours.get('prompt')} tokens, "
     text += f"{ours.get('new')} new ones, weights and arithmetic {ours.get('dtype')}, greedy"
     if theirs.get("version"):

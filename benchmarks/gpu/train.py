@@ -12,7 +12,7 @@ from benchmarks.gpu.parts import MODES
 from safepatch_jax.data.chat import training_batch
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import abstract_batch
-from safepatch_jax.training.step import Recipe
+from safepatch_jax.training.step import Recipe, Trainer
 
 WARM = 2  # steps before those that are timed: the first compiles, the second is read a step late
 RECIPE = {"sign": 1.0, "learning_rate": 1e-5}
@@ -42,14 +42,17 @@ def run(bench: Bench, mode: str) -> None:
     bench.rates()
     bench.note(batch=sizes.batch, length=sizes.length, answer=sizes.answer, dtype=sizes.dtype)
 
-    def predicted(layers: int) -> int:
+    def compiled(layers: int) -> Trainer:
         trainer = bench.context(settings).trainer(bench.config(layers))
-        return bench.predict(trainer.trace(abstract_batch(sizes.batch, shape, bench.sharder)))
+        bench.compiled(trainer.trace(abstract_batch(sizes.batch, shape, bench.sharder)))
+        return trainer
+
+    def predicted(layers: int) -> int:
+        compiled(layers)
+        return bench.predicted
 
     def attempt(layers: int) -> None:
-        config = bench.config(layers)
-        trainer = bench.context(settings).trainer(config)
-        bench.predict(trainer.trace(abstract_batch(sizes.batch, shape, bench.sharder)))
+        config, trainer = bench.config(layers), compiled(layers)
         bench.note(
             parameters=param_table(config).size,
             needed_flops=needed_flops(config, sizes.batch, *shape),
