@@ -159,9 +159,8 @@ def limit(name: str, names: list[str], seconds: float) -> float:
 
 
 def layers_that_fit(bytes_of: Callable[[int], int], memory: int, most: int) -> int:
-    """Return how many blocks fit, at least 1, by a line through the bytes of 1 and of 2."""
-    if most < 2:
-        return most
-    one, two = bytes_of(1), bytes_of(2)
-    further = (memory - one) // max(two - one, 1)
-    return int(min(most, max(1, 1 + further)))
+    """Return how many blocks fit, at least 1, by a line through the bytes of 2 and of 4: XLA lays a
+    loop over a single block out in another way."""
+    two, four = bytes_of(2), bytes_of(4)
+    further = 2 * (memory - two) // max(four - two, 1)
+    return int(min(most, max(1, 2 + further)))

@@ -22,6 +22,8 @@ def write(out: pathlib.Path, facts: Mapping[str, Any], records: Records) -> None
     had measured."""
     figures = {name: records.get(name, {}).get("figures", {}) for name in PARTS}
     sections = [_machine(facts), _parts(records)]
+    if any(record.get("shapes") == "tiny" for record in records.values()):
+        sections.append("The shapes are 'tiny': the figures say nothing of speed.")
     for section in (_train, _score, _patch, _decode, _folders, _cpu_bits, _repeat, _memory):
         sections.append(section(figures))
     text = "\n\n".join(["# A first half hour on a GPU", *filter(None, sections)])
@@ -76,7 +78,7 @@ def _train(figures: Mapping[str, Figures]) -> str:
             [
                 MODES[mode].title,
                 f["layers"],
-                f"{f['parameters'] / 1e9:.2f}",
+                f"{f['parameters'] / 1e6:,.1f}",
                 _spread(f["step_seconds"], 1e3),
                 f"{f['batch'] * f['length'] / f['median']:,.0f}",
                 f"{f['needed_flops'] / peak * 1e3:,.1f}",
@@ -88,7 +90,7 @@ def _train(figures: Mapping[str, Figures]) -> str:
     head = [
         "train step",
         "blocks",
-        "1e9 parameters",
+        "M parameters",
         "ms",
         "tokens/s",
         "floor, ms",
@@ -117,9 +119,9 @@ def _score(figures: Mapping[str, Figures]) -> str:
         cells = [f"{1e3 * seconds:.2f}", f"{1 / seconds:.2f}", percent(seconds / f["median"])]
         rows.append([f"floor: {name}", *cells])
     text = (
-        f"{f['layers']} blocks, {f['parameters'] / 1e9:.2f}e9 parameters, samples of {f['length']} "
-        f"tokens ({f['answer']} of the answer), {f['dtype']}. The second floor is of one sample at "
-        "a time: 16 bytes a weight of the scope."
+        f"{f['layers']} blocks, {f['parameters'] / 1e6:,.1f} M parameters, samples of "
+        f"{f['length']} tokens ({f['answer']} of the answer), {f['dtype']}. The second floor "
+        "is of one sample at a time: 16 bytes a weight of the scope."
     )
     return _section("Score pass", rows, ["", "ms a sample", "samples/s", "of the time"], text)
 
@@ -135,25 +137,30 @@ def _patch(figures: Mapping[str, Figures]) -> str:
     ]
     rated = f"; the data sheet has {_rate(f['rated_bandwidth'])}" if f["rated_bandwidth"] else ""
     text = (
-        f"{f['layers']} blocks, {f['scope'] / 1e9:.2f}e9 entries, {percent(f['kept_share'], 2)} of "
-        "them kept for SE. The floor is each input read and the result written once, 20 bytes an "
-        f"entry, at the speed of a copy on the device{rated}. The operation takes "
-        f"{f['median'] / floor:.1f} times as long."
+        f"{f['layers']} blocks, {f['scope'] / 1e6:,.1f} M entries, "
+        f"{percent(f['kept_share'], 2)} of them kept for SE. The floor is each input read and "
+        f"the result written once, 20 bytes an entry, at the speed of a copy on the device{rated}. "
+        f"The operation takes {f['median'] / floor:.1f} times as long."
     )
     return _section("Patch operation", rows, ["", "ms", "GB/s"], text)
 
 
 def _decode(figures: Mapping[str, Figures]) -> str:
     ours, theirs = figures["decode"], figures["decode_hf"]
+    sides = ours.get("batches", {}), theirs.get("batches", {})
     rows = []
-    for number, f in ours.get("batches", {}).items():
-        floor = f["needed_bytes"] / ours["copy_rate"]
-        other = theirs.get("batches", {}).get(number, {}).get("tokens_per_second")
-        beside = ["", ""]
+    for number in sides[0] or sides[1]:
+        f, other = (side.get(number) for side in sides)
+        mine, beside, floor = ["", ""], ["", ""], ""
+        if f:
+            mine = [f"{f['tokens_per_second']:,.0f}", _spread(f["seconds"], 1e3)]
+            seconds = f["needed_bytes"] / ours["copy_rate"]
+            floor = f"{int(number) * ours['new'] / seconds:,.0f}"
         if other:
-            beside = [f"{other:,.0f}", f"{f['tokens_per_second'] / other:.2f}"]
-        cells = [number, f"{f['tokens_per_second']:,.0f}", _spread(f["seconds"], 1e3), *beside]
-        rows.append([*cells, f"{int(number) * ours['new'] / floor:,.0f}"])
+            beside[0] = f"{other['tokens_per_second']:,.0f}"
+        if f and other and ours["layers"] == theirs["layers"]:
+            beside[1] = f"{f['tokens_per_second'] / other['tokens_per_second']:.2f}"
+        rows.append([number, *mine, *beside, floor])
     text = f"{ours.get('layers')} blocks, prompts of {ours.get('prompt')} tokens, "
     text += f"{ours.get('new')} new ones, weights and arithmetic {ours.get('dtype')}, greedy"
     if theirs.get("version"):
@@ -177,7 +184,7 @@ def _folders(figures: Mapping[str, Figures]) -> str:
     text = ""
     if "equal" in f:
         same = "equals" if f["equal"] else "DIFFERS from"
-        text = f"{f['bytes'] / 1e9:.2f} GB, from the page cache. What is read {same} what was "
+        text = f"{f['bytes'] / 1e9:.3g} GB, from the page cache. What is read {same} what was "
         text += "written. An export waits for the disk and computes SHA-256."
     return _section("Export and import", rows, ["", "seconds", "GB/s"], text)
 
@@ -219,7 +226,7 @@ def _memory(figures: Mapping[str, Figures]) -> str:
             continue
         plan, peak = f.get("predicted_bytes"), f.get("peak_bytes")
         ratio = percent(peak / plan) if plan and peak else ""
-        host = f"{f['host'] / GIB:.2f}" if "host" in f else ""
+        host = _gib(f.get("host"))
         refused = ", ".join(map(str, f.get("layers_refused", [])))
         rows.append([name, f.get("layers", ""), _gib(plan), _gib(peak), ratio, host, refused])
     head = ["part", "blocks", "plan", "peak", "peak / plan", "host", "refused blocks"]
@@ -243,11 +250,13 @@ def _spread(values: Sequence[float], unit: float, form: str = ",.1f") -> str:
 
 
 def _rate(value: float) -> str:
-    return f"{value / 1e9:,.2f}"
+    """Return bytes a second as GB/s."""
+    value /= 1e9
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _gib(value: float | None) -> str:
-    return f"{value / GIB:.2f}" if value else ""
+    return f"{value / GIB:.3g}" if value else ""
 
 
 def _yes(value: bool | None) -> str:
