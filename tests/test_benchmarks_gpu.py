@@ -34,11 +34,13 @@ def run(out, *arguments, **environment):
         text=True,
         capture_output=True,
         timeout=600,
-        # Of the two parts that train twice, one would compile anew each time.
+        # Of the two parts that train twice, one would compile anew each time; torch's threads wait
+        # for one another on a busy machine.
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_COMPILATION_CACHE": "true",
+            "OMP_NUM_THREADS": "1",
             **environment,
         },
     )

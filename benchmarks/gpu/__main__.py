@@ -2,7 +2,7 @@
 
   python -m benchmarks.gpu --out=DIR --minutes=25              # jax[cuda13]; torch is optional
   python -m benchmarks.gpu --out=DIR --parts=decode,decode_hf
-  python -m benchmarks.gpu --out=DIR --shapes=tiny             # on a CPU, a minute or two
+  python -m benchmarks.gpu --out=DIR --shapes=tiny             # on a CPU, about two minutes
 
 Needs no network and no model: weights are random and made on the device, as wide as LLaMA-2-7B, in
 as many blocks as fit. Each part is a process of its own with a share of the minutes; one that takes
