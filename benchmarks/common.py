@@ -1,12 +1,12 @@
-"""Parts that the benchmarks share: shapes of Llama models, sides that take turns, and how a \
-figure is
-printed.
+"""Parts that the benchmarks share: shapes of Llama models, the least work of a train step, sides
+that take turns, and how a figure is printed.
 
 Imports neither JAX nor torch, so that a side's memory is its own.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,37 @@ SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
     "8b": (4096, 14336, 32, 8, 128256, 32),
     "tiny": (64, 176, 4, 2, 512, 2),
 }
+
+# Dense bfloat16 FLOP/s of GPUs by a part of their name, the longer names first; TF32 has half.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
+
+def rated_flops(kind: str, dtype: str) -> float | None:
+    """Return the data sheet's FLOP/s of a GPU in an arithmetic, None where its name is unknown."""
+    rated = next((x for name, x in PEAKS.items() if name in kind), None)
+    return rated if rated is None or dtype == "bfloat16" else rated / 2
+
+
+def needed_flops(config: Any, batch: int, length: int, answer: int) -> float:
+    """Return the FLOPs that a train step cannot do without: 6 a weight of the blocks and token, 6 a
+    weight of the head and answer token, and attention's lower triangle.
+
+    Args:
+      config: a DecoderConfig.
+      batch, length, answer: sequences, tokens of each, answer tokens of each.
+    """
+    from safepatch_jax.models.table import param_table
+
+    blocks = sum(math.prod(row.shape) for row in param_table(config) if row.kind == "linear")
+    # Of a query and a key that it may see: one product with the key, one with the value.
+    pairs = length * (length + 1) / 2
+    triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
 
 
 def raw_config(shape: str, layers: int | None, dtype: str = "float32") -> dict[str, Any]:

@@ -36,7 +36,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks.common import raw_config, spread
+from benchmarks.common import needed_flops, rated_flops, raw_config, spread
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
 _SHAPE = flags.DEFINE_enum(
@@ -63,13 +63,6 @@ _REMAT = flags.DEFINE_enum(
 )
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
-# Dense bfloat16 FLOP/s; TF32 has half.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # side of the square matrices
 TOGETHER = {"cpu": 1, "gpu": 5}  # steps timed together
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
@@ -89,18 +82,6 @@ def token_ids(vocab_size: int) -> np.ndarray:
     """Return random ids [B, T + 1]: the last is predicted and never read."""
     batch, length, _ = work()
     return np.random.default_rng(0).integers(3, vocab_size, (batch, length + 1))
-
-
-def needed_flops(config, batch: int, length: int, answer: int) -> float:
-    """Return the FLOPs that a train step cannot do without (see above); `config` is a
-    DecoderConfig."""
-    from safepatch_jax.models.table import param_table
-
-    blocks = sum(int(np.prod(row.shape)) for row in param_table(config) if row.kind == "linear")
-    # Of a query and a key that it may see: one product with the key, one with the value.
-    pairs = length * (length + 1) / 2
-    triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
-    return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
 
 
 class Ours:
@@ -339,9 +320,8 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     peak = max(statistics.median(x) for x in product.values())
     of = "its measured peak"
     if _DEVICE.value == "gpu":
-        rated = next((x for name, x in PEAKS.items() if name in ours["kind"]), None)
-        if rated:
-            peak, of = rated / (1 if _DTYPE.value == "bfloat16" else 2), "the chip's peak (MFU)"
+        if rated := rated_flops(ours["kind"], _DTYPE.value):
+            peak, of = rated, "the chip's peak (MFU)"
     print(
         f"| | ms a step | tokens/s | share of {of} | CPU seconds a step | peak memory, GiB "
         "|\n|---|---|---|---|---|---|"

@@ -123,22 +123,24 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         return figures(seconds=time.monotonic() - start, needed=needed)
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     work = read_work(compiled.as_text())
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # XLA's peak is that of live arrays (on CPU without temporaries), but temporaries are reserved
-    # as one block.
-    peak = max(
-        memory.peak_memory_in_bytes,
-        arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    )
     floor = least_times(work, flops / sharder.mesh.devices.size, target.chip) if target.chip else {}
     return figures(
         seconds=seconds,
-        arguments=arguments,
-        temporaries=temporaries,
-        peak=peak + program.resident,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=peak_bytes(memory) + program.resident,
         work=work,
         floor=floor,
     )
+
+
+def peak_bytes(memory: Any) -> int:
+    """Return the most bytes in use at once, of a compiled program's `memory_analysis()`."""
+    # XLA's peak is that of live arrays (on CPU without temporaries), but temporaries are reserved
+    # as one block.
+    blocks = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(memory.peak_memory_in_bytes, blocks + results)
 
 
 def measure_all(

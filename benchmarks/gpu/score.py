@@ -1,0 +1,65 @@
+"""The score pass: samples a second, at as many blocks as fit."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+from benchmarks.common import needed_flops
+from benchmarks.gpu.bench import Bench
+from safepatch_jax.models.config import DecoderConfig
+from safepatch_jax.models.table import param_table, unnest
+from safepatch_jax.patching.sensitivity import SensitivityMeter
+from safepatch_jax.planning.programs import abstract_batch
+
+# Of a weight of the scope, float32, for each sample: read forward and backward, its sum read and
+# written.
+SCOPE_BYTES = 16
+HEAD_BYTES = 8  # read forward and backward
+
+
+def run(bench: Bench) -> None:
+    """Time `SensitivityMeter.measure` with random weights and samples of one length."""
+    sizes, settings = bench.sizes, bench.settings({})
+    bench.rates()
+    bench.note(length=sizes.score[0], answer=sizes.score[1], dtype=sizes.dtype)
+
+    def compiled(layers: int) -> SensitivityMeter:
+        meter = bench.context(settings).meter(bench.config(layers))
+        bench.compiled(meter.trace(abstract_batch(1, sizes.score, bench.sharder)))
+        return meter
+
+    def predicted(layers: int) -> int:
+        compiled(layers)
+        return bench.predicted
+
+    def attempt(layers: int) -> None:
+        config, meter = bench.config(layers), compiled(layers)
+        bench.note(parameters=param_table(config).size, **least(config, *sizes.score))
+        params = unnest(bench.params(config, "float32"))
+        examples = bench.examples(config, sizes.samples, *sizes.score)
+        meter.measure(params, examples[:2], [sizes.score], "warm")
+        seconds = []
+        for _ in range(sizes.repeats):
+            begun = time.perf_counter()
+            total = meter.measure(params, examples, [sizes.score], "score")
+            for x in total.values():
+                x.block_until_ready()
+            seconds.append((time.perf_counter() - begun) / len(examples))
+            del total, x  # the next pass has sums of its own
+            bench.note(sample_seconds=seconds, median=statistics.median(seconds))
+
+    bench.as_many_layers(predicted, attempt)
+
+
+def least(config: DecoderConfig, length: int, answer: int) -> dict[str, float]:
+    """Return the FLOPs and the bytes of weights and sums that a sample cannot do without, one
+    sample at a time."""
+    head = config.vocab_size * config.embed_dim
+    scope = sum(math.prod(row.shape) for row in param_table(config).scope("block_linear"))
+    return {
+        # The head has no gradient here.
+        "needed_flops": needed_flops(config, 1, length, answer) - 2 * head * answer,
+        "needed_bytes": SCOPE_BYTES * scope + HEAD_BYTES * head,
+    }
