@@ -106,10 +106,19 @@ class Mode:
     settings: Mapping[str, Any]
 
 
-# The train step in each of its ways, one part each. A new one (layer by layer) is one more row.
+# The train step in each of its ways, one part each.
 MODES = {
     "adamw": Mode("whole tree, AdamW", {"derive.optimizer": "adamw"}),
     "adafactor": Mode("whole tree, Adafactor", {"derive.optimizer": "adafactor"}),
+    "layerwise": Mode(
+        "patch scope block by block, Adafactor, not clipped",
+        {
+            "derive.train": "scope",
+            "derive.backward": "layerwise",
+            "derive.optimizer": "adafactor",
+            "derive.clip_norm": 0.0,
+        },
+    ),
 }
 
 

@@ -6,6 +6,8 @@ import math
 import statistics
 import time
 
+import jax
+
 from benchmarks.common import needed_flops
 from benchmarks.gpu.bench import Bench
 from safepatch_jax.models.config import DecoderConfig
@@ -14,7 +16,7 @@ from safepatch_jax.patching.sensitivity import SensitivityMeter
 from safepatch_jax.planning.programs import abstract_batch
 
 # Of a weight of the scope, float32, for each sample: read forward and backward, its sum read and
-# written.
+# written. With several samples in flight (score.in_flight) weights are read once for all of them.
 SCOPE_BYTES = 16
 HEAD_BYTES = 8  # read forward and backward
 
@@ -27,7 +29,8 @@ def run(bench: Bench) -> None:
 
     def compiled(layers: int) -> SensitivityMeter:
         meter = bench.context(settings).meter(bench.config(layers))
-        bench.compiled(meter.trace(abstract_batch(1, sizes.score, bench.sharder)))
+        batch = abstract_batch(meter.in_flight, sizes.score, bench.sharder)
+        bench.compiled(meter.trace(batch), meter.resident_bytes(sizes.samples, sizes.score))
         return meter
 
     def predicted(layers: int) -> int:
@@ -37,11 +40,12 @@ def run(bench: Bench) -> None:
     def attempt(layers: int) -> None:
         config, meter = bench.config(layers), compiled(layers)
         bench.note(parameters=param_table(config).size, **least(config, *sizes.score))
-        params = unnest(bench.params(config, "float32"))
         examples = bench.examples(config, sizes.samples, *sizes.score)
-        meter.measure(params, examples[:2], [sizes.score], "warm")
+        # `measure` takes the weights over.
+        meter.measure(unnest(bench.params(config, "float32")), examples[:2], [sizes.score], "warm")
         seconds = []
         for _ in range(sizes.repeats):
+            params = jax.block_until_ready(unnest(bench.params(config, "float32")))
             begun = time.perf_counter()
             total = meter.measure(params, examples, [sizes.score], "score")
             for x in total.values():
