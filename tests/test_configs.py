@@ -1,6 +1,7 @@
 """The configs that ship: each is valid, says how to run it, and its memory figure is that of the
 model's table."""
 
+import math
 import pathlib
 import re
 import runpy
@@ -31,9 +32,15 @@ def test_memory_figure(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = load_config(path)
     monkeypatch.chdir("/")  # the architecture is found from anywhere
-    size = param_table(architecture(settings)).size
+    table = param_table(architecture(settings))
+    size = table.size
     manual = runpy.run_path(str(path))["__doc__"]
     assert f"{size / 1e9:.2f}e9 parameters" in manual
+    if settings.derive.train == "scope":
+        scope = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
+        trained = f"{scope / 1e9:.2f}e9 of the patch scope are float32 ({4 * scope / 1e9:.0f} GB)"
+        assert trained in manual.replace("\n", " ")
+        return
     stated = int(re.search(r"two moments\), (\d+) GB", manual.replace("\n", " ")).group(1))
     assert abs(stated - 16 * size / 1e9) < 1
 
@@ -41,4 +48,4 @@ def test_memory_figure(path, monkeypatch):
 def test_every_backbone_has_its_architecture():
     used = {pathlib.Path(load_config(path).model.architecture).stem for path in BACKBONES}
     present = {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")}
-    assert used == present and len(BACKBONES) == 6
+    assert used == present and len(BACKBONES) == 7
