@@ -21,7 +21,6 @@ NEUTRAL = (
     "model.loss_chunk",
     "model.architecture",
     "derive.accumulate",
-    "derive.backward",
     "score.in_flight",
     "data.manual_dir",
     "evaluate.margin_limit",  # of sweeps, which note it in their rows
@@ -32,6 +31,7 @@ NEUTRAL = (
 LATER = (
     "derive.osm_seed",
     "derive.train",
+    "derive.backward",
     "derive.se_prompts",
     "derive.osm_prompts",
     "derive.se_tokens",

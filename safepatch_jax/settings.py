@@ -103,8 +103,9 @@ class DeriveSettings:
         "whole",
         "Backward pass of derive.train=scope: the whole tree's gradient at once, or layerwise: one "
         "block's gradient exists at a time and the block is updated at once, for models that do "
-        "not fit otherwise. The same update but for rounding; with derive.clip_norm above 0 it "
-        "takes a second backward pass.",
+        "not fit otherwise. The same update but for rounding (Adafactor: where layers are fewer "
+        "than a head is wide); with derive.clip_norm above 0 it takes a second backward pass. "
+        "model.remat then counts for nothing.",
         choices=("whole", "layerwise"),
     )
     accumulate: int = option(
@@ -178,7 +179,7 @@ class ScoreSettings:
     in_flight: int = option(
         1,
         "Samples on each part of the mesh's batch axis whose gradients of one block exist at once "
-        "(per_sample, scope block_linear). Memory falls with it, results stay.",
+        "(per_sample, weights of blocks). Fewer take less memory; results stay but for rounding.",
         low=1,
     )
     se_tokens: str = option(

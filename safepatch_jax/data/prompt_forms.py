@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from safepatch_jax.data.chat import Example
 
+_AFTER = " \t\r\n\"')]\u201d\u2019"  # what may stand behind a question mark
 FORMS = ("all", "questions", "requests")
 
 
@@ -32,7 +33,8 @@ def in_form(examples: Sequence[Example], form: str) -> list[Example]:
         return list(examples)
     result = []
     for example in examples:
-        if example.prompt.rstrip().endswith(("?", "\uff1f")) == (form == "questions"):
+        asks = example.prompt.rstrip(_AFTER).endswith(("?", "\uff1f"))
+        if asks == (form == "questions"):
             result.append(example)
     if not result:
         raise ValueError(

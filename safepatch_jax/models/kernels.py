@@ -2,7 +2,7 @@
 
 They serve causal attention over whole, right-padded sequences, as training has them: a real query
 then looks at real keys alone, so the kernels need no padding mask; what they give at padding is
-never read. Scoring has one sample on each part of the batch axis and takes plain attention.
+never read. Scoring takes each sample for itself, and plain attention.
 """
 
 from __future__ import annotations

@@ -9,12 +9,11 @@ memory is that of the weights, the kept inputs, and one block's gradients of one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
@@ -106,7 +105,7 @@ class BlockScores:
         return unnest(put_layer(nest(scoped), nest(block), layer))
 
     def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
-        """Return the largest program, of one block and a chunk, traced for these shapes and
+        """Return the program of one block and a chunk's backward pass, traced for these shapes and
         shardings; nothing is run."""
         config = self._decoder.config
         params = unnest(param_table(config).abstract(self._sharder))
@@ -167,15 +166,20 @@ class BlockScores:
         return scoped, nest(others), nest(rest)
 
     def measure(
-        self, params: dict[str, jax.Array], batches: Sequence[Batch], title: str
-    ) -> tuple[dict[str, jax.Array], list[np.ndarray]]:
-        """Return (sums of |gradient| over all samples, each sample's NLL by batch).
+        self,
+        params: dict[str, jax.Array],
+        batches: Sequence[Batch],
+        title: str,
+        check: Callable[[Sequence[jax.Array]], None],
+    ) -> dict[str, jax.Array]:
+        """Return the sums of |gradient| over all samples.
 
         Args:
           params: flat, of the derived model, float32. Emptied: the buffers of the scope's weights
             take the sums.
           batches: on the mesh; rows that are no sample have no answer token.
           title: of the progress bar.
+          check: given each sample's NLL, by batch, before the backward pass; may raise.
         """
         scoped, others, rest = self._parted(params)
         params.clear()
@@ -199,8 +203,10 @@ class BlockScores:
                         inputs[layer] = x_BTD
                     x_BTD = run(layer, x_BTD, batch)
                 nll_B, gradient_BTD = self._end(rest, x_BTD, batch)
-                nlls.append(np.asarray(nll_B))
+                nlls.append(nll_B)
                 gradients.append(gradient_BTD)
+                jax.block_until_ready(nlls[-1])  # the bar shows finished blocks
+            check(nlls)
             for layer in reversed(layers):
                 total = self._zeros()
                 for i, (inputs, batch) in enumerate(zip(kept, batches)):
@@ -220,4 +226,4 @@ class BlockScores:
                     bar.update()
                 scoped = self._put(scoped, total, jnp.int32(layer))
                 jax.block_until_ready(total)  # the bar shows finished blocks
-        return scoped, nlls
+        return scoped

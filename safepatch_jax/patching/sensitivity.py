@@ -105,15 +105,22 @@ class SensitivityMeter:
         )(scoped, batch)
         return {path: total[path] + g for path, g in gradients.items()}, nll_B
 
-    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
-        """Return the per-sample program traced for a batch of these shapes and shardings, of
-        `in_flight` samples; nothing is run."""
-        if self._blocks:
+    def trace(
+        self, batch: Mapping[str, jax.ShapeDtypeStruct], batched: bool = False
+    ) -> jax.stages.Traced:
+        """Return a program traced for a batch of these shapes and shardings; nothing is run.
+
+        Args:
+          batch: of `in_flight` samples; of any number where it is `batched`.
+          batched: the program of batches' gradients, not of samples'.
+        """
+        if self._blocks and not batched:
             return self._blocks.trace(batch)
         table = param_table(self._decoder.config)
         params = unnest(table.abstract(self._sharder))
         scoped = {row.path: params.pop(row.path) for row in self._rows}
-        return self._add_samples.trace(scoped, scoped, params, batch)
+        add = self._add_batch if batched else self._add_samples
+        return add.trace(scoped, scoped, params, batch)
 
     @property
     def in_flight(self) -> int:
@@ -163,17 +170,12 @@ class SensitivityMeter:
             shape = next(shape for shape in shapes if shape[0] >= lengths(chosen)[0])
             batches.append(put_batch(_full_batch(chosen, shape, size), self._sharder))
         if batch_size == 1 and self._blocks:
-            total, losses = self._blocks.measure(params, batches, title)
+            check = functools.partial(_check_losses, title=title, size=size)
+            total = self._blocks.measure(params, batches, title, check)
         else:
             add = self._add_batch if batch_size > 1 else self._add_samples
             total, losses = self._add_all(add, params, batches, title)
-        bad = [i for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
-        if bad:
-            raise ValueError(
-                f"{title}: the NLL is not finite in {len(bad)} of {len(losses)} batches (first: "
-                f"from sample {bad[0] * size}); the derived model is broken. Lower "
-                "derive.*_learning_rate."
-            )
+            _check_losses(losses, title, size)
         return total
 
     def _add_all(self, add, params, batches, title):
@@ -191,6 +193,17 @@ class SensitivityMeter:
                     jax.block_until_ready(losses[-2])
                 bar.update()
         return total, losses
+
+
+def _check_losses(losses: Sequence[jax.Array], title: str, size: int) -> None:
+    """Raise ValueError if a batch's NLL, of so many samples each, is NaN or infinite."""
+    bad = [i for i, nll in enumerate(losses) if not np.all(np.isfinite(np.asarray(nll)))]
+    if bad:
+        raise ValueError(
+            f"{title}: the NLL is not finite in {len(bad)} of {len(losses)} batches (first: "
+            f"from sample {bad[0] * size}); the derived model is broken. Lower "
+            "derive.*_learning_rate."
+        )
 
 
 def _full_batch(

@@ -200,7 +200,7 @@ def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> l
     align, derive = context.settings.align, context.settings.derive
 
     def trace(rows, patches):
-        trainer = context.trainer(config, None, patches)
+        trainer = context.trainer(config, None, patches and derive.train == "scope")
         return trainer.trace(abstract_batch(rows, shape, context.sharder))
 
     result = [Program("train", "", functools.partial(trace, derive.batch_size, True))]
@@ -210,16 +210,15 @@ def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> l
 
 
 def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
-    """Return the per-sample program, also for the batched mode, which runs it on one weight to
-    compare the two modes."""
-
-    meter = context.meter(config)
-    resident = meter.resident_bytes(context.settings.score.samples, shape)
-
-    def trace():
-        return meter.trace(abstract_batch(meter.in_flight, shape, context.sharder))
-
-    return [Program("score", "", trace, resident)]
+    """Return the program of the score mode; the batched mode also runs the other one, on one
+    weight."""
+    meter, score, sharder = context.meter(config), context.settings.score, context.sharder
+    if score.mode == "batched":
+        batch = abstract_batch(score.batch_size, shape, sharder)
+        return [Program("score", "", functools.partial(meter.trace, batch, batched=True))]
+    batch = abstract_batch(meter.in_flight, shape, sharder)
+    trace = functools.partial(meter.trace, batch)
+    return [Program("score", "", trace, meter.resident_bytes(score.samples, shape))]
 
 
 def _patch(context: Context, config: DecoderConfig) -> list[Program]:

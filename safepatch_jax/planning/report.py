@@ -38,7 +38,8 @@ def heading(
         f"{config.num_kv_heads}, stored as {config.dtype}",
         f"Settings: compute {model.compute_dtype}, remat {model.remat}, attention "
         f"{model.attention}; train step of {derive.batch_size} x {length} tokens ({answers} of "
-        f"answers) in {derive.accumulate} part(s), {derive.optimizer}; decode "
+        f"answers) in {derive.accumulate} part(s), {derive.optimizer}, trains {derive.train}, "
+        f"backward pass {derive.backward}; decode "
         f"{settings.evaluate.batch_size} x {settings.evaluate.max_new_tokens} tokens",
     ]
 

@@ -53,9 +53,16 @@ def screen_train(
     table, sizes = param_table(config), sharder.mesh.shape
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     width = 2 if settings.model.compute_dtype == "bfloat16" else 4
-    params = device_bytes(table, sharder, "float32")
-    arguments = params * (3 if derive.optimizer == "adamw" else 1)
-    least = arguments + params * (2 if derive.accumulate > 1 else 1)
+    trained = table.rows
+    if derive.train == "scope":
+        trained = table.scope(settings.patch.scope)
+    params = device_bytes(trained, sharder, "float32")
+    frozen = device_bytes([row for row in table if row not in trained], sharder, config.dtype)
+    arguments = params * (3 if derive.optimizer == "adamw" else 1) + frozen
+    gradients = params * (2 if derive.accumulate > 1 else 1)
+    if derive.backward == "layerwise":
+        gradients = params // config.num_layers
+    least = arguments + gradients
 
     rows = -(-derive.batch_size // derive.accumulate)
     rows = rows // sharder.batch_ways if rows % sharder.batch_ways == 0 else rows

@@ -41,13 +41,17 @@ def as_flags(changes: Mapping[str, Any]) -> str:
 def _relevant(settings: Settings, kind: str) -> Settings:
     """Return settings in which all that a kind of program does not depend on is at its default."""
     groups = {
-        "train": ("model", "data", "derive"),
+        "train": ("model", "data", "derive", "align"),
         "score": ("model", "data", "score", "patch"),
         "patch": ("patch", "export"),
         "decode": ("data", "evaluate"),
     }[kind]
     values = {name: getattr(settings, name) for name in ("mesh", "run", *groups)}
-    single = {"score": ("derive.loss",), "decode": ("model.compute_dtype",)}.get(kind, ())
+    single = {
+        "train": ("patch.scope",),
+        "score": ("derive.loss",),
+        "decode": ("model.compute_dtype",),
+    }.get(kind, ())
     relevant = dataclasses.replace(Settings(), **values)
     return relevant.override({name: settings.flat()[name] for name in single})
 

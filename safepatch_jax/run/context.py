@@ -137,6 +137,12 @@ class Context:
                 "--derive.backward=layerwise trains the patch scope alone. Add "
                 "--derive.train=scope, or use --derive.backward=whole."
             )
+        if derive.backward == "layerwise" and self.settings.patch.scope == "all":
+            raise ValueError(
+                "--derive.backward=layerwise trains weights of the blocks alone, and "
+                "--patch.scope=all has others. Use --derive.backward=whole, or "
+                "--patch.scope=block_linear."
+            )
 
     def engine(self, folder: pathlib.Path, params: Any) -> Engine:
         """Return a model that is ready to answer.
@@ -158,12 +164,11 @@ class Context:
         )
 
     def _trainer(
-        self, config: DecoderConfig, loss: Loss | None = None, patches: bool = False
+        self, config: DecoderConfig, loss: Loss | None = None, scope: bool = False
     ) -> Trainer:
-        """Return the train step of a loss, by default of the patches' likelihood; 'patches': which
-        trains what derive.train says."""
+        """Return the train step of a loss, by default of the patches' likelihood; 'scope': which
+        trains the patch scope alone."""
         derive, table = self.settings.derive, param_table(config)
-        scope = patches and derive.train == "scope"
         return Trainer(
             self.training_decoder(config),
             table,
@@ -210,7 +215,8 @@ class Context:
         seed = self.settings.run.seed if seed is None else seed
         batches = training_batches(pools, seed, self.settings.data.length_buckets, local)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
-        trainer = self.trainer(read_hf_config(folder), loss, patches)
+        scope = patches and self.settings.derive.train == "scope"
+        trainer = self.trainer(read_hf_config(folder), loss, scope)
         models = [self.load(folder)[1]]
         reference = None
         if loss is not None and loss.compares:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.runtime.workdir import Workdir
-from safepatch_jax.settings import Settings
+from safepatch_jax.settings import DeriveSettings, Settings
+from safepatch_jax.training.checkpoints import KEPT
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
@@ -201,12 +203,13 @@ class Job:
         derive = settings.derive
         lines = [
             f"Devices: {mesh.devices.size} x {kind}{hosts}, mesh {axes}; compute "
-            f"{settings.model.compute_dtype}, weights and moments float32",
+            f"{settings.model.compute_dtype}, trained weights and moments float32",
             f"Model:   {model}",
             *self._size(),
             f"Data:    {'; '.join(data)}",
             f"Derive:  SE by ascent, at most {derive.se_steps} steps or answer NLL "
             f"{derive.se_nll_ceiling:g}; OSM by descent, {derive.osm_steps} steps",
+            *self._derived(),
             f"Patch:   {report.describe_patch(settings.to_dict())}",
         ]
         stages = list(self.runner.stages)
@@ -215,12 +218,29 @@ class Job:
         lines.append(f"Stages:  {', '.join(stages)}")
         return lines + self._notes()
 
+    def _derived(self) -> list[str]:
+        """Say how patches are derived where that is not the default."""
+        default, lines = DeriveSettings(), []
+        for name in ("train", "backward", "se_tokens", "osm_tokens", "se_prompts", "osm_prompts"):
+            value = getattr(self.settings.derive, name)
+            if value != getattr(default, name):
+                lines.append(f"{name} {value}")
+        return [f"         {', '.join(lines)}"] if lines else []
+
     def _size(self) -> list[str]:
         """Say how large the model and its scratch are, where the model is at hand."""
         if self.state.source.kind != "hf" and self.runner.status("import") != "done":
             return []
-        size = param_table(read_hf_config(self.state.imported)).size
-        scratch, checkpoints = 16 * size / 2**30, 36 * size / 2**30
+        table, settings = param_table(read_hf_config(self.state.imported)), self.settings
+        size = trained = table.size
+        scored = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
+        if settings.derive.train == "scope":
+            trained = scored
+        scratch = 8 * (trained + scored) / 2**30
+        # Of weights and moments, KEPT and the one that is being written.
+        state = 12 if settings.derive.optimizer == "adamw" else 4
+        most = size if settings.align.enabled else trained
+        checkpoints = (KEPT + 1) * state * most / 2**30
         return [
             f"         {size / 1e6:,.1f} M parameters; derived models and scores take "
             f"{scratch:.1f} GiB of scratch on disk, checkpoints of training up to "

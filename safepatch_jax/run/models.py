@@ -61,6 +61,7 @@ def derived(run: Run, role: str, dtype: str = "float32") -> Flat:
         for path, x in unnest(run.context.load(run.backbone)[1]).items():
             if path not in trained:
                 others[path] = x.astype(abstract.pop(path).dtype)
+        del x  # of the backbone's, the others alone stay
     folder = run.runner.folder(f"derive_{role}") / "params"
     return unnest(load_tree(folder, nest(abstract))) | others
 

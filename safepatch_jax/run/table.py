@@ -160,7 +160,10 @@ def _training_settings(s: Settings) -> dict[str, Any]:
         "compute_dtype": s.model.compute_dtype,
         "attention": s.model.attention,
         "loss": s.derive.loss,
-        "optimizer": s.derive.optimizer,
+        # Its updates were once bounded over all layers together: what that made is something else.
+        "optimizer": {"adafactor": "adafactor, by layer"}.get(
+            s.derive.optimizer, s.derive.optimizer
+        ),
         "seed": s.run.seed,
         "max_prompt_tokens": s.data.max_prompt_tokens,
         "max_answer_tokens": s.data.max_answer_tokens,
@@ -178,7 +181,7 @@ def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
         if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
             result[name] = value
         if name == "train":  # what is trained then depends on the scope
-            result[name] = s.patch.scope
+            result |= {name: s.patch.scope, "backward": s.derive.backward}
     return result
 
 

@@ -5,7 +5,7 @@ import pytest
 from safepatch_jax.data.chat import Example
 from safepatch_jax.data.prompt_forms import in_form
 
-ASKS = Example((1,), (2,), "How do I mend a kite? ")
+ASKS = Example((1,), (2,), 'They say: "How do I mend a kite?" ')
 TELLS = Example((3,), (4,), "Mend a kite (or what?) for me.")
 
 

@@ -19,13 +19,13 @@ from tests.patching import oracle
 PAIRS = [("one", "first answer"), ("two two", "second"), ("three", "third answer of some length")]
 
 
-def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear"):
+def measure(tiny, devices=1, batch_size=1, tensor=1, scope="block_linear", in_flight=1):
     sharder = sharder_of(devices, tensor)
     config, params = load_params(tiny, sharder)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 64, 32).examples
     rows = param_table(config).scope(scope)
     decoder = Decoder(config, jnp.float32, sharder)
-    total = SensitivityMeter(decoder, rows, sharder).measure(
+    total = SensitivityMeter(decoder, rows, sharder, in_flight=in_flight).measure(
         unnest(params), examples, [lengths(examples)], "test", batch_size
     )
     result = {path: np.asarray(x) for path, x in total.items()}
@@ -71,30 +71,34 @@ def test_sum_of_absolute_sample_gradients(tiny, devices, tensor, scope):
         np.testing.assert_allclose(value, np.abs(g[0] + g[1]) + np.abs(g[2]), rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("scored", [("q", "down"), ("up",)])
-def test_chunks_and_inputs_that_are_made_again_change_no_sum(tmp_path, scored):
-    """24 samples of a deep, narrow model: what enters the blocks takes more than half of what the
-    weights take, so the inputs of every second block alone are kept."""
-    folder = write_tiny_model(tmp_path / "deep", num_hidden_layers=5)
+def test_chunks_and_inputs_that_are_made_again_change_no_sum(tmp_path):
+    """Of 24 samples what enters the blocks takes more than half of what the weights take, so that
+    the inputs of every second block alone are kept; of one sample all are."""
+    folder = write_tiny_model(tmp_path / "deep", num_hidden_layers=5, intermediate_size=512)
     config, _ = load_params(folder, sharder_of(1))
-    rows = [row for row in param_table(config) if row.path.split("/")[-1] in scored]
+    rows = param_table(config).scope("block_linear")
     pairs = [(f"{i} " * (1 + i % 5), f"answer {i} " * (1 + i % 3)) for i in range(24)]
     examples = Chat(folder, config.vocab_size).encode_all(pairs, 64, 32).examples
-    sums = {}
-    for many in (1, 3):  # samples in flight, and examples by which the inputs stay small
-        decoder = Decoder(config, jnp.float32, sharder_of(1))
-        meter = SensitivityMeter(decoder, rows, sharder_of(1), in_flight=many)
-        total: dict[str, np.ndarray] = {}
-        for few in (examples,) if many == 3 else ([e] for e in examples):
-            params = unnest(load_params(folder, sharder_of(1))[1])
-            part = meter.measure(params, few, [lengths(examples)], "test")
-            assert not params  # taken over
-            for path, x in part.items():
-                total[path] = total.get(path, 0) + np.asarray(x)
-        sums[many] = total
-    assert sums[1].keys() == {row.path for row in rows}
-    for path in sums[1]:
-        np.testing.assert_allclose(sums[1][path], sums[3][path], rtol=1e-5, atol=1e-8)
+    shape = lengths(examples)
+    decoder = Decoder(config, jnp.float32, sharder_of(1))
+    meters = {n: SensitivityMeter(decoder, rows, sharder_of(1), in_flight=n) for n in (1, 3)}
+
+    def inputs(samples):
+        return meters[1].resident_bytes(samples, shape) - meters[1].resident_bytes(0, shape)
+
+    assert inputs(24) == 24 * inputs(1) * 5 // 6  # 3 + 2 blocks' of 5, or 5 + 1 blocks'
+
+    def measured(in_flight, few):
+        params = unnest(load_params(folder, sharder_of(1))[1])
+        total = meters[in_flight].measure(params, few, [shape], "test")
+        assert not params  # taken over
+        return {path: np.asarray(x, np.float64) for path, x in total.items()}
+
+    together = measured(3, examples)
+    singly = [measured(1, [example]) for example in examples]
+    for row in rows:
+        total = sum(part[row.path] for part in singly)
+        np.testing.assert_allclose(together[row.path], total, rtol=1e-4, atol=1e-8)
 
 
 def test_agreement_of_the_score_modes():
@@ -124,6 +128,7 @@ def test_common_model_gives_an_empty_difference(tiny):
 
 @pytest.mark.parametrize("devices, tensor", [(2, 1), (4, 2), (8, 1), (8, 2)])
 def test_any_mesh_gives_the_same_sensitivities(tiny, devices, tensor):
-    one, many = measure(tiny)[-1], measure(tiny, devices, tensor=tensor)[-1]
+    one = measure(tiny)[-1]
+    many = measure(tiny, devices, tensor=tensor, in_flight=2)[-1]
     for path in one:
         np.testing.assert_allclose(one[path], many[path], rtol=1e-4, atol=1e-7)

@@ -337,6 +337,7 @@ def test_the_nearest_settings_that_fit(rule, flags):
         ("model.remat", "full", ["train", "score"]),
         ("evaluate.batch_size", 4, ["decode"]),
         ("patch.alpha", 2.0, ["score", "patch"]),
+        ("patch.scope", "all", ["train", "score", "patch"]),
     ],
 )
 def test_a_program_is_compiled_again_only_for_settings_that_it_depends_on(name, value, kinds):

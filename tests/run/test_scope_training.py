@@ -26,18 +26,29 @@ def jobs(kept, settings, tmp_path_factory):
     return result
 
 
-def test_both_passes_make_one_patch_under_one_key(jobs):
+def test_both_passes_make_one_patch_but_for_rounding(jobs):
     whole, layerwise = jobs["whole"], jobs["layerwise"]
-    assert settings_differences(whole.settings.to_dict(), layerwise.settings.to_dict()) == []
-    for name in ("derive_se", "score_osm", "patch"):
-        assert whole.runner.key(name) == layerwise.runner.key(name)
+    changes = settings_differences(whole.settings.to_dict(), layerwise.settings.to_dict())
+    assert changes == ['derive.backward: "whole" -> "layerwise"']
+    # Their checkpoints differ, so a run that was cut is not resumed by the other pass.
+    assert whole.runner.key("derive_se") != layerwise.runner.key("derive_se")
     for role in ("se", "osm"):
         first = whole.runner.result(f"derive_{role}")["nll"]
         second = layerwise.runner.result(f"derive_{role}")["nll"]
         np.testing.assert_allclose(second, first, rtol=1e-4)
-    ours, theirs = (job.runner.result("patch")["total"] for job in (layerwise, whole))
-    assert ours["kept"] == pytest.approx(theirs["kept"], rel=0.01)
-    assert ours["cosine"] == pytest.approx(theirs["cosine"], abs=0.01)
+    ours, theirs = _kept(layerwise), _kept(whole)
+    assert len(ours & theirs) > 0.95 * len(ours | theirs) > 100
+
+
+def _kept(job):
+    """Where the merged weights are not the backbone's."""
+    backbone = unnest(job.state.context.load(job.state.backbone)[1])
+    merged = models.patched(job.state, job.settings.patch)
+    places = set()
+    for path, x in merged.items():
+        changed = np.asarray(x) != np.asarray(backbone[path])
+        places.update((path, int(i)) for i in np.flatnonzero(changed))
+    return places
 
 
 def test_the_stage_holds_the_scope_and_the_rest_is_the_backbones(jobs):

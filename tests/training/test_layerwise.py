@@ -14,14 +14,27 @@ from safepatch_jax.planning.programs import abstract_batch
 from safepatch_jax.testing import tiny_config, write_tiny_model
 from safepatch_jax.training.journal import Recipe
 from safepatch_jax.training.losses import Likelihood, Mismatch
-from safepatch_jax.training.step import Trainer
+from safepatch_jax.training.step import Saving, Trainer
 from tests.conftest import sharder_of
 
 PAIRS = [(f"question {i}", "yes, number " * (1 + i % 2)) for i in range(8)]
 
 
+class Cut(Exception):
+    pass
+
+
 def tuned(
-    tiny, layerwise, steps=3, devices=1, tensor=1, sign=-1.0, ceiling=float("inf"), **options
+    tiny,
+    layerwise,
+    steps=3,
+    devices=1,
+    tensor=1,
+    sign=-1.0,
+    ceiling=float("inf"),
+    saving=None,
+    record=None,
+    **options,
 ):
     """Return (flat parameters, outcome, measures of each step) of a short run."""
     sharder = sharder_of(devices, tensor)
@@ -41,9 +54,8 @@ def tuned(
     )
     recipe = Recipe(sign, steps, 1e-3, nll_ceiling=ceiling, weight_decay=0.01)
     batches = training_batches([(examples, 8)], seed=0)
-    result, outcome = trainer.run(
-        params, batches, recipe, "tune", record=lambda step, values: measures.append(dict(values))
-    )
+    record = record or (lambda step, values: measures.append(dict(values)))
+    result, outcome = trainer.run(params, batches, recipe, "tune", saving, record)
     return {path: np.asarray(x) for path, x in unnest(result).items()}, outcome, measures
 
 
@@ -81,6 +93,23 @@ def test_ascent_stops_at_its_ceiling_and_leaves_parameters(tiny):
         np.testing.assert_allclose(x, whole[path], atol=2e-5)
 
 
+def test_a_run_that_was_cut_resumes_with_the_same_bits(tiny, tmp_path, capsys):
+    undisturbed, outcome, _ = tuned(tiny, True, steps=5)
+    saving = Saving(tmp_path / "steps", 1e-9)
+
+    def cut(step, values):
+        if step == 4:
+            raise Cut
+
+    with pytest.raises(Cut):
+        tuned(tiny, True, steps=5, saving=saving, record=cut)
+    resumed, again, _ = tuned(tiny, True, steps=5, saving=saving)
+    out = capsys.readouterr().out
+    assert "resumed after step" in out and "damaged" not in out and again == outcome
+    for path, x in resumed.items():
+        np.testing.assert_array_equal(x, undisturbed[path])
+
+
 def test_windows_of_attention_and_untied_heads_too(tmp_path):
     for family in ("mistral", "gemma", "qwen2"):
         folder = write_tiny_model(tmp_path / family, model_type=family)
@@ -112,7 +141,6 @@ def test_one_blocks_gradient_exists_at_a_time():
 
 
 def _temporaries(layers, layerwise):
-
     sharder = sharder_of(1)
     raw = tiny_config(num_hidden_layers=layers, hidden_size=128, intermediate_size=512)
     config = config_from_hf(raw, "test")
