@@ -109,6 +109,15 @@ def test_a_killed_map_is_resumed(mapped, tiny, other, suite, tmp_path):
     assert read_json(out / "report.json")["auroc"] == mapped[0]["auroc"]
 
 
+def test_a_map_of_one_model_compares_nothing(one_device, other, suite, tmp_path):
+    options = MarginOptions(suite=suite, batch_size=4, forced=4, longest=9)
+    content = margin_map(str(other), tmp_path / "out", options)
+    assert content["auroc"].keys() == {"model"} and "auroc_change" not in content
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Margin map of model\n") and "| change |" not in text
+    assert "| look-alikes | harmless | model | 3 |" in text
+
+
 def test_another_map_in_the_folder_is_refused(mapped, tiny, other, suite, tmp_path):
     shutil.copytree(mapped[1], tmp_path / "out")
     options = MarginOptions(suite=suite, batch_size=4, forced=5, longest=9)
