@@ -114,8 +114,9 @@ def test_a_map_of_one_model_compares_nothing(one_device, other, suite, tmp_path)
     content = margin_map(str(other), tmp_path / "out", options)
     assert content["auroc"].keys() == {"model"} and "auroc_change" not in content
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.startswith("# Margin map of model\n") and "| change |" not in text
-    assert "| look-alikes | harmless | model | 3 |" in text
+    label = content["models"]["model"]
+    assert text.startswith(f"# Margin map of {label}\n") and "| change |" not in text
+    assert f"| look-alikes | harmless | {label} | 3 |" in text
 
 
 def test_another_map_in_the_folder_is_refused(mapped, tiny, other, suite, tmp_path):
