@@ -141,7 +141,7 @@ class Ours:
         """Take steps; return the NLL of each."""
         losses = []
         for _ in range(count):
-            self._state, metrics = self._step(self._state, self._batch, *self._scalars)
+            self._state, metrics = self._step(self._state, {}, self._batch, *self._scalars)
             losses.append(metrics["nll"])
         self._wait(self._state)
         return [float(nll) for nll in losses]

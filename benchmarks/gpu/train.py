@@ -43,7 +43,8 @@ def run(bench: Bench, mode: str) -> None:
     bench.note(batch=sizes.batch, length=sizes.length, answer=sizes.answer, dtype=sizes.dtype)
 
     def compiled(layers: int) -> Trainer:
-        trainer = bench.context(settings).trainer(bench.config(layers), None, True)
+        scope = settings.derive.train == "scope"
+        trainer = bench.context(settings).trainer(bench.config(layers), None, scope)
         bench.compiled(trainer.trace(abstract_batch(sizes.batch, shape, bench.sharder)))
         return trainer
 
