@@ -24,7 +24,7 @@ from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.objective import of_answers, sequence_nll, target_logprobs
 
 Batch = Mapping[str, jax.Array]
-_MOST_KEPT = 0.5  # kept inputs, as a share of the float32 weights of the scope
+_MOST_KEPT = 1.5  # kept inputs, as a share of the float32 weights of the scope
 
 
 class BlockScores:
