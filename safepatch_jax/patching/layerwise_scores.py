@@ -21,7 +21,7 @@ from safepatch_jax.models.layerwise import LAYERS, Blocks, joined, of_layer, put
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes
 from safepatch_jax.runtime.console import progress
-from safepatch_jax.training.objective import of_answers, sequence_nll, target_logprobs
+from safepatch_jax.training.objective import end_logprobs, sequence_nll
 
 Batch = Mapping[str, jax.Array]
 _MOST_KEPT = 1.5  # kept inputs, as a share of the float32 weights of the scope
@@ -71,10 +71,7 @@ class BlockScores:
         """Return each sample's NLL, and its gradient by what leaves the last block."""
 
         def total(x_BTD):
-            x_BAD = jnp.take_along_axis(x_BTD, batch["predict_at"][..., None], axis=1)
-            logprobs_BA = batch["weights"] * of_answers(
-                self._decoder, [rest], [x_BAD], batch, target_logprobs, self._chunk
-            )
+            logprobs_BA = end_logprobs(self._decoder, rest, x_BTD, batch, self._chunk)
             nll_B = sequence_nll(logprobs_BA, batch["weights"], self._loss)
             return jnp.sum(nll_B), nll_B
 
@@ -130,14 +127,18 @@ class BlockScores:
           samples: so many.
           shape: T and A of each.
         """
-        size = 0
-        for row in param_table(self._decoder.config):
-            if not row.stacked:
-                local = self._sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
-                size += 4 * math.prod(local)
+        rest = [row for row in param_table(self._decoder.config) if not row.stacked]
         every = self._every(samples, shape[0])
         kept = -(-self._blocks.number // every) + every
-        return size + kept * self._input_bytes(samples, shape[0])
+        return self._weight_bytes(rest) + kept * self._input_bytes(samples, shape[0])
+
+    def _weight_bytes(self, rows: Sequence[Param]) -> int:
+        """Bytes on each device of these weights, float32."""
+        size = 0
+        for row in rows:
+            local = self._sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
+            size += 4 * math.prod(local)
+        return size
 
     def _input_bytes(self, samples: int, length: int) -> int:
         """Bytes on each device of what enters one block, of all samples."""
@@ -146,12 +147,8 @@ class BlockScores:
 
     def _every(self, samples: int, length: int) -> int:
         """Return of how many blocks one's inputs are kept: 1, unless they would take too much."""
-        weights = 0
-        for row in self._rows:
-            local = self._sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
-            weights += 4 * math.prod(local)
-        layers = self._blocks.number
-        if layers * self._input_bytes(samples, length) <= _MOST_KEPT * weights:
+        layers, most = self._blocks.number, _MOST_KEPT * self._weight_bytes(self._rows)
+        if layers * self._input_bytes(samples, length) <= most:
             return 1
         return max(1, math.isqrt(layers))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.data.records import load_records
-from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.outcome import settings_differences
 from safepatch_jax.run import card, certificate, environment, report, steps
@@ -74,6 +74,17 @@ def open_run(
     processes.on_first(check_source, run.source)
     run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir, verify)
     return run
+
+
+def disk_bytes(settings: Settings, config: DecoderConfig) -> tuple[int, int]:
+    """Return the bytes on disk of (both derived models and scores, the checkpoints of training)."""
+    table = param_table(config)
+    scored = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
+    trained = scored if settings.derive.train == "scope" else table.size
+    # Weights and moments; KEPT of them, and the one that is being written.
+    state = 12 if settings.derive.optimizer == "adamw" else 4
+    most = table.size if settings.align.enabled else trained
+    return 8 * (trained + scored), (KEPT + 1) * state * most
 
 
 class Job:
@@ -231,19 +242,11 @@ class Job:
         """Say how large the model and its scratch are, where the model is at hand."""
         if self.state.source.kind != "hf" and self.runner.status("import") != "done":
             return []
-        table, settings = param_table(read_hf_config(self.state.imported)), self.settings
-        size = trained = table.size
-        scored = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
-        if settings.derive.train == "scope":
-            trained = scored
-        scratch = 8 * (trained + scored) / 2**30
-        # Of weights and moments, KEPT and the one that is being written.
-        state = 12 if settings.derive.optimizer == "adamw" else 4
-        most = size if settings.align.enabled else trained
-        checkpoints = (KEPT + 1) * state * most / 2**30
+        config = read_hf_config(self.state.imported)
+        scratch, checkpoints = (x / 2**30 for x in disk_bytes(self.settings, config))
         return [
-            f"         {size / 1e6:,.1f} M parameters; derived models and scores take "
-            f"{scratch:.1f} GiB of scratch on disk, checkpoints of training up to "
+            f"         {param_table(config).size / 1e6:,.1f} M parameters; derived models and "
+            f"scores take {scratch:.1f} GiB of scratch on disk, checkpoints of training up to "
             f"{checkpoints:.1f} GiB more"
         ]
 

@@ -24,7 +24,7 @@ from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import LAYERS, Blocks, joined, of_layer, put_layer
 from safepatch_jax.models.table import Param, nest, unnest
 from safepatch_jax.training.losses import Loss
-from safepatch_jax.training.objective import of_answers, target_logprobs
+from safepatch_jax.training.objective import end_logprobs
 from safepatch_jax.training.optimizers import updated
 
 Micros = Mapping[str, jax.Array]  # a batch with an axis of micro-batches in front
@@ -93,10 +93,7 @@ class LayerwisePass:
             x_RTD, micro = xs
 
             def objective(x_RTD):
-                x_RAD = jnp.take_along_axis(x_RTD, micro["predict_at"][..., None], axis=1)
-                logprobs_RA = micro["weights"] * of_answers(
-                    self.decoder, [frozen], [x_RAD], micro, target_logprobs, self.chunk
-                )
+                logprobs_RA = end_logprobs(self.decoder, frozen, x_RTD, micro, self.chunk)
                 return sign * jnp.sum(self.loss(logprobs_RA, micro)) / rows, logprobs_RA
 
             return jax.grad(objective, has_aux=True)(x_RTD)

@@ -122,6 +122,16 @@ def of_answers(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch_size, -1)[:, :answers], out)
 
 
+def end_logprobs(
+    decoder: Decoder, params: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array], chunk: int
+) -> jax.Array:
+    """Return what `answer_logprobs` does, from what leaves the last block; of `params` the final
+    norm and the head are read."""
+    x_BAD = jnp.take_along_axis(x_BTD, batch["predict_at"][..., None], axis=1)
+    logprobs_BA = of_answers(decoder, [params], [x_BAD], batch, target_logprobs, chunk)
+    return batch["weights"] * logprobs_BA
+
+
 def sequence_nll(logprobs_BA: jax.Array, weights_BA: jax.Array, reduction: str) -> jax.Array:
     """Return each sequence's NLL in nats [B]: over its answer tokens the mean ('mean') or the sum
     ('sum')."""

@@ -84,10 +84,8 @@ def test_every_program_is_measured(measured):
 def test_arguments_are_what_the_table_says(measured):
     sharder, table = sharder_of(8, tensor=2), param_table(CONFIG)
     params = device_bytes(table, sharder, "float32")
-    scope = device_bytes(table.scope("block_linear"), sharder, "float32")
     close = functools.partial(pytest.approx, abs=4096)  # batches and scalars
     assert measured["train"].arguments == close(3 * params)
-    assert measured["score"].arguments == close(params + scope)
     assert measured["decode"].arguments == close(params)
     assert measured["train"].resident == 0
     for title, path in (("patch q k v", "layers/attention/q"), ("patch down", "layers/mlp/down")):
@@ -95,6 +93,24 @@ def test_arguments_are_what_the_table_says(measured):
         weight = device_bytes([table[path]], sharder, "float32")
         total = measured[title].arguments + measured[title].resident
         assert total == close(params // 2 + 4 * weight)
+
+
+def test_scoring_holds_the_scope_once_and_batches_of_it_twice(measured):
+    sharder, table = sharder_of(8, tensor=2), param_table(CONFIG)
+    scope, stacked = table.scope("block_linear"), [row for row in table if row.stacked]
+    blocks, scored = (device_bytes(rows, sharder, "float32") for rows in (stacked, scope))
+    rest = device_bytes([row for row in table if not row.stacked], sharder, "float32")
+    hidden = 32 * CONFIG.embed_dim * 4  # a sample on each part of the batch axis
+    score, close = measured["score"], functools.partial(pytest.approx, abs=512)
+    sums = scored // CONFIG.num_layers
+    assert score.arguments == close(blocks + sums + 2 * hidden)  # in and out of one block
+    samples = SETTINGS.score.samples // sharder.batch_ways
+    kept = CONFIG.num_layers + 1
+    assert score.resident == rest + kept * samples * hidden
+    [program] = programs(SETTINGS.override({"score.mode": "batched"}), CONFIG, sharder, ["score"])
+    batched = measure(program, present(sharder), sharder)
+    assert batched.arguments == close(blocks + rest + scored) and batched.resident == 0
+    assert batched.arguments > score.arguments + 512
 
 
 def test_a_result_in_another_dtype_takes_its_own_room():
@@ -382,3 +398,12 @@ def test_screening_follows_settings():
     assert screen(**{"derive.accumulate": 4}).memory < base.memory
     assert screen(**{"derive.optimizer": "adafactor"}).arguments == base.arguments // 3
     assert base.least < base.memory and base.seconds > 0
+    table = param_table(CONFIG)
+    scope = table.scope("block_linear")
+    trained = device_bytes(scope, sharder, "float32")
+    others = device_bytes([row for row in table if row not in scope], sharder, "bfloat16")
+    small = {"derive.train": "scope", "derive.optimizer": "adafactor"}
+    whole, layerwise = screen(**small), screen(**small | {"derive.backward": "layerwise"})
+    assert whole.arguments == layerwise.arguments == trained + others
+    assert whole.least - whole.arguments == trained
+    assert layerwise.least - layerwise.arguments == trained // CONFIG.num_layers

@@ -1,5 +1,7 @@
 """A run that trains the patch scope alone, with either backward pass, and what it keeps on disk."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,10 @@ from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.outcome import settings_differences
+from safepatch_jax.planning.programs import architecture
 from safepatch_jax.run import models
-from safepatch_jax.run.job import Job
+from safepatch_jax.run.job import Job, disk_bytes
+from safepatch_jax.settings import load_config
 
 SCOPE = {"derive.train": "scope", "run.keep_scratch": True, "run.certify": "hashes"}
 
@@ -83,3 +87,23 @@ def test_another_training_is_another_key_and_the_default_none(kept, jobs):
 def test_the_layerwise_pass_needs_the_scope(settings, tmp_path):
     with pytest.raises(ValueError, match="derive.backward=layerwise.*--derive.train=scope"):
         Job(settings.override({"derive.backward": "layerwise"}), tmp_path / "work")
+    everything = SCOPE | {"derive.backward": "layerwise", "patch.scope": "all"}
+    with pytest.raises(ValueError, match="--patch.scope=all has others.*backward=whole"):
+        Job(settings.override(everything), tmp_path / "work")
+
+
+def test_the_plan_says_what_is_trained(jobs, kept):
+    for name, job in (("all", kept), ("scope", jobs["layerwise"])):
+        text = "\n".join(job.plan())
+        assert ("train scope, backward layerwise" in text) == (name == "scope")
+
+
+def test_bytes_on_disk_are_those_of_what_is_trained_and_scored():
+    settings = load_config(pathlib.Path(__file__).parents[2] / "configs/llama3_8b_one_h100.py")
+    config = architecture(settings)
+    scope, size = 6_979_321_856, 8_030_261_248
+    assert disk_bytes(settings, config) == (16 * scope, 3 * 4 * scope)
+    aligned = settings.override({"align.enabled": True})
+    assert disk_bytes(aligned, config) == (16 * scope, 3 * 4 * size)
+    whole = settings.override({"derive.train": "all", "derive.optimizer": "adamw"})
+    assert disk_bytes(whole, config) == (8 * (scope + size), 3 * 12 * size)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import subjaxprs
 
-from safepatch_jax.data.chat import Chat
+from safepatch_jax.data.chat import Chat, lengths, training_batch
 from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
@@ -163,3 +163,46 @@ def test_a_batch_that_accumulation_does_not_divide_is_an_error(tiny):
     trainer, _, params, examples = make(tiny, devices=4, accumulate=4)
     with pytest.raises(ValueError, match="A batch of 8 .*derive.accumulate.*multiple of 16"):
         trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "uneven")
+
+
+class Given:
+    """Training batches one after another."""
+
+    def __init__(self, *batches):
+        self._left = list(batches)
+
+    def __next__(self):
+        return self._left.pop(0)
+
+    def get_state(self):
+        return {}
+
+
+def test_the_decay_is_a_share_of_each_weight(tiny):
+    trainer, _, params, examples = make(tiny)
+    tuned = {}
+    for decay in (0.0, 0.5):
+        recipe = Recipe(1.0, 1, 1e-3, weight_decay=decay)
+        tuned[decay] = unnest(trainer.run(params, batches(examples), recipe, "one step")[0])
+    for path, x in unnest(params).items():
+        taken = np.asarray(tuned[0.0][path]) - np.asarray(tuned[0.5][path])
+        np.testing.assert_allclose(taken, 1e-3 * 0.5 * np.asarray(x), atol=2e-7)
+
+
+def test_what_has_stopped_takes_no_step_on_a_batch_below_the_ceiling(tiny):
+    """The host reads a step late, so the step after the one that stopped is run too."""
+    trainer, _, params, examples = make(tiny)
+    shape = lengths(examples)
+    first, second = (training_batch([e] * 8, *shape) for e in examples[:2])
+    nll = []
+    for batch in (first, second):
+        outcome = trainer.run(params, Given(batch), Recipe(1.0, 1, 0.0), "measure")[1]
+        nll.append(outcome.nll[0])
+    if nll[0] < nll[1]:
+        first, second = second, first
+    assert abs(nll[0] - nll[1]) > 1e-3
+    recipe = Recipe(-1.0, 3, 1e-3, nll_ceiling=sum(nll) / 2)
+    tuned, outcome = trainer.run(params, Given(first, second, second), recipe, "stop")
+    assert outcome.nll == (max(nll),) and "above" in outcome.stopped_by
+    for path, x in unnest(params).items():
+        np.testing.assert_array_equal(np.asarray(unnest(tuned)[path]), np.asarray(x))
