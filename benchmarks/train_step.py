@@ -98,7 +98,8 @@ class Ours:
         from safepatch_jax.models.decoder import Decoder
         from safepatch_jax.models.table import param_table
         from safepatch_jax.settings import ModelSettings
-        from safepatch_jax.training.step import Trainer, put_batch
+        from safepatch_jax.training.batch import put_batch
+        from safepatch_jax.training.step import Trainer
 
         self.device = jax.devices()[0]
         if self.device.platform != _DEVICE.value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +177,15 @@ class Sharder:
     def platform(self) -> str:
         """Return the devices' platform: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
+
+
+def local_bytes(arrays: Any) -> int:
+    """Return the bytes that each device holds of a tree of arrays, or of their shapes with
+    shardings."""
+    size = 0
+    for x in jax.tree.leaves(arrays):
+        size += math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    return size
 
 
 def make_mesh(shape: str, devices=None) -> Mesh:

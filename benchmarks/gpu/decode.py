@@ -16,7 +16,7 @@ from safepatch_jax.evaluation.engine import NO_STOP
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import programs
-from safepatch_jax.training.step import put_batch
+from safepatch_jax.training.batch import put_batch
 
 
 def run(bench: Bench) -> None:

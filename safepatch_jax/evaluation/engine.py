@@ -29,8 +29,8 @@ from safepatch_jax.numerics import NotFinite, tensor_keys
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
 from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.training.batch import put_batch
 from safepatch_jax.training.objective import over_answers, target_logprobs
-from safepatch_jax.training.step import put_batch
 
 Done = Callable[[int, Any], None]
 Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, token ids

@@ -16,8 +16,8 @@ from safepatch_jax.models.config import same_architecture
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
+from safepatch_jax.training.batch import put_batch
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
-from safepatch_jax.training.step import put_batch
 
 
 def answer_likelihoods(

@@ -17,7 +17,7 @@ from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import NO_STOP, Engine
 from safepatch_jax.evaluation.generate import decode
 from safepatch_jax.runtime import processes
-from safepatch_jax.training.step import put_batch
+from safepatch_jax.training.batch import put_batch
 
 _STOPS = np.asarray(NO_STOP, np.int32)
 

@@ -26,8 +26,8 @@ from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes
 from safepatch_jax.patching.selection import top_mask
 from safepatch_jax.patching.tensor import importance_of
 from safepatch_jax.runtime.console import progress
+from safepatch_jax.training.batch import put_batch
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
-from safepatch_jax.training.step import put_batch
 
 
 class SensitivityMeter:

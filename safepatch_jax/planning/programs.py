@@ -27,7 +27,7 @@ from safepatch_jax.patching.options import Knobs, program_options
 from safepatch_jax.run.context import Context
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
-from safepatch_jax.training.step import batch_layout
+from safepatch_jax.training.batch import batch_layout
 
 PROGRAMS = ("train", "score", "patch", "decode")
 
@@ -198,14 +198,19 @@ def _rows(sharder: Sharder, rows: int, length: int, dtype: Any) -> jax.ShapeDtyp
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
     align, derive = context.settings.align, context.settings.derive
+    scope = derive.train == "scope"
 
-    def trace(rows, patches):
-        trainer = context.trainer(config, None, patches and derive.train == "scope")
-        return trainer.trace(abstract_batch(rows, shape, context.sharder))
+    def parts(name, rows, scope):
+        trainer = context.trainer(config, None, scope)
+        result = []
+        for part in trainer.parts(abstract_batch(rows, shape, context.sharder)):
+            title = f"{name} {part.name}".strip()
+            result.append(Program("train", title, part.trace, part.resident))
+        return result
 
-    result = [Program("train", "", functools.partial(trace, derive.batch_size, True))]
-    if align.enabled and (align.batch_size > derive.batch_size or derive.train == "scope"):
-        result.append(Program("train", "align", functools.partial(trace, align.batch_size, False)))
+    result = parts("", derive.batch_size, scope)
+    if align.enabled and (align.batch_size > derive.batch_size or scope):
+        result += parts("align", align.batch_size, False)
     return result
 
 

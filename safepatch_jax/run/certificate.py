@@ -34,7 +34,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.reading import reading
-from safepatch_jax.training.step import put_batch
+from safepatch_jax.training.batch import put_batch
 
 FILE = "certificate.json"
 LIMIT = 1e-4  # of the largest logit; float32 against float32 differs by 1e-6 to 1e-5

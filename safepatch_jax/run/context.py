@@ -27,9 +27,10 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
+from safepatch_jax.training.batch import check_batch
 from safepatch_jax.training.journal import Recipe, Recorder, ignore
 from safepatch_jax.training.losses import Likelihood, Loss
-from safepatch_jax.training.step import Saving, Trainer, TrainingOutcome, check_batch
+from safepatch_jax.training.step import Saving, Trainer, TrainingOutcome
 
 
 def keep_programs(cache_dir: pathlib.Path) -> None:

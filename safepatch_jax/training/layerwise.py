@@ -1,204 +1,300 @@
-"""The layerwise update: one block's gradient exists at a time, and the block is updated at once.
+"""The layerwise train step: one block's gradient at a time, and the block is updated at once.
 
 For models of which weights, gradients and what XLA keeps beside them do not fit together. Trained
 are weights of the blocks alone. What enters each block is kept, for all micro-batches; the backward
-pass takes the blocks from the last to the first and runs each again. A bound on the gradient's
-global norm must be known before the first update, so it costs a backward pass of its own; with
-clip_norm 0 there is one.
+pass takes the blocks from the last to the first and runs each again. A step is several programs,
+each run once a block: their memory is that of a block whatever the number of blocks, a stack is
+written in place because no program both reads it late and writes it, and a program compiles in the
+time of one block. A bound on the gradient's global norm must be known before the first update, so
+it costs a backward pass of its own; with clip_norm 0 there is one.
 
 Dimension key: M micro-batches, R rows of one, T positions, A answer positions, D model, L layers.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import LAYERS, Blocks, joined, of_layer, put_layer
 from safepatch_jax.models.table import Param, nest, unnest
+from safepatch_jax.training.batch import batch_layout, micro_batches, reported
 from safepatch_jax.training.losses import Loss
 from safepatch_jax.training.objective import end_logprobs
 from safepatch_jax.training.optimizers import updated
 
+Batch = Mapping[str, jax.Array]
 Micros = Mapping[str, jax.Array]  # a batch with an axis of micro-batches in front
+_AHEAD = 1  # blocks that the host may be ahead of the devices, each with its gradient
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerwisePass:
-    """Forward and backward pass of the train step, block by block.
+class Part(NamedTuple):
+    """One program of a train step, for plans.
 
     Attributes:
-      decoder: the model.
-      rows: the trained parameters, of the blocks.
-      loss: of one model, see `safepatch_jax.training.losses`.
-      chunk: see `answer_logprobs`.
+      name: empty where it is the only one.
+      trace: traces it; nothing is run.
+      resident: bytes on each device of what the step holds beside the program's own arrays.
     """
 
-    decoder: Decoder
-    rows: tuple[Param, ...]
-    loss: Loss
-    chunk: int
+    name: str
+    trace: Callable[[], jax.stages.Traced]
+    resident: int
 
-    def __post_init__(self):
-        if strangers := [row.path for row in self.rows if not row.stacked]:
-            raise ValueError(
-                f"The layerwise backward pass trains weights of the blocks alone, not "
-                f"{', '.join(strangers)}. Use --derive.backward=whole, or "
-                "--patch.scope=block_linear."
-            )
-        if self.loss.compares:
-            raise ValueError(
-                "The layerwise backward pass has no losses that compare with a reference model. "
-                "Use --derive.backward=whole."
-            )
 
-    def forward(
-        self, trained: Any, frozen: Any, micros: Micros, sign: jax.Array, rows: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Run the model, and the backward pass to where the last block ends.
+class LayerwiseStep:
+    """Compiles the programs of the step; called as the whole tree's step is.
+
+    Args:
+      decoder: the model; its attention holds for the step.
+      rows: the trained parameters, see `check_layerwise`.
+      sharder: the mesh.
+      loss: likewise.
+      optimizer: of one block; its moments are stacked by layers, see `layer_moments`.
+      clip_norm, chunk: see `Trainer`.
+      accumulate: micro-batches.
+      shardings: of the state's params and moments.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rows: Sequence[Param],
+        sharder: Sharder,
+        loss: Loss,
+        optimizer: optax.GradientTransformation,
+        clip_norm: float,
+        chunk: int,
+        accumulate: int,
+        shardings: Mapping[str, Any],
+    ):
+        self._decoder, self._blocks, self._rows = decoder, Blocks(decoder), rows
+        self._sharder, self._loss, self._optimizer = sharder, loss, optimizer
+        self._clip_norm, self._chunk, self._accumulate = clip_norm, chunk, accumulate
+        one = sharder.replicated()
+        of_block = {row.path: sharder.sharding(row.layer_axes) for row in rows}
+        moved = shardings["params"], shardings["moments"]
+        self._begin = jax.jit(self._begin_batch)
+        self._forward = jax.jit(self._run_block)
+        self._end = jax.jit(self._end_gradient, out_shardings=(None, one, one))
+        self._backward = jax.jit(self._block_gradient, out_shardings=(of_block, None, one))
+        self._update = jax.jit(self._update_block, donate_argnums=(0, 1), out_shardings=moved)
+        self._scale = jax.jit(self._clip_scale, out_shardings=(one, one))
+
+    def __call__(
+        self,
+        state: Mapping[str, Any],
+        frozen: Any,
+        batch: Batch,
+        sign: jax.Array,
+        learning_rate: jax.Array,
+        weight_decay: jax.Array,
+        nll_ceiling: jax.Array,
+        reference: None = None,
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """Take one step; see `Trainer`.
 
         Args:
-          trained, frozen: nested parameters that together are the model's.
-          micros: see `Micros`.
-          sign: of the objective.
-          rows: of the whole batch, over which the objective is a mean.
+          state: {params, moments, stopped}; its arrays are taken over.
+          frozen: the other parameters, nested, any float dtype.
+          batch: of training.
+          sign, learning_rate, weight_decay, nll_ceiling: see `Recipe`.
+          reference: None.
 
         Returns:
-          (what enters each block [L, M, R, T, D], the objective's gradient by what leaves the last
-          one [M, R, T, D], log p of each answer token float32 [M, R, A]).
+          (state, {nll, gradient_norm, stopped}).
         """
-        blocks = Blocks(self.decoder)
-        stacked = joined(trained, {LAYERS: frozen[LAYERS]})[LAYERS]
+        params, moments = state["params"], state["moments"]
+        rest = {name: x for name, x in frozen.items() if name != LAYERS}
+        others, layers = frozen[LAYERS], range(self._blocks.number)
+        micros, x_MRTD = self._begin(rest, batch)
+        inputs = []
+        for layer in layers:
+            inputs.append(x_MRTD)
+            x_MRTD = self._forward(params, others, jnp.int32(layer), x_MRTD, micros)
+        end_MRTD, nll, stopped = self._end(
+            rest, x_MRTD, micros, sign, nll_ceiling, state["stopped"]
+        )
+        del x_MRTD
 
-        def of_block(x_MRTD, layer):
-            block = {LAYERS: of_layer(stacked, layer)}
+        def gradients(kept, after_MRTD):
+            """Yield (layer, the gradient of its block, the sum of its squares)."""
+            waiting = []
+            for layer in reversed(layers):
+                flat, after_MRTD, squares = self._backward(
+                    params, others, jnp.int32(layer), kept.pop(), after_MRTD, micros
+                )
+                waiting.append(squares)
+                if len(waiting) > _AHEAD:
+                    jax.block_until_ready(waiting.pop(0))
+                yield layer, flat, squares
 
-            def of_micro(xs):
-                x_RTD, micro = xs
-                return blocks.run(block, layer, x_RTD, micro)
+        scale = None
+        if self._clip_norm:
+            scale, norm = self._scale([sum_ for *_, sum_ in gradients(list(inputs), end_MRTD)])
+        total = []
+        for layer, flat, squares in gradients(inputs, end_MRTD):
+            total.append(squares)
+            params, moments = self._update(
+                params,
+                moments,
+                flat,
+                jnp.int32(layer),
+                scale,
+                stopped,
+                learning_rate,
+                weight_decay,
+            )
+        if not self._clip_norm:
+            _, norm = self._scale(total)
+        state = {"params": params, "moments": moments, "stopped": stopped}
+        return state, {"nll": nll, "gradient_norm": norm, "stopped": stopped}
 
-            return lax.map(of_micro, (x_MRTD, micros)), x_MRTD
+    def _begin_batch(self, rest, batch):
+        """Return (micro-batches, what enters the first block [M, R, T, D])."""
+        micros = micro_batches(batch, self._accumulate, self._sharder)
+        return micros, self._laid(lax.map(functools.partial(self._blocks.begin, rest), micros))
 
-        begun_MRTD = lax.map(lambda micro: blocks.begin(frozen, micro), micros)
-        x_MRTD, inputs_LMRTD = lax.scan(of_block, begun_MRTD, jnp.arange(blocks.number))
+    def _laid(self, x_MRTD):
+        return self._sharder.constrain(x_MRTD, *_layout(x_MRTD.shape, self._sharder), "features")
+
+    def _run_block(self, params, others, layer, x_MRTD, micros):
+        block = of_layer(joined(params, {LAYERS: others})[LAYERS], layer)
+
+        def of_micro(xs):
+            return self._blocks.run({LAYERS: block}, layer, *xs)
+
+        return self._laid(lax.map(of_micro, (x_MRTD, micros)))
+
+    def _end_gradient(self, rest, x_MRTD, micros, sign, nll_ceiling, stopped):
+        """Return (the objective's gradient by what leaves the last block, the batch's answer NLL,
+        whether the updates have stopped)."""
+        rows = micros["tokens"].shape[0] * micros["tokens"].shape[1]
 
         def of_micro(xs):
             x_RTD, micro = xs
 
             def objective(x_RTD):
-                logprobs_RA = end_logprobs(self.decoder, frozen, x_RTD, micro, self.chunk)
-                return sign * jnp.sum(self.loss(logprobs_RA, micro)) / rows, logprobs_RA
+                logprobs_RA = end_logprobs(self._decoder, rest, x_RTD, micro, self._chunk)
+                return sign * jnp.sum(self._loss(logprobs_RA, micro)) / rows, logprobs_RA
 
             return jax.grad(objective, has_aux=True)(x_RTD)
 
         gradient_MRTD, logprobs_MRA = lax.map(of_micro, (x_MRTD, micros))
-        return inputs_LMRTD, gradient_MRTD, logprobs_MRA
+        tokens = jnp.sum(reported(micros, micros["weights"]))
+        nll = -jnp.sum(reported(micros, logprobs_MRA)) / tokens
+        return self._laid(gradient_MRTD), nll, stopped | (nll > nll_ceiling)
 
-    def block_gradient(
-        self,
-        block: Any,
-        others: Any,
-        layer: jax.Array,
-        inputs_MRTD: jax.Array,
-        gradient_MRTD: jax.Array,
-        micros: Micros,
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Return the gradient of one block's trained parameters, flat by path, summed over the
-        micro-batches, and the objective's gradient by what enters the block.
-
-        Args:
-          block, others: its trained parameters, and its others; nested, below 'layers'.
-          layer: its number.
-          inputs_MRTD: what enters it.
-          gradient_MRTD: the objective's gradient by what leaves it.
-        """
-        blocks, sharder = Blocks(self.decoder), self.decoder.sharder
+    def _block_gradient(self, params, others, layer, x_MRTD, after_MRTD, micros):
+        """Return (the gradient of one block's trained parameters, flat by path, summed over the
+        micro-batches; the objective's gradient by what enters the block; the former's sum of
+        squares)."""
+        block = of_layer(params[LAYERS], layer)
+        rest = of_layer(others, layer)
 
         def of_micro(total, xs):
-            x_RTD, gradient_RTD, micro = xs
+            x_RTD, after_RTD, micro = xs
 
             def run(block, x_RTD):
-                return blocks.run({LAYERS: joined(block, others)}, layer, x_RTD, micro)
+                return self._blocks.run({LAYERS: joined(block, rest)}, layer, x_RTD, micro)
 
             _, back = jax.vjp(run, block, x_RTD)
-            share, before_RTD = back(gradient_RTD)
+            share, before_RTD = back(after_RTD)
             return jax.tree.map(jnp.add, total, share), before_RTD
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), block)
-        total, before_MRTD = lax.scan(of_micro, zeros, (inputs_MRTD, gradient_MRTD, micros))
+        total, before_MRTD = lax.scan(of_micro, zeros, (x_MRTD, after_MRTD, micros))
         flat = unnest({LAYERS: total})
-        for row in self.rows:
-            flat[row.path] = sharder.constrain(flat[row.path], *row.layer_axes)
-        return flat, before_MRTD
+        for row in self._rows:
+            flat[row.path] = self._sharder.constrain(flat[row.path], *row.layer_axes)
+        return flat, self._laid(before_MRTD), sum(jnp.sum(jnp.square(g)) for g in flat.values())
 
-
-def layerwise_update(
-    passes: LayerwisePass,
-    optimizer: optax.GradientTransformation,
-    clip_norm: float,
-    state: Mapping[str, Any],
-    frozen: Any,
-    micros: Micros,
-    sign: jax.Array,
-    learning_rate: jax.Array,
-    weight_decay: jax.Array,
-    stops: Callable[[jax.Array], jax.Array],
-) -> tuple[dict[str, Any], jax.Array, jax.Array, jax.Array]:
-    """Take one step.
-
-    Args:
-      passes: the model and its loss.
-      optimizer: of one block; its moments are stacked by layers, see `layer_moments`.
-      clip_norm: see `Trainer`.
-      state: {params, moments}; nested, the trained alone.
-      frozen: the other parameters, nested, any float dtype.
-      micros: the batch.
-      sign, learning_rate, weight_decay: see `Recipe`.
-      stops: told the log-probabilities, says whether parameters stay as they are.
-
-    Returns:
-      ({params, moments}, the gradient's global norm, log p float32 [M, R, A], whether it stopped).
-    """
-    trained, rows = state["params"], micros["tokens"].shape[0] * micros["tokens"].shape[1]
-    inputs_LMRTD, last_MRTD, logprobs_MRA = passes.forward(trained, frozen, micros, sign, rows)
-    stopped = stops(logprobs_MRA)
-    layers = jnp.arange(inputs_LMRTD.shape[0])
-
-    def gradient_of(block, layer, after_MRTD):
-        others, inputs_MRTD = of_layer(frozen[LAYERS], layer), of_layer(inputs_LMRTD, layer)
-        return passes.block_gradient(block, others, layer, inputs_MRTD, after_MRTD, micros)
-
-    def add_squares(carry, layer):
-        after_MRTD, total = carry
-        flat, before_MRTD = gradient_of(of_layer(trained[LAYERS], layer), layer, after_MRTD)
-        return (before_MRTD, total + _squares(flat)), None
-
-    scale = jnp.float32(1)
-    if clip_norm:
-        (_, squares), _ = lax.scan(add_squares, (last_MRTD, jnp.float32(0)), layers, reverse=True)
-        norm = jnp.sqrt(squares)
-        scale = jnp.where(norm < clip_norm, 1.0, clip_norm / norm)
-
-    def update(carry, layer):
-        params, moments, after_MRTD, total = carry
-        block = of_layer(params[LAYERS], layer)
-        flat, before_MRTD = gradient_of(block, layer, after_MRTD)
-        scaled = nest({path: scale * g for path, g in flat.items()})
-        updates, new = optimizer.update(scaled, of_layer(moments, layer), {LAYERS: block})
-        block = updated({LAYERS: block}, updates, stopped, learning_rate, weight_decay)
+    def _update_block(
+        self, params, moments, flat, layer, scale, stopped, learning_rate, weight_decay
+    ):
+        if scale is not None:
+            flat = {path: scale * g for path, g in flat.items()}
+        block = {LAYERS: of_layer(params[LAYERS], layer)}
+        updates, new = self._optimizer.update(nest(flat), of_layer(moments, layer), block)
+        block = updated(block, updates, stopped, learning_rate, weight_decay)
         params = {LAYERS: put_layer(params[LAYERS], block[LAYERS], layer)}
-        return (params, put_layer(moments, new, layer), before_MRTD, total + _squares(flat)), None
+        return params, put_layer(moments, new, layer)
 
-    start = trained, state["moments"], last_MRTD, jnp.float32(0)
-    (params, moments, _, squares), _ = lax.scan(update, start, layers, reverse=True)
-    return {"params": params, "moments": moments}, jnp.sqrt(squares), logprobs_MRA, stopped
+    def _clip_scale(self, squares):
+        """Return (the factor that bounds the gradient's global norm, that norm)."""
+        norm = jnp.sqrt(sum(squares))
+        if not self._clip_norm:
+            return jnp.float32(1), norm
+        return jnp.where(norm < self._clip_norm, 1.0, self._clip_norm / norm), norm
+
+    def parts(self, state: Any, frozen: Any, batch: Mapping[str, Any]) -> list[Part]:
+        """Return the programs that decide about memory: backward pass of a block, its update, the
+        end of the model.
+
+        Args:
+          state, frozen, batch: as in a call; jax.ShapeDtypeStruct with shardings.
+        """
+        params, moments = state["params"], state["moments"]
+        rest = {name: x for name, x in frozen.items() if name != LAYERS}
+        others, sharder = frozen[LAYERS], self._sharder
+        micros = {}
+        for name, x in batch.items():
+            shape = (self._accumulate, x.shape[0] // self._accumulate, *x.shape[1:])
+            sharding = sharder.sharding(_layout(shape, sharder))
+            micros[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+        shape = micros["tokens"].shape
+        hidden = jax.ShapeDtypeStruct(
+            (*shape, self._decoder.config.embed_dim),
+            self._decoder.dtype,
+            sharding=sharder.sharding((*_layout(shape, sharder), "features")),
+        )
+        gradient = {}
+        for row in self._rows:
+            gradient[row.path] = jax.ShapeDtypeStruct(
+                row.layer_shape, jnp.float32, sharding=sharder.sharding(row.layer_axes)
+            )
+        layer, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+        yes = jax.ShapeDtypeStruct((), bool)
+        scale = number if self._clip_norm else None
+        kept = (self._blocks.number + 1) * local_bytes(hidden)
+        ahead = _AHEAD * local_bytes(gradient)
+
+        def backward():
+            return self._backward.trace(params, others, layer, hidden, hidden, micros)
+
+        def update():
+            return self._update.trace(params, moments, gradient, layer, scale, yes, number, number)
+
+        def end():
+            return self._end.trace(rest, hidden, micros, number, number, yes)
+
+        return [
+            Part("block", backward, kept + ahead + local_bytes((moments, rest))),
+            Part("update", update, kept + ahead + local_bytes((others, rest))),
+            Part("end", end, kept + local_bytes((params, moments, others))),
+        ]
+
+
+def check_layerwise(rows: Iterable[Param], loss: Loss) -> None:
+    """Raise ValueError for trained parameters that are no block's, and for a loss that compares."""
+    if strangers := [row.path for row in rows if not row.stacked]:
+        raise ValueError(
+            f"The layerwise backward pass trains weights of the blocks alone, not "
+            f"{', '.join(strangers)}. Use --derive.backward=whole, or --patch.scope=block_linear."
+        )
+    if loss.compares:
+        raise ValueError(
+            "The layerwise backward pass has no losses that compare with a reference model. Use "
+            "--derive.backward=whole."
+        )
 
 
 def layer_moments(optimizer: optax.GradientTransformation, trained: Any) -> Any:
@@ -207,5 +303,6 @@ def layer_moments(optimizer: optax.GradientTransformation, trained: Any) -> Any:
     return jax.vmap(lambda block: optimizer.init({LAYERS: block}))(trained[LAYERS])
 
 
-def _squares(flat: Mapping[str, jax.Array]) -> jax.Array:
-    return sum(jnp.sum(jnp.square(g)) for g in flat.values())
+def _layout(shape: tuple[int, ...], sharder: Sharder) -> tuple[str, ...]:
+    """Return the logical axes of the first three dimensions of [M, R, T, ...]."""
+    return "layers", *batch_layout(shape[1], sharder)

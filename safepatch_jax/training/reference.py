@@ -14,8 +14,8 @@ from safepatch_jax.data.chat import Example, lengths, training_batch
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.runtime import processes
+from safepatch_jax.training.batch import put_batch
 from safepatch_jax.training.objective import answer_logprobs
-from safepatch_jax.training.step import put_batch
 
 
 def with_reference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import joined
 from safepatch_jax.models.table import Param, ParamTable, nest, unnest
 from safepatch_jax.runtime import stopping
 from safepatch_jax.runtime.console import progress, say
+from safepatch_jax.training.batch import check_batch, micro_batches, put_batch, reported
 from safepatch_jax.training.checkpoints import Checkpoints
 from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe, Recorder, ignore
-from safepatch_jax.training.layerwise import LayerwisePass, layer_moments, layerwise_update
+from safepatch_jax.training.layerwise import LayerwiseStep, Part, check_layerwise, layer_moments
 from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 from safepatch_jax.training.optimizers import OPTIMIZERS, updated
@@ -99,7 +100,10 @@ class Trainer:
         layerwise: bool = False,
     ):
         self._optimizer = OPTIMIZERS[optimizer](stacked=not layerwise)
-        self._clip_norm, self._passes = clip_norm, None
+        self._layerwise = layerwise
+        trained = table if rows is None else rows
+        if layerwise:
+            check_layerwise(trained, loss)
         if clip_norm and not layerwise:
             clip = optax.clip_by_global_norm(clip_norm)
             self._optimizer = optax.chain(clip, self._optimizer)
@@ -107,11 +111,8 @@ class Trainer:
         self._accumulate, self._chunk = accumulate, chunk
         table.shardings(sharder)  # refuses a mesh that does not divide them
         whole = unnest(table.abstract(sharder))
-        self._trained = frozenset(row.path for row in (table if rows is None else rows))
+        self._trained = frozenset(row.path for row in trained)
         params, self._frozen = self._parted(nest(whole))
-        if layerwise:
-            kept = tuple(row for row in table if row.path in self._trained)
-            self._passes = LayerwisePass(decoder, kept, loss, chunk)
         moments = jax.eval_shape(self._first_moments, params)
         self._shardings = {
             "params": jax.tree.map(lambda p: p.sharding, params),
@@ -126,11 +127,24 @@ class Trainer:
             ),
         }
         self._init = jax.jit(self._init_state, out_shardings=self._shardings)
-        self._step = jax.jit(
-            self._train_step,
-            donate_argnums=0,
-            out_shardings=(self._shardings, sharder.replicated()),
-        )
+        if layerwise:
+            self._step = LayerwiseStep(
+                decoder,
+                tuple(row for row in table if row.path in self._trained),
+                sharder,
+                loss,
+                self._optimizer,
+                clip_norm,
+                chunk,
+                accumulate,
+                self._shardings,
+            )
+        else:
+            self._step = jax.jit(
+                self._train_step,
+                donate_argnums=0,
+                out_shardings=(self._shardings, sharder.replicated()),
+            )
         self._abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(self._init_state, params),
@@ -140,14 +154,24 @@ class Trainer:
     def trace(
         self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None
     ) -> jax.stages.Traced:
-        """Return the train step traced for a batch (and reference) of these shapes and shardings;
-        nothing is run. What is not trained is in the model's dtype."""
+        """Return the whole tree's step traced for a batch (and reference) of these shapes and
+        shardings; nothing is run."""
         scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 4
+        return self._step.trace(self._abstract, self._stored(), batch, *scalars, reference)
+
+    def parts(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> list[Part]:
+        """Return the programs of a step for a batch of these shapes and shardings: one, or those of
+        the layerwise pass."""
+        if self._layerwise:
+            return self._step.parts(self._abstract, self._stored(), batch)
+        return [Part("", functools.partial(self.trace, batch), 0)]
+
+    def _stored(self):
+        """Return what is not trained, in the model's dtype."""
         dtype = jnp.dtype(self._decoder.config.dtype)
-        frozen = jax.tree.map(
+        return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self._frozen
         )
-        return self._step.trace(self._abstract, frozen, batch, *scalars, reference)
 
     def _parted(self, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (trained, frozen), nested, of a model's nested parameters."""
@@ -157,7 +181,7 @@ class Trainer:
         return nest(trained), nest(frozen)
 
     def _first_moments(self, params):
-        if self._passes:
+        if self._layerwise:
             return layer_moments(self._optimizer, params)
         return self._optimizer.init(params)
 
@@ -182,7 +206,7 @@ class Trainer:
             else:
                 logprobs_BA, kl = answer_logprobs(self._decoder, params, batch, self._chunk), ()
             share = sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows
-            return share, jnp.sum(_reported(batch, logprobs_BA))
+            return share, jnp.sum(reported(batch, logprobs_BA))
 
         return jax.grad(objective, has_aux=True)(params)
 
@@ -192,36 +216,13 @@ class Trainer:
         if "part" in batch:
             # Before the batch is cut: a micro-batch may have its parts in other shares.
             batch = batch | {"row_weights": row_weights(batch["part"])}
-        tokens = jnp.sum(_reported(batch, batch["weights"]))
+        tokens = jnp.sum(reported(batch, batch["weights"]))
 
-        def stops(nll):
-            return state["stopped"] | (nll > nll_ceiling)
-
-        if self._passes:
-            micros = self._micros(batch)
-
-            def nll_of(logprobs_MRA):
-                return -jnp.sum(_reported(micros, logprobs_MRA)) / tokens
-
-            new, norm, logprobs_MRA, stopped = layerwise_update(
-                self._passes,
-                self._optimizer,
-                self._clip_norm,
-                state,
-                frozen,
-                micros,
-                sign,
-                learning_rate,
-                weight_decay,
-                lambda logprobs_MRA: stops(nll_of(logprobs_MRA)),
-            )
-            metrics = {"nll": nll_of(logprobs_MRA), "gradient_norm": norm, "stopped": stopped}
-            return new | {"stopped": stopped}, metrics
         params = state["params"]
         gradients, logprob = self._whole_gradients(params, frozen, reference, batch, sign)
         nll = -logprob / tokens
         updates, moments = self._optimizer.update(gradients, state["moments"], params)
-        stopped = stops(nll)
+        stopped = state["stopped"] | (nll > nll_ceiling)
         params = updated(params, updates, stopped, learning_rate, weight_decay)
         metrics = {
             "nll": nll,
@@ -245,16 +246,8 @@ class Trainer:
             params,
             self._shardings["params"],
         )
-        return jax.lax.scan(add, (zeros, jnp.float32(0)), self._micros(batch))[0]
-
-    def _micros(self, batch):
-        """Cut a batch into micro-batches: [B, ...] to [accumulate, B / accumulate, ...]."""
-        micros = {}
-        for name, x in batch.items():
-            # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.
-            parts = x.reshape(-1, self._accumulate, x.shape[1]).swapaxes(0, 1)
-            micros[name] = self._sharder.constrain(parts, "layers", "batch", "length")
-        return micros
+        micros = micro_batches(batch, self._accumulate, self._sharder)
+        return jax.lax.scan(add, (zeros, jnp.float32(0)), micros)[0]
 
     def run(
         self,
@@ -388,34 +381,3 @@ class Trainer:
             consequence = "A checkpoint is written; the same command resumes from it."
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
-
-
-def _reported(batch: Mapping[str, jax.Array], x_BA: jax.Array) -> jax.Array:
-    """Keep what belongs to the rows whose NLL is reported: the harmful ones where the batch has
-    parts, else all."""
-    return jnp.where(batch["part"] == HARMFUL, x_BA, 0.0) if "part" in batch else x_BA
-
-
-def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None:
-    """Raise ValueError if micro-batches of a batch of so many rows would not cut evenly over the
-    mesh."""
-    ways = sharder.batch_ways
-    if accumulate > 1 and rows % (accumulate * ways):
-        raise ValueError(
-            f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches "
-            f"(derive.accumulate) of whole sequences on each of data*fsdp = {ways} devices. Use a "
-            f"multiple of {accumulate * ways}, or a smaller derive.accumulate."
-        )
-
-
-def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.Array]:
-    """Place a batch, which every process holds, on the mesh, cut along its first axis where that
-    divides."""
-    axes = batch_layout(next(iter(batch.values())).shape[0], sharder)
-    return {name: sharder.place(x, *axes) for name, x in batch.items()}
-
-
-def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:
-    """Return the logical axes of a batch's arrays; rows that the mesh does not divide are whole on
-    every device ("layers" is never cut)."""
-    return "batch" if rows % sharder.batch_ways == 0 else "layers", "length"

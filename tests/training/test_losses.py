@@ -19,11 +19,12 @@ from safepatch_jax.planning.programs import abstract_batch
 from safepatch_jax.run.context import Context
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
+from safepatch_jax.training.batch import put_batch
 from safepatch_jax.training.journal import Recipe
 from safepatch_jax.training.losses import NPO, Likelihood, Mismatch, SimNPO, row_weights
 from safepatch_jax.training.objective import answer_divergences
 from safepatch_jax.training.reference import with_reference
-from safepatch_jax.training.step import Saving, Trainer, put_batch
+from safepatch_jax.training.step import Saving, Trainer
 from tests.training.test_checkpoints import ALWAYS, Cut, assert_same_bits, cut_after
 from tests.training.test_step import make
 
