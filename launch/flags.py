@@ -20,9 +20,13 @@ _NAMES = options.define(Settings().to_dict())
 flags.adopt_module_key_flags(options)
 
 
-def read_settings() -> Settings:
+def read_settings(fitted: bool = False) -> Settings:
     """Build the settings: defaults, then the config file, then --data, --merge and --mesh, then
-    single flags."""
+    single flags.
+
+    Args:
+      fitted: the launcher handles derive.memory=auto; else it is refused.
+    """
     short = {}
     for entry in _DATA.value:
         role, colon, path = entry.partition(":")
@@ -33,4 +37,10 @@ def read_settings() -> Settings:
         short[f"data.{role}"] = path
     if _MESH.value is not None:
         short["mesh.shape"] = _MESH.value
-    return options.read(_NAMES, short, "--data, --merge, --mesh")
+    settings = options.read(_NAMES, short, "--data, --merge, --mesh")
+    if settings.derive.memory == "auto" and not fitted:
+        raise ValueError(
+            "--derive.memory=auto is for launch.safepatch alone. Run launch.safepatch --dry_run "
+            "with it, and give the flags that it prints here."
+        )
+    return settings

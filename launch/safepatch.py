@@ -23,6 +23,7 @@ from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
+from safepatch_jax.planning.fitting import fitted
 from safepatch_jax.planning.plan import dry_run
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.console import say, show
@@ -57,11 +58,11 @@ flags.adopt_module_key_flags(distributed)
 def run() -> None:
     distributed.join()
     if _DRY_RUN.value:
-        dry_run(settings_flags.read_settings(), _WORKDIR.value)
+        dry_run(settings_flags.read_settings(fitted=True), _WORKDIR.value)
         return
-    job = Job(
-        settings_flags.read_settings(), _WORKDIR.value, update=_UPDATE.value, verify=_VERIFY.value
-    )
+    settings = settings_flags.read_settings(fitted=True)
+    settings = fitted(settings, _WORKDIR.value, afresh=_UPDATE.value)
+    job = Job(settings, _WORKDIR.value, update=_UPDATE.value, verify=_VERIFY.value)
     if _SHOW.value:
         for line in job.examples():
             show(line)

@@ -21,7 +21,9 @@ NEUTRAL = (
     "model.loss_chunk",
     "model.architecture",
     "derive.accumulate",
+    "derive.memory",
     "score.in_flight",
+    "score.inputs",
     "data.manual_dir",
     "evaluate.margin_limit",  # of sweeps, which note it in their rows
 )

@@ -108,6 +108,14 @@ class DeriveSettings:
         "model.remat then counts for nothing.",
         choices=("whole", "layerwise"),
     )
+    memory: str = option(
+        "given",
+        "auto (launch.safepatch): settings that do not fit the devices at hand are replaced by the "
+        "nearest that do, as the compiler says: remat, micro-batches, then the layerwise pass "
+        "over the patch scope, then Adafactor; what scores and answers hold likewise. The choice "
+        "is printed, and stays with the workdir.",
+        choices=("given", "auto"),
+    )
     accumulate: int = option(
         1,
         "Micro-batches into which a step's batch (alignment's too) is cut; their gradients are "
@@ -181,6 +189,13 @@ class ScoreSettings:
         "Samples on each part of the mesh's batch axis whose gradients of one block exist at once "
         "(per_sample, weights of blocks). Fewer take less memory; results stay but for rounding.",
         low=1,
+    )
+    inputs: str = option(
+        "auto",
+        "What enters the blocks, of all samples (per_sample, weights of blocks): kept of all "
+        "blocks; of some, and made again in parts, a third more time; auto: all, unless that takes "
+        "over 1.5 times the weights. Scores stay.",
+        choices=("auto", "all", "some"),
     )
     se_tokens: str = option(
         "derive",

@@ -6,7 +6,7 @@ import pathlib
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from benchmarks.gpu.records import Record
 from safepatch_jax.data.chat import Example
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, config_from_hf
+from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.chips import present
 from safepatch_jax.planning.compile import peak_bytes
@@ -105,17 +106,18 @@ class Bench:
             rated_bandwidth=chip.bandwidth if chip else None,
         )
 
-    def compiled(self, traced: jax.stages.Traced, resident: int = 0) -> jax.stages.Compiled:
-        """Compile a traced program; note its FLOPs, and its bytes at most, with those `resident`
-        beside it. A call of the same jitted function does not compile it again."""
-        begun = time.perf_counter()
-        compiled = traced.lower().compile()
-        self.note(
-            predicted_bytes=peak_bytes(compiled.memory_analysis()) + resident,
-            compile_seconds=time.perf_counter() - begun,
-            program_flops=count_flops(traced.jaxpr),
-        )
-        return compiled
+    def compiled(self, parts: Sequence[Part]) -> list[jax.stages.Compiled]:
+        """Compile the programs of a step or a pass; note the FLOPs of a batch, and the bytes of the
+        one that takes most. A call of the same jitted function does not compile it again."""
+        begun, flops, most, result = time.perf_counter(), 0, 0, []
+        for part in parts:
+            traced = part.trace()
+            result.append(traced.lower().compile())
+            most = max(most, peak_bytes(result[-1].memory_analysis()) + part.resident)
+            flops += part.runs * count_flops(traced.jaxpr)
+        seconds = time.perf_counter() - begun
+        self.note(predicted_bytes=most, compile_seconds=seconds, program_flops=flops)
+        return result
 
     def as_many_layers(
         self, predicted: Callable[[int], int], attempt: Callable[[int], None]

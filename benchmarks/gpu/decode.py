@@ -14,6 +14,7 @@ from benchmarks.gpu.prompts import prompt_ids
 from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.engine import NO_STOP
 from safepatch_jax.models.config import DecoderConfig
+from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import programs
 from safepatch_jax.training.batch import put_batch
@@ -34,7 +35,7 @@ def run(bench: Bench) -> None:
         }
         settings = bench.settings(changes)
         (program,) = programs(settings, bench.config(layers), bench.sharder, ("decode",))
-        return bench.compiled(program.trace())
+        return bench.compiled([Part("", program.trace)])[0]
 
     def predicted(layers: int) -> int:
         compiled(layers, max(sizes.decode_batches))

@@ -30,7 +30,7 @@ def run(bench: Bench) -> None:
     def compiled(layers: int) -> SensitivityMeter:
         meter = bench.context(settings).meter(bench.config(layers))
         batch = abstract_batch(meter.in_flight, sizes.score, bench.sharder)
-        bench.compiled(meter.trace(batch), meter.resident_bytes(sizes.samples, sizes.score))
+        bench.compiled(meter.parts(batch, sizes.samples))
         return meter
 
     def predicted(layers: int) -> int:

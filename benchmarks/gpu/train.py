@@ -45,7 +45,7 @@ def run(bench: Bench, mode: str) -> None:
     def compiled(layers: int) -> Trainer:
         scope = settings.derive.train == "scope"
         trainer = bench.context(settings).trainer(bench.config(layers), None, scope)
-        bench.compiled(trainer.trace(abstract_batch(sizes.batch, shape, bench.sharder)))
+        bench.compiled(trainer.parts(abstract_batch(sizes.batch, shape, bench.sharder)))
         return trainer
 
     def predicted(layers: int) -> int:

@@ -8,8 +8,8 @@ gradient is the caller's: a train step updates the block at once, a score adds u
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,22 @@ from safepatch_jax.models.table import nest, unnest
 
 LAYERS = "layers"  # of the parameter dictionary: the blocks, stacked
 Params = Mapping[str, Any]  # nested
+
+
+class Part(NamedTuple):
+    """One program of a pass over a batch, for plans.
+
+    Attributes:
+      name: empty where it is the only one.
+      trace: traces it; nothing is run.
+      resident: bytes on each device of what the pass holds beside the program's own arrays.
+      runs: how often a batch takes it.
+    """
+
+    name: str
+    trace: Callable[[], jax.stages.Traced]
+    resident: int = 0
+    runs: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from safepatch_jax.mesh import Sharder
+from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.layerwise import LAYERS, Blocks, joined, of_layer, put_layer
+from safepatch_jax.models.layerwise import LAYERS, Blocks, Part, joined, of_layer, put_layer
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes
 from safepatch_jax.runtime.console import progress
@@ -36,12 +36,21 @@ class BlockScores:
       sharder: the mesh.
       loss: 'mean' or 'sum' over a sequence's answer tokens.
       chunk: see `answer_logprobs`.
+      keep: of which blocks the inputs are kept, the others' made again: 'all', 'some', or 'auto',
+        see score.inputs.
     """
 
     def __init__(
-        self, decoder: Decoder, rows: Sequence[Param], sharder: Sharder, loss: str, chunk: int
+        self,
+        decoder: Decoder,
+        rows: Sequence[Param],
+        sharder: Sharder,
+        loss: str,
+        chunk: int,
+        keep: str = "auto",
     ):
         self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
+        self._keep = keep
         self._paths = frozenset(row.path for row in rows)
         self._decoder = decoder.clone(attention="xla")
         # The batch axis of the mesh is that of the samples.
@@ -101,44 +110,69 @@ class BlockScores:
     def _put_block(self, scoped, block, layer):
         return unnest(put_layer(nest(scoped), nest(block), layer))
 
-    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
-        """Return the program of one block and a chunk's backward pass, traced for these shapes and
-        shardings; nothing is run."""
-        config = self._decoder.config
-        params = unnest(param_table(config).abstract(self._sharder))
-        scoped, others, _ = self._parted(params)
-        total = {}
-        for row in self._rows:
-            sharding = self._sharder.sharding(row.layer_axes)
-            total[row.path] = jax.ShapeDtypeStruct(row.layer_shape, jnp.float32, sharding=sharding)
-        hidden = jax.ShapeDtypeStruct(
-            (*batch["tokens"].shape, config.embed_dim),
-            self._decoder.dtype,
-            sharding=self._sharder.sharding(("batch", "length", "features")),
-        )
-        layer = jax.ShapeDtypeStruct((), jnp.int32)
-        return self._backward.trace(scoped, others, layer, hidden, hidden, batch, total)
-
-    def resident_bytes(self, samples: int, shape: tuple[int, int]) -> int:
-        """Return what each device holds beside the program that `trace` traces: what is no block's,
-        and the kept inputs.
+    def parts(self, batch: Mapping[str, jax.ShapeDtypeStruct], samples: int) -> list[Part]:
+        """Return the programs that take a chunk, but for its begin, which looks up embeddings.
 
         Args:
-          samples: so many.
-          shape: T and A of each.
+          batch: shapes and shardings of a chunk.
+          samples: so many are scored; what enters the blocks is kept of all.
         """
-        rest = [row for row in param_table(self._decoder.config) if not row.stacked]
-        every = self._every(samples, shape[0])
-        kept = -(-self._blocks.number // every) + every
-        return self._weight_bytes(rest) + kept * self._input_bytes(samples, shape[0])
+        sharder, config = self._sharder, self._decoder.config
+        params = unnest(param_table(config).abstract(sharder))
+        scoped, others, rest = self._parted(params)
+        total = {}
+        for row in self._rows:
+            sharding = sharder.sharding(row.layer_axes)
+            total[row.path] = jax.ShapeDtypeStruct(row.layer_shape, jnp.float32, sharding=sharding)
+        rows, length = batch["tokens"].shape
+        hidden = jax.ShapeDtypeStruct(
+            (rows, length, config.embed_dim),
+            self._decoder.dtype,
+            sharding=sharder.sharding(("batch", "length", "features")),
+        )
+        layer, layers = jax.ShapeDtypeStruct((), jnp.int32), self._blocks.number
+        every, kept = self._every(samples, length), self._kept_bytes(samples, length)
+        weights, ends = local_bytes((scoped, others)), local_bytes(rest)
 
-    def _weight_bytes(self, rows: Sequence[Param]) -> int:
-        """Bytes on each device of these weights, float32."""
-        size = 0
-        for row in rows:
-            local = self._sharder.sharding(row.axes, row.shape, row.path).shard_shape(row.shape)
-            size += 4 * math.prod(local)
-        return size
+        def forward():
+            return self._forward.trace(scoped, others, layer, hidden, batch)
+
+        def end():
+            return self._end.trace(rest, hidden, batch)
+
+        def backward():
+            return self._backward.trace(scoped, others, layer, hidden, hidden, batch, total)
+
+        def put():
+            return self._put.trace(scoped, total, layer)
+
+        again = 0 if every == 1 else layers - -(-layers // every)
+        return [
+            Part("forward", forward, kept + ends, layers + again),
+            Part("end", end, kept + weights),
+            Part("backward", backward, kept + ends, layers),
+            Part("put", put, kept + ends + local_bytes(others)),
+        ]
+
+    def holds(self, batch: Mapping[str, jax.ShapeDtypeStruct], samples: int) -> dict[str, int]:
+        """Return the bytes that each device holds, by purpose; see `parts`."""
+        params = unnest(param_table(self._decoder.config).abstract(self._sharder))
+        scoped, others, rest = self._parted(params)
+        block = local_bytes(scoped) // self._blocks.number
+        rows, length = batch["tokens"].shape
+        each = rows // self._sharder.batch_ways
+        return {
+            "scored weights, then sums": local_bytes(scoped),
+            "other weights": local_bytes((others, rest)),
+            "what enters the blocks": self._kept_bytes(samples, length),
+            "sum of one block": block,
+            f"gradients of one block, {each} in flight": each * block,
+        }
+
+    def _kept_bytes(self, samples: int, length: int) -> int:
+        layers, every = self._blocks.number, self._every(samples, length)
+        # Of every part of blocks the first's input, of one part all, and the gradients.
+        return (-(-layers // every) + every) * self._input_bytes(samples, length)
 
     def _input_bytes(self, samples: int, length: int) -> int:
         """Bytes on each device of what enters one block, of all samples."""
@@ -146,11 +180,16 @@ class BlockScores:
         return -(-samples // self._sharder.batch_ways) * length * width
 
     def _every(self, samples: int, length: int) -> int:
-        """Return of how many blocks one's inputs are kept: 1, unless they would take too much."""
-        layers, most = self._blocks.number, _MOST_KEPT * self._weight_bytes(self._rows)
-        if layers * self._input_bytes(samples, length) <= most:
-            return 1
-        return max(1, math.isqrt(layers))
+        """Return of how many blocks the inputs of one are kept."""
+        layers, weights = self._blocks.number, 0
+        for row in self._rows:
+            sharding = self._sharder.sharding(row.axes, row.shape, row.path)
+            weights += 4 * math.prod(sharding.shard_shape(row.shape))
+        keep = self._keep
+        if keep == "auto":
+            fits = layers * self._input_bytes(samples, length) <= _MOST_KEPT * weights
+            keep = "all" if fits else "some"
+        return 1 if keep == "all" else max(1, math.isqrt(layers))
 
     def _parted(self, flat: Mapping[str, Any]) -> tuple[dict, dict, dict]:
         """Return (scoped, flat; the blocks' others, nested; what is no block's, nested)."""

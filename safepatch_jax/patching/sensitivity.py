@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.data.chat import Example, lengths, training_batch
-from safepatch_jax.mesh import Sharder
+from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
+from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.numerics import flushed
 from safepatch_jax.patching.layerwise_scores import BlockScores
@@ -46,6 +47,7 @@ class SensitivityMeter:
       chunk: see `answer_logprobs`.
       in_flight: samples on each part of the batch axis whose gradients of one block exist at once;
         of the whole tree it is one.
+      keep: see `BlockScores`.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class SensitivityMeter:
         loss: str = "mean",
         chunk: int = 64,
         in_flight: int = 1,
+        keep: str = "auto",
     ):
         self._rows, self._sharder, self._loss, self._chunk = rows, sharder, loss, chunk
         self._decoder, self._blocks = decoder, None
         self._in_flight = sharder.batch_ways
         if all(row.stacked for row in rows):
-            self._blocks = BlockScores(decoder, rows, sharder, loss, chunk)
+            self._blocks = BlockScores(decoder, rows, sharder, loss, chunk, keep)
             self._in_flight *= in_flight
         shardings = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
         self._zeros = jax.jit(
@@ -105,36 +108,46 @@ class SensitivityMeter:
         )(scoped, batch)
         return {path: total[path] + g for path, g in gradients.items()}, nll_B
 
-    def trace(
-        self, batch: Mapping[str, jax.ShapeDtypeStruct], batched: bool = False
-    ) -> jax.stages.Traced:
-        """Return a program traced for a batch of these shapes and shardings; nothing is run.
+    def parts(
+        self, batch: Mapping[str, jax.ShapeDtypeStruct], samples: int, batched: bool = False
+    ) -> list[Part]:
+        """Return the programs that take a batch of these shapes and shardings; nothing is run.
 
         Args:
           batch: of `in_flight` samples; of any number where it is `batched`.
+          samples: so many are scored.
           batched: the program of batches' gradients, not of samples'.
         """
         if self._blocks and not batched:
-            return self._blocks.trace(batch)
+            return self._blocks.parts(batch, samples)
+
+        def trace():
+            params = unnest(param_table(self._decoder.config).abstract(self._sharder))
+            scoped = {row.path: params.pop(row.path) for row in self._rows}
+            add = self._add_batch if batched else self._add_samples
+            return add.trace(scoped, scoped, params, batch)
+
+        return [Part("", trace)]
+
+    def holds(self, batch: Mapping[str, jax.ShapeDtypeStruct], samples: int) -> dict[str, int]:
+        """Return the bytes that each device holds while samples are scored one by one, by purpose;
+        see `parts`."""
+        if self._blocks:
+            return self._blocks.holds(batch, samples)
         table = param_table(self._decoder.config)
         params = unnest(table.abstract(self._sharder))
-        scoped = {row.path: params.pop(row.path) for row in self._rows}
-        add = self._add_batch if batched else self._add_samples
-        return add.trace(scoped, scoped, params, batch)
+        scoped = [params.pop(row.path) for row in self._rows]
+        return {
+            "scored weights": local_bytes(scoped),
+            "other weights": local_bytes(params),
+            "sums": local_bytes(scoped),
+            "what is added": local_bytes(scoped),
+        }
 
     @property
     def in_flight(self) -> int:
         """Samples that the per-sample program takes at once, over all devices."""
         return self._in_flight
-
-    def resident_bytes(self, samples: int, shape: tuple[int, int]) -> int:
-        """Return what each device holds beside the per-sample program.
-
-        Args:
-          samples: so many are scored.
-          shape: T and A of each.
-        """
-        return self._blocks.resident_bytes(samples, shape) if self._blocks else 0
 
     def measure(
         self,

@@ -28,6 +28,7 @@ class Figures:
       title, kind: of the program.
       memory: bytes that programs can use; None where that is not known.
       seconds: of tracing, lowering and compiling.
+      runs: how often one step, or one batch, takes it; flops, floor and work are of all of them.
       flops: of its matrix products, all devices together, see `count_flops`.
       arguments, temporaries: as XLA reports them; outputs that take an argument's place are not
         temporaries.
@@ -46,6 +47,7 @@ class Figures:
     seconds: float
     flops: int
     resident: int
+    runs: int = 1
     arguments: int = 0
     temporaries: int = 0
     peak: int = 0
@@ -99,7 +101,7 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
     """
     start = time.monotonic()
     traced = program.trace()
-    flops = count_flops(traced.jaxpr, program.while_trips)
+    flops = program.runs * count_flops(traced.jaxpr, program.while_trips)
     figures = functools.partial(
         Figures,
         title=program.title,
@@ -107,6 +109,7 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         memory=target.memory,
         flops=flops,
         resident=program.resident,
+        runs=program.runs,
     )
     try:
         # The compile cache stores what is compiled for absent devices, and cannot read it.
@@ -122,7 +125,7 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
             raise
         return figures(seconds=time.monotonic() - start, needed=needed)
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
-    work = read_work(compiled.as_text())
+    work = read_work(compiled.as_text()).times(program.runs)
     floor = least_times(work, flops / sharder.mesh.devices.size, target.chip) if target.chip else {}
     return figures(
         seconds=seconds,

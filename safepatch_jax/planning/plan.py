@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.planning import report
 from safepatch_jax.planning.chips import topology
+from safepatch_jax.planning.fitting import fitted
 from safepatch_jax.planning.programs import PROGRAMS, architecture
 from safepatch_jax.planning.search import Planner
 from safepatch_jax.run.context import Context
@@ -27,6 +28,7 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
     Raises:
       ValueError: bad settings, model, data or mesh.
     """
+    settings = fitted(settings, workdir)
     source, stand_in = settings.model.source, settings.model.architecture
     if stand_in and source != "smollm2" and not Place.parse(source).path.exists():
         say(f"The model '{source}' is not at hand; its programs are those of {stand_in}.")

@@ -1,7 +1,7 @@
 """The programs of a run, for compiling them without their devices: nothing is allocated.
 
-train (one step), score (one step), patch (one program for each distinct weight), decode (prefill
-and all steps of a batch).
+train (of one step), score (of one batch), patch (one program for each distinct weight), decode
+(prefill and all steps of a batch).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safepatch_jax.data.chat import bucket
 from safepatch_jax.evaluation.generate import decode
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
+from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import Param, param_table
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, patch_matrices
@@ -41,6 +42,7 @@ class Program:
       name: of the weights it works on, for a kind with several programs.
       trace: traces it; raises ValueError where settings, model and mesh do not go together.
       resident: bytes on each device of arrays that the run holds beside the program's own.
+      runs: how often one step, or one batch, takes it.
       while_trips: the most often its while loops run.
     """
 
@@ -48,6 +50,7 @@ class Program:
     name: str
     trace: Callable[[], jax.stages.Traced]
     resident: int = 0
+    runs: int = 1
     while_trips: int = 1
 
     @property
@@ -171,6 +174,23 @@ def resident_bytes(
     return total
 
 
+def holdings(
+    settings: Settings, config: DecoderConfig, sharder: Sharder
+) -> dict[str, dict[str, int]]:
+    """Return the bytes that training and scoring hold on each device, {kind: {purpose: bytes}}; by
+    arithmetic, so without what the compiler needs beside them."""
+    context, shape = Context(settings), lengths(settings)
+    context.sharder = sharder
+    scope, score = settings.derive.train == "scope", settings.score
+    batch = abstract_batch(settings.derive.batch_size, shape, sharder)
+    result = {"train": context.trainer(config, None, scope).holds(batch)}
+    if score.mode == "per_sample":
+        meter = context.meter(config)
+        batch = abstract_batch(meter.in_flight, shape, sharder)
+        result["score"] = meter.holds(batch, score.samples)
+    return result
+
+
 def abstract_batch(
     rows: int, shape: tuple[int, int], sharder: Sharder
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -200,30 +220,32 @@ def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> l
     align, derive = context.settings.align, context.settings.derive
     scope = derive.train == "scope"
 
-    def parts(name, rows, scope):
-        trainer = context.trainer(config, None, scope)
-        result = []
-        for part in trainer.parts(abstract_batch(rows, shape, context.sharder)):
-            title = f"{name} {part.name}".strip()
-            result.append(Program("train", title, part.trace, part.resident))
-        return result
+    def step(name, rows, scope):
+        batch = abstract_batch(rows, shape, context.sharder)
+        return _of_parts("train", name, context.trainer(config, None, scope).parts(batch))
 
-    result = parts("", derive.batch_size, scope)
+    result = step("", derive.batch_size, scope)
     if align.enabled and (align.batch_size > derive.batch_size or scope):
-        result += parts("align", align.batch_size, False)
+        result += step("align", align.batch_size, False)
     return result
 
 
 def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
-    """Return the program of the score mode; the batched mode also runs the other one, on one
+    """Return the programs of the score mode; the batched mode also runs the other one, on one
     weight."""
-    meter, score, sharder = context.meter(config), context.settings.score, context.sharder
-    if score.mode == "batched":
-        batch = abstract_batch(score.batch_size, shape, sharder)
-        return [Program("score", "", functools.partial(meter.trace, batch, batched=True))]
-    batch = abstract_batch(meter.in_flight, shape, sharder)
-    trace = functools.partial(meter.trace, batch)
-    return [Program("score", "", trace, meter.resident_bytes(score.samples, shape))]
+    meter, score = context.meter(config), context.settings.score
+    batched = score.mode == "batched"
+    rows = score.batch_size if batched else meter.in_flight
+    batch = abstract_batch(rows, shape, context.sharder)
+    return _of_parts("score", "", meter.parts(batch, score.samples, batched))
+
+
+def _of_parts(kind: str, name: str, parts: Iterable[Part]) -> list[Program]:
+    result = []
+    for part in parts:
+        title = f"{name} {part.name}".strip()
+        result.append(Program(kind, title, part.trace, part.resident, part.runs))
+    return result
 
 
 def _patch(context: Context, config: DecoderConfig) -> list[Program]:

@@ -12,9 +12,9 @@ from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.chips import GIB, Chip, Target, present
 from safepatch_jax.planning.compile import Figures, measure_all
-from safepatch_jax.planning.programs import PROGRAMS, lengths, programs
+from safepatch_jax.planning.programs import PROGRAMS, holdings, lengths, programs
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Changes, Fit, as_flags
+from safepatch_jax.planning.search import Changes, Fit, Planner, as_flags
 from safepatch_jax.settings import Settings
 
 FLOOR = (
@@ -60,7 +60,7 @@ def table(figures: Sequence[Figures]) -> list[str]:
     if units:
         lines.append(FLOOR)
     if exchanging := [f for f in compiled if f.work.collectives]:
-        lines.append("Collectives of one run, and the bytes that each device sends:")
+        lines.append("Collectives, of all runs together, and the bytes that each device sends:")
         lines += map(_collectives, exchanging)
     if unknown := [f.title for f in compiled if f.work.unknown_loops]:
         lines.append(f"Loops of unknown length count once in {', '.join(unknown)}.")
@@ -69,7 +69,7 @@ def table(figures: Sequence[Figures]) -> list[str]:
 
 def _row(f: Figures, memory: int | None, units: Sequence[str]) -> list[str]:
     """Return the cells of a program: those of memory, if it is known, then those of time."""
-    cells = [f.title, "", "", size(f.resident), _required(f, "too much")]
+    cells = [_title(f), "", "", size(f.resident), _required(f, "too much")]
     if f.needed is None:
         cells[1:3] = size(f.arguments), size(f.temporaries)
     if memory:
@@ -79,6 +79,10 @@ def _row(f: Figures, memory: int | None, units: Sequence[str]) -> list[str]:
     if units:
         cells.append(f.bound)
     return [*cells, f"{f.seconds:.1f} s"]
+
+
+def _title(f: Figures) -> str:
+    return f.title if f.runs == 1 else f"{f.title}, {f.runs} x"
 
 
 def _required(f: Figures, unknown: str) -> str:
@@ -121,8 +125,11 @@ def remedy_lines(
     if fit is not None:
         return [f"Nearest setting that fits: {as_flags(fit.changes)}", *table(fit.figures)]
     chips, memory = len(target.devices), target.memory or math.inf
+    least = {"derive.optimizer": "adafactor", "derive.accumulate": 1}
+    if settings.patch.scope != "all":
+        least |= {"derive.train": "scope", "derive.backward": "layerwise"}
     smallest = screen_train(
-        settings.override({"derive.optimizer": "adafactor", "derive.accumulate": 1}),
+        settings.override(least),
         config,
         sharder,
         lengths(settings),
@@ -137,9 +144,9 @@ def remedy_lines(
     if enough > chips:
         consequence = f"; {enough} chips or more are needed."
     return [
-        "No setting of remat, micro-batches, optimiser, mesh and decode batch makes it fit. "
-        f"Weights and gradients alone take {size(smallest)} a device with "
-        f"derive.optimizer=adafactor{consequence}"
+        "No setting of remat, micro-batches, backward pass, optimiser, mesh and decode batch makes "
+        f"it fit. Weights and gradients alone take {size(smallest)} a device with "
+        f"{as_flags(least)}{consequence}"
     ]
 
 
@@ -191,7 +198,21 @@ def figures(
         ]
     kinds = programs(settings, config, sharder, PROGRAMS, shape)
     measured = measure_all(kinds, target, sharder, "memory of each program")
-    return [*table(measured), verdict(measured)]
+    lines = purposes(settings, config, sharder)
+    lines += [*table(measured), verdict(measured)]
+    if not all(f.fits for f in measured):
+        fit = Planner(config, target).remedy(settings)
+        lines += remedy_lines(fit, settings, config, target, sharder)
+    return lines
+
+
+def purposes(settings: Settings, config: DecoderConfig, sharder: Sharder) -> list[str]:
+    """Say for what training and scoring hold memory on each device; by arithmetic."""
+    lines = []
+    for kind, holds in holdings(settings, config, sharder).items():
+        parts = ", ".join(f"{name} {size(n)}" for name, n in holds.items() if n)
+        lines.append(f"Memory of {kind}: {parts}; together {size(sum(holds.values()))}")
+    return lines
 
 
 def to_json(

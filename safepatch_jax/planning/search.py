@@ -85,28 +85,76 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
       settings: to start from.
       ways: parts of the batch axis.
     """
-    changes: Changes = {}
-    if kind in ("train", "score"):
-        for remat in REMAT[REMAT.index(settings.model.remat) + 1 :]:
-            changes = changes | {"model.remat": remat}
-            yield changes
     if kind == "train":
-        rows, accumulate = settings.derive.batch_size, settings.derive.accumulate
-        while rows % (2 * accumulate * ways) == 0:
-            accumulate *= 2
-            changes = changes | {"derive.accumulate": accumulate}
-            yield changes
-        if settings.derive.optimizer == "adamw":
-            yield changes | {"derive.optimizer": "adafactor"}
-            whole = dict(changes)
-            if whole.pop("derive.accumulate", None):
-                # Without the sum of gradients, which is one more copy of the parameters.
-                yield whole | {"derive.optimizer": "adafactor"}
+        yield from _train_ladder(settings, ways)
+    if kind == "score":
+        yield from _score_ladder(settings)
     if kind == "decode":
         rows = settings.evaluate.batch_size
         while rows % 2 == 0 and (rows // 2) % ways == 0:
             rows //= 2
             yield {"evaluate.batch_size": rows}
+
+
+def _train_ladder(settings: Settings, ways: int) -> Iterator[Changes]:
+    """Yield first what costs time alone, then the layerwise backward pass, which leaves what is
+    outside the patch scope as it is, then another optimiser."""
+    changes: Changes = {}
+    parts: Changes = {}
+    optimizer = settings.derive.optimizer
+    if settings.derive.backward == "whole":
+        for changes in _remats(settings):
+            yield changes
+        for parts in _micro_batches(settings, ways):
+            yield changes | parts
+        if settings.patch.scope == "all":
+            if optimizer != "adafactor":
+                yield changes | parts | {"derive.optimizer": "adafactor"}
+                # Without the sum of gradients, which is one more copy of the parameters.
+                yield changes | {"derive.optimizer": "adafactor"}
+            return
+        changes = {"derive.train": "scope", "derive.backward": "layerwise"}
+        yield changes
+    for name in dict.fromkeys((optimizer, "adafactor")):
+        if name != optimizer:
+            changes = changes | {"derive.optimizer": name}
+            yield changes
+        for parts in _micro_batches(settings, ways):
+            yield changes | parts
+
+
+def _remats(settings: Settings) -> Iterator[Changes]:
+    for remat in REMAT[REMAT.index(settings.model.remat) + 1 :]:
+        yield {"model.remat": remat}
+
+
+def _micro_batches(settings: Settings, ways: int) -> Iterator[Changes]:
+    rows, accumulate = settings.derive.batch_size, settings.derive.accumulate
+    while rows % (2 * accumulate * ways) == 0:
+        accumulate *= 2
+        yield {"derive.accumulate": accumulate}
+
+
+def _score_ladder(settings: Settings) -> Iterator[Changes]:
+    score, changes = settings.score, {}
+    if settings.patch.scope == "all" or score.mode == "batched":
+        yield from _remats(settings)
+    else:
+        if score.in_flight > 1:
+            changes = {"score.in_flight": 1}
+            yield changes
+        if score.inputs != "some":
+            yield changes | {"score.inputs": "some"}
+
+
+def step(parts: Sequence[Figures]) -> Figures:
+    """Return the figures of a whole step: memory of what needs most, the times of all."""
+    most = max(parts, key=lambda f: f.required)
+    floor = dict.fromkeys(most.floor, 0.0)
+    for f in parts:
+        for unit, seconds in f.floor.items():
+            floor[unit] = floor.get(unit, 0.0) + seconds
+    return dataclasses.replace(most, floor=floor, flops=sum(f.flops for f in parts))
 
 
 class Planner:
@@ -153,6 +201,10 @@ class Planner:
             if fit := self._fit(settings, changes):
                 return fit
         return None
+
+    def fit(self, settings: Settings) -> Fit | None:
+        """Return what `remedy` does on the mesh of the settings; they may fit as they are."""
+        return self._fit(settings, {})
 
     def _fit(self, settings: Settings, changes: Changes) -> Fit | None:
         """Return these changes, with others that every kind of program needs to fit, or None."""
@@ -204,7 +256,7 @@ class Planner:
         )
         compiled = []
         for changes in screened:
-            figures = max(self.measure(settings.override(changes), "train"), key=lambda f: f.peak)
+            figures = step(self.measure(settings.override(changes), "train"))
             compiled.append((changes, figures))
         compiled.sort(key=lambda row: (not row[1].fits, row[1].least_seconds, row[1].peak))
         for changes, figures in compiled:
@@ -216,14 +268,18 @@ class Planner:
     def _screened(self, settings: Settings, sharders: Mapping[str, Sharder]) -> list[Changes]:
         """Return the combinations of mesh and remat that may fit, the most promising first."""
         memory, rows = self._target.memory or math.inf, []
-        for remat in REMAT:
+        remats = REMAT
+        if settings.derive.backward == "layerwise":
+            remats = (settings.model.remat,)  # it counts for nothing
+        for remat in remats:
             flops = None
             for text, sharder in sharders.items():
                 changes = {"mesh.shape": text, "model.remat": remat}
                 changed = settings.override(changes)
                 if flops is None:  # the same on every mesh
-                    train, *_ = programs(changed, self._config, sharder, ["train"])
-                    flops = count_flops(train.trace().jaxpr)
+                    flops = 0
+                    for part in programs(changed, self._config, sharder, ["train"]):
+                        flops += part.runs * count_flops(part.trace().jaxpr)
                 s = screen_train(
                     changed, self._config, sharder, lengths(changed), self._target.chip, flops
                 )

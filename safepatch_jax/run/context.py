@@ -238,6 +238,7 @@ class Context:
             self.settings.derive.loss,
             self.settings.model.loss_chunk,
             self.settings.score.in_flight,
+            self.settings.score.inputs,
         )
 
     def _chat(self, folder: pathlib.Path) -> Chat:

@@ -3,10 +3,11 @@
 For models of which weights, gradients and what XLA keeps beside them do not fit together. Trained
 are weights of the blocks alone. What enters each block is kept, for all micro-batches; the backward
 pass takes the blocks from the last to the first and runs each again. A step is several programs,
-each run once a block: their memory is that of a block whatever the number of blocks, a stack is
-written in place because no program both reads it late and writes it, and a program compiles in the
-time of one block. A bound on the gradient's global norm must be known before the first update, so
-it costs a backward pass of its own; with clip_norm 0 there is one.
+each run once a block: their memory is that of a block whatever the number of blocks, and a program
+compiles in the time of one block. The stacks are written by a program that does not read them, so
+that no compiler keeps a copy of what is overwritten. A bound on the gradient's global norm must be
+known before the first update, so it costs a backward pass of its own; with clip_norm 0 there is
+one.
 
 Dimension key: M micro-batches, R rows of one, T positions, A answer positions, D model, L layers.
 """
@@ -14,17 +15,18 @@ Dimension key: M micro-batches, R rows of one, T positions, A answer positions, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.layerwise import LAYERS, Blocks, joined, of_layer, put_layer
+from safepatch_jax.models.layerwise import LAYERS, Blocks, Part, joined, of_layer, put_layer
 from safepatch_jax.models.table import Param, nest, unnest
 from safepatch_jax.training.batch import batch_layout, micro_batches, reported
 from safepatch_jax.training.losses import Loss
@@ -34,20 +36,6 @@ from safepatch_jax.training.optimizers import updated
 Batch = Mapping[str, jax.Array]
 Micros = Mapping[str, jax.Array]  # a batch with an axis of micro-batches in front
 _AHEAD = 1  # blocks that the host may be ahead of the devices, each with its gradient
-
-
-class Part(NamedTuple):
-    """One program of a train step, for plans.
-
-    Attributes:
-      name: empty where it is the only one.
-      trace: traces it; nothing is run.
-      resident: bytes on each device of what the step holds beside the program's own arrays.
-    """
-
-    name: str
-    trace: Callable[[], jax.stages.Traced]
-    resident: int
 
 
 class LayerwiseStep:
@@ -81,12 +69,14 @@ class LayerwiseStep:
         self._clip_norm, self._chunk, self._accumulate = clip_norm, chunk, accumulate
         one = sharder.replicated()
         of_block = {row.path: sharder.sharding(row.layer_axes) for row in rows}
-        moved = shardings["params"], shardings["moments"]
+        stacks = shardings["params"], shardings["moments"]
+        self._of_layer = jax.tree.map(_without_layers, stacks)
         self._begin = jax.jit(self._begin_batch)
         self._forward = jax.jit(self._run_block)
         self._end = jax.jit(self._end_gradient, out_shardings=(None, one, one))
         self._backward = jax.jit(self._block_gradient, out_shardings=(of_block, None, one))
-        self._update = jax.jit(self._update_block, donate_argnums=(0, 1), out_shardings=moved)
+        self._update = jax.jit(self._update_block, out_shardings=self._of_layer)
+        self._put = jax.jit(self._put_block, donate_argnums=(0, 1), out_shardings=stacks)
         self._scale = jax.jit(self._clip_scale, out_shardings=(one, one))
 
     def __call__(
@@ -143,16 +133,11 @@ class LayerwiseStep:
         total = []
         for layer, flat, squares in gradients(inputs, end_MRTD):
             total.append(squares)
-            params, moments = self._update(
-                params,
-                moments,
-                flat,
-                jnp.int32(layer),
-                scale,
-                stopped,
-                learning_rate,
-                weight_decay,
+            number = jnp.int32(layer)
+            new = self._update(
+                params, moments, flat, number, scale, stopped, learning_rate, weight_decay
             )
+            params, moments = self._put(params, moments, number, new)
         if not self._clip_norm:
             _, norm = self._scale(total)
         state = {"params": params, "moments": moments, "stopped": stopped}
@@ -224,9 +209,10 @@ class LayerwiseStep:
             flat = {path: scale * g for path, g in flat.items()}
         block = {LAYERS: of_layer(params[LAYERS], layer)}
         updates, new = self._optimizer.update(nest(flat), of_layer(moments, layer), block)
-        block = updated(block, updates, stopped, learning_rate, weight_decay)
-        params = {LAYERS: put_layer(params[LAYERS], block[LAYERS], layer)}
-        return params, put_layer(moments, new, layer)
+        return updated(block, updates, stopped, learning_rate, weight_decay), new
+
+    def _put_block(self, params, moments, layer, new):
+        return tuple(put_layer(*pair, layer) for pair in zip((params, moments), new))
 
     def _clip_scale(self, squares):
         """Return (the factor that bounds the gradient's global norm, that norm)."""
@@ -236,16 +222,59 @@ class LayerwiseStep:
         return jnp.where(norm < self._clip_norm, 1.0, self._clip_norm / norm), norm
 
     def parts(self, state: Any, frozen: Any, batch: Mapping[str, Any]) -> list[Part]:
-        """Return the programs that decide about memory: backward pass of a block, its update, the
-        end of the model.
+        """Return the programs of a step but for its begin, which looks up embeddings.
 
         Args:
           state, frozen, batch: as in a call; jax.ShapeDtypeStruct with shardings.
         """
         params, moments = state["params"], state["moments"]
         rest = {name: x for name, x in frozen.items() if name != LAYERS}
-        others, sharder = frozen[LAYERS], self._sharder
-        micros = {}
+        others = frozen[LAYERS]
+        micros, hidden, gradient = self._of_block(batch)
+        layer, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+        yes = jax.ShapeDtypeStruct((), bool)
+        scale = number if self._clip_norm else None
+        kept, ahead = self.holds(batch).values()
+        ahead -= local_bytes(gradient)  # the program's own
+        new = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=s),
+            (params, moments),
+            self._of_layer,
+        )
+        passes = 2 if self._clip_norm else 1
+        number_of, state, weights = self._blocks.number, (params, moments), (params, others)
+        everything = kept + local_bytes((state, frozen))
+
+        def forward():
+            return self._forward.trace(params, others, layer, hidden, micros)
+
+        def end():
+            return self._end.trace(rest, hidden, micros, number, number, yes)
+
+        def backward():
+            return self._backward.trace(params, others, layer, hidden, hidden, micros)
+
+        def update():
+            return self._update.trace(params, moments, gradient, layer, scale, yes, number, number)
+
+        def put():
+            return self._put.trace(params, moments, layer, new)
+
+        def part(name, trace, arguments, more=0, runs=number_of):
+            return Part(name, trace, everything + more - local_bytes(arguments), runs)
+
+        return [
+            part("forward", forward, weights),
+            part("end", end, rest, runs=1),
+            part("backward", backward, weights, ahead, number_of * passes),
+            part("update", update, state, ahead),
+            part("put", put, state, ahead + local_bytes(gradient)),
+        ]
+
+    def _of_block(self, batch):
+        """Return shapes and shardings of (micro-batches, what enters a block, a block's gradient)
+        for those of a batch."""
+        micros, sharder = {}, self._sharder
         for name, x in batch.items():
             shape = (self._accumulate, x.shape[0] // self._accumulate, *x.shape[1:])
             sharding = sharder.sharding(_layout(shape, sharder))
@@ -261,26 +290,15 @@ class LayerwiseStep:
             gradient[row.path] = jax.ShapeDtypeStruct(
                 row.layer_shape, jnp.float32, sharding=sharder.sharding(row.layer_axes)
             )
-        layer, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-        yes = jax.ShapeDtypeStruct((), bool)
-        scale = number if self._clip_norm else None
-        kept = (self._blocks.number + 1) * local_bytes(hidden)
-        ahead = _AHEAD * local_bytes(gradient)
+        return micros, hidden, gradient
 
-        def backward():
-            return self._backward.trace(params, others, layer, hidden, hidden, micros)
-
-        def update():
-            return self._update.trace(params, moments, gradient, layer, scale, yes, number, number)
-
-        def end():
-            return self._end.trace(rest, hidden, micros, number, number, yes)
-
-        return [
-            Part("block", backward, kept + ahead + local_bytes((moments, rest))),
-            Part("update", update, kept + ahead + local_bytes((others, rest))),
-            Part("end", end, kept + local_bytes((params, moments, others))),
-        ]
+    def holds(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Return the bytes that each device holds beside weights and moments, by purpose."""
+        _, hidden, gradient = self._of_block(batch)
+        return {
+            "what enters the blocks": (self._blocks.number + 1) * local_bytes(hidden),
+            f"gradients of {1 + _AHEAD} blocks": (1 + _AHEAD) * local_bytes(gradient),
+        }
 
 
 def check_layerwise(rows: Iterable[Param], loss: Loss) -> None:
@@ -306,3 +324,8 @@ def layer_moments(optimizer: optax.GradientTransformation, trained: Any) -> Any:
 def _layout(shape: tuple[int, ...], sharder: Sharder) -> tuple[str, ...]:
     """Return the logical axes of the first three dimensions of [M, R, T, ...]."""
     return "layers", *batch_layout(shape[1], sharder)
+
+
+def _without_layers(sharding: NamedSharding) -> NamedSharding:
+    """Return the sharding of one layer of a stack."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

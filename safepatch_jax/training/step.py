@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safepatch_jax.mesh import Sharder
+from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.layerwise import joined
+from safepatch_jax.models.layerwise import Part, joined
 from safepatch_jax.models.table import Param, ParamTable, nest, unnest
 from safepatch_jax.runtime import stopping
 from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.batch import check_batch, micro_batches, put_batch, reported
 from safepatch_jax.training.checkpoints import Checkpoints
 from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe, Recorder, ignore
-from safepatch_jax.training.layerwise import LayerwiseStep, Part, check_layerwise, layer_moments
+from safepatch_jax.training.layerwise import LayerwiseStep, check_layerwise, layer_moments
 from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
 from safepatch_jax.training.optimizers import OPTIMIZERS, updated
@@ -164,7 +164,21 @@ class Trainer:
         the layerwise pass."""
         if self._layerwise:
             return self._step.parts(self._abstract, self._stored(), batch)
-        return [Part("", functools.partial(self.trace, batch), 0)]
+        return [Part("", functools.partial(self.trace, batch))]
+
+    def holds(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Return the bytes that each device holds in a step, by purpose; without what the compiler
+        needs beside them, as the activations of the whole tree's backward pass."""
+        weights = self._abstract["params"]
+        holds = {
+            "trained weights": local_bytes(weights),
+            "moments": local_bytes(self._abstract["moments"]),
+            "other weights": local_bytes(self._stored()),
+        }
+        if self._layerwise:
+            return holds | self._step.holds(batch)
+        gradients = 1 if self._accumulate == 1 else 2
+        return holds | {"gradients": gradients * local_bytes(weights)}
 
     def _stored(self):
         """Return what is not trained, in the model's dtype."""

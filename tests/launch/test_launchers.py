@@ -70,10 +70,24 @@ def test_killed_conversion_leaves_nothing_that_the_next_does_not_clear(how, tmp_
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
     result = call(
-        "launch.safepatch", f"--workdir={tmp_path / 'work'}", "--dry_run", "--merge=ties", *flags
+        "launch.safepatch",
+        f"--workdir={tmp_path / 'work'}",
+        "--dry_run",
+        "--merge=ties",
+        "--derive.memory=auto",
+        *flags,
     )
     assert result.returncode == 0, result.stderr
-    for word in ("Devices:", "Model:", "Data:", "Patch:", "Merged by TIES", "derive_se,"):
+    for word in (
+        "Memory:  settings as given;",
+        "Memory of score:",
+        "Devices:",
+        "Model:",
+        "Data:",
+        "Patch:",
+        "Merged by TIES",
+        "derive_se,",
+    ):
         assert word in result.stdout
     assert not (tmp_path / "work").exists()
 
@@ -97,11 +111,17 @@ def test_a_killed_run_resumes_with_its_stage(flags, tmp_path):
         (["--model.source=/nowhere"], "No model folder '/nowhere'"),
         (["--data=alpaca.json"], "is not ROLE:FILE"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--derive.memory=auto", "--model.source=smollm2"], "architecture is not known"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(args, message, tmp_path):
     result = call("launch.safepatch", f"--workdir={tmp_path / 'work'}", *args)
     assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_memory_is_chosen_for_a_run_alone(flags, tmp_path):
+    result = call("launch.align", f"--out={tmp_path / 'aligned'}", "--derive.memory=auto", *flags)
+    assert result.returncode == 2 and "launch.safepatch --dry_run" in result.stderr
 
 
 def test_full_disk_leaves_nothing_half_written(flags, tmp_path):

@@ -12,6 +12,7 @@ from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patching.methods import combine_sets
 from safepatch_jax.patching.selection import top_mask
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement
+from safepatch_jax.planning.programs import abstract_batch
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
 from tests.patching import oracle
@@ -84,7 +85,8 @@ def test_chunks_and_inputs_that_are_made_again_change_no_sum(tmp_path):
     meters = {n: SensitivityMeter(decoder, rows, sharder_of(1), in_flight=n) for n in (1, 3)}
 
     def inputs(samples):
-        return meters[1].resident_bytes(samples, shape) - meters[1].resident_bytes(0, shape)
+        batch = abstract_batch(1, shape, sharder_of(1))
+        return meters[1].holds(batch, samples)["what enters the blocks"]
 
     assert inputs(48) == 48 * inputs(1) * 7 // 11  # 4 + 3 blocks' of 10, or 10 + 1 blocks'
 

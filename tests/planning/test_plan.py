@@ -43,6 +43,18 @@ SETTINGS = Settings().override(
         "evaluate.max_new_tokens": 4,
     }
 )
+TITLES = [
+    "train",
+    "score forward",
+    "score end",
+    "score backward",
+    "score put",
+    "patch q k v",
+    "patch o",
+    "patch gate up",
+    "patch down",
+    "decode",
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +71,11 @@ def test_the_compile_cache_stays_where_it_was():
 
 
 def test_every_program_is_measured(measured):
-    assert list(measured) == [
-        "train",
-        "score",
-        "patch q k v",
-        "patch o",
-        "patch gate up",
-        "patch down",
-        "decode",
-    ]
+    assert list(measured) == TITLES
     for title, f in measured.items():
         assert f.fits and f.peak >= f.arguments + f.resident and f.seconds > 0, title
         assert not f.work.unknown_loops, title
-        assert (f.flops > 0) == (f.kind != "patch")
+        assert (f.flops > 0) == (f.kind != "patch" and title != "score put")
         assert set(f.floor) == {"compute", "memory", "links"}
         json.dumps(f.to_dict())
         if f.kind == "patch":
@@ -101,7 +105,7 @@ def test_scoring_holds_the_scope_once_and_batches_of_it_twice(measured):
     blocks, scored = (device_bytes(rows, sharder, "float32") for rows in (stacked, scope))
     rest = device_bytes([row for row in table if not row.stacked], sharder, "float32")
     hidden = 32 * CONFIG.embed_dim * 4  # a sample on each part of the batch axis
-    score, close = measured["score"], functools.partial(pytest.approx, abs=512)
+    score, close = measured["score backward"], functools.partial(pytest.approx, abs=512)
     sums = scored // CONFIG.num_layers
     assert score.arguments == close(blocks + sums + 2 * hidden)  # in and out of one block
     samples = SETTINGS.score.samples // sharder.batch_ways
@@ -246,15 +250,9 @@ def test_roofline():
 
 def test_figures_for_the_devices_at_hand():
     lines = report.figures(SETTINGS, CONFIG, sharder_of(8, tensor=2))
-    assert [line.split("  ")[0] for line in lines[1:8]] == [
-        "train",
-        "score",
-        "patch q k v",
-        "patch o",
-        "patch gate up",
-        "patch down",
-        "decode",
-    ]
+    assert lines[0].startswith("Memory of train: trained weights ")
+    assert lines[1].startswith("Memory of score: scored weights, then sums ")
+    assert [line.split("  ")[0].split(",")[0] for line in lines[3 : 3 + len(TITLES)]] == TITLES
     assert "how much these devices have is not known" in lines[-1]
     assert not any("floor" in line for line in lines)
     assert any(line.startswith("  train: ") and "all-gather" in line for line in lines)
@@ -268,16 +266,26 @@ def test_ladders():
     def flags(kind):
         return [as_flags(changes) for changes in ladder(kind, settings, 4)]
 
-    full = "--model.remat=full"
+    full, layerwise = "--model.remat=full", "--derive.train=scope --derive.backward=layerwise"
     assert flags("train") == [
         "--model.remat=dots",
         full,
         full + " --derive.accumulate=2",
         full + " --derive.accumulate=4",
+        layerwise,
+        layerwise + " --derive.accumulate=2",
+        layerwise + " --derive.accumulate=4",
+        layerwise + " --derive.optimizer=adafactor",
+        layerwise + " --derive.optimizer=adafactor --derive.accumulate=2",
+        layerwise + " --derive.optimizer=adafactor --derive.accumulate=4",
+    ]
+    assert flags("score") == ["--score.inputs=some"] and flags("patch") == []
+    settings = settings.override({"patch.scope": "all"})  # has no layerwise pass
+    assert flags("train")[4:] == [
         full + " --derive.accumulate=4 --derive.optimizer=adafactor",
         full + " --derive.optimizer=adafactor",
     ]
-    assert flags("score") == ["--model.remat=dots", full] and flags("patch") == []
+    assert flags("score") == ["--model.remat=dots", full]
     assert flags("decode") == ["--evaluate.batch_size=8", "--evaluate.batch_size=4"]
 
 
@@ -322,7 +330,15 @@ def rule_of_two(kind, settings):
         ),
         (
             lambda kind, s: 9 if kind == "train" and s.derive.optimizer == "adamw" else 1,
-            "--model.remat=full --derive.accumulate=4 --derive.optimizer=adafactor",
+            "--derive.train=scope --derive.backward=layerwise --derive.optimizer=adafactor",
+        ),
+        (
+            lambda kind, s: 9 if kind == "train" and s.derive.backward == "whole" else 1,
+            "--derive.train=scope --derive.backward=layerwise",
+        ),
+        (
+            lambda kind, s: 9 if kind == "score" and s.score.inputs != "some" else 1,
+            "--score.inputs=some",
         ),
         (
             lambda kind, s: 9 if kind == "train" and "tensor:4" not in s.mesh.shape else 1,

@@ -1,0 +1,104 @@
+"""derive.memory=auto: what it chooses for devices, and that a workdir keeps it."""
+
+import dataclasses
+
+import pytest
+
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.planning.chips import present
+from safepatch_jax.planning.compile import measure
+from safepatch_jax.planning.fitting import at_hand, fitted
+from safepatch_jax.planning.programs import holdings, programs
+from safepatch_jax.planning.search import Planner
+from safepatch_jax.run.job import SETTINGS
+from safepatch_jax.runtime import files
+from safepatch_jax.settings import Settings
+from safepatch_jax.testing import write_tiny_model
+from tests.conftest import sharder_of
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Settings whose train step takes by far most."""
+    folder = tmp_path_factory.mktemp("fitting")
+    source = write_tiny_model(
+        folder / "model", num_hidden_layers=12, hidden_size=64, intermediate_size=256
+    )
+    return Settings().override(
+        {
+            "model.source": str(source),
+            "model.remat": "full",
+            "data.max_prompt_tokens": 8,
+            "data.max_answer_tokens": 8,
+            "derive.memory": "auto",
+            "derive.batch_size": 1,
+            "score.samples": 2,
+            "evaluate.batch_size": 1,
+            "evaluate.max_new_tokens": 2,
+        }
+    )
+
+
+def target_of(memory):
+    return dataclasses.replace(present(sharder_of(1)), memory=memory)
+
+
+def needed(settings, kind="train"):
+    """Return the bytes that the programs of a kind take."""
+    planner = Planner(read_hf_config(settings.model.source), target_of(None))
+    return max(f.required for f in planner.measure(settings, kind))
+
+
+def test_settings_that_fit_stay_and_others_are_replaced_by_the_nearest(given, tmp_path, capsys):
+    whole = needed(given)
+    assert fitted(given, tmp_path, target=target_of(whole)) == given
+    assert "settings as given; train takes most" in capsys.readouterr().out
+    chosen = fitted(given, tmp_path, target=target_of(whole - 1))
+    layerwise = {"derive.train": "scope", "derive.backward": "layerwise"}
+    assert chosen == given.override(layerwise)
+    lean = fitted(given, tmp_path, target=target_of(needed(chosen) - 1))
+    assert lean == given.override(layerwise | {"derive.optimizer": "adafactor"})
+    assert needed(lean) < needed(chosen) < whole
+    out = capsys.readouterr().out
+    assert "--derive.train=scope --derive.backward=layerwise --derive.optimizer=adafactor" in out
+    with pytest.raises(ValueError, match="nothing that leaves the mesh.*--dry_run"):
+        fitted(given, tmp_path, target=target_of(needed(lean) // 4))
+
+
+def test_a_workdir_keeps_what_it_was_begun_with(given, tmp_path, capsys):
+    chosen = given.override({"derive.train": "scope", "derive.backward": "layerwise"})
+    files.write_json(tmp_path / SETTINGS, chosen.to_dict())
+    large = target_of(2**40)
+    assert fitted(given, tmp_path, target=large) == chosen
+    assert "as this workdir was begun" in capsys.readouterr().out
+    assert fitted(given, tmp_path, afresh=True, target=large) == given
+    plain = given.override({"derive.memory": "given"})
+    assert fitted(plain, tmp_path, target=target_of(1)) == plain
+    # A workdir that was begun without it is no choice.
+    files.write_json(tmp_path / SETTINGS, chosen.override({"derive.memory": "given"}).to_dict())
+    assert fitted(given, tmp_path, target=large) == given
+
+
+def test_cpus_share_what_the_host_has_free():
+    one, eight = (at_hand(present(sharder_of(n))).memory for n in (1, 8))
+    assert 2**28 < one < 2**50 and eight == pytest.approx(one / 8, rel=0.2)
+
+
+def test_purposes_add_up_to_what_the_programs_hold(given):
+    """Of the layerwise passes on 8 devices: arguments and what is resident beside them."""
+    sharder = sharder_of(8, tensor=2)
+    settings = given.override(
+        {
+            "derive.train": "scope",
+            "derive.backward": "layerwise",
+            "derive.optimizer": "adafactor",
+            "derive.batch_size": 8,
+        }
+    )
+    config = read_hf_config(settings.model.source)
+    holds = holdings(settings, config, sharder)
+    for kind in ("train", "score"):
+        parts = programs(settings, config, sharder, [kind])
+        measured = [measure(part, present(sharder), sharder) for part in parts]
+        most = max(f.arguments + f.resident for f in measured)
+        assert most == pytest.approx(sum(holds[kind].values()), rel=0.1), holds[kind]
