@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu.bench import GENERATOR, Bench
 from safepatch_jax.models.config import DecoderConfig
+from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import Param, param_table
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import apply_patching
@@ -32,17 +33,17 @@ def run(bench: Bench) -> None:
     def predicted(layers: int, all_weights: bool = False) -> int:
         """The plan's bytes of the largest weights' programs, and what this part holds and a run
         reads weight by weight."""
-        config, most = bench.config(layers), 0
+        config = bench.config(layers)
         scope = scope_size(config)
         traced = [(p, p.trace()) for p in programs(settings, config, bench.sharder, ("patch",))]
         largest = max(stored_size(trace) for _, trace in traced)
+        parts = []
         for program, trace in traced:
             if all_weights or stored_size(trace) == largest:
                 others = HELD_BYTES * scope - ARGUMENT_BYTES * stored_size(trace)
-                bench.compiled(trace, program.resident + others)
-                most = max(most, bench.predicted)
-        bench.note(predicted_bytes=most)
-        return most
+                parts.append(Part(program.name, program.trace, program.resident + others))
+        bench.compiled(parts)
+        return bench.predicted
 
     def attempt(layers: int) -> None:
         config = bench.config(layers)
