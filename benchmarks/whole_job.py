@@ -147,7 +147,7 @@ class Watch:
         self._stage, self._workdir = _BETWEEN, workdir
         environment = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         begun = time.monotonic()
-        with open(log, "w") as self._log:
+        with open(log, "w", buffering=1) as self._log:
             self._process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
