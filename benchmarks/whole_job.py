@@ -3,7 +3,7 @@ stage, and the most scratch that lay on disk.
 
   python -m benchmarks.whole_job --out=DIR              # 1.1B; 2 cores, 24 GiB of memory
   python -m benchmarks.whole_job --out=DIR --before     # settings at their defaults
-  python -m benchmarks.whole_job --out=DIR --shape=tiny --run.certify=hashes
+  python -m benchmarks.whole_job --out=DIR --shape=tiny -- --run.certify=logits
 
 DIR/model is made once (bfloat16, SmolLM2's tokenizer and vocabulary) and used again; DIR/run and
 DIR/cache are made afresh, so that the time holds all compilation, and deleted at the end (--keep
