@@ -1,7 +1,9 @@
-"""Published figures of chips, and the devices of a TPU topology without its hardware."""
+"""Published figures of chips, and the devices of a TPU topology without its hardware; for GPUs, CPU
+devices that stand for them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -48,8 +50,8 @@ class Chip:
 # ICI bandwidth per chip", half of which is sent; DCN by pod or by chip. What these pages lack of v4
 # is in jax-ml.github.io/scaling-book. HBM is 32, 16, 95 and 32 GB by the data sheet; the table has
 # what XLA gives to programs, as its refusal of one that does not fit says (libtpu 0.0.42).
-# GPU: NVIDIA's data sheets of H100 SXM and H200 SXM: dense bf16, NVLink 900 GB/s both ways; one 400
-# Gbit/s adapter a GPU.
+# GPU: NVIDIA's data sheets: dense bf16; NVLink 900 GB/s both ways (H100 SXM, H200 SXM), 600 (A100
+# SXM), PCIe 4.0 x16 64 GB/s (L4); one 400 Gbit/s adapter a GPU (A100: 200, L4: 100).
 CHIPS = {
     "v4": Chip("TPU v4", ("TPU v4",), int(30.75 * GIB), 275e12, 1.2e12, 300e9, 6.25e9, 3),
     "v5e": Chip(
@@ -63,7 +65,15 @@ CHIPS = {
     ),
     "h100": Chip("H100 SXM", ("NVIDIA H100 80GB HBM3",), 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9),
     "h200": Chip("H200 SXM", ("NVIDIA H200",), 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
+    "a100-40": Chip(
+        "A100 40 GB", ("NVIDIA A100-SXM4-40GB",), 40 * 10**9, 312e12, 1.555e12, 300e9, 25e9
+    ),
+    "a100-80": Chip(
+        "A100 80 GB", ("NVIDIA A100-SXM4-80GB",), 80 * 10**9, 312e12, 2.039e12, 300e9, 25e9
+    ),
+    "l4": Chip("L4", ("NVIDIA L4",), 24 * 10**9, 121e12, 300e9, 32e9, 12.5e9),
 }
+POOL = 0.92  # of a card's memory, what JAX can be given (XLA_CLIENT_MEM_FRACTION; its own is 0.75)
 # libtpu must not look for a metadata server or for chips, nor claim them against other processes.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -74,7 +84,8 @@ _ENVIRONMENT = {
 FORMS = (
     "v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4 (generation, then chips along each axis: whole hosts "
     "of 2x2 chips, or one "
-    "chip, v5e:1x1)"
+    "chip, v5e:1x1); GPUs by the buffers of XLA's compiler for CPU: h100:1, h200:1, a100-40:1, "
+    "a100-80:4, l4:1"
 )
 
 
@@ -105,18 +116,21 @@ class Target:
 
 
 def topology(text: str, slices: int = 1) -> Target:
-    """Return the chips of a TPU topology, for which programs can be compiled without the hardware.
+    """Return the chips of a TPU topology, for which programs can be compiled without the hardware;
+    or CPU devices that stand for GPUs.
 
     JAX itself is set to run on the CPU, unless JAX_PLATFORMS says otherwise.
 
     Args:
-      text: such as ``v5e:4x4``.
+      text: such as ``v5e:4x4``, or ``h100:2``.
       slices: number of such topologies, joined by the data centre network.
 
     Raises:
       ValueError: libtpu, which brings the compiler, is not installed; unknown generation or form;
         no such layout.
     """
+    if match := re.fullmatch(r"([\w-]+):(\d+)", text.strip()):
+        return _cards(text, *match.groups(), slices)
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", text.strip())
     chip = CHIPS.get(match.group(1)) if match else None
     if chip is None or chip.platform != "tpu" or match.group(2).count("x") + 1 != chip.dims:
@@ -149,6 +163,26 @@ def topology(text: str, slices: int = 1) -> Target:
     times = f" x {slices} slices" if slices > 1 else ""
     title = f"{text.strip()}{times}: {len(devices)} x {chip.name}"
     return Target(title, tuple(devices), chip, chip.hbm)
+
+
+def _cards(text: str, name: str, number: str, slices: int) -> Target:
+    """Return CPU devices in the place of so many GPUs of a kind, with the memory that JAX can have
+    of each: what is compiled for them has the GPU's arrays, and other temporaries and kernels."""
+    chip = CHIPS.get(name)
+    if chip is None or chip.platform != "gpu" or not int(number) or slices != 1:
+        raise ValueError(f"Unknown topology '{text}'. Forms: {FORMS}.")
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # JAX runs: there are as many as there are
+        jax.config.update("jax_num_cpu_devices", int(number))
+    devices = jax.devices("cpu")[: int(number)]
+    if len(devices) < int(number):
+        raise ValueError(
+            f"'{text}' needs {number} simulated devices, and JAX runs with {len(devices)}. Set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={number}."
+        )
+    title = f"{text.strip()}: {number} x {chip.name}, by XLA's compiler for CPU"
+    return Target(title, tuple(devices), chip, int(POOL * chip.hbm))
 
 
 def present(sharder: Sharder, chip: Chip | None = None) -> Target:
