@@ -28,7 +28,7 @@ from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.statistics import refuse_no_op, totals
-from safepatch_jax.run import card, certificate, models, report
+from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.stages import versions
@@ -175,7 +175,9 @@ def derive(run: Run, role: str, out: pathlib.Path) -> Result:
     tuned, outcome = _tune(run, f"derive_{role}", run.backbone, pools, recipe, seed)
     first, last = outcome.nll[0], outcome.nll[-1]
     say(f"  stopped by {outcome.stopped_by}: answer NLL {first:.2f} -> {last:.2f}")
-    save_tree(out / "params", tuned)
+    weights = unnest(tuned)
+    del tuned  # they go one by one
+    scratch.save_derived(run, weights, out)
     return _summary(outcome)
 
 
@@ -223,7 +225,7 @@ def score(run: Run, role: str, out: pathlib.Path) -> Result:
     samples = models.calibration(run, settings, role)
     if len(samples) < settings.samples:
         say(f"  all {len(samples)} samples are used, fewer than score.samples={settings.samples}")
-    save_tree(out / "sensitivity", nest(models.sensitivity(run, role, settings)))
+    scratch.save_scores(run, models.sensitivity(run, role, settings), out)
     if settings.mode == "batched":
         # Both modes over two batches, on one weight: see `models._mode_overlap`.
         meter = run.context.meter(read_hf_config(run.backbone), witness=True)
@@ -323,7 +325,7 @@ def _variant(run: Run, variant: str) -> models.Flat:
     """Return the flat parameters of a model of the report."""
     if variant in PATCH_ROLES:
         # In the dtype to which each use would cast it.
-        return models.derived(run, variant, run.settings.model.compute_dtype)
+        return scratch.derived(run, variant, run.settings.model.compute_dtype)
     if variant == "intersection":
         settings = dataclasses.replace(
             run.settings.patch, merge="safepatching", combine="intersection"

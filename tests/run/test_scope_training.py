@@ -10,7 +10,7 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.outcome import settings_differences
 from safepatch_jax.planning.programs import architecture
-from safepatch_jax.run import models
+from safepatch_jax.run import models, scratch
 from safepatch_jax.run.job import Job, disk_bytes
 from safepatch_jax.settings import load_config
 
@@ -65,7 +65,7 @@ def test_the_stage_holds_the_scope_and_the_rest_is_the_backbones(jobs):
         load_tree(folder, nest(abstract))
     stored = unnest(load_tree(folder, nest({path: abstract[path] for path in scope})))
     backbone = unnest(job.state.context.load(job.state.backbone)[1])
-    derived = models.derived(job.state, "se")
+    derived = scratch.derived(job.state, "se")
     assert derived.keys() == backbone.keys() and stored.keys() == scope
     for path, x in derived.items():
         other = stored[path] if path in scope else backbone[path]
