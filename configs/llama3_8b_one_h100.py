@@ -26,4 +26,7 @@ CONFIG["derive"] |= {
     "optimizer": "adafactor",
     # A bound on the global norm would take a second backward pass; Adafactor bounds each update.
     "clip_norm": 0.0,
+    "store": "bfloat16",
 }
+CONFIG["score"]["store"] = "bfloat16"
+CONFIG["run"]["checkpoint_minutes"] = 0.0  # 28 GB each

@@ -102,8 +102,19 @@ def test_bytes_on_disk_are_those_of_what_is_trained_and_scored():
     settings = load_config(pathlib.Path(__file__).parents[2] / "configs/llama3_8b_one_h100.py")
     config = architecture(settings)
     scope, size = 6_979_321_856, 8_030_261_248
-    assert disk_bytes(settings, config) == (16 * scope, 3 * 4 * scope)
-    aligned = settings.override({"align.enabled": True})
-    assert disk_bytes(aligned, config) == (16 * scope, 3 * 4 * size)
-    whole = settings.override({"derive.train": "all", "derive.optimizer": "adamw"})
-    assert disk_bytes(whole, config) == (8 * (scope + size), 3 * 12 * size)
+    disk, model = disk_bytes(settings, config), 2 * size
+    assert disk.derived == disk.scores == disk.checkpoints == 4 * scope and disk.aligning == 0
+    assert disk.derived + disk.scores < 60e9
+    assert disk.model == model and disk.patch_file < 0.1 * model
+    assert disk.most == disk.derived + disk.scores + model + disk.patch_file < 75e9
+    aligned = disk_bytes(settings.override({"align.enabled": True}), config)
+    assert aligned._replace(aligning=0) == disk and aligned.aligning == 4 * size
+    whole = {
+        "derive.train": "all",
+        "derive.store": "float32",
+        "derive.optimizer": "adamw",
+        "run.checkpoint_minutes": 1.0,
+    }
+    disk = disk_bytes(settings.override(whole), config)
+    assert (disk.derived, disk.scores, disk.checkpoints) == (8 * size, 4 * scope, 3 * 12 * size)
+    assert disk.most == 8 * size + 3 * 12 * size  # while OSM is trained
