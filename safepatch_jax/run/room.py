@@ -80,14 +80,17 @@ def disk_bytes(settings: Settings, config: DecoderConfig) -> Disk:
     state *= KEPT + 1 if settings.run.checkpoint_minutes else 1
     keeps = settings.export.dtype == "keep"
     entry = jnp.dtype(config.dtype if keeps else settings.export.dtype).itemsize
-    changed = math.ceil(_changed_share(settings.patch) * scope)
+    patch_file = 0
+    if keeps:
+        changed = math.ceil(_changed_share(settings.patch) * scope)
+        patch_file = min(entry * scope, (entry + _POSITION) * changed)
     return Disk(
         derived=2 * jnp.dtype(settings.derive.store).itemsize * trained,
         scores=2 * jnp.dtype(settings.score.store).itemsize * scope,
         checkpoints=state * trained,
         aligning=state * table.size if settings.align.enabled else 0,
         model=entry * table.size,
-        patch_file=min(entry * scope, (entry + _POSITION) * changed) if keeps else 0,
+        patch_file=patch_file,
     )
 
 
@@ -155,11 +158,10 @@ def _ways_out(settings: Settings) -> str:
         "score.store": "bfloat16",
     }
     now = settings.flat()
-    left = [
-        f"--{name}={value:g}" if value == 0.0 else f"--{name}={value}"
-        for name, value in ways.items()
-        if now[name] != value
-    ]
+    left = []
+    for name, value in ways.items():
+        if now[name] != value:
+            left.append(f"--{name}={value:g}" if isinstance(value, float) else f"--{name}={value}")
     return " ".join(left) or "a smaller --patch.scope"
 
 
