@@ -12,7 +12,7 @@ from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.run import models, scratch
+from safepatch_jax.run import manifests, models, scratch
 from safepatch_jax.run.job import Job
 from safepatch_jax.run.merge_folders import merge_folders
 from safepatch_jax.run.room import disk_bytes, free_bytes, missing, refuse_small_disk
@@ -152,6 +152,30 @@ def test_the_exported_files_lie_on_the_disk_once(jobs):
         ours, theirs = job.runner.folder("export") / "model", job.runner.folder("patch") / "model"
         for path in theirs.iterdir():
             assert path.samefile(ours / path.name)
+
+
+@pytest.mark.parametrize("other", ["smaller files", "the weights alone were kept"])
+def test_an_export_of_another_cut_or_of_an_earlier_version_has_the_same_weights(
+    jobs, tmp_path, other
+):
+    done = jobs["half"]
+    work = shutil.copytree(done.workdir, tmp_path / "work")
+    shutil.rmtree(work / "stages" / "export")
+    changes = {"export.shard_bytes": 20_000}
+    if other != "smaller files":
+        changes, patch = {}, work / "stages" / "patch"
+        shutil.rmtree(patch / "model")
+        _, manifest = manifests.read(patch)
+        del manifest["result"]["shard_bytes"]
+        manifests.write(patch, manifest | {"outputs": {}})
+    with machine_of(2):
+        job = Job(done.settings.override(changes), work, update=True)
+        job.runner.need("export")
+    files = list((work / "stages" / "export" / "model").glob("*.safetensors"))
+    assert (len(files) > 1) == bool(changes)
+    exported = unnest(done.state.context.load(done.state.folder("export"))[1])
+    for path, x in unnest(job.state.context.load(job.state.folder("export"))[1]).items():
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(exported[path]))
 
 
 def test_what_a_run_will_need_is_what_it_then_adds(jobs, settings, tmp_path):
