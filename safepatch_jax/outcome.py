@@ -40,6 +40,8 @@ LATER = (
     "derive.osm_tokens",
     "score.se_tokens",
     "score.osm_tokens",
+    "derive.store",
+    "score.store",
     "data.template",
     "data.system",
 )

@@ -171,6 +171,13 @@ class DeriveSettings:
     clip_norm: float = option(
         1.0, "Gradients with a larger global norm are scaled down to it; 0: none is.", low=0
     )
+    store: str = option(
+        "float32",
+        "What the run keeps of a derived model on disk: its weights, or (with derive.train=scope) "
+        "their differences to the backbone rounded to bfloat16, half as much; the derived model "
+        "then is the backbone plus these.",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +211,11 @@ class ScoreSettings:
         read=check_score_window,
     )
     osm_tokens: str = option("derive", "Those of the OSM patch, likewise.", read=check_score_window)
+    store: str = option(
+        "float32",
+        "Dtype of the scores on disk; bfloat16 takes half as much, and ranks by rounded scores.",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

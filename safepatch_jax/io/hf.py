@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -114,14 +114,41 @@ def load_params(
     Raises:
       ValueError: see `read_hf_config`, `Checkpoint`, `check_keys`.
     """
-    config = read_hf_config(folder)
-    table = param_table(config)
-    checkpoint = Checkpoint(folder)
-    check_keys(checkpoint, table, config)
-    say_notes(checkpoint.folder, checkpoint.notes)
+    stored = StoredModel(folder, sharder)
     with Workers(_READERS) as pool:
-        params = {row.path: _read_row(checkpoint, row, sharder, pool) for row in table}
-    return config, nest(params)
+        params = {row.path: stored.read(row, pool) for row in param_table(stored.config)}
+    return stored.config, nest(params)
+
+
+class StoredModel(Mapping[str, jax.Array]):
+    """The parameters of a model folder by path; each is read when it is looked up, and not kept.
+
+    Args, raises: see `load_params`.
+
+    Attributes:
+      config: its architecture.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, sharder: Sharder):
+        self.config = read_hf_config(folder)
+        self._table, self._sharder = param_table(self.config), sharder
+        self._checkpoint = Checkpoint(folder)
+        check_keys(self._checkpoint, self._table, self.config)
+        say_notes(self._checkpoint.folder, self._checkpoint.notes)
+
+    def read(self, row: Param, pool: Workers) -> jax.Array:
+        """Read one parameter with the workers of a pool."""
+        return _read_row(self._checkpoint, row, self._sharder, pool)
+
+    def __getitem__(self, path: str) -> jax.Array:
+        with Workers(_READERS) as pool:
+            return self.read(self._table[path], pool)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.by_path)
+
+    def __len__(self) -> int:
+        return len(self._table.by_path)
 
 
 def _read_row(checkpoint: Checkpoint, row: Param, sharder: Sharder, pool: Workers) -> jax.Array:

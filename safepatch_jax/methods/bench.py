@@ -17,7 +17,7 @@ from safepatch_jax.evaluation.lines import file_name
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import nest
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.run import models
+from safepatch_jax.run import models, scratch
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
@@ -129,7 +129,7 @@ class Bench:
         """Return the nested parameters, float32, of the model that the SE ('se') or the OSM patch
         ('osm') comes from."""
         self._run.runner.need(f"derive_{role}")
-        return nest(models.derived(self._run, role))
+        return nest(scratch.derived(self._run, role))
 
     def patched(self) -> Any:
         """Return the nested parameters, in their storage dtype, of the patch operation at this

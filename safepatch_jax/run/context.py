@@ -125,7 +125,8 @@ class Context:
         )
 
     def check_batches(self) -> None:
-        """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together."""
+        """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together, or
+        settings of derivation do not."""
         parts = self.settings.derive.accumulate
         sizes = {"derive.batch_size": self.settings.derive.batch_size}
         if self.settings.align.enabled:
@@ -133,6 +134,11 @@ class Context:
         for name, rows in sizes.items():
             check_batch(name, rows, parts, self.sharder)
         derive = self.settings.derive
+        if derive.store != "float32" and derive.train != "scope":
+            raise ValueError(
+                f"--derive.store={derive.store} keeps differences within the patch scope alone. "
+                "Add --derive.train=scope, or use --derive.store=float32."
+            )
         if derive.backward == "layerwise" and derive.train != "scope":
             raise ValueError(
                 "--derive.backward=layerwise trains the patch scope alone. Add "

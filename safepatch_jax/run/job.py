@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.data.records import load_records
-from safepatch_jax.models.config import DecoderConfig, read_hf_config
+from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
 from safepatch_jax.outcome import settings_differences
 from safepatch_jax.run import card, certificate, environment, report, steps
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.context import keep_programs
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
+from safepatch_jax.run.room import Disk, disk_bytes, free_bytes, missing, refuse_small_disk
 from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, stage_table, variants
@@ -26,7 +26,6 @@ from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import DeriveSettings, Settings
-from safepatch_jax.training.checkpoints import KEPT
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
@@ -74,17 +73,6 @@ def open_run(
     processes.on_first(check_source, run.source)
     run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir, verify)
     return run
-
-
-def disk_bytes(settings: Settings, config: DecoderConfig) -> tuple[int, int]:
-    """Return the bytes on disk of (both derived models and scores, the checkpoints of training)."""
-    table = param_table(config)
-    scored = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
-    trained = scored if settings.derive.train == "scope" else table.size
-    # Weights and moments; KEPT of them, and the one that is being written.
-    state = 12 if settings.derive.optimizer == "adamw" else 4
-    most = table.size if settings.align.enabled else trained
-    return 8 * (trained + scored), (KEPT + 1) * state * most
 
 
 class Job:
@@ -145,9 +133,12 @@ class Job:
           command: with which the run was started; it is noted.
 
         Raises:
-          ValueError: another run is at work in the workdir; or what a stage finds wrong.
+          ValueError: another run is at work in the workdir; the disk has less room than the run
+            needs; or what a stage finds wrong.
         """
         with self._folder.claimed(self.state.context.cache_dir):
+            if self.state.source.kind == "hf":
+                self._refuse_small_disk()
             processes.on_first(self._begin, command)
             for line in self.plan():
                 say(line)
@@ -173,7 +164,21 @@ class Job:
         files.write_json(self.workdir / SETTINGS, self.settings.to_dict())
         environment.write(self.workdir, command, self.state.context.sharder)
 
+    def _refuse_small_disk(self) -> None:
+        """Raise ValueError if what is still missing does not fit on its disks."""
+        disk = disk_bytes(self.settings, read_hf_config(self.state.imported))
+        waiting = self.runner.waiting()
+        processes.on_first(self._compare_room, disk, waiting)
+
+    def _compare_room(self, disk: Disk, waiting: Sequence[str]) -> None:
+        needed = missing(self.runner, disk, waiting)
+        free = {folder: free_bytes(folder) for folder in needed}
+        refuse_small_disk(needed, free, self.settings)
+
     def _run_stages(self) -> pathlib.Path:
+        if self.state.source.kind != "hf":  # its architecture is not known before
+            self.runner.need("import")
+            self._refuse_small_disk()
         self.runner.finish(["import", "certify_import"])
         steps.refuse_mixed_dtypes(self.state)
         names = ["align", "export", "patch_file", "certify_export"]
@@ -232,7 +237,8 @@ class Job:
     def _derived(self) -> list[str]:
         """Say how patches are derived where that is not the default."""
         default, lines = DeriveSettings(), []
-        for name in ("train", "backward", "se_tokens", "osm_tokens", "se_prompts", "osm_prompts"):
+        names = "train backward store se_tokens osm_tokens se_prompts osm_prompts"
+        for name in names.split():
             value = getattr(self.settings.derive, name)
             if value != getattr(default, name):
                 lines.append(f"{name} {value}")
@@ -243,12 +249,19 @@ class Job:
         if self.state.source.kind != "hf" and self.runner.status("import") != "done":
             return []
         config = read_hf_config(self.state.imported)
-        scratch, checkpoints = (x / 2**30 for x in disk_bytes(self.settings, config))
-        return [
-            f"         {param_table(config).size / 1e6:,.1f} M parameters; derived models and "
-            f"scores take {scratch:.1f} GiB of scratch on disk, checkpoints of training up to "
-            f"{checkpoints:.1f} GiB more"
+        disk = disk_bytes(self.settings, config)
+        gib = {name: f"{number / 2**30:,.1f} GiB" for name, number in disk._asdict().items()}
+        when = "up to" if self.settings.run.checkpoint_minutes else "at SIGTERM"
+        free = processes.on_first(free_bytes, self.workdir)
+        lines = [
+            f"{param_table(config).size / 1e6:,.1f} M parameters; scratch on disk: derived models "
+            f"{gib['derived']}, scores {gib['scores']}, checkpoints of training {when} "
+            f"{gib['checkpoints']}",
+            f"result: model {gib['model']}, patch file up to {gib['patch_file']}; a new run has at "
+            f"most {disk.most / 2**30:,.1f} GiB there at once"
+            + (f", free now {free / 2**30:,.1f} GiB" if free is not None else ""),
         ]
+        return [f"         {line}" for line in lines]
 
     def _notes(self) -> list[str]:
         lines, ways = [], self.state.context.sharder.batch_ways

@@ -29,6 +29,7 @@ from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.out_of_core import Merger, Readable, Source
 from safepatch_jax.patching.statistics import refuse_broken, refuse_no_op, totals
 from safepatch_jax.run.figures import PATCH, draw_patch
+from safepatch_jax.run.scratch import DIFFERENCES, SCORES, WEIGHTS
 from safepatch_jax.run.stages import MANIFEST, versions
 from safepatch_jax.run.steps import describe_totals
 from safepatch_jax.runtime import files, paths
@@ -38,7 +39,7 @@ from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
 # By what is read: the arrays in the stages of a run with run.keep_scratch.
-_STAGES = {"derived model": "params", "scores": "sensitivity"}
+_STAGES = {"derived model": (WEIGHTS, DIFFERENCES), "scores": (SCORES,)}
 
 
 def merge_folders(
@@ -54,7 +55,8 @@ def merge_folders(
     Args:
       base: the backbone, a folder in Hugging Face format.
       patches: {'se', 'osm'}: each a folder of a derived model in that format, a patch file that
-        turns `base` into one, or the derive_* stage of a run that kept its scratch.
+        turns `base` into one, or the derive_* stage of a run that kept its scratch and had `base`
+        as its backbone.
       scores: {'se', 'osm'}: each a folder of float32 safetensors, sums of |gradient| by HF name, or
         the score_* stage of such a run; may be empty where entries are not ranked by SNIP.
       out: the new folder.
@@ -191,8 +193,10 @@ def _open(
                 f"{flag}={path} is a file; scores are a folder of safetensors or a stage of a run."
             )
         return _open_patch(place, backbone)
-    if (place / _STAGES[content]).is_dir():
-        return StageTensors(place / _STAGES[content], scope)
+    for name in _STAGES[content]:
+        if (place / name).is_dir():
+            added_to = backbone.tensors if name == DIFFERENCES else None
+            return StageTensors(place / name, scope, added_to)
     if not place.is_dir() or (place / MANIFEST).is_file():
         raise ValueError(f"{flag}={path}: no {content} is there. {_advice(place, content)}")
     checkpoint = Checkpoint(place)
@@ -273,12 +277,17 @@ class PatchedTensor:
 
 class StageTensors(Mapping[str, Readable]):
     """The HF tensors of a stage's checkpoint, which `save_tree` wrote, float32; of its parameters
-    the one that was read last is held."""
+    the one that was read last is held. `backbone`: to whose tensors they are differences."""
 
-    def __init__(self, path: pathlib.Path, scope: ParamTable):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        scope: ParamTable,
+        backbone: Mapping[str, Stored] | None = None,
+    ):
         sharder = Sharder(make_mesh("data:1,fsdp:1,tensor:1", jax.local_devices()[:1]))
         self._tree = StoredTree(path, scope.abstract(sharder))
-        self._places = scope.hf_names()  # by HF name: row and layer
+        self._places, self._backbone = scope.hf_names(), backbone  # by HF name: row and layer
         self._path, self._held = "", np.empty(0)
 
     def matrices(self, row: Param) -> np.ndarray:
@@ -290,7 +299,8 @@ class StageTensors(Mapping[str, Readable]):
         return self._held
 
     def __getitem__(self, name: str) -> Readable:
-        return StageTensor(self, *self._places[name])
+        backbone = self._backbone[name] if self._backbone else None
+        return StageTensor(self, *self._places[name], backbone)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -306,6 +316,7 @@ class StageTensor:
     stage: StageTensors
     row: Param
     layer: int
+    backbone: Stored | None = None  # to which it is a difference
     dtype: str = "float32"
 
     @property
@@ -314,4 +325,8 @@ class StageTensor:
 
     def read(self, out: np.ndarray, start: int) -> np.ndarray:
         out[...] = self.stage.matrices(self.row)[self.layer, start : start + len(out)]
+        if self.backbone is not None:
+            stored = np.empty(len(out), DTYPES[self.backbone.dtype])
+            self.backbone.read(stored, start)
+            out += stored.astype(np.float32)
         return out

@@ -17,7 +17,7 @@ from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.data.windows import DERIVE, in_window
 from safepatch_jax.evaluation.measures import combine_roles, measure_role
-from safepatch_jax.io.checkpoint import StoredTree, load_tree
+from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching import PATCH_ROLES
@@ -25,12 +25,12 @@ from safepatch_jax.patching.merge import apply_patching
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
 from safepatch_jax.patching.statistics import refuse_no_op
+from safepatch_jax.run.scratch import Flat, derived, derived_weights, scores
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
 
-Flat = dict[str, jax.Array]  # parameters by path
 MODES = ("per_sample", "batched")
 
 
@@ -48,22 +48,6 @@ class PatchResult(NamedTuple):
     others: Flat
     statistics: dict[str, dict[str, Any]]
     mode_overlap: dict[str, float]
-
-
-def derived(run: Run, role: str, dtype: str = "float32") -> Flat:
-    """Return the flat parameters of a derived model, whose stage must be in place: what it trained,
-    and else the backbone's."""
-    table = param_table(read_hf_config(run.backbone))
-    abstract = unnest(table.abstract(run.context.sharder, jnp.dtype(dtype)))
-    others: Flat = {}
-    if run.settings.derive.train == "scope":
-        trained = {row.path for row in table.scope(run.settings.patch.scope)}
-        for path, x in unnest(run.context.load(run.backbone)[1]).items():
-            if path not in trained:
-                others[path] = x.astype(abstract.pop(path).dtype)
-        del x  # of the backbone's, the others alone stay
-    folder = run.runner.folder(f"derive_{role}") / "params"
-    return unnest(load_tree(folder, nest(abstract))) | others
 
 
 def training_examples(run: Run, role: str, window: str) -> list[Example]:
@@ -171,10 +155,10 @@ def apply_patch(
     table = unnest(param_table(config).abstract(run.context.sharder))
     abstract = nest({row.path: table[row.path] for row in rows})
     # Read weight by weight: the backbone is all that is held whole.
-    models = _stored(run, "derive", "params", abstract)
-    if sensitivities is None:
-        sensitivities = _stored(run, "score", "sensitivity", abstract)
     backbone = unnest(params)
+    models = {role: derived_weights(run, role, abstract, backbone) for role in PATCH_ROLES}
+    if sensitivities is None:
+        sensitivities = {role: scores(run, role, abstract) for role in PATCH_ROLES}
     overlap = {}
     if patch is run.settings.patch:  # for the report; other patches are tried many times
         overlap = _mode_overlap(run, backbone, models, abstract, witness_row(rows))
@@ -195,14 +179,6 @@ def apply_patch(
     return PatchResult(weights, others, statistics, overlap)
 
 
-def _stored(run: Run, stage: str, name: str, abstract: Any) -> dict[str, StoredTree]:
-    """Return both patches' arrays of a kind of stage, which are read when they are asked for."""
-    trees = {}
-    for role in PATCH_ROLES:
-        trees[role] = StoredTree(run.runner.folder(f"{stage}_{role}") / name, abstract)
-    return trees
-
-
 def in_storage_dtype(run: Run, flat: Flat) -> Flat:
     """Cast the backbone's parameters to the storage dtype of the result."""
     dtype = run.settings.export.dtype
@@ -212,7 +188,11 @@ def in_storage_dtype(run: Run, flat: Flat) -> Flat:
 
 
 def _mode_overlap(
-    run: Run, backbone: Flat, models: Mapping[str, StoredTree], abstract: Any, row: Param
+    run: Run,
+    backbone: Flat,
+    models: Mapping[str, Mapping[str, jax.Array]],
+    abstract: Any,
+    row: Param,
 ) -> dict[str, float]:
     """Return the Jaccard index of the top sets by batched and per-sample scores, taken in each
     matrix of one weight; nothing where scores are per sample."""

@@ -226,6 +226,19 @@ class Runner:
                 self._execute(stage)
         return folder
 
+    def waiting(self) -> list[str]:
+        """Return the stages that a run to the end will run, in their order: what is not finished,
+        and what that reads and is not there."""
+        status = {name: self.status(name) for name in self.stages}
+        wanted = [name for name in self.stages if status[name] not in FINISHED]
+        found: set[str] = set()
+        while wanted:
+            name = wanted.pop()
+            if name not in found:
+                found.add(name)
+                wanted += [x for x in self.stages[name].inputs if status[x] != "done"]
+        return [name for name in self.stages if name in found]
+
     def complete(self) -> None:
         """Run what of all stages is not finished, as where a manifest was lost."""
         for name in self.stages:

@@ -7,19 +7,19 @@ Each function fills the empty folder it is given and returns what the stage's ma
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.data.pipeline import Pool
 from safepatch_jax.data.windows import ALL
 from safepatch_jax.evaluation.measures import ANSWERS
 from safepatch_jax.io.beside import say_notes
-from safepatch_jax.io.checkpoint import load_tree, save_tree
+from safepatch_jax.io.checkpoint import save_tree
 from safepatch_jax.io.folder import Checkpoint, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, save_model
 from safepatch_jax.models.config import read_hf_config
@@ -28,7 +28,7 @@ from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.statistics import refuse_no_op, totals
-from safepatch_jax.run import card, certificate, models, report
+from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.stages import versions
@@ -175,7 +175,9 @@ def derive(run: Run, role: str, out: pathlib.Path) -> Result:
     tuned, outcome = _tune(run, f"derive_{role}", run.backbone, pools, recipe, seed)
     first, last = outcome.nll[0], outcome.nll[-1]
     say(f"  stopped by {outcome.stopped_by}: answer NLL {first:.2f} -> {last:.2f}")
-    save_tree(out / "params", tuned)
+    weights = unnest(tuned)
+    del tuned  # they go one by one
+    scratch.save_derived(run, weights, out)
     return _summary(outcome)
 
 
@@ -223,7 +225,7 @@ def score(run: Run, role: str, out: pathlib.Path) -> Result:
     samples = models.calibration(run, settings, role)
     if len(samples) < settings.samples:
         say(f"  all {len(samples)} samples are used, fewer than score.samples={settings.samples}")
-    save_tree(out / "sensitivity", nest(models.sensitivity(run, role, settings)))
+    scratch.save_scores(run, models.sensitivity(run, role, settings), out)
     if settings.mode == "batched":
         # Both modes over two batches, on one weight: see `models._mode_overlap`.
         meter = run.context.meter(read_hf_config(run.backbone), witness=True)
@@ -249,8 +251,13 @@ def patch(run: Run, out: pathlib.Path) -> Result:
             "storage dtype and are lost. Use --export.dtype=float32 or "
             "--export.rounding=stochastic."
         )
-    save_tree(out / "merged", nest(result.weights))
-    return {"total": total, "tensors": result.statistics}
+    flat = result.others | result.weights
+    _save(run, flat, out / "model")
+    return {
+        "total": total,
+        "tensors": result.statistics,
+        "shard_bytes": run.settings.export.shard_bytes,
+    }
 
 
 def describe_totals(total: Mapping[str, Any]) -> str:
@@ -262,29 +269,43 @@ def describe_totals(total: Mapping[str, Any]) -> str:
     )
 
 
-def export(run: Run, out: pathlib.Path) -> Result:
-    """Write the patched model as a Hugging Face folder."""
+def _save(run: Run, flat: models.Flat, folder: pathlib.Path) -> None:
     settings = run.settings.export
-    config, params = run.context.load(run.backbone)
-    flat = unnest(params)
-    del params
-    abstract = {}
-    for row in param_table(config).scope(run.settings.patch.scope):
-        x = flat.pop(row.path)  # the backbone's matrices make room before the patched ones come
-        dtype = x.dtype if settings.dtype == "keep" else jnp.dtype(settings.dtype)
-        abstract[row.path] = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-        del x
-    flat |= unnest(load_tree(run.runner.folder("patch") / "merged", nest(abstract)))
-    names = save_model(
-        out / "model",
+    save_model(
+        folder,
         nest(flat),
-        config,
+        read_hf_config(run.backbone),
         run.backbone,
         stored=stored_dtypes(run.backbone),
         dtype=settings.dtype,
         shard_bytes=settings.shard_bytes,
     )
-    return {"tensors": len(names)}
+
+
+def export(run: Run, out: pathlib.Path) -> Result:
+    """Put the patched model in its place, a Hugging Face folder.
+
+    Its files are those of the patch stage, linked, so that they lie on the disk once; where a file
+    system has no links, or files are to be cut otherwise, written anew.
+    """
+    made, cut = run.folder("patch"), run.runner.result("patch").get("shard_bytes")
+    if cut is None:  # an earlier version's, which kept the patched weights alone
+        _save(run, models.patched(run, run.settings.patch), out / "model")
+    elif cut != run.settings.export.shard_bytes:
+        _save(run, unnest(run.context.load(made)[1]), out / "model")
+    else:
+        processes.on_first(_link_or_copy, made, out / "model")
+    return {"tensors": len(stored_dtypes(out / "model"))}
+
+
+def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    def place(path: str, other: str) -> None:
+        try:
+            os.link(path, other)
+        except OSError:
+            shutil.copyfile(path, other)
+
+    shutil.copytree(source, target, copy_function=place)
 
 
 def write_patch_file(run: Run, out: pathlib.Path) -> Result:
@@ -323,7 +344,7 @@ def _variant(run: Run, variant: str) -> models.Flat:
     """Return the flat parameters of a model of the report."""
     if variant in PATCH_ROLES:
         # In the dtype to which each use would cast it.
-        return models.derived(run, variant, run.settings.model.compute_dtype)
+        return scratch.derived(run, variant, run.settings.model.compute_dtype)
     if variant == "intersection":
         settings = dataclasses.replace(
             run.settings.patch, merge="safepatching", combine="intersection"

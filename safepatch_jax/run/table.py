@@ -178,7 +178,8 @@ def _derive_settings(s: Settings, role: str) -> dict[str, Any]:
         group, _, name = option.partition(".")
         if group != "derive":
             continue
-        if name in ("batch_size", "weight_decay", "clip_norm") or name.startswith(f"{role}_"):
+        both = ("batch_size", "weight_decay", "clip_norm", "store")
+        if name in both or name.startswith(f"{role}_"):
             result[name] = value
         if name == "train":  # what is trained then depends on the scope
             result |= {name: s.patch.scope, "backward": s.derive.backward}
@@ -192,6 +193,8 @@ def _score_settings(s: Settings, role: str) -> dict[str, Any]:
     result |= {"samples": s.score.samples, "scope": s.patch.scope, "mode": s.score.mode}
     if s.score.mode == "batched":
         result["batch_size"] = s.score.batch_size
+    if s.score.store != "float32":
+        result["store"] = s.score.store
     return result
 
 

@@ -140,13 +140,16 @@ def test_damaged_output_is_made_again(kept, finished, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "export: outputs are missing or have another size" in out
     assert stages_run(out) == ["export"] and model_hash(job) == model_hash(finished)
-    for path, stage in ((model, "export"), (job.state.patch_file, "patch_file")):
+    # The patch stage's files are the exported ones.
+    cases = ((model, ["patch", "export"]), (job.state.patch_file, ["patch_file"]))
+    for path, stages in cases:
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         job.run()
         out = capsys.readouterr().out
-        assert f"{stage}: " in out and "has other bytes than its manifest says (SHA-256)" in out
-        assert stages_run(out) == [stage] and model_hash(job) == model_hash(finished)
+        assert f"{stages[-1]}: {path.relative_to(job.runner.folder(stages[-1]))} has other" in out
+        assert "bytes than its manifest says (SHA-256)" in out
+        assert stages_run(out) == stages and model_hash(job) == model_hash(finished)
 
 
 def test_with_half_the_devices_the_selection_and_the_merge_are_the_same(kept, tmp_path, capsys):

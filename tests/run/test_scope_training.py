@@ -10,7 +10,7 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.outcome import settings_differences
 from safepatch_jax.planning.programs import architecture
-from safepatch_jax.run import models
+from safepatch_jax.run import models, scratch
 from safepatch_jax.run.job import Job, disk_bytes
 from safepatch_jax.settings import load_config
 
@@ -65,7 +65,7 @@ def test_the_stage_holds_the_scope_and_the_rest_is_the_backbones(jobs):
         load_tree(folder, nest(abstract))
     stored = unnest(load_tree(folder, nest({path: abstract[path] for path in scope})))
     backbone = unnest(job.state.context.load(job.state.backbone)[1])
-    derived = models.derived(job.state, "se")
+    derived = scratch.derived(job.state, "se")
     assert derived.keys() == backbone.keys() and stored.keys() == scope
     for path, x in derived.items():
         other = stored[path] if path in scope else backbone[path]
@@ -102,8 +102,19 @@ def test_bytes_on_disk_are_those_of_what_is_trained_and_scored():
     settings = load_config(pathlib.Path(__file__).parents[2] / "configs/llama3_8b_one_h100.py")
     config = architecture(settings)
     scope, size = 6_979_321_856, 8_030_261_248
-    assert disk_bytes(settings, config) == (16 * scope, 3 * 4 * scope)
-    aligned = settings.override({"align.enabled": True})
-    assert disk_bytes(aligned, config) == (16 * scope, 3 * 4 * size)
-    whole = settings.override({"derive.train": "all", "derive.optimizer": "adamw"})
-    assert disk_bytes(whole, config) == (8 * (scope + size), 3 * 12 * size)
+    disk, model = disk_bytes(settings, config), 2 * size
+    assert disk.derived == disk.scores == disk.checkpoints == 4 * scope and disk.aligning == 0
+    assert disk.derived + disk.scores < 60e9
+    assert disk.model == model and disk.patch_file < 0.1 * model
+    assert disk.most == disk.derived + disk.scores + model + disk.patch_file < 75e9
+    aligned = disk_bytes(settings.override({"align.enabled": True}), config)
+    assert aligned._replace(aligning=0) == disk and aligned.aligning == 4 * size
+    whole = {
+        "derive.train": "all",
+        "derive.store": "float32",
+        "derive.optimizer": "adamw",
+        "run.checkpoint_minutes": 1.0,
+    }
+    disk = disk_bytes(settings.override(whole), config)
+    assert (disk.derived, disk.scores, disk.checkpoints) == (8 * size, 4 * scope, 3 * 12 * size)
+    assert disk.most == 8 * size + 3 * 12 * size  # while OSM is trained
