@@ -76,6 +76,8 @@ SMALL = {
     "derive.backward": "layerwise",
     "derive.optimizer": "adafactor",
     "derive.clip_norm": 0.0,
+    "derive.store": "bfloat16",
+    "score.store": "bfloat16",
     "run.checkpoint_minutes": 0.0,
 }
 _EVERY = 0.5  # seconds between two looks
