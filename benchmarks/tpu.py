@@ -24,6 +24,7 @@ _OUT = flags.DEFINE_string("out", "docs/tpu.json", "Where the figures are kept."
 _ONLY = flags.DEFINE_string("only", "", "Compile only rows whose command has this text.")
 
 GIB = 2**30
+Row = tuple[str, str, str, str]
 LEAN = "--derive.optimizer=adafactor"
 # Config, topology, mesh, further flags: the slices on which the whole job fits, and next smaller
 # ones on which it does not.
@@ -75,7 +76,7 @@ def command(config: str, topology: str, mesh: str, more: str) -> list[str]:
     ]
 
 
-def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
+def measured(row: Row, path: pathlib.Path) -> dict | None:
     """Return the figures of one row, compiled if they are not stored; None if that failed."""
     text, stored = " ".join(command(*row)), files.read_json(path) if path.is_file() else {}
     if text not in stored and _ONLY.value in text:
@@ -94,7 +95,7 @@ def measured(row: tuple[str, str, str, str], path: pathlib.Path) -> dict | None:
     return stored.get(text)
 
 
-def line(row: tuple[str, str, str, str], figures: dict) -> str:
+def line(row: Row, figures: dict) -> str:
     """Return one line of the table: the peak of each kind of program in GiB, and the floor of a
     train step."""
     config, topology, mesh, more = row

@@ -10,6 +10,23 @@ import pathlib
 ARCHITECTURES = pathlib.Path(__file__).resolve().parent / "architectures"
 
 
+# One block's gradient at a time, of the patch scope alone; half the scratch on disk.
+LAYERWISE = {
+    "derive": {
+        "train": "scope",
+        "backward": "layerwise",
+        "optimizer": "adafactor",
+        # A bound on the global norm would take a second backward pass; Adafactor bounds each
+        # update.
+        "clip_norm": 0.0,
+        "store": "bfloat16",
+    },
+    "score": {"store": "bfloat16"},
+    # A checkpoint takes 4 bytes for each trained weight, longer to write than most steps.
+    "run": {"checkpoint_minutes": 0.0},
+}
+
+
 def paper_config(source: str, architecture: str, *, top_rate: float = 0.03, **groups) -> dict:
     """Return the CONFIG of a 7B to 70B backbone; `groups` replace whole options of a group.
 

@@ -18,16 +18,6 @@ each derived model and for each score, which bfloat16 halves, 56 GB together; th
 Time: not measured yet.
 """
 
-from configs.common import paper_config
+from configs.common import LAYERWISE, paper_config
 
-CONFIG = paper_config("Meta-Llama-3-8B-Instruct", "llama3_8b")
-CONFIG["derive"] |= {
-    "train": "scope",
-    "backward": "layerwise",
-    "optimizer": "adafactor",
-    # A bound on the global norm would take a second backward pass; Adafactor bounds each update.
-    "clip_norm": 0.0,
-    "store": "bfloat16",
-}
-CONFIG["score"]["store"] = "bfloat16"
-CONFIG["run"]["checkpoint_minutes"] = 0.0  # 28 GB each
+CONFIG = paper_config("Meta-Llama-3-8B-Instruct", "llama3_8b", **LAYERWISE)

@@ -112,8 +112,9 @@ class DeriveSettings:
         "given",
         "auto (launch.safepatch): settings that do not fit the devices at hand are replaced by the "
         "nearest that do, as the compiler says: remat, micro-batches, then the layerwise pass "
-        "over the patch scope, then Adafactor; what scores and answers hold likewise. The choice "
-        "is printed, and stays with the workdir.",
+        "over the patch scope, then Adafactor; what scores and answers hold likewise, and what "
+        "is kept on a disk that has no room for it. The choice is printed, and stays with the "
+        "workdir.",
         choices=("given", "auto"),
     )
     accumulate: int = option(

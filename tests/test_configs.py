@@ -48,4 +48,4 @@ def test_memory_figure(path, monkeypatch):
 def test_every_backbone_has_its_architecture():
     used = {pathlib.Path(load_config(path).model.architecture).stem for path in BACKBONES}
     present = {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")}
-    assert used == present and len(BACKBONES) == 7
+    assert used == present and len(BACKBONES) == 12

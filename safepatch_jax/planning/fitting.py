@@ -7,11 +7,14 @@ import os
 import pathlib
 import re
 
+from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.planning.chips import GIB, Target, present
 from safepatch_jax.planning.programs import architecture
-from safepatch_jax.planning.search import Planner, as_flags
+from safepatch_jax.planning.search import Changes, Planner, as_flags
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.job import SETTINGS
+from safepatch_jax.run.room import disk_bytes, free_bytes
+from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.settings import Settings
@@ -23,10 +26,18 @@ CHOSEN = (
     "derive.backward",
     "derive.optimizer",
     "derive.accumulate",
+    "derive.store",
     "score.in_flight",
+    "score.store",
     "score.inputs",
     "evaluate.batch_size",
 )
+# What is kept on disk, the nearest first.
+LESS_DISK = {
+    "run.checkpoint_minutes": 0.0,
+    "derive.store": "bfloat16",
+    "score.store": "bfloat16",
+}
 HOST_SHARE = 0.8  # of a host's available memory: its devices are CPUs, and files are read there too
 
 
@@ -69,11 +80,25 @@ def fitted(
             "take more or larger devices, fewer tokens or a smaller batch."
         )
     most = max(fit.figures, key=lambda f: f.required)
+    changes = fit.changes | _less_disk(settings.override(fit.changes), config, workdir)
     say(
-        f"Memory:  {as_flags(fit.changes) or 'settings as given'}; {most.title} takes most, "
+        f"Memory:  {as_flags(changes) or 'settings as given'}; {most.title} takes most, "
         f"{most.required / GIB:.2f} GiB, of {target.title}, {memory}"
     )
-    return settings.override(fit.changes)
+    return settings.override(changes)
+
+
+def _less_disk(settings: Settings, config: DecoderConfig, workdir: str | pathlib.Path) -> Changes:
+    """Return the settings of what is kept on disk with which a run has room there, as far as there
+    are any."""
+    free = processes.on_first(free_bytes, pathlib.Path(workdir).absolute())
+    changes: Changes = {}
+    for name, value in LESS_DISK.items():
+        if free is None or disk_bytes(settings.override(changes), config).most <= free:
+            break
+        if name != "derive.store" or settings.derive.train == "scope":
+            changes[name] = value
+    return changes
 
 
 def _earlier(settings: Settings, path: pathlib.Path) -> dict | None:

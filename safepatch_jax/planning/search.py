@@ -43,7 +43,7 @@ def _relevant(settings: Settings, kind: str) -> Settings:
     groups = {
         "train": ("model", "data", "derive", "align"),
         "score": ("model", "data", "score", "patch"),
-        "patch": ("patch", "export"),
+        "patch": ("patch", "score", "export"),
         "decode": ("data", "evaluate"),
     }[kind]
     values = {name: getattr(settings, name) for name in ("mesh", "run", *groups)}

@@ -6,7 +6,7 @@ import itertools
 import jax
 import pytest
 
-from safepatch_jax.planning.chips import CHIPS, GIB, present, topology
+from safepatch_jax.planning.chips import CHIPS, GIB, POOL, present, topology
 from tests.conftest import sharder_of
 
 
@@ -44,3 +44,15 @@ def test_devices_at_hand():
     assert dict(target.sharder("tensor:4,fsdp:2").mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
     assert present(sharder, CHIPS["h100"]).memory == CHIPS["h100"].hbm
     assert target.slices == 1
+
+
+def test_cpu_devices_stand_for_gpus():
+    target = topology("h100:2")
+    assert target.title == "h100:2: 2 x H100 SXM, by XLA's compiler for CPU"
+    assert len(target.devices) == 2 and target.chip is CHIPS["h100"]
+    assert target.memory == int(POOL * CHIPS["h100"].hbm)
+    with pytest.raises(ValueError, match="needs 9 simulated devices.*device_count=9"):
+        topology("a100-40:9")
+    for text in ("h100:0", "h900:1", "v5e:4"):
+        with pytest.raises(ValueError, match="Unknown topology.*Forms: .*h100:1"):
+            topology(text)

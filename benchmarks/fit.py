@@ -1,0 +1,91 @@
+"""Compiles the whole job of the block-by-block configs for single cards and small slices: the table
+of docs/fit.md.
+
+  python -m benchmarks.fit                   # half an hour on 2 cores
+  python -m benchmarks.fit --only=h100       # rows whose command has this text
+
+Rows that are stored in docs/fit.json are not compiled again. Each row is one `python -m \
+launch.compile_tpu` in a process of its own: TPU slices by the TPU compiler (`pip install -r
+requirements-tpu-aot.txt`), GPUs by the buffers of XLA's compiler for CPU.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from absl import app, flags
+
+from benchmarks.tpu import GIB, Row, measured
+
+_FIGURES = flags.DEFINE_string("figures", "docs/fit.json", "Where the figures are kept.")
+
+SOME = "--score.inputs=some"
+# Config, devices, mesh, further flags.
+ROWS: list[Row] = [
+    ("llama2_7b_one_h100", "h100:1", "data:1", ""),
+    ("llama2_7b_one_h100", "a100-40:1", "data:1", SOME),
+    ("llama2_7b_one_h100", "l4:2", "fsdp:2", SOME),
+    ("llama3_8b_one_h100", "h100:1", "data:1", ""),
+    ("llama3_8b_one_h100", "a100-80:1", "data:1", ""),
+    ("llama3_8b_one_h100", "a100-40:2", "fsdp:2", ""),
+    ("llama2_13b_one_h200", "h200:1", "data:1", ""),
+    ("llama2_13b_one_h200", "h100:1", "data:1", SOME),
+    ("llama3_70b_v5p_2x2x1", "h200:4", "fsdp:4", ""),
+    ("llama3_70b_v5p_2x2x1", "h100:8", "fsdp:8", ""),
+    ("llama2_7b_v5e_2x2", "v5e:2x2", "fsdp:4", ""),
+    ("llama2_7b_v5e_2x2", "v6e:1x1", "data:1", SOME),
+    ("llama2_7b_v5e_2x2", "v6e:2x2", "fsdp:4", ""),
+    ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", ""),
+    ("llama3_8b_one_h100", "v5p:1x1x1", "data:1", ""),
+    ("llama2_13b_one_h200", "v5p:1x1x1", "data:1", ""),
+    ("llama2_13b_one_h200", "v5e:2x4", "fsdp:8", ""),
+    ("llama3_70b_v5p_2x2x1", "v5p:2x2x1", "fsdp:4", ""),
+    ("llama3_70b_v5p_2x2x1", "v5p:2x2x2", "fsdp:8", ""),
+]
+
+
+def line(row: Row, figures: dict[str, Any]) -> str:
+    """Return one line of the table: the peak of each kind of program in GiB, and the floors of a
+    train step and of scoring one sample."""
+    config, devices, mesh, more = row
+    peaks: dict[str, float] = {}
+    seconds: dict[str, dict[str, float]] = {"train": {}, "score": {}}
+    for p in figures["programs"]:
+        peak = p["needed"] + p["resident"] if p["needed"] is not None else p["peak"]
+        peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
+        for unit, time in p["floor"].items():
+            if p["kind"] in seconds:
+                units = seconds[p["kind"]]
+                units[unit] = units.get(unit, 0.0) + time
+    if more:
+        mesh += f" {more}"
+    floors = [f"{1e3 * max(times.values(), default=0):,.0f} ms" for times in seconds.values()]
+    cells = [
+        config,
+        devices,
+        mesh,
+        *(f"{peaks[kind] / GIB:.1f}" for kind in ("train", "score", "patch", "decode")),
+        f"{figures['memory'] / GIB:.1f}",
+        "yes" if figures["fits"] else "**no**",
+        *floors,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv) -> None:
+    del argv
+    lines = [
+        "| config | devices | mesh, flags | train | score | patch | decode | GiB there are | fits | "
+        "floor of a train step | of a score batch |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        figures = measured(row, pathlib.Path(_FIGURES.value))
+        if figures is not None:
+            lines.append(line(row, figures))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    app.run(main)
