@@ -76,7 +76,7 @@ def line(row: Row, figures: dict[str, Any]) -> str:
 def main(argv) -> None:
     del argv
     lines = [
-        "| config | devices | mesh, flags | train | score | patch | decode | GiB there are | fits | "
+        "| config | devices | mesh, flags | train | score | patch | decode | GiB of each | fits | "
         "floor of a train step | of a score batch |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

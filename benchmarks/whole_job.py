@@ -14,7 +14,8 @@ The memory is that of the job's process and what it starts: the kernel's own pea
 since the last look (/proc/PID/clear_refs), twice a second, so that nothing between two looks is
 missed; files that are mapped count. Where the machine has less than --spare GiB left, the job is
 killed and the peaks so far are the result. On disk: bytes that are allocated in the run's folder of
-stages, derived models, scores, merged weights and checkpoints apart from what stays.
+stages; derived models, scores and checkpoints (scratch) apart from what stays. The patched model,
+which the patch stage writes and the export links, counts as staying.
 
 Linux alone. DIR/whole_job.json has all figures.
 """
@@ -82,7 +83,7 @@ SMALL = {
 }
 _EVERY = 0.5  # seconds between two looks
 _BETWEEN = "(start, between stages)"
-_SCRATCH = re.compile(r"\.?(derive|score|patch|evaluate_(se|osm|intersection))(_(se|osm))?(\.|$)")
+_SCRATCH = re.compile(r"\.?(derive|score|evaluate_(se|osm|intersection))(_(se|osm))?(\.|$)")
 _BEGINS = re.compile(r"^(\w+): running$")
 _ENDS = re.compile(r"^(\w+): done in ")
 
@@ -121,14 +122,19 @@ def available() -> int:
 
 
 def on_disk(stages: pathlib.Path) -> dict[str, int]:
-    """Return the bytes that are allocated in each folder of stages; half-made ones too."""
+    """Return the bytes that are allocated in each folder of stages; half-made ones too, and a file
+    that several hold once."""
     sizes: dict[str, int] = {}
+    linked: set[int] = set()
     for root, _, names in os.walk(stages):
         parts = pathlib.Path(root).relative_to(stages).parts
         for name in names if parts else ():
             with contextlib.suppress(OSError):  # it was renamed or deleted
-                size = 512 * os.lstat(os.path.join(root, name)).st_blocks
-                sizes[parts[0]] = sizes.get(parts[0], 0) + size
+                status = os.lstat(os.path.join(root, name))
+                if status.st_ino not in linked:
+                    sizes[parts[0]] = sizes.get(parts[0], 0) + 512 * status.st_blocks
+                if status.st_nlink > 1:
+                    linked.add(status.st_ino)
     return sizes
 
 

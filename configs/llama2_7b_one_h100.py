@@ -1,9 +1,18 @@
-"""SafePatching on LLaMA-2-7B-Chat
+"""SafePatching on LLaMA-2-7B-Chat with one 80 GB GPU: block by block.
 
-  python -m launch.safepatch --config=configs/llama2_7b_one_h100.py --workdir=runs/llama2_7b_one_h100
+  python -m launch.safepatch --config=configs/llama2_7b_one_h100.py \\
+      --workdir=runs/llama2_7b --model.source=DIR \\
+      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf
-Hardware: Time:
+DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf; add --dry_run to see the plan
+first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
+
+Hardware: one H100 or A100 with 80 GB (docs/fit.md; not run yet). Memory: of 6.74e9 parameters the
+6.48e9 of the patch scope are float32 (26 GB over all devices), the others float16; what each
+program takes: docs/fit.md. Disk: 51.8 GB of scratch (derived models and scores, in bfloat16), with
+the result 65.8 GB; no checkpoint is written but at SIGTERM (26 GB, in a stage where there is room
+for it).
+Time: not measured yet.
 """
 
 from configs.common import LAYERWISE, paper_config
