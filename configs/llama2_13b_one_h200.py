@@ -8,9 +8,9 @@ DIR is the Hugging Face folder of meta-llama/Llama-2-13b-chat-hf; add --dry_run 
 first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
 
 Hardware: one H200 (docs/fit.md; not run yet). Memory: of 13.02e9 parameters the 12.69e9 of the
-patch scope are float32 (51 GB over all devices), the others float16; what each program takes:
-docs/fit.md. Disk: 101.5 GB of scratch (derived models and scores, in bfloat16), with the result
-128.4 GB; no checkpoint is written but at SIGTERM (51 GB, in a stage where there is room for it).
+patch scope are float32 (51 GB), the others float16; what each program takes: docs/fit.md. Disk:
+101.5 GB of scratch (derived models and scores, in bfloat16), with the result 128.4 GB; no
+checkpoint is written but at SIGTERM (51 GB, in a stage where there is room for it).
 Time: not measured yet.
 """
 

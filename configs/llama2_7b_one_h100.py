@@ -8,10 +8,9 @@ DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf; add --dry_run t
 first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
 
 Hardware: one H100 or A100 with 80 GB (docs/fit.md; not run yet). Memory: of 6.74e9 parameters the
-6.48e9 of the patch scope are float32 (26 GB over all devices), the others float16; what each
-program takes: docs/fit.md. Disk: 51.8 GB of scratch (derived models and scores, in bfloat16), with
-the result 65.8 GB; no checkpoint is written but at SIGTERM (26 GB, in a stage where there is room
-for it).
+6.48e9 of the patch scope are float32 (26 GB), the others float16; what each program takes:
+docs/fit.md. Disk: 51.8 GB of scratch (derived models and scores, in bfloat16), with the result 65.8
+GB; no checkpoint is written but at SIGTERM (26 GB, in a stage where there is room for it).
 Time: not measured yet.
 """
 

@@ -4,13 +4,14 @@
       --workdir=runs/llama3_70b --model.source=DIR \\
       --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the plan
-first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
+DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the
+plan first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a
+time.
 
 Hardware: v5p 2x2x1 (docs/fit.md; not run yet). Memory: of 70.55e9 parameters the 68.45e9 of the
-patch scope are float32 (274 GB over all devices), the others bfloat16; what each program takes:
-docs/fit.md. Disk: 547.6 GB of scratch (derived models and scores, in bfloat16), with the result
-693.6 GB; no checkpoint is written but at SIGTERM (274 GB, in a stage where there is room for it).
+patch scope are float32 (274 GB), the others bfloat16; what each program takes: docs/fit.md. Disk:
+547.6 GB of scratch (derived models and scores, in bfloat16), with the result 693.6 GB; no
+checkpoint is written but at SIGTERM (274 GB, in a stage where there is room for it).
 Time: not measured yet.
 """
 
