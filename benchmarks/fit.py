@@ -17,10 +17,12 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.tpu import GIB, Row, measured
+from safepatch_jax.planning.programs import PROGRAMS
 
 _FIGURES = flags.DEFINE_string("figures", "docs/fit.json", "Where the figures are kept.")
 
-SOME = "--score.inputs=some"
+SOME = "--score.inputs=some --score.in_flight=1"
+ONE, EIGHT = "--score.in_flight=1 --programs=score", "--score.in_flight=8 --programs=score"
 # Config, devices, mesh, further flags.
 ROWS: list[Row] = [
     ("llama2_7b_one_h100", "h100:1", "data:1", ""),
@@ -42,6 +44,10 @@ ROWS: list[Row] = [
     ("llama2_13b_one_h200", "v5e:2x4", "fsdp:8", ""),
     ("llama3_70b_v5p_2x2x1", "v5p:2x2x1", "fsdp:4", ""),
     ("llama3_70b_v5p_2x2x1", "v5p:2x2x2", "fsdp:8", ""),
+    ("llama3_8b_one_h100", "h100:1", "data:1", ONE),
+    ("llama3_8b_one_h100", "h100:1", "data:1", EIGHT),
+    ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", ONE),
+    ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", EIGHT),
 ]
 
 
@@ -60,12 +66,14 @@ def line(row: Row, figures: dict[str, Any]) -> str:
                 units[unit] = units.get(unit, 0.0) + time
     if more:
         mesh += f" {more}"
-    floors = [f"{1e3 * max(times.values(), default=0):,.0f} ms" for times in seconds.values()]
+    floors = []
+    for times in seconds.values():
+        floors.append(f"{1e3 * max(times.values()):,.0f} ms" if times else "")
     cells = [
         config,
         devices,
         mesh,
-        *(f"{peaks[kind] / GIB:.1f}" for kind in ("train", "score", "patch", "decode")),
+        *(f"{peaks[k] / GIB:.1f}" if k in peaks else "" for k in PROGRAMS),
         f"{figures['memory'] / GIB:.1f}",
         "yes" if figures["fits"] else "**no**",
         *floors,

@@ -103,7 +103,7 @@ def line(row: Row, figures: dict) -> str:
     for p in figures["programs"]:
         peak = p["needed"] + p["resident"] if p["needed"] is not None else p["peak"]
         peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
-    train = next(p for p in figures["programs"] if p["kind"] == "train")
+    train = next(p for p in figures["programs"] if p["kind"] == "train")  # the whole tree's is one
     floor = ""
     if train["floor"]:
         floor = f"{max(train['floor'].values()) * 1e3:,.0f} ms, {train['bound_by']}"

@@ -10,7 +10,7 @@ import pathlib
 ARCHITECTURES = pathlib.Path(__file__).resolve().parent / "architectures"
 
 
-# One block's gradient at a time, of the patch scope alone; half the scratch on disk.
+# One block's gradient at a time in training, of the patch scope alone; half the scratch on disk.
 LAYERWISE = {
     "derive": {
         "train": "scope",
@@ -21,7 +21,8 @@ LAYERWISE = {
         "clip_norm": 0.0,
         "store": "bfloat16",
     },
-    "score": {"store": "bfloat16"},
+    # Weights are read once for 8 samples; 8 gradients of one block exist at once.
+    "score": {"store": "bfloat16", "in_flight": 8},
     # A checkpoint takes 4 bytes for each trained weight, longer to write than most steps.
     "run": {"checkpoint_minutes": 0.0},
 }
