@@ -53,7 +53,7 @@ ROWS: list[Row] = [
 
 def line(row: Row, figures: dict[str, Any]) -> str:
     """Return one line of the table: the peak of each kind of program in GiB, and the floors of a
-    train step and of scoring one sample."""
+    train step and of a score batch."""
     config, devices, mesh, more = row
     peaks: dict[str, float] = {}
     seconds: dict[str, dict[str, float]] = {"train": {}, "score": {}}

@@ -4,7 +4,8 @@ docs/tpu.md.
   python -m benchmarks.tpu                     # hours on 2 cores
   python -m benchmarks.tpu --only=llama2_7b    # rows whose command has this text
 
-Rows that are stored in docs/tpu.json are not compiled again. Each row is one `python -m \
+Rows that are stored in docs/tpu.json are not compiled again, unless their config has changed since.
+Each row is one `python -m \
 launch.compile_tpu` in a process of its own; needs `pip install -r
 requirements-tpu-aot.txt`, no TPU.
 """
@@ -79,7 +80,11 @@ def command(config: str, topology: str, mesh: str, more: str) -> list[str]:
 def measured(row: Row, path: pathlib.Path) -> dict | None:
     """Return the figures of one row, compiled if they are not stored; None if that failed."""
     text, stored = " ".join(command(*row)), files.read_json(path) if path.is_file() else {}
-    if text not in stored and _ONLY.value in text:
+    configs = pathlib.Path("configs")
+    sources = [(configs / name).read_text() for name in (f"{row[0]}.py", "common.py")]
+    config = files.text_hash(sources)
+    fresh = stored.get(text, {}).get("config", config) == config
+    if (text not in stored or not fresh) and _ONLY.value in text:
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "figures.json"
             ended = subprocess.run(
@@ -91,6 +96,7 @@ def measured(row: Row, path: pathlib.Path) -> dict | None:
             figures = files.read_json(out)
         stored = files.read_json(path) if path.is_file() else {}
         stored[text] = {name: figures[name] for name in ("chips", "memory", "fits", "programs")}
+        stored[text]["config"] = config
         files.write_json(path, stored)
     return stored.get(text)
 

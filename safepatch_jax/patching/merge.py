@@ -300,8 +300,8 @@ def apply_patching(
       backbone: flat ``{path: array}``; the patched entries are donated and must not be used again.
       derived: {'se', 'osm'}: flat parameters of the two derived models, float32. Each is asked for
         once, so a mapping may read them when they are; for global granularity all are held.
-      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`, any float dtype; likewise, and not
-        asked for where `patch.needs_sensitivity` is False.
+      sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise, and not asked for where
+        `patch.needs_sensitivity` is False.
       rows: the scope.
       patch: settings.
       seed: of all random bits.

@@ -179,5 +179,5 @@ def importance_of(
     """
     bits = functools.partial(random_bits, key, patch.shape, start)
     if sensitivity is not None:
-        sensitivity = flushed(sensitivity.astype(jnp.float32))
+        sensitivity = flushed(sensitivity)
     return flushed(IMPORTANCES[kind].function(Entries(patch, derived, sensitivity, bits)))

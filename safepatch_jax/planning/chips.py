@@ -191,6 +191,7 @@ def present(sharder: Sharder, chip: Chip | None = None) -> Target:
     devices = tuple(sharder.mesh.devices.flat)
     kind = devices[0].device_kind
     chip = chip or next((c for c in CHIPS.values() if kind in c.kinds), None)
-    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    own = next((d for d in devices if d.process_index == jax.process_index()), None)
+    stats = own.memory_stats() if own is not None and own.platform != "cpu" else None
     memory = (stats or {}).get("bytes_limit") or (chip.hbm if chip else None)
     return Target(f"{len(devices)} x {kind}", devices, chip, memory)

@@ -28,16 +28,16 @@ class Figures:
       title, kind: of the program.
       memory: bytes that programs can use; None where that is not known.
       seconds: of tracing, lowering and compiling.
-      runs: how often one step, or one batch, takes it; flops, floor and work are of all of them.
-      flops: of its matrix products, all devices together, see `count_flops`.
+      runs: how often one step, or one batch, takes it.
+      flops: of its matrix products in all runs, all devices together, see `count_flops`.
       arguments, temporaries: as XLA reports them; outputs that take an argument's place are not
         temporaries.
       resident: see `Program`.
       peak: most bytes in use at once: arguments, the block of temporaries, results, and resident.
       needed: for a program that XLA refuses, the bytes that it says are needed, 0 where it does not
         say; None for a program that compiles.
-      work: of one run on a device.
-      floor: {unit that limits: least seconds of one run}; empty where the chip's figures are not
+      work: of all runs on a device.
+      floor: {unit that limits: least seconds of all runs}; empty where the chip's figures are not
         known.
     """
 

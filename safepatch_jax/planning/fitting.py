@@ -6,15 +6,18 @@ import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.planning.chips import GIB, Target, present
 from safepatch_jax.planning.programs import architecture
 from safepatch_jax.planning.search import Changes, Planner, as_flags
-from safepatch_jax.run.context import Context
-from safepatch_jax.run.job import SETTINGS
+from safepatch_jax.run.context import Context, keep_programs
+from safepatch_jax.run.job import SETTINGS, is_of_run
 from safepatch_jax.run.room import disk_bytes, free_bytes
-from safepatch_jax.runtime import processes
+from safepatch_jax.run.stages import CACHE
+from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.settings import Settings
@@ -31,6 +34,7 @@ CHOSEN = (
     "score.store",
     "score.inputs",
     "evaluate.batch_size",
+    "run.checkpoint_minutes",
 )
 # What is kept on disk, the nearest first.
 LESS_DISK = {
@@ -63,14 +67,23 @@ def fitted(
     """
     if settings.derive.memory != "auto":
         return settings
-    path = pathlib.Path(workdir) / SETTINGS
-    if path.is_file() and not afresh:
-        changes = _earlier(settings, path)
-        if changes is not None:
-            say(f"Memory:  {as_flags(changes) or 'settings as given'}, as this workdir was begun")
-            return settings.override(changes)
-    config, sharder = architecture(settings), Context(settings).sharder
+    path = pathlib.Path(workdir).absolute() / SETTINGS
+    earlier = processes.on_first(_earlier, settings.flat(), path)
+    if earlier is not None and not afresh:
+        changes = earlier
+        say(
+            f"Memory:  {as_flags(changes) or 'settings as given'}, as this workdir was begun "
+            "(--update chooses again)"
+        )
+        return settings.override(changes)
+    config, context = architecture(settings), Context(settings)
+    context.check_batches()
+    processes.on_first(files.refuse_unusable, context.cache_dir, CACHE)
+    keep_programs(context.cache_dir)
+    sharder = context.sharder
     target = target or at_hand(present(sharder))
+    # All processes choose alike.
+    target = dataclasses.replace(target, memory=processes.on_first(int, target.memory or 0) or None)
     memory = "unknown memory" if target.memory is None else f"{target.memory / GIB:.1f} GiB each"
     fit = Planner(config, target).fit(settings)
     if fit is None:
@@ -80,7 +93,11 @@ def fitted(
             "take more or larger devices, fewer tokens or a smaller batch."
         )
     most = max(fit.figures, key=lambda f: f.required)
-    changes = fit.changes | _less_disk(settings.override(fit.changes), config, workdir)
+    if earlier is None:
+        less = _less_disk(settings.override(fit.changes), config, path.parent)
+    else:  # what lies there was kept so
+        less = {name: earlier[name] for name in LESS_DISK if name in earlier}
+    changes = fit.changes | less
     say(
         f"Memory:  {as_flags(changes) or 'settings as given'}; {most.title} takes most, "
         f"{most.required / GIB:.2f} GiB, of {target.title}, {memory}"
@@ -88,10 +105,10 @@ def fitted(
     return settings.override(changes)
 
 
-def _less_disk(settings: Settings, config: DecoderConfig, workdir: str | pathlib.Path) -> Changes:
+def _less_disk(settings: Settings, config: DecoderConfig, workdir: pathlib.Path) -> Changes:
     """Return the settings of what is kept on disk with which a run has room there, as far as there
     are any."""
-    free = processes.on_first(free_bytes, pathlib.Path(workdir).absolute())
+    free = processes.on_first(free_bytes, workdir)
     changes: Changes = {}
     for name, value in LESS_DISK.items():
         if free is None or disk_bytes(settings.override(changes), config).most <= free:
@@ -101,16 +118,17 @@ def _less_disk(settings: Settings, config: DecoderConfig, workdir: str | pathlib
     return changes
 
 
-def _earlier(settings: Settings, path: pathlib.Path) -> dict | None:
-    """Return what the run of a settings.json chose; None if nothing."""
-    stored = read_record(path, {}, "Use another --workdir.")
-    if not isinstance(stored, dict) or stored.get("derive", {}).get("memory") != "auto":
-        return None
+def _earlier(settings: Mapping[str, Any], path: pathlib.Path) -> Changes | None:
+    """Return what the run of a settings.json chose, where it differs from settings by dotted name;
+    None if there is no such run."""
+    stored = read_record(path, {}, "Use another --workdir.") if path.is_file() else {}
+    if not is_of_run(stored) or stored["derive"].get("memory") != "auto":
+        return None  # the run itself says what is wrong with it
     changes = {}
     for name in CHOSEN:
         group, option = name.split(".")
-        value = stored.get(group, {}).get(option, settings.flat()[name])
-        if value != settings.flat()[name]:
+        value = stored[group].get(option, settings[name])
+        if value != settings[name]:
             changes[name] = value
     return changes
 
@@ -119,8 +137,8 @@ def at_hand(target: Target) -> Target:
     """Return a target of CPUs with its share of the memory that this host has free."""
     if target.memory is not None or target.devices[0].platform != "cpu":
         return target
-    free = HOST_SHARE * available_memory()
-    return dataclasses.replace(target, memory=int(free / len(target.devices)))
+    free, own = HOST_SHARE * available_memory(), len(target.devices) // processes.count()
+    return dataclasses.replace(target, memory=int(free / max(1, own)))
 
 
 def available_memory() -> int:

@@ -267,14 +267,12 @@ def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.sta
     sharding = sharder.sharding(row.axes, row.shape, row.path)
     stored = jax.ShapeDtypeStruct(row.shape, jnp.dtype(config.dtype), sharding=sharding)
     derived = jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding)
-    kept = jnp.dtype(context.settings.score.store)
-    scores = jax.ShapeDtypeStruct(row.shape, kept, sharding=sharding)
     key = jax.ShapeDtypeStruct((row.num_layers, 2), jnp.uint32)
     threshold = jax.ShapeDtypeStruct((row.num_layers,), jnp.int32)
     return patch_matrices.trace(
         stored,
         dict.fromkeys(PATCH_ROLES, derived),
-        dict.fromkeys(PATCH_ROLES, scores),
+        dict.fromkeys(PATCH_ROLES, derived),
         dict.fromkeys(KEYED, key),
         dict.fromkeys(PATCH_ROLES, threshold),
         Knobs.of(patch, math.prod(row.hf_shape)).traced(),

@@ -14,7 +14,14 @@ from safepatch_jax.planning.chips import GIB, Chip, Target, present
 from safepatch_jax.planning.compile import Figures, measure_all
 from safepatch_jax.planning.programs import PROGRAMS, holdings, lengths, programs
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Changes, Fit, Planner, as_flags
+from safepatch_jax.planning.search import (
+    LAYERWISE,
+    Changes,
+    Fit,
+    Planner,
+    as_flags,
+    in_blocks,
+)
 from safepatch_jax.settings import Settings
 
 FLOOR = (
@@ -126,8 +133,8 @@ def remedy_lines(
         return [f"Nearest setting that fits: {as_flags(fit.changes)}", *table(fit.figures)]
     chips, memory = len(target.devices), target.memory or math.inf
     least = {"derive.optimizer": "adafactor", "derive.accumulate": 1}
-    if settings.patch.scope != "all":
-        least |= {"derive.train": "scope", "derive.backward": "layerwise"}
+    if in_blocks(settings, config):
+        least |= LAYERWISE
     smallest = screen_train(
         settings.override(least),
         config,
@@ -144,9 +151,9 @@ def remedy_lines(
     if enough > chips:
         consequence = f"; {enough} chips or more are needed."
     return [
-        "No setting of remat, micro-batches, backward pass, optimiser, mesh and decode batch makes "
-        f"it fit. Weights and gradients alone take {size(smallest)} a device with "
-        f"{as_flags(least)}{consequence}"
+        "No setting of remat, micro-batches, backward pass, optimiser, scores in flight, mesh and "
+        f"decode batch makes it fit. Weights and gradients alone take {size(smallest)} a device "
+        f"with {as_flags(least)}{consequence}"
     ]
 
 

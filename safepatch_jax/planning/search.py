@@ -21,6 +21,7 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 
 REMAT = ("none", "dots", "full")
+LAYERWISE = {"derive.train": "scope", "derive.backward": "layerwise"}
 Changes = dict[str, Any]
 
 
@@ -43,7 +44,7 @@ def _relevant(settings: Settings, kind: str) -> Settings:
     groups = {
         "train": ("model", "data", "derive", "align"),
         "score": ("model", "data", "score", "patch"),
-        "patch": ("patch", "score", "export"),
+        "patch": ("patch", "export"),
         "decode": ("data", "evaluate"),
     }[kind]
     values = {name: getattr(settings, name) for name in ("mesh", "run", *groups)}
@@ -76,7 +77,12 @@ def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
     return sharders
 
 
-def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
+def in_blocks(settings: Settings, config: DecoderConfig) -> bool:
+    """Return whether all weights of the patch scope are the blocks'."""
+    return all(row.stacked for row in param_table(config).scope(settings.patch.scope))
+
+
+def ladder(kind: str, settings: Settings, ways: int, blocks: bool = True) -> Iterator[Changes]:
     """Yield changes with which a kind of program needs less memory, the mildest first; each
     includes the one before.
 
@@ -84,11 +90,12 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
       kind: one of PROGRAMS.
       settings: to start from.
       ways: parts of the batch axis.
+      blocks: whether the patch scope lies within the blocks.
     """
     if kind == "train":
-        yield from _train_ladder(settings, ways)
+        yield from _train_ladder(settings, ways, blocks)
     if kind == "score":
-        yield from _score_ladder(settings)
+        yield from _score_ladder(settings, blocks)
     if kind == "decode":
         rows = settings.evaluate.batch_size
         while rows % 2 == 0 and (rows // 2) % ways == 0:
@@ -96,7 +103,7 @@ def ladder(kind: str, settings: Settings, ways: int) -> Iterator[Changes]:
             yield {"evaluate.batch_size": rows}
 
 
-def _train_ladder(settings: Settings, ways: int) -> Iterator[Changes]:
+def _train_ladder(settings: Settings, ways: int, blocks: bool) -> Iterator[Changes]:
     """Yield first what costs time alone, then the layerwise backward pass, which leaves what is
     outside the patch scope as it is, then another optimiser."""
     changes: Changes = {}
@@ -107,13 +114,15 @@ def _train_ladder(settings: Settings, ways: int) -> Iterator[Changes]:
             yield changes
         for parts in _micro_batches(settings, ways):
             yield changes | parts
-        if settings.patch.scope == "all":
+        if not blocks:
             if optimizer != "adafactor":
                 yield changes | parts | {"derive.optimizer": "adafactor"}
                 # Without the sum of gradients, which is one more copy of the parameters.
                 yield changes | {"derive.optimizer": "adafactor"}
             return
-        changes = {"derive.train": "scope", "derive.backward": "layerwise"}
+        if not settings.align.enabled:  # whose step is the whole tree's
+            changes = {}
+        changes = changes | LAYERWISE
         yield changes
     for name in dict.fromkeys((optimizer, "adafactor")):
         if name != optimizer:
@@ -135,9 +144,9 @@ def _micro_batches(settings: Settings, ways: int) -> Iterator[Changes]:
         yield {"derive.accumulate": accumulate}
 
 
-def _score_ladder(settings: Settings) -> Iterator[Changes]:
+def _score_ladder(settings: Settings, blocks: bool) -> Iterator[Changes]:
     score, changes = settings.score, {}
-    if settings.patch.scope == "all" or score.mode == "batched":
+    if not blocks or score.mode == "batched":
         yield from _remats(settings)
     else:
         if score.in_flight > 1:
@@ -187,8 +196,8 @@ class Planner:
     def remedy(self, settings: Settings) -> Fit | None:
         """Return the nearest settings with which every program fits, or None.
 
-        First come settings that cost only time (remat, micro-batches), then another optimiser, then
-        another mesh.
+        First come settings that cost only time (remat, micro-batches), then the layerwise backward
+        pass, then another optimiser, then another mesh.
         """
         shape = self._sharder(settings.mesh.shape).mesh.shape
         distances = {}
@@ -221,7 +230,7 @@ class Planner:
         fits, or None."""
         base, memory = settings.override(changes), self._target.memory or math.inf
         ways = self._sharder(base.mesh.shape).batch_ways
-        for more in [{}, *ladder(kind, base, ways)]:
+        for more in [{}, *ladder(kind, base, ways, in_blocks(base, self._config))]:
             changed = base.override(more)
             if kind == "train" and self.least(changed) > memory:
                 continue

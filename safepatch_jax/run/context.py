@@ -17,7 +17,7 @@ from safepatch_jax.data.pipeline import Pool, training_batches
 from safepatch_jax.data.prompt_format import read_format
 from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.io.hf import load_params
+from safepatch_jax.io.hf import StoredModel, load_params
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
@@ -224,12 +224,10 @@ class Context:
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         scope = patches and self.settings.derive.train == "scope"
         trainer = self.trainer(read_hf_config(folder), loss, scope)
-        models = [self.load(folder)[1]]
-        reference = None
+        model, reference = StoredModel(folder, self.sharder), None
         if loss is not None and loss.compares:
-            reference = models[0]
-        # Popped, so that `run` holds the only reference and may let the model go.
-        return trainer.run(models.pop(), batches, recipe, title, saving, record, reference)
+            model = reference = self.load(folder)[1]
+        return trainer.run(model, batches, recipe, title, saving, record, reference)
 
     def _meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
         """Return the meter of the scope, or of the one weight on which the score modes are

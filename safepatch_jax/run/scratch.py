@@ -1,7 +1,7 @@
 """Derived models and scores on disk, whole or half as large: weights, or their differences to the
 backbone in bfloat16; sums of gradient magnitudes in float32 or bfloat16.
 
-Whatever lies there, weights are read as float32 (or what a use asks for).
+Whatever lies there, what is read is float32 (or what a use asks for).
 """
 
 from __future__ import annotations
@@ -84,12 +84,9 @@ def derived_weights(run: Run, role: str, abstract: dict, backbone: Mapping) -> M
 
 
 def scores(run: Run, role: str, abstract: dict) -> StoredTree:
-    """Return the scores of a derived model, as score.store says, likewise."""
-    dtype = jnp.dtype(run.settings.score.store)
-    stored = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract
-    )
-    return StoredTree(run.runner.folder(f"score_{role}") / SCORES, stored)
+    """Return the scores of a derived model, float32, likewise."""
+    # Not as score.store has them: XLA would keep float32 copies of both beside them.
+    return StoredTree(run.runner.folder(f"score_{role}") / SCORES, abstract)
 
 
 class Derived(Mapping[str, jax.Array]):

@@ -6,6 +6,7 @@ Each function fills the empty folder it is given and returns what the stage's ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -31,7 +32,7 @@ from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
-from safepatch_jax.run.stages import versions
+from safepatch_jax.run.stages import MANIFEST, versions
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
@@ -295,17 +296,28 @@ def export(run: Run, out: pathlib.Path) -> Result:
         _save(run, unnest(run.context.load(made)[1]), out / "model")
     else:
         processes.on_first(_link_or_copy, made, out / "model")
-    return {"tensors": len(stored_dtypes(out / "model"))}
+    return {"tensors": processes.on_first(_count, out / "model")}
+
+
+def _count(folder: pathlib.Path) -> int:
+    return len(stored_dtypes(folder))
 
 
 def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    copied: list[str] = []
+
     def place(path: str, other: str) -> None:
         try:
             os.link(path, other)
         except OSError:
             shutil.copyfile(path, other)
+            copied.append(path)
 
     shutil.copytree(source, target, copy_function=place)
+    if copied:
+        say("  This file system has no links: the model lies in the workdir twice until the end.")
+    with contextlib.suppress(OSError):  # links count as a change of the patch stage's files
+        os.utime(source.parent / MANIFEST)
 
 
 def write_patch_file(run: Run, out: pathlib.Path) -> Result:

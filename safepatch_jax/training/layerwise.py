@@ -126,6 +126,7 @@ class LayerwiseStep:
                 if len(waiting) > _AHEAD:
                     jax.block_until_ready(waiting.pop(0))
                 yield layer, flat, squares
+                del flat
 
         scale = None
         if self._clip_norm:
@@ -138,6 +139,7 @@ class LayerwiseStep:
                 params, moments, flat, number, scale, stopped, learning_rate, weight_decay
             )
             params, moments = self._put(params, moments, number, new)
+            del flat, new  # before the next block's gradient comes
         if not self._clip_norm:
             _, norm = self._scale(total)
         state = {"params": params, "moments": moments, "stopped": stopped}
@@ -234,16 +236,12 @@ class LayerwiseStep:
         layer, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
         yes = jax.ShapeDtypeStruct((), bool)
         scale = number if self._clip_norm else None
-        kept, ahead = self.holds(batch).values()
-        ahead -= local_bytes(gradient)  # the program's own
-        new = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=s),
-            (params, moments),
-            self._of_layer,
-        )
+        new = self._of_one(state)
+        kept, *ahead = self.holds(state, batch).values()
+        ahead = sum(ahead) - local_bytes((gradient, new))  # the program's own
         passes = 2 if self._clip_norm else 1
-        number_of, state, weights = self._blocks.number, (params, moments), (params, others)
-        everything = kept + local_bytes((state, frozen))
+        number_of, stacks, weights = self._blocks.number, (params, moments), (params, others)
+        everything = kept + local_bytes((stacks, frozen))
 
         def forward():
             return self._forward.trace(params, others, layer, hidden, micros)
@@ -267,8 +265,8 @@ class LayerwiseStep:
             part("forward", forward, weights),
             part("end", end, rest, runs=1),
             part("backward", backward, weights, ahead, number_of * passes),
-            part("update", update, state, ahead),
-            part("put", put, state, ahead + local_bytes(gradient)),
+            part("update", update, stacks, ahead),
+            part("put", put, stacks, ahead + local_bytes(gradient)),
         ]
 
     def _of_block(self, batch):
@@ -292,12 +290,23 @@ class LayerwiseStep:
             )
         return micros, hidden, gradient
 
-    def holds(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
-        """Return the bytes that each device holds beside weights and moments, by purpose."""
+    def _of_one(self, state):
+        """Return shapes and shardings of one block's params and moments."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=s),
+            (state["params"], state["moments"]),
+            self._of_layer,
+        )
+
+    def holds(self, state: Any, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Return the bytes that each device holds beside weights and moments, by purpose; see
+        `parts` for arguments."""
         _, hidden, gradient = self._of_block(batch)
+        blocks = 1 + _AHEAD  # the one at work, and those whose programs still wait
         return {
             "what enters the blocks": (self._blocks.number + 1) * local_bytes(hidden),
-            f"gradients of {1 + _AHEAD} blocks": (1 + _AHEAD) * local_bytes(gradient),
+            f"gradients of {blocks} blocks": blocks * local_bytes(gradient),
+            f"{blocks} updated blocks": blocks * local_bytes(self._of_one(state)),
         }
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from safepatch_jax.io.hf import StoredModel
 from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import Part, joined
@@ -127,6 +128,8 @@ class Trainer:
             ),
         }
         self._init = jax.jit(self._init_state, out_shardings=self._shardings)
+        others = {name: x for name, x in self._shardings.items() if name != "params"}
+        self._others = jax.jit(self._init_others, out_shardings=others)
         if layerwise:
             self._step = LayerwiseStep(
                 decoder,
@@ -155,7 +158,7 @@ class Trainer:
         self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None
     ) -> jax.stages.Traced:
         """Return the whole tree's step traced for a batch (and reference) of these shapes and
-        shardings; nothing is run."""
+        shardings; nothing is run. The layerwise pass has several programs, see `parts`."""
         scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 4
         return self._step.trace(self._abstract, self._stored(), batch, *scalars, reference)
 
@@ -176,7 +179,7 @@ class Trainer:
             "other weights": local_bytes(self._stored()),
         }
         if self._layerwise:
-            return holds | self._step.holds(batch)
+            return holds | self._step.holds(self._abstract, batch)
         gradients = 1 if self._accumulate == 1 else 2
         return holds | {"gradients": gradients * local_bytes(weights)}
 
@@ -201,11 +204,20 @@ class Trainer:
 
     def _init_state(self, params):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-        return {
-            "params": params,
-            "moments": self._first_moments(params),
-            "stopped": jnp.zeros((), bool),
-        }
+        return {"params": params} | self._init_others(params)
+
+    def _init_others(self, params):
+        return {"moments": self._first_moments(params), "stopped": jnp.zeros((), bool)}
+
+    def _first_state(self, take: Callable[[str], jax.Array]) -> dict[str, Any]:
+        """Return what `_init` does, of weights that are asked for one by one, the largest first."""
+        shardings = unnest(self._shardings["params"])
+        sizes = {path: x.size for path, x in unnest(self._abstract["params"]).items()}
+        params = {}
+        for path in sorted(sizes, key=lambda path: (-sizes[path], path)):
+            params[path] = _copied(take(path), sharding=shardings[path])
+        params = nest({path: params[path] for path in shardings})
+        return {"params": params} | self._others(params)
 
     def _gradients(self, params, frozen, reference, batch, sign, rows):
         """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences,
@@ -276,7 +288,8 @@ class Trainer:
         """Tune a copy of `params`.
 
         Args:
-          params: nested parameter dictionary, any float dtype; not donated.
+          params: nested parameter dictionary, any float dtype, not donated; or a model on disk,
+            whose weights are read one by one, so that two copies of it never lie on the devices.
           batches: endless iterator of training batches.
           recipe: sign, steps, rates.
           title: shown at the progress bar.
@@ -302,15 +315,18 @@ class Trainer:
             if saving:
                 store = stack.enter_context(Checkpoints(saving.folder, self._abstract))
                 restored, seconds = store.restore(), 60 * saving.minutes
-            trained, frozen = self._parted(params)
+            # The state holds copies: the caller's arrays can be freed, if the caller lets them go.
+            weights = params if isinstance(params, StoredModel) else unnest(params)
+            take = getattr(weights, "pop", weights.__getitem__)
+            del params
             if restored:
                 state, facts = restored
                 batches.set_state(facts["data"])
                 say(f"  {title}: resumed after step {len(facts['nll'])} of {recipe.steps}")
             else:
-                state, facts = self._init(trained), {"nll": []}
-            # The state holds a copy: the caller's arrays can be freed, if the caller lets them go.
-            del params, trained, restored
+                state, facts = self._first_state(take), {"nll": []}
+            frozen = nest({path: take(path) for path in unnest(self._frozen)})
+            del weights, take, restored
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
             journal = Journal(facts["nll"], bar, title, recipe, record)
@@ -395,3 +411,9 @@ class Trainer:
             consequence = "A checkpoint is written; the same command resumes from it."
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _copied(x: jax.Array, *, sharding: Any) -> jax.Array:
+    """Return a float32 copy; of float32 too, since the state is donated."""
+    return jax.lax.with_sharding_constraint(jnp.copy(x).astype(jnp.float32), sharding)

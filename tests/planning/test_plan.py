@@ -24,7 +24,7 @@ from safepatch_jax.planning.programs import (
     resident_bytes,
 )
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Planner, as_flags, ladder, meshes
+from safepatch_jax.planning.search import Planner, as_flags, in_blocks, ladder, meshes
 from safepatch_jax.planning.work import Collective, ProgramWork
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
@@ -263,8 +263,8 @@ def test_figures_for_the_devices_at_hand():
 def test_ladders():
     settings = SETTINGS.override({"derive.batch_size": 16, "evaluate.batch_size": 16})
 
-    def flags(kind):
-        return [as_flags(changes) for changes in ladder(kind, settings, 4)]
+    def flags(kind, blocks=True):
+        return [as_flags(changes) for changes in ladder(kind, settings, 4, blocks)]
 
     full, layerwise = "--model.remat=full", "--derive.train=scope --derive.backward=layerwise"
     assert flags("train") == [
@@ -280,13 +280,28 @@ def test_ladders():
         layerwise + " --derive.optimizer=adafactor --derive.accumulate=4",
     ]
     assert flags("score") == ["--score.inputs=some"] and flags("patch") == []
-    settings = settings.override({"patch.scope": "all"})  # has no layerwise pass
-    assert flags("train")[4:] == [
+    assert flags("train", blocks=False)[4:] == [  # there is no layerwise pass
         full + " --derive.accumulate=4 --derive.optimizer=adafactor",
         full + " --derive.optimizer=adafactor",
     ]
-    assert flags("score") == ["--model.remat=dots", full]
+    assert flags("score", blocks=False) == ["--model.remat=dots", full]
     assert flags("decode") == ["--evaluate.batch_size=8", "--evaluate.batch_size=4"]
+    settings = settings.override({"align.enabled": True})  # whose step is the whole tree's
+    assert f"{full} {layerwise} --derive.optimizer=adafactor" in flags("train")
+
+
+def test_a_scope_beyond_the_blocks_has_no_layerwise_pass():
+    """The head is in the scope of all linear layers, where it is not tied to the embedding."""
+    scopes = {"block_linear": True, "all_linear": True, "all": False}
+    for scope, blocks in scopes.items():
+        assert in_blocks(SETTINGS.override({"patch.scope": scope}), CONFIG) == blocks
+    untied = dataclasses.replace(CONFIG, tied_head=False)
+    assert not in_blocks(SETTINGS.override({"patch.scope": "all_linear"}), untied)
+    settings = SETTINGS.override({"patch.scope": "all"})
+    planner = _Pretended(
+        lambda kind, s: ((9 if s.derive.optimizer == "adamw" else 1) * GIB, 1.0), 8 * GIB
+    )
+    assert "derive.backward" not in planner.fit(settings).changes
 
 
 def test_meshes_divide_the_model():
