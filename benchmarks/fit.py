@@ -58,26 +58,21 @@ def line(row: Row, figures: dict[str, Any]) -> str:
     peaks: dict[str, float] = {}
     seconds: dict[str, dict[str, float]] = {"train": {}, "score": {}}
     for p in figures["programs"]:
-        peak = p["needed"] + p["resident"] if p["needed"] is not None else p["peak"]
+        peak = p["peak"] if p["needed"] is None else p["needed"] + p["resident"]
         peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
+        units = seconds.setdefault(p["kind"], {})
         for unit, time in p["floor"].items():
-            if p["kind"] in seconds:
-                units = seconds[p["kind"]]
-                units[unit] = units.get(unit, 0.0) + time
+            units[unit] = units.get(unit, 0.0) + time
     if more:
         mesh += f" {more}"
     floors = []
-    for times in seconds.values():
-        floors.append(f"{1e3 * max(times.values()):,.0f} ms" if times else "")
-    cells = [
-        config,
-        devices,
-        mesh,
-        *(f"{peaks[k] / GIB:.1f}" if k in peaks else "" for k in PROGRAMS),
-        f"{figures['memory'] / GIB:.1f}",
-        "yes" if figures["fits"] else "**no**",
-        *floors,
-    ]
+    for kind in ("train", "score"):
+        times = seconds[kind].values()
+        floors.append(f"{1e3 * max(times):,.0f} ms" if times else "")
+    sizes = [f"{peaks[k] / GIB:.1f}" if k in peaks else "" for k in PROGRAMS]
+    fits = "yes" if figures["fits"] else "**no**"
+    each = f"{figures['memory'] / GIB:.1f}"
+    cells = [config, devices, mesh, *sizes, each, fits, *floors]
     return "| " + " | ".join(cells) + " |"
 
 

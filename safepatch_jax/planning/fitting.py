@@ -93,10 +93,13 @@ def fitted(
             "take more or larger devices, fewer tokens or a smaller batch."
         )
     most = max(fit.figures, key=lambda f: f.required)
+    chosen = settings.override(fit.changes)
     if earlier is None:
-        less = _less_disk(settings.override(fit.changes), config, path.parent)
+        less = _less_disk(chosen, config, path.parent)
     else:  # what lies there was kept so
         less = {name: earlier[name] for name in LESS_DISK if name in earlier}
+        if chosen.derive.train != "scope":
+            less.pop("derive.store", None)
     changes = fit.changes | less
     say(
         f"Memory:  {as_flags(changes) or 'settings as given'}; {most.title} takes most, "

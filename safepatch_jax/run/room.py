@@ -75,10 +75,9 @@ def disk_bytes(settings: Settings, config: DecoderConfig) -> Disk:
     table = param_table(config)
     scope = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
     trained = scope if settings.derive.train == "scope" else table.size
-    # Weights and moments; those that are kept and the one that is being written, or at SIGTERM one
-    # beside that of an earlier SIGTERM.
+    # Weights and moments; those that are kept and the one that is being written, or at SIGTERM one.
     state = 12 if settings.derive.optimizer == "adamw" else 4
-    state *= KEPT + 1 if settings.run.checkpoint_minutes else 2
+    state *= KEPT + 1 if settings.run.checkpoint_minutes else 1
     keeps = settings.export.dtype == "keep"
     entry = jnp.dtype(config.dtype if keeps else settings.export.dtype).itemsize
     patch_file = 0

@@ -70,10 +70,16 @@ def test_a_workdir_keeps_what_it_was_begun_with(given, tmp_path, capsys):
     files.write_json(tmp_path / SETTINGS, chosen.to_dict())
     large = target_of(2**40)
     assert fitted(given, tmp_path, target=large) == chosen
-    assert "as this workdir was begun" in capsys.readouterr().out
+    assert "as this workdir was begun (--update chooses again)" in capsys.readouterr().out
     assert fitted(given, tmp_path, afresh=True, target=large) == given
     plain = given.override({"derive.memory": "given"})
     assert fitted(plain, tmp_path, target=target_of(1)) == plain
+    # What a disk had no room for stays too, though it is no part of the outcome.
+    short = chosen.override({"run.checkpoint_minutes": 0.0, "derive.store": "bfloat16"})
+    files.write_json(tmp_path / SETTINGS, short.to_dict())
+    assert fitted(given, tmp_path, target=large) == short
+    again = fitted(given, tmp_path, afresh=True, target=large)
+    assert again == given.override({"run.checkpoint_minutes": 0.0})  # all weights are trained
     # A workdir that was begun without it is no choice.
     files.write_json(tmp_path / SETTINGS, chosen.override({"derive.memory": "given"}).to_dict())
     assert fitted(given, tmp_path, target=large) == given

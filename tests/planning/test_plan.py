@@ -298,10 +298,13 @@ def test_a_scope_beyond_the_blocks_has_no_layerwise_pass():
     untied = dataclasses.replace(CONFIG, tied_head=False)
     assert not in_blocks(SETTINGS.override({"patch.scope": "all_linear"}), untied)
     settings = SETTINGS.override({"patch.scope": "all"})
-    planner = _Pretended(
-        lambda kind, s: ((9 if s.derive.optimizer == "adamw" else 1) * GIB, 1.0), 8 * GIB
-    )
-    assert "derive.backward" not in planner.fit(settings).changes
+
+    def rule(kind, settings):
+        too_much = kind == "train" and settings.derive.optimizer == "adamw"
+        return (9 if too_much else 1) * GIB, 1.0
+
+    changes = _Pretended(rule, 8 * GIB).fit(settings).changes
+    assert changes == {"model.remat": "full", "derive.optimizer": "adafactor"}
 
 
 def test_meshes_divide_the_model():
