@@ -22,28 +22,26 @@ from safepatch_jax.planning.programs import PROGRAMS
 _FIGURES = flags.DEFINE_string("figures", "docs/fit.json", "Where the figures are kept.")
 
 SOME = "--score.inputs=some --score.in_flight=1"
+FEW = "--score.in_flight=2"
 ONE, EIGHT = "--score.in_flight=1 --programs=score", "--score.in_flight=8 --programs=score"
 # Config, devices, mesh, further flags.
 ROWS: list[Row] = [
     ("llama2_7b_one_h100", "h100:1", "data:1", ""),
     ("llama2_7b_one_h100", "a100-40:1", "data:1", SOME),
-    ("llama2_7b_one_h100", "l4:2", "fsdp:2", SOME),
+    ("llama2_7b_one_h100", "a100-40:2", "fsdp:2", ""),
+    ("llama2_7b_one_h100", "l4:4", "fsdp:4", ""),
     ("llama3_8b_one_h100", "h100:1", "data:1", ""),
     ("llama3_8b_one_h100", "a100-80:1", "data:1", ""),
-    ("llama3_8b_one_h100", "a100-40:2", "fsdp:2", ""),
     ("llama2_13b_one_h200", "h200:1", "data:1", ""),
     ("llama2_13b_one_h200", "h100:1", "data:1", SOME),
     ("llama3_70b_v5p_2x2x1", "h200:4", "fsdp:4", ""),
-    ("llama3_70b_v5p_2x2x1", "h100:8", "fsdp:8", ""),
+    ("llama3_70b_v5p_2x2x1", "h100:8", "fsdp:8", FEW),
     ("llama2_7b_v5e_2x2", "v5e:2x2", "fsdp:4", ""),
-    ("llama2_7b_v5e_2x2", "v6e:1x1", "data:1", SOME),
     ("llama2_7b_v5e_2x2", "v6e:2x2", "fsdp:4", ""),
     ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", ""),
     ("llama3_8b_one_h100", "v5p:1x1x1", "data:1", ""),
     ("llama2_13b_one_h200", "v5p:1x1x1", "data:1", ""),
-    ("llama2_13b_one_h200", "v5e:2x4", "fsdp:8", ""),
     ("llama3_70b_v5p_2x2x1", "v5p:2x2x1", "fsdp:4", ""),
-    ("llama3_70b_v5p_2x2x1", "v5p:2x2x2", "fsdp:8", ""),
     ("llama3_8b_one_h100", "h100:1", "data:1", ONE),
     ("llama3_8b_one_h100", "h100:1", "data:1", EIGHT),
     ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", ONE),
