@@ -6,7 +6,10 @@ Imports neither JAX nor torch, so that a side's memory is its own.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,3 +91,20 @@ def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 def spread(values: Sequence[float], form: str = ".0f") -> str:
     """Return median (least - most)."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
+
+
+def on_disk(stages: pathlib.Path) -> dict[str, int]:
+    """Return the bytes that are allocated in each folder of stages; half-made ones too, and a file
+    that several hold once."""
+    sizes: dict[str, int] = {}
+    linked: set[int] = set()
+    for root, _, names in os.walk(stages):
+        parts = pathlib.Path(root).relative_to(stages).parts
+        for name in names if parts else ():
+            with contextlib.suppress(OSError):  # it was renamed or deleted
+                status = os.lstat(os.path.join(root, name))
+                if status.st_ino not in linked:
+                    sizes[parts[0]] = sizes.get(parts[0], 0) + 512 * status.st_blocks
+                if status.st_nlink > 1:
+                    linked.add(status.st_ino)
+    return sizes

@@ -40,7 +40,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.common import SHAPES
+from benchmarks.common import SHAPES, on_disk
 from benchmarks.models import write_chat_model
 from safepatch_jax.runtime import files
 
@@ -119,23 +119,6 @@ def available() -> int:
     """Return the bytes of memory that the machine has left."""
     text = pathlib.Path("/proc/meminfo").read_text()
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text).group(1))
-
-
-def on_disk(stages: pathlib.Path) -> dict[str, int]:
-    """Return the bytes that are allocated in each folder of stages; half-made ones too, and a file
-    that several hold once."""
-    sizes: dict[str, int] = {}
-    linked: set[int] = set()
-    for root, _, names in os.walk(stages):
-        parts = pathlib.Path(root).relative_to(stages).parts
-        for name in names if parts else ():
-            with contextlib.suppress(OSError):  # it was renamed or deleted
-                status = os.lstat(os.path.join(root, name))
-                if status.st_ino not in linked:
-                    sizes[parts[0]] = sizes.get(parts[0], 0) + 512 * status.st_blocks
-                if status.st_nlink > 1:
-                    linked.add(status.st_ino)
-    return sizes
 
 
 class Watch:

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks.common import raw_config
-from benchmarks.train_step import needed_flops
+from benchmarks.common import needed_flops, raw_config
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import param_table
 

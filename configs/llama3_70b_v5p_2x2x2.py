@@ -1,6 +1,6 @@
-"""SafePatching on LLaMA-3-70B-Instruct on four v5p chips: block by block.
+"""SafePatching on LLaMA-3-70B-Instruct on eight v5p chips: block by block.
 
-  python -m launch.safepatch --config=configs/llama3_70b_v5p_2x2x1.py \\
+  python -m launch.safepatch --config=configs/llama3_70b_v5p_2x2x2.py \\
       --workdir=runs/llama3_70b --model.source=DIR \\
       --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
@@ -8,10 +8,11 @@ DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dr
 plan first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a
 time.
 
-Hardware: v5p 2x2x1 (docs/fit.md; not run yet). Memory: of 70.55e9 parameters the 68.45e9 of the
-patch scope are float32 (274 GB), the others bfloat16; what each program takes: docs/fit.md. Disk:
-547.6 GB of scratch (derived models and scores, in bfloat16), with the result 693.6 GB; no
-checkpoint is written but at SIGTERM (274 GB, in a stage where there is room for it).
+Hardware: v5p 2x2x2 by arithmetic, or 4 x H200 (docs/fit.md; not run yet). Memory: of 70.55e9
+parameters the 68.45e9 of the patch scope are float32 (274 GB), the others bfloat16; what each
+program takes: docs/fit.md. Disk: 547.6 GB of scratch (derived models and scores, in bfloat16), with
+the result 693.6 GB; no checkpoint is written but at SIGTERM (274 GB, in a stage where there is room
+for it).
 Time: not measured yet.
 """
 
