@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.tpu import GIB, Row, measured
+from benchmarks.tpu import GIB, Row, peaks_of, table
 from safepatch_jax.planning.programs import PROGRAMS
 
 _FIGURES = flags.DEFINE_string("figures", "docs/fit.json", "Where the figures are kept.")
@@ -53,12 +53,10 @@ def line(row: Row, figures: dict[str, Any]) -> str:
     """Return one line of the table: the peak of each kind of program in GiB, and the floors of a
     train step and of a score batch."""
     config, devices, mesh, more = row
-    peaks: dict[str, float] = {}
-    seconds: dict[str, dict[str, float]] = {"train": {}, "score": {}}
+    peaks = peaks_of(figures)
+    seconds: dict[str, dict[str, float]] = {kind: {} for kind in PROGRAMS}
     for p in figures["programs"]:
-        peak = p["peak"] if p["needed"] is None else p["needed"] + p["resident"]
-        peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
-        units = seconds.setdefault(p["kind"], {})
+        units = seconds[p["kind"]]
         for unit, time in p["floor"].items():
             units[unit] = units.get(unit, 0.0) + time
     if more:
@@ -76,16 +74,9 @@ def line(row: Row, figures: dict[str, Any]) -> str:
 
 def main(argv) -> None:
     del argv
-    lines = [
-        "| config | devices | mesh, flags | train | score | patch | decode | GiB of each | fits | "
-        "floor of a train step | of a score batch |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in ROWS:
-        figures = measured(row, pathlib.Path(_FIGURES.value))
-        if figures is not None:
-            lines.append(line(row, figures))
-    print("\n".join(lines))
+    header = "config; devices; mesh, flags; train; score; patch; decode; GiB of each; fits"
+    columns = [*header.split("; "), "floor of a train step", "of a score batch"]
+    print(table(columns, ROWS, pathlib.Path(_FIGURES.value), line))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 from absl import app, flags
 
@@ -101,14 +102,30 @@ def measured(row: Row, path: pathlib.Path) -> dict | None:
     return stored.get(text)
 
 
+def peaks_of(figures: dict) -> dict[str, int]:
+    """Return the bytes that each kind of program needs on a device, {kind: bytes}."""
+    peaks: dict[str, int] = {}
+    for p in figures["programs"]:
+        peak = p["peak"] if p["needed"] is None else p["needed"] + p["resident"]
+        peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
+    return peaks
+
+
+def table(header: list[str], rows: list[Row], path: pathlib.Path, line: Callable) -> str:
+    """Return a table of the rows whose figures are stored or could be compiled."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        figures = measured(row, path)
+        if figures is not None:
+            lines.append(line(row, figures))
+    return "\n".join(lines)
+
+
 def line(row: Row, figures: dict) -> str:
     """Return one line of the table: the peak of each kind of program in GiB, and the floor of a
     train step."""
     config, topology, mesh, more = row
-    peaks = {}
-    for p in figures["programs"]:
-        peak = p["needed"] + p["resident"] if p["needed"] is not None else p["peak"]
-        peaks[p["kind"]] = max(peaks.get(p["kind"], 0), peak)
+    peaks = peaks_of(figures)
     train = next(p for p in figures["programs"] if p["kind"] == "train")  # the whole tree's is one
     floor = ""
     if train["floor"]:
@@ -130,16 +147,9 @@ def line(row: Row, figures: dict) -> str:
 
 def main(argv) -> None:
     del argv
-    lines = [
-        "| config | slice | chips | mesh | train | score | patch | decode | of memory | fits | "
-        "floor of a train step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in ROWS:
-        figures = measured(row, pathlib.Path(_OUT.value))
-        if figures is not None:
-            lines.append(line(row, figures))
-    print("\n".join(lines))
+    header = "config, slice, chips, mesh, train, score, patch, decode, of memory, fits"
+    columns = [*header.split(", "), "floor of a train step"]
+    print(table(columns, ROWS, pathlib.Path(_OUT.value), line))
 
 
 if __name__ == "__main__":

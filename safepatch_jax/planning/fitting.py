@@ -15,7 +15,7 @@ from safepatch_jax.planning.programs import architecture
 from safepatch_jax.planning.search import Changes, Planner, as_flags
 from safepatch_jax.run.context import Context, keep_programs
 from safepatch_jax.run.job import SETTINGS, is_of_run
-from safepatch_jax.run.room import disk_bytes, free_bytes
+from safepatch_jax.run.room import LESS_DISK, disk_bytes, free_bytes
 from safepatch_jax.run.stages import CACHE
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
@@ -36,12 +36,6 @@ CHOSEN = (
     "evaluate.batch_size",
     "run.checkpoint_minutes",
 )
-# What is kept on disk, the nearest first.
-LESS_DISK = {
-    "run.checkpoint_minutes": 0.0,
-    "derive.store": "bfloat16",
-    "score.store": "bfloat16",
-}
 HOST_SHARE = 0.8  # of a host's available memory: its devices are CPUs, and files are read there too
 
 
@@ -95,9 +89,10 @@ def fitted(
     most = max(fit.figures, key=lambda f: f.required)
     chosen = settings.override(fit.changes)
     if earlier is None:
-        less = _less_disk(chosen, config, path.parent)
+        less = less_disk(chosen, config, processes.on_first(free_bytes, path.parent))
     else:  # what lies there was kept so
         less = {name: earlier[name] for name in LESS_DISK if name in earlier}
+        less.pop("derive.train", None)  # chosen above
         if chosen.derive.train != "scope":
             less.pop("derive.store", None)
     changes = fit.changes | less
@@ -108,16 +103,23 @@ def fitted(
     return settings.override(changes)
 
 
-def _less_disk(settings: Settings, config: DecoderConfig, workdir: pathlib.Path) -> Changes:
-    """Return the settings of what is kept on disk with which a run has room there, as far as there
-    are any."""
-    free = processes.on_first(free_bytes, workdir)
+def less_disk(settings: Settings, config: DecoderConfig, free: int | None) -> Changes:
+    """Return the nearest settings with which a run has room on a disk, as far as there are any that
+    leave what is trained.
+
+    Args:
+      settings: of the run.
+      config: the architecture.
+      free: bytes; None where the file system does not tell.
+    """
     changes: Changes = {}
     for name, value in LESS_DISK.items():
         if free is None or disk_bytes(settings.override(changes), config).most <= free:
             break
-        if name != "derive.store" or settings.derive.train == "scope":
-            changes[name] = value
+        trains_all = settings.derive.train != "scope"
+        if name == "derive.train" or (name == "derive.store" and trains_all):
+            continue
+        changes[name] = value
     return changes
 
 

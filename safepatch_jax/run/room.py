@@ -25,6 +25,13 @@ from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.settings import PatchSettings, Settings
 from safepatch_jax.training.checkpoints import KEPT
 
+# Settings with which less is kept, the nearest first.
+LESS_DISK = {
+    "run.checkpoint_minutes": 0.0,
+    "derive.train": "scope",
+    "derive.store": "bfloat16",
+    "score.store": "bfloat16",
+}
 _POSITION = 2  # bytes of a patch file that say where an entry is, at most
 
 
@@ -150,16 +157,10 @@ def refuse_small_disk(
 
 
 def _ways_out(settings: Settings) -> str:
-    """Name the settings with which less is kept, the nearest first."""
-    ways = {
-        "run.checkpoint_minutes": 0.0,
-        "derive.train": "scope",
-        "derive.store": "bfloat16",
-        "score.store": "bfloat16",
-    }
+    """Name those of LESS_DISK that are left."""
     now = settings.flat()
     left = []
-    for name, value in ways.items():
+    for name, value in LESS_DISK.items():
         if now[name] != value:
             left.append(f"--{name}={value:g}" if isinstance(value, float) else f"--{name}={value}")
     return " ".join(left) or "a smaller --patch.scope"

@@ -128,10 +128,13 @@ class LayerwiseStep:
                 yield layer, flat, squares
                 del flat
 
-        scale = None
+        scale, total = None, []
         if self._clip_norm:
-            scale, norm = self._scale([sum_ for *_, sum_ in gradients(list(inputs), end_MRTD)])
-        total = []
+            for _, flat, squares in gradients(list(inputs), end_MRTD):
+                total.append(squares)
+                del flat  # before the next block's gradient comes
+            scale, norm = self._scale(total)
+            total = []
         for layer, flat, squares in gradients(inputs, end_MRTD):
             total.append(squares)
             number = jnp.int32(layer)
@@ -139,7 +142,7 @@ class LayerwiseStep:
                 params, moments, flat, number, scale, stopped, learning_rate, weight_decay
             )
             params, moments = self._put(params, moments, number, new)
-            del flat, new  # before the next block's gradient comes
+            del flat, new
         if not self._clip_norm:
             _, norm = self._scale(total)
         state = {"params": params, "moments": moments, "stopped": stopped}

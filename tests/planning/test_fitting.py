@@ -7,10 +7,11 @@ import pytest
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.planning.chips import present
 from safepatch_jax.planning.compile import measure
-from safepatch_jax.planning.fitting import at_hand, fitted
+from safepatch_jax.planning.fitting import at_hand, fitted, less_disk
 from safepatch_jax.planning.programs import holdings, programs
 from safepatch_jax.planning.search import Planner
 from safepatch_jax.run.job import SETTINGS
+from safepatch_jax.run.room import disk_bytes
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
@@ -108,3 +109,18 @@ def test_purposes_add_up_to_what_the_programs_hold(given):
         measured = [measure(part, present(sharder), sharder) for part in parts]
         most = max(f.arguments + f.resident for f in measured)
         assert most == pytest.approx(sum(holds[kind].values()), rel=0.1), holds[kind]
+
+
+def test_a_short_disk_takes_what_is_kept_away_in_order(given):
+    config = read_hf_config(given.model.source)
+    scope = given.override({"derive.train": "scope", "run.checkpoint_minutes": 10.0})
+    steps = [{"run.checkpoint_minutes": 0.0}, {"derive.store": "bfloat16"}]
+    steps.append({"score.store": "bfloat16"})
+    expected: dict = {}
+    for more in ({}, *steps):
+        expected = expected | more
+        room = disk_bytes(scope.override(expected), config).most
+        assert less_disk(scope, config, room) == expected
+    assert less_disk(scope, config, 0) == expected and less_disk(scope, config, None) == {}
+    # All weights are trained: their differences cannot be kept.
+    assert less_disk(given, config, 0).keys() == {"run.checkpoint_minutes", "score.store"}

@@ -24,7 +24,7 @@ from safepatch_jax.planning.programs import (
     resident_bytes,
 )
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Planner, as_flags, in_blocks, ladder, meshes
+from safepatch_jax.planning.search import Planner, as_flags, in_blocks, ladder, meshes, step
 from safepatch_jax.planning.work import Collective, ProgramWork
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
@@ -418,6 +418,16 @@ def test_suggestions_are_the_shortest_steps_that_fit():
     lines = report.suggestion_lines(compiled, fit)
     assert lines[2].startswith("data:1,fsdp:4,tensor:2")
     assert any(line.startswith("Best: --mesh=") for line in lines)
+
+
+def test_a_step_of_several_programs_takes_the_most_memory_and_all_the_time():
+    parts = []
+    for name, peak, seconds in (("a", 3, 1.0), ("b", 5, 2.0)):
+        floor = {"compute": seconds, "memory": 2 * seconds}
+        parts.append(Figures(name, "train", 8, 0.1, 7, 0, peak=peak, floor=floor))
+    whole = step(parts)
+    assert whole.required == 5 and whole.flops == 14
+    assert whole.floor == {"compute": 3.0, "memory": 6.0}
 
 
 def test_screening_follows_settings():
