@@ -6,6 +6,7 @@ Imports neither JAX nor torch, so that a side's memory is its own.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import math
 import os
@@ -75,6 +76,33 @@ def raw_config(shape: str, layers: int | None, dtype: str = "float32") -> dict[s
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+def machine() -> str:
+    """Return cores, instruction set, and load over the last minute, to stand beside figures."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):
+        flags |= set(pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+    found = (name for flag, name in known.items() if flag in flags)
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores, {next(found, 'unknown instructions')}, load {os.getloadavg()[0]:.1f}"
+
+
+def read_speed(size: int = 1 << 29) -> float:
+    """Return the bytes a second at which all cores together read memory that is mapped already:
+    the best of five passes over so many bytes."""
+    import numpy as np
+
+    cores = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(size // 4, np.float32), 8 * cores)
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        seconds = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            list(pool.map(np.max, parts))
+            seconds.append(time.perf_counter() - begun)
+    return size / min(seconds)
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
