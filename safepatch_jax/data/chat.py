@@ -402,9 +402,8 @@ def training_batch(
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
-    """Lay prompts out for generation: tokens [B, T] int32 and valid [B, T] bool, LEFT padded."""
-    shape = len(prompts), length
-    tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for b, ids in enumerate(prompts):
-        tokens[b, length - len(ids) :], valid[b, length - len(ids) :] = ids, True
-    return {"tokens": tokens, "valid": valid}
+    """Lay prompts out for generation: tokens [B, T], RIGHT padded, and lengths [B], int32."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, ids in zip(tokens, prompts):
+        row[: len(ids)] = ids
+    return {"tokens": tokens, "lengths": np.array([len(ids) for ids in prompts], np.int32)}

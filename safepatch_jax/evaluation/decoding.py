@@ -262,7 +262,7 @@ def decode_contrasted(
       decoder: the model.
       params: nested parameter dictionary of each stream; the same one twice where they differ in
         the prompt alone.
-      prompts: for each stream 'tokens' int32 [B, T] and 'valid' bool [B, T], LEFT padded; T may
+      prompts: for each stream 'tokens' int32 [B, T], RIGHT padded, and 'lengths' int32 [B]; T may
         differ.
       stop_ids: see `decode`.
       rule: how the streams are combined. From its step number `steps` on the second stream is not
@@ -274,22 +274,27 @@ def decode_contrasted(
     """
     both = min(rule.steps or max_new, max_new)
     first, second = prompts
-    first_length, second_length = first["tokens"].shape[1], second["tokens"].shape[1]
-    first_BV, past = read(decoder, params[0], first["tokens"], first["valid"], max_new)
-    second_BV, other = read(decoder, params[1], second["tokens"], second["valid"], both)
-    state = first_state(rule.combine(first_BV, second_BV, 0), (past, other), None, max_new)
+    first_BV, past = _read(decoder, params[0], first, max_new)
+    second_BV, other = _read(decoder, params[1], second, both)
+    logits_BV = rule.combine(first_BV, second_BV, 0)
+    state = first_state(logits_BV, (past, other), stop_ids, None, max_new)
 
-    def follow_both(token_B, step, pasts):
-        first_BV, past = follow(decoder, params[0], token_B, first_length + step, pasts[0])
-        second_BV, other = follow(decoder, params[1], token_B, second_length + step, pasts[1])
-        return rule.combine(first_BV, second_BV, step + 1), (past, other)
+    def follow_both(token_B, pasts):
+        first_BV, past = follow(decoder, params[0], token_B, pasts[0])
+        second_BV, other = follow(decoder, params[1], token_B, pasts[1])
+        step = past.length_B[0] - first["lengths"][0]
+        return rule.combine(first_BV, second_BV, step), (past, other)
 
-    def follow_first(token_B, step, past):
-        return follow(decoder, params[0], token_B, first_length + step, past)
+    def follow_first(token_B, past):
+        return follow(decoder, params[0], token_B, past)
 
-    if both == max_new:
-        return advance(follow_both, state, stop_ids, None, max_new).out
-    # Reading a token chooses the next one, so the last of both streams' is read by the first alone.
-    state = advance(follow_both, state, stop_ids, None, both - 1)
+    rows = state.done_B.shape[0]
+    # The first token is there; `both - 1` are still chosen from both streams.
+    state = advance(follow_both, state, stop_ids, None, both - 1, rows)
     state = state._replace(past=state.past[0])
-    return advance(follow_first, state, stop_ids, None, max_new).out
+    return advance(follow_first, state, stop_ids, None, max_new - both, rows).out
+
+
+def _read(decoder: Decoder, params: Any, prompts: Mapping[str, jax.Array], room: int):
+    tokens_BT = prompts["tokens"]
+    return read(decoder, params, tokens_BT, prompts["lengths"], tokens_BT.shape[1] + room)

@@ -18,8 +18,10 @@ import numpy as np
 from safepatch_jax.data.chat import Example, prompt_batch, training_batch
 from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE
-from safepatch_jax.evaluation.generate import PIECE, Sampling, decode, decode_until
+from safepatch_jax.evaluation.by_block import ByBlock, suits
+from safepatch_jax.evaluation.generate import Sampling, Whole
 from safepatch_jax.evaluation.prompter import Prompter, Talk
+from safepatch_jax.evaluation.serving import Model, Rows, Server
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -132,9 +134,8 @@ class Engine(Prompter):
           sampling: a draw depends on seed and number alone, not on what runs beside.
           done: called with (index, new ids) as soon as an answer is there.
           numbers: of the prompts, for sampling; their indices by default.
-          until: stop texts. A batch ends once each answer holds one, or its stop token; the texts
-            are not cut off, and what stands before the first of them is the same as without
-            `until`.
+          until: stop texts. An answer ends some tokens after it holds one; it is not cut off there,
+            and what stands before the first of them is the same as without `until`.
 
         Returns:
           for each prompt the new ids, without the stop token.
@@ -146,17 +147,51 @@ class Engine(Prompter):
         if numbers is None:
             numbers = range(len(prompts))
 
-        def run(indices: Sequence[int], stops: np.ndarray) -> np.ndarray:
-            batch = self.put_prompts([prompts[i] for i in indices])
-            draws = self._draws(sampling, [numbers[i] for i in indices])
-            inputs = self.decoder, self.params, batch["tokens"], batch["valid"], stops, draws
-            if until and max_new > PIECE:
-                return decode_until(
-                    *inputs, max_new=max_new, finished=lambda ids: self._has_stop(ids, until)
-                )
-            return processes.fetch(decode(*inputs, max_new=max_new))
+        stops, answers = self.stops(), [[] for _ in prompts]
+        draws, tokens, start = self._draws(sampling, numbers), 0, time.perf_counter()
+        finished = functools.partial(self._has_stop, until=until) if until else None
 
-        return self.run_batches([len(ids) + max_new for ids in prompts], title, done, run)
+        def keep(i: int, ids: np.ndarray) -> None:
+            nonlocal tokens
+            tokens += len(ids)
+            answers[i] = [int(token) for token in ids if token not in stops]
+            if done:
+                done(i, answers[i])
+            speed = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            bar.update(1)
+
+        with progress(len(prompts), title, "answer") as bar:
+            for rows, group in self._pools([len(ids) + max_new for ids in prompts]):
+                server = Server(self.model, rows, stops, draws, max_new, self._put, finished)
+                server.run([(i, prompts[i]) for i in group], keep)
+        return answers
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """What continues sequences."""
+        kind = ByBlock if suits(self.sharder) else Whole
+        return kind(self.decoder, self.params)
+
+    def _pools(self, sizes: Sequence[int]) -> list[tuple[Rows, list[int]]]:
+        """Return how prompts of these sizes, answers included, run, and their indices: the longest
+        first, and those of less than half of its size apart, where they need less of a cache."""
+        order, pools = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
+        while order:
+            capacity, ways = padded(sizes[order[0]]), self.sharder.batch_ways
+            pool = [i for i in order if 2 * sizes[i] > sizes[order[0]]]
+            if len(pool) < self.rows(capacity):  # they would not fill the rows
+                pool = order[: self.rows(capacity)]
+            number = self.rows(capacity)
+            while number % (2 * ways) == 0 and number >= 2 * len(pool):
+                number //= 2
+            group = ways * max(1, number // ways // 8)
+            pools.append((Rows(number, group, capacity, _width), pool))
+            order = order[len(pool) :]
+        return pools
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return put_batch(batch, self.sharder)
 
     def answer(
         self,
@@ -234,7 +269,7 @@ class Engine(Prompter):
         return batch
 
     def put_prompts(self, prompts: Sequence[Sequence[int]]) -> dict[str, jax.Array]:
-        """Lay prompts out as one batch on the mesh: 'tokens' and 'valid' [B, T], LEFT padded."""
+        """Lay prompts out as one batch on the mesh, see `prompt_batch`."""
         return put_batch(prompt_batch(prompts, padded(max(map(len, prompts)))), self.sharder)
 
     def groups(self, sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -272,7 +307,7 @@ class Engine(Prompter):
           for each prompt the new ids, without the stop token.
         """
         answers: list[list[int]] = [[] for _ in sizes]
-        stops = np.asarray(self.stop_ids or NO_STOP, np.int32)
+        stops = self.stops()
         tokens, start = 0, time.perf_counter()
         with progress(len(sizes), title, "answer") as bar:
             for rows, group in self.groups(sizes):
@@ -286,6 +321,10 @@ class Engine(Prompter):
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                 bar.update(len(group))
         return answers
+
+    def stops(self) -> np.ndarray:
+        """Return the stop tokens, int32 [n]."""
+        return np.asarray(self.stop_ids or NO_STOP, np.int32)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
         """Raise ValueError if a prompt is empty, or too long for so many new tokens."""
@@ -370,6 +409,11 @@ def padded(length: int) -> int:
     compiled."""
     step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
+
+
+def _width(length: int) -> int:
+    """Round the length of a prompt up to one of very few."""
+    return padded(-(-length // 16) * 16)
 
 
 def length_of(example: Example) -> int:

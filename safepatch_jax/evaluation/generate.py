@@ -1,23 +1,18 @@
-"""Generation, greedy or sampled: prefill and cached decode in one compiled program, or in pieces
-with a look at the text."""
+"""Generation, greedy or sampled: prompts are read into a cache, then token follows token."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from safepatch_jax.models.decoder import Decoder, Past
-from safepatch_jax.runtime import processes
-
-PIECE = 32  # tokens between two looks for a stop text
+from safepatch_jax.models.decoder import Cache, Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,34 +35,51 @@ class Sampling:
             )
 
 
+class Past(NamedTuple):
+    """What a model has read: its cache, and the number of tokens of each sequence in it [B]."""
+
+    cache: Any
+    length_B: jax.Array
+
+
 class State(NamedTuple):
-    """A batch that is being continued.
+    """Sequences that are being continued.
 
     Attributes:
-      step: number of tokens emitted so far.
-      token_B: the next token of each sequence.
-      done_B: which sequences have ended.
-      out: int32 [B, max_new], the tokens emitted.
+      token_B: the last token of each, emitted but not yet read.
+      count_B: tokens emitted.
+      done_B: which have ended; nothing is emitted there any more.
+      out: int32 [B, max_new], the tokens emitted, then -1.
+      key: uint32 [B, 2] of each sequence, for draws; None where the most likely token is taken.
       past: a Past, or one for each of the streams that are continued with the same tokens.
     """
 
-    step: jax.Array
     token_B: jax.Array
+    count_B: jax.Array
     done_B: jax.Array
     out: jax.Array
+    key: jax.Array | None
     past: Any
+
+
+def idle(rows: int, max_new: int, sampled: bool, past: Any) -> State:
+    """Return a state of so many sequences, all of which have ended."""
+    number_B = jnp.zeros(rows, jnp.int32)
+    key = jnp.zeros((rows, 2), jnp.uint32) if sampled else None
+    out = jnp.full((rows, max_new), -1, jnp.int32)
+    return State(number_B, number_B, jnp.ones(rows, bool), out, key, past)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_new"))
 def decode(
-    decoder: Decoder, params: Any, tokens_BT, valid_BT, stop_ids, sampling=None, *, max_new: int
+    decoder: Decoder, params: Any, tokens_BT, length_B, stop_ids, sampling=None, *, max_new: int
 ) -> jax.Array:
-    """Continue left-padded prompts.
+    """Continue right-padded prompts, all at once, until the last has ended.
 
     Args:
       decoder: the model.
       params: nested parameter dictionary.
-      tokens_BT, valid_BT: prompts, LEFT padded, and which entries are real.
+      tokens_BT, length_B: prompts, RIGHT padded, and how many tokens of each are real.
       stop_ids: int32 [n]; a sequence ends with the first of these that it emits.
       sampling: None for the most likely token; or {'temperature', 'top_p': float32 scalars, 'key':
         uint32 [B, 2], a key for each sequence}.
@@ -76,153 +88,222 @@ def decode(
     Returns:
       int32 [B, max_new]; after a stop token the rest is -1.
     """
-    state = _prefill(decoder, params, tokens_BT, valid_BT, sampling, max_new)
-    return _advance(decoder, params, state, stop_ids, sampling, max_new).out
+    logits_BV, past = read(decoder, params, tokens_BT, length_B, tokens_BT.shape[1] + max_new)
+    state = first_state(logits_BV, past, stop_ids, sampling, max_new)
+    follow_one = functools.partial(follow, decoder, params)
+    return advance(follow_one, state, stop_ids, sampling, max_new, state.done_B.shape[0]).out
 
 
-def decode_until(
-    decoder: Decoder,
-    params: Any,
-    tokens_BT,
-    valid_BT,
-    stop_ids,
-    sampling=None,
-    *,
-    max_new: int,
-    finished: Callable[[np.ndarray], bool],
-    piece: int = PIECE,
-) -> np.ndarray:
-    """Continue as `decode` does, in pieces, and end once each sequence has ended or holds all that
-    is wanted of it.
+def read(
+    decoder: Decoder, params: Any, tokens_BT, length_B, capacity: int
+) -> tuple[jax.Array, Past]:
+    """Read right-padded prompts.
 
     Args:
-      finished: tells, from a sequence's tokens so far, int32 [n], whether what follows is not
-        wanted; called after each piece.
-      piece: tokens between two looks.
-      others: see `decode`. The arithmetic of a step is that of `decode`: the room for all of
-        `max_new` is there from the start.
+      tokens_BT, length_B: see `decode`.
+      capacity: slots of the cache, at least T.
 
     Returns:
-      int32 [B, max_new], on the host; after a stop token, or the piece in which a sequence was
-      finished, the rest is -1.
+      (logits float32 [B, V] of the first new token, the past).
     """
-    state = _begin(decoder, params, tokens_BT, valid_BT, sampling, max_new=max_new)
-    for end in range(piece, max_new + piece, piece):
-        state = _continue(decoder, params, state, stop_ids, sampling, np.int32(min(end, max_new)))
-        # Copies: the state's own memory is used again by the next piece.
-        out, done_B = (np.array(processes.fetch(x)) for x in (state.out, state.done_B))
-        done_B |= [finished(row[row >= 0]) for row in out]
-        if done_B.all():
-            break
-        state = state._replace(done_B=jax.device_put(done_B, state.done_B.sharding))
-    return out
-
-
-def _prefill(decoder: Decoder, params: Any, tokens_BT, valid_BT, sampling, max_new: int) -> State:
-    logits_BV, past = read(decoder, params, tokens_BT, valid_BT, max_new)
-    return first_state(logits_BV, past, sampling, max_new)
-
-
-def _advance(decoder: Decoder, params: Any, state: State, stop_ids, sampling, until) -> State:
-    """Continue until so many tokens are emitted, or all sequences have ended."""
-    length = state.past.positions_BS.shape[1] - state.out.shape[1]
-    return advance(
-        lambda token_B, step, past: follow(decoder, params, token_B, length + step, past),
-        state,
-        stop_ids,
-        sampling,
-        until,
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    valid_BT = positions_BT < length_B[:, None]
+    logits_B1V, kv = decoder.apply(
+        {"params": params},
+        tokens_BT,
+        positions_BT,
+        valid_BT,
+        keep_kv=True,
+        logits_at_BA=length_B[:, None] - 1,
     )
+    return logits_B1V[:, 0], Past(cache_of(kv, capacity), length_B)
 
 
-def read(decoder: Decoder, params: Any, tokens_BT, valid_BT, room: int) -> tuple[jax.Array, Past]:
-    """Read left-padded prompts.
+def cache_of(kv: tuple[jax.Array, jax.Array], capacity: int) -> Cache:
+    """Lay keys and values [..., T, K, H] out as a cache [..., K, capacity, H]."""
+    cache = Cache(*(jnp.swapaxes(x, -3, -2) for x in kv))
+    return with_room(cache, capacity - cache.k.shape[-2])
 
-    Args:
-      tokens_BT, valid_BT: see `decode`.
-      room: tokens that will follow at most.
+
+def with_room(cache: Cache, room: int) -> Cache:
+    """Return a cache with so many slots more."""
+    return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, room), (0, 0))), cache)
+
+
+def read_on(
+    decoder: Decoder, params: Any, tokens_BT, past: Past, logits_at_BA=None
+) -> tuple[jax.Array, Cache]:
+    """Read tokens after the past; see `Decoder` for `logits_at_BA`.
 
     Returns:
-      (logits float32 [B, V] of the first new token, the past [B, T + room], whose last `room` slots
-      are empty).
+      (logits float32 [B, T or A, V], the cache with the tokens).
     """
-    batch, length = tokens_BT.shape
-    positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
-    last_B1 = jnp.full((batch, 1), length - 1)
-    logits_B1V, (k, v) = decoder.apply(
-        {"params": params}, tokens_BT, positions_BT, valid_BT, keep_kv=True, logits_at_BA=last_B1
+    positions_BT = past.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    return decoder.apply(
+        {"params": params},
+        tokens_BT,
+        positions_BT,
+        jnp.ones_like(tokens_BT, bool),
+        past.cache,
+        logits_at_BA=logits_at_BA,
     )
-    empty = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
-    later_BS = positions_BT[:, -1:] + 1 + jnp.arange(room)
-    past = Past(
-        jnp.pad(k, empty),
-        jnp.pad(v, empty),
-        jnp.concatenate([positions_BT, later_BS], axis=1),
-        jnp.pad(valid_BT, ((0, 0), (0, room))),
-    )
-    return logits_B1V[:, 0], past
 
 
-def follow(decoder: Decoder, params: Any, token_B, slot, past: Past) -> tuple[jax.Array, Past]:
-    """Read one more token of each sequence into a slot of the past.
+def follow(decoder: Decoder, params: Any, token_B, past: Past) -> tuple[jax.Array, Past]:
+    """Read one more token of each sequence.
 
     Returns:
       (logits float32 [B, V] of the token after it, the past with it).
     """
-    here_B1 = jnp.ones((token_B.shape[0], 1), bool)
-    position_B1 = lax.dynamic_slice_in_dim(past.positions_BS, slot, 1, axis=1)
-    logits_B1V, (k, v) = decoder.apply(
-        {"params": params}, token_B[:, None], position_B1, here_B1, past, keep_kv=True
-    )
-    return logits_B1V[:, 0], Past(
-        lax.dynamic_update_slice(past.k_LBSKH, k, (0, 0, slot, 0, 0)),
-        lax.dynamic_update_slice(past.v_LBSKH, v, (0, 0, slot, 0, 0)),
-        past.positions_BS,
-        lax.dynamic_update_slice(past.valid_BS, here_B1, (0, slot)),
-    )
+    logits_B1V, cache = read_on(decoder, params, token_B[:, None], past)
+    return logits_B1V[:, 0], Past(cache, past.length_B + 1)
 
 
-def first_state(logits_BV: jax.Array, past: Any, sampling, max_new: int) -> State:
-    """Return the state in which the first token is chosen and none emitted."""
-    batch = logits_BV.shape[0]
-    out = jnp.full((batch, max_new), -1, jnp.int32)
-    return State(jnp.int32(0), _choose(logits_BV, sampling, 0), jnp.zeros(batch, bool), out, past)
+def first_state(logits_BV: jax.Array, past: Any, stop_ids, sampling, max_new: int) -> State:
+    """Return the state in which each sequence has its first token."""
+    state = idle(logits_BV.shape[0], max_new, False, past)
+    state = state._replace(done_B=~state.done_B, key=sampling and sampling["key"])
+    return emit(logits_BV, state, stop_ids, sampling)
+
+
+def emit(
+    logits_BV: jax.Array, state: State, stop_ids, sampling: Mapping[str, jax.Array] | None
+) -> State:
+    """Choose the next token of each sequence that has not ended."""
+    token_B = _choose(logits_BV, state.key, state.count_B, sampling)
+    room = state.out.shape[1]
+    here_BN = (jnp.arange(room) == state.count_B[:, None]) & ~state.done_B[:, None]
+    count_B = state.count_B + ~state.done_B
+    ended_B = jnp.any(token_B[:, None] == stop_ids[None], axis=-1) | (count_B >= room)
+    return state._replace(
+        token_B=token_B,
+        count_B=count_B,
+        done_B=state.done_B | ended_B,
+        out=jnp.where(here_BN, token_B[:, None], state.out),
+    )
 
 
 def advance(
-    read_on: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    follow_one: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     state: State,
     stop_ids,
     sampling,
-    until,
+    steps,
+    enough,
 ) -> State:
-    """Continue until so many tokens are emitted, or all sequences have ended.
+    """Continue by so many tokens, or until so many sequences have ended.
 
     Args:
-      read_on: maps (token [B], its number among the new ones, past) to (logits [B, V] to choose the
-        next one from, past).
+      follow_one: maps (token [B], past) to (logits [B, V] to choose the next one from, past).
+      steps, enough: int32 scalars.
       others: see `decode`.
     """
 
-    def running(state):
-        return (state.step < until) & ~jnp.all(state.done_B)
+    def running(carry):
+        step, state = carry
+        return (step < steps) & (jnp.sum(state.done_B) < enough)
 
-    def decode_one(state):
-        step, token_B, done_B, out, past = state
-        out = lax.dynamic_update_slice(out, jnp.where(done_B, -1, token_B)[:, None], (0, step))
-        done_B = done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=-1)
-        logits_BV, past = read_on(token_B, step, past)
-        return State(step + 1, _choose(logits_BV, sampling, step + 1), done_B, out, past)
+    def one(carry):
+        step, state = carry
+        logits_BV, past = follow_one(state.token_B, state.past)
+        return step + 1, emit(logits_BV, state._replace(past=past), stop_ids, sampling)
 
-    return lax.while_loop(running, decode_one, state)
-
-
-_begin = jax.jit(_prefill, static_argnames=("decoder", "max_new"))
-_continue = jax.jit(_advance, static_argnames="decoder", donate_argnames="state")
+    return lax.while_loop(running, one, (jnp.int32(0), state))[1]
 
 
-def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -> jax.Array:
-    """Return the next token of each sequence, int32 [B].
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Continues sequences by programs of the whole decoder, whose blocks are a loop over stacked
+    weights: for devices that read the weights where they lie.
+
+    Args:
+      decoder: the model.
+      params: nested parameter dictionary.
+    """
+
+    decoder: Decoder
+    params: Any
+    shrinks = False  # a step takes as long for few sequences
+
+    def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
+        """Return a state of so many sequences that have ended, with a cache of `capacity` slots."""
+        return _idle(self.decoder, rows, capacity, max_new, sampled)
+
+    def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
+        """Read prompts and put them in place of sequences that have ended.
+
+        Args:
+          state: donated.
+          prompts: (tokens [G, T], RIGHT padded, number of real ones [G]).
+          rows_G: into which row each goes; those past the end are dropped.
+          stop_ids, sampling: see `decode`; keys [G, 2].
+        """
+        return _admit(self.decoder, self.params, state, prompts, rows_G, stop_ids, sampling)
+
+    def advance(self, state: State, stop_ids, sampling, steps: int, enough: int) -> State:
+        """Continue (see `advance`); the state is donated."""
+        steps, enough = jnp.int32(steps), jnp.int32(enough)
+        return _advance(self.decoder, self.params, state, stop_ids, sampling, steps, enough)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _idle(decoder: Decoder, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
+    config = decoder.config
+    shape = config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim
+    past = Past(
+        Cache(jnp.zeros(shape, decoder.dtype), jnp.zeros(shape, decoder.dtype)),
+        jnp.zeros(rows, jnp.int32),
+    )
+    return _laid_out(decoder, idle(rows, max_new, sampled, past))
+
+
+def _laid_out(decoder: Decoder, state: State) -> State:
+    """Cut the state of a stacked cache over the mesh, the same way after each program."""
+    if decoder.sharder is None:
+        return state
+    cache, length_B = state.past
+    axes = "layers", "batch", "kv_heads", "layers", "head_dim"
+    cache = Cache(*(decoder.sharder.constrain(x, *axes) for x in (cache.k, cache.v)))
+    return state._replace(past=Past(cache, length_B))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _admit(decoder: Decoder, params: Any, state: State, prompts, rows_G, stop_ids, sampling):
+    tokens_GT, length_G = prompts
+    cache, length_B = state.past
+    logits_GV, past = read(decoder, params, tokens_GT, length_G, tokens_GT.shape[1])
+    first = first_state(logits_GV, length_G, stop_ids, sampling, state.out.shape[1])
+    state = placed(state._replace(past=length_B), first, rows_G)
+    cache = placed_slots(cache, past.cache, rows_G)
+    return _laid_out(decoder, state._replace(past=Past(cache, state.past)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(decoder: Decoder, params: Any, state: State, stop_ids, sampling, steps, enough):
+    follow_one = functools.partial(follow, decoder, params)
+    state = advance(follow_one, state, stop_ids, sampling, steps, enough)
+    return _laid_out(decoder, state)
+
+
+def placed(state: State, first: State, rows_G) -> State:
+    """Return a state in which some rows are those of another; of the past both hold the lengths
+    alone."""
+    return jax.tree.map(lambda old, new: old.at[rows_G].set(new, mode="drop"), state, first)
+
+
+def placed_slots(cache: Cache, new: Cache, rows_G) -> Cache:
+    """Return a cache [..., B, K, S, H] with what [..., G, K, T, H] holds in the first slots of some
+    rows."""
+    slots = new.k.shape[-2]
+    return jax.tree.map(
+        lambda old, x: old.at[..., rows_G, :, :slots, :].set(x, mode="drop"), cache, new
+    )
+
+
+def _choose(
+    logits_BV: jax.Array, key: jax.Array | None, step_B, sampling: Mapping[str, jax.Array] | None
+) -> jax.Array:
+    """Return the next token of each sequence, number `step` of its new ones, int32 [B].
 
     Sampling divides the logits by the temperature, keeps the most likely tokens that together reach
     top_p (one at least; Holtzman et al. 2020), and draws with random numbers of the sequence's key
@@ -236,10 +317,10 @@ def _choose(logits_BV: jax.Array, sampling: dict[str, jax.Array] | None, step) -
     before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
     least_B = jnp.min(jnp.where(before_BV < sampling["top_p"], sorted_BV, jnp.inf), axis=-1)
 
-    def draw(key):
+    def draw(key, step):
         own_key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
         return jax.random.gumbel(own_key, logits_BV.shape[-1:])
 
-    noise_BV = jax.vmap(draw)(sampling["key"])
+    noise_BV = jax.vmap(draw)(key, step_B)
     noisy_BV = jnp.where(logits_BV >= least_B[:, None], logits_BV + noise_BV, -jnp.inf)
     return jnp.argmax(noisy_BV, -1).astype(jnp.int32)

@@ -19,14 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.generate import read
+from safepatch_jax.evaluation.generate import Past, read, read_on, with_room
 from safepatch_jax.evaluation.openings import Ids, Openings
 from safepatch_jax.evaluation.statistics import Z
-from safepatch_jax.models.decoder import Decoder, Past
+from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
+from safepatch_jax.training.batch import put_batch
 
 Row = Mapping[str, float]
 Done = Callable[[int, Row], None]
@@ -84,14 +86,14 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
 
 def _read_shared(engine: Engine, ids: Sequence[int]) -> Past:
     """Read the tokens that all prompts begin with, once for each part of the batch axis."""
-    batch = engine.put_prompts([ids] * engine.sharder.batch_ways)
-    valid = batch["valid"][:, -len(ids) :]  # without the padding on the left
-    return _past_of(engine.decoder, engine.params, batch["tokens"][:, -len(ids) :], valid)
+    ways = engine.sharder.batch_ways
+    batch = put_batch(prompt_batch([ids] * ways, len(ids)), engine.sharder)
+    return _past_of(engine.decoder, engine.params, batch)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def _past_of(decoder: Decoder, params: Any, tokens_BT, valid_BT) -> Past:
-    return read(decoder, params, tokens_BT, valid_BT, 0)[1]
+def _past_of(decoder: Decoder, params: Any, batch) -> Past:
+    return read(decoder, params, batch["tokens"], batch["lengths"], batch["tokens"].shape[1])[1]
 
 
 def _by_kind(logprobs_O: np.ndarray, refusals: int, title: str) -> dict[str, float]:
@@ -158,53 +160,32 @@ def _opening_logprobs(
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """Return the log-probability of each opening's first token [B, O], and by depth along each path
     those of the openings' later tokens [R, B, D, O], as if every opening ran along it."""
-    logits_BV, past = _read_on(decoder, params, begun, batch["tokens"], batch["valid"])
-    start_B1 = past.positions_BS[:, -1:] + 1
+    logits_BV, past = _read(decoder, params, begun, batch, max(paths, default=0))
 
     def of_path(path_D):
-        depth = path_D.shape[0]
-        path_BD = jnp.broadcast_to(path_D, (start_B1.shape[0], depth))
-        positions_BD = start_B1 + jnp.arange(depth)
-        logits_BDV, _ = decoder.apply(
-            {"params": params}, path_BD, positions_BD, jnp.ones_like(path_BD, bool), past
-        )
-        return _logprobs(logits_BDV, tokens_DO[1 : depth + 1])
+        path_BD = jnp.broadcast_to(path_D, (logits_BV.shape[0], path_D.shape[0]))
+        logits_BDV, _ = read_on(decoder, params, path_BD, past)
+        return _logprobs(logits_BDV, tokens_DO[1 : path_D.shape[0] + 1])
 
     first_BDO = _logprobs(logits_BV[:, None], tokens_DO[:1])
     later = {depth: jax.lax.map(of_path, paths_RD) for depth, paths_RD in paths.items()}
     return first_BDO[:, 0], later
 
 
-def _read_on(
-    decoder: Decoder, params: Any, begun: Past | None, tokens_BT, valid_BT
+def _read(
+    decoder: Decoder, params: Any, begun: Past | None, batch, room: int
 ) -> tuple[jax.Array, Past]:
-    """Read left-padded prompts after what all of them begin with; returns as `generate.read`."""
+    """Read right-padded prompts after what all of them begin with; returns as `generate.read`, with
+    room for so many tokens more."""
+    tokens_BT, length_B = batch["tokens"], batch["lengths"]
+    room += tokens_BT.shape[1]
     if begun is None:
-        return read(decoder, params, tokens_BT, valid_BT, 0)
-    batch, length = tokens_BT.shape
-    times = batch // begun.valid_BS.shape[0]
-    k, v = (jnp.repeat(x, times, axis=1) for x in (begun.k_LBSKH, begun.v_LBSKH))
-    earlier_BS, read_BS = (
-        jnp.repeat(x, times, axis=0) for x in (begun.positions_BS, begun.valid_BS)
-    )
-    shared = earlier_BS.shape[1]
-    positions_BT = shared + jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
-    logits_B1V, (new_k, new_v) = decoder.apply(
-        {"params": params},
-        tokens_BT,
-        positions_BT,
-        valid_BT,
-        Past(k, v, earlier_BS, read_BS),
-        keep_kv=True,
-        logits_at_BA=jnp.full((batch, 1), length - 1),
-    )
-    past = Past(
-        jnp.concatenate([k, new_k], axis=2),
-        jnp.concatenate([v, new_v], axis=2),
-        jnp.concatenate([earlier_BS, positions_BT], axis=1),
-        jnp.concatenate([read_BS, valid_BT], axis=1),
-    )
-    return logits_B1V[:, 0], past
+        return read(decoder, params, tokens_BT, length_B, room)
+    times = length_B.shape[0] // begun.length_B.shape[0]
+    cache = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), with_room(begun.cache, room))
+    past = Past(cache, jnp.repeat(begun.length_B, times))
+    logits_B1V, cache = read_on(decoder, params, tokens_BT, past, length_B[:, None] - 1)
+    return logits_B1V[:, 0], Past(cache, past.length_B + length_B)
 
 
 def _logprobs(logits_BDV: jax.Array, tokens_DO: jax.Array) -> jax.Array:

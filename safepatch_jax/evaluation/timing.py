@@ -79,7 +79,9 @@ def _decode(
 ) -> jax.Array:
     if params is None:
         params = engine.params
-    return decode(engine.decoder, params, batch["tokens"], batch["valid"], _STOPS, max_new=max_new)
+    return decode(
+        engine.decoder, params, batch["tokens"], batch["lengths"], _STOPS, max_new=max_new
+    )
 
 
 def _seconds(runs: Sequence[Callable[[], jax.Array]], repeats: int) -> list[list[float]]:

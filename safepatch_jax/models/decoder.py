@@ -4,12 +4,13 @@ linen and not NNX: it returns and reads the plain nested dictionary that import,
 checkpoints and export share, and it ran without warnings in every JAX version we support. No
 parameter is declared here: a module asks the table for its row.
 
-Dimension key: B batch, T query position, S past position, D model, F feed-forward, N query heads, K
+Dimension key: B batch, T query position, S key position, D model, F feed-forward, N query heads, K
 KV heads, G = N / K, H head dimension, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +27,36 @@ from safepatch_jax.models.table import Param, param_table
 
 
 @flax.struct.dataclass
-class Past:
-    """Keys and values of earlier positions, already rotated; `valid` is False where a slot is empty
-    or padding."""
+class Cache:
+    """Keys, already rotated, and values of the tokens read so far, each in the slot of its
+    position; the slots after them hold anything, and are written before they are looked at.
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    positions_BS: jax.Array
-    valid_BS: jax.Array
+    [L, B, K, S, H], or [B, K, S, H] of one block.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, layer, start_B: jax.Array) -> Cache:
+        """Return the cache with tokens in the slots from `start` on; those past the end would be
+        shifted back. `layer` is None in a cache of one block."""
+
+        def write_row(slots, new_TKH, start):
+            new_KTH = jnp.swapaxes(new_TKH, 0, 1)
+            if layer is None:
+                return jax.lax.dynamic_update_slice(slots, new_KTH, (0, start, 0))
+            return jax.lax.dynamic_update_slice(slots, new_KTH[None], (layer, 0, start, 0))
+
+        axis = 0 if layer is None else 1
+        write = jax.vmap(write_row, in_axes=(axis, 0, 0), out_axes=axis)
+        return Cache(write(self.k, k_BTKH, start_B), write(self.v, v_BTKH, start_B))
+
+    def of_block(self, layer) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values of one block, [B, K, S, H]."""
+        if layer is None:
+            return self.k, self.v
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        return take(self.k), take(self.v)
 
 
 # What the backward pass may keep of a block; the rest is computed again.
@@ -41,6 +64,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+_FEW = 64  # sequences
 
 
 class _Module(nn.Module):
@@ -63,6 +88,23 @@ class _Module(nn.Module):
     def constrain(self, x, *axes):
         return x if self.sharder is None else self.sharder.constrain(x, *axes)
 
+    @property
+    def platform(self) -> str:
+        return jax.default_backend() if self.sharder is None else self.sharder.platform
+
+    def product(self, equation, x, weight, dtype=None):
+        """Return jnp.einsum(equation, x, weight), x [B, T, ...]."""
+        rows, length = x.shape[:2]
+        if length > 1 or not 1 < rows <= _FEW or self.platform != "cpu":
+            return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
+        # One token of each sequence: XLA on CPU multiplies twice as fast with the large factor
+        # first. The barrier keeps it from turning the product round again.
+        of_both, of_product = equation.split("->")
+        of_x, of_weight = of_both.split(",")
+        turned = of_product.removeprefix("BT") + "BT"
+        y = jnp.einsum(f"{of_weight},{of_x}->{turned}", weight, x, preferred_element_type=dtype)
+        return jnp.einsum(f"{turned}->{of_product}", jax.lax.optimization_barrier(y))
+
     def child(self, kind, name):
         return kind(self.config, self.dtype, self.sharder, self.tap, name=name)
 
@@ -79,7 +121,7 @@ class Embedder(_Module):
 
     def attend(self, x_BTD):
         """Return logits by the embedding, for a tied head."""
-        return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding, preferred_element_type=jnp.float32)
+        return self.product("BTD,VD->BTV", x_BTD, self.embedding, jnp.float32)
 
 
 class RMSNorm(_Module):
@@ -139,29 +181,25 @@ def silu(x: jax.Array) -> jax.Array:
 
 
 def visible(
-    positions_BT: jax.Array, valid_BT: jax.Array, past: Past | None
+    positions_BT: jax.Array, valid_BT: jax.Array, cache: Cache | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return which keys a query may look at, without regard to windows, and how many positions back
     each key lies.
 
     Returns:
-      (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the past, if any, then the
-      present.
+      (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the cache's slots, if there is
+      one, else over the present.
     """
+    if cache is not None:
+        distance_BTS = positions_BT[:, :, None] - jnp.arange(cache.k.shape[-2])
+        return distance_BTS >= 0, distance_BTS
     length = positions_BT.shape[1]
     mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None] & valid_BT[:, None, :]
-    positions_BS = positions_BT
-    if past is not None:
-        past_mask_BTS = jnp.broadcast_to(
-            past.valid_BS[:, None, :], (*mask_BTS.shape[:2], past.valid_BS.shape[1])
-        )
-        mask_BTS = jnp.concatenate([past_mask_BTS, mask_BTS], axis=2)
-        positions_BS = jnp.concatenate([past.positions_BS, positions_BT], axis=1)
-    return mask_BTS, positions_BT[:, :, None] - positions_BS[:, None, :]
+    return mask_BTS, positions_BT[:, :, None] - positions_BT[:, None, :]
 
 
 class Attention(_Module):
-    """Grouped-query attention over the past (if any) and the causal present.
+    """Grouped-query attention over the causal present, or over a cache that it is written to.
 
     `window` is the layer's entry of DecoderConfig.windows (a traced scalar), or None if no layer
     has a window.
@@ -170,7 +208,7 @@ class Attention(_Module):
     attention: str = "xla"
 
     def projection(self, x_BTD, name, equation, heads):
-        y_BTNH = jnp.einsum(equation, x_BTD, self.weight(name))
+        y_BTNH = self.product(equation, x_BTD, self.weight(name))
         if self.config.qkv_bias:
             y_BTNH = y_BTNH + self.weight(name + "_bias")
         return self.constrain(y_BTNH, "batch", "length", heads, "head_dim")
@@ -183,8 +221,9 @@ class Attention(_Module):
         mask_BTS,
         distance_BTS,
         window=None,
-        past_k_BSKH=None,
-        past_v_BSKH=None,
+        cache=None,
+        layer=None,
+        start_B=None,
     ):
         config = self.config
         q_BTNH = self.projection(x_BTD, "q", "BTD,NHD->BTNH", "heads")
@@ -192,32 +231,33 @@ class Attention(_Module):
         v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
         q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
 
-        platform = jax.default_backend() if self.sharder is None else self.sharder.platform
-        kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], platform)
-        if kernel != "xla" and past_k_BSKH is None:
+        kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], self.platform)
+        if kernel != "xla" and cache is None:
             # All layers have the same window, or none that matters (see `kernel_for`).
             static = max(config.windows, default=0) or None
             mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
-            return jnp.einsum("BTNH,DNH->BTD", mixed_BTNH, self.weight("o")), (k_BTKH, v_BTKH)
+            return self.out(mixed_BTNH), cache, (k_BTKH, v_BTKH)
 
-        keys_BSKH, values_BSKH = k_BTKH, v_BTKH
-        if past_k_BSKH is not None:
-            keys_BSKH = jnp.concatenate([past_k_BSKH, keys_BSKH], axis=1)
-            values_BSKH = jnp.concatenate([past_v_BSKH, values_BSKH], axis=1)
+        keys, values, axes = k_BTKH, v_BTKH, "BSKH"
+        if cache is not None:
+            cache = cache.write(k_BTKH, v_BTKH, layer, start_B)
+            (keys, values), axes = cache.of_block(layer), "BKSH"
         if window is not None:
             mask_BTS = mask_BTS & ((distance_BTS < window) | (window == 0))
 
         groups = config.num_heads // config.num_kv_heads
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], config.num_kv_heads, groups, config.head_dim)
         logits_BKGTS = jnp.einsum(
-            "BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32
+            f"BTKGH,{axes}->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32
         )
         logits_BKGTS = logits_BKGTS * config.head_dim**-0.5
         logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
         weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(self.dtype)
-        mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, values_BSKH)
-        mixed_BTNH = mixed_BTKGH.reshape(q_BTNH.shape)
-        return jnp.einsum("BTNH,DNH->BTD", mixed_BTNH, self.weight("o")), (k_BTKH, v_BTKH)
+        mixed_BTKGH = jnp.einsum(f"BKGTS,{axes}->BTKGH", weights_BKGTS, values)
+        return self.out(mixed_BTKGH.reshape(q_BTNH.shape)), cache, (k_BTKH, v_BTKH)
+
+    def out(self, mixed_BTNH):
+        return self.product("BTNH,DNH->BTD", mixed_BTNH, self.weight("o"))
 
 
 class Mlp(_Module):
@@ -225,45 +265,46 @@ class Mlp(_Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.weight("gate"))
-        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.weight("up"))
+        gate_BTF = self.product("BTD,FD->BTF", x_BTD, self.weight("gate"))
+        up_BTF = self.product("BTD,FD->BTF", x_BTD, self.weight("up"))
         activation = {"silu": silu, "gelu_tanh": jax.nn.gelu}[self.config.activation]
         hidden_BTF = self.constrain(activation(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        return jnp.einsum("BTF,DF->BTD", hidden_BTF, self.weight("down"))
+        return self.product("BTF,DF->BTD", hidden_BTF, self.weight("down"))
 
 
 class Block(_Module):
-    """One transformer block; in a scan over layers, `keep_kv` decides whether keys and values are
-    returned."""
+    """One transformer block; in a scan over layers, what is carried is (x, cache or None), and
+    `keep_kv` decides whether keys and values are returned."""
 
     keep_kv: bool = False
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x_BTD, window, past_k_BSKH, past_v_BSKH, angles_BTh, mask_BTS, distance_BTS):
+    def __call__(self, carry, window, layer, angles_BTh, mask_BTS, distance_BTS, start_B):
+        x_BTD, cache = carry
         attend = Attention(
             self.config, self.dtype, self.sharder, self.tap, self.attention, name="attention"
         )
-        attended_BTD, kv = attend(
+        attended_BTD, cache, kv = attend(
             self.child(RMSNorm, "attention_norm")(x_BTD),
             angles_BTh,
             mask_BTS,
             distance_BTS,
             window,
-            past_k_BSKH,
-            past_v_BSKH,
+            cache,
+            layer,
+            start_B,
         )
         x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "length", "features")
         x_BTD = x_BTD + self.child(Mlp, "mlp")(self.child(RMSNorm, "mlp_norm")(x_BTD))
-        return self.constrain(x_BTD, "batch", "length", "features"), kv if self.keep_kv else None
+        x_BTD = self.constrain(x_BTD, "batch", "length", "features")
+        return (x_BTD, cache), kv if self.keep_kv else None
 
 
 class Head(_Module):
     @nn.compact
     def __call__(self, x_BTD):
-        return jnp.einsum(
-            "BTD,VD->BTV", x_BTD, self.weight("kernel"), preferred_element_type=jnp.float32
-        )
+        return self.product("BTD,VD->BTV", x_BTD, self.weight("kernel"), jnp.float32)
 
 
 class Decoder(_Module):
@@ -277,7 +318,7 @@ class Decoder(_Module):
       remat: what the backward pass computes again: 'none', 'dots' (all but products with weights)
         or 'full' (each block).
       attention: 'xla'; or 'auto' / 'fused' (see `kernels`), for right-padded sequences without a
-        past.
+        cache.
     """
 
     remat: str = "none"
@@ -289,7 +330,7 @@ class Decoder(_Module):
         tokens_BT,
         positions_BT,
         valid_BT,
-        past: Past | None = None,
+        cache: Cache | None = None,
         keep_kv: bool = False,
         logits_at_BA: jax.Array | None = None,
         hidden: bool = False,
@@ -299,15 +340,15 @@ class Decoder(_Module):
         Args:
           tokens_BT: token ids, int32.
           positions_BT: position of each token in its sequence, int32 (padding: anything).
-          valid_BT: False for padding.
-          past: keys and values of earlier positions.
-          keep_kv: also return keys and values [L, B, T, K, H] of these positions.
+          valid_BT: False for padding; with a cache nothing, for padding comes last.
+          cache: what was read before, [L, ...]; positions go on from there one by one.
+          keep_kv: also return keys and values [L, B, T, K, H] of these positions, without a cache.
           logits_at_BA: indices into T; the head is run there alone.
           hidden: return what enters the final norm, in place of logits.
 
         Returns:
           (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`, or hidden states [B, A or
-          T, D]; keys and values, or None).
+          T, D]; the cache with these tokens, or keys and values, or None).
         """
         embedder = self.child(Embedder, "embedder")
         x_BTD = embedder(tokens_BT)
@@ -320,20 +361,24 @@ class Decoder(_Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.num_layers,
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             out_axes=0,
         )(self.config, self.dtype, self.sharder, self.tap, keep_kv, self.attention, name="layers")
-        mask_BTS, distance_BTS = visible(positions_BT, valid_BT, past)
-        windows_L = None
+        mask_BTS, distance_BTS = visible(positions_BT, valid_BT, cache)
+        windows_L, layers_L, start_B = None, None, None
         if self.config.windows:
             windows_L = jnp.asarray(self.config.windows, jnp.int32)
         else:
             distance_BTS = None
-        past_k, past_v = (None, None) if past is None else (past.k_LBSKH, past.v_LBSKH)
-        x_BTD, kv = layers(x_BTD, windows_L, past_k, past_v, angles_BTh, mask_BTS, distance_BTS)
+        if cache is not None:
+            layers_L, start_B = jnp.arange(self.config.num_layers), positions_BT[:, 0]
+        seen = angles_BTh, mask_BTS, distance_BTS, start_B
+        (x_BTD, cache), kv = layers((x_BTD, cache), windows_L, layers_L, *seen)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
-        return (x_BTD if hidden else _read_out(self, embedder, x_BTD)), kv
+        return (
+            x_BTD if hidden else _read_out(self, embedder, x_BTD)
+        ), kv if cache is None else cache
 
 
 class Begin(_Module):
@@ -346,24 +391,28 @@ class Begin(_Module):
 
 
 class OneBlock(_Module):
-    """One block alone, of right-padded sequences without a past. It reads the dictionary that the
-    decoder's blocks read, of one layer, so without the axis of layers.
+    """One block alone. It reads the dictionary that the decoder's blocks read, of one layer, so
+    without the axis of layers.
 
-    `window` is the layer's entry of DecoderConfig.windows, or None if no layer has a window.
+    `window` is the layer's entry of DecoderConfig.windows, or None if no layer has a window; the
+    rest is as in `Decoder`, with a cache of one block. Returns (x [B, T, D], the cache with these
+    tokens, or keys and values [B, T, K, H]).
     """
 
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x_BTD, window, positions_BT, valid_BT):
+    def __call__(self, x_BTD, window, positions_BT, valid_BT, cache: Cache | None = None):
         angles_BTh = rotary_angles(self.config, positions_BT)
-        mask_BTS, distance_BTS = visible(positions_BT, valid_BT, None)
+        mask_BTS, distance_BTS = visible(positions_BT, valid_BT, cache)
         if window is None:
             distance_BTS = None
         block = Block(
-            self.config, self.dtype, self.sharder, self.tap, False, self.attention, name="layers"
+            self.config, self.dtype, self.sharder, self.tap, True, self.attention, name="layers"
         )
-        return block(x_BTD, window, None, None, angles_BTh, mask_BTS, distance_BTS)[0]
+        seen = angles_BTh, mask_BTS, distance_BTS, positions_BT[:, 0]
+        (x_BTD, cache), kv = block((x_BTD, cache), window, None, *seen)
+        return x_BTD, kv if cache is None else cache
 
 
 class Readout(_Module):

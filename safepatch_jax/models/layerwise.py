@@ -69,7 +69,7 @@ class Blocks:
         window = jnp.asarray(config.windows, jnp.int32)[layer] if config.windows else None
         module = OneBlock(*self._attributes, self.decoder.tap, self.decoder.attention)
         positions_1T = jnp.arange(x_BTD.shape[1])[None]
-        return module.apply({"params": block}, x_BTD, window, positions_1T, batch["valid"])
+        return module.apply({"params": block}, x_BTD, window, positions_1T, batch["valid"])[0]
 
     @property
     def _attributes(self):

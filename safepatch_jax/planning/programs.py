@@ -211,9 +211,9 @@ def abstract_batch(
     }
 
 
-def _rows(sharder: Sharder, rows: int, length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-    sharding = sharder.sharding(batch_layout(rows, sharder))
-    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+def _rows(sharder: Sharder, rows: int, *length: int) -> jax.ShapeDtypeStruct:
+    axes = batch_layout(rows, sharder)[: 1 + len(length)]
+    return jax.ShapeDtypeStruct((rows, *length), jnp.int32, sharding=sharder.sharding(axes))
 
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
@@ -291,14 +291,14 @@ def _decode(context: Context, config: DecoderConfig) -> list[Program]:
     dtypes = jnp.dtype(config.dtype), jnp.dtype(settings.model.compute_dtype)
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     evaluate, length = settings.evaluate, bucket(settings.data.max_prompt_tokens)
-    array = functools.partial(_rows, decoder.sharder, evaluate.batch_size, length)
+    rows = functools.partial(_rows, decoder.sharder, evaluate.batch_size)
 
     def trace():
         return decode.trace(
             decoder,
             param_table(config).abstract(sharder, dtype),
-            array(jnp.int32),
-            array(jnp.bool_),
+            rows(length),
+            rows(),
             jax.ShapeDtypeStruct((max(1, len(config.eos_ids)),), jnp.int32),
             max_new=evaluate.max_new_tokens,
         )

@@ -28,7 +28,7 @@ def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.A
     """Place a batch, which every process holds, on the mesh, cut along its first axis where that
     divides."""
     axes = batch_layout(next(iter(batch.values())).shape[0], sharder)
-    return {name: sharder.place(x, *axes) for name, x in batch.items()}
+    return {name: sharder.place(x, *axes[: x.ndim]) for name, x in batch.items()}
 
 
 def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:

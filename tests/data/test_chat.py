@@ -172,11 +172,11 @@ def test_training_batch_against_a_plain_loop():
                 assert batch["targets"][b, a] == 0 and batch["predict_at"][b, a] < length
 
 
-def test_prompt_batch_pads_on_the_left():
+def test_prompt_batch_pads_on_the_right():
     batch = prompt_batch([(1, 2, 3), (4,), (5, 6, 7, 8)], 4)
-    np.testing.assert_array_equal(batch["tokens"], [[0, 1, 2, 3], [0, 0, 0, 4], [5, 6, 7, 8]])
-    np.testing.assert_array_equal(batch["valid"], [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
-    assert batch["tokens"].dtype == np.int32 and batch["valid"].dtype == bool
+    np.testing.assert_array_equal(batch["tokens"], [[1, 2, 3, 0], [4, 0, 0, 0], [5, 6, 7, 8]])
+    np.testing.assert_array_equal(batch["lengths"], [3, 1, 4])
+    assert batch["tokens"].dtype == batch["lengths"].dtype == np.int32
 
 
 def test_tokenizer_with_ids_beyond_the_embedding(tiny):

@@ -122,7 +122,7 @@ def test_stop_texts_end_a_batch_early_and_change_nothing_before_them(open_engine
     until = [text(ids)[10 + i : 12 + i] for i, ids in enumerate(free)]
     ended = engine.complete_ids(prompts, 200, sampling=sampling, until=["", *until])
     for whole, short in zip(free, ended):
-        assert len(whole) == 200 and short == whole[: len(short)] and len(short) == 32
+        assert len(whole) == 200 and short == whole[: len(short)] and len(short) == 33
         assert cut_at(text(short), until) == cut_at(text(whole), until)
     # One answer continues to its third or fourth piece; the others hold their stop texts already.
     first, *others = map(text, free)
@@ -135,7 +135,7 @@ def test_stop_texts_end_a_batch_early_and_change_nothing_before_them(open_engine
     mixed = engine.complete_ids(prompts, 200, sampling=sampling, until=until)
     assert holding and all(short == whole[: len(short)] for short, whole in zip(mixed, free))
     assert 64 <= len(mixed[0]) < 200 and late in text(mixed[0])
-    assert all(len(mixed[free.index(ids)]) == 32 for ids in holding)
+    assert all(len(mixed[free.index(ids)]) == 33 for ids in holding)
     assert engine.complete_ids(prompts, 200, sampling=sampling, until=["no such text"]) == free
 
 

@@ -18,6 +18,7 @@ from safepatch_jax.io.gguf_tokenizer import write_tokenizer
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
+from tests.padding import left_padded
 
 PROMPTS = (
     "Hi!",
@@ -83,7 +84,7 @@ def batch(folder):
     """The chat prompts, left padded to one length."""
     chat = Chat(folder, 49152)
     prompts = [chat.encode(prompt, "x").prompt_ids for prompt in PROMPTS]
-    return prompt_batch(prompts, max(map(len, prompts)))
+    return dict(zip(("tokens", "valid"), left_padded(prompts)))
 
 
 def test_config(folder):
@@ -169,7 +170,9 @@ def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
         do_sample=False,
         max_new_tokens=16,
     )[:, tokens.shape[1] :]
-    ours = np.asarray(decode(*model, tokens, valid, jnp.array(model[0].config.eos_ids), max_new=16))
+    prompts = [row[mask].tolist() for row, mask in zip(tokens, valid)]
+    prompts = prompt_batch(prompts, tokens.shape[1]).values()
+    ours = np.asarray(decode(*model, *prompts, jnp.array(model[0].config.eos_ids), max_new=16))
     chat = Chat(folder, 49152)
     texts = [chat.decode(row[row >= 0].tolist()) for row in ours]
     assert texts == [chat.decode(row.tolist()) for row in theirs]

@@ -22,9 +22,10 @@ from safepatch_jax.evaluation.generate import decode as generate_tokens
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models import decoder as modules
 from safepatch_jax.models.config import DecoderConfig, config_from_hf
-from safepatch_jax.models.decoder import Decoder, Past
+from safepatch_jax.models.decoder import Cache, Decoder
 from safepatch_jax.models.table import param_table, unnest
 from tests.models.families import LLAMA3, hf_config, tiny_raw
+from tests.padding import left_padded
 
 torch = pytest.importorskip("torch", reason="parity is measured against torch: pip install torch")
 
@@ -405,39 +406,31 @@ def test_padding_changes_nothing(pair, side):
         )
 
 
-def test_continuing_from_the_past(family_pair):
-    """A past with an empty slot, and several new tokens at once."""
+def test_continuing_from_a_cache(family_pair):
+    """A cache with free slots that hold anything, and several new tokens at once."""
     pair, first = family_pair, LENGTH - 8
     (positions_BT, valid_BT), params = counted(TOKENS), {"params": family_pair.params}
 
     def part(s):
         return TOKENS[:, s], positions_BT[:, s], valid_BT[:, s]
 
-    def slot(x, axis, fill):
-        return jnp.concatenate([x, jnp.full_like(x.take(np.array([0]), axis), fill)], axis)
-
     apply = jax.jit(pair.decoder.apply, static_argnames="keep_kv")
-    _, (k, v) = apply(params, *part(slice(first)), keep_kv=True)
-    past = Past(
-        slot(k, 2, 3.0),
-        slot(v, 2, 3.0),
-        slot(jnp.asarray(positions_BT[:, :first]), 1, first),
-        slot(jnp.asarray(valid_BT[:, :first]), 1, False),
-    )
-    logits_BTV, _ = apply(params, *part(slice(first, None)), past=past)
+    _, kv = apply(params, *part(slice(first)), keep_kv=True)
+    slots = ((0, 0), (0, 0), (0, 0), (0, LENGTH + 2 - first), (0, 0))
+    cache = Cache(*(jnp.pad(x.swapaxes(2, 3), slots, constant_values=3.0) for x in kv))
+    logits_BTV, _ = apply(params, *part(slice(first, None)), cache=cache)
     assert_close(logits_BTV, pair.logits_BTV[:, first:])
 
 
 def test_decode_equals_full_forward_and_hf_generate(pair):
     sizes, new = (LENGTH - 12, LENGTH - 8), 8
-    batch = prompt_batch([TOKENS[b, :n].tolist() for b, n in enumerate(sizes)], max(sizes))
+    prompts = [TOKENS[b, :n].tolist() for b, n in enumerate(sizes)]
+    batch, (tokens, valid) = prompt_batch(prompts, max(sizes)), left_padded(prompts)
 
     def decode(stop):
         stop_ids = jnp.array([stop])
         return np.asarray(
-            generate_tokens(
-                pair.decoder, pair.params, batch["tokens"], batch["valid"], stop_ids, max_new=new
-            )
+            generate_tokens(pair.decoder, pair.params, *batch.values(), stop_ids, max_new=new)
         )
 
     free = decode(-2)
@@ -452,8 +445,8 @@ def test_decode_equals_full_forward_and_hf_generate(pair):
 
     stop = int(free[0, 3])
     theirs = pair.reference.generate(
-        input_ids=torch.tensor(batch["tokens"], dtype=torch.long),
-        attention_mask=torch.tensor(batch["valid"]).long(),
+        input_ids=torch.tensor(tokens, dtype=torch.long),
+        attention_mask=torch.tensor(valid).long(),
         do_sample=False,
         max_new_tokens=new,
         eos_token_id=stop,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from safepatch_jax.data.chat import Chat, prompt_batch
+from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.gguf import convert_gguf, find_smollm2
@@ -20,6 +20,7 @@ from safepatch_jax.run import certificate
 from safepatch_jax.run.convert import Place, convert, inspect_model
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
+from tests.padding import left_padded
 from tests.patching import oracle
 
 WEIGHTS = "model.safetensors"
@@ -219,14 +220,14 @@ def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path):
     chat = Chat(smollm2, 49152)
     records = [*load_records("ordinary", "builtin")[:12], *load_records("lookalike", "builtin")[:4]]
     prompts = [chat.encode(record.prompt, "x").prompt_ids for record in records]
-    batch = prompt_batch(prompts, max(map(len, prompts)))
+    tokens, valid = left_padded(prompts)
     reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     theirs = reference.generate(
-        input_ids=torch.tensor(batch["tokens"]).long(),
-        attention_mask=torch.tensor(batch["valid"]).long(),
+        input_ids=torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(valid).long(),
         do_sample=False,
         max_new_tokens=16,
-    )[:, batch["tokens"].shape[1] :]
+    )[:, tokens.shape[1] :]
     engine = Engine.open(smollm2, mesh="fsdp:8")
     texts = [engine.decode(ids) for ids in engine.complete_ids(prompts, 16)]
     assert len(texts) == 16 and len(set(texts)) > 12

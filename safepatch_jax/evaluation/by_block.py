@@ -1,0 +1,163 @@
+"""A model that is run block by block from the host: on a CPU, where a program of stacked weights
+copies each block's weights before it multiplies, and one of all blocks takes long to compile."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safepatch_jax.evaluation.generate import (
+    Past,
+    State,
+    cache_of,
+    emit,
+    first_state,
+    idle,
+    placed,
+    placed_slots,
+)
+from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.decoder import Begin, Cache, Decoder, OneBlock, Readout
+from safepatch_jax.models.layerwise import LAYERS
+
+
+def suits(sharder: Sharder) -> bool:
+    """Tell whether a mesh is one CPU device, whose weights can be looked at where they lie."""
+    return sharder.platform == "cpu" and sharder.mesh.size == 1
+
+
+class ByBlock:
+    """Continues sequences; see `generate.Whole` for methods and arguments.
+
+    One program is compiled for each shape of a block and used for all blocks. The host asks whether
+    sequences have ended one token late, so that it never waits for the token it has just asked for.
+
+    Args:
+      decoder: the model.
+      params: nested parameter dictionary on one CPU device. A weight that is stored in the dtype of
+        the arithmetic is not copied; others are cast once.
+    """
+
+    shrinks = True  # a step takes as long as it has sequences
+
+    def __init__(self, decoder: Decoder, params: Any):
+        self.decoder = decoder
+        self._ends = {name: part for name, part in params.items() if name != LAYERS}
+        self._ends = jax.tree.map(lambda x: x.astype(decoder.dtype), self._ends)
+        self._blocks = _unstacked({LAYERS: params[LAYERS]}, decoder)
+        windows = decoder.config.windows
+        self._windows = [np.int32(x) for x in windows] or [None] * len(self._blocks)
+
+    def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
+        config = self.decoder.config
+        shape = rows, config.num_kv_heads, capacity, config.head_dim
+        caches = [
+            Cache(jnp.zeros(shape, self.decoder.dtype), jnp.zeros(shape, self.decoder.dtype))
+            for _ in self._blocks
+        ]
+        return idle(rows, max_new, sampled, Past(caches, jnp.zeros(rows, jnp.int32)))
+
+    def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
+        tokens_GT, length_G = prompts
+        caches, length_B = state.past
+        x_GTD, written = _begin(self.decoder, self._ends, tokens_GT), []
+        for block, window, cache in zip(self._blocks, self._windows, caches):
+            x_GTD, cache = _read(self.decoder, block, window, x_GTD, length_G, cache, rows_G)
+            written.append(cache)
+        state = state._replace(past=length_B)
+        inputs = x_GTD, state, length_G, rows_G, stop_ids, sampling
+        state = _placed(self.decoder, self._ends, *inputs)
+        return state._replace(past=Past(written, state.past))
+
+    def advance(self, state: State, stop_ids, sampling, steps: int, enough: int) -> State:
+        for _ in range(steps):
+            done_B = state.done_B
+            state = self._step(state, stop_ids, sampling)
+            if np.sum(done_B) >= enough:
+                break
+        return state
+
+    def _step(self, state: State, stop_ids, sampling) -> State:
+        caches, length_B = state.past
+        x_B1D, written = _begin(self.decoder, self._ends, state.token_B[:, None]), []
+        for block, window, cache in zip(self._blocks, self._windows, caches):
+            x_B1D, cache = _follow(self.decoder, block, window, x_B1D, length_B, cache)
+            written.append(cache)
+        state = state._replace(past=length_B)
+        state = _emit(self.decoder, self._ends, x_B1D, state, stop_ids, sampling)
+        return state._replace(past=Past(written, state.past))
+
+    def take(self, state: State, rows) -> State:
+        """Return the state of some rows; the given one is donated."""
+        caches, length_B = state.past
+        caches = [_take(cache, rows) for cache in caches]
+        state = _take(state._replace(past=length_B), rows)
+        return state._replace(past=Past(caches, state.past))
+
+
+def _unstacked(stacked: Any, decoder: Decoder) -> list[Any]:
+    """Return the parameters of each block."""
+
+    def of_block(x: jax.Array, layer: int) -> jax.Array:
+        # Without a copy: the device's memory is the host's.
+        part = jax.device_put(np.asarray(x)[layer], x.sharding.device_set.copy().pop())
+        return part.astype(decoder.dtype)
+
+    return [
+        jax.tree.map(functools.partial(of_block, layer=layer), stacked)
+        for layer in range(decoder.config.num_layers)
+    ]
+
+
+def _module(kind: type, decoder: Decoder, *more: Any) -> Any:
+    return kind(decoder.config, decoder.dtype, decoder.sharder, *more)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(decoder: Decoder, ends: Any, tokens_BT):
+    return _module(Begin, decoder).apply({"params": ends}, tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _read(decoder: Decoder, block: Any, window, x_GTD, length_G, cache: Cache, rows_G):
+    """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
+    positions_1T = jnp.arange(x_GTD.shape[1])[None]
+    valid_GT = positions_1T < length_G[:, None]
+    x_GTD, kv = _module(OneBlock, decoder).apply(
+        {"params": block}, x_GTD, window, positions_1T, valid_GT
+    )
+    return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1]), rows_G)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _follow(decoder: Decoder, block: Any, window, x_B1D, length_B, cache: Cache):
+    """Return (what leaves a block that reads one token more, the cache with it)."""
+    here_B1 = jnp.ones((x_B1D.shape[0], 1), bool)
+    return _module(OneBlock, decoder).apply(
+        {"params": block}, x_B1D, window, length_B[:, None], here_B1, cache
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _placed(decoder: Decoder, ends: Any, x_GTD, state: State, length_G, rows_G, stop_ids, sampling):
+    """Return the state with the first tokens of prompts that have been read."""
+    x_G1D = jnp.take_along_axis(x_GTD, length_G[:, None, None] - 1, axis=1)
+    logits_G1V = _module(Readout, decoder).apply({"params": ends}, x_G1D)
+    first = first_state(logits_G1V[:, 0], length_G, stop_ids, sampling, state.out.shape[1])
+    return placed(state, first, rows_G)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _emit(decoder: Decoder, ends: Any, x_B1D, state: State, stop_ids, sampling):
+    """Return the state with one token more."""
+    logits_B1V = _module(Readout, decoder).apply({"params": ends}, x_B1D)
+    return emit(logits_B1V[:, 0], state._replace(past=state.past + 1), stop_ids, sampling)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _take(tree: Any, rows):
+    return jax.tree.map(lambda x: x[rows], tree)
