@@ -178,7 +178,7 @@ class Engine(Prompter):
         first, and those of less than half of its size apart, where they need less of a cache."""
         order, pools = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
         while order:
-            capacity, ways = padded(sizes[order[0]]), self.sharder.batch_ways
+            capacity, ways = _width(sizes[order[0]]), self.sharder.batch_ways
             pool = [i for i in order if 2 * sizes[i] > sizes[order[0]]]
             if len(pool) < self.rows(capacity):  # they would not fill the rows
                 pool = order[: self.rows(capacity)]
@@ -412,7 +412,7 @@ def padded(length: int) -> int:
 
 
 def _width(length: int) -> int:
-    """Round the length of a prompt up to one of very few."""
+    """Round the length of a prompt, alone or with its answer, up to one of very few."""
     return padded(-(-length // 16) * 16)
 
 

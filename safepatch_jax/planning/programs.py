@@ -201,19 +201,19 @@ def abstract_batch(
       shape: T and A.
     """
     length, answers = shape
-    array = functools.partial(_rows, sharder, rows)
+    array = functools.partial(_rows, sharder)
     return {
-        "tokens": array(length, jnp.int32),
-        "valid": array(length, jnp.bool_),
-        "predict_at": array(answers, jnp.int32),
-        "targets": array(answers, jnp.int32),
-        "weights": array(answers, jnp.float32),
+        "tokens": array((rows, length), jnp.int32),
+        "valid": array((rows, length), jnp.bool_),
+        "predict_at": array((rows, answers), jnp.int32),
+        "targets": array((rows, answers), jnp.int32),
+        "weights": array((rows, answers), jnp.float32),
     }
 
 
-def _rows(sharder: Sharder, rows: int, *length: int) -> jax.ShapeDtypeStruct:
-    axes = batch_layout(rows, sharder)[: 1 + len(length)]
-    return jax.ShapeDtypeStruct((rows, *length), jnp.int32, sharding=sharder.sharding(axes))
+def _rows(sharder: Sharder, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    axes = batch_layout(shape[0], sharder)[: len(shape)]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharder.sharding(axes))
 
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
@@ -291,14 +291,14 @@ def _decode(context: Context, config: DecoderConfig) -> list[Program]:
     dtypes = jnp.dtype(config.dtype), jnp.dtype(settings.model.compute_dtype)
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     evaluate, length = settings.evaluate, bucket(settings.data.max_prompt_tokens)
-    rows = functools.partial(_rows, decoder.sharder, evaluate.batch_size)
+    array = functools.partial(_rows, decoder.sharder)
 
     def trace():
         return decode.trace(
             decoder,
             param_table(config).abstract(sharder, dtype),
-            rows(length),
-            rows(),
+            array((evaluate.batch_size, length), jnp.int32),
+            array((evaluate.batch_size,), jnp.int32),
             jax.ShapeDtypeStruct((max(1, len(config.eos_ids)),), jnp.int32),
             max_new=evaluate.max_new_tokens,
         )

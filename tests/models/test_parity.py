@@ -278,17 +278,12 @@ def test_mlp(pair):
 
 def test_block(pair):
     for layer in range(pair.config.num_layers):
-        *around, window = surroundings(pair, layer)
-        pair.assert_rung(
-            modules.Block,
-            ("layers",),
-            f"model.layers.{layer}",
-            window,
-            None,
-            None,
-            *around,
-            layer=layer,
-        )
+        window = surroundings(pair, layer)[-1]
+        block = jax.tree.map(lambda x, layer=layer: x[layer], pair.params["layers"])
+        module = modules.OneBlock(pair.config, pair.decoder.dtype, pair.decoder.sharder)
+        inputs = pair.inputs[f"model.layers.{layer}"], window, *counted(TOKENS)
+        ours, _ = module.apply({"params": {"layers": block}}, *inputs)
+        assert_close(ours, pair.outputs[f"model.layers.{layer}"])
 
 
 def test_logits(pair):
