@@ -48,16 +48,16 @@ class ByBlock:
         self.decoder = decoder
         self._ends = {name: part for name, part in params.items() if name != LAYERS}
         self._ends = jax.tree.map(lambda x: x.astype(decoder.dtype), self._ends)
-        self._blocks = _unstacked({LAYERS: params[LAYERS]}, decoder)
+        self.blocks = _unstacked({LAYERS: params[LAYERS]}, decoder)
         windows = decoder.config.windows
-        self._windows = [np.int32(x) for x in windows] or [None] * len(self._blocks)
+        self._windows = [np.int32(x) for x in windows] or [None] * len(self.blocks)
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
         config = self.decoder.config
         shape = rows, config.num_kv_heads, capacity, config.head_dim
         caches = [
             Cache(jnp.zeros(shape, self.decoder.dtype), jnp.zeros(shape, self.decoder.dtype))
-            for _ in self._blocks
+            for _ in self.blocks
         ]
         return idle(rows, max_new, sampled, Past(caches, jnp.zeros(rows, jnp.int32)))
 
@@ -65,7 +65,7 @@ class ByBlock:
         tokens_GT, length_G = prompts
         caches, length_B = state.past
         x_GTD, written = _begin(self.decoder, self._ends, tokens_GT), []
-        for block, window, cache in zip(self._blocks, self._windows, caches):
+        for block, window, cache in zip(self.blocks, self._windows, caches):
             x_GTD, cache = _read(self.decoder, block, window, x_GTD, length_G, cache, rows_G)
             written.append(cache)
         state = state._replace(past=length_B)
@@ -84,7 +84,7 @@ class ByBlock:
     def _step(self, state: State, stop_ids, sampling) -> State:
         caches, length_B = state.past
         x_B1D, written = _begin(self.decoder, self._ends, state.token_B[:, None]), []
-        for block, window, cache in zip(self._blocks, self._windows, caches):
+        for block, window, cache in zip(self.blocks, self._windows, caches):
             x_B1D, cache = _follow(self.decoder, block, window, x_B1D, length_B, cache)
             written.append(cache)
         state = state._replace(past=length_B)
@@ -92,7 +92,7 @@ class ByBlock:
         return state._replace(past=Past(written, state.past))
 
     def take(self, state: State, rows) -> State:
-        """Return the state of some rows; the given one is donated."""
+        """Return the state of some rows."""
         caches, length_B = state.past
         caches = [_take(cache, rows) for cache in caches]
         state = _take(state._replace(past=length_B), rows)
@@ -158,6 +158,6 @@ def _emit(decoder: Decoder, ends: Any, x_B1D, state: State, stop_ids, sampling):
     return emit(logits_B1V[:, 0], state._replace(past=state.past + 1), stop_ids, sampling)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _take(tree: Any, rows):
     return jax.tree.map(lambda x: x[rows], tree)

@@ -92,10 +92,12 @@ class Server:
         )
         while waiting or any(owner is not None for owner in owners):
             state = self._admit(state, waiting, owners)
-            state, owners = self._shrunk(state, waiting, owners)
             enough = len(owners)
             if waiting:
                 enough = min(enough, max(self._rows.group, owners.count(None) + 1))
+            elif self._pays(state, owners):
+                state, owners = self._shrunk(state, owners)
+                enough = -(-len(owners) // 2)
             steps = PIECE if self._finished else self._max_new
             state = self._model.advance(state, self._stop_ids, self._sampling(), steps, enough)
             state = self._collect(state, owners, done)
@@ -133,18 +135,20 @@ class Server:
         sampling = {name: x for name, x in self._draws.items() if name != "key"}
         return sampling if numbers is None else sampling | {"key": self._draws["key"][numbers]}
 
-    def _shrunk(
-        self, state: State, waiting: list, owners: list[int | None]
-    ) -> tuple[State, list[int | None]]:
-        """Leave idle rows out where no prompt waits for one."""
-        if waiting or not self._model.shrinks:
-            return state, owners
+    def _pays(self, state: State, owners: list[int | None]) -> bool:
+        """Tell whether so many tokens may follow that fewer rows would be quicker."""
+        if not self._model.shrinks or len(owners) == 1:
+            return False
+        running = [row for row, owner in enumerate(owners) if owner is not None]
+        return self._max_new - np.asarray(state.count_B)[running].min() >= _WORTH
+
+    def _shrunk(self, state: State, owners: list[int | None]) -> tuple[State, list[int | None]]:
+        """Halve the number of rows as long as there are idle ones enough."""
         running = [row for row, owner in enumerate(owners) if owner is not None]
         number = len(owners)
-        while number >= 2 * len(running) and number > 1:
+        while number >= 2 * len(running):
             number //= 2
-        emitted = np.asarray(state.count_B)[running]
-        if number == len(owners) or self._max_new - emitted.min() < _WORTH:
+        if number == len(owners):
             return state, owners
         free = [row for row, owner in enumerate(owners) if owner is None]
         rows = (running + free)[:number]

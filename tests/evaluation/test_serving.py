@@ -1,0 +1,158 @@
+"""Continuous batching: rows are given on, few programs are compiled, the host looks seldom, and the
+answers are those of sequences that run alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from safepatch_jax.evaluation.by_block import ByBlock, suits
+from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.generate import Whole
+from safepatch_jax.evaluation.serving import Rows, Server
+from safepatch_jax.io.hf import load_params
+from tests.conftest import sharder_of
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 256, n).tolist() for n in RNG.integers(1, 40, 24)]
+NEW = 48
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny, sharder):
+    return load_params(tiny, sharder)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny, sharder, loaded):
+    return Engine(*loaded, tiny, sharder, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    """Each prompt's whole answer, and a stop token that many have early and many not at all."""
+    engine.stop_ids = ()
+    answers = [engine.complete_ids([ids], NEW)[0] for ids in PROMPTS]
+
+    def early_or_not_at_all(token):
+        early = sum(token in ids[:10] for ids in answers)
+        return min(early, sum(token not in ids for ids in answers))
+
+    return answers, np.array([max(range(256), key=early_or_not_at_all)], np.int32)
+
+
+@dataclasses.dataclass
+class Counted:
+    """A model, and how often the host asks it for anything."""
+
+    model: object
+    admitted: int = 0
+    looks: int = 0
+    shapes: tuple = ()
+
+    @property
+    def shrinks(self):
+        return self.model.shrinks
+
+    def idle(self, *args):
+        return self.model.idle(*args)
+
+    def admit(self, *args):
+        self.admitted += 1
+        return self.model.admit(*args)
+
+    def advance(self, state, *args):
+        self.looks += 1
+        self.shapes += (state.token_B.shape[0],)
+        return self.model.advance(state, *args)
+
+    def take(self, *args):
+        return self.model.take(*args)
+
+
+def up_to(ids, stops):
+    ends = [k + 1 for k, token in enumerate(ids) if token in stops]
+    return ids[: min(ends, default=len(ids))]
+
+
+def serve(model, stops, rows=8, group=2):
+    answers = {}
+    server = Server(
+        model, Rows(rows, group, 96, lambda n: -(-n // 16) * 16), stops, None, NEW, dict
+    )
+    server.run(list(enumerate(PROMPTS)), lambda i, ids: answers.__setitem__(i, ids.tolist()))
+    return [answers[i] for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("kind", [ByBlock, Whole])
+def test_answers_are_those_of_sequences_alone(engine, alone, kind):
+    free, stops = alone
+    model = Counted(kind(engine.decoder, engine.params))
+    expected = [up_to(ids, stops) for ids in free]
+    lengths = sorted(map(len, expected))
+    assert lengths[5] <= 10 and lengths[-3] == NEW, "answers end neither early nor late"
+    assert serve(model, stops) == expected
+    # The host looks when rows are to be given on, or left out, not at each token.
+    assert model.admitted <= len(PROMPTS) // 2 + 4
+    assert model.looks <= model.admitted + 4 < sum(lengths) / 8
+    assert (min(model.shapes) < 8) == kind.shrinks
+
+
+def test_rows_are_given_on(engine, alone):
+    """Where rows wait for the longest of their batch, these prompts take 3 * NEW steps."""
+    free, stops = alone
+    steps = [0]
+
+    class Stepped(ByBlock):
+        def _step(self, *args):
+            steps[0] += 1
+            return super()._step(*args)
+
+    answers = serve(Stepped(engine.decoder, engine.params), stops)
+    batches = [answers[start : start + 8] for start in range(0, len(answers), 8)]
+    waiting = sum(max(map(len, batch)) for batch in batches)
+    assert steps[0] < waiting - 10
+
+
+def test_compilations_of_an_evaluation(tiny, sharder, loaded):
+    """Few, whatever the prompts' lengths; none for a second one."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.clear_caches()
+        engine = Engine(*loaded, tiny, sharder, batch_size=8)
+        engine.complete_ids(PROMPTS, NEW)
+        first = len(compiled)
+        engine.complete_ids(PROMPTS[::-1], NEW)
+        again = len(compiled) - first
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert 0 < first <= 40 and again == 0
+
+
+def test_weights_are_not_copied(engine):
+    if not suits(engine.sharder):
+        pytest.skip("the weights of several devices lie with each")
+    stacked = engine.params["layers"]["mlp"]["gate"]
+    blocks = [block["layers"]["mlp"]["gate"] for block in engine.model.blocks]
+    size = stacked.nbytes // len(blocks)
+    start = stacked.unsafe_buffer_pointer()
+    assert [x.unsafe_buffer_pointer() for x in blocks] == [
+        start + i * size for i in range(len(blocks))
+    ]
+
+
+def test_a_mesh_gives_the_same(tiny, alone):
+    free, stops = alone
+    sharder = sharder_of(8, 2)
+    engine = Engine(*load_params(tiny, sharder), tiny, sharder, batch_size=8)
+    assert isinstance(engine.model, Whole)
+    engine.stop_ids = tuple(stops.tolist())
+    expected = [[t for t in up_to(ids, stops) if t not in stops] for ids in free]
+    assert engine.complete_ids(PROMPTS, NEW) == expected
