@@ -36,7 +36,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks.common import needed_flops, rated_flops, raw_config, spread
+from benchmarks.common import machine, needed_flops, rated_flops, raw_config, spread
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
 _SHAPE = flags.DEFINE_enum(
@@ -311,8 +311,8 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
         f"{_REPEATS.value} (least - most)"
     )
     print(
-        f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads; other processes took "
-        f"{others:.0%} of the machine\n"
+        f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads ({machine()}); other processes "
+        f"took {others:.0%} of the machine\n"
     )
     product, seconds = {}, {}
     for side in facts:

@@ -195,7 +195,8 @@ class ScoreSettings:
     in_flight: int = option(
         1,
         "Samples on each part of the mesh's batch axis whose gradients of one block exist at once "
-        "(per_sample, weights of blocks). Fewer take less memory; results stay but for rounding.",
+        "(per_sample, weights of blocks). Fewer take less memory; results stay but for rounding. "
+        "On one CPU device gradients come one by one all the same.",
         low=1,
     )
     inputs: str = option(

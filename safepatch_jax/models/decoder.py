@@ -95,12 +95,20 @@ class _Module(nn.Module):
     def product(self, equation, x, weight, dtype=None):
         """Return jnp.einsum(equation, x, weight), x [B, T, ...]."""
         rows, length = x.shape[:2]
-        if length > 1 or not 1 < rows <= _FEW or self.platform != "cpu":
+        of_both, of_product = equation.split("->")
+        of_x, of_weight = of_both.split(",")
+        if self.platform == "cpu" and length > 1:
+            # With batch and length as one dimension. The weight's gradient sums over it; over two,
+            # XLA on CPU first makes a transposed copy, on one thread, of all that led to it.
+            of_x, of_product = (axes.replace("BT", "M") for axes in (of_x, of_product))
+            of_all = f"{of_x},{of_weight}->{of_product}"
+            flat = x.reshape(rows * length, *x.shape[2:])
+            y = jnp.einsum(of_all, flat, weight, preferred_element_type=dtype)
+            return y.reshape(rows, length, *y.shape[1:])
+        if self.platform != "cpu" or not 1 < rows <= _FEW:
             return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
         # One token of each sequence: XLA on CPU multiplies twice as fast with the large factor
         # first. The barrier keeps it from turning the product round again.
-        of_both, of_product = equation.split("->")
-        of_x, of_weight = of_both.split(",")
         turned = of_product.removeprefix("BT") + "BT"
         y = jnp.einsum(f"{of_weight},{of_x}->{turned}", weight, x, preferred_element_type=dtype)
         return jnp.einsum(f"{turned}->{of_product}", jax.lax.optimization_barrier(y))

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
@@ -102,10 +103,21 @@ class BlockScores:
             _, back = jax.vjp(run, block, x_TD)
             return back(gradient_TD)
 
-        added, before_BTD = jax.vmap(
+        of_samples = jax.vmap(
             of_sample, in_axes=(None, 0, 0, 0), out_axes=(None, 0), axis_name=SAMPLES
-        )(block, x_BTD, gradient_BTD, batch)
-        return {path: total[path] + x for path, x in unnest(added).items()}, before_BTD
+        )
+
+        def add(total, xs):
+            added, before_BTD = of_samples(block, *xs)
+            return {path: total[path] + x for path, x in unnest(added).items()}, before_BTD
+
+        xs = x_BTD, gradient_BTD, batch
+        if self._sharder.platform != "cpu" or self._sharder.batch_ways > 1:
+            return add(total, xs)
+        # On CPU a product with an axis of samples is half as fast, and each sample's gradient
+        # would be written and read again: one by one, in the order of the samples.
+        total, before_S1TD = lax.scan(add, total, jax.tree.map(lambda x: x[:, None], xs))
+        return total, before_S1TD[:, 0]
 
     def _put_block(self, scoped, block, layer):
         return unnest(put_layer(nest(scoped), nest(block), layer))
