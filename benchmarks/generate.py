@@ -184,10 +184,9 @@ def compare(batch: int) -> bool:
     )
     print("| | load | first call | HF's first by it | again | HF's again by it | peak, GiB |")
     print("|---|---|---|---|---|---|---|")
-    middle = {
-        key: statistics.median(result[key] for result in results["HF"])
-        for key in ("first", "again")
-    }
+    middle = {}
+    for key in ("first", "again"):
+        middle[key] = statistics.median(result[key] for result in results["HF"])
     for side, of_side in results.items():
         cells = [side, f"{statistics.median(r['load'] for r in of_side):.1f}"]
         for key in ("first", "again"):

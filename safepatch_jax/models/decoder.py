@@ -384,9 +384,9 @@ class Decoder(_Module):
         (x_BTD, cache), kv = layers((x_BTD, cache), windows_L, layers_L, *seen)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
-        return (
-            x_BTD if hidden else _read_out(self, embedder, x_BTD)
-        ), kv if cache is None else cache
+        if not hidden:
+            x_BTD = _read_out(self, embedder, x_BTD)
+        return x_BTD, kv if cache is None else cache
 
 
 class Begin(_Module):
