@@ -163,7 +163,7 @@ class Engine(Prompter):
 
         with progress(len(prompts), title, "answer") as bar:
             for rows, group in self._pools([len(ids) + max_new for ids in prompts]):
-                server = Server(self.model, rows, stops, draws, max_new, self._put, finished)
+                server = Server(self.model, rows, stops, draws, max_new, self.put, finished)
                 server.run([(i, prompts[i]) for i in group], keep)
         return answers
 
@@ -190,7 +190,8 @@ class Engine(Prompter):
             order = order[len(pool) :]
         return pools
 
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Lay a batch, which every process holds, out on the mesh."""
         return put_batch(batch, self.sharder)
 
     def answer(

@@ -11,13 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.contrasted import Contrasted
 from safepatch_jax.evaluation.decoding import Rule
 from safepatch_jax.evaluation.engine import NO_STOP, Engine
 from safepatch_jax.evaluation.generate import decode
-from safepatch_jax.runtime import processes
-from safepatch_jax.training.batch import put_batch
+from safepatch_jax.evaluation.serving import Rows, Server
 
 _STOPS = np.asarray(NO_STOP, np.int32)
 
@@ -25,10 +23,14 @@ _STOPS = np.asarray(NO_STOP, np.int32)
 def seconds_per_token(engine: Engine, new: int = 64, repeats: int = 3) -> float:
     """Return the median time of one decoded token of a full batch, prefill included; no stop token
     ends it earlier."""
-    prompts = [(engine.encode("the") * 32)[:32]] * engine.batch_size
-    batch = put_batch(prompt_batch(prompts, 32), engine.sharder)
-    (seconds,) = _seconds([functools.partial(_decode, engine, batch, new)], repeats)
-    return statistics.median(seconds) / (new * engine.batch_size)
+    number = engine.batch_size
+    prompts = list(enumerate([(engine.encode("the") * 32)[:32]] * number))
+    rows = Rows(number, number, 32 + new, width=lambda length: length)
+    server = Server(engine.model, rows, _STOPS, None, new, engine.put)
+    (seconds,) = _seconds(
+        [functools.partial(server.run, prompts, lambda number, ids: None)], repeats
+    )
+    return statistics.median(seconds) / (new * number)
 
 
 def atgr(
@@ -43,7 +45,8 @@ def atgr(
     """Return the time of a generated token with a method divided by that of plain greedy decoding
     (average token generation time ratio; Xu et al. 2024, arXiv 2402.08983).
 
-    Both run in turn, so that what slows the machine down slows both. A full batch of one
+    Both run in turn, as programs of the whole model, so that what slows the machine down slows
+    both; on a CPU an engine is quicker than that (see `by_block`). A full batch of one
     conversation, prefill included; a rule's prompts are as long as its system messages make them.
     No stop token ends a batch earlier.
 
@@ -84,12 +87,12 @@ def _decode(
     )
 
 
-def _seconds(runs: Sequence[Callable[[], jax.Array]], repeats: int) -> list[list[float]]:
+def _seconds(runs: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
     """Return the seconds of each repeat of each run; they run in turn."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats + 1):
         for values, run in zip(seconds, runs):
             start = time.perf_counter()
-            processes.fetch(run())
+            jax.block_until_ready(run())
             values.append(time.perf_counter() - start)
     return [values[1:] for values in seconds]  # the first one compiles
