@@ -15,7 +15,7 @@ from safepatch_jax.data.chat import Example
 from safepatch_jax.data.pipeline import shapes
 from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
-from safepatch_jax.data.windows import DERIVE, in_window
+from safepatch_jax.data.windows import in_window
 from safepatch_jax.evaluation.measures import combine_roles, measure_role
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
@@ -25,11 +25,12 @@ from safepatch_jax.patching.merge import apply_patching
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
 from safepatch_jax.patching.statistics import refuse_no_op
+from safepatch_jax.run.inputs import score_window
 from safepatch_jax.run.scratch import Flat, derived, derived_weights, scores
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
+from safepatch_jax.settings import PatchSettings, ScoreSettings
 
 MODES = ("per_sample", "batched")
 
@@ -63,12 +64,6 @@ def calibration(run: Run, score: ScoreSettings, role: str) -> list[Example]:
     examples = training_examples(run, role, score_window(run.settings, role))
     order = np.random.default_rng(run.settings.run.seed).permutation(len(examples))
     return [examples[i] for i in order[: score.samples]]
-
-
-def score_window(settings: Settings, role: str) -> str:
-    """Return the window of answer tokens over which a patch is scored."""
-    window = getattr(settings.score, f"{role}_tokens")
-    return getattr(settings.derive, f"{role}_tokens") if window == DERIVE else window
 
 
 def sensitivity(run: Run, role: str, score: ScoreSettings) -> Flat:
