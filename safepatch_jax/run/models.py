@@ -3,6 +3,7 @@ measured of them."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from safepatch_jax.data.pipeline import shapes
 from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.data.windows import in_window
-from safepatch_jax.evaluation.measures import combine_roles, measure_role
+from safepatch_jax.evaluation.measures import measure_roles
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, nest, param_table, unnest
@@ -110,9 +111,16 @@ def patched(
     return in_storage_dtype(run, result.others) | result.weights
 
 
-def measure_patch(run: Run, patch: PatchSettings, seed: int | None = None) -> dict[str, Any]:
-    """Return the measures of a patched model; see `patched` for arguments and errors."""
-    return measure(run, patched(run, patch, seed), "patched")[0]
+def weights_hash(flat: Flat) -> str:
+    """Return the SHA-256 of a model's weights, '' where a process holds only its part of them."""
+    if processes.several():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(flat):
+        x = processes.fetch(flat[path])
+        digest.update(f"{path} {x.dtype} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).view(np.uint8))
+    return digest.hexdigest()
 
 
 def measure(run: Run, flat: Flat, title: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -129,12 +137,7 @@ def measure(run: Run, flat: Flat, title: str) -> tuple[dict[str, Any], list[dict
     # All roles first: records that cannot be used are refused before anything is generated.
     encoded = {role: run.context.encoded(folder, role, settings.split) for role in DATA_ROLES}
     engine = run.context.engine(folder, nest(flat))
-    parts, answers = {}, []
-    for role, examples in encoded.items():
-        part, rows = measure_role(engine, role, examples, settings.max_new_tokens, title)
-        parts[role] = part
-        answers += rows
-    return combine_roles(parts), answers
+    return measure_roles(engine, encoded, settings.max_new_tokens, title)
 
 
 def apply_patch(

@@ -48,7 +48,8 @@ def test_rows_and_report(swept):
     rows = rows_of(swept)
     assert [(row["patch"]["beta"], row["seed"]) for row in rows] == [(1, 0), (1, 3), (4, 0), (4, 3)]
     for row in rows:
-        assert set(row) == {"patch", "seed", "keys", "measures", "seconds"} and row["seconds"] > 0
+        assert set(row) == {"patch", "seed", "keys", "measures", "seconds", "weights"}
+        assert len(row["weights"]) == 64 and row["seconds"] > 0
         assert set(row["keys"]) == {*sweep.PARTS, "dtype", "rounding"}
         assert row["measures"]["harmful"]["n"] == 2
     assert {path.name for path in swept.iterdir()} == {
@@ -151,6 +152,17 @@ def test_the_plan_lists_the_points_and_reads_no_model(swept, settings, tmp_path)
     assert not (tmp_path / "new").exists()
 
 
+def test_points_of_the_same_weights_share_their_measures(trained, settings, capfd):
+    """With retention 1 nothing is drawn: the second seed is merged and not measured."""
+    grid = design(settings, ["patch.retention=1;run.seed=0,3"], [])
+    swept_by_answers(settings, trained, grid)
+    first, second = rows_of(trained)
+    assert (first["seed"], second["seed"]) == (0, 3) and first["measures"] == second["measures"]
+    assert first["weights"] == second["weights"]
+    bars = capfd.readouterr().err
+    assert bars.count("patched: answers: 100%") == 1
+
+
 def test_points_that_give_no_row_are_named_and_stop_no_other(trained, settings, capsys):
     """Weights that overflow, and a patch that changes nothing."""
     nothing = "patch.top_rate_se=0;patch.top_rate_osm=0"
@@ -190,7 +202,9 @@ def bits(flat):
 def test_the_runs_own_seed_changes_nothing(swept, run, settings):
     last = rows_of(swept)[-1]
     assert (last["patch"]["beta"], last["seed"]) == (settings.patch.beta, settings.run.seed)
-    assert models.measure_patch(run, settings.patch) == last["measures"]
+    flat = models.patched(run, settings.patch)
+    assert models.weights_hash(flat) == last["weights"]
+    assert models.measure(run, flat, "test")[0] == last["measures"]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch_jax.evaluation.openings import Openings
-from safepatch_jax.run import models
 from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.settings import PatchSettings
 from safepatch_jax.studies.sweep import analysis
 
 OPENINGS, BACKBONE = "openings.json", "backbone_margins.json"
@@ -68,11 +66,6 @@ def noted_with(path: pathlib.Path, key: str) -> dict[str, Any] | None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     return files.read_json(path, _FIX) if path.is_file() else {}
-
-
-def measure(run: Run, meter: MarginMeter, patch: PatchSettings, seed: int) -> dict[str, Any]:
-    """Return a patched model's measures by margins; see `models.patched` for errors."""
-    return meter.measures(meter.engine(models.patched(run, patch, seed)), "patched")
 
 
 def unanswered(

@@ -8,7 +8,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.numerics import NotFinite
@@ -215,7 +215,7 @@ def _compute(
         row, pace = known.get(_key(_choice(point))), "has a row"
         if row is None:
             missing -= 1
-            result, reason = _measured(run, point, meter)
+            result, reason = _measured(run, point, meter, _by_weights(known.values()))
             if reason:
                 failures.append(titles[point])
                 say(f"{place}no row: {reason}")
@@ -255,26 +255,44 @@ def _key(row: Mapping[str, Any]) -> str:
 
 
 def _measured(
-    run: Run, point: Point, meter: MarginMeter | None
+    run: Run, point: Point, meter: MarginMeter | None, done: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """Return (a point's measures and the seconds they took, None), or ({}, why it has none), the
-    same in all processes.
+    """Return (a point's measures, the seconds they took and the hash of its weights, None), or
+    ({}, why it has none), the same in all processes.
+
+    Settings that have no part in a merge give the same weights: then the measures are those in
+    `done`, see `_by_weights`.
 
     One model that is broken should not stop a sweep of many; errors that any point would meet are
     raised.
     """
-    begun, measures, reason = time.monotonic(), {}, None
+    begun, weights, measures, reason = time.monotonic(), "", {}, None
     try:
-        if meter is None:
-            measures = models.measure_patch(run, point.patch, point.seed)
-        else:
-            measures = by_margins.measure(run, meter, point.patch, point.seed)
+        flat = models.patched(run, point.patch, point.seed)
+        weights = models.weights_hash(flat)
+        measures = done.get(weights) or _measures(run, flat, meter)
     except (NotFinite, BadSettings) as error:
         reason = str(error)
     reasons = [reason for reason in processes.everyones(reason) if reason]
     if reasons:
         return {}, reasons[0]
-    return {"measures": measures, "seconds": round(time.monotonic() - begun, 1)}, None
+    seconds = round(time.monotonic() - begun, 1)
+    return {"measures": measures, "seconds": seconds, "weights": weights}, None
+
+
+def _by_weights(
+    rows: Iterable[Mapping[str, Any]], field: str = "measures"
+) -> dict[str, dict[str, Any]]:
+    """Return what rows hold in a field, by the hash of their weights; rows without either are left
+    out."""
+    return {row["weights"]: row[field] for row in rows if row.get("weights") and field in row}
+
+
+def _measures(run: Run, flat: models.Flat, meter: MarginMeter | None) -> dict[str, Any]:
+    """Return a model's measures by answers, or by margins where there is a meter."""
+    if meter is None:
+        return models.measure(run, flat, "patched")[0]
+    return meter.measures(meter.engine(flat), "patched")
 
 
 def _finish(
@@ -294,7 +312,7 @@ def _answer_front(run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, A
         run.runner.need(name)
     for number, row in enumerate(missing, 1):
         point = Point(PatchSettings(**row["patch"]), row["seed"])
-        result, reason = _measured(run, point, None)
+        result, reason = _measured(run, point, None, _by_weights(rows, "answers"))
         text = f"none: {reason}"
         if reason is None:
             row["answers"] = result["measures"]
