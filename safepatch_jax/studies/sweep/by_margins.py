@@ -13,8 +13,8 @@ from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.studies.sweep import analysis
+from safepatch_jax.studies.sweep.plan import BACKBONE, OPENINGS
 
-OPENINGS, BACKBONE = "openings.json", "backbone_margins.json"
 MOST_ANSWERS = 12
 _FIX = "Delete it, and it is made again."
 
@@ -32,11 +32,6 @@ def margin_meter(run: Run) -> MarginMeter:
     content = meter.openings.to_dict(meter.backbone().decode) | {"key": key}
     processes.on_first(files.write_json, path, content)
     return meter
-
-
-def measure_of(row: Mapping[str, Any]) -> str:
-    """Return by what a row of a sweep was measured: 'margins' or 'answers'."""
-    return row["keys"].get("measure", "answers")
 
 
 def measure_keys(run: Run, meter: MarginMeter) -> dict[str, Any]:

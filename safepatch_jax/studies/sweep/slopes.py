@@ -33,8 +33,9 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import by_margins
 from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY
+from safepatch_jax.studies.sweep.plan import open_workdir
 from safepatch_jax.studies.sweep.slope_figures import draw
-from safepatch_jax.studies.sweep.study import PARTS, open_workdir
+from safepatch_jax.studies.sweep.study import PARTS
 
 POINTS = "slope_points"
 LEAST = 0.005  # a share by which a point must be below the backbone's
