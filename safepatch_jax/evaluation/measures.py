@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,11 +34,13 @@ def measure_roles(
     prompts = []
     for role in ANSWERED:
         prompts += [example.prompt_ids for example in encoded[role].examples]
-    written = iter(engine.complete_ids(prompts, max_new, f"{title}: answers"))
-    ids = {role: [next(written) for _ in encoded[role].examples] for role in ANSWERED}
+    every = iter(engine.complete_ids(prompts, max_new, f"{title}: answers"))
+    written = {}
+    for role in ANSWERED:
+        written[role] = list(itertools.islice(every, len(encoded[role].examples)))
     parts, answers = {}, []
     for role, records in encoded.items():
-        part, rows = measure_role(engine, role, records, max_new, title, ids.get(role))
+        part, rows = measure_role(engine, role, records, max_new, title, written.get(role))
         parts[role] = part
         answers += rows
     return combine_roles(parts), answers
