@@ -22,6 +22,7 @@ from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.kept import KeptEntries, keep_entries, selection, weigh_entries
 from safepatch_jax.patching.merge import apply_patching
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
@@ -148,13 +149,7 @@ def apply_patch(
     sensitivities: Mapping[str, Mapping[str, jax.Array]] | None = None,
 ) -> PatchResult:
     """Run the patch operation on a freshly loaded backbone, whose buffers it takes over."""
-    config, params = run.context.load(run.backbone)
-    rows = param_table(config).scope(patch.scope)
-    table = unnest(param_table(config).abstract(run.context.sharder))
-    abstract = nest({row.path: table[row.path] for row in rows})
-    # Read weight by weight: the backbone is all that is held whole.
-    backbone = unnest(params)
-    models = {role: derived_weights(run, role, abstract, backbone) for role in PATCH_ROLES}
+    rows, abstract, backbone, models = _parts(run, patch)
     if sensitivities is None:
         sensitivities = {role: scores(run, role, abstract) for role in PATCH_ROLES}
     overlap = {}
@@ -175,6 +170,45 @@ def apply_patch(
     )
     others = {path: x for path, x in backbone.items() if path not in weights}
     return PatchResult(weights, others, statistics, overlap)
+
+
+def _parts(
+    run: Run, patch: PatchSettings
+) -> tuple[Sequence[Param], dict[str, Any], Flat, dict[str, Mapping[str, jax.Array]]]:
+    """Return what a patch is made from: (rows of its scope, their shapes, nested; a freshly loaded
+    backbone, flat; the derived models)."""
+    config, params = run.context.load(run.backbone)
+    rows = param_table(config).scope(patch.scope)
+    table = unnest(param_table(config).abstract(run.context.sharder))
+    abstract = nest({row.path: table[row.path] for row in rows})
+    # Read weight by weight: the backbone is all that is held whole.
+    backbone = unnest(params)
+    models = {role: derived_weights(run, role, abstract, backbone) for role in PATCH_ROLES}
+    return rows, abstract, backbone, models
+
+
+def keep(run: Run, patch: PatchSettings, seed: int) -> KeptEntries | None:
+    """Select what a patch keeps, for `weigh`; None where that cannot be done apart from its
+    weights, on a mesh of several devices, or where an importance is NaN or infinite."""
+    if selection(patch, seed) is None or run.context.sharder.mesh.size > 1:
+        return None
+    rows, abstract, backbone, models = _parts(run, patch)
+    sensitivities = {role: scores(run, role, abstract) for role in PATCH_ROLES}
+    return keep_entries(backbone, models, sensitivities, rows, patch, seed, "selection")
+
+
+def weigh(run: Run, patch: PatchSettings, kept: KeptEntries) -> Flat | None:
+    """Return what `patched` does, from entries that were selected before; None where `patched`
+    raises an error."""
+    rows, _, backbone, models = _parts(run, patch)
+    export = run.settings.export
+    merged = weigh_entries(
+        kept, backbone, models, rows, patch, "patch", export.dtype, export.rounding
+    )
+    if merged is None:
+        return None
+    others = {path: x for path, x in backbone.items() if path not in merged}
+    return in_storage_dtype(run, others) | merged
 
 
 def in_storage_dtype(run: Run, flat: Flat) -> Flat:

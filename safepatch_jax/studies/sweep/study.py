@@ -22,6 +22,7 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
 from safepatch_jax.settings import PatchSettings, Settings
 from safepatch_jax.studies.sweep import analysis, by_margins, report
+from safepatch_jax.studies.sweep.merging import Merger
 from safepatch_jax.studies.sweep.plan import (
     ANSWERS,
     MARGINS,
@@ -86,9 +87,10 @@ def sweep(
         with metrics.Metrics(folder.path) as run.metrics:
             earlier = processes.on_first(_begin, run, command)
             meter = by_margins.margin_meter(run) if measure == MARGINS else None
-            rows, backbone, failures = _compute(run, points, earlier, meter)
+            merger = Merger(run)
+            rows, backbone, failures = _compute(merger, points, earlier, meter)
             if rows:
-                _finish(run, rows, backbone, meter is not None)
+                _finish(merger, rows, backbone, meter is not None)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(points)} points gave no row ({some(failures)}), for the "
@@ -106,14 +108,14 @@ def _begin(run: Run, command: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _compute(
-    run: Run, points: Sequence[Point], rows: list[dict[str, Any]], meter: MarginMeter | None
+    merger: Merger, points: Sequence[Point], rows: list[dict[str, Any]], meter: MarginMeter | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Compute the missing rows, and add them to `rows` and to the file.
 
     Returns:
       (all rows of this model and training, the backbone's measures, the points without a row).
     """
-    export = run.settings.export
+    run, export = merger.run, merger.run.settings.export
     base = {name: run.runner.key(name) for name in PARTS}
     base |= {"dtype": export.dtype, "rounding": export.rounding}
     if meter is not None:
@@ -122,7 +124,9 @@ def _compute(
     for row in rows:
         if row["keys"] == base and row["patch"].keys() == set(OPTIONS):
             known[key_of(row)] = row
-    missing = sum(key_of(choice(point)) not in known for point in points)
+    new = [point for point in points if key_of(choice(point)) not in known]
+    missing = len(new)
+    merger.expect(new)
     measure = ANSWERS if meter is None else MARGINS
     others = sum(measure_of(row) != measure for row in rows)
     if others:
@@ -144,7 +148,7 @@ def _compute(
         row, pace = known.get(key_of(choice(point))), "has a row"
         if row is None:
             missing -= 1
-            result, reason = _measured(run, point, meter, _by_weights(known.values()))
+            result, reason = _measured(merger, point, meter, _by_weights(known.values()))
             if reason:
                 failures.append(names[point])
                 say(f"{place}no row: {reason}")
@@ -166,7 +170,7 @@ def _write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _measured(
-    run: Run, point: Point, meter: MarginMeter | None, done: Mapping[str, Any]
+    merger: Merger, point: Point, meter: MarginMeter | None, done: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """Return (a point's measures, the seconds they took and the hash of its weights, None), or
     ({}, why it has none), the same in all processes.
@@ -179,9 +183,9 @@ def _measured(
     """
     begun, weights, measures, reason = time.monotonic(), "", {}, None
     try:
-        flat = models.patched(run, point.patch, point.seed)
+        flat = merger.merged(point)
         weights = models.weights_hash(flat)
-        measures = done.get(weights) or _measures(run, flat, meter)
+        measures = done.get(weights) or _measures(merger.run, flat, meter)
     except (NotFinite, BadSettings) as error:
         reason = str(error)
     reasons = [reason for reason in processes.everyones(reason) if reason]
@@ -207,23 +211,25 @@ def _measures(run: Run, flat: models.Flat, meter: MarginMeter | None) -> dict[st
 
 
 def _finish(
-    run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
+    merger: Merger, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
 ) -> None:
     """Let the models of the front write answers, where points did not, and report."""
     if front_answers:
-        _answer_front(run, rows, backbone)
-    processes.on_first(_report, run, rows, backbone)
+        _answer_front(merger, rows, backbone)
+    processes.on_first(_report, merger.run, rows, backbone)
 
 
-def _answer_front(run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
+def _answer_front(merger: Merger, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
     """Let the models of the front, and the recommended one, write answers; keep them with their
     rows. A model that overflows in one of them gets none."""
+    run = merger.run
     missing = by_margins.unanswered(rows, analysis.gather(run.settings, rows, backbone))
+    points = [Point(PatchSettings(**row["patch"]), row["seed"]) for row in missing]
+    merger.expect(points)
     for name in PARTS if missing else ():
         run.runner.need(name)
-    for number, row in enumerate(missing, 1):
-        point = Point(PatchSettings(**row["patch"]), row["seed"])
-        result, reason = _measured(run, point, None, _by_weights(rows, "answers"))
+    for number, (row, point) in enumerate(zip(missing, points), 1):
+        result, reason = _measured(merger, point, None, _by_weights(rows, "answers"))
         text = f"none: {reason}"
         if reason is None:
             row["answers"] = result["measures"]
