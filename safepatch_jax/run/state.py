@@ -58,7 +58,9 @@ class Run:
         from safepatch_jax.run.context import Context, keep_programs
 
         keep_programs(self.inputs.cache_dir)
-        return Context(self.settings, inputs=self.inputs)
+        context = Context(self.settings, inputs=self.inputs)
+        self.inputs = context  # so that nothing is read twice
+        return context
 
     def folder(self, name: str) -> pathlib.Path:
         """Return the model folder that a stage stands for."""
