@@ -99,14 +99,15 @@ def keep_entries(
         donated, and `selection` must not be None.
 
     Returns:
-      them; None where an importance is NaN or infinite.
+      them; None where an importance is NaN or infinite, or a patch zero everywhere
+      (`apply_patching` and `refuse_no_op` say what is wrong).
     """
     if not patch.needs_sensitivity:
         sensitivity = dict.fromkeys(PATCH_ROLES, dict.fromkeys(row.path for row in rows))
-    counts, packed, finite = matrix_counts(rows, patch), {}, []
+    counts, packed, finite, nonzero = matrix_counts(rows, patch), {}, [], []
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
-            packed[row.path], is_finite = _keep(
+            packed[row.path], is_finite, is_nonzero = _keep(
                 backbone[row.path],
                 _of(derived, row.path),
                 _of(sensitivity, row.path),
@@ -117,8 +118,10 @@ def keep_entries(
                 shape=(row.num_layers, *row.hf_shape),
             )
             finite.append(is_finite)
+            nonzero.append(is_nonzero)
             bar.update()
-    return KeptEntries(seed, packed) if all(map(bool, finite)) else None
+    sound = all(map(bool, finite)) and np.any(np.stack(nonzero), axis=0).all()
+    return KeptEntries(seed, packed) if sound else None
 
 
 def weigh_entries(
@@ -174,9 +177,9 @@ def _keep(
     *,
     options: ProgramOptions,
     shape: tuple[int, ...],
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Return the kept entries of one weight in all blocks, packed, and whether all importances are
-    finite; see `patch_matrices`."""
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """Return (the kept entries of one weight in all blocks, packed; whether all importances are
+    finite; which patches are not zero there, [2]); see `patch_matrices`."""
 
     def one_tensor(xs):
         stored, derived, sensitivity, keys, counts = xs
@@ -185,11 +188,12 @@ def _keep(
         kept = MERGE_METHODS[options.merge].function(tensor).kept
         finite = [jnp.all(jnp.isfinite(importance[role])) for role in PATCH_ROLES]
         packed = {role: jnp.packbits(kept[role].reshape(-1)) for role in PATCH_ROLES}
-        return packed, jnp.all(jnp.stack(finite))
+        nonzero = [jnp.any(patch[role] != 0) for role in PATCH_ROLES]
+        return packed, jnp.all(jnp.stack(finite)), jnp.stack(nonzero)
 
     theta, derived, sensitivity = _in_matrices((theta, derived, sensitivity), shape)
-    packed, finite = lax.map(one_tensor, (theta, derived, sensitivity, keys, counts))
-    return packed, jnp.all(finite)
+    packed, finite, nonzero = lax.map(one_tensor, (theta, derived, sensitivity, keys, counts))
+    return packed, jnp.all(finite), jnp.any(nonzero, axis=0)
 
 
 @functools.partial(

@@ -189,7 +189,7 @@ def _parts(
 
 def keep(run: Run, patch: PatchSettings, seed: int) -> KeptEntries | None:
     """Select what a patch keeps, for `weigh`; None where that cannot be done apart from its
-    weights, on a mesh of several devices, or where an importance is NaN or infinite."""
+    weights, on a mesh of several devices, or where `patched` raises an error over the models."""
     if selection(patch, seed) is None or run.context.sharder.mesh.size > 1:
         return None
     rows, abstract, backbone, models = _parts(run, patch)

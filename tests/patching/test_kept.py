@@ -54,13 +54,13 @@ def test_what_depends_on_the_weights_or_the_whole_scope_has_no_selection_of_its_
 
 
 def test_a_broken_result_or_none_at_all_is_left_to_the_whole_merge():
-    theta, derived, sensitivity = inputs()
+    theta, derived, sensitivity = inputs(step=100)
     patch, models = PatchSettings(), by_role(derived)
     kept = keep_entries(on_device(theta), models, by_role(sensitivity), ROWS, patch, SEED, "test")
     for alpha, beta in ((1e38, 1e38), (0.0, 0.0)):
         weighed = dataclasses.replace(patch, alpha=alpha, beta=beta)
         assert weigh_entries(kept, on_device(theta), models, ROWS, weighed, "test") is None
     derived["se"][ROWS[0].path].flat[0] = np.inf
-    broken = by_role(derived)
-    scores = by_role(sensitivity)
-    assert keep_entries(on_device(theta), broken, scores, ROWS, patch, SEED, "test") is None
+    for bad in (by_role(derived), {"se": on_device(theta), "osm": models["osm"]}):
+        scores = by_role(sensitivity)
+        assert keep_entries(on_device(theta), bad, scores, ROWS, patch, SEED, "test") is None
