@@ -20,6 +20,15 @@ def test_help_is_a_manual():
     assert "--patch.retention: p: probability" in result.stdout and "[0.3]" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["align", "convert", "evaluate", "inspect", "margins", "safepatch", "slopes", "sweep"],
+)
+def test_flags_are_read_without_what_computes(name):
+    script = f"import launch.{name}, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
 def test_convert_and_inspect(tiny, tmp_path):
     result = call(
         "launch.convert",
