@@ -14,6 +14,7 @@ from safepatch_jax.runtime import files
 from safepatch_jax.runtime.files import read_json
 from safepatch_jax.studies.sweep import report as sweep_report
 from safepatch_jax.studies.sweep import study as sweep
+from safepatch_jax.studies.sweep.merging import Merger
 from safepatch_jax.studies.sweep.plan import ANSWERS, MARGINS, plan
 from safepatch_jax.studies.sweep.points import design
 from tests.jobs import interrupted_at, stages_run
@@ -229,6 +230,15 @@ def test_a_seed_gives_what_a_run_of_that_seed_gives_on_the_same_scores(
     stored = {path: written[path] for path in merged}
     assert bits(merged) == bits(stored)
     assert bits(merged) != bits(models.apply_patch(ours, patch, "test").weights)
+
+
+def test_points_that_share_a_selection_have_the_bits_of_whole_merges(run, settings):
+    points = design(settings, ["patch.beta=1,2,3;patch.alpha=0.5,1,2"], [])
+    merger = Merger(run)
+    merger.expect(points)
+    for point in points[::4]:
+        assert bits(merger.merged(point)) == bits(models.patched(run, point.patch, point.seed))
+    assert merger.held == 1
 
 
 def test_by_margins_the_front_alone_answers(settings, points, trained, capsys):

@@ -11,6 +11,8 @@ from safepatch_jax.run import models
 from safepatch_jax.run.state import Run
 from safepatch_jax.studies.sweep.points import Point
 
+# Points beyond the first of their selection: fewer do not pay for compiling two programs more.
+LEAST = 8
 _MOST_BYTES = 1 << 30  # of selections that are held, beside the last one
 
 
@@ -26,8 +28,14 @@ class Merger:
         self._expected: collections.Counter[tuple] = collections.Counter()
         self._kept: collections.OrderedDict[tuple, KeptEntries] = collections.OrderedDict()
 
+    @property
+    def held(self) -> int:
+        """How many selections are held."""
+        return len(self._kept)
+
     def expect(self, points: Iterable[Point]) -> None:
-        """Say which points will be merged: what only one of them selects is not held."""
+        """Say which points will be merged: what only one of them selects is not held, and
+        nothing where few share a selection."""
         for point in points:
             key = selection(point.patch, point.seed)
             if key is not None:
@@ -47,7 +55,8 @@ class Merger:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        if self._expected[key] < 2:
+        spared = sum(number - 1 for number in self._expected.values())
+        if self._expected[key] < 2 or spared < LEAST:
             return None
         kept = models.keep(self.run, point.patch, point.seed)
         if kept is not None:
