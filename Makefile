@@ -5,8 +5,12 @@
 # Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
+# Several times as fast as pip, where it is at hand: make demo UV= does without.
+UV := $(shell command -v uv 2>/dev/null)
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(PIP))
 
 .PHONY: demo test lint test-tpu clean
 
@@ -32,16 +36,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: requirements.txt requirements-demo.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -r requirements-demo.txt
 	touch $@
 
 $(VENV)/.test: requirements-test.txt $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(INSTALL) -r requirements-test.txt
 	touch $@
 
 $(VENV)/.test-tpu: requirements-tpu-aot.txt $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu-aot.txt
+	$(INSTALL) -r requirements-tpu-aot.txt
 	touch $@
 
 clean:

@@ -19,7 +19,6 @@ Hugging Face torch where torch is installed and memory is free for its float32 c
 from absl import flags
 
 from launch import distributed, kinds, main
-from safepatch_jax.run import convert
 from safepatch_jax.runtime.console import say
 
 _SOURCE = kinds.model("source", None, "hf:DIR, orbax:DIR, gguf:FILE or smollm2.", required=True)
@@ -48,7 +47,9 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
-    certificate = convert.convert(
+    from safepatch_jax.run.convert import convert  # here: --help does not need JAX
+
+    certificate = convert(
         _SOURCE.value,
         _TARGET.value,
         mesh=_MESH.value,

@@ -36,8 +36,6 @@ from absl import flags
 from launch import distributed, kinds, main, measuring
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.console import show
-from safepatch_jax.studies.evaluate import study as evaluate
-from safepatch_jax.studies.evaluate.examples import show_examples
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 _DEFAULTS = EvaluationOptions()
@@ -101,7 +99,10 @@ def run() -> None:
         ) from None
     values = {name: flag.value for name, flag in _FLAGS.items()}
     options = EvaluationOptions(**values, seeds=seeds, templates=tuple(_TEMPLATES.value))
+    # Imported here: --help and mistakes in flags do not need JAX.
     if _SHOW.value:
+        from safepatch_jax.studies.evaluate.examples import show_examples
+
         for line in show_examples(_MODEL.value, options):
             show(line)
         return
@@ -110,7 +111,9 @@ def run() -> None:
             "--out is needed: the folder that receives the report, and from which a killed "
             "evaluation resumes."
         )
-    evaluate.evaluate(_MODEL.value, _OUT.value, options, _AGAINST.value)
+    from safepatch_jax.studies.evaluate.study import evaluate
+
+    evaluate(_MODEL.value, _OUT.value, options, _AGAINST.value)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ takes a second, also for a 70B model.
 from absl import flags
 
 from launch import kinds, main
-from safepatch_jax.models.table import SCOPES
-from safepatch_jax.run.convert import inspect_model
 from safepatch_jax.runtime.console import say
+from safepatch_jax.settings import declared_options
 
 _MODEL = kinds.model(
     "model",
@@ -22,11 +21,16 @@ _MODEL = kinds.model(
     required=True,
 )
 _SCOPE = flags.DEFINE_enum(
-    "scope", "block_linear", list(SCOPES), "Which parameters count as patchable."
+    "scope",
+    "block_linear",
+    list(declared_options()["patch.scope"].metadata["choices"]),
+    "Which parameters count as patchable.",
 )
 
 
 def run() -> None:
+    from safepatch_jax.run.convert import inspect_model  # here: --help does not need JAX
+
     for line in inspect_model(_MODEL.value, _SCOPE.value):
         say(line)
 

@@ -20,7 +20,7 @@ from absl import flags
 
 from launch import distributed, kinds, main, measuring
 from safepatch_jax.runtime import paths
-from safepatch_jax.studies.margins.study import MarginOptions, margin_map
+from safepatch_jax.studies.margins.options import MarginOptions
 
 _DEFAULTS = MarginOptions()
 _MODEL = kinds.path(
@@ -50,6 +50,8 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
+    from safepatch_jax.studies.margins.study import margin_map  # here: --help does not need JAX
+
     options = MarginOptions(**{name: flag.value for name, flag in _FLAGS.items()})
     margin_map(_MODEL.value, _OUT.value, options, _AGAINST.value)
 

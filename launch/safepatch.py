@@ -23,8 +23,6 @@ from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
-from safepatch_jax.planning.fitting import fitted
-from safepatch_jax.planning.plan import dry_run
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.console import say, show
 
@@ -57,11 +55,17 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
-    if _DRY_RUN.value:
-        dry_run(settings_flags.read_settings(fitted=True), _WORKDIR.value)
-        return
     settings = settings_flags.read_settings(fitted=True)
-    settings = fitted(settings, _WORKDIR.value, afresh=_UPDATE.value)
+    # What plans imports JAX, and a run with nothing left to do should not wait for it.
+    if _DRY_RUN.value:
+        from safepatch_jax.planning.plan import dry_run
+
+        dry_run(settings, _WORKDIR.value)
+        return
+    if settings.derive.memory == "auto":
+        from safepatch_jax.planning.fitting import fitted
+
+        settings = fitted(settings, _WORKDIR.value, afresh=_UPDATE.value)
     job = Job(settings, _WORKDIR.value, update=_UPDATE.value, verify=_VERIFY.value)
     if _SHOW.value:
         for line in job.examples():

@@ -22,7 +22,7 @@ from absl import flags
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
-from safepatch_jax.studies.sweep.slopes import SlopeOptions, slopes
+from safepatch_jax.studies.sweep.slope_options import SlopeOptions
 
 _DEFAULTS = SlopeOptions()
 _WORKDIR = kinds.path(
@@ -44,6 +44,8 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
+    from safepatch_jax.studies.sweep.slopes import slopes  # here: --help does not need JAX
+
     options = SlopeOptions(**{name: flag.value for name, flag in _FLAGS.items()})
     settings = settings_flags.read_settings()
     say(f"Report: {slopes(settings, _WORKDIR.value, options, sys.argv)}")

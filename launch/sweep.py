@@ -45,7 +45,7 @@ from absl import flags
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
-from safepatch_jax.studies.sweep import study as sweep
+from safepatch_jax.studies.sweep.plan import MARGINS, MEASURES, plan
 from safepatch_jax.studies.sweep.points import design
 
 _WORKDIR = kinds.path(
@@ -59,8 +59,8 @@ _AROUND = flags.DEFINE_multi_string(
 )
 _MEASURE = flags.DEFINE_enum(
     "measure",
-    sweep.MARGINS,
-    list(sweep.MEASURES),
+    MARGINS,
+    list(MEASURES),
     "margins: forward passes, and answers of the front alone; answers: every point answers.",
 )
 _DRY_RUN = flags.DEFINE_bool(
@@ -73,7 +73,7 @@ flags.adopt_module_key_flags(distributed)
 def run() -> None:
     if _DRY_RUN.value:
         settings = settings_flags.read_settings()
-        for line in sweep.plan(
+        for line in plan(
             settings,
             _WORKDIR.value,
             design(settings, _GRID.value, _AROUND.value),
@@ -82,9 +82,11 @@ def run() -> None:
             say(line)
         return
     distributed.join()
+    from safepatch_jax.studies.sweep.study import sweep  # here: a plan does not need JAX
+
     settings = settings_flags.read_settings()
     points = design(settings, _GRID.value, _AROUND.value)
-    report = sweep.sweep(settings, _WORKDIR.value, points, sys.argv, _MEASURE.value)
+    report = sweep(settings, _WORKDIR.value, points, sys.argv, _MEASURE.value)
     say(f"Report: {report}")
 
 

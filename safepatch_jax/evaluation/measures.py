@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +18,41 @@ ANSWERED = ("harmful", "lookalike")  # data roles whose prompts a model answers
 GIVEN = ("harmful", "ordinary")  # data roles whose answers' likelihood is taken
 
 
+def measure_roles(
+    engine: Engine, encoded: Mapping[str, Encoded], max_new: int, title: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure a model on the records of all three data roles; the prompts of all are answered
+    together, in fewer batches.
+
+    Args:
+      engine, max_new, title: see `measure_role`.
+      encoded: the tokenised records, by role.
+
+    Returns:
+      (measures, see `combine_roles`; answers, see `measure_role`).
+    """
+    prompts = []
+    for role in ANSWERED:
+        prompts += [example.prompt_ids for example in encoded[role].examples]
+    every = iter(engine.complete_ids(prompts, max_new, f"{title}: answers"))
+    written = {}
+    for role in ANSWERED:
+        written[role] = list(itertools.islice(every, len(encoded[role].examples)))
+    parts, answers = {}, []
+    for role, records in encoded.items():
+        part, rows = measure_role(engine, role, records, max_new, title, written.get(role))
+        parts[role] = part
+        answers += rows
+    return combine_roles(parts), answers
+
+
 def measure_role(
-    engine: Engine, role: str, encoded: Encoded, max_new: int, title: str
+    engine: Engine,
+    role: str,
+    encoded: Encoded,
+    max_new: int,
+    title: str,
+    written: Sequence[Sequence[int]] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure a model on the records of one data role.
 
@@ -28,6 +62,7 @@ def measure_role(
       encoded: the tokenised records.
       max_new: greedy tokens of an answer, at most.
       title: of the progress bars.
+      written: token ids of its answers, where the model has written them already.
 
     Returns:
       (measures, answers). Measures: data, the numbers of examples, of prompts left out and of
@@ -39,7 +74,10 @@ def measure_role(
     measures: dict[str, Any] = {"data": counts}
     answers = []
     if role in ANSWERED:
-        answers = _answers(engine, role, examples, max_new, title)
+        if written is None:
+            prompts = [example.prompt_ids for example in examples]
+            written = engine.complete_ids(prompts, max_new, f"{title}: {role} answers")
+        answers = _judged(engine, role, examples, written)
         outcomes = [answer["outcome"] for answer in answers]
         for outcome in OUTCOMES:
             measures[outcome] = outcomes.count(outcome)
@@ -49,12 +87,11 @@ def measure_role(
     return measures, answers
 
 
-def _answers(
-    engine: Engine, role: str, examples: Sequence[Example], max_new: int, title: str
+def _judged(
+    engine: Engine, role: str, examples: Sequence[Example], written: Sequence[Sequence[int]]
 ) -> list[dict[str, Any]]:
-    prompts = [example.prompt_ids for example in examples]
     answers = []
-    for i, ids in enumerate(engine.complete_ids(prompts, max_new, f"{title}: {role} answers")):
+    for i, ids in enumerate(written):
         text = engine.decode(ids)
         answers.append(
             {

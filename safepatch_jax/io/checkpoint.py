@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from safepatch_jax.io import checksums
-from safepatch_jax.io.companions import copy_companions
+from safepatch_jax.io.companions import MODEL, copy_companions
 from safepatch_jax.io.stored import DTYPES
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
@@ -32,7 +32,6 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reading, reason
 
-MODEL = "model.json"
 PARAMS = "params"
 COMPANIONS_FOLDER = "hf"
 _FORMAT = 1

@@ -30,6 +30,7 @@ COMPANIONS = (
 )
 
 
+MODEL = "model.json"  # of an orbax checkpoint
 TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 
 

@@ -11,9 +11,7 @@ import numpy as np
 
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.models.config import DecoderConfig, RopeScaling, config_from_hf
-from safepatch_jax.models.decoder import rotary_frequencies
 from safepatch_jax.models.families import FAMILIES
-from safepatch_jax.models.table import param_table
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import Refused, reading
 
@@ -86,6 +84,8 @@ def _read_model(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], wher
             f"{where}: architecture {name!r:.60} is not supported; supported: "
             f"{', '.join(_ARCHITECTURES)} (Mistral is stored as llama). {_FOLDER}."
         )
+    from safepatch_jax.models.table import param_table
+
     config = _read_config(name, metadata, tensors, where)
     divisors = tensors.get(_DIVISORS) if name == "llama" else None
     config |= _rope(config_from_hf(config, where), divisors, where)
@@ -265,6 +265,9 @@ def _llama3_scaling(plain: DecoderConfig, divisors: Stored, where: str) -> dict[
             f"{where}: {_DIVISORS} is {divisors.dtype} {divisors.shape}, expected float32 "
             f"{shape}. {_FOLDER}."
         )
+    # Here: who only looks for a file needs no JAX.
+    from safepatch_jax.models.decoder import rotary_frequencies
+
     values = divisors.read()
     # Every LLaMA 3.x has these numbers; the factor is that of the slowest rotation.
     scaling = RopeScaling(float(values[-1]), 1.0, 4.0, 8192)

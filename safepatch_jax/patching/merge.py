@@ -209,7 +209,7 @@ def count_at_least(
     return lax.map(one_tensor, (jnp.arange(shape[0]), derived, sensitivity, keys))
 
 
-def _counts(rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
+def matrix_counts(rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
     """Return the sizes of the top sets of each row or matrix, {role: {path: int32 [L]}}."""
     result: dict[str, dict[str, np.ndarray]] = {}
     for role, rate in top_rates(patch).items():
@@ -327,7 +327,7 @@ def apply_patching(
         derived, sensitivity = _held(derived, rows), _held(sensitivity, rows)
         counts = _scope_counts(backbone, derived, sensitivity, rows, patch, seed)
     else:
-        counts = _counts(rows, patch)
+        counts = matrix_counts(rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
             stored, models = backbone[row.path], _by_role(derived, row.path)

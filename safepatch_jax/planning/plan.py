@@ -12,8 +12,8 @@ from safepatch_jax.planning.fitting import fitted
 from safepatch_jax.planning.programs import PROGRAMS, architecture
 from safepatch_jax.planning.search import Planner
 from safepatch_jax.run.context import Context
-from safepatch_jax.run.convert import Place
 from safepatch_jax.run.job import Job
+from safepatch_jax.run.place import Place
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from safepatch_jax.run.convert import Place, source_facts
+from safepatch_jax.run.place import Place, source_facts
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.paths import resolve

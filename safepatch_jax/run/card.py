@@ -12,9 +12,8 @@ from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.patching.importances import IMPORTANCES
 from safepatch_jax.reporting import templates
 from safepatch_jax.run import certificate as certificates
-from safepatch_jax.run.report import describe_patch, labels
-
-NAME = "README.md"  # where Hugging Face looks for a model card
+from safepatch_jax.run.published import CERTIFICATE, describe_patch
+from safepatch_jax.run.report import labels
 
 
 def model_card(
@@ -49,7 +48,7 @@ def model_card(
         versions=versions,
         repeated=json.dumps(_settings(settings, prompts), indent=1),
         certificate=certificate,
-        file=certificates.FILE,
+        file=CERTIFICATE,
         summary=certificates.summary(certificate),
         **content,
     )

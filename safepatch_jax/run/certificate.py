@@ -31,12 +31,12 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.strays import adapter_of
 from safepatch_jax.models.table import param_table
+from safepatch_jax.run.published import CERTIFICATE
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.reading import reading
 from safepatch_jax.training.batch import put_batch
 
-FILE = "certificate.json"
 LIMIT = 1e-4  # of the largest logit; float32 against float32 differs by 1e-6 to 1e-5
 _PROBES, _LENGTH = 4, 48
 
@@ -116,7 +116,7 @@ def certify(
 
 def recorded_hashes(folder: pathlib.Path) -> dict[str, str] | None:
     """Return the SHA-256 of each tensor from a folder's certificate; None if it was deleted."""
-    path = folder / FILE
+    path = folder / CERTIFICATE
     if not path.is_file():
         return None
     try:

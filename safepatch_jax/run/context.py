@@ -3,10 +3,9 @@ programs."""
 
 from __future__ import annotations
 
-import collections
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
 from safepatch_jax.data.pipeline import Pool, training_batches
-from safepatch_jax.data.prompt_format import read_format
-from safepatch_jax.data.records import DATA_ROLES, Record, load_records, take
+from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.io.hf import StoredModel, load_params
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -23,9 +21,9 @@ from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.run.inputs import Inputs, Read
+from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.batch import check_batch
 from safepatch_jax.training.journal import Recipe, Recorder, ignore
@@ -44,17 +42,20 @@ def keep_programs(cache_dir: pathlib.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-class Context:
-    """Everything is made on first use and kept, so that stages which follow one another compile
-    once."""
+class Context(Inputs):
+    """What stages share on the devices; everything is made on first use and kept, so that stages
+    which follow one another compile once.
 
-    def __init__(self, settings: Settings, read: Callable[..., Sequence[Record]] = load_records):
-        """Take the settings, and what reads a role's records; contexts that share data may share a
-        reader that remembers."""
-        self.settings, self._read = settings, read
-        # Now: a file that is edited later is another template.
-        self.prompt_format = read_format(settings.data.template, settings.data.system)
-        self.cache_dir = resolve(settings.run.cache_dir)
+    Args:
+      settings, read: see `Inputs`.
+      inputs: those of the same settings, where they are at hand: nothing is read twice.
+    """
+
+    def __init__(self, settings: Settings, read: Read = load_records, inputs: Inputs | None = None):
+        if inputs is None:
+            super().__init__(settings, read)
+        else:
+            vars(self).update(vars(inputs))
         # Caches of this object alone: one on the class would keep every context alive.
         self.trainer = functools.cache(self._trainer)
         self.meter = functools.cache(self._meter)
@@ -71,35 +72,6 @@ class Context:
     @functools.cached_property
     def sharder(self) -> Sharder:
         return Sharder(make_mesh(self.settings.mesh.shape))
-
-    @functools.cached_property
-    def records(self) -> dict[str, list[Record]]:
-        data = self.settings.data
-        records = {}
-        for role in DATA_ROLES:
-            source = getattr(data, role)
-            records[role] = list(
-                self._read(role, source, data.manual_dir, self.cache_dir / "datasets")
-            )
-        if data.category:
-            records["harmful"] = _of_categories(records["harmful"], data.category, data.harmful)
-        return records
-
-    @functools.cached_property
-    def data_hashes(self) -> dict[str, str]:
-        """Of each role's records, and of a template that is a file."""
-        hashes = {}
-        for role, records in self.records.items():
-            hashes[role] = files.text_hash([record.fields() for record in records])
-        if self.prompt_format.sha256:
-            hashes["template"] = self.prompt_format.sha256
-        return hashes
-
-    def split(self, role: str, split: str, limit: int | None = None) -> list[Record]:
-        data = self.settings.data
-        if limit is None:
-            limit = data.train_limit if split == "train" else data.eval_limit
-        return take(self.records[role], split, limit)
 
     def decoder(self, config: DecoderConfig) -> Decoder:
         """Return the decoder of generation and evaluation.
@@ -278,31 +250,3 @@ class Context:
 
     def load(self, folder: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
         return load_params(folder, self.sharder)
-
-
-def _of_categories(records: Sequence[Record], names: str, source: str) -> list[Record]:
-    """Return the records of categories given as 'A+B'; one of several categories ('A; B') is in
-    each of them.
-
-    Raises:
-      ValueError: no record is of one of the categories; lists those that are there.
-    """
-    choice = _parts(names, "+")
-    counts: collections.Counter[str] = collections.Counter()
-    result = []
-    for record in records:
-        categories = _parts(record.category, ";")
-        counts.update(name or "(none)" for name in categories)
-        if categories & choice:
-            result.append(record)
-    if unknown := sorted(choice - counts.keys()):
-        missing = ", ".join(map(repr, unknown))
-        known = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
-        raise ValueError(
-            f"{source}: no record is of the category {missing} (data.category). There are {known}."
-        )
-    return result
-
-
-def _parts(text: str, separator: str) -> set[str]:
-    return {part.strip() for part in text.split(separator)}

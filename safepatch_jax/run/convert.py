@@ -3,7 +3,6 @@ certificate."""
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from safepatch_jax.io import gguf
 from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
-    MODEL,
     array_hashes,
     check_companions,
     load_checkpoint,
@@ -26,43 +24,11 @@ from safepatch_jax.models.describe import describe
 from safepatch_jax.models.strays import other_kind
 from safepatch_jax.models.table import param_table
 from safepatch_jax.run import certificate
+from safepatch_jax.run.place import Place, source_facts
+from safepatch_jax.run.published import CERTIFICATE
 from safepatch_jax.runtime import files, paths, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.text import printable
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a model is: kind 'hf', 'orbax' or 'gguf', and path."""
-
-    kind: str
-    path: pathlib.Path
-
-    @classmethod
-    def parse(cls, text: str) -> Place:
-        """Read ``hf:DIR``, ``orbax:DIR``, ``gguf:FILE``, ``smollm2``, or a bare path, whose kind is
-        then seen from its content.
-
-        Raises:
-          ValueError: another kind, or no path.
-        """
-        if text == "smollm2":
-            return cls("gguf", gguf.find_smollm2())
-        kind, colon, rest = text.partition(":")
-        if colon and kind in paths.MODEL_KINDS and rest:
-            return cls(kind, pathlib.Path(paths.plain(rest)))
-        path = pathlib.Path(paths.plain(text))
-        if colon and not path.exists():
-            raise ValueError(
-                f"'{printable(text, 200)}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or "
-                "smollm2."
-            )
-        if path.suffix == ".gguf":
-            return cls("gguf", path)
-        return cls("orbax" if (path / MODEL).is_file() else "hf", path)
-
-    def absolute(self) -> Place:
-        return Place(self.kind, self.path.absolute())
 
 
 def convert(
@@ -129,25 +95,10 @@ def convert(
             result = _to_hf(origin, out, sharder, logits, export)
         # Another process may still read the tokenizer in `out`, which is moved below.
         processes.barrier(f"{goal.path} is examined")
-        processes.on_first(files.write_json, out / certificate.FILE, result)
+        processes.on_first(files.write_json, out / CERTIFICATE, result)
         processes.on_first(files.keep_only, scratch, out)
     say(certificate.summary(result))
-    return goal.path / certificate.FILE
-
-
-def source_facts(place: Place) -> dict[str, Any]:
-    """Return what is cheaply seen of a source: its files' sizes, by relative name, and its
-    config."""
-    if not processes.several():
-        return {}
-    facts: dict[str, Any] = {}
-    for path in [*gguf.parts_of(place.path), *sorted(place.path.rglob("*"))]:
-        if path.is_file():
-            name = path.relative_to(place.path.parent)
-            facts[f"size of {name}"] = path.stat().st_size
-            if path.name == "config.json":
-                facts[f"SHA-256 of {name}"] = files.file_sha256(path)
-    return facts
+    return goal.path / CERTIFICATE
 
 
 def _refuse_contradictions(

@@ -9,20 +9,25 @@ import pathlib
 import platform
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safepatch_jax.mesh import Sharder
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import read_record
+
+if TYPE_CHECKING:
+    from safepatch_jax.mesh import Sharder
 
 FILE = "environment.json"
 # Beginnings of the names of environment variables that may change results.
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "OMP_", "TFDS_")
 
 
-def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder) -> None:
-    """Write, or bring up to date, a run's environment.json; earlier starts stay in its list."""
+def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder | None) -> None:
+    """Write, or bring up to date, a run's environment.json; earlier starts stay in its list.
+
+    Without a sharder nothing is computed, and no devices are named.
+    """
     path = folder / FILE
     starts = [*_starts(path), _describe_start(command, sharder)]
     files.write_json(path, {"starts": starts})
@@ -39,8 +44,7 @@ def _starts(path: pathlib.Path) -> list[Any]:
         return []
 
 
-def _describe_start(command: Sequence[str], sharder: Sharder) -> dict[str, Any]:
-    device = sharder.mesh.devices.flat[0]
+def _describe_start(command: Sequence[str], sharder: Sharder | None) -> dict[str, Any]:
     variables = sorted(name for name in os.environ if name.startswith(_VARIABLES))
     packages = {item.name: item.version for item in importlib.metadata.distributions()}
     return {
@@ -49,13 +53,18 @@ def _describe_start(command: Sequence[str], sharder: Sharder) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
-        "devices": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "number": sharder.mesh.size,
-            "mesh": dict(sharder.mesh.shape),
-            "processes": processes.count(),
-        },
+        "devices": None if sharder is None else _devices(sharder),
         "variables": {name: os.environ[name] for name in variables},
         "packages": dict(sorted(packages.items())),
+    }
+
+
+def _devices(sharder: Sharder) -> dict[str, Any]:
+    device = sharder.mesh.devices.flat[0]
+    return {
+        "kind": device.device_kind,
+        "platform": device.platform,
+        "number": sharder.mesh.size,
+        "mesh": dict(sharder.mesh.shape),
+        "processes": processes.count(),
     }

@@ -5,20 +5,18 @@ from __future__ import annotations
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.models.table import param_table
 from safepatch_jax.outcome import settings_differences
-from safepatch_jax.run import card, certificate, environment, report, steps
+from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import agree_on_run
-from safepatch_jax.run.context import keep_programs
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
-from safepatch_jax.run.room import Disk, disk_bytes, free_bytes, missing, refuse_small_disk
+from safepatch_jax.run.published import CARD, CERTIFICATE, FILES, data_text, describe_patch
 from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
-from safepatch_jax.run.table import Evaluate, stage_table, variants
+from safepatch_jax.run.table import Evaluate, evaluate_variant, stage_table, variants
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import example, say, some
 from safepatch_jax.runtime.paths import resolve
@@ -26,6 +24,9 @@ from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import DeriveSettings, Settings
+
+if TYPE_CHECKING:
+    from safepatch_jax.run.room import Disk
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
@@ -46,12 +47,12 @@ def open_run(
     folder: pathlib.Path,
     *,
     read: Read = load_records,
-    evaluate: Evaluate = steps.evaluate,
+    evaluate: Evaluate = evaluate_variant,
     flags: Mapping[str, Any] | None = None,
     verify: bool = False,
+    idle: bool = False,
 ) -> Run:
-    """Lay out the stages of a run in a folder; nothing is run, and no folder is made. From here on
-    compiled programs are kept in the run's cache.
+    """Lay out the stages of a run in a folder; nothing is run, and no folder is made.
 
     Args:
       settings: of the run.
@@ -60,18 +61,20 @@ def open_run(
       evaluate: measures a model of the report; a chain measures its models only once.
       flags: what else the command was given, JSON-able: the same in all processes.
       verify: compare the outputs of all finished stages by SHA-256.
+      idle: nothing may be left to run, so leave the devices alone; before a stage runs, the caller
+        calls `Run.check_batches`.
 
     Raises:
       ValueError: bad settings, model or data; processes that differ in any of it.
     """
     run = Run(settings, folder, read)
-    processes.on_first(files.refuse_unusable, run.context.cache_dir, CACHE)
-    keep_programs(run.context.cache_dir)
-    run.context.check_batches()
+    processes.on_first(files.refuse_unusable, run.inputs.cache_dir, CACHE)
+    if not idle:
+        run.context.check_batches()
     flags = {"--workdir": str(folder)} | dict(flags or {})
-    agree_on_run(settings, run.source, flags, lambda: run.context.data_hashes)
+    agree_on_run(settings, run.source, flags, lambda: run.inputs.data_hashes)
     processes.on_first(check_source, run.source)
-    run.runner = Runner(stage_table(run, evaluate), folder, run.context.cache_dir, verify)
+    run.runner = Runner(stage_table(run, evaluate), folder, run.inputs.cache_dir, verify)
     return run
 
 
@@ -101,7 +104,7 @@ class Job:
         update: bool = False,
         verify: bool = False,
         read: Read = load_records,
-        evaluate: Evaluate = steps.evaluate,
+        evaluate: Evaluate = evaluate_variant,
     ):
         self._folder = Workdir(
             workdir,
@@ -112,6 +115,7 @@ class Job:
             declared=(SETTINGS, environment.FILE),
         )
         self.settings, self.workdir, self._update = settings, self._folder.path, update
+        self._idle = False  # whether nothing is left to run
         self._folder.check()  # before data are read, and with several processes the model is hashed
         self.state = open_run(
             settings,
@@ -120,6 +124,7 @@ class Job:
             evaluate=evaluate,
             flags={"--update": update, "--verify": verify},
             verify=verify,
+            idle=(self.workdir / MANIFEST).is_file() and not processes.several(),
         )
 
     @property
@@ -136,9 +141,12 @@ class Job:
           ValueError: another run is at work in the workdir; the disk has less room than the run
             needs; or what a stage finds wrong.
         """
-        with self._folder.claimed(self.state.context.cache_dir):
-            if self.state.source.kind == "hf":
-                self._refuse_small_disk()
+        with self._folder.claimed(self.state.inputs.cache_dir):
+            self._idle = not self.runner.waiting()
+            if not self._idle:
+                self.state.context.check_batches()
+                if self.state.source.kind == "hf":
+                    self._refuse_small_disk()
             processes.on_first(self._begin, command)
             for line in self.plan():
                 say(line)
@@ -159,28 +167,34 @@ class Job:
 
     def _begin(self, command: Sequence[str]) -> None:
         if self.runner.status("report") not in FINISHED:
-            for name in (*report.FILES, MANIFEST):  # of other settings, or of an unfinished run
+            for name in (*FILES, MANIFEST):  # of other settings, or of an unfinished run
                 (self.workdir / name).unlink(missing_ok=True)
         files.write_json(self.workdir / SETTINGS, self.settings.to_dict())
-        environment.write(self.workdir, command, self.state.context.sharder)
+        sharder = None if self._idle else self.state.context.sharder
+        environment.write(self.workdir, command, sharder)
 
     def _refuse_small_disk(self) -> None:
         """Raise ValueError if what is still missing does not fit on its disks."""
-        disk = disk_bytes(self.settings, read_hf_config(self.state.imported))
+        from safepatch_jax.run import room
+
+        disk = room.disk_bytes(self.settings, read_hf_config(self.state.imported))
         waiting = self.runner.waiting()
         processes.on_first(self._compare_room, disk, waiting)
 
     def _compare_room(self, disk: Disk, waiting: Sequence[str]) -> None:
-        needed = missing(self.runner, disk, waiting)
-        free = {folder: free_bytes(folder) for folder in needed}
-        refuse_small_disk(needed, free, self.settings)
+        from safepatch_jax.run import room
+
+        needed = room.missing(self.runner, disk, waiting)
+        free = {folder: room.free_bytes(folder) for folder in needed}
+        room.refuse_small_disk(needed, free, self.settings)
 
     def _run_stages(self) -> pathlib.Path:
-        if self.state.source.kind != "hf":  # its architecture is not known before
-            self.runner.need("import")
+        if not self._idle and self.state.source.kind != "hf":
+            self.runner.need("import")  # its architecture is not known before
             self._refuse_small_disk()
         self.runner.finish(["import", "certify_import"])
-        steps.refuse_mixed_dtypes(self.state)
+        if not self._idle:
+            self._refuse_mixed_dtypes()
         names = ["align", "export", "patch_file", "certify_export"]
         names += [f"evaluate_{variant}" for variant in variants(self.settings)]
         names.append("report")
@@ -195,44 +209,57 @@ class Job:
             )
         return self.workdir / "report.md"
 
+    def _refuse_mixed_dtypes(self) -> None:
+        from safepatch_jax.run import steps
+
+        steps.refuse_mixed_dtypes(self.state)
+
     def plan(self, statuses: bool = True) -> list[str]:
-        """Describe the run: devices, model, data, settings that matter, stages.
+        """Describe the run: devices, model, data, settings that matter, stages; without devices
+        where nothing is left to run.
 
         Args:
           statuses: say which stages will run. For that the source is hashed; else only one that is
             no Hugging Face folder is, to find it in the cache.
         """
-        settings, context = self.settings, self.state.context
-        mesh = context.sharder.mesh
-        kind = mesh.devices.flat[0].device_kind
-        hosts = f" in {processes.count()} processes" if processes.several() else ""
-        axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+        settings = self.settings
         model = settings.model.source
         if settings.align.enabled:
             model += (
                 f", first aligned for {settings.align.steps} steps on refusals and ordinary answers"
             )
         data = []
-        for role, records in context.records.items():
-            source = report.data_text(settings.to_dict(), role)
+        for role, records in self.state.inputs.records.items():
+            source = data_text(settings.to_dict(), role)
             data.append(f"{role} {source} ({len(records)} records)")
         derive = settings.derive
         lines = [
-            f"Devices: {mesh.devices.size} x {kind}{hosts}, mesh {axes}; compute "
-            f"{settings.model.compute_dtype}, trained weights and moments float32",
+            *self._devices(),
             f"Model:   {model}",
             *self._size(),
             f"Data:    {'; '.join(data)}",
             f"Derive:  SE by ascent, at most {derive.se_steps} steps or answer NLL "
             f"{derive.se_nll_ceiling:g}; OSM by descent, {derive.osm_steps} steps",
             *self._derived(),
-            f"Patch:   {report.describe_patch(settings.to_dict())}",
+            f"Patch:   {describe_patch(settings.to_dict())}",
         ]
         stages = list(self.runner.stages)
         if statuses:
             stages = [f"{name} ({self.runner.status(name)})" for name in stages]
         lines.append(f"Stages:  {', '.join(stages)}")
         return lines + self._notes()
+
+    def _devices(self) -> list[str]:
+        if self._idle:
+            return []
+        mesh = self.state.context.sharder.mesh
+        kind = mesh.devices.flat[0].device_kind
+        hosts = f" in {processes.count()} processes" if processes.several() else ""
+        axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+        return [
+            f"Devices: {mesh.devices.size} x {kind}{hosts}, mesh {axes}; compute "
+            f"{self.settings.model.compute_dtype}, trained weights and moments float32"
+        ]
 
     def _derived(self) -> list[str]:
         """Say how patches are derived where that is not the default."""
@@ -246,13 +273,17 @@ class Job:
 
     def _size(self) -> list[str]:
         """Say how large the model and its scratch are, where the model is at hand."""
-        if self.state.source.kind != "hf" and self.runner.status("import") != "done":
+        unknown = self.state.source.kind != "hf" and self.runner.status("import") != "done"
+        if self._idle or unknown:
             return []
+        from safepatch_jax.models.table import param_table
+        from safepatch_jax.run import room
+
         config = read_hf_config(self.state.imported)
-        disk = disk_bytes(self.settings, config)
+        disk = room.disk_bytes(self.settings, config)
         gib = {name: f"{number / 2**30:,.1f} GiB" for name, number in disk._asdict().items()}
         when = "up to" if self.settings.run.checkpoint_minutes else "at SIGTERM"
-        free = processes.on_first(free_bytes, self.workdir)
+        free = processes.on_first(room.free_bytes, self.workdir)
         lines = [
             f"{param_table(config).size / 1e6:,.1f} M parameters; scratch on disk: derived models "
             f"{gib['derived']}, scores {gib['scores']}, checkpoints of training {when} "
@@ -264,6 +295,8 @@ class Job:
         return [f"         {line}" for line in lines]
 
     def _notes(self) -> list[str]:
+        if self._idle:
+            return []
         lines, ways = [], self.state.context.sharder.batch_ways
         for name in ("align.batch_size", "derive.batch_size"):
             rows = self.settings.flat()[name]
@@ -319,10 +352,10 @@ class Job:
         """Copy the report beside the settings and write the run's manifest."""
         runner, export = self.runner, self.state.folder("export")
         source = runner.folder("report")
-        for name in report.FILES:
+        for name in FILES:
             files.copy(source / name, self.workdir / name)
-        files.copy(source / card.NAME, export / card.NAME)
-        files.copy(runner.folder("certify_export") / certificate.FILE, export / certificate.FILE)
+        files.copy(source / CARD, export / CARD)
+        files.copy(runner.folder("certify_export") / CERTIFICATE, export / CERTIFICATE)
         stages = {}
         for name in runner.stages:
             stages[name] = dict(runner.manifest(name))
@@ -352,6 +385,8 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     Raises:
       ValueError: bad settings, model or data; `out` exists and is not empty.
     """
+    from safepatch_jax.run import certificate
+
     out = resolve(out)
     processes.on_first(files.refuse_full_folder, out)
     # What comes out of the cache leaves it here.
@@ -364,7 +399,7 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
         processes.on_first(_copy_into, run.folder("align"), folder)
         logits = settings.run.certify == "logits"
         content = certificate.certify(folder, run.context.sharder, logits=logits, kind="export")
-        processes.on_first(files.write_json, folder / certificate.FILE, content)
+        processes.on_first(files.write_json, folder / CERTIFICATE, content)
     say(certificate.summary(content))
 
 

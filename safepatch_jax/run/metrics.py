@@ -7,11 +7,13 @@ import datetime
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.records import misfits
-from safepatch_jax.training.journal import Recorder
+
+if TYPE_CHECKING:
+    from safepatch_jax.training.journal import Recorder
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 

@@ -3,6 +3,7 @@ measured of them."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,21 +16,23 @@ from safepatch_jax.data.chat import Example
 from safepatch_jax.data.pipeline import shapes
 from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
-from safepatch_jax.data.windows import DERIVE, in_window
-from safepatch_jax.evaluation.measures import combine_roles, measure_role
+from safepatch_jax.data.windows import in_window
+from safepatch_jax.evaluation.measures import measure_roles
 from safepatch_jax.io.checkpoint import load_tree
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.kept import KeptEntries, keep_entries, selection, weigh_entries
 from safepatch_jax.patching.merge import apply_patching
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
 from safepatch_jax.patching.statistics import refuse_no_op
+from safepatch_jax.run.inputs import score_window
 from safepatch_jax.run.scratch import Flat, derived, derived_weights, scores
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import PatchSettings, ScoreSettings, Settings
+from safepatch_jax.settings import PatchSettings, ScoreSettings
 
 MODES = ("per_sample", "batched")
 
@@ -63,12 +66,6 @@ def calibration(run: Run, score: ScoreSettings, role: str) -> list[Example]:
     examples = training_examples(run, role, score_window(run.settings, role))
     order = np.random.default_rng(run.settings.run.seed).permutation(len(examples))
     return [examples[i] for i in order[: score.samples]]
-
-
-def score_window(settings: Settings, role: str) -> str:
-    """Return the window of answer tokens over which a patch is scored."""
-    window = getattr(settings.score, f"{role}_tokens")
-    return getattr(settings.derive, f"{role}_tokens") if window == DERIVE else window
 
 
 def sensitivity(run: Run, role: str, score: ScoreSettings) -> Flat:
@@ -115,9 +112,16 @@ def patched(
     return in_storage_dtype(run, result.others) | result.weights
 
 
-def measure_patch(run: Run, patch: PatchSettings, seed: int | None = None) -> dict[str, Any]:
-    """Return the measures of a patched model; see `patched` for arguments and errors."""
-    return measure(run, patched(run, patch, seed), "patched")[0]
+def weights_hash(flat: Flat) -> str:
+    """Return the SHA-256 of a model's weights, '' where a process holds only its part of them."""
+    if processes.several():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(flat):
+        x = processes.fetch(flat[path])
+        digest.update(f"{path} {x.dtype} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).view(np.uint8))
+    return digest.hexdigest()
 
 
 def measure(run: Run, flat: Flat, title: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -134,12 +138,7 @@ def measure(run: Run, flat: Flat, title: str) -> tuple[dict[str, Any], list[dict
     # All roles first: records that cannot be used are refused before anything is generated.
     encoded = {role: run.context.encoded(folder, role, settings.split) for role in DATA_ROLES}
     engine = run.context.engine(folder, nest(flat))
-    parts, answers = {}, []
-    for role, examples in encoded.items():
-        part, rows = measure_role(engine, role, examples, settings.max_new_tokens, title)
-        parts[role] = part
-        answers += rows
-    return combine_roles(parts), answers
+    return measure_roles(engine, encoded, settings.max_new_tokens, title)
 
 
 def apply_patch(
@@ -150,13 +149,7 @@ def apply_patch(
     sensitivities: Mapping[str, Mapping[str, jax.Array]] | None = None,
 ) -> PatchResult:
     """Run the patch operation on a freshly loaded backbone, whose buffers it takes over."""
-    config, params = run.context.load(run.backbone)
-    rows = param_table(config).scope(patch.scope)
-    table = unnest(param_table(config).abstract(run.context.sharder))
-    abstract = nest({row.path: table[row.path] for row in rows})
-    # Read weight by weight: the backbone is all that is held whole.
-    backbone = unnest(params)
-    models = {role: derived_weights(run, role, abstract, backbone) for role in PATCH_ROLES}
+    rows, abstract, backbone, models = _parts(run, patch)
     if sensitivities is None:
         sensitivities = {role: scores(run, role, abstract) for role in PATCH_ROLES}
     overlap = {}
@@ -177,6 +170,45 @@ def apply_patch(
     )
     others = {path: x for path, x in backbone.items() if path not in weights}
     return PatchResult(weights, others, statistics, overlap)
+
+
+def _parts(
+    run: Run, patch: PatchSettings
+) -> tuple[Sequence[Param], dict[str, Any], Flat, dict[str, Mapping[str, jax.Array]]]:
+    """Return what a patch is made from: (rows of its scope, their shapes, nested; a freshly loaded
+    backbone, flat; the derived models)."""
+    config, params = run.context.load(run.backbone)
+    rows = param_table(config).scope(patch.scope)
+    table = unnest(param_table(config).abstract(run.context.sharder))
+    abstract = nest({row.path: table[row.path] for row in rows})
+    # Read weight by weight: the backbone is all that is held whole.
+    backbone = unnest(params)
+    models = {role: derived_weights(run, role, abstract, backbone) for role in PATCH_ROLES}
+    return rows, abstract, backbone, models
+
+
+def keep(run: Run, patch: PatchSettings, seed: int) -> KeptEntries | None:
+    """Select what a patch keeps, for `weigh`; None where that cannot be done apart from its
+    weights, on a mesh of several devices, or where `patched` raises an error over the models."""
+    if selection(patch, seed) is None or run.context.sharder.mesh.size > 1:
+        return None
+    rows, abstract, backbone, models = _parts(run, patch)
+    sensitivities = {role: scores(run, role, abstract) for role in PATCH_ROLES}
+    return keep_entries(backbone, models, sensitivities, rows, patch, seed, "selection")
+
+
+def weigh(run: Run, patch: PatchSettings, kept: KeptEntries) -> Flat | None:
+    """Return what `patched` does, from entries that were selected before; None where `patched`
+    raises an error."""
+    rows, _, backbone, models = _parts(run, patch)
+    export = run.settings.export
+    merged = weigh_entries(
+        kept, backbone, models, rows, patch, "patch", export.dtype, export.rounding
+    )
+    if merged is None:
+        return None
+    others = {path: x for path, x in backbone.items() if path not in merged}
+    return in_storage_dtype(run, others) | merged
 
 
 def in_storage_dtype(run: Run, flat: Flat) -> Flat:

@@ -9,13 +9,13 @@ from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, REFUSED
 from safepatch_jax.patching.agreement import bearing
-from safepatch_jax.patching.methods import describe, merge_method
+from safepatch_jax.patching.methods import merge_method
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, share
 from safepatch_jax.run.figures import draw_outcomes
+from safepatch_jax.run.published import data_text, describe_patch
 from safepatch_jax.settings import Settings
 
-FILES = ("report.md", "report.json", "report.png", "patch.png", "statistics.json")
 _LABELS = {
     "shipped": "shipped model",
     "backbone": "backbone",
@@ -72,14 +72,6 @@ def _examples(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
         if len(outcomes) > 1:
             examples.append({"prompt": prompt} | of_variants)
     return examples[:_EXAMPLES]
-
-
-def data_text(settings: Mapping[str, Mapping[str, Any]], role: str) -> str:
-    """Return where a role's records come from."""
-    data = settings["data"]
-    if role == "harmful" and data["category"]:
-        return f"{data[role]}, category {data['category']}"
-    return data[role]
 
 
 def labels(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -217,11 +209,6 @@ def markdown(content: Mapping[str, Any]) -> str:
         weighs_both="alpha" in merge_method(settings["patch"]["merge"]).settings,
         **content,
     )
-
-
-def describe_patch(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say the settings that have a part in the merge, in one line."""
-    return describe(settings["patch"], settings["score"]["mode"])
 
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:

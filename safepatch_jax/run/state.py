@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from safepatch_jax.data.records import Record, load_records
+from safepatch_jax.data.records import load_records
 from safepatch_jax.io import gguf
-from safepatch_jax.io.checkpoint import read_description
 from safepatch_jax.io.companions import TEMPLATES
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.run.context import Context
-from safepatch_jax.run.convert import Place
+from safepatch_jax.run.inputs import Inputs, Read
 from safepatch_jax.run.metrics import Metrics
+from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import Runner
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
 
-Read = Callable[..., Sequence[Record]]  # reads a role's records, as `load_records`
+if TYPE_CHECKING:
+    from safepatch_jax.run.context import Context
 
 
 class Run:
@@ -27,10 +29,10 @@ class Run:
     Args:
       settings: of the run.
       folder: where its stages lie.
-      read: see `Context`.
+      read: see `Inputs`.
 
     Attributes:
-      context: data and programs.
+      inputs: its data.
       source: where the model is.
       runner: the stages, once `job.open_run` has laid them out.
       metrics: where training is recorded step by step; None for nowhere.
@@ -45,9 +47,20 @@ class Run:
                 "'smollm2'."
             )
         self.settings, self.workdir = settings, folder
-        self.context = Context(settings, read)
+        self.inputs = Inputs(settings, read)
         self.source = Place.parse(settings.model.source).absolute()
         self.metrics: Metrics | None = None
+
+    @functools.cached_property
+    def context(self) -> Context:
+        """Data, devices and programs. Made on first use, for it imports JAX; from then on compiled
+        programs are kept in the run's cache."""
+        from safepatch_jax.run.context import Context, keep_programs
+
+        keep_programs(self.inputs.cache_dir)
+        context = Context(self.settings, inputs=self.inputs)
+        self.inputs = context  # so that nothing is read twice
+        return context
 
     def folder(self, name: str) -> pathlib.Path:
         """Return the model folder that a stage stands for."""
@@ -79,6 +92,8 @@ def check_source(source: Place) -> None:
         if not source.path.is_file():
             raise ValueError(f"No model file '{source.path}'.")
     elif source.kind == "orbax":
+        from safepatch_jax.io.checkpoint import read_description
+
         read_description(source.path)
     else:
         read_hf_config(source.path)

@@ -32,6 +32,7 @@ from safepatch_jax.patching.statistics import refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
+from safepatch_jax.run.published import CARD, CERTIFICATE
 from safepatch_jax.run.stages import MANIFEST, versions
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
@@ -93,7 +94,7 @@ def _certify(
     content = certificate.certify(
         folder, run.context.sharder, logits=logits, kind=kind, before=before
     )
-    processes.on_first(files.write_json, out / certificate.FILE, content)
+    processes.on_first(files.write_json, out / CERTIFICATE, content)
     say(f"  {certificate.summary(content)}")
     return {"logits": content["logits"], "changed": content.get("changed")}
 
@@ -388,12 +389,12 @@ def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Resul
     measures = {variant: run.runner.result(f"evaluate_{variant}") for variant in variants}
     content = report.gather(run.settings, measures, statistics["total"], training, answers)
     report.write(content, out)
-    exported = files.read_json(run.runner.folder("certify_export") / certificate.FILE)
+    exported = files.read_json(run.runner.folder("certify_export") / CERTIFICATE)
     context = run.context
     text = card.model_card(
         content, exported, context.data_hashes, versions(), context.prompt_format
     )
-    files.write_text(out / card.NAME, text)
+    files.write_text(out / CARD, text)
     files.write_json(out / "statistics.json", statistics["tensors"])
     draw_patch(statistics["tensors"], out / PATCH)
     return {"orderings": content["orderings"]}

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.data.windows import ALL
 from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.run import steps
-from safepatch_jax.run.models import score_window
+from safepatch_jax.run.inputs import score_window
 from safepatch_jax.run.stages import Stage, version_of
 from safepatch_jax.run.state import Run, source_hashes
 from safepatch_jax.runtime import processes
@@ -21,7 +20,18 @@ from safepatch_jax.settings import Settings
 
 # Models compared in the report, in its order.
 VARIANTS = ("shipped", "backbone", "se", "osm", "intersection", "safepatching")
-Evaluate = Callable[[Run, str, pathlib.Path], steps.Result]
+Result = Mapping[str, Any]
+Evaluate = Callable[[Run, str, pathlib.Path], Result]
+
+
+def _step(name: str, *args: Any) -> Result:
+    """Run a step of `run.steps`, which needs JAX: where all stages are done nothing imports it."""
+    from safepatch_jax.run import steps
+
+    return getattr(steps, name)(*args)
+
+
+evaluate_variant: Evaluate = functools.partial(_step, "evaluate")
 
 
 def variants(settings: Settings) -> tuple[str, ...]:
@@ -29,7 +39,7 @@ def variants(settings: Settings) -> tuple[str, ...]:
     return VARIANTS if settings.align.enabled else VARIANTS[1:]
 
 
-def stage_table(run: Run, evaluate: Evaluate = steps.evaluate) -> list[Stage]:
+def stage_table(run: Run, evaluate: Evaluate = evaluate_variant) -> list[Stage]:
     """Return the stages of a run, each with all that its outputs depend on.
 
     Args:
@@ -39,7 +49,7 @@ def stage_table(run: Run, evaluate: Evaluate = steps.evaluate) -> list[Stage]:
     stages = [*_backbone(run), *_patches(run), *_model(run), *_evaluations(run, evaluate)]
     reads = ("evaluate_backbone", "evaluate_safepatching", "certify_export")
     results = tuple(stage.name for stage in stages if stage.name not in reads)
-    write = functools.partial(steps.write_report, run, variants(run.settings))
+    write = functools.partial(_step, "write_report", run, variants(run.settings))
     report = Stage("report", write, reads, outcome_settings(run.settings), results=results)
     return [*stages, report]
 
@@ -56,33 +66,33 @@ def _parts(settings: Settings) -> tuple[str, ...]:
 
 def _backbone(run: Run) -> list[Stage]:
     """Return the stages, shared with other runs, that make and examine the backbone."""
-    s, data = run.settings, run.context.data_hashes
+    s, data = run.settings, run.inputs.data_hashes
     hashes = functools.partial(processes.on_first, source_hashes, run.source)
-    certify = functools.partial(steps.certify_import, run)
+    certify = functools.partial(_step, "certify_import", run)
     stages = [
-        Stage("import", functools.partial(steps.import_model, run), sources=hashes, shared=True),
+        Stage("import", functools.partial(_step, "import_model", run), sources=hashes, shared=True),
         Stage("certify_import", certify, ("import",), *_certificate(s), shared=True),
     ]
     if s.align.enabled:
         settings = dataclasses.asdict(s.align) | _training_settings(s) | _format_key(run)
         settings["clip_norm"] = s.derive.clip_norm
         sources = {role: data[role] for role in ("harmful", "ordinary")}
-        align = functools.partial(steps.align, run)
+        align = functools.partial(_step, "align", run)
         stages.append(Stage("align", align, ("import",), settings, sources, shared=True))
     return stages
 
 
 def _patches(run: Run) -> list[Stage]:
     """Return the stages of the derived models and their scores."""
-    s, harmful = run.settings, {"harmful": run.context.data_hashes["harmful"]}
+    s, harmful = run.settings, {"harmful": run.inputs.data_hashes["harmful"]}
     stages = []
     for role in PATCH_ROLES:
-        derive = functools.partial(steps.derive, run, role)
+        derive = functools.partial(_step, "derive", run, role)
         settings = _derive_settings(s, role) | _format_key(run)
         stage = Stage(f"derive_{role}", derive, (_base(s),), settings, harmful, scratch=True)
         stages.append(stage)
     for role in PATCH_ROLES:
-        score = functools.partial(steps.score, run, role)
+        score = functools.partial(_step, "score", run, role)
         reads = (f"derive_{role}",)
         settings = _score_settings(s, role) | _format_key(run)
         stage = Stage(f"score_{role}", score, reads, settings, harmful, scratch=True)
@@ -93,8 +103,8 @@ def _patches(run: Run) -> list[Stage]:
 def _model(run: Run) -> list[Stage]:
     """Return the stages that make, write and examine the patched model."""
     s = run.settings
-    patch = functools.partial(steps.patch, run)
-    export = functools.partial(steps.export, run)
+    patch = functools.partial(_step, "patch", run)
+    export = functools.partial(_step, "export", run)
     base = _base(s)
     stages = [
         Stage("patch", patch, _parts(s), _patch_settings(s), scratch=True),
@@ -102,9 +112,9 @@ def _model(run: Run) -> list[Stage]:
     ]
     reads = (base, "export")
     if s.export.dtype == "keep":  # a patch file holds differences of bits
-        write = functools.partial(steps.write_patch_file, run)
+        write = functools.partial(_step, "write_patch_file", run)
         stages.append(Stage("patch_file", write, reads, results=("patch",), leaves=True))
-    certify = functools.partial(steps.certify_export, run)
+    certify = functools.partial(_step, "certify_export", run)
     stages.append(Stage("certify_export", certify, reads, *_certificate(s), results=("patch",)))
     return stages
 
@@ -130,7 +140,7 @@ def _evaluations(run: Run, evaluate: Evaluate) -> list[Stage]:
                 functools.partial(evaluate, run, variant),
                 reads[variant],
                 settings,
-                run.context.data_hashes,
+                run.inputs.data_hashes,
                 scratch=variant in ("se", "osm", "intersection"),
             )
         )
@@ -146,7 +156,7 @@ def _certificate(s: Settings) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _format_key(run: Run) -> dict[str, str]:
     """Return what is not the default of how prompts are written, a template's content with it."""
-    return run.context.prompt_format.key()
+    return run.inputs.prompt_format.key()
 
 
 def _prompt_settings(s: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from safepatch_jax.io.gguf import convert_gguf, parts_of, read_gguf
-from safepatch_jax.run.convert import Place
+from safepatch_jax.run.place import Place
 from safepatch_jax.run.state import source_hashes
 from tests.io.test_gguf import write_tiny
 

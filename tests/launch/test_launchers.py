@@ -8,15 +8,25 @@ import time
 import pytest
 
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.runtime.files import read_jsonl
+from safepatch_jax.runtime.files import read_json, read_jsonl
 from safepatch_jax.testing import write_tiny_model
 from tests.calls import ROOT, call, call_and_kill, command
+from tests.jobs import stages_run
 
 
 def test_help_is_a_manual():
     result = call("launch.safepatch", "--help")
     assert "python -m launch.safepatch --config=configs/demo.py" in result.stdout
     assert "--patch.retention: p: probability" in result.stdout and "[0.3]" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["align", "convert", "evaluate", "inspect", "margins", "safepatch", "slopes", "sweep"],
+)
+def test_flags_are_read_without_what_computes(name):
+    script = f"import launch.{name}, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
 def test_convert_and_inspect(tiny, tmp_path):
@@ -92,7 +102,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_killed_run_resumes_with_its_stage(flags, tmp_path):
+def test_a_killed_run_resumes_with_its_stage(flags, tmp_path, monkeypatch):
     """That it has the same bits is in test_faults."""
     args = ("launch.safepatch", f"--workdir={tmp_path / 'work'}", *flags)
     call_and_kill("score_se: running", *args)
@@ -100,6 +110,21 @@ def test_a_killed_run_resumes_with_its_stage(flags, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "derive_se: running" not in resumed.stdout and "score_se: running" in resumed.stdout
     assert (tmp_path / "work" / "stages" / "export" / "model" / "config.json").is_file()
+    (tmp_path / "work" / "report.png").unlink()
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    _check_idle(call(*args), tmp_path / "work")
+
+
+def _check_idle(again, work):
+    """A finished run runs no stage and imports nothing that computes or draws; it publishes again
+    what was deleted."""
+    assert again.returncode == 0 and stages_run(again.stdout) == []
+    imported = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines()}
+    heavy = {"jax", "flax", "orbax", "grain", "transformers", "matplotlib", "jinja2"}
+    assert "safepatch_jax.run.job" in imported and not imported & heavy
+    assert (work / "report.png").is_file()
+    starts = read_json(work / "environment.json")["starts"]
+    assert [start["devices"] is None for start in starts[-2:]] == [False, True]
 
 
 @pytest.mark.parametrize(

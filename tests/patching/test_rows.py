@@ -35,7 +35,7 @@ assert not {"jax", "flax", "numpy"} & set(sys.modules)  # --help is quick
 
 import numpy as np
 from safepatch_jax.methods.registry import METHODS
-from safepatch_jax.run.report import describe_patch
+from safepatch_jax.run.published import describe_patch
 from tests.patching.cases import FEW, inputs, run
 
 settings = Settings().override({"patch.merge": "same_sign", "patch.density": 0.5})

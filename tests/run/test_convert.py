@@ -17,7 +17,8 @@ from safepatch_jax.io.gguf import convert_gguf, find_smollm2
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.run import certificate
-from safepatch_jax.run.convert import Place, convert, inspect_model
+from safepatch_jax.run.convert import convert, inspect_model
+from safepatch_jax.run.place import Place
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
 from tests.padding import left_padded

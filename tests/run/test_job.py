@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from safepatch_jax.data.records import load_records
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.run.job import Job
@@ -123,6 +124,19 @@ def test_a_second_run_reuses_every_stage_also_elsewhere(finished, settings, tmp_
     out = capsys.readouterr().out
     assert not stages_run(out) and out.count("reused, inputs unchanged") == 13
     assert model_hash(again) == model_hash(finished)
+
+
+def test_records_are_read_once(settings, tmp_path):
+    """By what lays out the stages, and by what runs them."""
+    roles = []
+
+    def read(role, *places):
+        roles.append(role)
+        return load_records(role, *places)
+
+    job = Job(settings, tmp_path / "work", read=read)
+    assert job.plan() and job.state.context.data_hashes == job.state.inputs.data_hashes
+    assert roles == ["harmful", "lookalike", "ordinary"]
 
 
 def test_asking_for_another_certificate_trains_nothing_again(settings, finished, tmp_path, capsys):

@@ -14,11 +14,13 @@ from safepatch_jax.runtime import files
 from safepatch_jax.runtime.files import read_json
 from safepatch_jax.studies.sweep import report as sweep_report
 from safepatch_jax.studies.sweep import study as sweep
+from safepatch_jax.studies.sweep.merging import Merger
+from safepatch_jax.studies.sweep.plan import ANSWERS, MARGINS, plan
 from safepatch_jax.studies.sweep.points import design
 from tests.jobs import interrupted_at, stages_run
 
 pytestmark = pytest.mark.usefixtures("one_device")
-swept_by_answers = functools.partial(sweep.sweep, measure=sweep.ANSWERS)
+swept_by_answers = functools.partial(sweep.sweep, measure=ANSWERS)
 HALF = {"export.dtype": "float16", "export.rounding": "stochastic"}
 BROKEN = "patch.beta=1e38;patch.alpha=1e38;patch.retention=1"
 
@@ -48,7 +50,8 @@ def test_rows_and_report(swept):
     rows = rows_of(swept)
     assert [(row["patch"]["beta"], row["seed"]) for row in rows] == [(1, 0), (1, 3), (4, 0), (4, 3)]
     for row in rows:
-        assert set(row) == {"patch", "seed", "keys", "measures", "seconds"} and row["seconds"] > 0
+        assert set(row) == {"patch", "seed", "keys", "measures", "seconds", "weights"}
+        assert len(row["weights"]) == 64 and row["seconds"] > 0
         assert set(row["keys"]) == {*sweep.PARTS, "dtype", "rounding"}
         assert row["measures"]["harmful"]["n"] == 2
     assert {path.name for path in swept.iterdir()} == {
@@ -118,7 +121,7 @@ def test_damaged_rows(swept, settings, points, tmp_path, capsys):
     path = tmp_path / "sweep.jsonl"
     text = (swept / "sweep.jsonl").read_text()
     path.write_text(text[:-40])
-    assert "1 without a row" in sweep.plan(settings, tmp_path, points, sweep.ANSWERS)[-1]
+    assert "1 without a row" in plan(settings, tmp_path, points, ANSWERS)[-1]
     assert "line 4, the last one, breaks off and is left out" in capsys.readouterr().out
     lines = text.splitlines()
     path.write_text("\n".join([lines[0], "{", *lines[2:]]))
@@ -134,21 +137,32 @@ def test_workdirs_of_others_are_refused(settings, points, tmp_path):
         swept_by_answers(settings, tmp_path, points)
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run"):
-        sweep.plan(settings, tmp_path, points)
+        plan(settings, tmp_path, points)
 
 
 def test_the_plan_lists_the_points_and_reads_no_model(swept, settings, tmp_path):
     settings = settings.override({"model.source": "/nowhere"})
     wanted = design(settings, ["patch.beta=4;run.seed=3,0"], ["patch.retention=0.5"])
-    lines = sweep.plan(settings, swept, wanted, sweep.ANSWERS)
+    lines = plan(settings, swept, wanted, ANSWERS)
     assert lines[:3] == [
         "1 retention 0.3, seed 3 (has a row)",
         "2 retention 0.3, seed 0 (has a row)",
         "3 retention 0.5, seed 3",
     ]
     assert lines[3].startswith("3 points, 1 without a row by answers in") and "s each" in lines[3]
-    assert sweep.plan(settings, tmp_path / "new", wanted[:1])[0] == "1 the config's own settings"
+    assert plan(settings, tmp_path / "new", wanted[:1])[0] == "1 the config's own settings"
     assert not (tmp_path / "new").exists()
+
+
+def test_points_of_the_same_weights_share_their_measures(trained, settings, capfd):
+    """With retention 1 nothing is drawn: the second seed is merged and not measured."""
+    grid = design(settings, ["patch.retention=1;run.seed=0,3"], [])
+    swept_by_answers(settings, trained, grid)
+    first, second = rows_of(trained)
+    assert (first["seed"], second["seed"]) == (0, 3) and first["measures"] == second["measures"]
+    assert first["weights"] == second["weights"]
+    bars = capfd.readouterr().err
+    assert bars.count("patched: answers: 100%") == 1
 
 
 def test_points_that_give_no_row_are_named_and_stop_no_other(trained, settings, capsys):
@@ -190,7 +204,9 @@ def bits(flat):
 def test_the_runs_own_seed_changes_nothing(swept, run, settings):
     last = rows_of(swept)[-1]
     assert (last["patch"]["beta"], last["seed"]) == (settings.patch.beta, settings.run.seed)
-    assert models.measure_patch(run, settings.patch) == last["measures"]
+    flat = models.patched(run, settings.patch)
+    assert models.weights_hash(flat) == last["weights"]
+    assert models.measure(run, flat, "test")[0] == last["measures"]
 
 
 @pytest.mark.parametrize(
@@ -216,13 +232,22 @@ def test_a_seed_gives_what_a_run_of_that_seed_gives_on_the_same_scores(
     assert bits(merged) != bits(models.apply_patch(ours, patch, "test").weights)
 
 
+def test_points_that_share_a_selection_have_the_bits_of_whole_merges(run, settings):
+    points = design(settings, ["patch.beta=1,2,3;patch.alpha=0.5,1,2"], [])
+    merger = Merger(run)
+    merger.expect(points)
+    for point in points[::4]:
+        assert bits(merger.merged(point)) == bits(models.patched(run, point.patch, point.seed))
+    assert merger.held == 1
+
+
 def test_by_margins_the_front_alone_answers(settings, points, trained, capsys):
     """The rows are expectations over all prompts; those of answers in the workdir do not count."""
     swept_by_answers(settings, trained, points[:1])
     more = settings.override({"evaluate.margin_limit": 3})
     wide = design(more, ["patch.beta=1,4,40;run.seed=0"], [])
     sweep.sweep(more, trained, wide)
-    rows = [row for row in rows_of(trained) if row["keys"].get("measure") == sweep.MARGINS]
+    rows = [row for row in rows_of(trained) if row["keys"].get("measure") == MARGINS]
     assert len(rows) == 3 and len(rows_of(trained)) == 4
     content = read_json(trained / "sweep.json")
     for row, trial in zip(rows, content["trials"], strict=True):
@@ -241,6 +266,6 @@ def test_by_margins_the_front_alone_answers(settings, points, trained, capsys):
     out = capsys.readouterr().out
     assert rows_of(trained) == before and "3 points on the search split, 0 to compute" in out
     assert "answers of the front" not in out and "1 of 4 rows there are not by margins" in out
-    assert sweep.plan(more, trained, wide)[-1].startswith("3 points, 0 without a row by margins")
-    by_answers = sweep.plan(more, trained, wide, sweep.ANSWERS)[-1]
+    assert plan(more, trained, wide)[-1].startswith("3 points, 0 without a row by margins")
+    by_answers = plan(more, trained, wide, ANSWERS)[-1]
     assert by_answers.startswith("3 points, 2 without a row by answers")

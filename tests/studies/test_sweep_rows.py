@@ -55,6 +55,7 @@ def test_expected_numbers_of_margins_are_no_damage(tmp_path):
         ("[1]", "it holds no row of a sweep"),
         ("[" * 100_000, "recursion"),
         ({"patch": {}, "seed": "a"}, "of another kind: seed, keys"),
+        (WHOLE | {"weights": []}, "weights should be the hash"),
         (WHOLE | {"measures": {"harmful": {}}}, "kind: lookalike, harmful_nll"),
         (changed(ordinary_perplexity=float("nan")), "NaN is no number"),
         (changed(harmful_nll=float("-inf")), "-Infinity is no"),

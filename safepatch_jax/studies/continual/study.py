@@ -39,8 +39,9 @@ from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
-from safepatch_jax.run.convert import Place, convert
+from safepatch_jax.run.convert import convert
 from safepatch_jax.run.job import SETTINGS, align_model
+from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some

@@ -10,7 +10,7 @@ from safepatch_jax.evaluation.answers import companions
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.run.convert import Place
+from safepatch_jax.run.place import Place
 from safepatch_jax.run.state import check_source
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve

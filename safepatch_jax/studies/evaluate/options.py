@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.data.prompt_format import PromptFormat, read_format
 from safepatch_jax.data.rendering import DATE
-from safepatch_jax.evaluation.answers import Sources
-from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.suites import GENERATED, Measure
+
+if TYPE_CHECKING:  # they need JAX, and flags do not
+    from safepatch_jax.evaluation.answers import Sources
+    from safepatch_jax.evaluation.generate import Sampling
 
 # Stored answers do not depend on these, or (template, system) as their format's key says; judges,
 # graders, seeds and several templates have folders of their own.
@@ -126,9 +128,13 @@ class EvaluationOptions:
 
     @property
     def sources(self) -> Sources:
+        from safepatch_jax.evaluation.answers import Sources
+
         return Sources(self.manual_dir, self.data_dir)
 
     def sampling(self, seed: int | None) -> Sampling:
+        from safepatch_jax.evaluation.generate import Sampling
+
         return Sampling(self.temperature, self.top_p, self.seed if seed is None else seed)
 
     def check_seeds(self, writes: bool) -> None:

@@ -15,8 +15,6 @@ from typing import Any
 
 from safepatch_jax.data import cells
 from safepatch_jax.data.chat import Example
-from safepatch_jax.data.prompt_format import PromptFormat, read_format
-from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.answers import JUDGED, ROLES, Sources, fingerprint, too_long
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.jailbreaks import FORMS
@@ -34,46 +32,11 @@ from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.report import labels
 from safepatch_jax.studies.evaluate.study import difference
 from safepatch_jax.studies.margins import report
+from safepatch_jax.studies.margins.options import MarginOptions
 
 RECORD, OPENINGS = "margin_map.json", "openings.json"
 _NAMES = (RECORD, OPENINGS, "margins", "contents", *report.FILES)
 _FIX = "Give another --out, or delete the folder: all is computed again."
-
-
-@dataclasses.dataclass(frozen=True)
-class MarginOptions:
-    """How a margin map is made; the fields are the launcher's flags.
-
-    Attributes:
-      suite: see `load_suite`; its measures of kind harm, refusal and text count.
-      forced: answer tokens that are forced before the content.
-      longest: answer tokens at most, content and opening.
-      mesh, compute_dtype, batch_size, date: see `Engine`.
-      manual_dir, data_dir: see `load_records`.
-      template, system: see `data.prompt_format.read_format`.
-    """
-
-    suite: str = "gate"
-    forced: int = 8
-    longest: int = 128
-    mesh: str = "data:1,fsdp:-1,tensor:1"
-    compute_dtype: str = "float32"
-    batch_size: int = 24
-    manual_dir: str = ""
-    data_dir: str = "~/.cache/safepatch_jax/datasets"
-    date: str = DATE
-    template: str = ""
-    system: str = ""
-
-    @functools.cached_property
-    def prompt_format(self) -> PromptFormat:
-        """How prompts are written."""
-        return read_format(self.template, self.system)
-
-    def deciding(self) -> dict[str, Any]:
-        """Return the options on which the rows depend."""
-        names = ("forced", "longest", "compute_dtype", "date")
-        return {name: getattr(self, name) for name in names} | self.prompt_format.key()
 
 
 def margin_map(

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch_jax.evaluation.openings import Openings
-from safepatch_jax.run import models
 from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.settings import PatchSettings
 from safepatch_jax.studies.sweep import analysis
+from safepatch_jax.studies.sweep.plan import BACKBONE, OPENINGS
 
-OPENINGS, BACKBONE = "openings.json", "backbone_margins.json"
 MOST_ANSWERS = 12
 _FIX = "Delete it, and it is made again."
 
@@ -34,11 +32,6 @@ def margin_meter(run: Run) -> MarginMeter:
     content = meter.openings.to_dict(meter.backbone().decode) | {"key": key}
     processes.on_first(files.write_json, path, content)
     return meter
-
-
-def measure_of(row: Mapping[str, Any]) -> str:
-    """Return by what a row of a sweep was measured: 'margins' or 'answers'."""
-    return row["keys"].get("measure", "answers")
 
 
 def measure_keys(run: Run, meter: MarginMeter) -> dict[str, Any]:
@@ -68,11 +61,6 @@ def noted_with(path: pathlib.Path, key: str) -> dict[str, Any] | None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     return files.read_json(path, _FIX) if path.is_file() else {}
-
-
-def measure(run: Run, meter: MarginMeter, patch: PatchSettings, seed: int) -> dict[str, Any]:
-    """Return a patched model's measures by margins; see `models.patched` for errors."""
-    return meter.measures(meter.engine(models.patched(run, patch, seed)), "patched")
 
 
 def unanswered(

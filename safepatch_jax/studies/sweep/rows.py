@@ -77,6 +77,8 @@ def _checked(row: Any) -> dict[str, Any]:
     for name in _COUNTS if "answers" in row else ():
         if not isinstance(row["answers"], dict) or not _counted(row["answers"].get(name), False):
             wrong.append(f"answers should hold numbers of answers for {name}")
+    if not isinstance(row.get("weights", ""), str):
+        wrong.append("weights should be the hash of the merged weights")
     for name in ("seconds", *_NUMBERS):
         if not _finite((row | measures)[name]):
             wrong.append(f"{name} should be a finite number")

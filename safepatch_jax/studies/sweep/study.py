@@ -3,12 +3,11 @@ sensitivities are computed once."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.numerics import NotFinite
@@ -16,98 +15,29 @@ from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.reporting.tables import share
 from safepatch_jax.run import environment, metrics, models
 from safepatch_jax.run.agreement import SAME_COMMAND
-from safepatch_jax.run.job import is_of_run, open_run
+from safepatch_jax.run.job import open_run
 from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
-from safepatch_jax.runtime.paths import resolve
-from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import PatchSettings, Settings
 from safepatch_jax.studies.sweep import analysis, by_margins, report
-from safepatch_jax.studies.sweep.points import Point, label, varied
+from safepatch_jax.studies.sweep.merging import Merger
+from safepatch_jax.studies.sweep.plan import (
+    ANSWERS,
+    MARGINS,
+    ROWS,
+    SETTINGS,
+    choice,
+    key_of,
+    measure_of,
+    open_workdir,
+    titles,
+)
+from safepatch_jax.studies.sweep.points import Point
 from safepatch_jax.studies.sweep.rows import OPTIONS, read_rows
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
-ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
-MARGINS, ANSWERS = "margins", "answers"
-MEASURES = (MARGINS, ANSWERS)
-_FIX = "Copy it back from a backup, or use another --workdir; nothing was changed in this one."
-_NAMES = (
-    "stages",
-    ROWS,
-    SETTINGS,
-    by_margins.OPENINGS,
-    by_margins.BACKBONE,
-    environment.FILE,
-    metrics.FILE,
-    metrics.EVENTS,
-    *report.FILES,
-    "slopes.*",
-    "slope_points",
-)
-
-
-def open_workdir(path: str | pathlib.Path) -> Workdir:
-    """Return the workdir of a sweep.
-
-    Raises:
-      ValueError: it holds a run, or files of something else.
-    """
-    workdir = Workdir(
-        path,
-        "a sweep",
-        SETTINGS,
-        _NAMES,
-        refuse=lambda: _refuse_run(resolve(path)),
-        declared=(SETTINGS, environment.FILE),
-    )
-    workdir.check()
-    return workdir
-
-
-def _refuse_run(folder: pathlib.Path) -> None:
-    if (folder / "settings.json").exists():
-        raise ValueError(
-            f"{folder} holds a run, whose stages a sweep would replace; use another --workdir."
-        )
-    path = folder / SETTINGS
-    if path.is_file() and not is_of_run(files.read_json(path, _FIX)):
-        raise ValueError(f"{path} is no settings file of a sweep, or damaged. {_FIX}")
-
-
-def plan(
-    settings: Settings,
-    workdir: str | pathlib.Path,
-    points: Sequence[Point],
-    measure: str = MARGINS,
-) -> list[str]:
-    """List the points, and which of them have a row; reads no model and starts no device.
-
-    Raises:
-      ValueError: the workdir is not a sweep's, or its rows are damaged.
-    """
-    path = open_workdir(workdir).path / ROWS
-    rows = [row for row in read_rows(path) if by_margins.measure_of(row) == measure]
-    known = {_key(row) for row in rows}
-    titles = _titles(settings, points)
-    lines, missing = [], 0
-    for number, point in enumerate(points, 1):
-        line = f"{number} {titles[point]}"
-        if _key(_choice(point)) in known:
-            line += " (has a row)"
-        else:
-            missing += 1
-        lines.append(line)
-    pace = ""
-    if rows:
-        seconds = statistics.median(row["seconds"] for row in rows)
-        pace = f"; those there took {seconds:.0f} s each"
-    lines.append(
-        f"{len(points)} points, {missing} without a row by {measure} in {path}{pace}. A row "
-        "counts if model, data, training and scores are the same."
-    )
-    return lines
 
 
 def sweep(
@@ -142,7 +72,7 @@ def sweep(
         backbone itself.
     """
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
-    choices = [_choice(point) for point in points]
+    choices = [choice(point) for point in points]
     processes.agree(
         {
             "number of points": len(choices),
@@ -157,9 +87,10 @@ def sweep(
         with metrics.Metrics(folder.path) as run.metrics:
             earlier = processes.on_first(_begin, run, command)
             meter = by_margins.margin_meter(run) if measure == MARGINS else None
-            rows, backbone, failures = _compute(run, points, earlier, meter)
+            merger = Merger(run)
+            rows, backbone, failures = _compute(merger, points, earlier, meter)
             if rows:
-                _finish(run, rows, backbone, meter is not None)
+                _finish(merger, rows, backbone, meter is not None)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(points)} points gave no row ({some(failures)}), for the "
@@ -177,14 +108,14 @@ def _begin(run: Run, command: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _compute(
-    run: Run, points: Sequence[Point], rows: list[dict[str, Any]], meter: MarginMeter | None
+    merger: Merger, points: Sequence[Point], rows: list[dict[str, Any]], meter: MarginMeter | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Compute the missing rows, and add them to `rows` and to the file.
 
     Returns:
       (all rows of this model and training, the backbone's measures, the points without a row).
     """
-    export = run.settings.export
+    run, export = merger.run, merger.run.settings.export
     base = {name: run.runner.key(name) for name in PARTS}
     base |= {"dtype": export.dtype, "rounding": export.rounding}
     if meter is not None:
@@ -192,10 +123,12 @@ def _compute(
     known = {}
     for row in rows:
         if row["keys"] == base and row["patch"].keys() == set(OPTIONS):
-            known[_key(row)] = row
-    missing = sum(_key(_choice(point)) not in known for point in points)
+            known[key_of(row)] = row
+    new = [point for point in points if key_of(choice(point)) not in known]
+    missing = len(new)
+    merger.expect(new)
     measure = ANSWERS if meter is None else MARGINS
-    others = sum(by_margins.measure_of(row) != measure for row in rows)
+    others = sum(measure_of(row) != measure for row in rows)
     if others:
         say(
             f"{others} of {len(rows)} rows there are not by {measure} (--measure) and do not count."
@@ -209,20 +142,20 @@ def _compute(
         f"sweep: {len(points)} points on the search split, {missing} to compute; backbone: "
         f"{describe(backbone)}"
     )
-    titles, seconds, failures = _titles(run.settings, points), [], []
+    names, seconds, failures = titles(run.settings, points), [], []
     for number, point in enumerate(points, 1):
-        place = f"[{number}/{len(points)}] {titles[point]}: "
-        row, pace = known.get(_key(_choice(point))), "has a row"
+        place = f"[{number}/{len(points)}] {names[point]}: "
+        row, pace = known.get(key_of(choice(point))), "has a row"
         if row is None:
             missing -= 1
-            result, reason = _measured(run, point, meter)
+            result, reason = _measured(merger, point, meter, _by_weights(known.values()))
             if reason:
-                failures.append(titles[point])
+                failures.append(names[point])
                 say(f"{place}no row: {reason}")
                 continue
-            row = _choice(point) | {"keys": base} | result
+            row = choice(point) | {"keys": base} | result
             rows.append(row)
-            known[_key(row)] = row
+            known[key_of(row)] = row
             processes.on_first(_write_rows, run.workdir / ROWS, rows)
             seconds.append(row["seconds"])
             pace = f"{row['seconds']:.0f} s"
@@ -236,65 +169,67 @@ def _write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _choice(point: Point) -> dict[str, Any]:
-    """Return what a row says of its point."""
-    return {"patch": dataclasses.asdict(point.patch), "seed": point.seed}
-
-
-def _titles(settings: Settings, points: Sequence[Point]) -> dict[Point, str]:
-    """Name the points by what varies among them or differs from the settings' own."""
-    names = varied([Point.of(settings).flat(), *(point.flat() for point in points)])
-    titles = {}
-    for point in points:
-        titles[point] = label(point.flat(), names) or "the config's own settings"
-    return titles
-
-
-def _key(row: Mapping[str, Any]) -> str:
-    return files.text_hash([row["patch"], row["seed"]])
-
-
 def _measured(
-    run: Run, point: Point, meter: MarginMeter | None
+    merger: Merger, point: Point, meter: MarginMeter | None, done: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """Return (a point's measures and the seconds they took, None), or ({}, why it has none), the
-    same in all processes.
+    """Return (a point's measures, the seconds they took and the hash of its weights, None), or
+    ({}, why it has none), the same in all processes.
+
+    Settings that have no part in a merge give the same weights: then the measures are those in
+    `done`, see `_by_weights`.
 
     One model that is broken should not stop a sweep of many; errors that any point would meet are
     raised.
     """
-    begun, measures, reason = time.monotonic(), {}, None
+    begun, weights, measures, reason = time.monotonic(), "", {}, None
     try:
-        if meter is None:
-            measures = models.measure_patch(run, point.patch, point.seed)
-        else:
-            measures = by_margins.measure(run, meter, point.patch, point.seed)
+        flat = merger.merged(point)
+        weights = models.weights_hash(flat)
+        measures = done.get(weights) or _measures(merger.run, flat, meter)
     except (NotFinite, BadSettings) as error:
         reason = str(error)
     reasons = [reason for reason in processes.everyones(reason) if reason]
     if reasons:
         return {}, reasons[0]
-    return {"measures": measures, "seconds": round(time.monotonic() - begun, 1)}, None
+    seconds = round(time.monotonic() - begun, 1)
+    return {"measures": measures, "seconds": seconds, "weights": weights}, None
+
+
+def _by_weights(
+    rows: Iterable[Mapping[str, Any]], field: str = "measures"
+) -> dict[str, dict[str, Any]]:
+    """Return what rows hold in a field, by the hash of their weights; rows without either are left
+    out."""
+    return {row["weights"]: row[field] for row in rows if row.get("weights") and field in row}
+
+
+def _measures(run: Run, flat: models.Flat, meter: MarginMeter | None) -> dict[str, Any]:
+    """Return a model's measures by answers, or by margins where there is a meter."""
+    if meter is None:
+        return models.measure(run, flat, "patched")[0]
+    return meter.measures(meter.engine(flat), "patched")
 
 
 def _finish(
-    run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
+    merger: Merger, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
 ) -> None:
     """Let the models of the front write answers, where points did not, and report."""
     if front_answers:
-        _answer_front(run, rows, backbone)
-    processes.on_first(_report, run, rows, backbone)
+        _answer_front(merger, rows, backbone)
+    processes.on_first(_report, merger.run, rows, backbone)
 
 
-def _answer_front(run: Run, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
+def _answer_front(merger: Merger, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
     """Let the models of the front, and the recommended one, write answers; keep them with their
     rows. A model that overflows in one of them gets none."""
+    run = merger.run
     missing = by_margins.unanswered(rows, analysis.gather(run.settings, rows, backbone))
+    points = [Point(PatchSettings(**row["patch"]), row["seed"]) for row in missing]
+    merger.expect(points)
     for name in PARTS if missing else ():
         run.runner.need(name)
-    for number, row in enumerate(missing, 1):
-        point = Point(PatchSettings(**row["patch"]), row["seed"])
-        result, reason = _measured(run, point, None)
+    for number, (row, point) in enumerate(zip(missing, points), 1):
+        result, reason = _measured(merger, point, None, _by_weights(rows, "answers"))
         text = f"none: {reason}"
         if reason is None:
             row["answers"] = result["measures"]
@@ -307,7 +242,7 @@ def _keep_answers(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Write a row's answers into the file, in which rows of other models may be too."""
     every = read_rows(path)
     for other in every:
-        if other["keys"] == row["keys"] and _key(other) == _key(row):
+        if other["keys"] == row["keys"] and key_of(other) == key_of(row):
             other["answers"] = row["answers"]
     _write_rows(path, every)
 

@@ -1,0 +1,61 @@
+"""Where a model is: its kind and path, and what is cheaply seen of it. Needs no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from safepatch_jax.io import gguf
+from safepatch_jax.io.companions import MODEL
+from safepatch_jax.runtime import files, paths, processes
+from safepatch_jax.runtime.text import printable
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model is: kind 'hf', 'orbax' or 'gguf', and path."""
+
+    kind: str
+    path: pathlib.Path
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Read ``hf:DIR``, ``orbax:DIR``, ``gguf:FILE``, ``smollm2``, or a bare path, whose kind is
+        then seen from its content.
+
+        Raises:
+          ValueError: another kind, or no path.
+        """
+        if text == "smollm2":
+            return cls("gguf", gguf.find_smollm2())
+        kind, colon, rest = text.partition(":")
+        if colon and kind in paths.MODEL_KINDS and rest:
+            return cls(kind, pathlib.Path(paths.plain(rest)))
+        path = pathlib.Path(paths.plain(text))
+        if colon and not path.exists():
+            raise ValueError(
+                f"'{printable(text, 200)}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or "
+                "smollm2."
+            )
+        if path.suffix == ".gguf":
+            return cls("gguf", path)
+        return cls("orbax" if (path / MODEL).is_file() else "hf", path)
+
+    def absolute(self) -> Place:
+        return Place(self.kind, self.path.absolute())
+
+
+def source_facts(place: Place) -> dict[str, Any]:
+    """Return what is cheaply seen of a source: its files' sizes, by relative name, and its
+    config."""
+    if not processes.several():
+        return {}
+    facts: dict[str, Any] = {}
+    for path in [*gguf.parts_of(place.path), *sorted(place.path.rglob("*"))]:
+        if path.is_file():
+            name = path.relative_to(place.path.parent)
+            facts[f"size of {name}"] = path.stat().st_size
+            if path.name == "config.json":
+                facts[f"SHA-256 of {name}"] = files.file_sha256(path)
+    return facts
