@@ -21,6 +21,7 @@ from safepatch_jax.patching.selection import float_bits, reduce_together
 _COUNTS = ("nonzero_both", "same_sign")
 _FRACTION = 24  # bits of a scaled product behind the point; it is below 4
 _LOW, _PART = 13, 11  # bits of the limbs of a number, and of a row's sum
+_ROW = 1 << 18  # entries whose lower limbs are summed without overflow
 _SHIFTS = (0, _PART, 2 * _PART, _LOW, _LOW + _PART, _LOW + 2 * _PART)
 
 
@@ -28,7 +29,7 @@ def agreement_sums(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Sum up within the compiled program what `agreement` reads; int32.
 
     nonzero_both, same_sign: entries that both patches change, and those of them with equal sign;
-    exponent_{r}: of the largest |patch| of a role; square_{r}, product: sums, see `_exact_sum`, of
+    exponent_{r}: of the largest |patch| of a role; square_{r}, product: sums, see `_exact_sums`, of
     patch^2 and of the product of both, each patch divided by 2^exponent.
 
     Args:
@@ -47,36 +48,51 @@ def agreement_sums(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         exponent = jnp.clip((largest[role] >> 23) - 127, -126, 126)
         scaled[role] = patch[role] * lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
         sums[f"exponent_{role}"] = exponent
-        sums[f"square_{role}"] = _exact_sum(scaled[role] * scaled[role])
-    return sums | {"product": _exact_sum(scaled["se"] * scaled["osm"])}
+    products = {f"square_{role}": scaled[role] * scaled[role] for role in PATCH_ROLES}
+    return sums | _exact_sums(products | {"product": scaled["se"] * scaled["osm"]})
 
 
-def _exact_sum(x: jax.Array) -> jax.Array:
-    """Sum numbers below 4, each rounded to a multiple of 2^-24, exactly; int32 [6], which `_number`
-    reads.
+def _exact_sums(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sum arrays of one shape of numbers below 4, each rounded to a multiple of 2^-24, exactly;
+    int32 [6] each, which `_number` reads.
 
     Float32 sums would depend on the mesh, which orders them, and statistics do not. Whole numbers
     are summed in limbs that cannot overflow: first along rows (of as many last axes as 2^18 entries
     hold), then over the rows' sums, so that no more than one number a row crosses devices.
     """
+    limbs = {}
+    for name, x in numbers.items():
+        whole = lax.round(x * 2.0**_FRACTION, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
+        # The upper one carries the sign.
+        limbs[f"low_{name}"], limbs[f"high_{name}"] = whole & (1 << _LOW) - 1, whole >> _LOW
+    rows = _row_sums(limbs)
+    mask = (1 << _PART) - 1
+    result = {}
+    for name in numbers:
+        parts = []
+        for x in (rows[f"low_{name}"], rows[f"high_{name}"]):
+            parts += [x & mask, x >> _PART & mask, x >> 2 * _PART]
+        result[name] = jnp.stack([jnp.sum(part, dtype=jnp.int32) for part in parts])
+    return result
+
+
+def _row_sums(limbs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sum arrays of one shape along their rows; one number each where they have 2^18 entries at
+    most."""
+    shape = next(iter(limbs.values())).shape
+    if math.prod(shape) <= _ROW:
+        return reduce_together(limbs, {}, {})[0]
     trailing = 1  # axes that make a row
-    while trailing + 1 < x.ndim and math.prod(x.shape[-trailing - 1 :]) <= 1 << 18:
+    while math.prod(shape[-trailing - 1 :]) <= _ROW:
         trailing += 1
-    row = tuple(range(x.ndim - trailing, x.ndim))
-    assert math.prod(x.shape[i] for i in row) <= 1 << 18, x.shape
-    assert math.prod(x.shape[:-trailing]) <= 1 << 20, x.shape
-    whole = lax.round(x * 2.0**_FRACTION, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
-    result = []
-    for limb in (whole & (1 << _LOW) - 1, whole >> _LOW):  # the upper one carries the sign
-        rows = jnp.sum(limb, axis=row, dtype=jnp.int32) if x.ndim > 1 else limb
-        mask = (1 << _PART) - 1
-        parts = (rows & mask, rows >> _PART & mask, rows >> 2 * _PART)
-        result += [jnp.sum(part, dtype=jnp.int32) for part in parts]
-    return jnp.stack(result)
+    row = tuple(range(len(shape) - trailing, len(shape)))
+    assert math.prod(shape[i] for i in row) <= _ROW, shape
+    assert math.prod(shape[:-trailing]) <= 1 << 20, shape
+    return {name: jnp.sum(x, axis=row, dtype=jnp.int32) for name, x in limbs.items()}
 
 
 def _number(limbs: Sequence[int]) -> float:
-    """Return a sum of `_exact_sum`."""
+    """Return a sum of `_exact_sums`."""
     return sum(limb << shift for limb, shift in zip(limbs, _SHIFTS)) * 2.0**-_FRACTION
 
 

@@ -2,18 +2,20 @@
 `patch_matrices`.
 
 What a method decides at an entry depends on the entry, its position, and the thresholds of its top
-sets. The thresholds are counted first, in two passes over the pieces (a histogram of the upper bits
-of all keys, then one of the lower bits of those at the boundary); a third pass merges. Memory is
-that of a few pieces, whatever the size of a tensor.
+sets. The thresholds are found first (`thresholds`), for which all pieces are read once or twice; a
+last pass merges. In each, one thread reads ahead, several compute, and pieces are handed on in
+their order. Memory is that of a few pieces, whatever the size of a tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+import os
+import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import jax
@@ -21,32 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.io.stored import DTYPES, aligned_empty
-from safepatch_jax.numerics import random_bits, tensor_keys
-from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.patching.agreement import agreement, agreement_sums
-from safepatch_jax.patching.merge import KEYED, merge_tensor, patch_and_importance
-from safepatch_jax.patching.methods import MERGE_METHODS
+from safepatch_jax.numerics import tensor_keys
+from safepatch_jax.patching import PATCH_ROLES, piece
+from safepatch_jax.patching.agreement import agreement
+from safepatch_jax.patching.merge import KEYED
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
-from safepatch_jax.patching.selection import (
-    NONE,
-    lowest,
-    share_out,
-    threshold_of,
-    top_count,
-    top_of_keys,
-)
+from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.settings import PatchSettings
-from safepatch_jax.patching.statistics import combine_statistics, overlap, tensor_statistics
-from safepatch_jax.patching.tensor import ProgramOptions, Tensor
+from safepatch_jax.patching.statistics import combine_statistics, overlap
+from safepatch_jax.patching.thresholds import COUNTED, Limit, Search
 from safepatch_jax.runtime.workers import Workers, wait
 
 PIECE = 1 << 18  # entries
-# Bits of a key that the second histogram tells apart; the first one tells apart the other 16.
-_LOW = 15
-_AHEAD = 4  # pieces that are computed beside the one that is used
+_AHEAD = 2  # pieces that are read or computed beside those at which threads work
+_SAMPLED = 1 << 12  # neighbouring entries of a sample
+_SOURCES = 16  # tensors of which a sample is made, at most
 
-Limit = tuple[int, int]  # a threshold, and how many of the entries that equal it are still to mark
-_NOTHING: Limit = (NONE, 0)
+Limits = dict[str, list[Limit]]  # by selection, for each piece
 
 
 class Readable(Protocol):
@@ -81,113 +74,6 @@ class Source:
         return math.prod(self.backbone.shape)
 
 
-class _Selections:
-    """The selections that a method makes in a piece, recorded while the program is traced.
-
-    Attributes:
-      limits: {name of a selection: int32 [2], a `Limit`}.
-      keys: {name: (keys, number of marks that count towards the size)}, filled in.
-      next_limits: {name: the limit for the next piece}, filled in.
-    """
-
-    def __init__(self, limits: Mapping[str, jax.Array]):
-        self.limits = limits
-        self.keys: dict[str, tuple[jax.Array, jax.Array]] = {}
-        self.next_limits: dict[str, jax.Array] = {}
-
-    def select(self, name: str, key: jax.Array, included: jax.Array | None) -> jax.Array:
-        """Mark the piece's part of a selection."""
-        marks = jnp.int32(0) if included is None else jnp.sum(included, dtype=jnp.int32)
-        self.keys[name] = key, marks
-        if name not in self.limits:  # the program is to find it, and does not use what follows
-            return jnp.zeros(key.shape, bool)
-        threshold, needed = self.limits[name]
-        count = jnp.sum(key == threshold, dtype=jnp.int32)
-        self.next_limits[name] = jnp.stack([threshold, jnp.maximum(needed - count, 0)])
-        group = (1,) * key.ndim
-        ties = lowest(
-            key,
-            jnp.reshape(threshold, group),
-            jnp.reshape(count, group),
-            jnp.reshape(needed, group),
-            tuple(range(key.ndim)),
-            bits=1,
-        )
-        return (key > threshold) | ties
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece(Tensor):
-    """A run of a tensor's entries within the compiled program.
-
-    Attributes:
-      start: row-major index of the first one, uint32 scalar.
-      selections: records what the method selects.
-    """
-
-    start: jax.Array
-    selections: _Selections
-
-    def select(self, name, key, number, included=None, axes=None):
-        if axes == (-1,):
-            return top_of_keys(key, number, axes)  # a piece has whole rows
-        return self.selections.select(name, key, included)
-
-    def bits(self, user):
-        return random_bits(self.keys[user], self.patch["se"].shape, self.start)
-
-
-def _patch_and_importance(arrays, start, keys, options: ProgramOptions):
-    sensitivity = arrays["sensitivity"] or dict.fromkeys(PATCH_ROLES)
-    return patch_and_importance(
-        arrays["backbone"], arrays["derived"], sensitivity, keys, options, start
-    )
-
-
-def _piece(arrays, limits, start, keys, counts, knobs, options) -> _Piece:
-    patch, importance = _patch_and_importance(arrays, start, keys, options)
-    selections = _Selections(limits)
-    return _Piece(patch, importance, keys, counts, knobs, options, start, selections)
-
-
-@functools.partial(jax.jit, static_argnames=("options", "wanted"))
-def _keys(arrays, limits, start, keys, counts, knobs, *, options: ProgramOptions, wanted: str):
-    """Return (keys of a piece in one of the method's selections, number of marks that count towards
-    it)."""
-    piece = _piece(arrays, limits, start, keys, counts, knobs, options)
-    MERGE_METHODS[options.merge].function(piece)
-    return piece.selections.keys[wanted]
-
-
-@functools.partial(jax.jit, static_argnames=("options", "dtype", "rounding"))
-def _merge(
-    arrays,
-    limits,
-    start,
-    keys,
-    counts,
-    knobs,
-    *,
-    options: ProgramOptions,
-    dtype: str,
-    rounding: str,
-):
-    """Return (merged entries of a piece, its top sets, kept sets, limits of the next piece)."""
-    piece = _piece(arrays, limits, start, keys, counts, knobs, options)
-    merged, choice = merge_tensor(piece, arrays["backbone"], dtype, rounding)
-    return merged, choice.top, choice.kept, piece.selections.next_limits
-
-
-# A program of its own: within the one above XLA on CPU would draw the random bits anew for the
-# counts.
-@functools.partial(jax.jit, static_argnames="options")
-def _statistics(arrays, merged, top, kept, start, keys, *, options: ProgramOptions):
-    """Return (statistics of a piece, its sums of both patches)."""
-    patch, importance = _patch_and_importance(arrays, start, keys, options)
-    counts = tensor_statistics(patch, importance, top, kept, merged, arrays["backbone"])
-    return counts, agreement_sums(patch)
-
-
 class Merger:
     """Merges tensors one after the other.
 
@@ -198,8 +84,10 @@ class Merger:
       seed: of all random bits.
       dtype: storage dtype of the result; 'keep' is the backbone's, tensor by tensor.
       rounding: see `patch_matrices`.
-      piece: how many entries are held at a time, of each array of a tensor; the bits do not depend
+      size: how many entries are held at a time, of each array of a tensor; the bits do not depend
         on it.
+      threads: how many compute; by default as many as there are cores, and 8 at most. Nothing
+        depends on it.
     """
 
     def __init__(
@@ -209,105 +97,150 @@ class Merger:
         seed: int,
         dtype: str = "keep",
         rounding: str = "nearest",
-        piece: int = PIECE,
+        size: int = PIECE,
+        threads: int | None = None,
     ):
         self.statistics: dict[str, dict[str, Any]] = {}
         self._sources = {source.name: source for source in sources}
         self._patch, self._seed = patch, seed
-        self._dtype, self._rounding, self._piece = dtype, rounding, piece
+        self._dtype, self._rounding, self._size = dtype, rounding, size
+        self._threads = threads or min(8, len(os.sched_getaffinity(0)))
+        self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        self._compiled: set[Any] = set()
         self._options = program_options(patch)
+        self._counted = piece.Counted(self._options)
         self._rates = top_rates(patch)
         ranked = patch.method.ranks is not None and not self._options.by_row
         self._roles = PATCH_ROLES if ranked else ()
         fills = "support" in patch.method.settings and patch.support == "fill"
         self._fills = tuple(f"fill_{role}" for role in PATCH_ROLES) if fills else ()
-        self._global: dict[str, dict[str, Limit]] = {}
-        if patch.ranks_whole_scope:
-            size = sum(source.size for source in sources)
-            for role in self._roles:
-                number = top_count(self._rates[role], size)
-                limits = self._limits([(source, {}) for source in sources], role, number)
-                self._global[role] = dict(zip(self._sources, limits))
+        self._tosses = "retention" in patch.method.settings and not fills
+        self._global: dict[str, Limits] = {}
+        if self._roles and patch.ranks_whole_scope:
+            total = sum(source.size for source in sources)
+            numbers = {role: top_count(self._rates[role], total) for role in self._roles}
+            found = self._limits([(source, {}) for source in sources], numbers)
+            self._global = dict(zip(self._sources, found))
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """Yield the merged tensor in runs, flat, in its storage dtype; afterwards its statistics
         are there."""
-        source, parts = self._sources[name], []
-        limits: dict[str, Limit] = {}
-        for role in self._roles:
-            if role in self._global:
-                limits[role] = self._global[role][name]
-            else:
-                number = top_count(self._rates[role], source.size)
-                limits[role] = self._limits([(source, {})], role, number)[0]
-        quota = Knobs.of(self._patch, source.size).quota
-        for fill in self._fills:  # what fills up rests on the selections before it
-            limits[fill] = self._limits([(source, limits)], fill, quota)[0]
-        for count, merged, statistics in self._merged(source, limits):
-            yield np.asarray(merged).reshape(-1)[:count]
-            parts.append(statistics)
-        parts = jax.tree.map(np.ndarray.tolist, jax.device_get(parts))
-        counts, sums = zip(*parts)
+        source, vectors = self._sources[name], []
+        if name in self._global:
+            limits = self._global[name]
+        else:
+            numbers = {role: top_count(self._rates[role], source.size) for role in self._roles}
+            limits = self._limits([(source, {})], numbers)[0] if numbers else {}
+        if self._fills:  # what fills up rests on the selections before it
+            quota = Knobs.of(self._patch, source.size).quota
+            numbers = dict.fromkeys(self._fills, quota)
+            limits = limits | self._limits([(source, limits)], numbers)[0]
+        for merged, vector in self._merged(source, limits):
+            yield merged
+            vectors.append(vector)
+        counts, sums = zip(*self._counted.parts(np.stack(vectors)))
         total = {"size": source.size} | combine_statistics(counts)
         self.statistics[name] = total | {"overlap": overlap(total)} | agreement(sums)
 
     def _limits(
-        self, sources: Sequence[tuple[Source, dict[str, Limit]]], wanted: str, number: int
-    ) -> list[Limit]:
-        """Return the limit of one selection in each of several tensors, of which it has `number`
-        entries together."""
+        self, sources: Sequence[tuple[Source, Limits]], numbers: Mapping[str, int]
+    ) -> list[Limits]:
+        """Return the limits of some selections in each of several tensors, of which all together
+        have so many entries."""
+        searches = self._begun(sources, numbers)
+        while open_ones := {name: x for name, x in searches.items() if x.limits is None}:
+            bounds = {name: search.bounds for name, search in open_ones.items()}
+            for source, limits in sources:
+                for found in self._surveyed(source, limits, bounds):
+                    for name, search in open_ones.items():
+                        search.add(*found[name])
+            for search in open_ones.values():
+                search.end()
+        result, done = [], 0
+        for source, _ in sources:
+            pieces = len(range(0, source.size, math.prod(self._shape(source))))
+            part = slice(done, done + pieces)
+            result.append({name: search.limits[part] for name, search in searches.items()})
+            done += pieces
+        return result
 
-        def keys() -> Iterator[tuple[int, np.ndarray, Any]]:
-            for i, (source, limits) in enumerate(sources):
-                for count, (key, marks) in self._keys(source, limits, wanted):
-                    yield i, np.asarray(key).reshape(-1)[:count], marks
+    def _begun(
+        self, sources: Sequence[tuple[Source, Limits]], numbers: Mapping[str, int]
+    ) -> dict[str, Search]:
+        """Begin searches, with samples of some of the tensors."""
+        nothing = dict.fromkeys(numbers, np.full(COUNTED + 2, 1, np.int32))
+        total = sum(source.size for source, _ in sources)
+        chosen = sources[:: -(-len(sources) // _SOURCES)]
+        samples: dict[str, list[np.ndarray]] = {name: [] for name in numbers}
+        marks = dict.fromkeys(numbers, 0.0)
+        largest = max(source.size for source, _ in chosen)
+        for source, limits in chosen:
+            shape = self._shape(source)
+            program = self._survey(source, limits, nothing)
+            found = program(0, 0, _sample(source, shape))
+            every = max(1, round(largest / source.size))  # a sample in proportion to the size
+            for name, (key, _, vector) in found.items():
+                count = min(source.size, math.prod(shape))
+                samples[name].append(np.asarray(key).reshape(-1)[:count:every])
+                marks[name] += int(vector[-1]) / count * source.size
+        share = sum(source.size for source, _ in chosen) / total
+        searches = {}
+        for name, number in numbers.items():
+            sample = np.concatenate(samples[name])
+            searches[name] = Search(number, total, sample, round(marks[name] / share))
+        return searches
 
-        histogram = _Histogram(keys, len(sources))
-        number = max(number - histogram.marks, 0)
-        shares = share_out(histogram.at_least, number)
-        if not any(shares):
-            return [_NOTHING] * len(sources)
-        threshold = threshold_of(histogram.at_least, sum(shares))
-        above = histogram.at_least(threshold + 1)
-        return [(threshold, share - more) for share, more in zip(shares, above)]
+    def _surveyed(
+        self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield for each piece what `Search.add` takes, by selection."""
+        program = self._survey(source, limits, bounds)
 
-    def _keys(
-        self, source: Source, limits: Mapping[str, Limit], wanted: str
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield for each piece of a tensor the number of entries in it, and (keys, marks)."""
+        def gathered(number: int, start: int, arrays: dict[str, Any]) -> dict[str, Any]:
+            result = {}
+            for name, (key, inside, vector) in program(number, start, arrays).items():
+                places = np.flatnonzero(np.asarray(inside))
+                vector = np.asarray(vector)
+                result[name] = vector[:-1], int(vector[-1]), np.asarray(key).reshape(-1)[places]
+            return result
+
+        yield from self._run(gathered, source, ("survey", *bounds))
+
+    def _survey(
+        self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
+    ) -> Callable[[int, int, dict[str, Any]], Any]:
         keys, counts, knobs = self._arguments(source)
-        limits = _arrays(limits)
+        wanted = tuple(bounds)
 
-        def program(start: int, arrays: dict[str, Any]) -> Any:
-            return _keys(
+        def program(number: int, start: int, arrays: dict[str, Any]) -> Any:
+            return piece.survey(
                 arrays,
-                limits,
+                _arrays(limits, number),
                 np.uint32(start),
                 keys,
                 counts,
                 knobs,
+                bounds,
                 options=self._options,
                 wanted=wanted,
             )
 
-        yield from self._run(program, source)
+        return program
 
-    def _merged(
-        self, source: Source, limits: Mapping[str, Limit]
-    ) -> Iterator[tuple[int, jax.Array, tuple[dict[str, jax.Array], ...]]]:
-        """Yield for each piece the number of entries in it, the merged entries, and what
-        `_statistics` returns."""
+    def _merged(self, source: Source, limits: Limits) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield for each piece the merged entries, and what `piece.count` returns."""
         keys, counts, knobs = self._arguments(source)
-        next_limits = _arrays(limits)
+        shape = self._shape(source)
         dtype = source.backbone.dtype if self._dtype == "keep" else self._dtype
 
-        def program(start: int, arrays: dict[str, Any]) -> Any:
-            nonlocal next_limits  # what a piece leaves of each limit is for the next one
-            start = np.uint32(start)
-            merged, top, kept, next_limits = _merge(
+        def program(number: int, start: int, arrays: dict[str, Any]) -> Any:
+            first = np.uint32(start)
+            coins = piece.toss(first, keys, knobs, shape=shape) if self._tosses else None
+            merged, top, kept = piece.merge(
                 arrays,
-                next_limits,
-                start,
+                _arrays(limits, number),
+                coins,
+                first,
                 keys,
                 counts,
                 knobs,
@@ -315,12 +248,11 @@ class Merger:
                 dtype=dtype,
                 rounding=self._rounding,
             )
-            return merged, _statistics(
-                arrays, merged, top, kept, start, keys, options=self._options
-            )
+            vector = piece.count(arrays, merged, top, kept, first, keys, options=self._options)
+            entries = min(math.prod(shape), source.size - start)
+            return np.asarray(merged).reshape(-1)[:entries], np.asarray(vector)
 
-        for count, (merged, statistics) in self._run(program, source):
-            yield count, merged, statistics
+        yield from self._run(program, source, ("merge", dtype))
 
     def _arguments(self, source: Source) -> tuple[dict, dict, dict]:
         """Return (keys, counts, knobs), see `Tensor`."""
@@ -329,98 +261,119 @@ class Merger:
         counts = {role: np.int32(top_count(rate, group)) for role, rate in self._rates.items()}
         return keys, counts, Knobs.of(self._patch, source.size).traced()
 
-    def _run(
-        self, program: Callable[[int, dict[str, Any]], Any], source: Source
-    ) -> Iterator[tuple[int, Any]]:
-        """Call a program with the start and the arrays of each piece; yield the number of entries
-        in it and what the program returns."""
-        columns = source.backbone.shape[-1]
+    def _shape(self, source: Source) -> tuple[int, ...]:
+        """Return the shape of a tensor's pieces; the last one is filled up with zeros."""
         if self._options.by_row:
-            shape = (max(1, self._piece // columns), columns)
-        else:
-            shape = (min(self._piece, source.size),)
+            columns = source.backbone.shape[-1]
+            return max(1, self._size // columns), columns
+        return (min(self._size, source.size),)
+
+    def _run(
+        self,
+        program: Callable[[int, int, dict[str, Any]], Any],
+        source: Source,
+        kind: tuple[Any, ...],
+    ) -> Iterator[Any]:
+        """Call a program with the number, the start and the arrays of each piece; yield what it
+        returns in their order.
+
+        Args:
+          program: called by several threads at once.
+          source: what is read.
+          kind: of the program; the first piece of a kind and shape is computed alone, so that its
+            programs are compiled once.
+        """
+        shape = self._shape(source)
         step = math.prod(shape)
-        with Workers(1) as reader:
-            running: deque[tuple[int, Any]] = deque()
-            reading = reader.submit(_read, source, 0, min(step, source.size), shape)
-            for start in range(0, source.size, step):
-                arrays = wait(reading)
-                following = start + step
-                if following < source.size:
-                    count = min(step, source.size - following)
-                    reading = reader.submit(_read, source, following, count, shape)
-                running.append((min(step, source.size - start), program(start, arrays)))
-                if len(running) > _AHEAD:
-                    yield running.popleft()
-            yield from running
+        kind = (*kind, shape, *((x.dtype, x.shape[1:] and 0) for x in _tensors(source)))
+
+        def compute(number: int, start: int, reading: Future) -> Any:
+            memory, arrays = reading.result()
+            result = jax.block_until_ready(program(number, start, arrays))
+            del arrays
+            self._free.put(memory)
+            return result
+
+        with Workers(1) as reader, Workers(self._threads) as calculators:
+            running: deque[Future] = deque()
+            for number, start in enumerate(range(0, source.size, step)):
+                count = min(step, source.size - start)
+                reading = reader.submit(self._read, source, start, count, shape)
+                running.append(calculators.submit(compute, number, start, reading))
+                if kind not in self._compiled:
+                    self._compiled.add(kind)
+                    wait(running[0])
+                if len(running) > self._threads + _AHEAD:
+                    yield wait(running.popleft())
+            while running:
+                yield wait(running.popleft())
+
+    def _read(
+        self, source: Source, start: int, count: int, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Read a run of all arrays of a tensor, with zeros behind it up to `shape`; return the
+        memory that holds them too, which is used again."""
+        size = sum(math.prod(shape) * DTYPES[x.dtype].itemsize + 64 for x in _tensors(source))
+        memory = np.empty(0, np.uint8)
+        while len(memory) < size:
+            try:
+                memory = self._free.get_nowait()
+            except queue.Empty:
+                memory = aligned_empty((size,), np.dtype(np.uint8))
+        return memory, _read(source, start, count, shape, memory)
 
 
-def _arrays(limits: Mapping[str, Limit]) -> dict[str, np.ndarray]:
-    return {name: np.array(limit, np.int32) for name, limit in limits.items()}
+def _arrays(limits: Limits, number: int) -> dict[str, np.ndarray]:
+    """Return the limits of one piece."""
+    return {name: np.array(pieces[number], np.int32) for name, pieces in limits.items()}
 
 
-class _Histogram:
-    """How many keys of several tensors are at least a threshold, from two passes over them.
-
-    Args:
-      keys: yields (number of the tensor, int32 keys, marks that count towards the selection) until
-        all have passed; called anew for each pass.
-      tensors: how many there are.
-
-    Attributes:
-      marks: the sum of all marks.
-    """
-
-    def __init__(self, keys: Callable[[], Iterator[tuple[int, np.ndarray, Any]]], tensors: int):
-        self._keys, self._tensors = keys, tensors
-        self._fine_of, self._fine = -1, np.zeros((tensors, 0), np.int64)
-        self._positive = np.zeros(tensors, np.int64)
-        coarse = np.zeros((tensors, 1 << 31 - _LOW), np.int64)
-        self.marks = 0
-        for i, key, marks in keys():
-            coarse[i] += np.bincount(key >> _LOW, minlength=coarse.shape[1])
-            self._positive[i] += np.count_nonzero(key)
-            self.marks += int(marks)
-        self._above = _at_least(coarse)
-
-    def at_least(self, threshold: int) -> list[int]:
-        """Return for each tensor how many of its keys are at least a threshold in [1, 2^31)."""
-        if threshold == 1:
-            return self._positive.tolist()
-        high, low = threshold >> _LOW, threshold & (1 << _LOW) - 1
-        if not low:
-            return self._above[:, high].tolist()
-        if self._fine_of != high:
-            self._fine_of, self._fine = high, self._lower_bits(high)
-        return (self._above[:, high + 1] + self._fine[:, low]).tolist()
-
-    def _lower_bits(self, high: int) -> np.ndarray:
-        """Count the lower bits of the keys that have these upper ones."""
-        fine = np.zeros((self._tensors, 1 << _LOW), np.int64)
-        for i, key, _ in self._keys():
-            lower = key[key >> _LOW == high] & (1 << _LOW) - 1
-            fine[i] += np.bincount(lower, minlength=fine.shape[1])
-        return _at_least(fine)
+def _tensors(source: Source) -> list[Readable]:
+    return [source.backbone, *source.derived.values(), *source.sensitivity.values()]
 
 
-def _at_least(histogram: np.ndarray) -> np.ndarray:
-    """Return for [tensors, n] counts of each value those of values at least as large, [tensors, n +
-    1]."""
-    return np.pad(np.cumsum(histogram[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
+def _mapped(source: Source, function: Callable[[Readable], Any]) -> dict[str, Any]:
+    return {
+        "backbone": function(source.backbone),
+        "derived": {role: function(x) for role, x in source.derived.items()},
+        "sensitivity": {role: function(x) for role, x in source.sensitivity.items()},
+    }
 
 
-def _read(source: Source, start: int, count: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Read a run of all arrays of a tensor, with zeros behind it up to `shape`."""
+def _read(
+    source: Source, start: int, count: int, shape: tuple[int, ...], memory: np.ndarray
+) -> dict[str, Any]:
+    """Read a run of all arrays of a tensor into `memory`, with zeros behind it up to `shape`."""
+    offset = 0
 
     def run(tensor: Readable) -> jax.Array:
-        out = aligned_empty((math.prod(shape),), DTYPES[tensor.dtype])
+        nonlocal offset
+        dtype = DTYPES[tensor.dtype]
+        size = math.prod(shape) * dtype.itemsize
+        out = memory[offset : offset + size].view(dtype)
+        offset += -(-size // 64) * 64
         tensor.read(out[:count], start)
         out[count:] = 0
         # Takes over the memory; a jitted function that is given NumPy's would copy it.
         return jnp.asarray(out.reshape(shape))
 
-    return {
-        "backbone": run(source.backbone),
-        "derived": {role: run(x) for role, x in source.derived.items()},
-        "sensitivity": {role: run(x) for role, x in source.sensitivity.items()},
-    }
+    return _mapped(source, run)
+
+
+def _sample(source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Read parts from all over a tensor, or all of it, as a piece."""
+    step = math.prod(shape)
+    if source.size <= step:
+        size = sum(step * DTYPES[x.dtype].itemsize + 64 for x in _tensors(source))
+        return _read(source, 0, source.size, shape, aligned_empty((size,), np.dtype(np.uint8)))
+    unit = shape[-1] if len(shape) > 1 else min(_SAMPLED, step)
+    places = np.linspace(0, source.size - step, step // unit, dtype=np.int64) // unit * unit
+    places += np.arange(len(places)) * unit
+
+    def run(tensor: Readable) -> jax.Array:
+        out = np.zeros(step, DTYPES[tensor.dtype])
+        for i, place in enumerate(places.tolist()):
+            tensor.read(out[i * unit : (i + 1) * unit], place)
+        return jnp.asarray(out.reshape(shape))
+
+    return _mapped(source, run)

@@ -133,7 +133,7 @@ def reduce_together(
     """Reduce arrays of one shape to scalars, in one pass over them on CPU.
 
     Args:
-      sums: bool, to be counted.
+      sums: bool, to be counted, or int32.
       largest, smallest: int32, of which the largest (0 if there is none) and the smallest (NONE)
         is wanted.
 

@@ -97,8 +97,12 @@ class Tensor:
         """Keep each entry of the masks with probability p, independently for each role."""
         result = {}
         for role, mask in masks.items():
-            result[role] = mask & bernoulli(self.bits(role), self.knobs["retention"])
+            result[role] = mask & self.coin(role)
         return result
+
+    def coin(self, role: str) -> jax.Array:
+        """Return whether each entry is retained, bool, drawn anew for each role."""
+        return bernoulli(self.bits(role), self.knobs["retention"])
 
     def filled(
         self, candidates: Mapping[str, jax.Array], top: Mapping[str, jax.Array]

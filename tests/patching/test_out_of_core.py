@@ -66,7 +66,7 @@ def check(tensors, patch, piece, dtype="keep", rounding="nearest"):
     merged, statistics = run(
         *as_trees(tensors, ROWS), patch, rows=ROWS, dtype=dtype, rounding=rounding
     )
-    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, piece=piece)
+    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, size=piece)
     for tensor, expected in zip(tensors, matrices(merged, ROWS)):
         ours = np.concatenate(list(merger.parts(tensor["name"])))
         assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()

@@ -1,0 +1,217 @@
+"""The compiled programs of the patch operation on a piece: a run of one tensor's entries that is
+held while the rest of the tensor lies on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from safepatch_jax.numerics import bernoulli, random_bits
+from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.agreement import agreement_sums
+from safepatch_jax.patching.merge import KEYED, merge_tensor, patch_and_importance
+from safepatch_jax.patching.methods import MERGE_METHODS
+from safepatch_jax.patching.selection import lowest, reduce_together, top_of_keys
+from safepatch_jax.patching.statistics import tensor_statistics
+from safepatch_jax.patching.tensor import ProgramOptions, Tensor
+
+
+class _Selections:
+    """The selections that a method makes in a piece, recorded while the program is traced.
+
+    Attributes:
+      limits: {name of a selection: int32 [2]: a threshold, and how many of the piece's entries that
+        equal it are marked}.
+      keys: {name: (keys, number of marks that count towards the size)}, filled in.
+    """
+
+    def __init__(self, limits: Mapping[str, jax.Array]):
+        self.limits = limits
+        self.keys: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def select(self, name: str, key: jax.Array, included: jax.Array | None) -> jax.Array:
+        """Mark the piece's part of a selection."""
+        marks = jnp.int32(0) if included is None else jnp.sum(included, dtype=jnp.int32)
+        self.keys[name] = key, marks
+        if name not in self.limits:  # the program is to find it, and does not use what follows
+            return jnp.zeros(key.shape, bool)
+        threshold, needed = self.limits[name]
+        count = jnp.sum(key == threshold, dtype=jnp.int32)
+        group = (1,) * key.ndim
+        ties = lowest(
+            key,
+            jnp.reshape(threshold, group),
+            jnp.reshape(count, group),
+            jnp.reshape(needed, group),
+            tuple(range(key.ndim)),
+            bits=1,
+        )
+        return (key > threshold) | ties
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece(Tensor):
+    """A run of a tensor's entries within the compiled program.
+
+    Attributes:
+      start: row-major index of the first one, uint32 scalar.
+      selections: records what the method selects.
+      coins: {role: bool}: what `coin` returns; None to toss them.
+    """
+
+    start: jax.Array
+    selections: _Selections
+    coins: Mapping[str, jax.Array] | None = None
+
+    def select(self, name, key, number, included=None, axes=None):
+        if axes == (-1,):
+            return top_of_keys(key, number, axes)  # a piece has whole rows
+        return self.selections.select(name, key, included)
+
+    def bits(self, user):
+        return random_bits(self.keys[user], self.patch["se"].shape, self.start)
+
+    def coin(self, role):
+        return super().coin(role) if self.coins is None else self.coins[role]
+
+
+def _patch_and_importance(arrays, start, keys, options: ProgramOptions):
+    sensitivity = arrays["sensitivity"] or dict.fromkeys(PATCH_ROLES)
+    return patch_and_importance(
+        arrays["backbone"], arrays["derived"], sensitivity, keys, options, start
+    )
+
+
+def _piece(arrays, limits, start, keys, counts, knobs, options, coins=None) -> _Piece:
+    patch, importance = _patch_and_importance(arrays, start, keys, options)
+    selections = _Selections(limits)
+    return _Piece(patch, importance, keys, counts, knobs, options, start, selections, coins)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def toss(start, keys, knobs, *, shape: tuple[int, ...]):
+    """Return the coins of a piece, {role: bool}, see `Tensor.coin`.
+
+    A program of its own: within the one that merges XLA on CPU would draw the random bits anew for
+    each of its results.
+    """
+    result = {}
+    for role in PATCH_ROLES:
+        result[role] = bernoulli(random_bits(keys[role], shape, start), knobs["retention"])
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("options", "dtype", "rounding"))
+def merge(
+    arrays,
+    limits,
+    coins,
+    start,
+    keys,
+    counts,
+    knobs,
+    *,
+    options: ProgramOptions,
+    dtype: str,
+    rounding: str,
+):
+    """Return (merged entries of a piece, its top sets, kept sets)."""
+    piece = _piece(arrays, limits, start, keys, counts, knobs, options, coins)
+    merged, choice = merge_tensor(piece, arrays["backbone"], dtype, rounding)
+    return merged, choice.top, choice.kept
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def count(arrays, merged, top, kept, start, keys, *, options: ProgramOptions):
+    """Return (statistics of a piece, its sums of both patches) as one int32 vector, which
+    `Counted` reads.
+
+    A program of its own, for the same reason as `toss`.
+    """
+    statistics = _statistics(arrays, merged, top, kept, start, keys, options)
+    flat = []
+    for x in jax.tree.leaves(statistics):
+        x = lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
+        flat.append(jnp.ravel(x).astype(jnp.int32))
+    return jnp.concatenate(flat)
+
+
+def _statistics(arrays, merged, top, kept, start, keys, options):
+    patch, importance = _patch_and_importance(arrays, start, keys, options)
+    counts = tensor_statistics(patch, importance, top, kept, merged, arrays["backbone"])
+    return counts, agreement_sums(patch)
+
+
+class Counted:
+    """Reads the vectors of `count` of these options."""
+
+    def __init__(self, options: ProgramOptions):
+        x, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.float32, bool))
+        pair, masks = dict.fromkeys(PATCH_ROLES, x), dict.fromkeys(PATCH_ROLES, mask)
+        arrays = {"backbone": x, "derived": pair, "sensitivity": pair}
+        keys = dict.fromkeys(KEYED, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        function = functools.partial(_statistics, options=options)
+        shapes = jax.eval_shape(function, arrays, x, masks, masks, np.uint32(0), keys)
+        leaves, self._tree = jax.tree.flatten(shapes)
+        self._fields, offset = [], 0
+        for leaf in leaves:
+            size = math.prod(leaf.shape)
+            self._fields.append((slice(offset, offset + size), leaf.shape, leaf.dtype))
+            offset += size
+
+    def parts(self, vectors: np.ndarray) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return the statistics and the sums of each piece as Python's numbers.
+
+        Args:
+          vectors: int32 [pieces, n].
+        """
+        columns = []
+        for place, shape, dtype in self._fields:
+            x = np.ascontiguousarray(vectors[:, place])
+            x = x.view(dtype) if dtype == np.float32 else x.astype(dtype)
+            columns.append(x.reshape(-1, *shape).tolist())
+        return [jax.tree.unflatten(self._tree, leaves) for leaves in zip(*columns)]
+
+
+@functools.partial(jax.jit, static_argnames=("options", "wanted"))
+def survey(
+    arrays,
+    limits,
+    start,
+    keys,
+    counts,
+    knobs,
+    thresholds,
+    *,
+    options: ProgramOptions,
+    wanted: tuple[str, ...],
+):
+    """Look at the keys of some of the method's selections in a piece.
+
+    Args:
+      thresholds: {name of a selection: int32 [n]}, of which the first two are a window.
+
+    Returns:
+      {name: (keys, which of them are in [first, second), int32 [n + 1]: how many are at least each
+      threshold, and the number of marks that count towards the selection)}.
+    """
+    piece = _piece(arrays, limits, start, keys, counts, knobs, options)
+    MERGE_METHODS[options.merge].function(piece)
+    result = {}
+    for name in wanted:
+        key, marks = piece.selections.keys[name]
+        bounds = thresholds[name]
+        reached = {f"{i:02}": key >= bounds[i] for i in range(bounds.shape[0])}
+        reached = reduce_together(reached, {}, {})[0]
+        inside = (key >= bounds[0]) & (key < bounds[1])
+        numbers = jnp.stack([*(reached[name] for name in sorted(reached)), marks])
+        result[name] = key, inside, numbers
+    return result
