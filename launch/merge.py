@@ -22,7 +22,6 @@ number of entries kept in each tensor) and patch.png. The patch file is then mad
 from absl import flags
 
 from launch import kinds, main, options
-from safepatch_jax.run import merge_folders
 
 _BASE = kinds.path("base", None, "The backbone's folder, in Hugging Face format.", required=True)
 _DERIVED = {
@@ -48,6 +47,8 @@ flags.adopt_module_key_flags(options)
 
 
 def run() -> None:
+    from safepatch_jax.run import merge_folders  # here: --help needs no JAX
+
     derived, scores = _values(_DERIVED), _values(_SCORES)
     settings = options.read(_NAMES)
     merge_folders.merge_folders(_BASE.value, derived, scores, _OUT.value, settings)

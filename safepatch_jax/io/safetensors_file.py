@@ -6,6 +6,7 @@ streaming in either direction, and holding a whole file in memory is what we mus
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -15,6 +16,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import safe_open
@@ -29,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PIECE = 1 << 20  # bytes a write; a whole tensor in one call is several times slower on Linux
+_SYNCED = 1 << 26  # bytes after which the disk is asked to write them
 TensorOf = Callable[[str], np.ndarray | Iterator[np.ndarray]]
 _CODES = {name: code for code, name in _NAMES.items()}
 
@@ -80,6 +83,7 @@ def write_shards(
     tensor_of: TensorOf,
     shard_bytes: int,
     title: str = "write",
+    hashed: bool = True,
 ) -> dict[str, str]:
     """Write tensors as one or several safetensors files with an index, in the order given.
 
@@ -90,9 +94,10 @@ def write_shards(
         are held at a time.
       shard_bytes: files are cut at this size.
       title: shown at the progress bar.
+      hashed: whether hashes are wanted.
 
     Returns:
-      SHA-256 of each tensor's bytes.
+      SHA-256 of each tensor's bytes, nothing if they are not wanted.
 
     Raises:
       OSError: the disk is full or not writable; says what to do.
@@ -105,7 +110,8 @@ def write_shards(
         hashes, ends = {}, {}
         for name, shard in shards.items():
             path = folder / name
-            ends[path] = _write_file(path, shard, tensor_of, pool, hashes, bar.update)
+            wanted = hashes if hashed else None
+            ends[path] = _write_file(path, shard, tensor_of, pool, wanted, bar.update)
         for path, end in ends.items():
             with _explained(path, total):
                 wait(end)
@@ -156,14 +162,15 @@ def _write_file(
     plan: Mapping[str, Planned],
     tensor_of: TensorOf,
     pool: Executor,
-    hashes: dict[str, str],
+    hashes: dict[str, str] | None,
     written: Callable[[int], object],
 ) -> Future:
-    """Write one file tensor by tensor, add their hashes to `hashes`; return what waits for the disk
-    and closes the file."""
+    """Write one file tensor by tensor, add their hashes to `hashes` if there is one; return what
+    waits for the disk and closes the file."""
     total = sum(planned.size for planned in plan.values())
     with _explained(path, total):
         file = open(path, "wb")
+    syncing = _Syncing(file, pool)
     try:
         with _explained(path, total):
             file.write(_header(plan))
@@ -171,10 +178,11 @@ def _write_file(
         for name, planned in plan.items():
             digest, size = hashlib.sha256(), 0
             for data in _bytes_of(tensor_of(name), planned, name):
-                hashing = pool.submit(_update, digest, data, before)
+                hashing = None if hashes is None else pool.submit(_update, digest, data, before)
                 with _explained(path, total):
                     for start in range(0, len(data), _PIECE):
                         file.write(data[start : start + _PIECE])
+                    syncing.written(len(data))
                 if before is not None:
                     wait(before)  # so that no more than two tensors, or runs of one, are held
                 before = hashing
@@ -182,14 +190,45 @@ def _write_file(
                 written(len(data))
             assert size == planned.size, (name, size, planned)
             digests[name] = digest
-        wait(before)
-        hashes |= {name: digest.hexdigest() for name, digest in digests.items()}
+        if hashes is not None:
+            wait(before)
+            hashes |= {name: digest.hexdigest() for name, digest in digests.items()}
         with _explained(path, total):
             file.flush()
     except BaseException:
+        syncing.abandon()
         file.close()
         raise
-    return pool.submit(_finish, file)
+    return pool.submit(syncing.finish)
+
+
+class _Syncing:
+    """Brings a file to the disk while it is written, so that its end has little to wait for."""
+
+    def __init__(self, file: BinaryIO, pool: Executor):
+        self._file, self._pool = file, pool
+        self._size, self._running = 0, None
+
+    def written(self, size: int) -> None:
+        """Count bytes; raises what became of those before."""
+        self._size += size
+        if self._size < _SYNCED or (self._running and not self._running.done()):
+            return
+        if self._running:
+            wait(self._running)  # the kernel reports an error once
+        self._size, self._running = 0, self._pool.submit(os.fdatasync, self._file.fileno())
+
+    def abandon(self) -> None:
+        """Wait for what uses the file's number."""
+        if self._running and not self._running.cancel():
+            concurrent.futures.wait([self._running])
+
+    def finish(self) -> None:
+        """Bring the rest to the disk and close the file."""
+        with self._file:
+            if self._running:
+                self._running.result()
+            os.fsync(self._file.fileno())
 
 
 def _header(plan: Mapping[str, Planned]) -> bytes:
@@ -227,8 +266,3 @@ def _update(digest, data: memoryview, before: Future | None) -> None:
     if before is not None:
         before.result()
     digest.update(data)
-
-
-def _finish(file) -> None:
-    with file:
-        os.fsync(file.fileno())

@@ -102,19 +102,21 @@ class Merger:
     ):
         self.statistics: dict[str, dict[str, Any]] = {}
         self._sources = {source.name: source for source in sources}
+        self._largest = max(source.size for source in sources)
         self._patch, self._seed = patch, seed
         self._dtype, self._rounding, self._size = dtype, rounding, size
         self._threads = threads or min(8, len(os.sched_getaffinity(0)))
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._compiled: set[Any] = set()
         self._options = program_options(patch)
-        self._counted = piece.Counted(self._options)
+        self._counted = piece.Counted()
         self._rates = top_rates(patch)
         ranked = patch.method.ranks is not None and not self._options.by_row
         self._roles = PATCH_ROLES if ranked else ()
         fills = "support" in patch.method.settings and patch.support == "fill"
         self._fills = tuple(f"fill_{role}" for role in PATCH_ROLES) if fills else ()
-        self._tosses = "retention" in patch.method.settings and not fills
+        drawn = ("fill",) if fills else PATCH_ROLES * ("retention" in patch.method.settings)
+        self._users = (*drawn, *["rounding"] * (rounding == "stochastic"))
         self._global: dict[str, Limits] = {}
         if self._roles and patch.ranks_whole_scope:
             total = sum(source.size for source in sources)
@@ -210,12 +212,13 @@ class Merger:
         self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
     ) -> Callable[[int, int, dict[str, Any]], Any]:
         keys, counts, knobs = self._arguments(source)
-        wanted = tuple(bounds)
+        shape, wanted = self._shape(source), tuple(bounds)
 
         def program(number: int, start: int, arrays: dict[str, Any]) -> Any:
             return piece.survey(
                 arrays,
                 _arrays(limits, number),
+                self._draw(start, keys, knobs, shape),
                 np.uint32(start),
                 keys,
                 counts,
@@ -228,19 +231,17 @@ class Merger:
         return program
 
     def _merged(self, source: Source, limits: Limits) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield for each piece the merged entries, and what `piece.count` returns."""
+        """Yield for each piece the merged entries, and its statistics, see `piece.merge`."""
         keys, counts, knobs = self._arguments(source)
         shape = self._shape(source)
         dtype = source.backbone.dtype if self._dtype == "keep" else self._dtype
 
         def program(number: int, start: int, arrays: dict[str, Any]) -> Any:
-            first = np.uint32(start)
-            coins = piece.toss(first, keys, knobs, shape=shape) if self._tosses else None
-            merged, top, kept = piece.merge(
+            merged, vector = piece.merge(
                 arrays,
                 _arrays(limits, number),
-                coins,
-                first,
+                self._draw(start, keys, knobs, shape),
+                np.uint32(start),
                 keys,
                 counts,
                 knobs,
@@ -248,11 +249,15 @@ class Merger:
                 dtype=dtype,
                 rounding=self._rounding,
             )
-            vector = piece.count(arrays, merged, top, kept, first, keys, options=self._options)
             entries = min(math.prod(shape), source.size - start)
             return np.asarray(merged).reshape(-1)[:entries], np.asarray(vector)
 
         yield from self._run(program, source, ("merge", dtype))
+
+    def _draw(self, start: int, keys: dict, knobs: dict, shape: tuple[int, ...]) -> Any:
+        if not self._users:
+            return {}
+        return piece.draw(np.uint32(start), keys, knobs, users=self._users, shape=shape)
 
     def _arguments(self, source: Source) -> tuple[dict, dict, dict]:
         """Return (keys, counts, knobs), see `Tensor`."""
@@ -266,7 +271,7 @@ class Merger:
         if self._options.by_row:
             columns = source.backbone.shape[-1]
             return max(1, self._size // columns), columns
-        return (min(self._size, source.size),)
+        return (min(self._size, self._largest),)
 
     def _run(
         self,

@@ -17,8 +17,8 @@ from jax import lax
 from safepatch_jax.numerics import bernoulli, random_bits
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement_sums
-from safepatch_jax.patching.merge import KEYED, merge_tensor, patch_and_importance
-from safepatch_jax.patching.methods import MERGE_METHODS
+from safepatch_jax.patching.merge import merge_tensor, patch_and_importance
+from safepatch_jax.patching.methods import MERGE_METHODS, Choice
 from safepatch_jax.patching.selection import lowest, reduce_together, top_of_keys
 from safepatch_jax.patching.statistics import tensor_statistics
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor
@@ -64,12 +64,12 @@ class _Piece(Tensor):
     Attributes:
       start: row-major index of the first one, uint32 scalar.
       selections: records what the method selects.
-      coins: {role: bool}: what `coin` returns; None to toss them.
+      drawn: what `draw` returns.
     """
 
     start: jax.Array
     selections: _Selections
-    coins: Mapping[str, jax.Array] | None = None
+    drawn: Mapping[str, jax.Array]
 
     def select(self, name, key, number, included=None, axes=None):
         if axes == (-1,):
@@ -77,43 +77,42 @@ class _Piece(Tensor):
         return self.selections.select(name, key, included)
 
     def bits(self, user):
+        if user in self.drawn:
+            return self.drawn[user]
         return random_bits(self.keys[user], self.patch["se"].shape, self.start)
 
     def coin(self, role):
-        return super().coin(role) if self.coins is None else self.coins[role]
+        return self.drawn[role]
 
 
-def _patch_and_importance(arrays, start, keys, options: ProgramOptions):
+@functools.partial(jax.jit, static_argnames=("users", "shape"))
+def draw(start, keys, knobs, *, users: tuple[str, ...], shape: tuple[int, ...]):
+    """Return what is drawn at random in a piece: the bits of the users, and by role the coins of
+    `Tensor.coin`.
+
+    A program of its own: within the one that merges XLA on CPU would draw anew for each use.
+    """
+    result = {user: random_bits(keys[user], shape, start) for user in users}
+    for role in PATCH_ROLES:
+        if role in users:
+            result[role] = bernoulli(result[role], knobs["retention"])
+    return result
+
+
+def _piece(arrays, limits, drawn, start, keys, counts, knobs, options) -> _Piece:
     sensitivity = arrays["sensitivity"] or dict.fromkeys(PATCH_ROLES)
-    return patch_and_importance(
+    patch, importance = patch_and_importance(
         arrays["backbone"], arrays["derived"], sensitivity, keys, options, start
     )
-
-
-def _piece(arrays, limits, start, keys, counts, knobs, options, coins=None) -> _Piece:
-    patch, importance = _patch_and_importance(arrays, start, keys, options)
     selections = _Selections(limits)
-    return _Piece(patch, importance, keys, counts, knobs, options, start, selections, coins)
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def toss(start, keys, knobs, *, shape: tuple[int, ...]):
-    """Return the coins of a piece, {role: bool}, see `Tensor.coin`.
-
-    A program of its own: within the one that merges XLA on CPU would draw the random bits anew for
-    each of its results.
-    """
-    result = {}
-    for role in PATCH_ROLES:
-        result[role] = bernoulli(random_bits(keys[role], shape, start), knobs["retention"])
-    return result
+    return _Piece(patch, importance, keys, counts, knobs, options, start, selections, drawn)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "dtype", "rounding"))
 def merge(
     arrays,
     limits,
-    coins,
+    drawn,
     start,
     keys,
     counts,
@@ -123,43 +122,37 @@ def merge(
     dtype: str,
     rounding: str,
 ):
-    """Return (merged entries of a piece, its top sets, kept sets)."""
-    piece = _piece(arrays, limits, start, keys, counts, knobs, options, coins)
+    """Return (merged entries of a piece, its statistics as an int32 vector, which `Counted`
+    reads)."""
+    piece = _piece(arrays, limits, drawn, start, keys, counts, knobs, options)
     merged, choice = merge_tensor(piece, arrays["backbone"], dtype, rounding)
-    return merged, choice.top, choice.kept
-
-
-@functools.partial(jax.jit, static_argnames="options")
-def count(arrays, merged, top, kept, start, keys, *, options: ProgramOptions):
-    """Return (statistics of a piece, its sums of both patches) as one int32 vector, which
-    `Counted` reads.
-
-    A program of its own, for the same reason as `toss`.
-    """
-    statistics = _statistics(arrays, merged, top, kept, start, keys, options)
     flat = []
-    for x in jax.tree.leaves(statistics):
+    for x in jax.tree.leaves(_statistics(piece, choice, merged, arrays["backbone"])):
         x = lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
         flat.append(jnp.ravel(x).astype(jnp.int32))
-    return jnp.concatenate(flat)
+    return merged, jnp.concatenate(flat)
 
 
-def _statistics(arrays, merged, top, kept, start, keys, options):
-    patch, importance = _patch_and_importance(arrays, start, keys, options)
-    counts = tensor_statistics(patch, importance, top, kept, merged, arrays["backbone"])
-    return counts, agreement_sums(patch)
+def _statistics(piece: Tensor, choice: Choice, merged: jax.Array, stored: jax.Array):
+    """Return (statistics of a piece, its sums of both patches)."""
+    counts = tensor_statistics(
+        piece.patch, piece.importance, choice.top, choice.kept, merged, stored
+    )
+    return counts, agreement_sums(piece.patch)
 
 
 class Counted:
-    """Reads the vectors of `count` of these options."""
+    """Reads the vectors of `merge`."""
 
-    def __init__(self, options: ProgramOptions):
-        x, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.float32, bool))
+    def __init__(self):
+        x, mask = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.float32, bool))
         pair, masks = dict.fromkeys(PATCH_ROLES, x), dict.fromkeys(PATCH_ROLES, mask)
-        arrays = {"backbone": x, "derived": pair, "sensitivity": pair}
-        keys = dict.fromkeys(KEYED, jax.ShapeDtypeStruct((2,), jnp.uint32))
-        function = functools.partial(_statistics, options=options)
-        shapes = jax.eval_shape(function, arrays, x, masks, masks, np.uint32(0), keys)
+
+        def statistics(patch, masks, x):
+            tensor = Tensor(patch, patch, {}, {}, {}, None)
+            return _statistics(tensor, Choice(masks, masks, {}), x, x)
+
+        shapes = jax.eval_shape(statistics, pair, masks, x)
         leaves, self._tree = jax.tree.flatten(shapes)
         self._fields, offset = [], 0
         for leaf in leaves:
@@ -185,6 +178,7 @@ class Counted:
 def survey(
     arrays,
     limits,
+    drawn,
     start,
     keys,
     counts,
@@ -203,7 +197,7 @@ def survey(
       {name: (keys, which of them are in [first, second), int32 [n + 1]: how many are at least each
       threshold, and the number of marks that count towards the selection)}.
     """
-    piece = _piece(arrays, limits, start, keys, counts, knobs, options)
+    piece = _piece(arrays, limits, drawn, start, keys, counts, knobs, options)
     MERGE_METHODS[options.merge].function(piece)
     result = {}
     for name in wanted:

@@ -127,6 +127,15 @@ def totals(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return total | total_agreement(tensors)
 
 
+def describe_totals(total: Mapping[str, Any]) -> str:
+    """Say in one line what a patch keeps; `total` as `totals` returns it."""
+    return (
+        f"kept {total['kept']:,} of {total['size']:,} entries (SE {total['kept_se']:,}, OSM "
+        f"{total['kept_osm']:,}); overlap of the top sets {total['overlap']:.1%}; "
+        f"{total['survival']:.1%} survive the cast"
+    )
+
+
 def _sums(histograms: Sequence[Sequence[int]]) -> list[int]:
     """Add up histograms, bin by bin."""
     return [sum(counts) for counts in zip(*histograms)]

@@ -3,35 +3,35 @@ operation gives."""
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from safepatch_jax.io.beside import say_notes
-from safepatch_jax.io.checkpoint import StoredTree
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.hf import check_keys
 from safepatch_jax.io.names import refuse_unusable
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
-from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.models.table import Param, ParamTable, param_table
+from safepatch_jax.models.table import ParamTable, param_table
 from safepatch_jax.patch_file.apply import AFTER, check_names, refuse_strangers, states
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.out_of_core import Merger, Readable, Source
-from safepatch_jax.patching.statistics import refuse_broken, refuse_no_op, totals
+from safepatch_jax.patching.statistics import (
+    describe_totals,
+    refuse_broken,
+    refuse_no_op,
+    totals,
+)
 from safepatch_jax.run.figures import PATCH, draw_patch
-from safepatch_jax.run.scratch import DIFFERENCES, SCORES, WEIGHTS
-from safepatch_jax.run.stages import MANIFEST, versions
-from safepatch_jax.run.steps import describe_totals
+from safepatch_jax.run.manifests import DIFFERENCES, MANIFEST, SCORES, WEIGHTS
+from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
@@ -155,15 +155,19 @@ def _write(
             return merger.parts(name)
         return _copied(name, checkpoint.tensors[name], DTYPES[plan[name].dtype])
 
-    write_shards(folder, plan, parts, settings.export.shard_bytes, settings.patch.merge)
+    shard_bytes, title = settings.export.shard_bytes, settings.patch.merge
+    write_shards(folder, plan, parts, shard_bytes, title, hashed=False)
 
 
 def _copied(name: str, stored: Stored, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yield a tensor run by run, cast. Raises ValueError if finite numbers overflow."""
     for bits in runs_of(stored):
         run = bits.view(DTYPES[stored.dtype])
+        if run.dtype == dtype:
+            yield run
+            continue
         with np.errstate(over="ignore"):
-            x = run.astype(dtype, copy=False)
+            x = run.astype(dtype)
         if not np.all(np.isfinite(x)) and np.all(np.isfinite(run)):
             raise ValueError(
                 f"{name} holds numbers beyond the range of {dtype}. Use bfloat16, float32 or keep."
@@ -195,6 +199,8 @@ def _open(
         return _open_patch(place, backbone)
     for name in _STAGES[content]:
         if (place / name).is_dir():
+            from safepatch_jax.run.stage_tensors import StageTensors  # Orbax takes a second
+
             added_to = backbone.tensors if name == DIFFERENCES else None
             return StageTensors(place / name, scope, added_to)
     if not place.is_dir() or (place / MANIFEST).is_file():
@@ -251,82 +257,33 @@ def _open_patch(path: pathlib.Path, backbone: Checkpoint) -> dict[str, Readable]
 
 
 class PatchedTensor:
-    """A tensor of the backbone with a patch file's changes; read from its beginning on, as often as
-    wanted."""
+    """A tensor of the backbone with a patch file's changes; read from its beginning to its end, as
+    often as wanted."""
 
     def __init__(self, patch: PatchFile, name: str, backbone: Stored):
         self.dtype, self.shape = backbone.dtype, backbone.shape
         self._patch, self._name, self._backbone = patch, name, backbone
-        self._next = 0  # the element at which the next read begins
-        self._runs: Iterator[Any] = iter(())  # of the patch file, from there on
+        self._begin()
+
+    def _begin(self) -> None:
+        self._runs = self._patch.runs(self._name)
+        self._passed = self._known = 0  # elements that were read, and whose changes are known
+        self._positions = np.empty(0, np.int64)
+        self._changes = np.empty(0, BITS[self.dtype])
 
     def read(self, out: np.ndarray, start: int) -> np.ndarray:
-        """Fill `out` with the elements from `start`: 0, or where the last read ended, which must be
-        a multiple of RUN."""
-        if start == 0:
-            self._next, self._runs = 0, self._patch.runs(self._name)
-        assert self._next == start, "a patch file is read in turn"
+        """Fill `out` with the elements from `start`; where they lie before those read last, the
+        patch file is read anew."""
+        if start < self._passed:
+            self._begin()
         self._backbone.read(out, start)
-        bits = out.view(BITS[self.dtype])
-        for begin in range(0, len(out), RUN):
+        self._passed = start + len(out)
+        while self._known < self._passed:
             positions, changes = next(self._runs)
-            bits[begin:][positions] ^= changes
-        self._next = start + len(out)
-        return out
-
-
-class StageTensors(Mapping[str, Readable]):
-    """The HF tensors of a stage's checkpoint, which `save_tree` wrote, float32; of its parameters
-    the one that was read last is held. `backbone`: to whose tensors they are differences."""
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        scope: ParamTable,
-        backbone: Mapping[str, Stored] | None = None,
-    ):
-        sharder = Sharder(make_mesh("data:1,fsdp:1,tensor:1", jax.local_devices()[:1]))
-        self._tree = StoredTree(path, scope.abstract(sharder))
-        self._places, self._backbone = scope.hf_names(), backbone  # by HF name: row and layer
-        self._path, self._held = "", np.empty(0)
-
-    def matrices(self, row: Param) -> np.ndarray:
-        """Return a parameter as [layers, entries]."""
-        if self._path != row.path:
-            self._path, self._held = "", np.empty(0)  # makes room before the next one is read
-            self._held = np.asarray(self._tree[row.path]).reshape(row.num_layers, -1)
-            self._path = row.path
-        return self._held
-
-    def __getitem__(self, name: str) -> Readable:
-        backbone = self._backbone[name] if self._backbone else None
-        return StageTensor(self, *self._places[name], backbone)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-@dataclasses.dataclass(frozen=True)
-class StageTensor:
-    """One HF tensor of `StageTensors`."""
-
-    stage: StageTensors
-    row: Param
-    layer: int
-    backbone: Stored | None = None  # to which it is a difference
-    dtype: str = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.row.hf_shape
-
-    def read(self, out: np.ndarray, start: int) -> np.ndarray:
-        out[...] = self.stage.matrices(self.row)[self.layer, start : start + len(out)]
-        if self.backbone is not None:
-            stored = np.empty(len(out), DTYPES[self.backbone.dtype])
-            self.backbone.read(stored, start)
-            out += stored.astype(np.float32)
+            self._positions = np.append(self._positions, positions + self._known)
+            self._changes = np.append(self._changes, changes)
+            self._known += RUN
+        first, last = np.searchsorted(self._positions, (start, self._passed))
+        out.view(BITS[self.dtype])[self._positions[first:last] - start] ^= self._changes[first:last]
+        self._positions, self._changes = self._positions[last:], self._changes[last:]
         return out

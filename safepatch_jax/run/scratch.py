@@ -18,11 +18,10 @@ from safepatch_jax.io.hf import StoredModel
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.numerics import flushed
+from safepatch_jax.run.manifests import DIFFERENCES, SCORES, WEIGHTS
 from safepatch_jax.run.state import Run
 
 Flat = dict[str, jax.Array]  # parameters by path
-# What a stage's folder holds; the name says how a derived model is kept.
-WEIGHTS, DIFFERENCES, SCORES = "params", "differences", "sensitivity"
 
 
 def save_derived(run: Run, weights: Flat, folder: pathlib.Path) -> None:

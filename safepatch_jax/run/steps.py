@@ -28,7 +28,7 @@ from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
-from safepatch_jax.patching.statistics import refuse_no_op, totals
+from safepatch_jax.patching.statistics import describe_totals, refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
@@ -260,15 +260,6 @@ def patch(run: Run, out: pathlib.Path) -> Result:
         "tensors": result.statistics,
         "shard_bytes": run.settings.export.shard_bytes,
     }
-
-
-def describe_totals(total: Mapping[str, Any]) -> str:
-    """Say in one line what a patch keeps; `total` as `patching.statistics.totals` returns it."""
-    return (
-        f"kept {total['kept']:,} of {total['size']:,} entries (SE {total['kept_se']:,}, OSM "
-        f"{total['kept_osm']:,}); overlap of the top sets {total['overlap']:.1%}; "
-        f"{total['survival']:.1%} survive the cast"
-    )
 
 
 def _save(run: Run, flat: models.Flat, folder: pathlib.Path) -> None:

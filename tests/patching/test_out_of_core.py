@@ -62,11 +62,11 @@ def sources(tensors, patch):
     return result
 
 
-def check(tensors, patch, piece, dtype="keep", rounding="nearest"):
+def check(tensors, patch, size, dtype="keep", rounding="nearest"):
     merged, statistics = run(
         *as_trees(tensors, ROWS), patch, rows=ROWS, dtype=dtype, rounding=rounding
     )
-    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, size=piece)
+    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, size=size)
     for tensor, expected in zip(tensors, matrices(merged, ROWS)):
         ours = np.concatenate(list(merger.parts(tensor["name"])))
         assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
@@ -80,10 +80,10 @@ def check(tensors, patch, piece, dtype="keep", rounding="nearest"):
 
 @pytest.mark.parametrize("options", SETTINGS, ids=label)
 def test_bits_and_statistics_are_those_of_the_mesh(options):
-    piece = 64 if options else 1 << 18
+    size = 64 if options else 1 << 18
     defaults = {"top_rate_se": 0.3, "top_rate_osm": 0.45, "density": 0.4}
     tensors = draw(np.random.default_rng(3), KINDS, ROWS)
-    check(tensors, PatchSettings(**defaults | options), piece)
+    check(tensors, PatchSettings(**defaults | options), size)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -101,3 +101,23 @@ def test_casts_are_those_of_the_mesh(stored, dtype, rounding):
         )
     patch = PatchSettings(top_rate_se=0.5, top_rate_osm=0.5, alpha=0.01)
     check(tensors, patch, 64, dtype, rounding)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"granularity": "global"}, {"granularity": "row"}, {"support": "fill"}, {"merge": "dare"}],
+    ids=label,
+)
+def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
+    """Ties at the threshold are many, and lie in several pieces, which are computed at once."""
+    tensors = draw(np.random.default_rng(5), ("ties", "equal", "ties", "plain", "ties"), ROWS)
+    patch = PatchSettings(**{"top_rate_se": 0.3, "top_rate_osm": 0.45, "retention": 0.6} | options)
+    results = []
+    for size, threads in ((1 << 18, 1), (50, 1), (50, 4), (333, 3)):
+        merger = Merger(sources(tensors, patch), patch, SEED, size=size, threads=threads)
+        bits = {t["name"]: b"".join(x.tobytes() for x in merger.parts(t["name"])) for t in tensors}
+        counts = {}
+        for name, numbers in merger.statistics.items():
+            counts[name] = {k: x for k, x in numbers.items() if isinstance(x, (int, list))}
+        results.append((bits, counts))
+    assert all(result == results[0] for result in results)
