@@ -36,13 +36,23 @@ def agreement_sums(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
       patch: {'se', 'osm'}: float32, at most 2^18 entries along the last axis and 2^20 along the
         others.
     """
-    both = (patch["se"] != 0) & (patch["osm"] != 0)
     counts, largest, _ = reduce_together(
-        {"nonzero_both": both, "same_sign": both & ((patch["se"] > 0) == (patch["osm"] > 0))},
-        {role: float_bits(patch[role]) for role in PATCH_ROLES},
-        {},
+        both_changed(patch), {role: float_bits(patch[role]) for role in PATCH_ROLES}, {}
     )
-    sums, scaled = dict(counts), {}
+    return dict(counts) | agreement_squares(patch, largest)
+
+
+def both_changed(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return what `agreement_sums` counts, bool."""
+    both = (patch["se"] != 0) & (patch["osm"] != 0)
+    return {"nonzero_both": both, "same_sign": both & ((patch["se"] > 0) == (patch["osm"] > 0))}
+
+
+def agreement_squares(
+    patch: Mapping[str, jax.Array], largest: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Return the exponents and sums of `agreement_sums`; `largest`: bits of the largest |patch|."""
+    sums, scaled = {}, {}
     for role in PATCH_ROLES:
         # The inverse power of two is a normal number too.
         exponent = jnp.clip((largest[role] >> 23) - 127, -126, 126)

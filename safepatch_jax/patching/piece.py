@@ -16,10 +16,10 @@ from jax import lax
 
 from safepatch_jax.numerics import bernoulli, random_bits
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.patching.agreement import agreement_sums
+from safepatch_jax.patching.agreement import agreement_squares, both_changed
 from safepatch_jax.patching.merge import merge_tensor, patch_and_importance
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
-from safepatch_jax.patching.selection import lowest, reduce_together, top_of_keys
+from safepatch_jax.patching.selection import float_bits, lowest, reduce_together, top_of_keys
 from safepatch_jax.patching.statistics import tensor_statistics
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor
 
@@ -135,10 +135,13 @@ def merge(
 
 def _statistics(piece: Tensor, choice: Choice, merged: jax.Array, stored: jax.Array):
     """Return (statistics of a piece, its sums of both patches)."""
+    patch, masks = piece.patch, both_changed(piece.patch)
     counts = tensor_statistics(
-        piece.patch, piece.importance, choice.top, choice.kept, merged, stored
+        patch, piece.importance, choice.top, choice.kept, merged, stored, masks, whole=True
     )
-    return counts, agreement_sums(piece.patch)
+    sums = {name: counts.pop(name) for name in masks}
+    largest = {role: float_bits(counts[f"largest_{role}"]) for role in PATCH_ROLES}
+    return counts, sums | agreement_squares(patch, largest)
 
 
 class Counted:
@@ -183,7 +186,7 @@ def survey(
     keys,
     counts,
     knobs,
-    thresholds,
+    bounds,
     *,
     options: ProgramOptions,
     wanted: tuple[str, ...],
@@ -191,10 +194,10 @@ def survey(
     """Look at the keys of some of the method's selections in a piece.
 
     Args:
-      thresholds: {name of a selection: int32 [n]}, of which the first two are a window.
+      bounds: {name of a selection: int32 [n + 2]: thresholds, and a window's first and last key}.
 
     Returns:
-      {name: (keys, which of them are in [first, second), int32 [n + 1]: how many are at least each
+      {name: (keys, which of them are in the window, int32 [n + 1]: how many are at least each
       threshold, and the number of marks that count towards the selection)}.
     """
     piece = _piece(arrays, limits, drawn, start, keys, counts, knobs, options)
@@ -202,10 +205,9 @@ def survey(
     result = {}
     for name in wanted:
         key, marks = piece.selections.keys[name]
-        bounds = thresholds[name]
-        reached = {f"{i:02}": key >= bounds[i] for i in range(bounds.shape[0])}
+        *thresholds, first, last = bounds[name]
+        reached = {f"{i:02}": key >= x for i, x in enumerate(thresholds)}
         reached = reduce_together(reached, {}, {})[0]
-        inside = (key >= bounds[0]) & (key < bounds[1])
-        numbers = jnp.stack([*(reached[name] for name in sorted(reached)), marks])
-        result[name] = key, inside, numbers
+        numbers = jnp.stack([*(reached[i] for i in sorted(reached)), marks])
+        result[name] = key, (key >= first) & (key <= last), numbers
     return result

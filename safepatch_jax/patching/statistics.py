@@ -17,6 +17,7 @@ from safepatch_jax.patching.settings import PatchSettings
 
 _BFLOAT16_BITS = 7  # of the mantissa: at |w| in [1, 2) one step is 2^-7
 STEPS = range(-9, 7)  # powers of two of the histogram of steps
+_STACK = 8  # words whose bits are counted together; below 16
 SUMMED = ("size", "top_se", "top_osm", "top_both", "kept_se", "kept_osm", "kept", "survived")
 
 
@@ -27,6 +28,8 @@ def tensor_statistics(
     kept: Mapping[str, jax.Array],
     merged: jax.Array,
     stored: jax.Array,
+    more: Mapping[str, jax.Array] | None = None,
+    whole: bool = False,
 ) -> dict[str, jax.Array]:
     """Count within the compiled program; scalars, in which {r} is a role.
 
@@ -35,9 +38,14 @@ def tensor_statistics(
     the top set; nonzero_{r}, largest_{r}: of the whole patch; low_{r}, high_{r}: smallest and
     largest |patch| that is kept (0 where a set is empty); steps_{r}: int32, how many of the kept
     |patch| are at least 2^k bfloat16 steps of their weight, for k in STEPS; finite, finite_merged.
+
+    Args:
+      patch, importance, top, kept: by role; as `merged` and `stored` of one shape.
+      more: bool, counted too under their names.
+      whole: the arrays are not cut over devices; on CPU steps are then counted faster.
     """
     changed, untouched = kept["se"] | kept["osm"], stored.astype(merged.dtype)
-    sums = {
+    sums = dict(more or {}) | {
         "top_both": top["se"] & top["osm"],
         "kept": changed,
         "survived": changed & (_bits(merged) != _bits(untouched)),
@@ -46,10 +54,6 @@ def tensor_statistics(
     }
     largest, smallest = {}, {}
     for role in PATCH_ROLES:
-        # A power of two is at most |x| exactly if its exponent is at most that of x.
-        steps = _exponent(patch[role]) - _exponent(stored.astype(jnp.float32)) + _BFLOAT16_BITS
-        for k in STEPS:
-            sums[f"steps_{role}_{k}"] = kept[role] & (steps >= k)
         sums[f"top_{role}"] = top[role]
         sums[f"kept_{role}"] = kept[role]
         sums[f"nonzero_{role}"] = patch[role] != 0
@@ -59,12 +63,45 @@ def tensor_statistics(
         ranked = float_bits(importance[role])
         smallest[f"threshold_{role}"] = jnp.where(top[role], ranked, NONE)
         smallest[f"low_{role}"] = jnp.where(kept[role], size, NONE)
+    steps = _packed(patch, kept, stored)
+    packed = whole and steps.size % _STACK == 0
+    if not packed:
+        sums |= {f"bit_{i:02}": steps >> i & 1 != 0 for i in range(32)}
     counts, highest, lowest = reduce_together(sums, largest, smallest)
-    for role in PATCH_ROLES:
-        counts[f"steps_{role}"] = jnp.stack([counts.pop(f"steps_{role}_{k}") for k in STEPS])
+    if packed:
+        bits = _count_bits(steps)
+    else:
+        bits = [counts.pop(f"bit_{i:02}") for i in range(32)]
+    for i, role in enumerate(PATCH_ROLES):
+        counts[f"steps_{role}"] = jnp.stack(bits[i * len(STEPS) : (i + 1) * len(STEPS)])
     for name in ("finite", "finite_merged"):
         counts[name] = counts[name] == 0  # what was counted is not finite
     return counts | {name: _number(bits) for name, bits in (highest | lowest).items()}
+
+
+def _packed(
+    patch: Mapping[str, jax.Array], kept: Mapping[str, jax.Array], stored: jax.Array
+) -> jax.Array:
+    """Return a word for each entry, uint32: bit 16 i + j says of role i that the entry is kept and
+    its patch is at least 2^STEPS[j] steps."""
+    word, weight = jnp.uint32(0), _exponent(stored.astype(jnp.float32))
+    for i, role in enumerate(PATCH_ROLES):
+        # A power of two is at most |x| exactly if its exponent is at most that of x.
+        reached = _exponent(patch[role]) - weight + (_BFLOAT16_BITS - STEPS.start + 1)
+        reached = jnp.where(kept[role], jnp.clip(reached, 0, len(STEPS)), 0).astype(jnp.uint32)
+        word |= (jnp.uint32(1) << reached) - 1 << i * len(STEPS)
+    return word
+
+
+def _count_bits(words: jax.Array) -> list[jax.Array]:
+    """Count each bit of uint32 words: first of a few words together, in four bits a count."""
+    stacked, sums = words.reshape(_STACK, -1), {}
+    for first in range(4):  # of every fourth bit
+        few = sum(stacked[i] >> first & jnp.uint32(0x11111111) for i in range(_STACK))
+        for bit in range(first, 32, 4):
+            sums[f"{bit:02}"] = (few >> bit - first & 15).astype(jnp.int32)
+    counts = reduce_together(sums, {}, {})[0]
+    return [counts[name] for name in sorted(counts)]
 
 
 def _exponent(x: jax.Array) -> jax.Array:
