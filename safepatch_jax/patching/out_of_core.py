@@ -260,11 +260,12 @@ class Merger:
         return piece.draw(np.uint32(start), keys, knobs, users=self._users, shape=shape)
 
     def _arguments(self, source: Source) -> tuple[dict, dict, dict]:
-        """Return (keys, counts, knobs), see `Tensor`."""
+        """Return (keys, counts, knobs), see `Tensor`; on the device, so that no piece sends them
+        there."""
         keys = {user: tensor_keys(self._seed, user, [source.name])[0] for user in KEYED}
         group = source.backbone.shape[-1] if self._options.by_row else source.size
         counts = {role: np.int32(top_count(rate, group)) for role, rate in self._rates.items()}
-        return keys, counts, Knobs.of(self._patch, source.size).traced()
+        return jax.device_put((keys, counts, Knobs.of(self._patch, source.size).traced()))
 
     def _shape(self, source: Source) -> tuple[int, ...]:
         """Return the shape of a tensor's pieces; the last one is filled up with zeros."""
