@@ -291,7 +291,7 @@ class Merger:
         """
         shape = self._shape(source)
         step = math.prod(shape)
-        kind = (*kind, shape, *((x.dtype, x.shape[1:] and 0) for x in _tensors(source)))
+        kind = (*kind, shape, *(x.dtype for x in _tensors(source)))
 
         def compute(number: int, start: int, reading: Future) -> Any:
             memory, arrays = reading.result()
