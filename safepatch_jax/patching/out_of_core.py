@@ -3,13 +3,14 @@
 
 What a method decides at an entry depends on the entry, its position, and the thresholds of its top
 sets. The thresholds are found first (`thresholds`), for which all pieces are read once or twice; a
-last pass merges. In each, one thread reads ahead, several compute, and pieces are handed on in
-their order. Memory is that of a few pieces, whatever the size of a tensor.
+last pass merges. In each, several threads read and compute pieces, which are handed on in their
+order. Memory is that of a few pieces, whatever the size of a tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import queue
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.io.stored import DTYPES, aligned_empty
+from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES, piece
 from safepatch_jax.patching.agreement import agreement
@@ -43,7 +44,8 @@ Limits = dict[str, list[Limit]]  # by selection, for each piece
 
 
 class Readable(Protocol):
-    """A tensor of which runs can be read; `Stored` is one."""
+    """A tensor of which runs can be read; `Stored` is one. Others are read by one thread, from
+    their beginning to their end."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -105,7 +107,7 @@ class Merger:
         self._largest = max(source.size for source in sources)
         self._patch, self._seed = patch, seed
         self._dtype, self._rounding, self._size = dtype, rounding, size
-        self._threads = threads or min(8, len(os.sched_getaffinity(0)))
+        self._threads = threads or min(8, os.cpu_count() or 1)
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._compiled: set[Any] = set()
         self._options = program_options(patch)
@@ -293,19 +295,22 @@ class Merger:
         step = math.prod(shape)
         kind = (*kind, shape, *(x.dtype for x in _tensors(source)))
 
-        def compute(number: int, start: int, reading: Future) -> Any:
-            memory, arrays = reading.result()
+        def compute(number: int, start: int, read: Callable[[], Any]) -> Any:
+            memory, arrays = read()
             result = jax.block_until_ready(program(number, start, arrays))
             del arrays
             self._free.put(memory)
             return result
 
+        anywhere = all(isinstance(x, Stored) for x in _tensors(source))
         with Workers(1) as reader, Workers(self._threads) as calculators:
             running: deque[Future] = deque()
             for number, start in enumerate(range(0, source.size, step)):
                 count = min(step, source.size - start)
-                reading = reader.submit(self._read, source, start, count, shape)
-                running.append(calculators.submit(compute, number, start, reading))
+                read = functools.partial(self._read, source, start, count, shape)
+                if not anywhere:
+                    read = reader.submit(read).result
+                running.append(calculators.submit(compute, number, start, read))
                 if kind not in self._compiled:
                     self._compiled.add(kind)
                     wait(running[0])
