@@ -152,21 +152,44 @@ class Merger:
         """Return the limits of some selections in each of several tensors, of which all together
         have so many entries."""
         searches = self._begun(sources, numbers)
-        while open_ones := {name: x for name, x in searches.items() if x.limits is None}:
-            bounds = {name: search.bounds for name, search in open_ones.items()}
+        while any(search.limits is None for search in searches.values()):
+            # All take part in every pass, so that there is one program.
+            bounds = {name: search.bounds for name, search in searches.items()}
+            unknown = [name for name, search in searches.items() if search.limits is None]
             for source, limits in sources:
                 for found in self._surveyed(source, limits, bounds):
-                    for name, search in open_ones.items():
-                        search.add(*found[name])
-            for search in open_ones.values():
-                search.end()
+                    for name in unknown:
+                        searches[name].add(*found[name])
+            for name in unknown:
+                searches[name].end()
         result, done = [], 0
-        for source, _ in sources:
-            pieces = len(range(0, source.size, math.prod(self._shape(source))))
-            part = slice(done, done + pieces)
-            result.append({name: search.limits[part] for name, search in searches.items()})
+        for source, limits in sources:
+            pieces, found = self._pieces(source), {}
+            for name, search in searches.items():
+                found[name] = search.limits[done : done + pieces]
+                number, needed = search.partial or (-1, 0)
+                if number - done in range(pieces):
+                    threshold, _ = search.limits[number]
+                    bounds = dict.fromkeys(searches, np.full(COUNTED + 2, threshold, np.int32))
+                    ties = self._inside(source, limits, bounds, number - done)[name]
+                    found[name][number - done] = threshold, int(ties[needed])
+            result.append(found)
             done += pieces
         return result
+
+    def _pieces(self, source: Source) -> int:
+        return -(-source.size // math.prod(self._shape(source)))
+
+    def _inside(
+        self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray], number: int
+    ) -> dict[str, np.ndarray]:
+        """Return the indices within a piece of the keys in the window, by selection."""
+        shape = self._shape(source)
+        start = number * math.prod(shape)
+        count = min(math.prod(shape), source.size - start)
+        _, arrays = self._read(source, start, count, shape)
+        found = self._survey(source, limits, bounds)(number, start, arrays)
+        return {name: np.flatnonzero(np.asarray(inside)) for name, (_, inside, _) in found.items()}
 
     def _begun(
         self, sources: Sequence[tuple[Source, Limits]], numbers: Mapping[str, int]

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from safepatch_jax.numerics import bernoulli, random_bits
+from safepatch_jax.numerics import bernoulli, random_bits, row_major_index
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement_squares, both_changed
 from safepatch_jax.patching.merge import merge_tensor, patch_and_importance
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
-from safepatch_jax.patching.selection import float_bits, lowest, reduce_together, top_of_keys
+from safepatch_jax.patching.selection import float_bits, reduce_together, top_of_keys
 from safepatch_jax.patching.statistics import tensor_statistics
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor
 
@@ -28,8 +28,7 @@ class _Selections:
     """The selections that a method makes in a piece, recorded while the program is traced.
 
     Attributes:
-      limits: {name of a selection: int32 [2]: a threshold, and how many of the piece's entries that
-        equal it are marked}.
+      limits: {name of a selection: int32 [2], a `thresholds.Limit`}.
       keys: {name: (keys, number of marks that count towards the size)}, filled in.
     """
 
@@ -43,18 +42,9 @@ class _Selections:
         self.keys[name] = key, marks
         if name not in self.limits:  # the program is to find it, and does not use what follows
             return jnp.zeros(key.shape, bool)
-        threshold, needed = self.limits[name]
-        count = jnp.sum(key == threshold, dtype=jnp.int32)
-        group = (1,) * key.ndim
-        ties = lowest(
-            key,
-            jnp.reshape(threshold, group),
-            jnp.reshape(count, group),
-            jnp.reshape(needed, group),
-            tuple(range(key.ndim)),
-            bits=1,
-        )
-        return (key > threshold) | ties
+        threshold, bound = self.limits[name]
+        index = row_major_index(key.shape, range(key.ndim))
+        return (key > threshold) | (key == threshold) & (index < bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +94,8 @@ def _piece(arrays, limits, drawn, start, keys, counts, knobs, options) -> _Piece
     patch, importance = patch_and_importance(
         arrays["backbone"], arrays["derived"], sensitivity, keys, options, start
     )
+    if options.importance == "random":  # drawn once, as in `draw`
+        importance = lax.optimization_barrier(importance)
     selections = _Selections(limits)
     return _Piece(patch, importance, keys, counts, knobs, options, start, selections, drawn)
 
@@ -126,6 +118,9 @@ def merge(
     reads)."""
     piece = _piece(arrays, limits, drawn, start, keys, counts, knobs, options)
     merged, choice = merge_tensor(piece, arrays["backbone"], dtype, rounding)
+    if limits or options.by_row:  # to select again, for each statistic, takes longer than to keep
+        top, kept = lax.optimization_barrier((choice.top, choice.kept))
+        choice = choice._replace(top=top, kept=kept)
     flat = []
     for x in jax.tree.leaves(_statistics(piece, choice, merged, arrays["backbone"])):
         x = lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x

@@ -2,9 +2,8 @@
 
 A sample says about where the threshold lies. A pass counts how many keys reach a few numbers around
 it, and gathers the keys in a window that should hold it; where it does not, the next pass looks
-between the two numbers that it lies between. Counts are kept for each piece, so it is known how
-many of the entries that equal the threshold lie before a piece, and pieces can be merged in any
-order.
+between the two numbers that it lies between. Counts are kept for each piece, so it is known which
+pieces keep their entries that equal the threshold, and pieces can be merged in any order.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ import numpy as np
 
 from safepatch_jax.patching.selection import NONE
 
-Limit = tuple[int, int]  # a threshold, and how many entries of a piece that equal it are marked
+# Of a piece: a threshold, and a row-major index; entries that equal the threshold are marked below
+# it.
+Limit = tuple[int, int]
 _NOTHING: Limit = (NONE, 0)
 # The window, and further ranks whose keys are counted, as multiples of the wanted rank.
 _WINDOW = (1.2, 0.8)
-_RANKS = (16, 4, 2, 1.5, 1.2, 1.1, 1.05, 1.02, 1.0, 0.98, 0.95, 0.9, 0.8, 0.5, 0.2)
+_RANKS = (8, 2, 1.2, 1.05, 0.95, 0.8, 0.4)
 COUNTED = len(_RANKS) + 1
 _GATHERED = 1 << 23  # keys that a pass holds at most
 _SMALL = 1 << 18  # keys that are all gathered in the first pass
@@ -53,10 +54,13 @@ class Search:
     Attributes:
       bounds: int32 [COUNTED + 2]: thresholds, and first and last key of the window.
       limits: of each piece in turn; None until they are found.
+      partial: (number of a piece, how many of its entries that equal the threshold are marked) if
+        there is one of which some are and some are not; its limit says that none is.
     """
 
     def __init__(self, number: int, size: int, sample: np.ndarray, marks: int = 0):
         self.limits: list[Limit] | None = None
+        self.partial: tuple[int, int] | None = None
         self._number = number
         self._low, self._high = _Count(0, np.zeros(0)), _Count(NONE + 1, np.zeros(1, np.int64))
         ranked = np.sort(sample)[::-1]
@@ -123,5 +127,7 @@ class Search:
     def _finish(self, threshold: int, number: int, above: np.ndarray, ties: np.ndarray) -> None:
         remaining, self.limits = number - int(above.sum()), []
         for count in ties.tolist():
-            self.limits.append((threshold, min(remaining, count)))
-            remaining -= min(remaining, count)
+            if 0 < remaining < count:
+                self.partial = len(self.limits), remaining
+            self.limits.append((threshold, NONE if remaining >= count else 0))
+            remaining = max(0, remaining - count)

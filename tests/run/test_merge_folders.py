@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.patch_file.create import create
-from safepatch_jax.run.merge_folders import merge_folders
+from safepatch_jax.patch_file.file import PatchFile
+from safepatch_jax.run.merge_folders import PatchedTensor, merge_folders
 from safepatch_jax.runtime.files import read_json
 from safepatch_jax.settings import Settings
 from tests import calls
@@ -87,6 +89,19 @@ def test_folders_and_patch_files_give_the_same(backbone, derived, options, tmp_p
     assert weights(tmp_path / "folders") == weights(tmp_path / "patches") != weights(backbone)
     dtype = read_json(tmp_path / "folders" / "config.json")["torch_dtype"]
     assert dtype == options.get("export.dtype", "float32")
+
+
+def test_a_patch_file_is_read_as_the_model_is(backbone, derived, tmp_path, monkeypatch):
+    """In runs of any length: those of rows do not end where the patch file's do."""
+    monkeypatch.setattr("safepatch_jax.run.merge_folders.RUN", 100)
+    monkeypatch.setattr("safepatch_jax.patch_file.file.RUN", 100)
+    create(backbone, derived["se"], tmp_path / "se.safetensors")
+    patch, stored = PatchFile(tmp_path / "se.safetensors"), Checkpoint(backbone).tensors[UP]
+    expected = Checkpoint(derived["se"]).tensors[UP].read().reshape(-1)
+    tensor = PatchedTensor(patch, UP, stored)
+    for start, size in ((0, 96), (96, 210), (700, 1), (900, 1148), (3, 400), (403, 0), (2047, 1)):
+        ours = tensor.read(np.empty(size, expected.dtype), start)
+        np.testing.assert_array_equal(ours, expected[start : start + size])
 
 
 def test_mistakes(kept, backbone, tmp_path):
