@@ -20,7 +20,6 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
@@ -380,7 +379,7 @@ def _read(
     """Read a run of all arrays of a tensor into `memory`, with zeros behind it up to `shape`."""
     offset = 0
 
-    def run(tensor: Readable) -> jax.Array:
+    def run(tensor: Readable) -> np.ndarray:
         nonlocal offset
         dtype = DTYPES[tensor.dtype]
         size = math.prod(shape) * dtype.itemsize
@@ -388,10 +387,10 @@ def _read(
         offset += -(-size // 64) * 64
         tensor.read(out[:count], start)
         out[count:] = 0
-        # Takes over the memory; a jitted function that is given NumPy's would copy it.
-        return jnp.asarray(out.reshape(shape))
+        return out.reshape(shape)
 
-    return _mapped(source, run)
+    # Looks at the memory; jnp.asarray, or a jitted function that is given NumPy's, would copy it.
+    return jax.device_put(_mapped(source, run))
 
 
 def _sample(source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -404,10 +403,10 @@ def _sample(source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
     places = np.linspace(0, source.size - step, step // unit, dtype=np.int64) // unit * unit
     places += np.arange(len(places)) * unit
 
-    def run(tensor: Readable) -> jax.Array:
+    def run(tensor: Readable) -> np.ndarray:
         out = np.zeros(step, DTYPES[tensor.dtype])
         for i, place in enumerate(places.tolist()):
             tensor.read(out[i * unit : (i + 1) * unit], place)
-        return jnp.asarray(out.reshape(shape))
+        return out.reshape(shape)
 
-    return _mapped(source, run)
+    return jax.device_put(_mapped(source, run))
