@@ -27,7 +27,6 @@ class ProgramOptions(NamedTuple):
     merge: str
     importance: str
     by_row: bool
-    combine: str
     support: str
 
 
@@ -54,6 +53,10 @@ class Tensor:
     def weights(self) -> dict[str, jax.Array]:
         """Return alpha and beta, divided by the retention where the method says so."""
         return {"se": self.knobs["alpha"], "osm": self.knobs["beta"]}
+
+    def combined(self) -> tuple[jax.Array, jax.Array]:
+        """Return patch.combine as `combine_sets` takes it."""
+        return self.knobs["alone"], self.knobs["shared"]
 
     def nonzero(self) -> dict[str, jax.Array]:
         """Mark every entry of a patch that changes something."""
