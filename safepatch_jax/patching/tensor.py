@@ -71,9 +71,16 @@ class Tensor:
         axes = (-1,) if self.options.by_row else None
         result = {}
         for role in PATCH_ROLES:
-            key = float_bits(self.importance[role])
-            result[role] = self.select(role, key, self.counts[role], axes=axes)
+            result[role] = self.select(
+                role, self.ranked(role, result), self.counts[role], axes=axes
+            )
         return result
+
+    def ranked(self, role: str, before: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the keys by which `top_sets` ranks entries, see `top_of_keys`; `before` are the
+        top sets that are marked already."""
+        del before
+        return float_bits(self.importance[role])
 
     def select(
         self,
