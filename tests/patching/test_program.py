@@ -15,7 +15,7 @@ from safepatch_jax.patching.settings import PatchSettings
 from tests.conftest import sharder_of
 from tests.patching.cases import label
 
-OUT, IN, DEVICES = 128, 256, 8
+OUT, IN, DEVICES = 512, 1024, 8
 MATRIX = OUT * IN * 4 // DEVICES  # bytes of one HF matrix in float32 on each device
 MOVES = re.compile(
     r"= (\(?[a-z0-9]+\[[^=]*?) "
@@ -126,7 +126,7 @@ def test_the_pattern_finds_what_must_not_be_there():
         ({"merge": "dare"}, 1.1),
         ({"support": "fill"}, 7.2),
     ],
-    ids=label,
+    ids=["matrix", "row", "ties", "dare", "fill"],
 )
 def test_memory_is_that_of_few_matrices_however_many_layers_there_are(options, most):
     """The result takes the backbone's buffer. Beside it a CPU holds the tensor as it was, the keys
