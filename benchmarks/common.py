@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,11 @@ SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
     "1b": (2048, 5632, 32, 4, 32000, 22),
     "7b": (4096, 11008, 32, 32, 32000, 32),
     "8b": (4096, 14336, 32, 8, 128256, 32),
+    "135m": (576, 1536, 9, 3, 49152, 30),
+    "362m": (960, 2560, 15, 5, 49152, 32),
     "tiny": (64, 176, 4, 2, 512, 2),
 }
+TIED = ("135m", "362m")  # their head is the embedding
 
 # Dense bfloat16 FLOP/s of GPUs by a part of their name, the longer names first; TF32 has half.
 PEAKS = {
@@ -71,7 +75,7 @@ def raw_config(shape: str, layers: int | None, dtype: str = "float32") -> dict[s
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape in TIED,
         "torch_dtype": dtype,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -87,6 +91,12 @@ def machine() -> str:
     found = (name for flag, name in known.items() if flag in flags)
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores, {next(found, 'unknown instructions')}, load {os.getloadavg()[0]:.1f}"
+
+
+def available() -> int:
+    """Return the bytes of memory that the machine has left."""
+    text = pathlib.Path("/proc/meminfo").read_text()
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text).group(1))
 
 
 def read_speed(size: int = 1 << 29) -> float:

@@ -40,7 +40,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.common import SHAPES, on_disk
+from benchmarks.common import SHAPES, available, on_disk
 from benchmarks.models import write_chat_model
 from safepatch_jax.runtime import files
 
@@ -113,12 +113,6 @@ def _tree(process: int) -> Iterator[int]:
         with contextlib.suppress(OSError):
             for child in path.read_text().split():
                 yield from _tree(int(child))
-
-
-def available() -> int:
-    """Return the bytes of memory that the machine has left."""
-    text = pathlib.Path("/proc/meminfo").read_text()
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text).group(1))
 
 
 class Watch:

@@ -38,9 +38,9 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int =
       start: row-major index of the first entry, uint32 scalar, may be traced; all indices are below
         2^32.
     """
-    low = jnp.uint32(start) + row_major_index(shape, range(len(shape)), jnp.uint32)
     keys = key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA)
-    high, low = jnp.broadcast_to(keys[0], shape), low + keys[1]
+    low = row_major_index(shape, range(len(shape)), jnp.uint32(start) + keys[1])
+    high = jnp.broadcast_to(keys[0], shape)
     for group in range(5):
         for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
             high = high + low
@@ -50,11 +50,20 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int =
     return high ^ low
 
 
-def row_major_index(shape: tuple[int, ...], axes: Iterable[int], dtype=jnp.int32) -> jax.Array:
-    """Return each entry's row-major index within its group, which is what the given axes span."""
-    index, stride = jnp.zeros(shape, dtype), 1
+def row_major_index(shape: tuple[int, ...], axes: Iterable[int], start: jax.Array) -> jax.Array:
+    """Return each entry's row-major index within its group, which is what the given axes span.
+
+    Args:
+      shape: of a tensor.
+      axes: of it.
+      start: index of a group's first entry, of the dtype wanted; a scalar, or one for each group.
+        In a loop it should change from turn to turn: XLA would write an index that does not to
+        memory once for all turns, and hold it there.
+    """
+    index, stride = jnp.broadcast_to(start, shape), 1
     for axis in sorted(axes, reverse=True):
-        index += jnp.asarray(stride, dtype) * lax.broadcasted_iota(dtype, shape, axis)
+        step = jnp.asarray(stride, index.dtype)
+        index += step * lax.broadcasted_iota(index.dtype, shape, axis)
         stride *= shape[axis]
     return index
 

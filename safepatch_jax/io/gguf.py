@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.io.companions import TOKENIZER, copy_companions
+from safepatch_jax.io.gguf_blocks import dequantise
 from safepatch_jax.io.gguf_config import Model, read_model
 from safepatch_jax.io.gguf_tokenizer import write_tokenizer
 from safepatch_jax.io.safetensors_file import Planned, write_shards
@@ -48,7 +49,6 @@ _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _MOST_PARTS = 1000
 _MOST_HEADER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens takes about 10 MB
-_CHUNK_BYTES = 1 << 24
 
 
 def find_smollm2() -> pathlib.Path:
@@ -145,7 +145,7 @@ def _output_dtypes(model: Model, tensors: dict[str, Stored], dtype: str) -> dict
 
 def _convert(name: str, stored: Stored, model: Model, dtype: str) -> np.ndarray:
     """Read one tensor and undo what GGUF does to its values and rows."""
-    x = stored.read() if stored.dtype in DTYPES else _dequantise(stored)
+    x = stored.read() if stored.dtype in DTYPES else dequantise(stored)
     if name in model.permuted_heads:
         x = _unpermute_rotary(x, model.permuted_heads[name])
     if dtype == str(x.dtype):
@@ -158,28 +158,6 @@ def _convert(name: str, stored: Stored, model: Model, dtype: str) -> np.ndarray:
             f"{float(np.abs(x).max()):.3g}). Choose bfloat16, float32 or 'keep'."
         )
     return cast
-
-
-def _dequantise(stored: Stored) -> np.ndarray:
-    """Return a quantised tensor as float32, dequantised in pieces."""
-    import gguf  # imported here: only quantised files need it
-
-    kind = gguf.GGMLQuantizationType[stored.dtype]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    out = np.empty(math.prod(stored.shape), np.float32)
-    count = max(_CHUNK_BYTES // size, 1)
-    with open(stored.path, "rb") as file:
-        file.seek(stored.offset)
-        for start in range(0, len(out) // block, count):
-            raw = np.fromfile(file, np.uint8, min(count, len(out) // block - start) * size)
-            if len(raw) % size or not len(raw):
-                raise ValueError(
-                    f"{stored.path} ends within a tensor: it was changed while it was read. Copy "
-                    "it again."
-                )
-            part = gguf.quants.dequantize(raw.reshape(-1, size), kind).reshape(-1)
-            out[start * block : start * block + len(part)] = part
-    return out.reshape(stored.shape)
 
 
 def _unpermute_rotary(x: np.ndarray, heads: int) -> np.ndarray:

@@ -3,9 +3,10 @@ weight shape."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement, agreement_sums
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
-from safepatch_jax.patching.selection import PASSES, float_bits, share_out, top_count
+from safepatch_jax.patching.selection import PASSES, float_bits, in_memory, share_out, top_count
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import overlap, refuse_broken, tensor_statistics
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor, importance_of
@@ -62,6 +63,24 @@ def patch_and_importance(
             start,
         )
     return patch, importance
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole(Tensor):
+    """A tensor whose keys are made when they are looked at, so that a CPU holds those of one role
+    at a time.
+
+    Attributes:
+      keys_of: returns those of a role, given a True that the compiler does not know.
+    """
+
+    keys_of: Callable[[str, jax.Array], jax.Array]
+
+    def ranked(self, role: str, before: Mapping[str, jax.Array]) -> jax.Array:
+        true = self.knobs["zero"] == 0
+        for mask in before.values():  # these keys are made when those have gone
+            true &= jnp.sum(mask, dtype=jnp.int32) >= 0
+        return self.keys_of(role, true)
 
 
 def merge_tensor(
@@ -130,21 +149,31 @@ def patch_matrices(
     def one_tensor(result, xs):
         # Tensor by tensor: on TPU a reshape that joins or parts the last two axes moves every byte,
         # and of a stack all at once.
-        index, derived, sensitivity, keys, counts = xs
-        derived, sensitivity = _matrices(derived, shape), _matrices(sensitivity, shape)
+        index, keys, counts = xs
         source = result if in_place else backbones
         stored = _matrices(_read_once(source, index, knobs["zero"] == 0), shape)
-        patch, importance = patch_and_importance(stored, derived, sensitivity, keys, options)
-        tensor = Tensor(patch, importance, keys, counts, knobs, options)
+
+        def read(stored, stacks, index, keys):
+            derived, sensitivity = _matrices(_at(stacks, index), shape)
+            return patch_and_importance(stored, derived, sensitivity, keys, options)
+
+        def keys_of(role, true):
+            def made(*sources):
+                return float_bits(read(*sources)[1][role])
+
+            # The stacks, for what a branch takes lies in memory.
+            return in_memory(true, made, stored, stacks, index, keys)
+
+        patch, importance = read(stored, stacks, index, keys)
+        tensor = _Whole(patch, importance, keys, counts, knobs, options, keys_of)
         merged, choice = merge_tensor(tensor, stored, dtype, rounding)
         statistics = tensor_statistics(patch, importance, choice.top, choice.kept, merged, stored)
         merged = merged.reshape(result.shape[1:])
         return lax.dynamic_update_index_in_dim(result, merged, index, 0), statistics
 
     start = backbones if in_place else jnp.zeros(backbones.shape, dtype)
-    derived, sensitivity = _stacked(derived, shape), _stacked(sensitivity, shape)
-    xs = (jnp.arange(shape[0]), derived, sensitivity, keys, counts)
-    result, statistics = lax.scan(one_tensor, start, xs)
+    stacks = _stacked((derived, sensitivity), shape)
+    result, statistics = lax.scan(one_tensor, start, (jnp.arange(shape[0]), keys, counts))
     result = result.reshape(theta.shape)
     return (lax.with_sharding_constraint(result, sharding) if sharding else result), statistics
 
@@ -152,6 +181,11 @@ def patch_matrices(
 def _stacked(tree, shape: tuple[int, ...]):
     """Give arrays that belong to no block a leading axis, so that all have [L]."""
     return jax.tree.map(lambda x: x if x.shape[0] == shape[0] else x[None], tree)
+
+
+def _at(stacks, index: jax.Array):
+    """Return the arrays of one block."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), stacks)
 
 
 def _matrices(tree, shape: tuple[int, ...]):

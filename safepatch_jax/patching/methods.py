@@ -73,7 +73,7 @@ class MergeMethod:
 def safepatching(tensor: Tensor) -> Choice:
     """Combine the two top sets, retain at random, weigh with alpha and beta."""
     top = tensor.top_sets()
-    candidates = combine_sets(top["se"], top["osm"], tensor.options.combine)
+    candidates = combine_sets(top["se"], top["osm"], tensor.combined())
     candidates = dict(zip(PATCH_ROLES, candidates))
     if tensor.options.support == "fill":
         kept = tensor.filled(candidates, top)
@@ -124,21 +124,32 @@ def resta(tensor: Tensor) -> Choice:
     return Choice(top, tensor.retained(top), {"se": 0.0, "osm": -tensor.weights()["osm"]})
 
 
-def combine_sets(se: jax.Array, osm: jax.Array, combine: str) -> tuple[jax.Array, jax.Array]:
+def combine_sets(
+    se: jax.Array, osm: jax.Array, combine: str | tuple[Any, Any]
+) -> tuple[jax.Array, jax.Array]:
     """Return the candidate sets (SE, OSM) from the two top sets.
 
-    difference: what only one of them holds; intersection: what both hold, for both; union: each its
-    own top set.
+    Args:
+      se, osm: bool, the top sets.
+      combine: difference: what only one of them holds; intersection: what both hold, for both;
+        union: each its own top set. Or what `combined` returns for it, which may be traced.
     """
-    if combine == "difference":
-        return se & ~osm, osm & ~se
-    if combine == "intersection":
-        return se & osm, se & osm
-    if combine == "union":
-        return se, osm
-    raise ValueError(f"unknown combine '{combine}'; one of difference, intersection, union.")
+    alone, shared = combined(combine) if isinstance(combine, str) else combine
+    return se & (osm & shared | ~osm & alone), osm & (se & shared | ~se & alone)
 
 
+def combined(combine: str) -> tuple[bool, bool]:
+    """Return whether entries of one top set alone are candidates, and whether those of both are.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    if combine not in _COMBINED:
+        raise ValueError(f"unknown combine '{combine}'; one of {', '.join(_COMBINED)}.")
+    return _COMBINED[combine]
+
+
+_COMBINED = {"difference": (True, False), "intersection": (False, True), "union": (True, True)}
 _EQUAL = {"alpha": 1.0, "beta": 1.0}  # in a comparison, not the weights SafePatching was given
 
 MERGE_METHODS = {

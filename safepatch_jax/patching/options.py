@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.methods import combined
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.tensor import ProgramOptions
@@ -21,6 +22,8 @@ class Knobs:
     quota: int
     alpha: float
     beta: float
+    alone: bool
+    shared: bool
 
     @classmethod
     def of(cls, patch: PatchSettings, size: int) -> Knobs:
@@ -29,7 +32,8 @@ class Knobs:
         divided = patch.rescale if "rescale" in method.settings else method.divides
         scale = 1.0 / patch.retention if divided else 1.0
         quota = top_count(patch.retention, size)
-        return cls(patch.retention, quota, patch.alpha * scale, patch.beta * scale)
+        weights = patch.alpha * scale, patch.beta * scale
+        return cls(patch.retention, quota, *weights, *combined(patch.combine))
 
     def traced(self) -> dict[str, Any]:
         """Return them as the program takes them."""
@@ -38,14 +42,19 @@ class Knobs:
             "quota": np.int32(self.quota),
             "alpha": np.float32(self.alpha),
             "beta": np.float32(self.beta),
+            "alone": np.bool_(self.alone),  # for `combine_sets`
+            "shared": np.bool_(self.shared),
             "zero": np.int32(0),  # for `Tensor.weighted`
         }
 
 
 def program_options(patch: PatchSettings) -> ProgramOptions:
-    """Return the options that decide which program is compiled."""
-    by_row = patch.granularity == "row"
-    return ProgramOptions(patch.merge, patch.ranking, by_row, patch.combine, patch.support)
+    """Return the options that decide which program is compiled; those without a part in the method
+    do not."""
+    method = patch.method
+    by_row = patch.granularity == "row" and method.ranks is not None
+    support = patch.support if "support" in method.settings else "sequential"
+    return ProgramOptions(patch.merge, patch.ranking, by_row, support)
 
 
 def top_rates(patch: PatchSettings) -> dict[str, float]:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,24 @@ def top_of_keys(key: jax.Array, k: jax.Array, axes: Sequence[int] | None = None)
     )
 
 
+def in_memory(true: jax.Array, function: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
+    """Return what a function makes of arrays; a CPU makes it once and writes it to memory.
+
+    XLA would put it together with what is made of it, and hold the arrays until then. There a
+    branch that the compiler cannot decide is what no fusion crosses; a barrier is gone before.
+
+    Args:
+      true: bool scalar, True, and the compiler does not know it.
+      function: takes the arrays.
+    """
+
+    def branch(*arrays):
+        made = jax.eval_shape(function, *arrays)
+        return lax.cond(true, function, lambda *_: jnp.zeros(made.shape, made.dtype), *arrays)
+
+    return lax.platform_dependent(*arrays, cpu=branch, default=function)
+
+
 def _top_of_keys(key: jax.Array, k: jax.Array, *, axes: tuple[int, ...], bits: int) -> jax.Array:
     def reached(thresholds):
         return _count([key >= threshold for threshold in thresholds], axes, together=bits > 1)
@@ -72,7 +91,12 @@ def _top_of_keys(key: jax.Array, k: jax.Array, *, axes: tuple[int, ...], bits: i
     some = threshold > 0
     ties = jnp.where(some, reach - above, 0)
     needed = jnp.where(some, k - above, 0)
-    return (key > threshold) | some & lowest(key, threshold, ties, needed, axes, bits)
+
+    def marked(key):
+        return (key > threshold) | some & lowest(key, threshold, ties, needed, axes, bits)
+
+    # All others may let the keys go.
+    return in_memory(jnp.all(k >= 0), marked, key)
 
 
 def lowest(
@@ -96,9 +120,10 @@ def lowest(
 
     def first_left_out(key):
         """Return the largest index from which on enough of them lie to be left out."""
-        tied, index = key == threshold, row_major_index(key.shape, axes)
+        tied = key == threshold
 
         def outside(bounds):
+            index = row_major_index(key.shape, axes, _zeros(bounds[0]))
             return _count([tied & (index >= bound) for bound in bounds], axes, together=bits > 1)
 
         return _search(outside, count - needed, bits)[0]
@@ -108,7 +133,12 @@ def lowest(
     bound = lax.cond(
         jnp.all(count <= needed), lambda key: jnp.full_like(count, NONE), first_left_out, key
     )
-    return (key == threshold) & (row_major_index(key.shape, axes) < bound)
+    return (key == threshold) & (row_major_index(key.shape, axes, _zeros(bound)) < bound)
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """Return zeros for numbers that are not negative, which the compiler does not know."""
+    return x >> 31
 
 
 def _count(masks: Sequence[jax.Array], axes: tuple[int, ...], together: bool) -> list[jax.Array]:

@@ -27,7 +27,6 @@ class ProgramOptions(NamedTuple):
     merge: str
     importance: str
     by_row: bool
-    combine: str
     support: str
 
 
@@ -55,6 +54,10 @@ class Tensor:
         """Return alpha and beta, divided by the retention where the method says so."""
         return {"se": self.knobs["alpha"], "osm": self.knobs["beta"]}
 
+    def combined(self) -> tuple[jax.Array, jax.Array]:
+        """Return patch.combine as `combine_sets` takes it."""
+        return self.knobs["alone"], self.knobs["shared"]
+
     def nonzero(self) -> dict[str, jax.Array]:
         """Mark every entry of a patch that changes something."""
         return {role: self.patch[role] != 0 for role in PATCH_ROLES}
@@ -68,9 +71,16 @@ class Tensor:
         axes = (-1,) if self.options.by_row else None
         result = {}
         for role in PATCH_ROLES:
-            key = float_bits(self.importance[role])
-            result[role] = self.select(role, key, self.counts[role], axes=axes)
+            result[role] = self.select(
+                role, self.ranked(role, result), self.counts[role], axes=axes
+            )
         return result
+
+    def ranked(self, role: str, before: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the keys by which `top_sets` ranks entries, see `top_of_keys`; `before` are the
+        top sets that are marked already."""
+        del before
+        return float_bits(self.importance[role])
 
     def select(
         self,

@@ -223,7 +223,7 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def checksum(x):
         bits = x.astype(jnp.uint32) if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
         # Modulo 2^32 a sum has no order, and an odd factor loses nothing.
-        factors = 2 * row_major_index(x.shape, range(x.ndim), jnp.uint32) + 1
+        factors = 2 * row_major_index(x.shape, range(x.ndim), jnp.uint32(0)) + 1
         return jnp.sum(bits * factors, dtype=jnp.uint32)
 
     return {name: checksum(x) for name, x in arrays.items()}

@@ -24,7 +24,7 @@ from safepatch_jax.io.safetensors_file import INDEX
 from safepatch_jax.models.config import config_from_hf, read_hf_config, stop_ids
 from safepatch_jax.models.table import param_table
 from safepatch_jax.testing import tiny_config, write_tiny_model
-from tests.io.test_gguf import write_tiny
+from tests.io.gguf_files import write_tiny
 
 SECONDS = 1.0  # for each reader
 LEAST = 30  # tries, however slow the machine

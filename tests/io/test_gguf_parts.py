@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from safepatch_jax.io.gguf import convert_gguf, parts_of, read_gguf
 from safepatch_jax.run.place import Place
 from safepatch_jax.run.state import source_hashes
-from tests.io.test_gguf import write_tiny
+from tests.io.gguf_files import write_tiny
 
 pytest.importorskip("gguf", reason="reading GGUF needs the gguf package: pip install gguf")
 
