@@ -49,7 +49,7 @@ def run(bench: Bench) -> None:
             decode = compiled(layers, number)
             ids = prompt_ids(config.vocab_size, number, sizes.prompt)
             batch = put_batch(prompt_batch(ids, sizes.prompt), bench.sharder)
-            inputs = params, batch["tokens"], batch["valid"], stops
+            inputs = params, batch["tokens"], batch["lengths"], stops
             out = np.asarray(decode(*inputs))
             assert out.shape == (number, sizes.new) and out.min() >= 0
             seconds = []

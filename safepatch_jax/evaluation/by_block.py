@@ -38,14 +38,16 @@ class ByBlock:
 
     Args:
       decoder: the model.
-      params: nested parameter dictionary on one CPU device. A weight that is stored in the dtype of
-        the arithmetic is not copied; others are cast once.
+      params: nested parameter dictionary on one CPU device. A weight in the dtype of the arithmetic
+        is looked at where it lies (but for one that begins at no multiple of 64 bytes), and is not
+        freed before this is; others are cast, and held beside it.
     """
 
     shrinks = True  # a step takes as long as it has sequences
+    groups = 8
 
     def __init__(self, decoder: Decoder, params: Any):
-        self.decoder = decoder
+        self.decoder, self._programs = decoder, _programs_of(decoder)
         self._ends = {name: part for name, part in params.items() if name != LAYERS}
         self._ends = jax.tree.map(lambda x: x.astype(decoder.dtype), self._ends)
         self.blocks = _unstacked({LAYERS: params[LAYERS]}, decoder)
@@ -64,13 +66,13 @@ class ByBlock:
     def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
         tokens_GT, length_G = prompts
         caches, length_B = state.past
-        x_GTD, written = _begin(self.decoder, self._ends, tokens_GT), []
+        x_GTD, written = self._programs.begin(self._ends, tokens_GT), []
         for block, window, cache in zip(self.blocks, self._windows, caches):
-            x_GTD, cache = _read(self.decoder, block, window, x_GTD, length_G, cache, rows_G)
+            x_GTD, cache = self._programs.read(block, window, x_GTD, length_G, cache, rows_G)
             written.append(cache)
         state = state._replace(past=length_B)
         inputs = x_GTD, state, length_G, rows_G, stop_ids, sampling
-        state = _placed(self.decoder, self._ends, *inputs)
+        state = self._programs.placed(self._ends, *inputs)
         return state._replace(past=Past(written, state.past))
 
     def advance(self, state: State, stop_ids, sampling, steps: int, enough: int) -> State:
@@ -83,18 +85,19 @@ class ByBlock:
 
     def _step(self, state: State, stop_ids, sampling) -> State:
         caches, length_B = state.past
-        x_B1D, written = _begin(self.decoder, self._ends, state.token_B[:, None]), []
+        x_B1D, written = self._programs.begin(self._ends, state.token_B[:, None]), []
         for block, window, cache in zip(self.blocks, self._windows, caches):
-            x_B1D, cache = _follow(self.decoder, block, window, x_B1D, length_B, cache)
+            x_B1D, cache = self._programs.follow(block, window, x_B1D, length_B, cache)
             written.append(cache)
         state = state._replace(past=length_B)
-        state = _emit(self.decoder, self._ends, x_B1D, state, stop_ids, sampling)
+        state = self._programs.emit(self._ends, x_B1D, state, stop_ids, sampling)
         return state._replace(past=Past(written, state.past))
 
     def take(self, state: State, rows) -> State:
-        """Return the state of some rows."""
+        """Return the state of some rows; the given one must not be used any more."""
         caches, length_B = state.past
-        caches = [_take(cache, rows) for cache in caches]
+        for i, cache in enumerate(caches):  # one by one: the whole one is freed
+            caches[i] = _take(cache, rows)
         state = _take(state._replace(past=length_B), rows)
         return state._replace(past=Past(caches, state.past))
 
@@ -104,7 +107,7 @@ def _unstacked(stacked: Any, decoder: Decoder) -> list[Any]:
 
     def of_block(x: jax.Array, layer: int) -> jax.Array:
         # Without a copy: the device's memory is the host's.
-        part = jax.device_put(np.asarray(x)[layer], x.sharding.device_set.copy().pop())
+        part = jax.device_put(np.asarray(x)[layer], *x.devices())
         return part.astype(decoder.dtype)
 
     return [
@@ -113,49 +116,50 @@ def _unstacked(stacked: Any, decoder: Decoder) -> list[Any]:
     ]
 
 
-def _module(kind: type, decoder: Decoder, *more: Any) -> Any:
-    return kind(decoder.config, decoder.dtype, decoder.sharder, *more)
+class _Programs:
+    """What is compiled for a decoder. Programs of an instance: a decoder as an argument would be
+    hashed at every call, which takes longer than the call."""
+
+    def __init__(self, decoder: Decoder):
+        attributes = decoder.config, decoder.dtype, decoder.sharder
+        self._block, self._readout = OneBlock(*attributes), Readout(*attributes)
+        self._embed = Begin(*attributes)
+        self.begin = jax.jit(self._begin)
+        self.read = jax.jit(self._read, donate_argnames="cache")
+        self.follow = jax.jit(self._follow, donate_argnames="cache")
+        self.placed, self.emit = jax.jit(self._placed), jax.jit(self._emit)
+
+    def _begin(self, ends: Any, tokens_BT):
+        return self._embed.apply({"params": ends}, tokens_BT)
+
+    def _read(self, block: Any, window, x_GTD, length_G, cache: Cache, rows_G):
+        """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
+        positions_1T = jnp.arange(x_GTD.shape[1])[None]
+        valid_GT = positions_1T < length_G[:, None]
+        inputs = x_GTD, window, positions_1T, valid_GT
+        x_GTD, kv = self._block.apply({"params": block}, *inputs)
+        return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1]), rows_G)
+
+    def _follow(self, block: Any, window, x_B1D, length_B, cache: Cache):
+        """Return (what leaves a block that reads one token more, the cache with it)."""
+        here_B1 = jnp.ones((x_B1D.shape[0], 1), bool)
+        inputs = x_B1D, window, length_B[:, None], here_B1, cache
+        return self._block.apply({"params": block}, *inputs)
+
+    def _placed(self, ends: Any, x_GTD, state: State, length_G, rows_G, stop_ids, sampling):
+        """Return the state with the first tokens of prompts that have been read."""
+        x_G1D = jnp.take_along_axis(x_GTD, length_G[:, None, None] - 1, axis=1)
+        logits_G1V = self._readout.apply({"params": ends}, x_G1D)
+        first = first_state(logits_G1V[:, 0], length_G, stop_ids, sampling, state.out.shape[1])
+        return placed(state, first, rows_G)
+
+    def _emit(self, ends: Any, x_B1D, state: State, stop_ids, sampling):
+        """Return the state with one token more."""
+        logits_B1V = self._readout.apply({"params": ends}, x_B1D)
+        return emit(logits_B1V[:, 0], state._replace(past=state.past + 1), stop_ids, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _begin(decoder: Decoder, ends: Any, tokens_BT):
-    return _module(Begin, decoder).apply({"params": ends}, tokens_BT)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _read(decoder: Decoder, block: Any, window, x_GTD, length_G, cache: Cache, rows_G):
-    """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
-    positions_1T = jnp.arange(x_GTD.shape[1])[None]
-    valid_GT = positions_1T < length_G[:, None]
-    x_GTD, kv = _module(OneBlock, decoder).apply(
-        {"params": block}, x_GTD, window, positions_1T, valid_GT
-    )
-    return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1]), rows_G)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _follow(decoder: Decoder, block: Any, window, x_B1D, length_B, cache: Cache):
-    """Return (what leaves a block that reads one token more, the cache with it)."""
-    here_B1 = jnp.ones((x_B1D.shape[0], 1), bool)
-    return _module(OneBlock, decoder).apply(
-        {"params": block}, x_B1D, window, length_B[:, None], here_B1, cache
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _placed(decoder: Decoder, ends: Any, x_GTD, state: State, length_G, rows_G, stop_ids, sampling):
-    """Return the state with the first tokens of prompts that have been read."""
-    x_G1D = jnp.take_along_axis(x_GTD, length_G[:, None, None] - 1, axis=1)
-    logits_G1V = _module(Readout, decoder).apply({"params": ends}, x_G1D)
-    first = first_state(logits_G1V[:, 0], length_G, stop_ids, sampling, state.out.shape[1])
-    return placed(state, first, rows_G)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _emit(decoder: Decoder, ends: Any, x_B1D, state: State, stop_ids, sampling):
-    """Return the state with one token more."""
-    logits_B1V = _module(Readout, decoder).apply({"params": ends}, x_B1D)
-    return emit(logits_B1V[:, 0], state._replace(past=state.past + 1), stop_ids, sampling)
+_programs_of = functools.lru_cache(maxsize=4)(_Programs)  # engines of one model share them
 
 
 @jax.jit

@@ -255,7 +255,7 @@ def decode_contrasted(
     rule: Rule,
     max_new: int,
 ) -> jax.Array:
-    """Continue left-padded prompts greedily, each token chosen from the combined logits of two
+    """Continue right-padded prompts greedily, each token chosen from the combined logits of two
     streams.
 
     Args:
@@ -291,6 +291,8 @@ def decode_contrasted(
     rows = state.done_B.shape[0]
     # The first token is there; `both - 1` are still chosen from both streams.
     state = advance(follow_both, state, stop_ids, None, both - 1, rows)
+    if both == max_new:
+        return state.out
     state = state._replace(past=state.past[0])
     return advance(follow_first, state, stop_ids, None, max_new - both, rows).out
 

@@ -65,6 +65,8 @@ class Engine(Prompter):
         prompt_format: PromptFormat = PromptFormat(),
     ):
         super().__init__(config, folder, date, prompt_format)
+        if suits(sharder):  # once, and not beside the stored ones: a CPU casts slowly
+            params = jax.tree.map(lambda x: x.astype(compute_dtype), params)
         self.params, self.batch_size = params, batch_size
         self._folder, self._date = folder, date
         # Weights that are cut over fsdp stay where they are: for each token activations move, which
@@ -126,12 +128,13 @@ class Engine(Prompter):
         numbers: Sequence[int] | None = None,
         until: Sequence[str] = (),
     ) -> list[list[int]]:
-        """Continue prompts, those of like length together.
+        """Continue prompts, the longest first.
 
         Args:
           prompts: token ids; none longer than the model's positions less `max_new`.
           max_new: tokens at most.
-          sampling: a draw depends on seed and number alone, not on what runs beside.
+          sampling: a draw depends on seed and number alone, not on what runs beside. (How many
+            rows run decides in which order a product is summed, so a near tie may fall otherwise.)
           done: called with (index, new ids) as soon as an answer is there.
           numbers: of the prompts, for sampling; their indices by default.
           until: stop texts. An answer ends some tokens after it holds one; it is not cut off there,
@@ -185,7 +188,7 @@ class Engine(Prompter):
             number = self.rows(capacity)
             while number % (2 * ways) == 0 and number >= 2 * len(pool):
                 number //= 2
-            group = ways * max(1, number // ways // 8)
+            group = ways * max(1, number // ways // self.model.groups)
             pools.append((Rows(number, group, capacity, _width), pool))
             order = order[len(pool) :]
         return pools
@@ -406,7 +409,7 @@ def _likelihoods(decoder: Decoder, params: Any, batch) -> jax.Array:
 
 
 def padded(length: int) -> int:
-    """Round a length up to one of few, at most an eighth above it, so that few programs are
+    """Round a length up to one of few, at most a quarter above it, so that few programs are
     compiled."""
     step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step

@@ -196,7 +196,7 @@ def advance(
     Args:
       follow_one: maps (token [B], past) to (logits [B, V] to choose the next one from, past).
       steps, enough: int32 scalars.
-      others: see `decode`.
+      stop_ids, sampling: see `decode`; the keys are in the state.
     """
 
     def running(carry):
@@ -224,6 +224,7 @@ class Whole:
     decoder: Decoder
     params: Any
     shrinks = False  # a step takes as long for few sequences
+    groups = 4  # reading a group reads all weights
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
         """Return a state of so many sequences that have ended, with a cache of `capacity` slots."""
@@ -261,10 +262,13 @@ def _laid_out(decoder: Decoder, state: State) -> State:
     """Cut the state of a stacked cache over the mesh, the same way after each program."""
     if decoder.sharder is None:
         return state
+    constrain = decoder.sharder.constrain
     cache, length_B = state.past
     axes = "layers", "batch", "kv_heads", "layers", "head_dim"
-    cache = Cache(*(decoder.sharder.constrain(x, *axes) for x in (cache.k, cache.v)))
-    return state._replace(past=Past(cache, length_B))
+    cache = Cache(constrain(cache.k, *axes), constrain(cache.v, *axes))
+    state = state._replace(past=length_B)  # small: whole on each device
+    state = jax.tree.map(lambda x: constrain(x, *["layers"] * x.ndim), state)
+    return state._replace(past=Past(cache, state.past))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -292,12 +296,10 @@ def placed(state: State, first: State, rows_G) -> State:
 
 
 def placed_slots(cache: Cache, new: Cache, rows_G) -> Cache:
-    """Return a cache [..., B, K, S, H] with what [..., G, K, T, H] holds in the first slots of some
-    rows."""
-    slots = new.k.shape[-2]
-    return jax.tree.map(
-        lambda old, x: old.at[..., rows_G, :, :slots, :].set(x, mode="drop"), cache, new
-    )
+    """Return a cache [..., B, K, S, H] whose some rows hold what [..., G, K, T, H] does, and then
+    zeros: a NaN of the sequence before would be seen through its weight of 0."""
+    new = with_room(new, cache.k.shape[-2] - new.k.shape[-2])
+    return jax.tree.map(lambda old, x: old.at[..., rows_G, :, :, :].set(x, mode="drop"), cache, new)
 
 
 def _choose(

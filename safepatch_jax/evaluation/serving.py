@@ -17,8 +17,14 @@ _WORTH = 32  # tokens that must still be possible for fewer rows to be worth the
 
 
 class Model(Protocol):
-    """See `generate.Whole`."""
+    """See `generate.Whole`.
 
+    Attributes:
+      groups: in so many groups the rows are filled.
+      shrinks: whether fewer rows take less time; then there is `take`, see `by_block.ByBlock`.
+    """
+
+    groups: int
     shrinks: bool
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State: ...
@@ -59,7 +65,8 @@ class Server:
       max_new: tokens of an answer, at most.
       put: lays an array [G, ...] out on the mesh.
       finished: tells, from the tokens of an answer so far, whether what follows is not wanted;
-        asked after each PIECE tokens. None: never.
+        asked whenever the host looks, after PIECE tokens at the latest; how long an answer goes on
+        after it is finished depends on its neighbours. None: never.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class Server:
             elif self._pays(state, owners):
                 state, owners = self._shrunk(state, owners)
                 enough = -(-len(owners) // 2)
-            steps = PIECE if self._finished else self._max_new
+            steps = min(PIECE, self._max_new - 1) if self._finished else self._max_new - 1
             state = self._model.advance(state, self._stop_ids, self._sampling(), steps, enough)
             state = self._collect(state, owners, done)
 
@@ -163,7 +170,7 @@ class Server:
         for row, owner in enumerate(owners):
             if owner is None:
                 continue
-            ids = out[row][out[row] >= 0]
+            ids = out[row][out[row] >= 0]  # a copy: the state's own memory is used again
             if not ended[row] and self._finished and self._finished(ids):
                 late.append(row)
             elif not ended[row]:

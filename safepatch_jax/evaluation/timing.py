@@ -27,9 +27,7 @@ def seconds_per_token(engine: Engine, new: int = 64, repeats: int = 3) -> float:
     prompts = list(enumerate([(engine.encode("the") * 32)[:32]] * number))
     rows = Rows(number, number, 32 + new, width=lambda length: length)
     server = Server(engine.model, rows, _STOPS, None, new, engine.put)
-    (seconds,) = _seconds(
-        [functools.partial(server.run, prompts, lambda number, ids: None)], repeats
-    )
+    (seconds,) = _seconds([functools.partial(server.run, prompts, lambda i, ids: None)], repeats)
     return statistics.median(seconds) / (new * number)
 
 

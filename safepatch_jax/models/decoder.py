@@ -93,25 +93,23 @@ class _Module(nn.Module):
         return jax.default_backend() if self.sharder is None else self.sharder.platform
 
     def product(self, equation, x, weight, dtype=None):
-        """Return jnp.einsum(equation, x, weight), x [B, T, ...]."""
-        rows, length = x.shape[:2]
-        of_both, of_product = equation.split("->")
-        of_x, of_weight = of_both.split(",")
-        if self.platform == "cpu" and length > 1:
-            # With batch and length as one dimension. The weight's gradient sums over it; over two,
-            # XLA on CPU first makes a transposed copy, on one thread, of all that led to it.
-            of_x, of_product = (axes.replace("BT", "M") for axes in (of_x, of_product))
-            of_all = f"{of_x},{of_weight}->{of_product}"
-            flat = x.reshape(rows * length, *x.shape[2:])
-            y = jnp.einsum(of_all, flat, weight, preferred_element_type=dtype)
-            return y.reshape(rows, length, *y.shape[1:])
-        if self.platform != "cpu" or not 1 < rows <= _FEW:
+        """Return jnp.einsum(equation, x [B, T, ...], weight ), over the last dimensions of
+        both."""
+        if self.platform != "cpu":
             return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
-        # One token of each sequence: XLA on CPU multiplies twice as fast with the large factor
-        # first. The barrier keeps it from turning the product round again.
-        turned = of_product.removeprefix("BT") + "BT"
-        y = jnp.einsum(f"{of_weight},{of_x}->{turned}", weight, x, preferred_element_type=dtype)
-        return jnp.einsum(f"{turned}->{of_product}", jax.lax.optimization_barrier(y))
+        # As a product of two matrices. XLA on CPU transposes a weight with two dimensions to sum
+        # over, and for a weight's gradient, which sums over batch and length, all that led to it.
+        rows, length = x.shape[:2]
+        x_MK = x.reshape(rows * length, -1)
+        weight_OK = weight.reshape(-1, x_MK.shape[1])
+        if length == 1 and 1 < rows <= _FEW:
+            # One token of each sequence: twice as fast with the large factor first. The barrier
+            # keeps XLA from turning the product round again.
+            y_OM = jnp.einsum("OK,MK->OM", weight_OK, x_MK, preferred_element_type=dtype)
+            y_MO = jax.lax.optimization_barrier(y_OM).T
+        else:
+            y_MO = jnp.einsum("MK,OK->MO", x_MK, weight_OK, preferred_element_type=dtype)
+        return y_MO.reshape(rows, length, *weight.shape[: weight.ndim + 2 - x.ndim])
 
     def child(self, kind, name):
         return kind(self.config, self.dtype, self.sharder, self.tap, name=name)

@@ -286,7 +286,8 @@ def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.sta
 
 def _decode(context: Context, config: DecoderConfig) -> list[Program]:
     """Return the program with the larger weights: those of the backbone as stored, or those of
-    derived models in the dtype of the arithmetic."""
+    derived models in the dtype of the arithmetic. It reads all prompts at once, where an engine
+    reads a part of the rows at a time; the steps are the same."""
     settings, sharder, decoder = context.settings, context.sharder, context.decoder(config)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(settings.model.compute_dtype)
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
