@@ -224,8 +224,7 @@ class SafePatchLM(TemplateLM):
         return texts
 
     def _longest(self, max_new: int = 0) -> int:
-        """Return how many tokens a prompt may have; `Engine` pads lengths, and the padding must fit
-        too."""
+        """Return how many tokens a prompt may have so that its padding fits too (see `padded`)."""
         limit = self.engine.config.max_length - max_new
         if limit < 8:
             raise ValueError(

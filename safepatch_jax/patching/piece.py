@@ -43,7 +43,7 @@ class _Selections:
         if name not in self.limits:  # the program is to find it, and does not use what follows
             return jnp.zeros(key.shape, bool)
         threshold, bound = self.limits[name]
-        index = row_major_index(key.shape, range(key.ndim))
+        index = row_major_index(key.shape, range(key.ndim), jnp.int32(0))
         return (key > threshold) | (key == threshold) & (index < bound)
 
 
