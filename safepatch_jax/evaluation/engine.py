@@ -150,6 +150,8 @@ class Engine(Prompter):
         if numbers is None:
             numbers = range(len(prompts))
 
+        if not prompts:
+            return []
         stops, answers = self.stops(), [[] for _ in prompts]
         draws, tokens, start = self._draws(sampling, numbers), 0, time.perf_counter()
         finished = functools.partial(self._has_stop, until=until) if until else None

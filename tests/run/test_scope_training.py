@@ -11,7 +11,8 @@ from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.outcome import settings_differences
 from safepatch_jax.planning.programs import architecture
 from safepatch_jax.run import models, scratch
-from safepatch_jax.run.job import Job, disk_bytes
+from safepatch_jax.run.job import Job
+from safepatch_jax.run.room import disk_bytes
 from safepatch_jax.settings import load_config
 
 SCOPE = {"derive.train": "scope", "run.keep_scratch": True, "run.certify": "hashes"}

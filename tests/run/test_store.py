@@ -81,8 +81,8 @@ def test_half_the_bytes_and_nearly_the_same_patch(jobs):
         sizes[name] = sum(path.stat().st_size for path in files)
     table = param_table(read_hf_config(job.state.backbone))
     scope = sum(math.prod(row.shape) for row in table.scope("block_linear"))
-    # Of arrays so small much is what describes them.
-    assert sizes["whole"] - sizes["half"] == pytest.approx(4 * 2 * scope, rel=0.15)
+    # Of arrays so small much is what describes them; and they are compressed.
+    assert sizes["whole"] - sizes["half"] == pytest.approx(4 * 2 * scope, rel=0.25)
     kept = {}
     for name, job in jobs.items():
         backbone = unnest(job.state.context.load(job.state.backbone)[1])
