@@ -1,4 +1,4 @@
-"""Prompts laid out as Hugging Face's `generate` takes them."""
+"""What Hugging Face's `generate` takes, and gives."""
 
 import numpy as np
 
@@ -10,3 +10,16 @@ def left_padded(prompts):
     for row, mask, ids in zip(tokens, valid, prompts):
         row[width - len(ids) :], mask[width - len(ids) :] = ids, True
     return tokens, valid
+
+
+def hf_greedy(model, prompts, max_new):
+    """Return the new tokens of prompts, [B, n]."""
+    import torch
+
+    tokens, valid = left_padded(prompts)
+    return model.generate(
+        input_ids=torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(valid).long(),
+        do_sample=False,
+        max_new_tokens=max_new,
+    )[:, tokens.shape[1] :]

@@ -38,9 +38,9 @@ class ByBlock:
 
     Args:
       decoder: the model.
-      params: nested parameter dictionary on one CPU device. A weight in the dtype of the arithmetic
-        is looked at where it lies (but for one that begins at no multiple of 64 bytes), and is not
-        freed before this is; others are cast, and held beside it.
+      params: nested parameter dictionary on one CPU device, best in the dtype of the arithmetic:
+        others are cast at every use. A block's weight is looked at where it lies (but for one that
+        begins at no multiple of 64 bytes), and is not freed before this is.
     """
 
     shrinks = True  # a step takes as long as it has sequences
@@ -49,8 +49,7 @@ class ByBlock:
     def __init__(self, decoder: Decoder, params: Any):
         self.decoder, self._programs = decoder, _programs_of(decoder)
         self._ends = {name: part for name, part in params.items() if name != LAYERS}
-        self._ends = jax.tree.map(lambda x: x.astype(decoder.dtype), self._ends)
-        self.blocks = _unstacked({LAYERS: params[LAYERS]}, decoder)
+        self.blocks = _unstacked({LAYERS: params[LAYERS]}, decoder.config.num_layers)
         windows = decoder.config.windows
         self._windows = [np.int32(x) for x in windows] or [None] * len(self.blocks)
 
@@ -102,17 +101,15 @@ class ByBlock:
         return state._replace(past=Past(caches, state.past))
 
 
-def _unstacked(stacked: Any, decoder: Decoder) -> list[Any]:
+def _unstacked(stacked: Any, layers: int) -> list[Any]:
     """Return the parameters of each block."""
 
     def of_block(x: jax.Array, layer: int) -> jax.Array:
         # Without a copy: the device's memory is the host's.
-        part = jax.device_put(np.asarray(x)[layer], *x.devices())
-        return part.astype(decoder.dtype)
+        return jax.device_put(np.asarray(x)[layer], *x.devices())
 
     return [
-        jax.tree.map(functools.partial(of_block, layer=layer), stacked)
-        for layer in range(decoder.config.num_layers)
+        jax.tree.map(functools.partial(of_block, layer=layer), stacked) for layer in range(layers)
     ]
 
 

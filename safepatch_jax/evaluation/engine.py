@@ -3,12 +3,13 @@ batch on the mesh."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,12 +150,24 @@ class Engine(Prompter):
         self.check(prompts, max_new)
         if numbers is None:
             numbers = range(len(prompts))
-
         if not prompts:
             return []
-        stops, answers = self.stops(), [[] for _ in prompts]
-        draws, tokens, start = self._draws(sampling, numbers), 0, time.perf_counter()
+        draws = self._draws(sampling, numbers)
         finished = functools.partial(self._has_stop, until=until) if until else None
+        with self._collecting(len(prompts), title, done) as (answers, keep):
+            for rows, group in self._pools([len(ids) + max_new for ids in prompts]):
+                server = Server(self.model, rows, self.stops(), draws, max_new, self.put, finished)
+                server.run([(i, prompts[i]) for i in group], keep)
+        return answers
+
+    @contextlib.contextmanager
+    def _collecting(
+        self, number: int, title: str, done: Done | None
+    ) -> Iterator[tuple[list[list[int]], Callable[[int, np.ndarray], None]]]:
+        """Yield (the answers, without stop tokens; what takes the index and all new tokens of
+        one), under a progress bar."""
+        answers: list[list[int]] = [[] for _ in range(number)]
+        tokens, start, stops = 0, time.perf_counter(), self.stops()
 
         def keep(i: int, ids: np.ndarray) -> None:
             nonlocal tokens
@@ -166,11 +179,8 @@ class Engine(Prompter):
             bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
             bar.update(1)
 
-        with progress(len(prompts), title, "answer") as bar:
-            for rows, group in self._pools([len(ids) + max_new for ids in prompts]):
-                server = Server(self.model, rows, stops, draws, max_new, self.put, finished)
-                server.run([(i, prompts[i]) for i in group], keep)
-        return answers
+        with progress(number, title, "answer") as bar:
+            yield answers, keep
 
     @functools.cached_property
     def model(self) -> Model:
@@ -312,20 +322,11 @@ class Engine(Prompter):
         Returns:
           for each prompt the new ids, without the stop token.
         """
-        answers: list[list[int]] = [[] for _ in sizes]
-        stops = self.stops()
-        tokens, start = 0, time.perf_counter()
-        with progress(len(sizes), title, "answer") as bar:
+        with self._collecting(len(sizes), title, done) as (answers, keep):
             for rows, group in self.groups(sizes):
                 filled = group + [group[-1]] * (rows - len(group))
-                for i, ids in zip(group, run(filled, stops)):
-                    answers[i] = [int(token) for token in ids if token >= 0 and token not in stops]
-                    tokens += int(np.sum(ids >= 0))
-                    if done:
-                        done(i, answers[i])
-                speed = tokens / (time.perf_counter() - start)
-                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                bar.update(len(group))
+                for i, ids in zip(group, run(filled, self.stops())):
+                    keep(i, ids[ids >= 0])
         return answers
 
     def stops(self) -> np.ndarray:

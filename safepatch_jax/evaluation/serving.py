@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.generate import State
 from safepatch_jax.runtime import processes
 
@@ -63,7 +64,7 @@ class Server:
       draws: None for the most likely token, or what `decode` takes as `sampling`, with a 'key' for
         each prompt.
       max_new: tokens of an answer, at most.
-      put: lays an array [G, ...] out on the mesh.
+      put: lays a batch, {name: array [G, ...]}, out on the mesh.
       finished: tells, from the tokens of an answer so far, whether what follows is not wanted;
         asked whenever the host looks, after PIECE tokens at the latest; how long an answer goes on
         after it is finished depends on its neighbours. None: never.
@@ -125,12 +126,8 @@ class Server:
             group += [group[-1]] * lacking
             rows = np.array(rows + [len(owners)] * lacking, np.int32)
             width = self._rows.width(max(len(ids) for _, ids in group))
-            tokens = np.zeros((len(group), width), np.int32)
-            for row, (_, ids) in zip(tokens, group):
-                row[: len(ids)] = ids
-            lengths = np.array([len(ids) for _, ids in group], np.int32)
             sampling = self._sampling([number for number, _ in group])
-            batch = self._put({"tokens": tokens, "lengths": lengths})
+            batch = self._put(prompt_batch([ids for _, ids in group], width))
             state = self._model.admit(
                 state, (batch["tokens"], batch["lengths"]), rows, self._stop_ids, sampling
             )

@@ -29,7 +29,7 @@ from safepatch_jax.models.table import Param, param_table
 @flax.struct.dataclass
 class Cache:
     """Keys, already rotated, and values of the tokens read so far, each in the slot of its
-    position; the slots after them hold anything, and are written before they are looked at.
+    position; the slots after them hold anything finite, and are written before they count.
 
     [L, B, K, S, H], or [B, K, S, H] of one block.
     """
@@ -103,8 +103,8 @@ class _Module(nn.Module):
         x_MK = x.reshape(rows * length, -1)
         weight_OK = weight.reshape(-1, x_MK.shape[1])
         if length == 1 and 1 < rows <= _FEW:
-            # One token of each sequence: twice as fast with the large factor first. The barrier
-            # keeps XLA from turning the product round again.
+            # One token of each sequence: up to twice as fast with the large factor first. The
+            # barrier keeps XLA from turning the product round again.
             y_OM = jnp.einsum("OK,MK->OM", weight_OK, x_MK, preferred_element_type=dtype)
             y_MO = jax.lax.optimization_barrier(y_OM).T
         else:

@@ -19,14 +19,15 @@ import numpy as np
 from jax import lax
 
 from safepatch_jax.models.table import Param
-from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import (
-    KEYED,
+    by_role,
     derived_and_patch,
     matrix_counts,
     merge_tensor,
     patch_and_importance,
+    row_keys,
+    stack,
 )
 from safepatch_jax.patching.methods import MERGE_METHODS
 from safepatch_jax.patching.options import Knobs, program_options
@@ -109,13 +110,13 @@ def keep_entries(
         for row in rows:
             packed[row.path], is_finite, is_nonzero = _keep(
                 backbone[row.path],
-                _of(derived, row.path),
-                _of(sensitivity, row.path),
-                _keys(row, seed),
-                _of(counts, row.path),
+                by_role(derived, row.path),
+                by_role(sensitivity, row.path),
+                row_keys(row, seed),
+                by_role(counts, row.path),
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
                 options=program_options(patch),
-                shape=(row.num_layers, *row.hf_shape),
+                shape=stack(row),
             )
             finite.append(is_finite)
             nonzero.append(is_nonzero)
@@ -151,12 +152,12 @@ def weigh_entries(
             stored = backbone[row.path]
             merged[row.path], is_finite, has_changed = _weigh(
                 stored,
-                _of(derived, row.path),
+                by_role(derived, row.path),
                 kept.packed[row.path],
-                _keys(row, kept.seed),
+                row_keys(row, kept.seed),
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
                 options=program_options(patch),
-                shape=(row.num_layers, *row.hf_shape),
+                shape=stack(row),
                 dtype=str(stored.dtype) if dtype == "keep" else dtype,
                 rounding=rounding,
             )
@@ -232,11 +233,3 @@ def _weigh(
 def _in_matrices(tree: Any, shape: tuple[int, ...]) -> Any:
     """View arrays as [L, *HF shape]."""
     return jax.tree.map(lambda x: x.reshape(shape), tree)
-
-
-def _of(trees: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
-    return {role: trees[role][path] for role in PATCH_ROLES}
-
-
-def _keys(row: Param, seed: int) -> dict[str, np.ndarray]:
-    return {user: tensor_keys(seed, user, row.hf_names) for user in KEYED}

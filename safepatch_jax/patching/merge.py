@@ -277,7 +277,7 @@ def _scope_counts(
                     tensor_keys(seed, f"top_{role}", row.hf_names),
                     np.int32(threshold),
                     kind=patch.ranking,
-                    shape=_stack(row),
+                    shape=stack(row),
                 )
                 parts.append(part)
             bar.update()
@@ -296,11 +296,17 @@ def _scope_counts(
     return result
 
 
-def _stack(row: Param) -> tuple[int, ...]:
+def stack(row: Param) -> tuple[int, ...]:
+    """Return the shape [L, *HF shape] in which a row is patched."""
     return (row.num_layers, *row.hf_shape)
 
 
-def _by_role(trees: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
+def row_keys(row: Param, seed: int) -> dict[str, np.ndarray]:
+    """Return the keys of all that is drawn at random in a row's tensors, uint32 [L, 2] each."""
+    return {user: tensor_keys(seed, user, row.hf_names) for user in KEYED}
+
+
+def by_role(trees: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
     """Return {role: what a tree of that role holds at the path}."""
     return {role: trees[role][path] for role in PATCH_ROLES}
 
@@ -364,19 +370,19 @@ def apply_patching(
         counts = matrix_counts(rows, patch)
     with progress(len(rows), title, "weight") as bar:
         for row in rows:
-            stored, models = backbone[row.path], _by_role(derived, row.path)
+            stored, models = backbone[row.path], by_role(derived, row.path)
             compared = {}
             if compare:  # now, as the backbone's buffer is given away below
-                compared = compare_patches(stored, models, np.int32(0), shape=_stack(row))
+                compared = compare_patches(stored, models, np.int32(0), shape=stack(row))
             merged[row.path], counted = patch_matrices(
                 stored,
                 models,
-                _by_role(sensitivity, row.path),
-                {user: tensor_keys(seed, user, row.hf_names) for user in KEYED},
-                _by_role(counts, row.path),
+                by_role(sensitivity, row.path),
+                row_keys(row, seed),
+                by_role(counts, row.path),
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
                 options=options,
-                shape=_stack(row),
+                shape=stack(row),
                 dtype=str(stored.dtype) if dtype == "keep" else dtype,
                 rounding=rounding,
                 sharding=sharder.sharding(row.axes, row.shape, row.path),

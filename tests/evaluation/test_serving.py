@@ -4,15 +4,17 @@ answers are those of sequences that run alone."""
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from safepatch_jax.evaluation.by_block import ByBlock, suits
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.generate import Whole
+from safepatch_jax.evaluation.generate import Whole, placed_slots
 from safepatch_jax.evaluation.serving import Rows, Server
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models.decoder import Cache
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in RNG.integers(1, 40, 24)]
@@ -164,3 +166,13 @@ def test_a_mesh_gives_the_same(tiny, alone, mesh):
     engine.stop_ids = tuple(stops.tolist())
     expected = [[t for t in up_to(ids, stops) if t not in stops] for ids in free]
     assert engine.complete_ids(PROMPTS, NEW) == expected
+
+
+def test_a_row_keeps_nothing_of_the_sequence_before():
+    """A NaN would be seen through its weight of 0."""
+    broken = jnp.full((2, 4, 3, 8, 5), jnp.nan)
+    new = jnp.ones((2, 2, 3, 6, 5))
+    cache = placed_slots(Cache(broken, broken), Cache(new, new), jnp.array([1, 4]))
+    row = np.asarray(cache.k[:, 1])
+    assert (row[:, :, :6] == 1).all() and (row[:, :, 6:] == 0).all()
+    assert np.isnan(np.asarray(cache.v)[:, [0, 2, 3]]).all()  # 4 is no row

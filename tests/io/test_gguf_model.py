@@ -17,7 +17,7 @@ from tests.io.gguf_files import (
     PROMPTS,
     STRINGS,
 )
-from tests.padding import left_padded
+from tests.padding import hf_greedy, left_padded
 
 
 @pytest.fixture(scope="session")
@@ -131,18 +131,10 @@ def test_logits(reference, model, batch):
 
 
 def test_greedy_text_equals_hf_generate(reference, model, batch, folder):
-    import torch
-
-    tokens, valid = batch["tokens"][:4], batch["valid"][:4]
-    theirs = reference.generate(
-        input_ids=torch.tensor(tokens).long(),
-        attention_mask=torch.tensor(valid).long(),
-        do_sample=False,
-        max_new_tokens=16,
-    )[:, tokens.shape[1] :]
-    prompts = [row[mask].tolist() for row, mask in zip(tokens, valid)]
-    prompts = prompt_batch(prompts, tokens.shape[1]).values()
-    ours = np.asarray(decode(*model, *prompts, jnp.array(model[0].config.eos_ids), max_new=16))
+    prompts = [row[mask].tolist() for row, mask in zip(batch["tokens"][:4], batch["valid"])]
+    theirs = hf_greedy(reference, prompts, 16)
+    laid_out = prompt_batch(prompts, batch["tokens"].shape[1]).values()
+    ours = np.asarray(decode(*model, *laid_out, jnp.array(model[0].config.eos_ids), max_new=16))
     chat = Chat(folder, 49152)
     texts = [chat.decode(row[row >= 0].tolist()) for row in ours]
     assert texts == [chat.decode(row.tolist()) for row in theirs]

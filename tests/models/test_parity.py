@@ -402,7 +402,7 @@ def test_padding_changes_nothing(pair, side):
 
 
 def test_continuing_from_a_cache(family_pair):
-    """A cache with free slots that hold anything, and several new tokens at once."""
+    """A cache whose free slots are not empty, and several new tokens at once."""
     pair, first = family_pair, LENGTH - 8
     (positions_BT, valid_BT), params = counted(TOKENS), {"params": family_pair.params}
 

@@ -21,7 +21,7 @@ from safepatch_jax.run.convert import convert, inspect_model
 from safepatch_jax.run.place import Place
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
-from tests.padding import left_padded
+from tests.padding import hf_greedy
 from tests.patching import oracle
 
 WEIGHTS = "model.safetensors"
@@ -221,14 +221,8 @@ def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path):
     chat = Chat(smollm2, 49152)
     records = [*load_records("ordinary", "builtin")[:12], *load_records("lookalike", "builtin")[:4]]
     prompts = [chat.encode(record.prompt, "x").prompt_ids for record in records]
-    tokens, valid = left_padded(prompts)
     reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
-    theirs = reference.generate(
-        input_ids=torch.tensor(tokens).long(),
-        attention_mask=torch.tensor(valid).long(),
-        do_sample=False,
-        max_new_tokens=16,
-    )[:, tokens.shape[1] :]
+    theirs = hf_greedy(reference, prompts, 16)
     engine = Engine.open(smollm2, mesh="fsdp:8")
     texts = [engine.decode(ids) for ids in engine.complete_ids(prompts, 16)]
     assert len(texts) == 16 and len(set(texts)) > 12
