@@ -9,7 +9,7 @@ what limits a step?
   python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 \\
       --num_slices=2 --mesh=data:2,fsdp:-1
 
-Needs no TPU and no model: the compiler comes with `pip install -r requirements-tpu-aot.txt`, the
+Needs no TPU and no model: the compiler comes with `pip install -e '.[tpu-aot]'`, the
 architecture from the folder of --model.source or from --model.architecture, which the configs set.
 Train step, scoring step, patch operation and decoding are compiled with the settings of the run;
 every setting is a flag as in launch.safepatch. For each: memory on a device against what the chip

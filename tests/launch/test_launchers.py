@@ -15,9 +15,10 @@ from tests.jobs import stages_run
 
 
 def test_help_is_a_manual():
-    result = call("launch.safepatch", "--help")
+    result = call("launch.safepatch", "--help_all")
+    assert result.returncode == 0
     assert "python -m launch.safepatch --config=configs/demo.py" in result.stdout
-    assert "--patch.retention: p: probability" in result.stdout and "[0.3]" in result.stdout
+    assert "--patch.retention\n      p: probability" in result.stdout and "[0.3]" in result.stdout
 
 
 @pytest.mark.parametrize(
