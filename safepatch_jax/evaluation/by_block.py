@@ -21,7 +21,8 @@ from safepatch_jax.evaluation.generate import (
     placed_slots,
 )
 from safepatch_jax.mesh import Sharder
-from safepatch_jax.models.decoder import Begin, Cache, Decoder, OneBlock, Readout
+from safepatch_jax.models.cache import Cache
+from safepatch_jax.models.decoder import Begin, Decoder, OneBlock, Readout
 from safepatch_jax.models.layerwise import LAYERS
 
 
@@ -55,11 +56,9 @@ class ByBlock:
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
         config = self.decoder.config
-        shape = rows, config.num_kv_heads, capacity, config.head_dim
-        caches = [
-            Cache(jnp.zeros(shape, self.decoder.dtype), jnp.zeros(shape, self.decoder.dtype))
-            for _ in self.blocks
-        ]
+        nothing = jnp.zeros((rows, 0, config.num_kv_heads, config.head_dim), self.decoder.dtype)
+        # Anew for each block: a donated array must not be another block's too.
+        caches = [cache_of((nothing, nothing), capacity, slots_last=True) for _ in self.blocks]
         return idle(rows, max_new, sampled, Past(caches, jnp.zeros(rows, jnp.int32)))
 
     def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
@@ -135,7 +134,7 @@ class _Programs:
         valid_GT = positions_1T < length_G[:, None]
         inputs = x_GTD, window, positions_1T, valid_GT
         x_GTD, kv = self._block.apply({"params": block}, *inputs)
-        return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1]), rows_G)
+        return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1], slots_last=True), rows_G)
 
     def _follow(self, block: Any, window, x_B1D, length_B, cache: Cache):
         """Return (what leaves a block that reads one token more, the cache with it)."""

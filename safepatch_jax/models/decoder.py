@@ -10,53 +10,19 @@ KV heads, G = N / K, H head dimension, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from safepatch_jax.mesh import Sharder
+from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.kernels import fused_attention, kernel_for
 from safepatch_jax.models.table import Param, param_table
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys, already rotated, and values of the tokens read so far, each in the slot of its
-    position; the slots after them hold anything finite, and are written before they count.
-
-    [L, B, K, S, H], or [B, K, S, H] of one block.
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, layer, start_B: jax.Array) -> Cache:
-        """Return the cache with tokens in the slots from `start` on; those past the end would be
-        shifted back. `layer` is None in a cache of one block."""
-
-        def write_row(slots, new_TKH, start):
-            new_KTH = jnp.swapaxes(new_TKH, 0, 1)
-            if layer is None:
-                return jax.lax.dynamic_update_slice(slots, new_KTH, (0, start, 0))
-            return jax.lax.dynamic_update_slice(slots, new_KTH[None], (layer, 0, start, 0))
-
-        axis = 0 if layer is None else 1
-        write = jax.vmap(write_row, in_axes=(axis, 0, 0), out_axes=axis)
-        return Cache(write(self.k, k_BTKH, start_B), write(self.v, v_BTKH, start_B))
-
-    def of_block(self, layer) -> tuple[jax.Array, jax.Array]:
-        """Return keys and values of one block, [B, K, S, H]."""
-        if layer is None:
-            return self.k, self.v
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-        return take(self.k), take(self.v)
 
 
 # What the backward pass may keep of a block; the rest is computed again.
@@ -197,7 +163,7 @@ def visible(
       one, else over the present.
     """
     if cache is not None:
-        distance_BTS = positions_BT[:, :, None] - jnp.arange(cache.k.shape[-2])
+        distance_BTS = positions_BT[:, :, None] - jnp.arange(cache.slots)
         return distance_BTS >= 0, distance_BTS
     length = positions_BT.shape[1]
     mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None] & valid_BT[:, None, :]
@@ -244,22 +210,30 @@ class Attention(_Module):
             mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
             return self.out(mixed_BTNH), cache, (k_BTKH, v_BTKH)
 
-        keys, values, axes = k_BTKH, v_BTKH, "BSKH"
+        keys, values, key_axes, value_axes = k_BTKH, v_BTKH, "BSKH", "BSKH"
         if cache is not None:
             cache = cache.write(k_BTKH, v_BTKH, layer, start_B)
-            (keys, values), axes = cache.of_block(layer), "BKSH"
+            (keys, values), value_axes = cache.of_block(layer), "BKSH"
+            key_axes = "BKHS" if cache.slots_last else "BKSH"
         if window is not None:
             mask_BTS = mask_BTS & ((distance_BTS < window) | (window == 0))
 
+        # One query a sequence is a dimension less: XLA's CPU compiler then takes faster products.
+        one = key_axes == "BKHS" and x_BTD.shape[1] == 1
+        t = "" if one else "T"
         groups = config.num_heads // config.num_kv_heads
-        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], config.num_kv_heads, groups, config.head_dim)
+        lengths = q_BTNH.shape[: 1 if one else 2]
+        q_BTKGH = q_BTNH.reshape(*lengths, config.num_kv_heads, groups, config.head_dim)
         logits_BKGTS = jnp.einsum(
-            f"BTKGH,{axes}->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32
+            f"B{t}KGH,{key_axes}->BKG{t}S", q_BTKGH, keys, preferred_element_type=jnp.float32
         )
         logits_BKGTS = logits_BKGTS * config.head_dim**-0.5
-        logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+        mask_BKGTS = mask_BTS[:, :, None] if one else mask_BTS[:, None, None]
+        logits_BKGTS = jnp.where(mask_BKGTS, logits_BKGTS, jnp.finfo(jnp.float32).min)
         weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(self.dtype)
-        mixed_BTKGH = jnp.einsum(f"BKGTS,{axes}->BTKGH", weights_BKGTS, values)
+        if one:  # else it is computed within the product, again for each of its sums
+            weights_BKGTS = jax.lax.optimization_barrier(weights_BKGTS)
+        mixed_BTKGH = jnp.einsum(f"BKG{t}S,{value_axes}->B{t}KGH", weights_BKGTS, values)
         return self.out(mixed_BTKGH.reshape(q_BTNH.shape)), cache, (k_BTKH, v_BTKH)
 
     def out(self, mixed_BTNH):
