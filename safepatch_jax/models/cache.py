@@ -6,7 +6,6 @@ import functools
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 
 @flax.struct.dataclass

@@ -24,7 +24,6 @@ from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.kernels import fused_attention, kernel_for
 from safepatch_jax.models.table import Param, param_table
 
-
 # What the backward pass may keep of a block; the rest is computed again.
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

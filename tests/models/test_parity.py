@@ -21,8 +21,8 @@ from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.generate import decode as generate_tokens
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models import decoder as modules
-from safepatch_jax.models.config import DecoderConfig, config_from_hf
 from safepatch_jax.models.cache import Cache
+from safepatch_jax.models.config import DecoderConfig, config_from_hf
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
 from tests.models.families import LLAMA3, hf_config, tiny_raw
