@@ -77,7 +77,7 @@ def certify_import(run: Run, out: pathlib.Path) -> Result:
 def certify_export(run: Run, out: pathlib.Path) -> Result:
     """Examine what was written, and that the patched tensors alone differ from the backbone."""
     hashes = processes.on_first(tensor_hashes, Checkpoint(run.backbone).tensors)
-    result = _certify(run, run.folder("export"), out, "export", hashes)
+    result = _certify(run, run.folder("export"), out, "export", hashes, run.source.origin)
     if run.settings.export.dtype == "keep":
         _check_changes(run, result["changed"])
     return result
@@ -89,11 +89,14 @@ def _certify(
     out: pathlib.Path,
     kind: str,
     before: Mapping[str, str] | None = None,
+    origin: str = "",
 ) -> dict[str, Any]:
     logits = run.settings.run.certify == "logits"
     content = certificate.certify(
         folder, run.context.sharder, logits=logits, kind=kind, before=before
     )
+    if origin:
+        content["source"] = origin
     processes.on_first(files.write_json, out / CERTIFICATE, content)
     say(f"  {certificate.summary(content)}")
     return {"logits": content["logits"], "changed": content.get("changed")}
@@ -328,6 +331,8 @@ def _write_patch_file(run: Run, out: pathlib.Path) -> Result:
     }
     if prompts := run.context.prompt_format.key():
         about["prompts"] = prompts
+    if run.source.origin:
+        about["source"] = run.source.origin
     file = create(run.backbone, run.folder("export"), out / "patch.safetensors", about)
     size, entries = file.path.stat().st_size, file.entries()
     say(
