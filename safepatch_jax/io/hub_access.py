@@ -193,3 +193,16 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         utils.enable_progress_bars()
+
+
+def snapshot_folder(kind: str, name: str, revision: str) -> pathlib.Path | None:
+    """Return the folder in which the cache has a revision of a repository; None if there is none.
+    The network is not used."""
+    from huggingface_hub import constants
+
+    root = pathlib.Path(constants.HF_HUB_CACHE, "--".join([f"{kind}s", *name.split("/")]))
+    reference, commit = root / "refs" / (revision or "main"), revision
+    if reference.is_file():
+        commit = reference.read_text().strip()
+    folder = root / "snapshots" / commit
+    return folder if commit and folder.is_dir() else None
