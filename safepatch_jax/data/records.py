@@ -100,9 +100,9 @@ def load_records(
           CONFIG and SPLIT may be left out, and '?revision=COMMIT' may follow;
         - the path of a .csv, .json (list of objects), .jsonl or .parquet file.
         After the last three '?prompt=COLUMN&answer=COLUMN' may name columns; else those in
-        `_ALIASES` are recognised. A cell of the prompt may be a conversation (`cells.conversation`): its last
-        message of the user is the prompt, and the assistant's after that the answer, where the file
-        has no other.
+        `_ALIASES` are recognised. A cell of the prompt may be a conversation
+        (`cells.conversation`): its last message of the user is the prompt, and the assistant's
+        after that the answer, where the file has no other.
       manual_dir: where files of public data sets that were fetched by hand lie, see
         `builders.load_set`.
       data_dir: where public data sets are prepared.

@@ -34,14 +34,21 @@ def listing(kind: str, name: str, revision: str) -> tuple[str, dict[str, int]]:
     Raises:
       Exception: of huggingface_hub or its HTTP library; see `problem`.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    hide(get_token() or "")
+    hide_token()
     info = HfApi(library_name="safepatch_jax").repo_info(
         name, repo_type=kind, revision=revision or None, files_metadata=True
     )
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     return info.sha, sizes
+
+
+def hide_token() -> None:
+    """Keep the user's token out of all that is printed."""
+    from huggingface_hub import get_token
+
+    hide(get_token() or "")
 
 
 def fetch(kind: str, name: str, revision: str, file: str) -> pathlib.Path:
@@ -120,7 +127,7 @@ def problem(error: Exception, kind: str, name: str, revision: str, given: str) -
     if status := getattr(getattr(error, "response", None), "status_code", None):
         return Refused(
             f"{start} the Hugging Face Hub ({constants.ENDPOINT}) answers {status}: "
-            f"{_server(error)}. Where it is allowed: hf auth login; then {download}."
+            f"{server_text(error)}. Where it is allowed: hf auth login; then {download}."
         )
     return Refused(
         f"{start} the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
@@ -135,7 +142,7 @@ def _is_of_network(error: Exception) -> bool:
     return isinstance(error, errors.LocalEntryNotFoundError)
 
 
-def _server(error: Any) -> str:
+def server_text(error: Any) -> str:
     """Return what a server said, in a few words."""
     said = getattr(error, "server_message", None) or str(error).partition("\n")[0]
     return said.strip().rstrip(".")[:300]

@@ -30,6 +30,7 @@ from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.statistics import describe_totals, refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
+from safepatch_jax.run.card_data import base_of
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.published import CARD, CERTIFICATE
@@ -387,8 +388,9 @@ def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Resul
     report.write(content, out)
     exported = files.read_json(run.runner.folder("certify_export") / CERTIFICATE)
     context = run.context
+    base = base_of(run.settings.model.source, run.source.origin, run.imported)
     text = card.model_card(
-        content, exported, context.data_hashes, versions(), context.prompt_format
+        content, exported, context.data_hashes, versions(), context.prompt_format, base
     )
     files.write_text(out / CARD, text)
     files.write_json(out / "statistics.json", statistics["tensors"])
