@@ -190,10 +190,12 @@ def _refuse_derived(folder: pathlib.Path) -> None:
                 f"{folder} is of the stage {stage} of a run: a derived model, jailbroken or "
                 "broken, or what is made of one. Send the run's stages/export/model."
             )
-    for record in (folder / _MERGE, *(place / _RUN for place in folder.parents[:3])):
+    records = [folder / _MERGE]
+    if len(folder.parents) > 2 and folder.parents[1].name == "stages":
+        records.append(folder.parents[2] / _RUN)
+    for record in records:
         if record.is_file():
             _refuse_one_sided(folder, _settings_of(record))
-            return
 
 
 def _settings_of(record: pathlib.Path) -> Mapping[str, Any]:
