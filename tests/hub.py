@@ -34,15 +34,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        path = urllib.parse.urlsplit(self.path).path
         self.server.asked.append(f"{self.command} {path}")
         if self.server.status:
             self.reply(self.server.status, b"{}")
         elif match := _API.fullmatch(path):
-            self.tell(match[1], match[2], match[3] or "main")
+            self.tell(match[1], match[2], urllib.parse.unquote(match[3] or "main"))
         elif match := _FILE.fullmatch(path):
             kind = "datasets" if match[1] else "models"
-            self.send_file(kind, match[2], match[3], match[4])
+            revision, file = map(urllib.parse.unquote, (match[3], match[4]))
+            self.send_file(kind, match[2], revision, file)
         else:
             self.reply(404, b"{}")
 
@@ -85,6 +86,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             self.server.created.append(json.loads(body))
             self.reply(200, json.dumps({"url": f"{self.server.address}/org/new"}).encode())
+        elif path == "/api/validate-yaml":
+            self.reply(200, b'{"errors": [], "warnings": []}')
         elif "/preupload/" in path:
             rows = []
             for file in json.loads(body)["files"]:

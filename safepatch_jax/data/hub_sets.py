@@ -242,7 +242,11 @@ def _matching(files: Iterable[str], patterns: Sequence[str]) -> list[str]:
         parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
         text = "".join(_GLOBS.get(part, re.escape(part)) for part in parts)
         expressions.append(re.compile(text))
-    return [file for file in files if any(x.fullmatch(file) for x in expressions)]
+    named = []
+    for file in files:
+        if any(x.fullmatch(file) for x in expressions):
+            named.append(file)
+    return named
 
 
 _GLOBS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}

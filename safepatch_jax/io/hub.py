@@ -163,7 +163,7 @@ def _obtained(name: str, revision: str, weights: bool, check: Check | None, _: s
         result = None if _is_refusal(error) else _in_cache(name, revision, weights)
         if result is None:
             raise hub_access.problem(
-                error, MODEL, name, revision, "there is no such file or folder here, and"
+                error, MODEL, name, revision, "there is no such file or folder here, and "
             ) from error
         say(
             f"Hub: {name}: the Hub does not answer ({type(error).__name__}); as in the cache, "
@@ -211,12 +211,9 @@ def _fetch(name: str, revision: str, weights: bool, check: Check | None) -> Snap
     commit, sizes = hub_access.listing(MODEL, name, revision)
     if CONFIG not in sizes:
         raise Refused(_no_model(name, sizes))
+    count = hub_access.Counter(MODEL, name, commit)
     with hub_access.without_bars():
-        # By the name of the branch, so that the cache remembers what it stands for.
-        folder = hub_access.fetch(MODEL, name, revision, CONFIG).parent
-        if folder.name != commit:  # it has moved meanwhile
-            commit, sizes = hub_access.listing(MODEL, name, folder.name)
-        count = hub_access.Counter(MODEL, name, commit)
+        folder = count.fetch(CONFIG).parent
         for file in [CONFIG, *_beside(name, sizes)]:
             files.own_file(count.fetch(file), folder)
         if check is not None:
@@ -224,6 +221,8 @@ def _fetch(name: str, revision: str, weights: bool, check: Check | None) -> Snap
         shards = _weights(name, sizes, count, folder) if weights else []
     for file in shards:
         files.own_file(count.fetch(file), folder)
+    # Last, so that the cache knows what the branch stands for once it has all of it.
+    hub_access.fetch(MODEL, name, revision, CONFIG)
     say(f"Hub: {name} at {revision or 'main'}, commit {commit}: {count.text()}")
     return Snapshot(name, commit, folder)
 

@@ -91,7 +91,8 @@ def problem(error: Exception, kind: str, name: str, revision: str, given: str) -
     Args:
       error: what huggingface_hub or its HTTP library raised.
       kind, name, revision: see `listing`.
-      given: what else the user may have meant, such as 'no folder of this name is here and'.
+      given: what else the user may have meant, such as 'no folder of this name is here, and '; or
+        ''.
     """
     from huggingface_hub import constants, errors
 
@@ -99,38 +100,38 @@ def problem(error: Exception, kind: str, name: str, revision: str, given: str) -
     whole = f"{name}@{revision}" if revision else name
     start = f"'{whole}': {given}"
     if isinstance(error, errors.HFValidationError):
-        return Refused(f"{start} it is no name of {what} on the Hugging Face Hub: {reason(error)}.")
+        return Refused(f"{start}it is no name of {what} on the Hugging Face Hub: {reason(error)}.")
     if isinstance(error, errors.GatedRepoError):
         return Refused(
-            f"{start} the repository on the Hugging Face Hub is gated. Accept its licence at "
+            f"{start}the repository on the Hugging Face Hub is gated. Accept its licence at "
             f"{page(kind, name)}, run hf auth login with a token of that account, then {download}."
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return Refused(
-            f"{start} the repository {name} on the Hugging Face Hub has no revision "
+            f"{start}the repository {name} on the Hugging Face Hub has no revision "
             f"'{revision}'. Its branches, tags and commits are listed at {page(kind, name)}; then "
             f"{download}."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return Refused(
-            f"{start} the Hugging Face Hub has no such repository, or it is private. See that the "
+            f"{start}the Hugging Face Hub has no such repository, or it is private. See that the "
             f"name is right ({page(kind, name)}); for a private one run hf auth login first, then "
             f"{download}."
         )
     if isinstance(error, errors.EntryNotFoundError) and not _is_of_network(error):
-        return Refused(f"{start} {reason(error)}. Look at {page(kind, name)}, then {download}.")
+        return Refused(f"{start}{reason(error)}. Look at {page(kind, name)}, then {download}.")
     if constants.HF_HUB_OFFLINE:
         return Refused(
-            f"{start} it is not in the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}), "
+            f"{start}it is not in the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}), "
             f"and HF_HUB_OFFLINE forbids to fetch it. Where there is a network: {download}."
         )
     if status := getattr(getattr(error, "response", None), "status_code", None):
         return Refused(
-            f"{start} the Hugging Face Hub ({constants.ENDPOINT}) answers {status}: "
+            f"{start}the Hugging Face Hub ({constants.ENDPOINT}) answers {status}: "
             f"{server_text(error)}. Where it is allowed: hf auth login; then {download}."
         )
     return Refused(
-        f"{start} the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
+        f"{start}the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
         f"({reason(error)}), and the cache ({constants.HF_HUB_CACHE}) does not hold it. Where "
         f"there is a network: {download}."
     )
@@ -153,6 +154,7 @@ class Counter:
 
     def __init__(self, kind: str, name: str, commit: str):
         self._place = kind, name, commit
+        self._blobs = _blobs(kind, name)  # at the start: files of other commits share them
         self._sizes: dict[str, int] = {}
         self._fetched = 0
 
@@ -161,7 +163,7 @@ class Counter:
         there = cached(*self._place, file)
         path = fetch(*self._place, file)
         size = path.stat().st_size
-        if there is None:
+        if there is None and path.resolve().name not in self._blobs:
             self._fetched += size
         self._sizes[file] = size
         return path
@@ -205,11 +207,21 @@ def without_bars() -> Iterator[None]:
 def snapshot_folder(kind: str, name: str, revision: str) -> pathlib.Path | None:
     """Return the folder in which the cache has a revision of a repository; None if there is none.
     The network is not used."""
-    from huggingface_hub import constants
-
-    root = pathlib.Path(constants.HF_HUB_CACHE, "--".join([f"{kind}s", *name.split("/")]))
+    root = _root(kind, name)
     reference, commit = root / "refs" / (revision or "main"), revision
     if reference.is_file():
         commit = reference.read_text().strip()
     folder = root / "snapshots" / commit
     return folder if commit and folder.is_dir() else None
+
+
+def _root(kind: str, name: str) -> pathlib.Path:
+    """Return the folder of a repository in the cache."""
+    from huggingface_hub import constants
+
+    return pathlib.Path(constants.HF_HUB_CACHE, "--".join([f"{kind}s", *name.split("/")]))
+
+
+def _blobs(kind: str, name: str) -> set[str]:
+    """Return the names of the contents that the cache holds of a repository."""
+    return {path.name for path in (_root(kind, name) / "blobs").glob("*")}

@@ -170,6 +170,8 @@ def _problem(error: Exception, repository: str) -> Refused:
             f"{repository}: the Hub answers {status}: {said}. Run hf auth login with a token that "
             "may write there, then the same command."
         )
+    if isinstance(error, ValueError):  # what the Hub finds wrong in the card
+        return Refused(f"{repository}: {' '.join(str(error).split())[:300]} Nothing was committed.")
     if status:
         said = hub_access.server_text(error)
         return Refused(f"{repository}: the Hub answers {status}: {said}. Nothing was committed.")

@@ -1,6 +1,7 @@
 """What is sent to the Hugging Face Hub, and what is not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,15 +12,14 @@ from safepatch_jax.run import manifests
 from safepatch_jax.run.card_data import Base, front_matter, licence_of
 from safepatch_jax.run.push import parcel_of_model, parcel_of_patch, push
 from safepatch_jax.runtime import unfinished
-from safepatch_jax.testing import write_tiny_model
 from tests.calls import call
 
 BASE = "org/base@" + 40 * "a"
 
 
 @pytest.fixture
-def model(tmp_path):
-    folder = write_tiny_model(tmp_path / "model")
+def model(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
     (folder / "README.md").write_text("# A card\n")
     for name in ("modeling.py", "pytorch_model.bin", "optimizer.pt", ".env"):
         (folder / name).write_text("secret")
