@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.io import hub, hub_access
-from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.folder import Checkpoint, has_weights
 from safepatch_jax.io.hub_access import MODEL
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.patch_file.file import PatchFile
@@ -85,12 +85,13 @@ def parcel_of_model(folder: str | pathlib.Path) -> Parcel:
     folder = paths.resolve(folder)
     if files.half_written(folder.name):
         raise Refused(f"{folder} is half-written: what makes it has not finished, or was killed.")
-    checkpoint = Checkpoint(folder)
-    if checkpoint.layout not in (SINGLE, INDEX):
+    safe = any((folder / name).is_file() for name in (SINGLE, INDEX))
+    if not safe and has_weights(folder):
         raise Refused(
-            f"{folder} has torch weights ({checkpoint.layout}), which hold pickles and are not "
-            f"sent. Convert it: python -m launch.convert --source=hf:{folder} --target=hf:DIR."
+            f"{folder} has torch weights, which hold pickles and are not sent. Convert it: python "
+            f"-m launch.convert --source=hf:{folder} --target=hf:DIR."
         )
+    Checkpoint(folder)
     _refuse_derived(folder)
     contents = {}
     for name in [*hub.needed(folder), CARD, CERTIFICATE, _MERGE]:

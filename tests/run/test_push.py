@@ -85,7 +85,7 @@ def test_what_is_half_written_or_derived_is_not_sent(model, tmp_path):
 
 def test_torch_weights_and_wrong_names_are_refused(model):
     (model / "model.safetensors").unlink()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="torch weights, which hold pickles"):
         parcel_of_model(model)
     with pytest.raises(ValueError, match="'new' is not org/name"):
         push(None, "new")
