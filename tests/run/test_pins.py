@@ -2,13 +2,17 @@
 
 import pytest
 
+from safepatch_jax.evaluation.answers import fingerprint
+from safepatch_jax.evaluation.judges.open import folder_of
 from safepatch_jax.io import hub as names
+from safepatch_jax.planning.programs import architecture
 from safepatch_jax.run.convert import convert, inspect_model
 from safepatch_jax.run.job import SETTINGS, Job
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.place import Place
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
+from safepatch_jax.studies.evaluate.report import labels
 from tests.hub import files_of
 from tests.jobs import FAST, write_data
 
@@ -47,6 +51,17 @@ def test_paths_are_not_pinned(tiny, settings):
     for source in (str(tiny), f"hf:{tiny}", "smollm2"):
         own = settings.override({"model.source": source})
         assert pinned(own) == own
+
+
+def test_studies_name_the_model_and_plans_need_no_weights(hub, tiny, settings):
+    commit = hub.put(NAME, files_of(tiny))
+    own = settings.override({"model.source": f"hf:{NAME}"})
+    assert architecture(own).family == "llama"
+    assert not [asked for asked in hub.asked if "safetensors" in asked]
+    folders = {"model": str(tiny), "against": names.folder_of(NAME)}
+    assert labels(folders)["against"] == f"{NAME}@{commit[:7]}"
+    assert folder_of(f"llama_guard:{NAME}?x=1") == folders["against"]
+    assert fingerprint(folders["against"])
 
 
 def test_conversion_and_inspection(hub, tiny, tmp_path, one_device):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safepatch_jax.run import manifests
 from safepatch_jax.run.card_data import Base, front_matter, licence_of
 from safepatch_jax.run.push import parcel_of_model, parcel_of_patch, push
 from safepatch_jax.runtime import unfinished
-from tests.calls import call
+from tests.calls import ROOT, call
 
 BASE = "org/base@" + 40 * "a"
 
@@ -54,6 +56,13 @@ def test_a_patch_goes_with_a_card_of_its_own(hub, patch):
     card = huggingface_hub.ModelCard(sent["README.md"].decode())
     assert card.data.base_model == "org/base" and "safepatching" in card.data.tags
     assert "--model=org/base" in card.text
+
+
+@pytest.mark.parametrize("name", ["safepatch", "push"])
+def test_no_launcher_waits_for_what_speaks_to_the_hub(name):
+    heavy = "{'jax', 'huggingface_hub', 'yaml'}"
+    script = f"import launch.{name}, sys; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
 def test_the_dry_run_shows_files_and_card(model):
