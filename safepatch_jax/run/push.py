@@ -113,7 +113,7 @@ def parcel_of_patch(path: str | pathlib.Path) -> Parcel:
     licence = "" if known else " Its backbone is not named here: fill in `base_model` above."
     text = _CARD_OF_PATCH.format(
         base=f" `{origin}`" if known else "",
-        model=name or "DIR",
+        model=origin if known else "DIR",
         file=PATCH,
         entries=patch.entries(),
         tensors=len(patch.changed()),
