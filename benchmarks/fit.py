@@ -5,8 +5,8 @@ of docs/fit.md.
   python -m benchmarks.fit --only=h100       # rows whose command has this text
 
 Rows that are stored in docs/fit.json are not compiled again. Each row is one `python -m \
-launch.compile_tpu` in a process of its own: TPU slices by the TPU compiler (`pip install -r
-requirements-tpu-aot.txt`), GPUs by the buffers of XLA's compiler for CPU.
+launch.compile_tpu` in a process of its own: TPU slices by the TPU compiler (`pip install -e
+'.[tpu-aot]'`), GPUs by the buffers of XLA's compiler for CPU.
 """
 
 from __future__ import annotations

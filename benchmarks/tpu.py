@@ -6,8 +6,8 @@ docs/tpu.md.
 
 Rows that are stored in docs/tpu.json are not compiled again, unless their config has changed since.
 Each row is one `python -m \
-launch.compile_tpu` in a process of its own; needs `pip install -r
-requirements-tpu-aot.txt`, no TPU.
+launch.compile_tpu` in a process of its own; needs `pip install -e
+'.[tpu-aot]'`, no TPU.
 """
 
 from __future__ import annotations

@@ -28,8 +28,6 @@ another; the report has every method that was measured with each of the seeds. M
 the end (--run.keep_scratch keeps them).
 """
 
-import sys
-
 from absl import flags
 
 from launch import distributed, kinds, main
@@ -74,7 +72,7 @@ def run() -> None:
         options = ComparisonOptions.load(config_flags.CONFIG.value)
     values = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
     settings = settings_flags.read_settings()
-    compare(settings, _WORKDIR.value, options.replaced(values), sys.argv)
+    compare(settings, _WORKDIR.value, options.replaced(values), main.words())
 
 
 if __name__ == "__main__":

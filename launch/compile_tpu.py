@@ -9,7 +9,7 @@ what limits a step?
   python -m launch.compile_tpu --config=configs/llama2_7b_chat.py --topology=v5e:4x4 \\
       --num_slices=2 --mesh=data:2,fsdp:-1
 
-Needs no TPU and no model: the compiler comes with `pip install -r requirements-tpu-aot.txt`, the
+Needs no TPU and no model: the compiler comes with `pip install -e '.[tpu-aot]'`, the
 architecture from the folder of --model.source or from --model.architecture, which the configs set.
 Train step, scoring step, patch operation and decoding are compiled with the settings of the run;
 every setting is a flag as in launch.safepatch. For each: memory on a device against what the chip
@@ -31,8 +31,7 @@ from absl import flags
 
 from launch import flags as settings_flags
 from launch import kinds, main
-from safepatch_jax.planning.plan import compile_run
-from safepatch_jax.planning.programs import PROGRAMS
+from safepatch_jax.planning import PROGRAMS
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -55,6 +54,8 @@ flags.adopt_module_key_flags(settings_flags)
 
 
 def run() -> None:
+    from safepatch_jax.planning.plan import compile_run  # here: --help does not need JAX
+
     fits = compile_run(
         settings_flags.read_settings(),
         _TOPOLOGY.value,

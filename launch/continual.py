@@ -39,8 +39,6 @@ command is given again. docs/continual.md has the format. Exit code 0: done; 2: 
 line that names it.
 """
 
-import sys
-
 from absl import flags
 
 from launch import distributed, kinds, main
@@ -85,7 +83,7 @@ def _run(links: str, methods: str | None) -> None:
         _WORKDIR.value,
         parse_links(links),
         parse_methods(methods or ""),
-        sys.argv,
+        main.words(),
     )
     log = _log()
     say(f"Report: {report}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -14,12 +16,13 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from launch import INTERRUPTED
+from launch import INTERRUPTED, manual
 from safepatch_jax.runtime import processes, stopping
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
 
+SUBCOMMAND = "safepatch "  # so sys.argv[0] begins where `safepatch NAME` started the launcher
 _MISTAKE = 2  # exit code
 _FIXES = {
     errno.ENOSPC: "Free space on that disk or use another, then give the same command again.",
@@ -82,17 +85,36 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     # A name that a console cannot show must not end the command.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    app.run(wrapped, flags_parser=_parse)
+    doc = main.__globals__["__doc__"]
+    app.run(wrapped, flags_parser=functools.partial(_parse, doc))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def words() -> list[str]:
+    """Return the words with which this program can be called again, for records."""
+    name = sys.argv[0]
+    if name.startswith(SUBCOMMAND):
+        return [*name.split(), *sys.argv[1:]]
+    return ["python", "-m", f"launch.{pathlib.Path(name).stem}", *sys.argv[1:]]
+
+
+def _parse(doc: str, argv: list[str]) -> list[str]:
     """Parse flags; a wrong one ends the process with one line and exit code 2, --help with 0."""
+    if asked := manual.asked_for(argv):
+        print(manual.text(_as_called(doc), asked == "help_all"))
+        sys.exit(0)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
         _refuse(_flag_problem(" ".join(str(error).split())))
     except SystemExit:  # of --help
         sys.exit(0)
+
+
+def _as_called(doc: str) -> str:
+    """Return a manual whose examples call the launcher as it was called."""
+    if not sys.argv[0].startswith(SUBCOMMAND):
+        return doc
+    return re.sub(r"python -m launch\.\w+", sys.argv[0], doc)
 
 
 def _flag_problem(text: str) -> str:

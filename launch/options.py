@@ -9,7 +9,11 @@ from absl import flags
 from launch import kinds
 from safepatch_jax.settings import Settings, declared_options, load_config
 
-CONFIG = kinds.path("config", None, "Python file with a CONFIG dictionary; see configs/demo.py.")
+CONFIG = kinds.path(
+    "config",
+    None,
+    "Python file with a CONFIG dictionary, or the name of a shipped one: demo, llama3_8b_instruct.",
+)
 MERGE = flags.DEFINE_enum(
     "merge",
     None,

@@ -17,8 +17,6 @@ not run again. Derived models are deleted after success (--run.keep_scratch keep
 jailbroken or broken models, handle with care).
 """
 
-import sys
-
 from absl import flags
 
 from launch import distributed, kinds, main
@@ -71,7 +69,7 @@ def run() -> None:
         for line in job.examples():
             show(line)
         return
-    report = job.run(sys.argv)
+    report = job.run(main.words())
     say(f"Report: {report}")
     say(f"Model:  {job.state.folder('export')}")
     if job.state.patch_file is not None:

@@ -15,8 +15,6 @@ not count. The workdir is one of launch.sweep, whose derived models and scores a
 slopes.png, and what was measured, so that the command resumes when it was killed.
 """
 
-import sys
-
 from absl import flags
 
 from launch import distributed, kinds, main
@@ -48,7 +46,7 @@ def run() -> None:
 
     options = SlopeOptions(**{name: flag.value for name, flag in _FLAGS.items()})
     settings = settings_flags.read_settings()
-    say(f"Report: {slopes(settings, _WORKDIR.value, options, sys.argv)}")
+    say(f"Report: {slopes(settings, _WORKDIR.value, options, main.words())}")
 
 
 if __name__ == "__main__":

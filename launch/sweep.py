@@ -38,8 +38,6 @@ docs/sweep.md has the rule and how to read the pictures. The workdir keeps the d
 (jailbroken or broken models): delete it when you are done.
 """
 
-import sys
-
 from absl import flags
 
 from launch import distributed, kinds, main
@@ -86,7 +84,7 @@ def run() -> None:
 
     settings = settings_flags.read_settings()
     points = design(settings, _GRID.value, _AROUND.value)
-    report = sweep(settings, _WORKDIR.value, points, sys.argv, _MEASURE.value)
+    report = sweep(settings, _WORKDIR.value, points, main.words(), _MEASURE.value)
     say(f"Report: {report}")
 
 

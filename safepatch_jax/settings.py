@@ -12,8 +12,6 @@ import dataclasses
 import difflib
 import math
 import pathlib
-import runpy
-import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,9 +20,7 @@ from safepatch_jax.data.settings import DataSettings
 from safepatch_jax.data.windows import check_score_window, check_window
 from safepatch_jax.option import nearest, option
 from safepatch_jax.patching.settings import PatchSettings
-from safepatch_jax.runtime import paths
-from safepatch_jax.runtime.console import some
-from safepatch_jax.runtime.reading import reason
+from safepatch_jax.runtime import config_file, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,43 +365,16 @@ def load_config(path: str | pathlib.Path) -> Settings:
 
     The file is Python and is executed: use only config files that you trust.
 
+    Args:
+      path: the file, or the name of one that is shipped, such as demo.
+
     Raises:
       ValueError: no such file, no ``CONFIG`` in it, or an invalid setting.
     """
-    namespace = read_config(path)
+    path, namespace = config_file.read(path)
     if "CONFIG" not in namespace:
         raise ValueError(f"{path} defines no CONFIG dictionary; see configs/demo.py for the form.")
     return Settings.from_dict(namespace["CONFIG"], where=str(path))
-
-
-def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-    """Execute a config file and return its names.
-
-    Raises:
-      ValueError: there is none, or it raises anything.
-    """
-    path = pathlib.Path(paths.plain(path))
-    if not path.is_file():
-        others = sorted(map(str, path.parent.glob("*.py")))
-        fix = "Give the path of a Python file with a CONFIG dictionary, such as configs/demo.py."
-        if others:
-            fix = f"Found beside it: {some(others, ', ')}."
-        raise ValueError(f"No config file '{path}'. {fix}")
-    try:
-        return runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{path} is no config file, or a wrong one: {_line_of(error, path)}{reason(error)}. A "
-            "config is Python code that sets CONFIG, as configs/demo.py does; mend that line."
-        ) from error
-
-
-def _line_of(error: BaseException, path: pathlib.Path) -> str:
-    """Say in which line of a config file an error arose."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f"line {error.lineno}: "
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    return f"line {lines[-1]}: " if lines else ""
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

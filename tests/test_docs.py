@@ -3,12 +3,17 @@ commands."""
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 
 from benchmarks import faithfulness
+from launch import command
 from safepatch_jax.runtime.limits import LIMITS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,6 +50,57 @@ def test_links_and_programs_exist(page):
         path = ROOT / package / module
         there = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
         assert there, f"no such program: {package}.{module}"
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+    """Return the words of every launcher command in a page's code."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?:\w+=\S+ )*((?:safepatch|python -m launch\.).*)$", text, re.MULTILINE)
+    lines += re.findall(r"`((?:safepatch|python -m launch\.\w+) [^`]*)`", text)
+    found = []
+    for line in lines:
+        words = shlex.split(line.partition(" & ")[0].partition(" #")[0].replace("$i", "0"))
+        if words[0] == "python":
+            words = [NAMES.get(words[2], words[2]), *words[3:]]
+        else:
+            words = words[1:]
+        if words and words[0] in command.MODULES:
+            found.append([word for word in words if word != "..." and not word.startswith("[")])
+    return found
+
+
+NAMES = {module: name for name, module in command.MODULES.items()}
+_PARSE = """
+import importlib, json, sys
+from absl import flags
+from safepatch_jax.runtime import config_file
+importlib.import_module(sys.argv[1])
+for words in json.loads(sys.argv[2]):
+    flags.FLAGS.unparse_flags()
+    try:
+        flags.FLAGS(words)
+    except flags.Error as error:
+        if "must have a value" not in str(error):
+            sys.exit(f"{' '.join(words)}: {error}")
+    for word in words:
+        if word.startswith("--config=") and "CONFIG" not in word:
+            config_file.read(word.partition("=")[2])
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in command.MODULES if name != "lm-eval"])
+def test_commands_in_the_pages_are_read_by_their_launcher(name):
+    """All flags are there, with values of their kinds; the configs are there."""
+    given = [words for page in PAGES for words in commands(page) if words[0] == name]
+    call = [sys.executable, "-c", _PARSE, command.MODULES[name], json.dumps(given)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_commands_are_among_them():
+    page = ROOT / "README.md"
+    shown = re.findall(r"^safepatch (\w+)|`safepatch (\w+) ", page.read_text(), re.MULTILINE)
+    assert len(commands(page)) >= len(shown) > 8
 
 
 def test_the_page_of_inputs_has_every_bound():

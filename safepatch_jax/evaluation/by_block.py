@@ -4,6 +4,7 @@ copies each block's weights before it multiplies, and one of all blocks takes lo
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -21,8 +22,10 @@ from safepatch_jax.evaluation.generate import (
     placed_slots,
 )
 from safepatch_jax.mesh import Sharder
-from safepatch_jax.models.decoder import Begin, Cache, Decoder, OneBlock, Readout
+from safepatch_jax.models.cache import Cache
+from safepatch_jax.models.decoder import Begin, Decoder, OneBlock, Readout
 from safepatch_jax.models.layerwise import LAYERS
+from safepatch_jax.models.rope import layer_kinds
 
 
 def suits(sharder: Sharder) -> bool:
@@ -50,24 +53,23 @@ class ByBlock:
         self.decoder, self._programs = decoder, _programs_of(decoder)
         self._ends = {name: part for name, part in params.items() if name != LAYERS}
         self.blocks = _unstacked({LAYERS: params[LAYERS]}, decoder.config.num_layers)
-        windows = decoder.config.windows
-        self._windows = [np.int32(x) for x in windows] or [None] * len(self.blocks)
+        kinds = layer_kinds(decoder.config)
+        numbers = range(len(self.blocks))
+        self._kinds = [jax.tree.map(operator.itemgetter(i), kinds) for i in numbers]
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
         config = self.decoder.config
-        shape = rows, config.num_kv_heads, capacity, config.head_dim
-        caches = [
-            Cache(jnp.zeros(shape, self.decoder.dtype), jnp.zeros(shape, self.decoder.dtype))
-            for _ in self.blocks
-        ]
+        nothing = jnp.zeros((rows, 0, config.num_kv_heads, config.head_dim), self.decoder.dtype)
+        # Anew for each block: a donated array must not be another block's too.
+        caches = [cache_of((nothing, nothing), capacity, slots_last=True) for _ in self.blocks]
         return idle(rows, max_new, sampled, Past(caches, jnp.zeros(rows, jnp.int32)))
 
     def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
         tokens_GT, length_G = prompts
         caches, length_B = state.past
         x_GTD, written = self._programs.begin(self._ends, tokens_GT), []
-        for block, window, cache in zip(self.blocks, self._windows, caches):
-            x_GTD, cache = self._programs.read(block, window, x_GTD, length_G, cache, rows_G)
+        for block, kind, cache in zip(self.blocks, self._kinds, caches):
+            x_GTD, cache = self._programs.read(block, kind, x_GTD, length_G, cache, rows_G)
             written.append(cache)
         state = state._replace(past=length_B)
         inputs = x_GTD, state, length_G, rows_G, stop_ids, sampling
@@ -85,8 +87,8 @@ class ByBlock:
     def _step(self, state: State, stop_ids, sampling) -> State:
         caches, length_B = state.past
         x_B1D, written = self._programs.begin(self._ends, state.token_B[:, None]), []
-        for block, window, cache in zip(self.blocks, self._windows, caches):
-            x_B1D, cache = self._programs.follow(block, window, x_B1D, length_B, cache)
+        for block, kind, cache in zip(self.blocks, self._kinds, caches):
+            x_B1D, cache = self._programs.follow(block, kind, x_B1D, length_B, cache)
             written.append(cache)
         state = state._replace(past=length_B)
         state = self._programs.emit(self._ends, x_B1D, state, stop_ids, sampling)
@@ -129,18 +131,18 @@ class _Programs:
     def _begin(self, ends: Any, tokens_BT):
         return self._embed.apply({"params": ends}, tokens_BT)
 
-    def _read(self, block: Any, window, x_GTD, length_G, cache: Cache, rows_G):
+    def _read(self, block: Any, kind, x_GTD, length_G, cache: Cache, rows_G):
         """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
         positions_1T = jnp.arange(x_GTD.shape[1])[None]
         valid_GT = positions_1T < length_G[:, None]
-        inputs = x_GTD, window, positions_1T, valid_GT
+        inputs = x_GTD, kind, positions_1T, valid_GT
         x_GTD, kv = self._block.apply({"params": block}, *inputs)
-        return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1]), rows_G)
+        return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1], slots_last=True), rows_G)
 
-    def _follow(self, block: Any, window, x_B1D, length_B, cache: Cache):
+    def _follow(self, block: Any, kind, x_B1D, length_B, cache: Cache):
         """Return (what leaves a block that reads one token more, the cache with it)."""
         here_B1 = jnp.ones((x_B1D.shape[0], 1), bool)
-        inputs = x_B1D, window, length_B[:, None], here_B1, cache
+        inputs = x_B1D, kind, length_B[:, None], here_B1, cache
         return self._block.apply({"params": block}, *inputs)
 
     def _placed(self, ends: Any, x_GTD, state: State, length_G, rows_G, stop_ids, sampling):

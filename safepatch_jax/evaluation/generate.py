@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from safepatch_jax.models.decoder import Cache, Decoder
+from safepatch_jax.models.cache import Cache
+from safepatch_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +120,25 @@ def read(
     return logits_B1V[:, 0], Past(cache_of(kv, capacity), length_B)
 
 
-def cache_of(kv: tuple[jax.Array, jax.Array], capacity: int) -> Cache:
-    """Lay keys and values [..., T, K, H] out as a cache [..., K, capacity, H]."""
-    cache = Cache(*(jnp.swapaxes(x, -3, -2) for x in kv))
-    return with_room(cache, capacity - cache.k.shape[-2])
+def cache_of(kv: tuple[jax.Array, jax.Array], capacity: int, slots_last: bool = False) -> Cache:
+    """Lay keys and values [..., T, K, H] out as a cache of so many slots; see `Cache`."""
+    keys, values = (jnp.swapaxes(x, -3, -2) for x in kv)
+    if slots_last:
+        keys = jnp.swapaxes(keys, -2, -1)
+    cache = Cache(keys, values, slots_last)
+    return with_room(cache, capacity - cache.slots)
 
 
 def with_room(cache: Cache, room: int) -> Cache:
     """Return a cache with so many slots more."""
-    return jax.tree.map(lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, room), (0, 0))), cache)
+
+    def padded(x, axis):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = 0, room
+        return jnp.pad(x, widths)
+
+    keys = padded(cache.k, -1 if cache.slots_last else -2)
+    return cache.replace(k=keys, v=padded(cache.v, -2))
 
 
 def read_on(
@@ -267,7 +278,7 @@ def _laid_out(decoder: Decoder, state: State) -> State:
     constrain = decoder.sharder.constrain
     cache, length_B = state.past
     axes = "layers", "batch", "kv_heads", "layers", "head_dim"
-    cache = Cache(constrain(cache.k, *axes), constrain(cache.v, *axes))
+    cache = cache.replace(k=constrain(cache.k, *axes), v=constrain(cache.v, *axes))
     state = state._replace(past=length_B)  # small: whole on each device
     state = jax.tree.map(lambda x: constrain(x, *["layers"] * x.ndim), state)
     return state._replace(past=Past(cache, state.past))
@@ -300,7 +311,7 @@ def placed(state: State, first: State, rows_G) -> State:
 def placed_slots(cache: Cache, new: Cache, rows_G) -> Cache:
     """Return a cache [..., B, K, S, H] whose some rows hold what [..., G, K, T, H] does, and then
     zeros: a NaN of the sequence before would be seen through its weight of 0."""
-    new = with_room(new, cache.k.shape[-2] - new.k.shape[-2])
+    new = with_room(new, cache.slots - new.slots)
     return jax.tree.map(lambda old, x: old.at[..., rows_G, :, :, :].set(x, mode="drop"), cache, new)
 
 

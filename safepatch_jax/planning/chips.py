@@ -140,7 +140,7 @@ def topology(text: str, slices: int = 1) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "The TPU compiler, libtpu, is not installed. No TPU is needed for it: "
-            "pip install -r requirements-tpu-aot.txt (700 MB)."
+            "pip install -e '.[tpu-aot]' (700 MB)."
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

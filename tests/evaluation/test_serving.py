@@ -14,7 +14,7 @@ from safepatch_jax.evaluation.generate import Whole, placed_slots
 from safepatch_jax.evaluation.serving import Rows, Server
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
-from safepatch_jax.models.decoder import Cache
+from safepatch_jax.models.cache import Cache
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in RNG.integers(1, 40, 24)]

@@ -15,14 +15,25 @@ from tests.jobs import stages_run
 
 
 def test_help_is_a_manual():
-    result = call("launch.safepatch", "--help")
+    result = call("launch.safepatch", "--help_all")
+    assert result.returncode == 0
     assert "python -m launch.safepatch --config=configs/demo.py" in result.stdout
-    assert "--patch.retention: p: probability" in result.stdout and "[0.3]" in result.stdout
+    assert "--patch.retention\n      p: probability" in result.stdout and "[0.3]" in result.stdout
 
 
 @pytest.mark.parametrize(
     "name",
-    ["align", "convert", "evaluate", "inspect", "margins", "safepatch", "slopes", "sweep"],
+    [
+        "align",
+        "compile_tpu",
+        "convert",
+        "evaluate",
+        "inspect",
+        "margins",
+        "safepatch",
+        "slopes",
+        "sweep",
+    ],
 )
 def test_flags_are_read_without_what_computes(name):
     script = f"import launch.{name}, sys; sys.exit('jax' in sys.modules)"

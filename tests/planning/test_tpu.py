@@ -17,7 +17,7 @@ import pytest
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip(
-        "the TPU compiler is not installed: pip install -r requirements-tpu-aot.txt",
+        "the TPU compiler is not installed: pip install -e '.[tpu-aot]'",
         allow_module_level=True,
     )
 

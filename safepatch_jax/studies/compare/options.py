@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.methods.bench import Method
-from safepatch_jax.settings import Settings, read_config
+from safepatch_jax.runtime import config_file
+from safepatch_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ComparisonOptions:
         Raises:
           ValueError: an unknown name or another form.
         """
-        values = read_config(path).get("COMPARE", {})
+        values = config_file.read(path)[1].get("COMPARE", {})
         if not isinstance(values, dict):
             raise ValueError(
                 f"{path}: COMPARE must be a dictionary with {', '.join(_FORMS)}, got {values!r}."

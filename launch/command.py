@@ -1,0 +1,125 @@
+"""safepatch: the launchers as one command.
+
+  safepatch run --config=demo --workdir=runs/demo
+  safepatch patch apply --patch=FILE --model=DIR
+  safepatch evaluate --help        # the manual of a sub-command
+  safepatch completion bash        # a script that completes sub-commands and flags
+
+Each sub-command is also a program of its own: `safepatch run` is `python -m launch.safepatch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import signal
+import sys
+from typing import NoReturn
+
+from launch import end_at_once
+from safepatch_jax import __version__
+from safepatch_jax.option import nearest
+
+# Name, module of `launch`, and what it does.
+_ROWS = (
+    ("run", "safepatch", "derive, score, merge, export, evaluate: a whole run"),
+    ("evaluate", "evaluate", "harm, over-refusal, utility of a model, beside another"),
+    ("patch", "patch", "make, inspect, apply, revert, combine patch files"),
+    ("sweep", "sweep", "try patch settings without training again"),
+    ("margins", "margins", "how near a model is to refusing, without answers"),
+    ("slopes", "slopes", "the plane of alpha and beta"),
+    ("compare", "compare", "SafePatching beside its rivals and ablations"),
+    ("continual", "continual", "patch again as harm categories arrive"),
+    ("merge", "merge", "merge folders or patch files on a small host"),
+    ("convert", "convert", "Hugging Face, GGUF and orbax formats, with a certificate"),
+    ("inspect", "inspect", "a model's parameter table"),
+    ("align", "align", "teach refusals by a short supervised run"),
+    ("fit", "compile_tpu", "does a run fit on a TPU slice, or a card?"),
+    ("lm-eval", "lm_eval", "adapter to lm-evaluation-harness"),
+)
+MODULES = {name: f"launch.{module}" for name, module, _ in _ROWS}
+_MISTAKE = 2  # exit code
+_SCRIPTS = {
+    "bash": """_safepatch() {
+  COMPREPLY=($(safepatch --complete "${COMP_WORDS[@]:1:COMP_CWORD}"))
+  [[ ${COMPREPLY-} == *= ]] && compopt -o nospace
+  if [[ ${#COMPREPLY[@]} == 0 ]]; then COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")); fi
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=/}
+complete -F _safepatch safepatch
+""",
+    "zsh": """#compdef safepatch
+_safepatch() {
+  local -a matches
+  matches=(${(f)"$(safepatch --complete "${(@)words[2,CURRENT]}")"})
+  if (( ${#matches} )); then compadd -S '' -- $matches; else _files; fi
+}
+compdef _safepatch safepatch
+""",
+    "fish": """function __safepatch
+  safepatch --complete (commandline -opc)[2..-1] (commandline -ct)
+end
+complete -c safepatch -a '(__safepatch)'
+""",
+}
+
+
+def overview() -> str:
+    """Return what `safepatch --help` prints."""
+    width = max(len(name) for name, _, _ in _ROWS)
+    lines = [f"  {name:{width}}  {does}" for name, _, does in _ROWS]
+    return "\n".join([__doc__.strip(), "", "Sub-commands, each with --help:", *lines])
+
+
+def matches(words: list[str]) -> list[str]:
+    """Return what may stand in place of the last of some words after `safepatch`."""
+    word = words[-1] if words else ""
+    if len(words) <= 1:
+        names = (*MODULES, "completion", "--help", "--version")
+    elif words[0] in MODULES and word.startswith("-"):
+        names = _flags_of(MODULES[words[0]])
+    else:
+        names = ()
+    return [name for name in names if name.startswith(word)]
+
+
+def _flags_of(module: str) -> list[str]:
+    """Return a launcher's flags as they are begun, --name or --name= ."""
+    from absl import flags
+
+    importlib.import_module(module)
+    names = ["--help", "--help_all"]
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+        names.append(f"--{flag.name}" if flag.boolean else f"--{flag.name}=")
+    return sorted(names)
+
+
+def main() -> None:
+    """Run the sub-command that the first argument names."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in MODULES:
+        sys.argv = [f"safepatch {name}", *rest]
+        runpy.run_module(MODULES[name], run_name="__main__", alter_sys=False)
+    elif name in ("--help", "-h", "-help", "help"):
+        print(overview())
+    elif name == "--version":
+        print(__version__)
+    elif name == "--complete":
+        sys.stdout.writelines(f"{match}\n" for match in matches(rest))
+    elif name == "completion" and rest and rest[0] in _SCRIPTS:
+        print(_SCRIPTS[rest[0]], end="")
+    elif name == "completion":
+        _refuse(f"completion needs one of {', '.join(_SCRIPTS)}.")
+    else:
+        _refuse(f"there is no sub-command '{name}'{nearest(name, MODULES)}. See safepatch --help.")
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(_MISTAKE)
+
+
+if __name__ == "__main__":
+    main()
