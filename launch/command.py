@@ -34,6 +34,7 @@ _ROWS = (
     ("convert", "convert", "Hugging Face, GGUF and orbax formats, with a certificate"),
     ("inspect", "inspect", "a model's parameter table"),
     ("align", "align", "teach refusals by a short supervised run"),
+    ("push", "push", "a model, or a patch alone, to the Hugging Face Hub"),
     ("fit", "compile_tpu", "does a run fit on a TPU slice, or a card?"),
     ("lm-eval", "lm_eval", "adapter to lm-evaluation-harness"),
 )

@@ -65,8 +65,18 @@ def commands(page: pathlib.Path) -> list[list[str]]:
         else:
             words = words[1:]
         if words and words[0] in command.MODULES:
-            found.append([word for word in words if word != "..." and not word.startswith("[")])
+            found.append([_given(word) for word in words if _is_given(word)])
     return found
+
+
+def _is_given(word: str) -> bool:
+    """Tell whether a word is one that a user gives as it is or with another value."""
+    return word != "..." and not word.startswith(("[", "--help"))
+
+
+def _given(word: str) -> str:
+    """Return a word with a number where the page has a letter for one."""
+    return re.sub(r"=[NKI]$", "=1", word)
 
 
 NAMES = {module: name for name, module in command.MODULES.items()}
