@@ -21,6 +21,7 @@ from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
+from safepatch_jax.run.ending import result
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.console import say, show
 
@@ -70,6 +71,8 @@ def run() -> None:
             show(line)
         return
     report = job.run(main.words())
+    for line in result(job.workdir):
+        say(line)
     say(f"Report: {report}")
     say(f"Model:  {job.state.folder('export')}")
     if job.state.patch_file is not None:

@@ -228,11 +228,9 @@ def _setting(
     line = "" if any(isinstance(value, bool | str) for value in values) else "-"
     faint = {"linewidth": 1, "markersize": 5, "alpha": max(0.15, 1 / max(1, len(lines)))}
     for key, colour in colours.items():
-        for line in lines:
-            places = [values.index(value) for value in line["values"]]
-            axis.plot(
-                places, _percent(line[key], key), f".{line_style}", color=COLOURS[colour], **faint
-            )
+        for one in lines:
+            places = [values.index(value) for value in one["values"]]
+            axis.plot(places, _percent(one[key], key), f".{line}", color=COLOURS[colour], **faint)
         if whole:
             means = _percent(np.mean([one[key] for one in whole], axis=0), key)
             size = 4 if line else 8
