@@ -19,7 +19,7 @@ jailbroken or broken models, handle with care).
 
 from absl import flags
 
-from launch import distributed, kinds, main
+from launch import distributed, kinds, main, profiling
 from launch import flags as settings_flags
 from safepatch_jax.run.ending import result
 from safepatch_jax.run.job import Job
@@ -50,6 +50,7 @@ _VERIFY = flags.DEFINE_bool(
 )
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(profiling)
 
 
 def run() -> None:
@@ -70,7 +71,8 @@ def run() -> None:
         for line in job.examples():
             show(line)
         return
-    report = job.run(main.words())
+    with profiling.traced():
+        report = job.run(main.words())
     for line in result(job.workdir):
         say(line)
     say(f"Report: {report}")

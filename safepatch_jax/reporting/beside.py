@@ -19,7 +19,7 @@ def name_points(axis: Any, points: Sequence[tuple[float, float, str]], size: flo
     """Write a name beside each point of an axis. To be called last: the layout must be known.
 
     Args:
-      points: (x, y, name), in the units of the axis.
+      points: (x, y, name), in the units of the axis; one without a name is not to be covered.
       size: of the font.
     """
     figure = axis.get_figure(root=True)
@@ -30,9 +30,12 @@ def name_points(axis: Any, points: Sequence[tuple[float, float, str]], size: flo
     taken = [(x - marker, y - marker, x + marker, y + marker) for x, y in middles]
     frame = axis.get_window_extent().extents
     for (x, y, name), middle in zip(points, middles):
+        if not name:
+            continue
         text = axis.annotate(
-            name, (x, y), (0, 0), textcoords="offset points", fontsize=size, zorder=8
+            name, (x, y), (0, 0), textcoords="offset points", va="bottom", fontsize=size, zorder=8
         )
+        text.set_bbox({"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5})
         text.set_in_layout(False)
         extent = text.get_window_extent()
         angle, ring = _place(middle, extent.width, extent.height, taken, frame, scale)

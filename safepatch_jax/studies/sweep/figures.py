@@ -83,21 +83,18 @@ def draw_plane(content: Mapping[str, Any]) -> Any:
 
 
 def _named(content: Mapping[str, Any], across: str) -> list[tuple[float, float, str]]:
-    """Return the backbone and the trials of the front, with what is varied as their names; the
-    chosen one alone where they are many."""
-    best = [trial for trial in content["trials"] if trial["front"]]
-    if len(best) > _NAMED:
-        best = [content["trials"][content["recommended"]["trial"]]]
-    named = [("backbone", content["backbone"])]
-    for trial in best:
-        texts = []
-        for option, value in trial["patch"].items():
-            if any(other["patch"][option] != value for other in best):
-                texts.append(f"{option} {written(value)}")
-        named.append((", ".join(texts) or "chosen", trial))
+    """Return all points; those of the front have for names what they have otherwise than the chosen
+    one, where they are few. The legend names the others."""
+    chosen = content["trials"][content["recommended"]["trial"]]["patch"]
+    few = sum(trial["front"] for trial in content["trials"]) <= _NAMED
     points = []
-    for name, trial in named:
-        points.append((_value(trial, across), _value(trial, "over_refusal"), name))
+    for trial in (content["backbone"], *content["trials"]):
+        texts = []
+        if trial.get("front") and few:
+            changed = {name: x for name, x in trial["patch"].items() if x != chosen[name]}
+            texts = [f"{name} {written(x)}" for name, x in changed.items()]
+        at = _value(trial, across), _value(trial, "over_refusal")
+        points.append((*at, ", ".join(texts)))
     return points
 
 
