@@ -37,7 +37,8 @@ _DRY_RUN = flags.DEFINE_bool(
 _SHOW = flags.DEFINE_bool(
     "show_examples",
     False,
-    "Print training examples in the chat template, answer tokens green, and stop.",
+    "Print training examples in the chat template, answer tokens green (between >>> and <<< where "
+    "there are no colours), and stop.",
 )
 _UPDATE = flags.DEFINE_bool(
     "update", False, "Go on in a workdir of other settings, running again what they change."

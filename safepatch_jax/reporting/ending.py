@@ -9,7 +9,7 @@ from safepatch_jax.evaluation.statistics import difference
 from safepatch_jax.reporting.tables import percent
 
 MOST = 10  # lines of a table, its head among them
-_WIDTH = 100
+_WIDTH, _CELL = 100, 28  # characters of a line, of a cell
 _LEVEL = 0.05  # of a test that tells two models apart
 _HEAD = ("", "before", "after", "difference", "verdict")
 
@@ -60,13 +60,17 @@ def perplexity_row(name: str, before: float | None, after: float | None) -> Row:
     return name, *texts, f"{100 * (ratio - 1):+.1f} %", told
 
 
+def _cut(row: Row) -> list[str]:
+    return [cell[:_CELL] for cell in row]
+
+
 def lines(rows: Sequence[Row]) -> list[str]:
     """Return an aligned table of at most ten lines and a hundred columns."""
     shown = list(rows)
     left = len(shown) - (MOST - 1)
     if left > 0:
         shown = shown[: MOST - 2]
-    cells = [tuple(cell[:28] for cell in row) for row in (_HEAD, *shown)]
+    cells = [_cut(row) for row in (_HEAD, *shown)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     result = []
     for row in cells:

@@ -15,7 +15,7 @@ from safepatch_jax.runtime.text import printable
 
 _MOST_OF_EXAMPLE = 50_000  # characters
 _INDENTED = "\n  "
-_ANSWER = "\n  answer: "  # where there is no colour
+_GREEN, _MARKS = ("\033[32m", "\033[0m"), (">>>", "<<<")  # around an answer
 
 
 def say(text: str) -> None:
@@ -43,13 +43,13 @@ def coloured() -> bool:
 
 
 def example(text: str, answer: str = "") -> str:
-    """Return a text of others, and an answer in green after it (marked in words where there are no
-    colours), as `show` may print them: lines after the first are indented, so that none of them
+    """Return a text of others, and an answer in green after it (between >>> and <<< where there are
+    no colours), as `show` may print them: lines after the first are indented, so that none of them
     passes for one of ours."""
     shown = printable(text, _MOST_OF_EXAMPLE, _INDENTED)
     if answer:
-        text = printable(answer, _MOST_OF_EXAMPLE, _INDENTED)
-        shown += f"\033[32m{text}\033[0m" if coloured() else f"{_ANSWER}{text}"
+        before, after = _GREEN if coloured() else _MARKS
+        shown += f"{before}{printable(answer, _MOST_OF_EXAMPLE, _INDENTED)}{after}"
     return shown
 
 
