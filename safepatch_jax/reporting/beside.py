@@ -35,7 +35,7 @@ def name_points(axis: Any, points: Sequence[tuple[float, float, str]], size: flo
         text = axis.annotate(
             name, (x, y), (0, 0), textcoords="offset points", va="bottom", fontsize=size, zorder=8
         )
-        text.set_bbox({"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5})
+        text.set_bbox({"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0.5})
         text.set_in_layout(False)
         extent = text.get_window_extent()
         angle, ring = _place(middle, extent.width, extent.height, taken, frame, scale)

@@ -76,7 +76,10 @@ def draw_plane(content: Mapping[str, Any]) -> Any:
     figure.colorbar(image, ax=axes[1], extend=beyond, label=label)
     charts.legend_outside(figure, axes[0], "lower center")
     number = f"{len(trials)} choice{'s' * (len(trials) > 1)}"
-    figure.suptitle(f"{number} of patch settings; less is better on every axis", fontsize=11)
+    text = f"{number} of patch settings; less is better on every axis"
+    if any(name for *_, name in _named(content, "harm")):
+        text += "\nnames: what a choice on the front has otherwise than the boxed one"
+    figure.suptitle(text, fontsize=11)
     for axis, across in zip(axes, ("harm", "perplexity")):
         name_points(axis, _named(content, across))
     return figure
