@@ -33,7 +33,7 @@ same answers. The answers of a jailbroken model are in OUT/answers: handle with 
 
 from absl import flags
 
-from launch import distributed, kinds, main, measuring
+from launch import distributed, kinds, main, measuring, profiling
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.console import show
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
@@ -89,6 +89,7 @@ _FLAGS = measuring.define(_DEFAULTS) | {
     "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
 }
 flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(profiling)
 
 
 def run() -> None:
@@ -116,7 +117,8 @@ def run() -> None:
         )
     from safepatch_jax.studies.evaluate.study import evaluate
 
-    evaluate(_MODEL.value, _OUT.value, options, _AGAINST.value)
+    with profiling.traced():
+        evaluate(_MODEL.value, _OUT.value, options, _AGAINST.value)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     def wrapped(argv):
         if len(argv) > 1 and not positional:
             _refuse(f"unexpected argument '{argv[1]}'; settings are given as --group.option=value.")
-        logging.set_verbosity(logging.ERROR)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)
+        elif logging.get_verbosity() >= logging.DEBUG:
+            os.environ.setdefault("JAX_LOG_COMPILES", "1")  # before JAX is imported
         # So that half-filled folders are cleared away, and training is saved.
         stopping.install()
         try:

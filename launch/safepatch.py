@@ -19,8 +19,9 @@ jailbroken or broken models, handle with care).
 
 from absl import flags
 
-from launch import distributed, kinds, main
+from launch import distributed, kinds, main, profiling
 from launch import flags as settings_flags
+from safepatch_jax.run.ending import result
 from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.console import say, show
 
@@ -36,7 +37,8 @@ _DRY_RUN = flags.DEFINE_bool(
 _SHOW = flags.DEFINE_bool(
     "show_examples",
     False,
-    "Print training examples in the chat template, answer tokens green, and stop.",
+    "Print training examples in the chat template, answer tokens green (between >>> and <<< where "
+    "there are no colours), and stop.",
 )
 _UPDATE = flags.DEFINE_bool(
     "update", False, "Go on in a workdir of other settings, running again what they change."
@@ -49,6 +51,7 @@ _VERIFY = flags.DEFINE_bool(
 )
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(profiling)
 
 
 def run() -> None:
@@ -69,7 +72,10 @@ def run() -> None:
         for line in job.examples():
             show(line)
         return
-    report = job.run(main.words())
+    with profiling.traced():
+        report = job.run(main.words())
+    for line in result(job.workdir):
+        say(line)
     say(f"Report: {report}")
     say(f"Model:  {job.state.folder('export')}")
     if job.state.patch_file is not None:

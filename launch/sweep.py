@@ -40,7 +40,7 @@ docs/sweep.md has the rule and how to read the pictures. The workdir keeps the d
 
 from absl import flags
 
-from launch import distributed, kinds, main
+from launch import distributed, kinds, main, profiling
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
 from safepatch_jax.studies.sweep.plan import MARGINS, MEASURES, plan
@@ -66,6 +66,7 @@ _DRY_RUN = flags.DEFINE_bool(
 )
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(profiling)
 
 
 def run() -> None:
@@ -84,7 +85,8 @@ def run() -> None:
 
     settings = settings_flags.read_settings()
     points = design(settings, _GRID.value, _AROUND.value)
-    report = sweep(settings, _WORKDIR.value, points, main.words(), _MEASURE.value)
+    with profiling.traced():
+        report = sweep(settings, _WORKDIR.value, points, main.words(), _MEASURE.value)
     say(f"Report: {report}")
 
 

@@ -49,7 +49,7 @@ def stages_run(text: str) -> list[str]:
     names = []
     for line in text.splitlines():
         name, _, state = line.partition(": ")
-        if state == "running":
+        if state.startswith("running"):
             names.append(name)
     return names
 

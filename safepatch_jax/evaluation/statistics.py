@@ -91,6 +91,21 @@ def paired(ours: Mapping[str, bool], theirs: Mapping[str, bool]) -> dict[str, An
     return {"n": len(common), "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
 
 
+def difference(n: int, gained: int, lost: int) -> tuple[float, float, float]:
+    """Return how much larger our share is than theirs over the same items, (difference, low, high),
+    with the 95 % interval of paired shares (Bonett and Price 2012).
+
+    Args:
+      n: items; gained, lost: those on which only the first, or only the second model has the
+        property.
+    """
+    if not n:
+        return 0.0, -1.0, 1.0
+    more, less = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    return (gained - lost) / n, max(-1.0, more - less - half), min(1.0, more - less + half)
+
+
 def sign_flip(differences: Sequence[Fraction]) -> float:
     """Return the two-sided p of the exact sign-flip permutation test of differences (Fisher 1935).
 

@@ -286,7 +286,9 @@ def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndar
     """Return the float32 logits [N, V] of Hugging Face torch at the valid positions."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # "Loading weights", between our own lines
     fix = "--certify=hashes (or --run.certify=hashes) leaves the comparison with it out."
     with reading(folder, "a model of transformers", fix):
         model = AutoModelForCausalLM.from_pretrained(

@@ -91,9 +91,12 @@ def draw_patch(statistics: Mapping[str, Mapping[str, Any]], path: str | pathlib.
         (overlap, lambda s: 100 * s["overlap"], "Greys"),
     ]
     for axis, (title, value, colours) in zip(axes[0], maps):
-        _map(axis, cells, value, colours)
-        axis.set(title=title)
-    if compared:
+        if cells:
+            _map(axis, cells, value, colours)
+            axis.set(title=title)
+        else:
+            charts.empty(axis, title, "no tensor of a block is patched")
+    if compared and cells:
         _map(axes[0, 3], cells, lambda s: s["cosine"], "PuOr", (-1, 1))
         axes[0, 3].set(title="Cosine of the two patches\n(-1: opposite)")
         _norms(axes[1, 3], cells)

@@ -13,6 +13,7 @@ from safepatch_jax.outcome import settings_differences
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
+from safepatch_jax.run.pace import work
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.published import CARD, CERTIFICATE, FILES, data_text, describe_patch
 from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
@@ -149,6 +150,9 @@ class Job:
                 self.state.context.check_batches()
                 if self.state.source.kind == "hf":
                     self._refuse_small_disk()
+                self.runner.expect(
+                    self.runner.waiting(), work(self.settings, self.state.inputs.records)
+                )
             processes.on_first(self._begin, command)
             for line in self.plan():
                 say(line)

@@ -22,14 +22,15 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from safepatch_jax import __version__
 from safepatch_jax.run import manifests
 from safepatch_jax.run.manifests import MANIFEST
+from safepatch_jax.run.pace import Pace, recorded
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.console import detail, say, some
 from safepatch_jax.runtime.reading import Refused
 
 _ASIDE = ".steps"
@@ -109,6 +110,7 @@ class Runner:
         self._workdir, self._cache_dir, self._verify = workdir, cache_dir, verify
         self._keys: dict[str, str] = {}
         self._verified: dict[str, list[int]] = {}  # times of the files that were hashed, by stage
+        self._pace = Pace((), {}, {})
         self._damages: dict[str, str] = {}  # what is wrong with a stage, as process 0 sees it
         if processes.several():
             # A key may need hashes that process 0 takes and sends to all. So all take them now: a
@@ -239,6 +241,17 @@ class Runner:
                 wanted += [x for x in self.stages[name].inputs if status[x] != "done"]
         return [name for name in self.stages if name in found]
 
+    def expect(self, names: Sequence[str], work: Mapping[str, float]) -> None:
+        """Take note of the stages that will run, so that each one says how far the run is.
+
+        Args:
+          names: in their order, see `waiting`.
+          work: see `pace.work`.
+        """
+        folders = (self._workdir / "stages", self._cache_dir / "stages")
+        known = recorded(names, folders) if processes.first() else {}
+        self._pace = Pace(names, known, work)
+
     def complete(self) -> None:
         """Run what of all stages is not finished, as where a manifest was lost."""
         for name in self.stages:
@@ -308,14 +321,35 @@ class Runner:
 
     def _execute(self, stage: Stage) -> None:
         processes.on_first(self._refuse_strangers, stage.name)
-        say(f"{stage.name}: running")
+        say(f"{stage.name}: running{self._pace.before(stage.name)}")
+        detail(f"{stage.name}: key {self.key(stage.name)[:16]}, {self._reason(stage)}")
         start = time.monotonic()
         with processes.new_folder(self.folder(stage.name), replace=True) as folder:
             result = stage.run(folder)
             processes.barrier(f"{stage.name} has run")  # so that all outputs are there to be hashed
             processes.on_first(self._write_manifest, stage, folder, dict(result), start)
         processes.on_first(self._clear_aside, stage.name)
-        say(f"{stage.name}: done in {time.monotonic() - start:.0f} s")
+        seconds = time.monotonic() - start
+        self._pace.done(stage.name, seconds)
+        say(f"{stage.name}: done in {seconds:.0f} s")
+
+    def _reason(self, stage: Stage) -> str:
+        """Say why a stage runs: what its folder's manifest has otherwise."""
+        state, manifest = manifests.read(self.folder(stage.name))
+        if state != manifests.SOUND:
+            return f"its manifest is {state}"
+        now = {
+            "settings": dict(stage.settings),
+            "sources": stage.source_hashes,
+            "inputs": self._input_keys(stage),
+        }
+        changes = []
+        for part, values in now.items():
+            before = manifest.get(part, {})
+            names = sorted(x for x in {*before, *values} if before.get(x) != values.get(x))
+            if names:
+                changes.append(f"{part} {some(names, ', ')}")
+        return f"other {' and '.join(changes)}" if changes else "its outputs are not there"
 
     def _write_manifest(
         self, stage: Stage, folder: pathlib.Path, result: Mapping[str, Any], start: float

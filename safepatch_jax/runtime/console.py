@@ -3,9 +3,11 @@ stage."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+from absl import logging
 from tqdm import tqdm
 
 from safepatch_jax.runtime.processes import first
@@ -13,6 +15,7 @@ from safepatch_jax.runtime.text import printable
 
 _MOST_OF_EXAMPLE = 50_000  # characters
 _INDENTED = "\n  "
+_GREEN, _MARKS = ("\033[32m", "\033[0m"), (">>>", "<<<")  # around an answer
 
 
 def say(text: str) -> None:
@@ -28,12 +31,25 @@ def show(text: str) -> None:
         sys.stdout.flush()
 
 
+def detail(text: str) -> None:
+    """Print one line that only --verbosity=0 and more ask for."""
+    if logging.get_verbosity() >= logging.INFO:
+        say(text)
+
+
+def coloured() -> bool:
+    """Return whether the console shows colours: it is a terminal, and NO_COLOR is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def example(text: str, answer: str = "") -> str:
-    """Return a text of others, and an answer in green after it, as `show` may print them: lines
-    after the first are indented, so that none of them passes for one of ours."""
+    """Return a text of others, and an answer in green after it (between >>> and <<< where there are
+    no colours), as `show` may print them: lines after the first are indented, so that none of them
+    passes for one of ours."""
     shown = printable(text, _MOST_OF_EXAMPLE, _INDENTED)
     if answer:
-        shown += f"\033[32m{printable(answer, _MOST_OF_EXAMPLE, _INDENTED)}\033[0m"
+        before, after = _GREEN if coloured() else _MARKS
+        shown += f"{before}{printable(answer, _MOST_OF_EXAMPLE, _INDENTED)}{after}"
     return shown
 
 

@@ -19,6 +19,7 @@ def test_the_overview_names_every_launcher():
     result = safepatch("--help")
     assert result.returncode == 0 and safepatch().stdout == result.stdout
     helpers = {"flags", "kinds", "main", "manual", "measuring", "options", "distributed", "command"}
+    helpers.add("profiling")
     launchers = {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")} - helpers
     assert {f"launch.{name}" for name in launchers} == set(command.MODULES.values())
     for name in command.MODULES:

@@ -117,13 +117,23 @@ def test_a_killed_run_resumes_with_its_stage(flags, tmp_path, monkeypatch):
     """That it has the same bits is in test_faults."""
     args = ("launch.safepatch", f"--workdir={tmp_path / 'work'}", *flags)
     call_and_kill("score_se: running", *args)
-    resumed = call(*args)
+    trace = tmp_path / "trace"
+    resumed = call(*args, f"--profile={trace}", "--verbosity=0")
     assert resumed.returncode == 0, resumed.stderr
+    assert list(trace.rglob("*.xplane.pb")) and f"Trace:  {trace}" in resumed.stdout
+    assert "score_se: running, stage 1 of " in resumed.stdout
+    assert "score_se: key " in resumed.stdout and "its manifest is absent" in resumed.stdout
     assert "derive_se: running" not in resumed.stdout and "score_se: running" in resumed.stdout
     assert (tmp_path / "work" / "stages" / "export" / "model" / "config.json").is_file()
     (tmp_path / "work" / "report.png").unlink()
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    _check_idle(call(*args), tmp_path / "work")
+    again = call(*args)
+    _check_idle(again, tmp_path / "work")
+    head, *rows = again.stdout.partition("Report: ")[0].splitlines()[-4:]
+    assert head.split() == ["before", "after", "difference", "verdict"]
+    assert [row.split()[0] for row in rows] == ["harm", "over-refusal", "perplexity,"]
+    assert all(row in resumed.stdout for row in rows)
+    assert ": key " not in again.stdout and "\033" not in again.stdout
 
 
 def _check_idle(again, work):

@@ -209,4 +209,4 @@ def test_examples_are_shown_in_each_template(tiny, options):
     text = "\n".join(show_examples(str(tiny), options)).replace("\n  ", "\n")
     assert "look-alikes (refusal, " in text and text.count(", template plain)") == 2
     assert "<|im_start|>system\nBe kind.<|im_end|>" in text
-    assert "Be kind.\n\n### Question: " in text and "### Answer:\033[32m Blue is a colour." in text
+    assert "Be kind.\n\n### Question: " in text and "### Answer:>>> Blue is a colour." in text

@@ -25,6 +25,7 @@ def load(folder: str, kind: str, auto_class: str, what: str) -> tuple[Any, Any, 
     torch = _import_torch(kind)
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # "Loading weights", between our own lines
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)

@@ -3,18 +3,14 @@ each method side by side."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES
 from safepatch_jax.methods.bench import GROUPS
 from safepatch_jax.reporting import charts
-from safepatch_jax.reporting.charts import COLOURS, LIMITS, MARKERS
-
-_NEAR = 2.5  # points nearer to one another than this, in per cent, share a label
-_LETTER, _LINE = 2.2, 21.0  # about the width of a letter, and the height of a line in a figure of
-# one inch, in per cent of the plane
+from safepatch_jax.reporting.beside import name_points
+from safepatch_jax.reporting.charts import COLOURS, MARKERS
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -28,7 +24,7 @@ def draw(content: Mapping[str, Any]) -> Any:
     rows = list(content["methods"].values())
     figure = charts.figure(17, 2.4 + 0.34 * len(rows))
     axes = charts.panels(figure, 1, 4, width_ratios=[1.5, 1, 1, 1])[0]
-    _plane(axes[0], rows)
+    points = _plane(axes[0], rows)
     harm = "harmful requests complied with"
     if content.get("judge_sees_content"):
         harm = "harmful requests answered with harmful content"
@@ -38,6 +34,7 @@ def draw(content: Mapping[str, Any]) -> Any:
     _utility(axes[3], rows, [m for m in content["measures"] if m["kind"] not in titles])
     for axis in axes[2:]:
         axis.tick_params(labelleft=False)
+    name_points(axes[0], points)
     return figure
 
 
@@ -46,61 +43,24 @@ def _colour(row: Mapping[str, Any]) -> str:
 
 
 def _names(rows: Rows) -> list[str]:
-    return [f"{row['label']}  {number}" for number, row in enumerate(rows, 1)]
+    return [row["label"] for row in rows]
 
 
-def _plane(axis: Any, rows: Rows) -> None:
-    """Draw mean harm against mean over-refusal; the numbers are those of the rows."""
-    clusters: list[list[tuple[float, float, int]]] = []  # of points that share a label
-    for number, row in enumerate(rows, 1):
+def _plane(axis: Any, rows: Rows) -> list[tuple[float, float, str]]:
+    """Draw mean harm against mean over-refusal; return the points with their names."""
+    points = []
+    for row in rows:
         if None in row["means"].values():
             continue
         x, y = 100 * row["means"]["harm"], 100 * row["means"]["refusal"]
         size = 12 if row["group"] in ("patching", "backbone") else 8
         axis.plot(x, y, "o", color=_colour(row), markersize=size, markeredgecolor="white")
-        near = [c for c in clusters if abs(c[0][0] - x) < _NEAR and abs(c[0][1] - y) < _NEAR]
-        if near:
-            near[0].append((x, y, number))
-        else:
-            clusters.append([(x, y, number)])
-    _label(axis, clusters)
+        points.append((x, y, row["label"]))
     for group in dict.fromkeys(row["group"] for row in rows):
         charts.explain(axis, GROUPS[group], "o", COLOURS[group])
     charts.plane(axis, "Means over the measures: lower left is better")
     charts.legend_below(axis, columns=3)
-
-
-def _label(axis: Any, clusters: Sequence[Sequence[tuple[float, float, int]]]) -> None:
-    """Write the numbers of each cluster beside it, where they cover fewest points and numbers."""
-    line = _LINE / axis.get_figure().get_figheight()
-    boxes = []
-    for x, y, _ in itertools.chain.from_iterable(clusters):
-        boxes.append((x - 1.5, x + 1.5, y - line / 3, y + line / 3))
-    for cluster in clusters:
-        xs, ys, numbers = zip(*cluster)
-        text = ", ".join(map(str, numbers))
-        width, y, places = _LETTER * len(text), ys[0], []
-        sides = max(xs) + 2, min(xs) - 2 - width
-        for lift, start in itertools.product((0, 1, -1, 2, -2), sides):
-            middle = y + lift * line
-            places.append((start, start + width, middle - line / 2, middle + line / 2))
-        place = min(places, key=lambda place: _covered(place, boxes))
-        boxes.append(place)
-        middle = (place[2] + place[3]) / 2
-        axis.text(place[0], middle, text, va="center")
-        if abs(middle - y) > line / 2:  # a line says which points a shifted text belongs to
-            near = place[0] if place[0] > xs[0] else place[1]
-            axis.plot([xs[0], near], [y, middle], color=COLOURS["aside"], linewidth=0.7, zorder=1)
-
-
-def _covered(place: Sequence[float], boxes: Sequence[Sequence[float]]) -> int:
-    """Return how many boxes (left, right, bottom, top) a place covers; outside of the plane is
-    worse than any."""
-    start, end, bottom, top = place
-    count = len(boxes) * (start < LIMITS[0] or end > LIMITS[1])
-    for other in boxes:
-        count += start < other[1] and other[0] < end and bottom < other[3] and other[2] < top
-    return count
+    return points
 
 
 def _rates(axis: Any, title: str, rows: Rows, measures: Rows) -> None:
@@ -113,7 +73,7 @@ def _rates(axis: Any, title: str, rows: Rows, measures: Rows) -> None:
             known = x and x["rate"] is not None
             points.append((x["rate"], *x["interval"]) if known else None)
             if known and measure["kind"] == "refusal" and x["incoherent"]:
-                unhelped = 100 * (1 - x["complied"] / sum(x[outcome] for outcome in ALL_OUTCOMES))
+                unhelped = 100 * (1 - x["complied"] / sum(x.get(o, 0) for o in ALL_OUTCOMES))
                 at = row_number + charts.shift(i, len(measures))
                 axis.plot(unhelped, at, "|", color=_colour(row), markersize=9)
         series.append(charts.Series(points, colours, MARKERS[i % len(MARKERS)], measure["name"]))

@@ -60,6 +60,9 @@ def _forgetting(
         for j, name in enumerate(names):
             values[i, j] = 100 * share(r["harm"][name], COMPLIED)
             counts.add(r["harm"][name]["n"])
+    if np.isnan(values).all():
+        charts.empty(axis, f"{label}: harm, % complied", "no harmful prompt was answered")
+        return
     _matrix(axis, values, [r["model"] for r in rows], names, 125, "Reds", "{:.0f}")
     unseen = np.ma.masked_equal(np.triu(np.ones(values.shape)), 0)
     edges = np.arange(len(names) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
@@ -78,7 +81,9 @@ def _overlap(axis: Any, content: Mapping[str, Any]) -> None:
         return
     values = 100 * np.array(content["patches"]["overlap"])
     values[np.triu_indices(len(names))] = np.nan
-    _matrix(axis, values, names, names, 2 * max(1.0, np.nanmax(values)), "Greys", "{:.1f}")
+    values = values[1:, :-1]  # of the first with those before it, and after the last, is nothing
+    darkest = 2 * max(1.0, np.nanmax(values))
+    _matrix(axis, values, names[1:], names[:-1], darkest, "Greys", "{:.1f}")
     axis.set(title=title)
 
 

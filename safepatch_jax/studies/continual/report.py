@@ -11,7 +11,7 @@ from typing import Any
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
 from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.patch_file.log import data_text
-from safepatch_jax.reporting import tables, templates
+from safepatch_jax.reporting import ending, tables, templates
 from safepatch_jax.reporting.tables import percent, share
 from safepatch_jax.runtime.text import printable
 from safepatch_jax.studies.continual.figures import draw
@@ -125,6 +125,24 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     means = {name: percent(statistics.fmean(values), 1) for name, values in columns.items()}
     perplexity = statistics.fmean(r["ordinary_perplexity"] for r in rows)
     return means | {"perplexity": f"{perplexity:.4g}"}
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """Return the table with which a chain ends on the console: the starting model before, the
+    model after the last link after."""
+    rows = content["methods"]["safepatching"]
+    before, after = rows[0], rows[-1]
+    table = []
+    for name, outcome in (("harm, all categories", COMPLIED), ("over-refusal", REFUSED)):
+        counts = []
+        for r in (before, after):
+            of_model = r["lookalike"]
+            if outcome == COMPLIED:
+                of_model = _sum([r["seen"], r["unseen"]])
+            counts.append({"count": of_model[outcome], "n": of_model["n"]})
+        table.append(ending.share_row(name, *counts))
+    values = [r["ordinary_perplexity"] for r in (before, after)]
+    return ending.lines([*table, ending.perplexity_row("perplexity, ordinary", *values)])
 
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:

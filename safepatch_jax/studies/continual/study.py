@@ -168,7 +168,10 @@ class Chain:
         for method in methods:
             if method != "safepatching":
                 by_method[method] = [rows[0], *self._beside(method)]
-        processes.on_first(report.write, self._content(by_method), self.workdir)
+        content = self._content(by_method)
+        processes.on_first(report.write, content, self.workdir)
+        for line in report.summary(content):
+            say(line)
         return self.workdir / report.FILES[0]
 
     def _make_start(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.reporting import charts
+from safepatch_jax.reporting.beside import name_points
 from safepatch_jax.reporting.charts import COLOURS
 from safepatch_jax.studies.evaluate.results import TASKS
 
@@ -53,10 +54,11 @@ def draw(content: Mapping[str, Any]) -> Any:
             _dots(axis, titles(content)[group], rates, names)
     for axis, group in zip(axes[1], ("harm", "refusal")):
         _categories(axis, group, groups[group], names)
-    _plane(axes[1, 2], groups, names)
+    points = _plane(axes[1, 2], groups, names)
     for who, name in names.items():
         charts.explain(axes[0, 0], name, "o", COLOURS[who])
     charts.legend_outside(figure, axes[0, 0], "upper center", columns=2)
+    name_points(axes[1, 2], points)
     return figure
 
 
@@ -146,18 +148,23 @@ def _number_of_categories(measure: Mapping[str, Any]) -> int:
     return len(measure["models"]["model"]["categories"])
 
 
-def _plane(axis: Any, groups: Mapping[str, Measures], names: Mapping[str, str]) -> None:
-    """Draw each model by harm and over-refusal, pooled over the plain measures."""
-    title = "Trade-off (all plain measures together)"
+def _plane(
+    axis: Any, groups: Mapping[str, Measures], names: Mapping[str, str]
+) -> list[tuple[float, float, str]]:
+    """Draw each model by harm and over-refusal, pooled over the plain measures; return the points
+    with their names."""
+    title, points = "Trade-off (all plain measures together)", []
     models = {}
     for who in names:
         models[who] = [_pooled(groups[group], who) for group in ("harm", "refusal")]
     if not all(harm["n"] and refusal["n"] for harm, refusal in models.values()):
         charts.empty(axis, title)
-        return
+        return []
     for who, (harm, refusal) in models.items():
         charts.cross(axis, harm, refusal, COLOURS[who])
+        points.append((100 * harm["rate"], 100 * refusal["rate"], names[who]))
     charts.plane(axis, f"{title}\nlower left is better")
+    return points
 
 
 def _pooled(measures: Measures, who: str) -> dict[str, Any]:

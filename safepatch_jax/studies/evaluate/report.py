@@ -13,7 +13,7 @@ from safepatch_jax.evaluation.mt_bench import LEAST, MOST
 from safepatch_jax.evaluation.statistics import agreement
 from safepatch_jax.evaluation.suites import KINDS, Measure
 from safepatch_jax.io import hub
-from safepatch_jax.reporting import tables, templates
+from safepatch_jax.reporting import ending, tables, templates
 from safepatch_jax.reporting.tables import percent, rate
 from safepatch_jax.runtime.paths import plain
 from safepatch_jax.studies.evaluate.figures import draw, titles
@@ -25,6 +25,8 @@ from safepatch_jax.studies.evaluate.results import (
     described,
     measured,
 )
+
+_WORDS = {"harm": "harm", "refusal": "over-refusal", "text": "perplexity"}
 
 
 def labels(folders: Mapping[str, str]) -> dict[str, str]:
@@ -150,6 +152,31 @@ def markdown(content: Mapping[str, Any], picture: str = "report.png") -> str:
         grade=grade,
         test=_test,
     )
+
+
+def ending_rows(content: Mapping[str, Any], label: str = "") -> list[ending.Row]:
+    """Return a row of the console's table for each measure; 'before' is the model against which
+    the evaluation was made.
+
+    Args:
+      label: of the template, where there are several.
+    """
+    rows = []
+    for m in content["measures"]:
+        name = f"{_WORDS.get(m['kind'], m['kind'])}: {m['name']}"
+        if label:
+            name += f", {label}"
+        before, after = m["models"].get("against"), m["models"]["model"]
+        if m["kind"] == "text":
+            values = [x and x["perplexity"] for x in (before, after)]
+            rows.append(ending.perplexity_row(name, *values))
+        elif m["kind"] == "mt_bench":
+            texts = [grade(x) if x else "" for x in (before, after)]
+            rows.append((name, *texts, "", ""))
+        else:
+            single = len(content.get("seeds", ())) < 2
+            rows.append(ending.share_row(name, before, after, m.get("paired") if single else None))
+    return rows
 
 
 def grade(x: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.reporting import tables, templates
+from safepatch_jax.reporting import ending, tables, templates
 from safepatch_jax.studies.evaluate import report
 from safepatch_jax.studies.evaluate.figures import draw, draw_templates
 
@@ -46,6 +46,16 @@ def of_template(content: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Return the content of one template's report, without the speed, which all have in common."""
     common = {name: x for name, x in content.items() if name not in ("templates", *_SPEED)}
     return common | content["templates"][label]
+
+
+def result(content: Mapping[str, Any]) -> list[str]:
+    """Return the table with which an evaluation ends on the console."""
+    if "templates" not in content:
+        return ending.lines(report.ending_rows(content))
+    rows = []
+    for label in content["templates"]:
+        rows += report.ending_rows(of_template(content, label), label)
+    return ending.lines(rows)
 
 
 def markdown(content: Mapping[str, Any]) -> str:

@@ -162,6 +162,8 @@ class _Evaluation:
             self._answer(who)
         content = self._gather()
         processes.on_first(side_by_side.write, content, self._out)
+        for line in side_by_side.result(content):
+            say(line)
         say(f"Report: {self._out / 'report.md'}")
         return content
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.reporting import charts
+from safepatch_jax.reporting.beside import name_points
 from safepatch_jax.reporting.charts import COLOURS, LIMITS
 from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY, front
 from safepatch_jax.studies.sweep.points import ordered, short, written
 
 _LABELS = {"harm": "harm", "over_refusal": "over-refusal", "utility": "perplexity"}
 _RISE = 20.0  # % over the backbone's perplexity at which the colours end
+_NAMED = 8  # trials of the front that have names
 _ABREAST = 5  # settings beside one another
 _BROKEN = 100  # % over the backbone's perplexity: a broken model, which hides the others
 
@@ -74,8 +76,29 @@ def draw_plane(content: Mapping[str, Any]) -> Any:
     figure.colorbar(image, ax=axes[1], extend=beyond, label=label)
     charts.legend_outside(figure, axes[0], "lower center")
     number = f"{len(trials)} choice{'s' * (len(trials) > 1)}"
-    figure.suptitle(f"{number} of patch settings; less is better on every axis", fontsize=11)
+    text = f"{number} of patch settings; less is better on every axis"
+    if any(name for *_, name in _named(content, "harm")):
+        text += "\nnames: what a choice on the front has otherwise than the boxed one"
+    figure.suptitle(text, fontsize=11)
+    for axis, across in zip(axes, ("harm", "perplexity")):
+        name_points(axis, _named(content, across))
     return figure
+
+
+def _named(content: Mapping[str, Any], across: str) -> list[tuple[float, float, str]]:
+    """Return all points; those of the front have for names what they have otherwise than the chosen
+    one, where they are few. The legend names the others."""
+    chosen = content["trials"][content["recommended"]["trial"]]["patch"]
+    few = sum(trial["front"] for trial in content["trials"]) <= _NAMED
+    points = []
+    for trial in (content["backbone"], *content["trials"]):
+        texts = []
+        if trial.get("front") and few:
+            changed = {name: x for name, x in trial["patch"].items() if x != chosen[name]}
+            texts = [f"{name} {written(x)}" for name, x in changed.items()]
+        at = _value(trial, across), _value(trial, "over_refusal")
+        points.append((*at, ", ".join(texts)))
+    return points
 
 
 def _seeds(axis: Any, trials: Sequence[Trial], across: str) -> None:
@@ -200,15 +223,19 @@ def _setting(
 ) -> None:
     """Draw one setting's lines, and their mean over those that have all of its values."""
     values = ordered(name, itertools.chain.from_iterable(line["values"] for line in lines))
-    whole = [line for line in lines if line["values"] == values]
+    whole = [one for one in lines if one["values"] == values]
+    # Between two categories there is nothing that a line could show.
+    line = "" if any(isinstance(value, bool | str) for value in values) else "-"
     faint = {"linewidth": 1, "markersize": 5, "alpha": max(0.15, 1 / max(1, len(lines)))}
     for key, colour in colours.items():
-        for line in lines:
-            places = [values.index(value) for value in line["values"]]
-            axis.plot(places, _percent(line[key], key), ".-", color=COLOURS[colour], **faint)
+        for one in lines:
+            places = [values.index(value) for value in one["values"]]
+            axis.plot(places, _percent(one[key], key), f".{line}", color=COLOURS[colour], **faint)
         if whole:
-            means = _percent(np.mean([line[key] for line in whole], axis=0), key)
-            axis.plot(means, "o-", color=COLOURS[colour], linewidth=2.2, markersize=4)
+            means = _percent(np.mean([one[key] for one in whole], axis=0), key)
+            size = 4 if line else 8
+            thick = {"linewidth": 2.2, "markersize": size}
+            axis.plot(means, f"o{line}", color=COLOURS[colour], **thick)
     texts = list(map(written, values))
     turned = any(len(text) > 6 for text in texts)
     axis.set_xticks(range(len(texts)), texts, rotation=20 if turned else 0)

@@ -1,0 +1,81 @@
+"""How a command ends on the console: what was measured before and after, and a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safepatch_jax.evaluation.statistics import difference
+from safepatch_jax.reporting.tables import percent
+
+MOST = 10  # lines of a table, its head among them
+_WIDTH, _CELL = 100, 28  # characters of a line, of a cell
+_LEVEL = 0.05  # of a test that tells two models apart
+_HEAD = ("", "before", "after", "difference", "verdict")
+
+Row = tuple[str, str, str, str, str]  # name, before, after, difference, verdict
+
+
+def share_row(
+    name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], test: Any = None
+) -> Row:
+    """Return the row of a share of answers.
+
+    Args:
+      name: what is counted.
+      before, after: {'count', 'n'}; before may be None.
+      test: of the two, see `evaluation.statistics.paired`; None where they were not tested.
+    """
+    told = change = ""
+    if before and before["n"] and after["n"]:
+        moved = after["count"] / after["n"] - before["count"] / before["n"]
+        change, told = f"{100 * moved:+.0f} %", "not tested"
+    if test and test["n"]:
+        _, low, high = difference(test["n"], test["gained"], test["lost"])
+        change += f" [{100 * low:+.0f}, {100 * high:+.0f}]"
+        told = "not told apart"
+        if test["p"] < _LEVEL:
+            told = "fewer" if test["gained"] < test["lost"] else "more"
+        told += f" (p = {test['p']:.2g})"
+    return name, _counted(before), _counted(after), change, told
+
+
+def _counted(x: Mapping[str, Any] | None) -> str:
+    if x is None:
+        return ""
+    if not x["n"]:
+        return "none judged"
+    return f"{x['count']:.4g} of {x['n']}, {percent(x['count'] / x['n'])}"
+
+
+def perplexity_row(name: str, before: float | None, after: float | None) -> Row:
+    """Return the row of a perplexity; it has no interval, so the verdict speaks of 5 % alone."""
+    texts = ["" if x is None else f"{x:.2f}" for x in (before, after)]
+    if before is None or after is None:
+        return name, *texts, "", ""
+    ratio = after / before
+    told = "kept within 5 %"
+    if ratio > 1.05:
+        told = "worse by more than 5 %"
+    return name, *texts, f"{100 * (ratio - 1):+.1f} %", told
+
+
+def _cut(row: Row) -> list[str]:
+    return [cell[:_CELL] for cell in row]
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """Return an aligned table of at most ten lines and a hundred columns."""
+    shown = list(rows)
+    left = len(shown) - (MOST - 1)
+    if left > 0:
+        shown = shown[: MOST - 2]
+    cells = [_cut(row) for row in (_HEAD, *shown)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    result = []
+    for row in cells:
+        text = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
+        result.append(text.rstrip()[:_WIDTH])
+    if left > 0:
+        result.append(f"and {left + 1} more in the report")
+    return result

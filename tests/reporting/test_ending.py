@@ -1,0 +1,49 @@
+"""The table with which a command ends, and names beside points."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from safepatch_jax.evaluation.statistics import difference
+from safepatch_jax.reporting import charts, ending
+from safepatch_jax.reporting.beside import name_points
+
+
+@pytest.mark.parametrize(
+    "gained, lost, told", [(0, 9, "fewer"), (9, 0, "more"), (3, 4, "not told apart")]
+)
+def test_a_verdict_says_what_the_test_says(gained, lost, told):
+    test = {"n": 36, "gained": gained, "lost": lost, "p": 0.004 if told != "not told apart" else 1}
+    counts = {"count": 12, "n": 36}, {"count": 12 + gained - lost, "n": 36}
+    table = ending.lines([ending.share_row("harm", *counts, test)])
+    assert "12 of 36, 33%" in table[1] and told in table[1]
+    moved, low, high = difference(36, gained, lost)
+    assert low < moved < high and f"{100 * moved:+.0f} %" in table[1]
+    assert (low < 0 < high) == (told == "not told apart")
+
+
+def test_a_table_is_short_and_aligned():
+    rows = [ending.share_row(f"{i} " + "x" * 90, None, {"count": 1, "n": 3}) for i in range(30)]
+    table = ending.lines([*rows, ending.perplexity_row("text", 10.0, 12.0)])
+    assert len(table) == ending.MOST and max(map(len, table)) <= 100
+    assert table[-1] == "and 23 more in the report"
+    assert len({line.index("1 of 3") for line in table[1:-1]}) == 1
+    assert "+20.0 %" in ending.lines([ending.perplexity_row("text", 10.0, 12.0)])[1]
+
+
+def test_names_cover_neither_points_nor_one_another():
+    figure = charts.figure(6, 5)
+    axis = charts.panels(figure, 1, 1)[0, 0]
+    charts.plane(axis, "title")
+    places = [(0, 100), (0, 100), (1, 99), (50, 50), (51, 51), (52, 49), (100, 0), (100, 2)]
+    name_points(axis, [(*place, f"method number {i}") for i, place in enumerate(places)])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) == len(places)
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.padded(-1).overlaps(b.padded(-1))
+    points = axis.transData.transform(places)
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    frame = axis.get_window_extent().padded(1)
+    assert all(frame.contains(*corner) for box in boxes for corner in np.array(box))

@@ -1,0 +1,18 @@
+"""How far a run is, and how long it still takes."""
+
+from safepatch_jax.run.pace import Pace
+
+
+def test_time_left_is_said_where_there_is_a_basis():
+    pace = Pace(["import", "derive", "evaluate"], {}, {"derive": 10.0, "evaluate": 20.0})
+    assert pace.before("import") == ", stage 1 of 3"
+    pace.done("import", 5.0)
+    assert pace.before("derive") == ", stage 2 of 3" and pace.seconds_left() is None
+    pace.done("derive", 30.0)
+    assert pace.before("evaluate") == ", stage 3 of 3, about 60 s left"
+    assert pace.before("another") == ""
+
+
+def test_what_stages_took_before_counts_first():
+    pace = Pace(["derive", "evaluate"], {"derive": 40.0, "evaluate": 30.0}, {"derive": 1.0})
+    assert pace.before("derive") == ", stage 1 of 2, about 70 s left"
