@@ -197,7 +197,16 @@ def one_rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(rope, Mapping) or not isinstance(rope.get(FULL), Mapping):
         return raw
     local = rope.get(SLIDING)
+    if isinstance(local, Mapping) and not _is_plain(local):
+        return raw  # refused by `read_rope`, which names it
     out = {**raw, "rope_parameters": rope[FULL]}
     if isinstance(local, Mapping) and local.get("rope_theta") is not None:
         out["rope_local_base_freq"] = local["rope_theta"]
     return out
+
+
+def _is_plain(parameters: Mapping[str, Any]) -> bool:
+    """Say whether rotary positions have a base and nothing else."""
+    told = {name: x for name, x in parameters.items() if x is not None}
+    kind = told.get("rope_type", told.get("type", "default"))
+    return kind == "default" and told.keys() <= _ROPE
