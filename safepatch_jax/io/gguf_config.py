@@ -266,7 +266,7 @@ def _llama3_scaling(plain: DecoderConfig, divisors: Stored, where: str) -> dict[
             f"{shape}. {_FOLDER}."
         )
     # Here: who only looks for a file needs no JAX.
-    from safepatch_jax.models.decoder import rotary_frequencies
+    from safepatch_jax.models.rope import rotary_frequencies
 
     values = divisors.read()
     # Every LLaMA 3.x has these numbers; the factor is that of the slowest rotation.

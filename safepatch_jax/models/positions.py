@@ -58,7 +58,7 @@ def read_rope(
             offenders.append(f"{key} = {parameters!r:.60} (an object is needed)")
             continue
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind not in _KEYS:
+        if not isinstance(kind, str) or kind not in _KEYS:
             names = " or ".join(map(repr, _KEYS))
             offenders.append(f"{key}.rope_type = {kind!r:.60} (supported: {names})")
             continue
@@ -145,6 +145,9 @@ def read_windows(
             f"layer_types = {kinds!r:.100} (needs {layers} times 'full_attention' or "
             "'sliding_attention')"
         )
+        return ()
+    if SLIDING in kinds and not window and "use_sliding_window" not in family.defaults:
+        offenders.append(f"sliding_window = {values.get('sliding_window')!r} (layers have one)")
         return ()
     windows = tuple(window if kind == SLIDING else 0 for kind in kinds)
     return windows if any(windows) else ()

@@ -9,6 +9,7 @@ import pytest
 
 from safepatch_jax.models.config import (
     DecoderConfig,
+    LinearScaling,
     RopeScaling,
     config_from_hf,
     portable_config,
@@ -226,9 +227,12 @@ def meaning(hf):
         "rope_theta": hf.rope_theta,
         **(hf.rope_scaling or {}),
     }
+    rope = rope.get("full_attention", rope)  # Gemma 3: by kind of layer
     scaling = None
     if rope.get("rope_type") == "llama3":
         scaling = RopeScaling(*(rope[k] for k in LLAMA3 if k != "rope_type"))
+    if rope.get("rope_type") == "linear":
+        scaling = LinearScaling(rope["factor"])
     window = getattr(hf, "sliding_window", None) or 0
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
@@ -482,9 +486,9 @@ def test_all_offenders_are_listed(family):
             hidden_act="relu",
             attention_bias=True,
             mlp_bias=True,
-            attention_dropout=0.1,
+            attention_dropout=0.2,
             pretraining_tp=2,
-            rope_scaling={"type": "linear"},
+            rope_scaling={"type": "dynamic"},
             partial_rotary_factor=0.5,
             rope_interleaved=True,
             rope_parameters={"rope_type": "yarn", "factor": 4.0},
@@ -492,13 +496,15 @@ def test_all_offenders_are_listed(family):
         )
     )
     activations = "'gelu' or 'gelu_pytorch_tanh'" if family == "gemma" else "'silu'"
+    if family in ("gemma2", "gemma3_text"):
+        activations = "None or 'gelu_pytorch_tanh'"
     for part in (
         f"hidden_act = 'relu' (supported: {activations})",
         "attention_bias = True (supported: False)",
         "mlp_bias = True (supported: False)",
-        "attention_dropout = 0.1 (supported: 0.0)",
-        "rope_scaling.rope_type = 'linear' (supported: 'default' or 'llama3')",
-        "rope_parameters.rope_type = 'yarn' (supported: 'default' or 'llama3')",
+        "attention_dropout = 0.2 (supported: 0.0",
+        "rope_scaling.rope_type = 'dynamic' (supported: 'default' or 'llama3' or 'linear')",
+        "rope_parameters.rope_type = 'yarn' (supported: 'default' or 'llama3' or 'linear')",
         "partial_rotary_factor = 0.5 (supported: 1.0)",
         "rope_interleaved = True (supported: False)",
         "logit_scale = 2.0 (unknown)",
@@ -614,7 +620,7 @@ def test_values_of_the_wrong_kind(name, value):
     )
 
 
-@pytest.mark.parametrize("value", ["yarn", "linear", "dynamic", "longrope", "su", ["llama3"], None])
+@pytest.mark.parametrize("value", ["yarn", "dynamic", "longrope", "su", ["llama3"], None])
 @pytest.mark.parametrize(
     "key, kind",
     [("rope_parameters", "rope_type"), ("rope_scaling", "rope_type"), ("rope_scaling", "type")],
@@ -623,7 +629,8 @@ def test_other_kinds_of_rope_are_refused(key, kind, value):
     raw = tiny_raw(
         "llama", **{key: {kind: value, "factor": 2.0, "original_max_position_embeddings": 12}}
     )
-    assert f"{key}.rope_type = {value!r} (supported: 'default' or 'llama3')" in refusal(raw)
+    supported = "(supported: 'default' or 'llama3' or 'linear')"
+    assert f"{key}.rope_type = {value!r} {supported}" in refusal(raw)
 
 
 @pytest.mark.parametrize(
@@ -699,7 +706,7 @@ def test_missing_attribute(name):
 @pytest.mark.parametrize("model_type", ["gemma3", None, ["llama"]])
 def test_unknown_family(model_type):
     assert (
-        f"model_type {model_type!r} is not supported; supported: llama, gemma, mistral, qwen2."
+        f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}."
         in refusal(tiny_config() | {"model_type": model_type})
     )
 
