@@ -58,7 +58,7 @@ def read_rope(
             offenders.append(f"{key} = {parameters!r:.60} (an object is needed)")
             continue
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if not isinstance(kind, str) or kind not in _KEYS:
+        if kind not in tuple(_KEYS):  # it may be a list
             names = " or ".join(map(repr, _KEYS))
             offenders.append(f"{key}.rope_type = {kind!r:.60} (supported: {names})")
             continue

@@ -148,7 +148,7 @@ def test_one_tree_for_shapes_initialisation_sharding_and_flax(family, variant, s
         assert {path: x.shape for path, x in tree.items()} == shapes
     assert unnest(table.shardings(sharder)).keys() == shapes.keys()
     assert {x.dtype for x in abstract.values()} == {jnp.dtype(jnp.bfloat16)}
-    constants = {"norm": 0.0 if family == "gemma" else 1.0, "bias": 0.0}
+    constants = {"norm": 0.0 if config.norm_offset else 1.0, "bias": 0.0}
     assert ("bias" in {row.kind for row in table}) == (family == "qwen2")
     for row in table:
         if row.kind in constants:
