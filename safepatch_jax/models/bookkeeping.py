@@ -82,6 +82,9 @@ def quantised_by(raw: Mapping[str, Any]) -> str | None:
         if settings in (None, {}, False):
             continue
         method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        if isinstance(settings, Mapping) and method is None:
+            bits = [name for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
+            method = "bitsandbytes" if bits else None
         if not isinstance(method, str):
             method = "MLX" if key == "quantization" else "an unnamed method"
         return f"{printable(method, 40)}, according to {key}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.models.bookkeeping import DEQUANTISE, FIXED, QUANTISED, is_benign, quantised_by
-from safepatch_jax.models.families import FAMILIES, Family
+from safepatch_jax.models.families import FAMILIES, UNPORTED, Family
 from safepatch_jax.models.positions import (
     LinearScaling,
     RopeScaling,
@@ -143,7 +143,7 @@ def _config_from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise Refused(
             f"{where}: model_type {name!r:.60} is not supported; supported: {', '.join(FAMILIES)}. "
-            "docs/porting.md tells how a family is added."
+            f"{_what_stops(name, raw)}docs/porting.md tells how a family is added."
         )
     if method := quantised_by(raw):
         raise Refused(f"{where}: the weights are quantised ({method}). {DEQUANTISE}.")
@@ -160,7 +160,8 @@ def _config_from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         if any(offender.endswith(_UNKNOWN) for offender in offenders):
             advice = (
                 " An unknown key that means nothing for the forward pass may be deleted from "
-                "config.json."
+                "config.json; for another docs/porting.md (steps 2 to 5) tells how a switch is "
+                "added."
             )
         raise Refused(f"{where}: cannot represent this model: {some(offenders, most=12)}.{advice}")
     heads = raw["num_attention_heads"]
@@ -195,6 +196,14 @@ def _config_from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         **numbers,
         **family.switches,
     )
+
+
+def _what_stops(name: Any, raw: Mapping[str, Any]) -> str:
+    """Say what of an unknown family the decoder has not, as far as it is known or seen."""
+    if isinstance(name, str) and name in UNPORTED:
+        return f"What stops it: {UNPORTED[name]}. "
+    strange = _unsupported(raw, FAMILIES["llama"])
+    return f"What a Llama has not: {some(strange, most=6)}. " if strange else ""
 
 
 def _read_numbers(

@@ -131,7 +131,8 @@ FAMILIES = {
             "eos_token_id": 2,
             "attention_multiplier": 1.0,
         },
-        fixed=_SILU,
+        # Dropout acts in training alone, and training here has none.
+        fixed={**_SILU, "attention_dropout": (0.0, 0.1)},
         numbers={
             "embed_multiplier": "embedding_multiplier",
             "residual_multiplier": "residual_multiplier",
@@ -160,7 +161,7 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
         },
         {"activation": "gelu_tanh", "norm_offset": True, "norms": "both"},
-        _GEMMA,
+        {**_GEMMA, "sliding_window_size": (4096,)},  # in the first releases, and read by nobody
         _PATTERN,
         {
             "query_scalar": "query_pre_attn_scalar",
@@ -194,4 +195,24 @@ FAMILIES = {
         },
         embed_scale=True,
     ),
+}
+
+_EXPERTS = "its feed-forward layers are mixtures of experts, for which the table has no rows"
+_PICTURES = "it reads pictures beside text"
+# What stops a family that people try; docs/porting.md says which step would treat it.
+UNPORTED = {
+    "phi3": (
+        "q, k and v are one tensor (qkv_proj), as are gate and up (gate_up_proj), and a row of the "
+        "table is one tensor (step 4)"
+    ),
+    "gemma3": f"{_PICTURES}; its text model alone (model_type gemma3_text) is supported",
+    "qwen2_vl": _PICTURES,
+    "qwen2_5_vl": _PICTURES,
+    "mllama": _PICTURES,
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "granitemoe": _EXPERTS,
+    "gpt_oss": _EXPERTS,
+    "deepseek_v3": f"{_EXPERTS}, and its keys and values are compressed (MLA)",
 }

@@ -146,6 +146,9 @@ def read_windows(
             "'sliding_attention')"
         )
         return ()
+    if SLIDING in kinds and not window and "use_sliding_window" not in family.defaults:
+        offenders.append(f"sliding_window = {values.get('sliding_window')!r} (layers have one)")
+        return ()
     windows = tuple(window if kind == SLIDING else 0 for kind in kinds)
     return windows if any(windows) else ()
 

@@ -73,7 +73,7 @@ def test_what_changes_the_forward_pass_is_refused(key, value):
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised (gptq"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised (an unnamed method"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised (bitsandbytes"),
         ({"quantization_config": [1]}, "quantised (an unnamed method"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised (MLX"),
     ],

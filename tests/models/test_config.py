@@ -9,6 +9,7 @@ import pytest
 
 from safepatch_jax.models.config import (
     DecoderConfig,
+    LinearScaling,
     RopeScaling,
     config_from_hf,
     portable_config,
@@ -230,6 +231,8 @@ def meaning(hf):
     scaling = None
     if rope.get("rope_type") == "llama3":
         scaling = RopeScaling(*(rope[k] for k in LLAMA3 if k != "rope_type"))
+    if rope.get("rope_type") == "linear":
+        scaling = LinearScaling(rope["factor"])
     window = getattr(hf, "sliding_window", None) or 0
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
@@ -483,7 +486,7 @@ def test_all_offenders_are_listed(family):
             hidden_act="relu",
             attention_bias=True,
             mlp_bias=True,
-            attention_dropout=0.1,
+            attention_dropout=0.2,
             pretraining_tp=2,
             rope_scaling={"type": "dynamic"},
             partial_rotary_factor=0.5,
@@ -499,7 +502,7 @@ def test_all_offenders_are_listed(family):
         f"hidden_act = 'relu' (supported: {activations})",
         "attention_bias = True (supported: False)",
         "mlp_bias = True (supported: False)",
-        "attention_dropout = 0.1 (supported: 0.0)",
+        "attention_dropout = 0.2 (supported: 0.0",
         "rope_scaling.rope_type = 'dynamic' (supported: 'default' or 'llama3' or 'linear')",
         "rope_parameters.rope_type = 'yarn' (supported: 'default' or 'llama3' or 'linear')",
         "partial_rotary_factor = 0.5 (supported: 1.0)",
