@@ -6,6 +6,8 @@ Stored answers keep the whole text; whatever judges, grades or reads one takes t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _BEGIN, _END = "<think>", "</think>"
 _OPENED = re.compile(rf"\s*{_BEGIN}")
@@ -18,6 +20,19 @@ def after_thought(text: str) -> str:
     if end and before.count(_BEGIN) <= 1 and (_BEGIN not in before or _OPENED.match(before)):
         return answer.strip()
     return "" if unfinished(text) else text
+
+
+def unfinished_of(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many stored answers are thoughts without an end.
+
+    Args:
+      rows: with 'answer', 'answers' or 'text', where a model wrote something.
+    """
+    count = 0
+    for row in rows:
+        texts = row.get("answers") or [row.get("answer"), row.get("text")]
+        count += sum(isinstance(text, str) and unfinished(text) for text in texts)
+    return count
 
 
 def unfinished(text: str) -> bool:
