@@ -63,6 +63,11 @@ class Example:
         return self.asked or self.prompt_ids
 
     @property
+    def opening_ids(self) -> tuple[int, ...]:
+        """The ids after which an answer's own text begins, thoughts ended."""
+        return max(self.prompt_ids, self.asked, key=len)
+
+    @property
     def length(self) -> int:
         """How many tokens a model is given; the last answer token is only a target."""
         return len(self.prompt_ids) + len(self.answer_ids) - 1
