@@ -230,7 +230,8 @@ class Chat:
           ValueError: the template does not render the answer after its prompt.
         """
         messages = self._messages(prompt, turns)
-        before, answered = self._parts(messages, answer)
+        opening = self._opening(messages)
+        before, answered = self._parts(opening, messages, answer)
         prompt_ids, whole_ids = self._ids(before), self._ids(before + answered)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             # Not the answer alone: it may get other first tokens (SentencePiece).
@@ -245,18 +246,24 @@ class Chat:
         else:
             answer_ids = answer_ids[: end + 1]
         example = Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
-        asked = self.open_answer(messages)
+        asked = opening
+        if self._format.thinking == SKIP:
+            asked = self.open_answer(messages)
         if asked == before:
             return example
         return dataclasses.replace(example, asked=tuple(self._ids(asked)))
 
-    def _parts(self, messages: Sequence[Mapping[str, Any]], answer: str) -> tuple[str, str]:
+    def _parts(
+        self, before: str, messages: Sequence[Mapping[str, Any]], answer: str
+    ) -> tuple[str, str]:
         """Return what stands before an answer's own text, and the text from there on.
 
         Templates of models that think leave thoughts out, or write an empty one before the answer:
         it is part of what stands before.
+
+        Args:
+          before: see `_opening`.
         """
-        before = self._opening(messages)
         whole = self.render([*messages, {"role": "assistant", "content": answer}])
         stem = before
         if not whole.startswith(before):
