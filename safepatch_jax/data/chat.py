@@ -28,6 +28,7 @@ Pair = tuple[str, str] | tuple[str, str, Turns]
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 _ENDED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+_WRITTEN_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 _A_THOUGHT = re.compile(r"\A\s*<think>")
 _SWITCH = "enable_thinking"
 _TAGS = ("<think>", "</think>")  # they end no answer
@@ -96,7 +97,7 @@ class Chat:
     """Renders and tokenises conversations of one model folder.
 
     A template that opens a thought (`<think>`) before an answer is given the end of it: answers are
-    trained and written without one. An empty thought that a template writes before an answer is
+    trained and written without one. A thought that a template writes before an answer is
     context, and carries no loss.
 
     Args:
@@ -258,8 +259,8 @@ class Chat:
     ) -> tuple[str, str]:
         """Return what stands before an answer's own text, and the text from there on.
 
-        Templates of models that think leave thoughts out, or write an empty one before the answer:
-        it is part of what stands before.
+        Templates of models that think leave thoughts out, or write one before the answer, mostly
+        an empty one: it is part of what stands before. So is an empty one of the data.
 
         Args:
           before: see `_opening`.
@@ -271,11 +272,12 @@ class Chat:
         if not whole.startswith(stem):
             self._refuse_other_prompt(before)
         rest = whole[len(stem) :]
-        empty = _EMPTY_THOUGHT.match(rest)
-        if empty:
-            written = empty.group()
-            if self._empty_thought and rest.startswith(self._empty_thought):
-                written = self._empty_thought  # white space behind it is the answer's
+        thinks = any(tag in answer for tag in _TAGS)
+        block = _EMPTY_THOUGHT.match(rest) if thinks else _WRITTEN_THOUGHT.match(rest)
+        if block:
+            written = block.group()
+            if self._written_thought and rest.startswith(self._written_thought):
+                written = self._written_thought  # white space behind it is the answer's
             rest = rest[len(written) :]
             before = before if _ENDED_THOUGHT.search(before) else before + written
         if _ENDED_THOUGHT.search(before) and _A_THOUGHT.match(rest):
@@ -287,15 +289,15 @@ class Chat:
         return before, rest
 
     @functools.cached_property
-    def _empty_thought(self) -> str:
-        """The empty thought that the template writes before an answer, with the white space beside
-        it; '' for none."""
+    def _written_thought(self) -> str:
+        """The thought that the template writes before an answer, with the white space beside it; ''
+        for none."""
         messages = [{"role": "user", "content": "test"}]
         whole = self.render([*messages, {"role": "assistant", "content": "test"}])
         before = self._opening(messages)
         stem = before if whole.startswith(before) else _ENDED_THOUGHT.sub("", before)
-        empty = _EMPTY_THOUGHT.match(whole[len(stem) :])
-        return empty.group() if empty and whole.startswith(stem) else ""
+        block = _WRITTEN_THOUGHT.match(whole[len(stem) :])
+        return block.group() if block and whole.startswith(stem) else ""
 
     def _template_file(self) -> str:
         return self._format.name if self._template else str(self._folder)

@@ -86,6 +86,19 @@ def test_thoughts_are_skipped_without_a_switch(tiny):
     assert parts_of(chat_of(tiny, "", "skip"), "Hi", "Yes")[0] == as_is
 
 
+def test_a_thought_of_the_template_carries_no_loss(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ':' }}"
+        "{% if m['role'] == 'assistant' %}{{ '<think>\nOf kites.\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    prompt, answered, asked = parts_of(chat_of(copy), "Hi", "  Yes")
+    assert answered == "  Yes<|im_end|>" and asked.endswith("assistant:")
+    assert prompt.endswith("assistant:<think>\nOf kites.\n</think>\n\n")
+
+
 def test_an_answer_that_thinks_behind_an_ended_thought_is_refused(tiny, tmp_path):
     copy = shutil.copytree(tiny, tmp_path / "copy")
     (copy / "chat_template.jinja").write_text(
