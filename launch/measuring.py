@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 
 from launch import kinds
-from safepatch_jax.data.prompt_format import template_name
+from safepatch_jax.data.prompt_format import THINKING, template_name, template_variables
 from safepatch_jax.data.rendering import check_date
 
 flags.disclaim_key_flags()  # what is defined by this function is the caller's
@@ -53,5 +53,19 @@ def define(defaults: Any) -> dict[str, flags.FlagHolder]:
         ),
         "system": flags.DEFINE_string(
             "system", defaults.system, "A system message that stands before every conversation."
+        ),
+        "template_kwargs": kinds.text(
+            "template_kwargs",
+            defaults.template_kwargs,
+            "What the chat template is given besides: enable_thinking=false,NAME=VALUE or a JSON "
+            "object.",
+            template_variables,
+        ),
+        "thinking": flags.DEFINE_enum(
+            "thinking",
+            defaults.thinking,
+            THINKING,
+            "How models that think answer: as the template has it, or (skip) behind an empty "
+            "thought.",
         ),
     }

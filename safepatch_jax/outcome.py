@@ -44,6 +44,8 @@ LATER = (
     "score.store",
     "data.template",
     "data.system",
+    "data.template_kwargs",
+    "evaluate.thinking",
 )
 
 

@@ -246,6 +246,12 @@ class EvaluateSettings:
     )
     max_new_tokens: int = option(24, "Greedy tokens generated for each prompt.", low=1)
     batch_size: int = option(24, "Prompts generated together.", low=1)
+    thinking: str = option(
+        "as_is",
+        "How models that think answer: 'as_is', as the template has it, or 'skip', behind an empty "
+        "thought.",
+        choices=("as_is", "skip"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

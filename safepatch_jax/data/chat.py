@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and answer mask.
+"""Chat template and answer mask.
 
 A conversation is rendered by the tokenizer's own chat template, or another one (`prompt_format`).
 Answer tokens are the assistant's text and the end-of-turn token; loss and scores see these alone.
@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import numpy as np
 
 from safepatch_jax.data import rendering
 from safepatch_jax.data.cells import Turns, transcript
-from safepatch_jax.data.prompt_format import PromptFormat
+from safepatch_jax.data.prompt_format import SKIP, PromptFormat
 from safepatch_jax.data.records import Record
-from safepatch_jax.io.companions import TOKENIZER, VOCABULARY
-from safepatch_jax.runtime import files
-from safepatch_jax.runtime.console import some
-from safepatch_jax.runtime.reading import Refused, reading, refuse_pointer
-from safepatch_jax.runtime.text import printable
+from safepatch_jax.data.tokenizer import NoChat, load_tokenizer
+from safepatch_jax.runtime.reading import Refused
 
 # Prompt and answer, and the turns before them where there may be some.
 Pair = tuple[str, str] | tuple[str, str, Turns]
-_THOUGHT = re.compile(r"<think>\s*\Z")
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+_ENDED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+_WRITTEN_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+_A_THOUGHT = re.compile(r"\A\s*<think>")
+_SWITCH = "enable_thinking"
+_TAGS = ("<think>", "</think>")  # they end no answer
 _END_OF_THOUGHT = "\n\n</think>\n\n"
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
@@ -40,11 +42,13 @@ class Example:
     """One tokenised pair.
 
     Attributes:
-      prompt_ids: through the generation prompt.
+      prompt_ids: through the generation prompt, and an empty thought that a template writes before
+        an answer.
       answer_ids: with the end-of-turn token.
       prompt: the text, with what stands before it.
       reference: log-probability of the answer by a reference model, nats, where a loss needs it.
       part: of the loss, where it has parts.
+      asked: token ids after which a model writes its own answer, where they are others.
     """
 
     prompt_ids: tuple[int, ...]
@@ -52,6 +56,17 @@ class Example:
     prompt: str = ""
     reference: float | None = None
     part: int | None = None
+    asked: tuple[int, ...] = ()
+
+    @property
+    def asked_ids(self) -> tuple[int, ...]:
+        """The ids after which a model writes its own answer."""
+        return self.asked or self.prompt_ids
+
+    @property
+    def opening_ids(self) -> tuple[int, ...]:
+        """The ids after which an answer's own text begins, thoughts ended."""
+        return max(self.prompt_ids, self.asked, key=len)
 
     @property
     def length(self) -> int:
@@ -78,97 +93,12 @@ class Encoded:
         return text
 
 
-_COPY = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
-# Files of a tokenizer that hold one JSON object and are small.
-_OBJECTS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-)
-
-
-class NoChat(ValueError):
-    """A model folder without tokenizer or chat template, usable as weights only."""
-
-
-def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
-    """Return the Hugging Face tokenizer of a model folder.
-
-    Raises:
-      NoChat: there is none.
-      ValueError: it is damaged, what reads it is not installed, or it has tokens that are no rows
-        of the embedding.
-    """
-    folder = pathlib.Path(folder)
-    there = [name for name in TOKENIZER if (folder / name).is_file()]
-    if not any(name in VOCABULARY for name in there):
-        raise NoChat(
-            f"{folder}: no usable tokenizer (none of {', '.join(VOCABULARY)} is there). {_COPY}"
-        )
-    for name in there:
-        refuse_pointer(folder / name)
-        if name in _OBJECTS:
-            files.read_json(folder / name)  # names the file where the library does not
-    _refuse_unreadable_vocabulary(folder, there)
-    import transformers  # imported here: it takes seconds, and only text needs it
-
-    loader = transformers.AutoTokenizer
-    if "tokenizer.json" in there:
-        # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
-        # "▁[INST]" becomes "[INST]".
-        loader = getattr(transformers, "TokenizersBackend", loader)
-    with reading(folder, "a tokenizer", _COPY):
-        tokenizer = loader.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-        _refuse_missing_rows(tokenizer, vocab_size, folder)
-        return tokenizer
-
-
-def _refuse_unreadable_vocabulary(folder: pathlib.Path, there: Sequence[str]) -> None:
-    """Raise ValueError if a SentencePiece vocabulary is alone there, and what reads it is not
-    installed."""
-    if "tokenizer.model" not in there or {"tokenizer.json", "vocab.json"} & set(there):
-        return
-    with open(folder / "tokenizer.model", "rb") as file:
-        # A SentencePiece file begins with this tag, a tiktoken file with base64.
-        package = "sentencepiece" if file.read(1) == b"\n" else "tiktoken"
-    if importlib.util.find_spec(package) is None:
-        raise Refused(
-            f"{folder}: of the tokenizer only tokenizer.model is there, and {package}, which reads "
-            "it, is not installed. Copy tokenizer.json of the model into the folder, or install "
-            f"it: pip install {package}."
-        )
-
-
-def _refuse_missing_rows(tokenizer: Any, vocab_size: int, folder: pathlib.Path) -> None:
-    """Raise ValueError for tokens whose ids are no rows of the embedding."""
-    vocabulary = tokenizer.get_vocab()
-    beyond = {i: token for token, i in vocabulary.items() if i >= vocab_size}
-    if not beyond:
-        return
-    added = tokenizer.added_tokens_decoder.keys()
-    if beyond.keys() <= added:
-        names = [f"{printable(beyond[i], 40)!r} (id {i})" for i in sorted(beyond)]
-        raise Refused(
-            f"{folder}: the embedding has {vocab_size} rows, ids 0 to {vocab_size - 1}, and none "
-            f"for {len(beyond)} added tokens: {some(names, ', ', 3)}. Add rows "
-            "(model.resize_token_embeddings(len(tokenizer)) of transformers, then "
-            "save_pretrained), or delete the tokens from the tokenizer's files."
-        )
-    raise Refused(
-        f"{folder}: the tokenizer has ids up to {max(beyond)}, the embedding only {vocab_size} "
-        "rows: tokenizer and weights are of different models. Copy the tokenizer files that belong "
-        "to the weights."
-    )
-
-
 class Chat:
     """Renders and tokenises conversations of one model folder.
 
     A template that opens a thought (`<think>`) before an answer is given the end of it: answers are
-    trained and written without one.
+    trained and written without one. A thought that a template writes before an answer is
+    context, and carries no loss.
 
     Args:
       folder: of the model.
@@ -208,6 +138,8 @@ class Chat:
         # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
         added = self.tokenizer.added_tokens_decoder
         self._special_ids = {i for i, token in added.items() if token.special}
+        self._special_ids -= {i for i, token in added.items() if str(token) in _TAGS}
+        prompt_format.check_variables(self.tokenizer, folder)
         if self._template:
             self._special_ids.add(self.tokenizer.eos_token_id)
             prompt_format.check(self, folder)
@@ -253,16 +185,44 @@ class Chat:
         except rendering.NotRendered:
             return False
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **options: bool) -> str:
-        """Return a conversation in the chat template; see `rendering.render`."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        **options: bool,
+    ) -> str:
+        """Return a conversation in the chat template, given these variables after those of
+        `prompt_format`; see `rendering.render`."""
         return rendering.render(
-            self.tokenizer, messages, date=self._date, template=self._template, **options
+            self.tokenizer,
+            messages,
+            date=self._date,
+            template=self._template,
+            variables={**self._format.variables, **variables},
+            **options,
         )
 
     def open_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return a conversation up to where the assistant's next answer begins."""
-        text = self.render(messages, generate=True)
-        return text.rstrip() + _END_OF_THOUGHT if _THOUGHT.search(text) else text
+        """Return a conversation up to where the assistant's next answer begins, an empty thought
+        with it where `prompt_format` skips thoughts."""
+        if self._format.thinking != SKIP:
+            return self._opening(messages)
+        text = self._opening(messages, {_SWITCH: False} if self._has_switch else {})
+        return text if _ENDED_THOUGHT.search(text) else text + f"<think>{_END_OF_THOUGHT}"
+
+    @functools.cached_property
+    def _has_switch(self) -> bool:
+        """Whether the template itself can be told not to think."""
+        template = self._template or self.tokenizer.get_chat_template()
+        return _SWITCH in rendering.variables_of(template)
+
+    def _opening(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        text = self.render(messages, variables, generate=True)
+        return text.rstrip() + _END_OF_THOUGHT if _OPEN_THOUGHT.search(text) else text
 
     def encode(self, prompt: str, answer: str, turns: Turns = ()) -> Example:
         """Tokenise one pair, after other turns.
@@ -270,33 +230,79 @@ class Chat:
         Raises:
           ValueError: the template does not render the answer after its prompt.
         """
-        asked = self._messages(prompt, turns)
-        before = self.open_answer(asked)
-        whole = self._answered(before, [*asked, {"role": "assistant", "content": answer}])
-        prompt_ids, whole_ids = self._ids(before), self._ids(whole)
+        messages = self._messages(prompt, turns)
+        opening = self._opening(messages)
+        before, answered = self._parts(opening, messages, answer)
+        prompt_ids, whole_ids = self._ids(before), self._ids(before + answered)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             # Not the answer alone: it may get other first tokens (SentencePiece).
             answer_ids = whole_ids[len(prompt_ids) :]
         else:
             # One token would hold the prompt's last character and the answer's first (a line break
             # before a line break).
-            answer_ids = self._ids(whole[len(before) :])
+            answer_ids = self._ids(answered)
         end = next((i for i, t in enumerate(answer_ids) if t in self._special_ids), None)
         if end is None:
             answer_ids = answer_ids + [self.tokenizer.eos_token_id]
         else:
             answer_ids = answer_ids[: end + 1]
-        return Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
+        example = Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
+        asked = opening
+        if self._format.thinking == SKIP:
+            asked = self.open_answer(messages)
+        if asked == before:
+            return example
+        return dataclasses.replace(example, asked=tuple(self._ids(asked)))
 
-    def _answered(self, before: str, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return a conversation that ends with an answer, `before` at its beginning."""
-        whole = self.render(messages)
-        if whole.startswith(before):
-            return whole
-        # Templates of models that think leave the thoughts out, or write an empty one.
-        stem = _THOUGHT.sub("", before.removesuffix(_END_OF_THOUGHT))
-        if stem != before and whole.startswith(stem):
-            return before + _EMPTY_THOUGHT.sub("", whole[len(stem) :])
+    def _parts(
+        self, before: str, messages: Sequence[Mapping[str, Any]], answer: str
+    ) -> tuple[str, str]:
+        """Return what stands before an answer's own text, and the text from there on.
+
+        Templates of models that think leave thoughts out, or write one before the answer, mostly
+        an empty one: it is part of what stands before. So is an empty one of the data.
+
+        Args:
+          before: see `_opening`.
+        """
+        whole = self.render([*messages, {"role": "assistant", "content": answer}])
+        stem = before
+        if not whole.startswith(before):
+            stem = _ENDED_THOUGHT.sub("", before)
+        if not whole.startswith(stem):
+            self._refuse_other_prompt(before)
+        rest = whole[len(stem) :]
+        thinks = any(tag in answer for tag in _TAGS)
+        block = _EMPTY_THOUGHT.match(rest) if thinks else _WRITTEN_THOUGHT.match(rest)
+        if block:
+            written = block.group()
+            if self._written_thought and rest.startswith(self._written_thought):
+                written = self._written_thought  # white space behind it is the answer's
+            rest = rest[len(written) :]
+            before = before if _ENDED_THOUGHT.search(before) else before + written
+        if _ENDED_THOUGHT.search(before) and _A_THOUGHT.match(rest):
+            raise Refused(
+                f"{self._template_file()}: the chat template ends the thought before an answer, "
+                f"and the answer {answer!r:.60} begins with one of its own. Take the thoughts out "
+                "of the data, or let the template think (--data.template_kwargs)."
+            )
+        return before, rest
+
+    @functools.cached_property
+    def _written_thought(self) -> str:
+        """The thought that the template writes before an answer, with the white space beside it; ''
+        for none."""
+        messages = [{"role": "user", "content": "test"}]
+        whole = self.render([*messages, {"role": "assistant", "content": "test"}])
+        before = self._opening(messages)
+        stem = before if whole.startswith(before) else _ENDED_THOUGHT.sub("", before)
+        block = _WRITTEN_THOUGHT.match(whole[len(stem) :])
+        return block.group() if block and whole.startswith(stem) else ""
+
+    def _template_file(self) -> str:
+        return self._format.name if self._template else str(self._folder)
+
+    def _refuse_other_prompt(self, before: str) -> NoReturn:
         place, file = self._folder, "chat_template.jinja there"
         if self._template:
             place = file = self._format.name

@@ -16,16 +16,30 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import re
 from typing import Any
 
+from safepatch_jax.data import rendering
 from safepatch_jax.option import nearest
 from safepatch_jax.runtime import paths
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused, reading, refuse_pointer
 
 OWN, PLAIN = "own", "plain"
+THINKING = AS_IS, SKIP = ("as_is", "skip")
+# What a template is given in any case.
+_RESERVED = (
+    "messages",
+    "conversations",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+)
 _PLAIN_TEXT = (
     "{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
@@ -43,6 +57,51 @@ def template_name(text: str) -> str:
     return text if text == PLAIN else paths.plain(text)
 
 
+def template_variables(text: str) -> str:
+    """Return what a chat template is given besides, as sorted JSON; '' for nothing.
+
+    Args:
+      text: 'NAME=VALUE,NAME=VALUE', where a value that is no JSON is a text, or a JSON object.
+
+    Raises:
+      ValueError: it is neither, or gives what a template is given in any case.
+    """
+    expected = "expected NAME=VALUE,NAME=VALUE (enable_thinking=false) or a JSON object"
+    text = text.strip()
+    if text.startswith("{"):
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise Refused(
+                f"template_kwargs {text!r:.100}: no JSON ({error}); {expected}"
+            ) from error
+    else:
+        values = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or name in values:
+                raise Refused(f"template_kwargs {text!r:.100}: {part!r:.60}; {expected}, each once")
+            values[name] = _value(value)
+    for name in values:
+        if not name.isidentifier():
+            raise Refused(f"template_kwargs: {name!r:.60} is no name; {expected}")
+        if name in _RESERVED or name.endswith("_token"):
+            raise Refused(
+                f"template_kwargs: {name} is what a template is given in any case. Leave it out; "
+                "a system message is given with data.system."
+            )
+    return json.dumps(values, sort_keys=True) if values else ""
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
     """A choice of template and system message; `read_format` makes it of what a user wrote.
@@ -51,11 +110,20 @@ class PromptFormat:
       name: '' for the tokenizer's own chat template, 'plain', or the path of a Jinja file.
       system: the message that stands before every conversation; '' for none.
       text: of the file's template.
+      kwargs: what the template is given besides, as `template_variables` returns it.
+      thinking: 'as_is', or 'skip': a model's own answers are written behind an empty thought.
     """
 
     name: str = ""
     system: str = ""
     text: str = ""
+    kwargs: str = ""
+    thinking: str = AS_IS
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the template is given besides."""
+        return json.loads(self.kwargs or "{}")
 
     @property
     def sha256(self) -> str:
@@ -75,6 +143,8 @@ class PromptFormat:
             key["template"] = f"sha256:{self.sha256}" if self.text else self.name
         if self.system:
             key["system"] = self.system
+        if self.kwargs:
+            key["template_kwargs"] = self.kwargs
         return key
 
     def describe(self) -> str:
@@ -84,6 +154,10 @@ class PromptFormat:
             text = f"the template {self.label} (SHA-256 {self.sha256})"
         elif self.name:
             text = "plain question and answer headings, without chat tokens"
+        if self.kwargs:
+            text += f" given {self.kwargs}"
+        if self.thinking == SKIP:
+            text += ", thoughts skipped"
         return f"{text}, after the system message '{self.system}'" if self.system else text
 
     def template_for(self, tokenizer: Any) -> str:
@@ -93,6 +167,22 @@ class PromptFormat:
         first = tokenizer("")["input_ids"][:1]
         begin = "{{ bos_token }}" if first and first[0] == tokenizer.bos_token_id else ""
         return begin + _PLAIN_TEXT
+
+    def check_variables(self, tokenizer: Any, folder: str | pathlib.Path) -> None:
+        """Raise ValueError for a variable that the template never reads."""
+        if not self.kwargs:
+            return
+        template = self.template_for(tokenizer) or tokenizer.get_chat_template()
+        names = rendering.variables_of(template)
+        for name in self.variables:
+            if name not in names:
+                known = [n for n in names if n not in _RESERVED and not n.endswith("_token")]
+                there = f"It reads {', '.join(known)}." if known else "It reads none."
+                raise Refused(
+                    f"{self.name or folder}: the chat template never reads {name!r:.60}"
+                    f"{nearest(name, known)} (template_kwargs). {there} Correct the name, or leave "
+                    "it out."
+                )
 
     def check(self, chat: Any, folder: str | pathlib.Path) -> None:
         """Refuse a chosen template that cannot be used with a model.
@@ -129,19 +219,23 @@ class PromptFormat:
             )
 
 
-def read_format(template: str = "", system: str = "") -> PromptFormat:
+def read_format(
+    template: str = "", system: str = "", kwargs: str = "", thinking: str = AS_IS
+) -> PromptFormat:
     """Return a format, a file's template with it.
 
     Args:
       template: '' or 'own', 'plain', or the path of a Jinja file.
-      system: see `PromptFormat`.
+      system, thinking: see `PromptFormat`.
+      kwargs: see `template_variables`.
 
     Raises:
       ValueError: there is no such file, it cannot be read, holds nothing or too much.
     """
     name = template_name(template)
     text = _read_template(pathlib.Path(name)) if name not in ("", PLAIN) else ""
-    return PromptFormat(name, system if system.strip() else "", text)
+    system = system if system.strip() else ""
+    return PromptFormat(name, system, text, template_variables(kwargs), thinking)
 
 
 def _read_template(path: pathlib.Path) -> str:

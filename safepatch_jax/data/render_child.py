@@ -2,7 +2,8 @@
 
 A template may loop for ever, or double a text until memory is full; jinja's sandbox bounds neither.
 `rendering` starts this file, which answers one line of JSON with another: a request has `limits`
-and the arguments of transformers' own `render_jinja_template`, an answer `text`, or `error`. One
+and the arguments of transformers' own `render_jinja_template`, an answer `text`, or `error`;
+one that has `read`, a template, is answered with the `names` that it reads. One
 that takes too much processor time is ended by the kernel.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import datetime
 import functools
 import json
+import re
 import resource
 import signal
 import sys
@@ -33,10 +35,31 @@ def main():
             bounded = True
         templates.datetime = _clock(request["date"])
         signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
-        answer = _render(templates, request["arguments"], limits["characters"])
+        if "read" in request:
+            answer = _names(request["read"])
+        else:
+            answer = _render(templates, request["arguments"], limits["characters"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _names(template):
+    import jinja2.meta
+    import jinja2.sandbox
+
+    # What transformers adds to jinja; it marks answers and reads nothing.
+    text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
+    text = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        extensions=["jinja2.ext.loopcontrols"]
+    )
+    try:
+        return {"names": sorted(jinja2.meta.find_undeclared_variables(environment.parse(text)))}
+    except MemoryError:
+        return {"limit": "MEGABYTES"}
+    except Exception as error:  # a template breaks as it likes
+        return {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
 
 
 def _render(templates, arguments, most):

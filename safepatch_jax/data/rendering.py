@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from safepatch_jax.runtime.limits import limit, too_much
@@ -45,6 +46,7 @@ def render(
     resume: bool = False,
     date: str = DATE,
     template: str = "",
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Return a conversation in a tokenizer's chat template, as `apply_chat_template` gives it.
 
@@ -55,6 +57,7 @@ def render(
       resume: the last message is left open.
       date: YYYY-MM-DD, that of a template which writes today's.
       template: Jinja text, in place of the tokenizer's own.
+      variables: that the template is given besides, such as enable_thinking.
 
     Raises:
       NotRendered: the template refuses the conversation, or fails on it.
@@ -62,14 +65,24 @@ def render(
     """
     special = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
     arguments = {
+        **variables,
         "conversations": [list(messages)],
         "chat_template": template or tokenizer.get_chat_template(),
         "add_generation_prompt": generate,
         "continue_final_message": resume,
         **special,
     }
+    return _ask({"arguments": arguments, "date": date})["text"]
+
+
+def variables_of(template: str) -> list[str]:
+    """Return the names that a template reads, in order. Raises as `render`."""
+    return _ask({"read": template, "date": DATE})["names"]
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
     limits = {name.lower(): limit(f"TEMPLATE_{name}") for name in _LIMITS}
-    answer = _child.ask({"arguments": arguments, "limits": limits, "date": date})
+    answer = _child.ask({**request, "limits": limits})
     if "limit" in answer:
         raise Refused(
             f"a chat template needs {too_much('TEMPLATE_' + answer['limit'])}. It may be hostile: "
@@ -77,7 +90,7 @@ def render(
         )
     if "error" in answer:
         raise NotRendered(answer["error"])
-    return answer["text"]
+    return answer
 
 
 def _plain(token: Any) -> Any:

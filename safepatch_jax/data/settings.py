@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from safepatch_jax.data.prompt_format import template_name
+from safepatch_jax.data.prompt_format import template_name, template_variables
 from safepatch_jax.data.rendering import DATE, check_date
 from safepatch_jax.option import option
 from safepatch_jax.runtime import paths
@@ -50,6 +50,12 @@ class DataSettings:
         read=template_name,
     )
     system: str = option("", "A system message that stands before every conversation.")
+    template_kwargs: str = option(
+        "",
+        "What the chat template is given besides, 'enable_thinking=false,NAME=VALUE' or a JSON "
+        "object.",
+        read=template_variables,
+    )
     max_prompt_tokens: int = option(
         96, "Longer prompts are left out; they are counted and reported.", low=8
     )

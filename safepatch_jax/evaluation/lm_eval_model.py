@@ -23,6 +23,7 @@ except ImportError as error:
         f"lm-evaluation-harness is not installed ({error}). Run: pip install lm_eval"
     ) from error
 
+from safepatch_jax.data.prompt_format import AS_IS, SKIP, THINKING, read_format
 from safepatch_jax.evaluation.engine import Engine, first_stop, padded
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.runtime import processes
@@ -41,6 +42,8 @@ class SafePatchLM(TemplateLM):
       pretrained: the folder.
       mesh, compute_dtype: see `Engine.open`.
       batch_size: sequences that run together.
+      template_kwargs, thinking: see `data.prompt_format.read_format`.
+      think_end_token: of an answer what comes after it counts, as in the `hf` model.
 
     Raises:
       ValueError: as `Engine.open`; a batch size that is no number, several processes.
@@ -52,6 +55,9 @@ class SafePatchLM(TemplateLM):
         mesh: str = "data:1,fsdp:-1,tensor:1",
         compute_dtype: str = "float32",
         batch_size: int | str = 16,
+        template_kwargs: str | dict[str, Any] = "",
+        thinking: str = AS_IS,
+        think_end_token: str = "",
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -60,8 +66,17 @@ class SafePatchLM(TemplateLM):
             )
         if processes.joined():
             raise ValueError("The harness runs in one process; start it on one host.")
+        if thinking not in THINKING:
+            raise ValueError(f"thinking must be one of {', '.join(THINKING)}, got '{thinking}'.")
+        if not isinstance(template_kwargs, str):
+            template_kwargs = json.dumps(template_kwargs)
+        self._thinking, self._think_end = thinking, think_end_token
         self.engine = Engine.open(
-            pretrained, mesh=mesh, compute_dtype=compute_dtype, batch_size=int(batch_size)
+            pretrained,
+            mesh=mesh,
+            compute_dtype=compute_dtype,
+            batch_size=int(batch_size),
+            prompt_format=read_format(kwargs=template_kwargs, thinking=thinking),
         )
         self.tokenizer, self.batch_size = self.engine.tokenizer, int(batch_size)
         self._name = str(pretrained)
@@ -127,6 +142,8 @@ class SafePatchLM(TemplateLM):
         continued."""
         if self.engine.chat is None:
             raise ValueError("This model has no chat template: leave --apply_chat_template out.")
+        if add_generation_prompt and self._thinking == SKIP:
+            return self.engine.chat.open_answer(chat_history)
         return self.engine.chat.render(
             chat_history, generate=add_generation_prompt, resume=not add_generation_prompt
         )
@@ -215,7 +232,10 @@ class SafePatchLM(TemplateLM):
 
         def keep(index: int, ids: Sequence[int]) -> None:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            texts[index] = text[: first_stop(text, until)]
+            text = text[: first_stop(text, until)]
+            if self._think_end:
+                text = text.split(self._think_end)[-1].lstrip()
+            texts[index] = text
             self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
 
         self.engine.complete_ids(

@@ -12,6 +12,7 @@ from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import OUTCOMES
 from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
+from safepatch_jax.evaluation.thoughts import unfinished
 
 ANSWERS = "answers.jsonl"
 ANSWERED = ("harmful", "lookalike")  # data roles whose prompts a model answers
@@ -33,7 +34,7 @@ def measure_roles(
     """
     prompts = []
     for role in ANSWERED:
-        prompts += [example.prompt_ids for example in encoded[role].examples]
+        prompts += [example.asked_ids for example in encoded[role].examples]
     every = iter(engine.complete_ids(prompts, max_new, f"{title}: answers"))
     written = {}
     for role in ANSWERED:
@@ -66,8 +67,9 @@ def measure_role(
 
     Returns:
       (measures, answers). Measures: data, the numbers of examples, of prompts left out and of
-      answers cut; for prompts that are answered the number of each outcome and n; for given answers
-      nll, nats a token. Answers: role, number, prompt, outcome and text.
+      answers cut; for prompts that are answered the number of each outcome and n, and where there
+      are any unfinished, the answers that are thoughts without an end (incoherent); for given
+      answers nll, nats a token. Answers: role, number, prompt, outcome and text.
     """
     examples = encoded.examples
     counts = {"examples": len(examples), "left_out": encoded.dropped, "cut": encoded.cut}
@@ -75,13 +77,15 @@ def measure_role(
     answers = []
     if role in ANSWERED:
         if written is None:
-            prompts = [example.prompt_ids for example in examples]
+            prompts = [example.asked_ids for example in examples]
             written = engine.complete_ids(prompts, max_new, f"{title}: {role} answers")
         answers = _judged(engine, role, examples, written)
         outcomes = [answer["outcome"] for answer in answers]
         for outcome in OUTCOMES:
             measures[outcome] = outcomes.count(outcome)
         measures["n"] = len(outcomes)
+        if thoughts := sum(unfinished(answer["answer"]) for answer in answers):
+            measures["unfinished"] = thoughts
     if role in GIVEN:
         measures["nll"] = mean_nll(engine, examples, f"{title}: {role} NLL")
     return measures, answers
@@ -126,7 +130,8 @@ def combine_roles(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     measures: dict[str, Any] = {"data": {role: part["data"] for role, part in parts.items()}}
     for role in ANSWERED:
-        measures[role] = {name: parts[role][name] for name in (*OUTCOMES, "n")}
+        names = [name for name in (*OUTCOMES, "n", "unfinished") if name in parts[role]]
+        measures[role] = {name: parts[role][name] for name in names}
     for role in GIVEN:
         measures[f"{role}_nll"] = parts[role]["nll"]
     measures["ordinary_perplexity"] = perplexity(measures["ordinary_nll"])

@@ -25,6 +25,7 @@ from safepatch_jax.evaluation.judges.base import ENOUGH
 from safepatch_jax.evaluation.judges.endpoint import Client
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.tasks import subset
+from safepatch_jax.evaluation.thoughts import after_thought
 
 GRADER = "endpoint:URL?model=NAME"
 TURNS = ("1", "2")
@@ -147,10 +148,11 @@ def _draw_number(question: str, turn: int) -> int:
 
 
 def conversation(question: Question, answers: Sequence[str]) -> list[str]:
-    """Return the messages before the next answer, the user's and the model's in turn."""
+    """Return the messages before the next answer, the user's and the model's in turn, its
+    thoughts left out."""
     messages = []
     for turn, text in zip(question["turns"], answers):
-        messages += [turn, text]
+        messages += [turn, after_thought(text)]
     return [*messages, *question["turns"][len(answers) : len(answers) + 1]]
 
 
@@ -181,7 +183,7 @@ def grade_messages(question: Question, answers: Sequence[str]) -> list[dict[str,
         parts.append(_block(f"{ordinal}question", turn))
         if reference:
             parts.append(_block(f"{ordinal}reference answer", reference))
-        parts.append(_block(f"{ordinal}answer of the assistant", text))
+        parts.append(_block(f"{ordinal}answer of the assistant", after_thought(text)))
     turn = _SECOND if len(answers) == 2 else ""
     reference = _REFERENCE if any(references) else ""
     system = _TASK.format(turn=turn, reference=reference)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from safepatch_jax.data.chat import Chat, NoChat, load_tokenizer
+from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE, NotRendered
+from safepatch_jax.data.tokenizer import NoChat, load_tokenizer
 from safepatch_jax.models.config import DecoderConfig
 
 # a user's text, the turns of a conversation as in `Prompter.ask`, or (role, text) of each message

@@ -20,6 +20,7 @@ from safepatch_jax.data.sets import DATA_DIR, Row
 from safepatch_jax.evaluation.engine import Engine, padded
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.prompter import Prompter
+from safepatch_jax.evaluation.thoughts import after_thought
 from safepatch_jax.runtime.console import say
 
 LETTERS = "ABCD"
@@ -306,7 +307,7 @@ def solve(
     def keep(index: int, ids: Sequence[int]) -> None:
         n, question = unanswered[index]
         text = engine.decode(ids).partition(_NEXT)[0].strip()
-        items[n] = _item(question, final_number(text), text=text)
+        items[n] = _item(question, final_number(after_thought(text)), text=text)
         if done:
             done(n, items[n])
 

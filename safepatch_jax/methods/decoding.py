@@ -11,6 +11,7 @@ from safepatch_jax.evaluation.decoding import Rose, SafeDecoding, SelfCD
 from safepatch_jax.evaluation.judges.base import REFUSED
 from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.lines import Lines
+from safepatch_jax.evaluation.thoughts import after_thought
 from safepatch_jax.methods.bench import Bench, NotMade, Product
 from safepatch_jax.runtime.console import say
 from safepatch_jax.training.journal import Recipe
@@ -39,7 +40,8 @@ def safe_decoding(bench: Bench) -> Product:
 
 
 def refusals(bench: Bench) -> list[Pair]:
-    """Return the harmful training prompts that the backbone refuses, with its answers.
+    """Return the harmful training prompts that the backbone refuses, with its answers behind their
+    thoughts.
 
     Raises:
       NotMade: it refuses none of them.
@@ -51,7 +53,7 @@ def refusals(bench: Bench) -> list[Pair]:
     pairs: list[Pair] = []
     for key, text in answers.items():
         if judge(text) == REFUSED:
-            pairs.append((records[key].prompt, text, records[key].turns))
+            pairs.append((records[key].prompt, after_thought(text), records[key].turns))
     if not pairs:
         raise NotMade(
             f"The backbone refuses none of the {len(answers)} harmful training prompts, so there "

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import Chat, NoChat
+from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.records import load_records
+from safepatch_jax.data.tokenizer import NoChat
 from safepatch_jax.io.companions import companion_names
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.hf import check_keys, load_params

@@ -65,7 +65,8 @@ class Context(Inputs):
     def with_settings(self, settings: Settings) -> Context:
         """Return a context of other settings that reads records as this one does."""
         context = Context(settings, self._read)
-        if settings.data == self.settings.data:
+        same_thinking = settings.evaluate.thinking == self.settings.evaluate.thinking
+        if settings.data == self.settings.data and same_thinking:
             context.prompt_format = self.prompt_format
         return context
 

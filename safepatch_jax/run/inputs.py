@@ -33,7 +33,10 @@ class Inputs:
     def __init__(self, settings: Settings, read: Read = load_records):
         self.settings, self._read = settings, read
         # Now: a file that is edited later is another template.
-        self.prompt_format = read_format(settings.data.template, settings.data.system)
+        data = settings.data
+        self.prompt_format = read_format(
+            data.template, data.system, data.template_kwargs, settings.evaluate.thinking
+        )
         self.cache_dir = resolve(settings.run.cache_dir)
 
     @functools.cached_property

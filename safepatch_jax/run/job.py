@@ -331,6 +331,9 @@ class Job:
                 lengths = f"{len(pair.prompt_ids)} + {len(pair.answer_ids)}"
                 lines.append(f"--- {role}, {field}: {lengths} tokens")
                 lines.append(example(prompt, answer))
+                if pair.asked:
+                    asked = tokenizer.decode(pair.asked, skip_special_tokens=False)
+                    lines.append(f"asked for an answer of its own after: ...{asked[-80:]!r}")
         return lines
 
     def _refuse_other_settings(self) -> None:

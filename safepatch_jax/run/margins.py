@@ -49,7 +49,7 @@ class MarginMeter:
     def _find(self) -> Openings:
         prompts = []
         for role in ANSWERED:
-            prompts += [example.prompt_ids for example in some_of(self._encoded[role].examples)]
+            prompts += [example.opening_ids for example in some_of(self._encoded[role].examples)]
         return find_openings(self.backbone(), prompts, "openings")
 
     def rows(self, engine: Engine, title: str) -> Rows:
@@ -62,7 +62,7 @@ class MarginMeter:
         """
         result = {}
         for role in ANSWERED:
-            prompts = [example.prompt_ids for example in self._encoded[role].examples]
+            prompts = [example.opening_ids for example in self._encoded[role].examples]
             rows: dict[int, dict[str, float]] = {}
             margins(engine, prompts, self.openings, f"{title}: {role}", rows.__setitem__)
             result[role] = [rows[i] for i in range(len(prompts))]

@@ -217,12 +217,23 @@ _ORDERINGS = (
 )
 
 
+def _unfinished(measures: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """Say of which models how many answers are thoughts without an end."""
+    texts = []
+    for variant, m in measures.items():
+        if count := sum(m[role].get("unfinished", 0) for role in ("harmful", "lookalike")):
+            texts.append(f"{count} ({names[variant]})")
+    return texts
+
+
 def markdown(content: Mapping[str, Any]) -> str:
     """Render the report."""
     settings = content["settings"]
+    names = labels(settings)
     return templates.render(
         "run/report.md.jinja",
-        labels=labels(settings),
+        labels=names,
+        unfinished=_unfinished(content["measures"], names),
         sources={
             role: data_text(settings, role) for role in content["measures"]["backbone"]["data"]
         },

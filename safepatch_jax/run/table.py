@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from safepatch_jax.data.prompt_format import AS_IS
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.data.windows import ALL
 from safepatch_jax.outcome import outcome_settings
@@ -220,6 +221,8 @@ def evaluate_settings(s: Settings) -> dict[str, Any]:
     """Return the settings on which the measures of a model depend."""
     evaluate = dataclasses.asdict(s.evaluate)
     del evaluate["margin_limit"]  # no stage measures by margins
+    if evaluate["thinking"] == AS_IS:
+        del evaluate["thinking"]  # stages from before it was an option are done
     return (
         evaluate
         | _prompt_settings(s)

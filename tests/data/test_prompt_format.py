@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from safepatch_jax.data.chat import Chat, NoChat, lengths, training_batch
+from safepatch_jax.data.chat import Chat, lengths, training_batch
 from safepatch_jax.data.prompt_format import PromptFormat, read_format
+from safepatch_jax.data.tokenizer import NoChat
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.models.config import read_hf_config
 

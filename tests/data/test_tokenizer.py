@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from safepatch_jax.data.chat import NoChat, load_tokenizer
+from safepatch_jax.data.tokenizer import NoChat, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
 

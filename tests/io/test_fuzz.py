@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from safepatch_jax.data.chat import load_tokenizer
+from safepatch_jax.data.tokenizer import load_tokenizer
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.gguf import read_gguf
 from safepatch_jax.io.gguf_config import read_model

@@ -128,3 +128,15 @@ def test_a_workdir_of_before_the_option_has_its_default(settings):
     del before["derive"]["osm_seed"]
     assert settings_differences(before, settings.to_dict()) == []
     assert settings_differences(before, after) == ["derive.osm_seed: -1 -> 1"]
+
+
+def test_the_report_tells_of_thoughts(kept):
+    content = read_json(kept.workdir / "report.json")
+    assert "Thoughts without an end" not in report.markdown(content)
+    content["measures"]["osm"]["lookalike"]["unfinished"] = 3
+    content["settings"]["evaluate"]["thinking"] = "skip"
+    content["settings"]["data"]["template_kwargs"] = '{"n": 1}'
+    lines = report.markdown(content).split("\n")
+    end = next(i for i, line in enumerate(lines) if line.startswith("Thoughts without an end"))
+    assert "(incoherent): 3 (" in lines[end] and not lines[end - 1]
+    assert any(r'given \{"n": 1\}.' in line and "thoughts skipped" in line for line in lines)

@@ -25,6 +25,7 @@ from safepatch_jax.evaluation.judges.base import (
     is_coherent,
     judge_all,
 )
+from safepatch_jax.evaluation.thoughts import after_thought
 
 _BATCH = 64
 
@@ -68,7 +69,8 @@ def _verdicts(items: Sequence[Item]) -> list[Verdict]:
 
 
 def judge(answer: str) -> str:
-    """Return the outcome of one answer: one of OUTCOMES."""
+    """Return the outcome of one answer, behind its thoughts: one of OUTCOMES."""
+    answer = after_thought(answer)
     if not is_coherent(answer):
         return INCOHERENT
     text = answer.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").strip()

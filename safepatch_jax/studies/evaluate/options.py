@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from safepatch_jax.data.prompt_format import PromptFormat, read_format
+from safepatch_jax.data.prompt_format import AS_IS, PromptFormat, read_format
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.evaluation.suites import GENERATED, Measure
 
@@ -28,6 +28,8 @@ _INDEPENDENT = (
     "data_dir",
     "template",
     "system",
+    "template_kwargs",
+    "thinking",
     "templates",
 )
 
@@ -47,7 +49,7 @@ class EvaluationOptions:
       seeds: each measure in which a model writes is done once with each; () for once, with `seed`.
       manual_dir, data_dir: see `load_records`.
       date: see `data.rendering.render`.
-      template, system: see `data.prompt_format.read_format`.
+      template, system, template_kwargs, thinking: see `data.prompt_format.read_format`.
       templates: all is done in each of them, and one report has them side by side; () for
         `template` alone.
     """
@@ -68,6 +70,8 @@ class EvaluationOptions:
     date: str = DATE
     template: str = ""
     system: str = ""
+    template_kwargs: str = ""
+    thinking: str = AS_IS
     templates: tuple[str, ...] = ()
 
     def deciding(self) -> dict[str, Any]:
@@ -81,6 +85,8 @@ class EvaluationOptions:
             del options["date"]
         for prompt_format in self.formats.values():
             options |= prompt_format.key()
+        if self.thinking != AS_IS:
+            options["thinking"] = self.thinking
         if self.templates:
             options["template"] = "several"
         return options
@@ -93,7 +99,7 @@ class EvaluationOptions:
           ValueError: a file that cannot be read; two templates of one label.
         """
         if not self.templates:
-            return {"": read_format(self.template, self.system)}
+            return {"": self._format(self.template)}
         text = ",".join(self.templates)
         if self.template:
             raise ValueError(
@@ -102,7 +108,7 @@ class EvaluationOptions:
             )
         formats: dict[str, PromptFormat] = {}
         for name in self.templates:
-            prompt_format = read_format(name, self.system)
+            prompt_format = self._format(name)
             label = prompt_format.label
             if label.lower() in map(str.lower, formats):
                 raise ValueError(
@@ -111,6 +117,9 @@ class EvaluationOptions:
                 )
             formats[label] = prompt_format
         return formats
+
+    def _format(self, template: str) -> PromptFormat:
+        return read_format(template, self.system, self.template_kwargs, self.thinking)
 
     def place(self, who: str, label: str) -> str:
         """Return in which folder a model's lines lie, below those of answers, verdicts, grades."""

@@ -123,12 +123,14 @@ def _agreements(
 def markdown(content: Mapping[str, Any], picture: str = "report.png") -> str:
     """Return report.md; `picture` is the file to show in it."""
     kinds: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*KINDS, "task")}
-    left_out = []
+    left_out, unfinished = [], []
     for measure in content["measures"]:
         kinds["task" if measure["kind"] in TASKS else measure["kind"]].append(measure)
         for who, x in measure["models"].items():
             if x["left_out"]:
                 left_out.append(f"{x['left_out']} of {measure['name']} ({content['models'][who]})")
+            if count := x.get("unfinished"):
+                unfinished.append(f"{count} of {measure['name']} ({content['models'][who]})")
     empty = {
         "seeds": [],
         "grader": "",
@@ -143,6 +145,7 @@ def markdown(content: Mapping[str, Any], picture: str = "report.png") -> str:
         **values,
         kinds=kinds,
         left_out=left_out,
+        unfinished=unfinished,
         titles=titles(content),
         content_share=_content_share,
         content_difference=_content_difference,

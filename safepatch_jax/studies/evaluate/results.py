@@ -17,7 +17,8 @@ from safepatch_jax.evaluation.judges.base import ALL_OUTCOMES, COMPLIED, REFUSED
 from safepatch_jax.evaluation.measures import perplexity
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST, TURNS
 from safepatch_jax.evaluation.statistics import mean_interval
-from safepatch_jax.evaluation.suites import Measure
+from safepatch_jax.evaluation.suites import GENERATED, Measure
+from safepatch_jax.evaluation.thoughts import unfinished_of
 
 COUNTED = {"harm": COMPLIED, "refusal": REFUSED}  # the outcome whose share is the rate
 TASKS = ("mmlu", "gsm8k")
@@ -33,12 +34,23 @@ def described(measure: Measure) -> dict[str, Any]:
 def measured(
     measure: Measure, items: Mapping[str, Any], answers: Rows, verdicts: Rows, grades: Rows
 ) -> dict[str, Any]:
-    """Return the result of one model on one measure.
+    """Return the result of one model on one measure; with 'unfinished', where there are any, how
+    many answers are thoughts without an end.
 
     Args:
       items: the records by id.
       verdicts, grades: of measures that are judged or graded; of others not used.
     """
+    result = _measured(measure, items, answers, verdicts, grades)
+    if measure.kind in GENERATED:
+        if count := sum(unfinished_of(run.values()) for run in answers):
+            result["unfinished"] = count
+    return result
+
+
+def _measured(
+    measure: Measure, items: Mapping[str, Any], answers: Rows, verdicts: Rows, grades: Rows
+) -> dict[str, Any]:
     if measure.kind in COUNTED:
         return judged(measure, items, answers, verdicts)
     if measure.kind == "mt_bench":

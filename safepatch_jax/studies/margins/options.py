@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from safepatch_jax.data.prompt_format import PromptFormat, read_format
+from safepatch_jax.data.prompt_format import AS_IS, PromptFormat, read_format
 from safepatch_jax.data.rendering import DATE
 
 
@@ -20,7 +20,7 @@ class MarginOptions:
       longest: answer tokens at most, content and opening.
       mesh, compute_dtype, batch_size, date: see `Engine`.
       manual_dir, data_dir: see `load_records`.
-      template, system: see `data.prompt_format.read_format`.
+      template, system, template_kwargs, thinking: see `data.prompt_format.read_format`.
     """
 
     suite: str = "gate"
@@ -34,13 +34,18 @@ class MarginOptions:
     date: str = DATE
     template: str = ""
     system: str = ""
+    template_kwargs: str = ""
+    thinking: str = AS_IS
 
     @functools.cached_property
     def prompt_format(self) -> PromptFormat:
         """How prompts are written."""
-        return read_format(self.template, self.system)
+        return read_format(self.template, self.system, self.template_kwargs, self.thinking)
 
     def deciding(self) -> dict[str, Any]:
         """Return the options on which the rows depend."""
         names = ("forced", "longest", "compute_dtype", "date")
-        return {name: getattr(self, name) for name in names} | self.prompt_format.key()
+        options = {name: getattr(self, name) for name in names} | self.prompt_format.key()
+        if self.thinking != AS_IS:
+            options["thinking"] = self.thinking
+        return options

@@ -1,0 +1,40 @@
+"""Answers of models that think: what comes after the thoughts is the answer.
+
+Stored answers keep the whole text; whatever judges, grades or reads one takes this part alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_BEGIN, _END = "<think>", "</think>"
+_OPENED = re.compile(rf"\s*{_BEGIN}")
+
+
+def after_thought(text: str) -> str:
+    """Return the answer behind a block of thoughts; '' where the block has no end: the answer has
+    not begun. A block whose begin is in the prompt has an end alone."""
+    before, end, answer = text.partition(_END)
+    if end and before.count(_BEGIN) <= 1 and (_BEGIN not in before or _OPENED.match(before)):
+        return answer.strip()
+    return "" if unfinished(text) else text
+
+
+def unfinished_of(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many stored answers are thoughts without an end.
+
+    Args:
+      rows: with 'answer', 'answers' or 'text', where a model wrote something.
+    """
+    count = 0
+    for row in rows:
+        texts = row.get("answers") or [row.get("answer"), row.get("text")]
+        count += sum(isinstance(text, str) and unfinished(text) for text in texts)
+    return count
+
+
+def unfinished(text: str) -> bool:
+    """Tell whether a text is thoughts without an end."""
+    return _OPENED.match(text) is not None and _END not in text
