@@ -24,6 +24,12 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 KEYWORDS = {name.replace(".", "_", 1): value for name, value in FAST.items()}
 
+SUITE = [
+    {"name": "harmful", "kind": "harm", "source": "harmful.csv", "max_new": 4},
+    {"name": "look-alikes", "kind": "refusal", "source": "lookalike.csv", "max_new": 4},
+    {"name": "ordinary", "kind": "text", "source": "ordinary.csv"},
+]
+
 
 @pytest.fixture(scope="module")
 def place(one_device, tmp_path_factory):
@@ -31,6 +37,7 @@ def place(one_device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     write_tiny_model(folder / "my_model", dtype="bfloat16")
     write_data(folder)
+    (folder / "my_suite.json").write_text(json.dumps(SUITE))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HOME", str(folder / "home"))

@@ -22,7 +22,7 @@ from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings, load_config
 
 _RUN, _DATA = "run", "data"  # folders of a session
-GROUPS = ("model", "data", "mesh", "align", "run")  # of which `load` is given settings
+GROUPS = ("model", "data", "mesh", "run")  # which come first in `load`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,8 @@ def _move(path: str | pathlib.Path, tensors: Mapping[str, Any], goal: str) -> Ou
 def _refuse_other_than_torch(tensors: Mapping[str, Any]) -> None:
     strangers = []
     for name, tensor in tensors.items():
-        if not type(tensor).__module__.partition(".")[0] == "torch":
+        kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(tensor).__mro__}
+        if "torch.Tensor" not in kinds:  # said without importing torch
             strangers.append(f"{name} is {type(tensor).__name__}")
     if strangers or not tensors:
         raise ValueError(
