@@ -43,6 +43,7 @@ from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
+from safepatch_jax.io import hub
 from safepatch_jax.patch_file import commands as continual_commands
 from safepatch_jax.patch_file import log as continual_log
 from safepatch_jax.patch_file.log_lines import START
@@ -63,7 +64,7 @@ _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built;
 _FROM = flags.DEFINE_integer(
     "from", None, "Number of the link whose model is given, 0 if left out; replay."
 )
-_MODEL = kinds.path("model", None, "Folder of the model that is given; replay.")
+_MODEL = kinds.path("model", None, "The model that is given: a folder or org/name; replay.")
 _OUT = kinds.path("out", None, "A new folder; replay.")
 _LAST = flags.DEFINE_integer("last", None, "How many links are taken off; revert.")
 flags.adopt_module_key_flags(settings_flags)
@@ -98,7 +99,8 @@ def _lines(describe):
 
 
 def _replay(to: int, start: int | None, model: str, out: str) -> None:
-    for line in continual_commands.replay(_log(), to, start or START, model, out):
+    folder = hub.folder_of(model)
+    for line in continual_commands.replay(_log(), to, start or START, folder, out):
         say(line)
     say(f"{out} is the model of link {to}, as the log has it.")
 

@@ -4,6 +4,7 @@ certificate.
   python -m launch.convert --source=hf:DIR --target=orbax:DIR2
   python -m launch.convert --source=orbax:DIR2 --target=hf:DIR3 --mesh=data:1,fsdp:8,tensor:1
   python -m launch.convert --source=gguf:model.gguf --target=hf:DIR [--tokenizer=DIR4]
+  python -m launch.convert --source=org/name@revision --target=hf:DIR6
   python -m launch.convert --source=hf:DIR --target=hf:DIR5 --dtype=bfloat16 --rounding=stochastic
 
 Hugging Face folders may hold safetensors or torch .bin files, in one file or many; .bin files need
@@ -21,7 +22,12 @@ from absl import flags
 from launch import distributed, kinds, main
 from safepatch_jax.runtime.console import say
 
-_SOURCE = kinds.model("source", None, "hf:DIR, orbax:DIR, gguf:FILE or smollm2.", required=True)
+_SOURCE = kinds.model(
+    "source",
+    None,
+    "hf:DIR, orbax:DIR, gguf:FILE, org/name[@revision] of the Hugging Face Hub, or smollm2.",
+    required=True,
+)
 _TARGET = kinds.model(
     "target", None, "hf:DIR or orbax:DIR; must not exist or be empty.", required=True
 )

@@ -40,7 +40,10 @@ from safepatch_jax.studies.evaluate.options import EvaluationOptions
 
 _DEFAULTS = EvaluationOptions()
 _MODEL = kinds.path(
-    "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
+    "model",
+    None,
+    "A Hugging Face folder, org/name[@revision] of the Hub, or a checkpoint of launch.convert.",
+    required=True,
 )
 _AGAINST = kinds.path(
     "against", "", "Another model to compare with, such as the backbone; same kinds of folder."

@@ -5,7 +5,8 @@ what a patch may change.
   python -m launch.inspect --model=DIR --scope=all_linear
 
 DIR is a folder in Hugging Face format; config.json alone is enough. Nothing is loaded: the command
-takes a second, also for a 70B model.
+takes a second, also for a 70B model; of a model of the Hugging Face Hub (org/name) no weights are
+fetched.
 """
 
 from absl import flags
@@ -17,7 +18,8 @@ from safepatch_jax.settings import declared_options
 _MODEL = kinds.model(
     "model",
     None,
-    "Model folder (hf:DIR or DIR), or a checkpoint of launch.convert (orbax:DIR).",
+    "Model folder (hf:DIR or DIR), org/name[@revision] of the Hugging Face Hub, or a checkpoint of "
+    "launch.convert (orbax:DIR).",
     required=True,
 )
 _SCOPE = flags.DEFINE_enum(

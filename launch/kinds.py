@@ -43,7 +43,7 @@ def path(name: str, default: str | None, help_text: str, **keywords: Any) -> fla
 
 
 def model(name: str, default: str | None, help_text: str, **keywords: Any) -> flags.FlagHolder:
-    """Define a flag for a model: a path, or one after hf:, orbax: or gguf:."""
+    """Define a flag for a model: a path, one after hf:, orbax: or gguf:, or org/name[@revision]."""
     return text(name, default, help_text, paths.model, **keywords)
 
 

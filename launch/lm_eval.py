@@ -8,7 +8,8 @@ the harness's own.
       --model_args '{"pretrained": "DIR", "mesh": "data:1,fsdp:8,tensor:1"}' ...
   python -m launch.lm_eval ls tasks
 
-DIR is a folder in Hugging Face format or a checkpoint of launch.convert. A mesh has commas, so it
+DIR is a folder in Hugging Face format, org/name[@revision] of the Hugging Face Hub, or a checkpoint
+of launch.convert. A mesh has commas, so it
 is given in JSON. Other model arguments: compute_dtype (float32 or bfloat16) and batch_size (also
 --batch_size; the harness's default is 1, which is slow). --apply_chat_template, --gen_kwargs,
 --use_cache and --output_path work as for other models; --device is ignored, since JAX_PLATFORMS and

@@ -24,7 +24,10 @@ from safepatch_jax.studies.margins.options import MarginOptions
 
 _DEFAULTS = MarginOptions()
 _MODEL = kinds.path(
-    "model", None, "A Hugging Face folder, or a checkpoint of launch.convert.", required=True
+    "model",
+    None,
+    "A Hugging Face folder, org/name[@revision] of the Hub, or a checkpoint of launch.convert.",
+    required=True,
 )
 _AGAINST = kinds.path("against", "", "The model before it was patched; same kinds of folder.")
 _OUT = kinds.path("out", None, "The map's folder.", required=True)

@@ -23,7 +23,9 @@ from absl import flags
 
 from launch import kinds, main, options
 
-_BASE = kinds.path("base", None, "The backbone's folder, in Hugging Face format.", required=True)
+_BASE = kinds.path(
+    "base", None, "The backbone: a Hugging Face folder, or org/name[@revision].", required=True
+)
 _DERIVED = {
     "se": kinds.path(
         "patch_se",

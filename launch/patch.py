@@ -31,6 +31,7 @@ from collections import Counter
 from absl import flags
 
 from launch import kinds, main
+from safepatch_jax.io import hub
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file import arithmetic as patch_arithmetic
 from safepatch_jax.patch_file import create as patch_create
@@ -42,9 +43,11 @@ _PATCHES = kinds.several(
     "patches", None, "Patch files of one backbone, separated by commas; combine."
 )
 _MODEL = kinds.path(
-    "model", None, "Model folder in Hugging Face format; with create the patched one."
+    "model",
+    None,
+    "Model folder in Hugging Face format, or org/name[@revision]; with create the patched one.",
 )
-_BASE = kinds.path("base", None, "The backbone's folder; create.")
+_BASE = kinds.path("base", None, "The backbone's folder, or org/name[@revision]; create.")
 _OUT = kinds.path("out", None, "A new folder (apply, revert) or a new patch file (scale, combine).")
 _FACTOR = flags.DEFINE_float(
     "factor", None, "By what the change of each entry is multiplied; scale."
@@ -52,7 +55,10 @@ _FACTOR = flags.DEFINE_float(
 
 
 def _create(base: str, model: str, patch: str) -> None:
-    _say_written(patch_create.create(base, model, patch))
+    folder = hub.folder_of(base)
+    origin = hub.origin_of(folder)
+    about = {"source": origin} if origin else None
+    _say_written(patch_create.create(folder, hub.folder_of(model), patch, about))
 
 
 def _inspect(patch: str) -> None:
@@ -61,7 +67,7 @@ def _inspect(patch: str) -> None:
 
 
 def _verify(patch: str, model: str) -> None:
-    states = patch_apply.verify(patch, model)
+    states = patch_apply.verify(patch, hub.folder_of(model))
     count = Counter(states.values())
     text = (
         f"{count['before']} tensors as in the backbone, {count['after']} as patched, "
@@ -80,7 +86,12 @@ def _verify(patch: str, model: str) -> None:
 
 def _move(verb: str):
     def run(patch: str, model: str, out: str | None) -> None:
-        outcome = getattr(patch_apply, verb)(patch, model, out)
+        if out is None and hub.named(model):
+            raise ValueError(
+                f"'{model}' is no folder here, and a model of the Hugging Face Hub is not changed "
+                "in place: give a new folder with --out."
+            )
+        outcome = getattr(patch_apply, verb)(patch, hub.folder_of(model), out)
         text = f"{outcome.folder}: {len(outcome.moved)} tensors changed"
         if outcome.already:
             text += f", {len(outcome.already)} were so already"
@@ -92,11 +103,11 @@ def _move(verb: str):
 
 
 def _scale(patch: str, model: str, factor: float, out: str) -> None:
-    _say_written(patch_arithmetic.scale(patch, model, factor, out))
+    _say_written(patch_arithmetic.scale(patch, hub.folder_of(model), factor, out))
 
 
 def _combine(patches: list[str], model: str, out: str) -> None:
-    _say_written(patch_arithmetic.combine(patches, model, out))
+    _say_written(patch_arithmetic.combine(patches, hub.folder_of(model), out))
 
 
 def _say_written(patch: patch_file.PatchFile) -> None:

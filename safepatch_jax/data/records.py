@@ -17,7 +17,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.data import cells
+from safepatch_jax.data import cells, hub_sets
 from safepatch_jax.data.cells import CONVERSATIONS, Turns, placed
 from safepatch_jax.data.duplicates import first_of_each
 from safepatch_jax.data.sets import DATA_DIR, SETS, Row
@@ -39,6 +39,7 @@ _ALIASES = {
     "label": ("label",),
     "split": ("split",),
 }
+_REVISION = "revision"  # after the name of a data set of the Hub, beside the fields
 _OPPOSITE = "labelled as the opposite"
 _NEEDS_ANSWER = {"harmful": True, "lookalike": False, "ordinary": True}
 _REFUSALS = (
@@ -95,11 +96,13 @@ def load_records(
         - 'builtin';
         - 'set:NAME' or 'set:NAME@SPLIT', a public data set of `sets.SETS` (several: '@A+B');
         - 'tfds:NAME@SPLIT', a TensorFlow Datasets set prepared in array_record format;
+        - 'hf:ORG/NAME:CONFIG@SPLIT', a data set of the Hugging Face Hub (`hub_sets`), where
+          CONFIG and SPLIT may be left out, and '?revision=COMMIT' may follow;
         - the path of a .csv, .json (list of objects), .jsonl or .parquet file.
-        After the last two '?prompt=COLUMN&answer=COLUMN' may name columns; else those in `_ALIASES`
-        are recognised. A cell of the prompt may be a conversation (`cells.conversation`): its last
-        message of the user is the prompt, and the assistant's after that the answer, where the file
-        has no other.
+        After the last three '?prompt=COLUMN&answer=COLUMN' may name columns; else those in
+        `_ALIASES` are recognised. A cell of the prompt may be a conversation
+        (`cells.conversation`): its last message of the user is the prompt, and the assistant's
+        after that the answer, where the file has no other.
       manual_dir: where files of public data sets that were fetched by hand lie, see
         `builders.load_set`.
       data_dir: where public data sets are prepared.
@@ -230,13 +233,16 @@ def _rows_of(
     place, mapping = (source, {}) if os.path.isfile(source) else _parse_mapping(source)
     if place.startswith("tfds:"):
         return _read_tfds(place), mapping
+    if place.startswith(hub_sets.SCHEME) and not os.path.exists(place):
+        revision = mapping.pop(_REVISION, "")
+        return hub_sets.read(place, revision), mapping
     if os.path.exists(place):
         refuse_other_than_file(pathlib.Path(place))
     else:
         hint = f" Did you mean 'set:{place}'?" if place in SETS else ""
         raise ValueError(
             f"No {role} data file '{place}'.{hint} Give 'builtin' or the path of a .csv, .json, "
-            ".jsonl or .parquet file, or 'set:NAME' (docs/data.md)."
+            ".jsonl or .parquet file, 'set:NAME', or 'hf:org/name' (docs/data.md)."
         )
     return read_rows(pathlib.Path(place)), mapping
 
@@ -244,15 +250,16 @@ def _rows_of(
 def _parse_mapping(source: str) -> tuple[str, dict[str, str]]:
     """Split 'PLACE?field=column&...' (percent signs escape & and = in a column's name)."""
     place, _, query = source.partition("?")
+    fields = [*_ALIASES, _REVISION] if place.startswith(hub_sets.SCHEME) else list(_ALIASES)
     mapping = {}
     for part in filter(None, query.split("&")):
         field, _, column = map(urllib.parse.unquote, part.partition("="))
-        if field not in _ALIASES or not column or field in mapping:
-            close = difflib.get_close_matches(field, _ALIASES, n=1)
+        if field not in fields or not column or field in mapping:
+            close = difflib.get_close_matches(field, fields, n=1)
             hint = f" (did you mean '{close[0]}'?)" if close and close[0] != field else ""
             raise ValueError(
                 f"{source}: '{part}' is not FIELD=COLUMN, each field once, with a field of "
-                f"{', '.join(_ALIASES)}{hint}."
+                f"{', '.join(fields)}{hint}."
             )
         mapping[field] = column
     return place, mapping

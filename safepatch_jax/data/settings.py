@@ -16,7 +16,8 @@ class DataSettings:
         "builtin",
         "Harmful question/answer pairs: 'builtin'; 'set:NAME@SPLIT', a public data set "
         "(docs/data.md); a CSV / JSON / JSONL / Parquet file with prompt and answer, "
-        "'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; or 'tfds:NAME@SPLIT'.",
+        "'FILE?prompt=COLUMN&answer=COLUMN' where they have other names; 'tfds:NAME@SPLIT'; or "
+        "'hf:ORG/NAME:CONFIG@SPLIT' of the Hugging Face Hub.",
         read=paths.data,
     )
     category: str = option("", "Harmful pairs of these categories alone, 'A+B'; '' takes all.")

@@ -23,6 +23,7 @@ from safepatch_jax.evaluation.by_block import ByBlock, suits
 from safepatch_jax.evaluation.generate import Sampling, Whole
 from safepatch_jax.evaluation.prompter import Prompter, Talk
 from safepatch_jax.evaluation.serving import Model, Rows, Server
+from safepatch_jax.io import hub
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.mesh import Sharder, make_mesh
@@ -105,7 +106,7 @@ class Engine(Prompter):
     ) -> Engine:
         """Load a Hugging Face folder or a checkpoint of launch.convert. Raises ValueError as
         `load_params` and `Chat` do."""
-        folder, sharder = resolve(folder), Sharder(make_mesh(mesh))
+        folder, sharder = resolve(hub.folder_of(str(folder))), Sharder(make_mesh(mesh))
         if (folder / MODEL).is_file():
             config, params, _ = load_checkpoint(folder, sharder)
             folder = folder / COMPANIONS_FOLDER

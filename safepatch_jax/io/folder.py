@@ -114,16 +114,8 @@ class Checkpoint:
         )
 
     def _from_index(self, index: pathlib.Path, list_tensors: _Lister) -> Tensors:
-        if index.stat().st_size > limit("INDEX_BYTES"):
-            raise Refused(f"{index} has {too_much('INDEX_BYTES')}. Copy the file again.")
-        weight_map = files.read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise Refused(
-                f"{index} is not a weight index (it has no weight_map); copy the file again."
-            )
-        shards = sorted({files.plain_name(name, str(index)) for name in weight_map.values()})
-        if len(shards) > limit("INDEX_FILES"):
-            raise Refused(f"{index} names {too_much('INDEX_FILES')}. Copy the file again.")
+        weight_map = read_index(index)
+        shards = shards_of(weight_map, index)
         with reading(index, "an index of weights", "Copy the file again."):
             missing = [name for name in shards if not (self.folder / name).is_file()]
         if missing:
@@ -146,11 +138,37 @@ class Checkpoint:
         return tensors
 
 
+def layouts() -> list[tuple[str, str]]:
+    """Return the names of a weight file and of an index, in the order in which they are looked
+    for."""
+    return [(single, index) for single, index, _ in _LAYOUTS]
+
+
 def _layout_names() -> list[str]:
     names = []
-    for single, index, _ in _LAYOUTS:
-        names += [single, index]
+    for pair in layouts():
+        names += pair
     return names
+
+
+def read_index(index: pathlib.Path) -> dict[str, str]:
+    """Return the name of the file in which each tensor lies, as an index has it; names of files are
+    not checked. Raises ValueError for one that is no index or too large."""
+    if index.stat().st_size > limit("INDEX_BYTES"):
+        raise Refused(f"{index} has {too_much('INDEX_BYTES')}. Copy the file again.")
+    weight_map = files.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise Refused(f"{index} is not a weight index (it has no weight_map); copy the file again.")
+    return weight_map
+
+
+def shards_of(weight_map: Mapping[str, str], index: pathlib.Path) -> list[str]:
+    """Return the weight files that an index names. Raises ValueError if one could lie outside the
+    folder, or there are too many."""
+    shards = sorted({files.plain_name(name, str(index)) for name in weight_map.values()})
+    if len(shards) > limit("INDEX_FILES"):
+        raise Refused(f"{index} names {too_much('INDEX_FILES')}. Copy the file again.")
+    return shards
 
 
 def has_weights(folder: str | pathlib.Path) -> bool:

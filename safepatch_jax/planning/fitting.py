@@ -15,6 +15,7 @@ from safepatch_jax.planning.programs import architecture
 from safepatch_jax.planning.search import Changes, Planner, as_flags
 from safepatch_jax.run.context import Context, keep_programs
 from safepatch_jax.run.job import SETTINGS, is_of_run
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.room import LESS_DISK, disk_bytes, free_bytes
 from safepatch_jax.run.stages import CACHE
 from safepatch_jax.runtime import files, processes
@@ -62,6 +63,7 @@ def fitted(
     if settings.derive.memory != "auto":
         return settings
     path = pathlib.Path(workdir).absolute() / SETTINGS
+    settings = pinned(settings, path, afresh)
     earlier = processes.on_first(_earlier, settings.flat(), path)
     if earlier is not None and not afresh:
         changes = earlier

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from safepatch_jax.io import hub
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.planning import report
 from safepatch_jax.planning.chips import topology
@@ -30,7 +31,7 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
     """
     settings = fitted(settings, workdir)
     source, stand_in = settings.model.source, settings.model.architecture
-    if stand_in and source != "smollm2" and not Place.parse(source).path.exists():
+    if stand_in and source != "smollm2" and not _is_at_hand(source):
         say(f"The model '{source}' is not at hand; its programs are those of {stand_in}.")
         config, sharder = architecture(settings), Context(settings).sharder
     else:
@@ -50,6 +51,13 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
             return
     for line in report.figures(settings, config, sharder):
         say(line)
+
+
+def _is_at_hand(source: str) -> bool:
+    """Return whether a model is on this machine; nothing is fetched."""
+    if hub.named(source.removeprefix("hf:")):
+        return hub.at_hand(source)
+    return Place.parse(source).path.exists()
 
 
 def compile_run(

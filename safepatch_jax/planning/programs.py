@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.data.chat import bucket
 from safepatch_jax.evaluation.generate import decode
+from safepatch_jax.io import hub
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
 from safepatch_jax.models.layerwise import Part
@@ -69,6 +70,9 @@ def architecture(settings: Settings) -> DecoderConfig:
     stand_in = settings.model.architecture
     if settings.model.source and (source / "config.json").is_file():
         return read_hf_config(source)
+    parts = hub.named(settings.model.source.removeprefix("hf:"))
+    if parts and (not stand_in or hub.at_hand(settings.model.source)):
+        return read_hf_config(hub.snapshot(*parts, weights=False).folder)
     if not stand_in:
         raise ValueError(
             f"The architecture is not known: model.source '{settings.model.source}' is not a "

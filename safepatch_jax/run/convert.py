@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safepatch_jax.io import gguf
+from safepatch_jax.io import gguf, hub
 from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
     array_hashes,
@@ -59,13 +59,15 @@ def convert(
       ValueError: bad source, target, weights or mesh, or processes that differ in them; see
         `load_params`, `load_checkpoint` and `convert_gguf`.
     """
-    origin, goal = Place.parse(source), Place.parse(target)
+    goal = Place.local(target)
+    processes.on_first(files.refuse_full_folder, goal.path)  # before a model is fetched
+    origin = Place.parse(source)
     tokenizer = paths.plain(tokenizer) if tokenizer else None
     _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
     export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
     processes.agree(
         {
-            "source": [origin.kind, str(origin.path.absolute())],
+            "source": [origin.kind, origin.origin or str(origin.path.absolute())],
             "target": [goal.kind, str(goal.path.absolute())],
             "mesh": mesh,
             "tokenizer": tokenizer,
@@ -76,7 +78,6 @@ def convert(
         "Start every process with the same command, and give every host the same files.",
     )
     processes.agree_on_devices()
-    processes.on_first(files.refuse_full_folder, goal.path)
     sharder, logits = Sharder(make_mesh(mesh)), certify == "logits"
     with processes.new_folder(goal.path) as scratch:
         out = scratch / "model"
@@ -93,6 +94,8 @@ def convert(
             result = certificate.certify(out, sharder, logits=logits, kind="import")
         else:
             result = _to_hf(origin, out, sharder, logits, export)
+        if origin.origin:
+            result["source"] = origin.origin
         # Another process may still read the tokenizer in `out`, which is moved below.
         processes.barrier(f"{goal.path} is examined")
         processes.on_first(files.write_json, out / CERTIFICATE, result)
@@ -163,7 +166,10 @@ def _to_hf(
 def inspect_model(model: str, scope: str) -> list[str]:
     """Return the lines that describe a model folder or checkpoint, see `describe`. Raises
     ValueError for a GGUF file."""
-    place = Place.parse(model)
+    if parts := hub.named(model.removeprefix("hf:")):
+        found = hub.snapshot(*parts, weights=False)
+        return describe(read_hf_config(found.folder), scope, None)
+    place = Place.local(model)
     if place.kind == "gguf":
         raise ValueError(
             f"{place.path}: convert the file first: python -m launch.convert "

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from safepatch_jax.io import hub_access
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import read_record
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 FILE = "environment.json"
 # Beginnings of the names of environment variables that may change results.
-_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "OMP_", "TFDS_")
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "OMP_", "TFDS_", "HF_ENDPOINT")
 
 
 def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder | None) -> None:
@@ -55,6 +56,7 @@ def _describe_start(command: Sequence[str], sharder: Sharder | None) -> dict[str
         "processors": os.cpu_count(),
         "devices": None if sharder is None else _devices(sharder),
         "variables": {name: os.environ[name] for name in variables},
+        "hub": hub_access.taken(),
         "packages": dict(sorted(packages.items())),
     }
 

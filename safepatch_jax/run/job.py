@@ -14,6 +14,7 @@ from safepatch_jax.outcome import settings_differences
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import agree_on_run
 from safepatch_jax.run.metrics import EVENTS, FILE, Metrics
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.published import CARD, CERTIFICATE, FILES, data_text, describe_patch
 from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
@@ -115,7 +116,8 @@ class Job:
             refuse=self._refuse_other_settings,
             declared=(SETTINGS, environment.FILE),
         )
-        self.settings, self.workdir, self._update = settings, self._folder.path, update
+        self.workdir, self._update = self._folder.path, update
+        self.settings = settings = pinned(settings, self.workdir / SETTINGS, afresh=update)
         self._idle = False  # whether nothing is left to run
         self._folder.check()  # before data are read, and with several processes the model is hashed
         self.state = open_run(
@@ -396,6 +398,8 @@ class Job:
             "versions": versions(),
             "stages": stages,
         }
+        if self.state.source.origin:
+            manifest["source"] = self.state.source.origin
         files.write_json(self.workdir / MANIFEST, manifest)
 
 
@@ -421,7 +425,7 @@ def align_model(settings: Settings, out: str | pathlib.Path) -> None:
     out = resolve(out)
     processes.on_first(files.refuse_full_folder, out)
     # What comes out of the cache leaves it here.
-    run = open_run(settings.override({"align.enabled": True}), out, verify=True)
+    run = open_run(pinned(settings).override({"align.enabled": True}), out, verify=True)
     with processes.new_folder(out) as folder:
         with Metrics(folder) as run.metrics:
             run.runner.finish(["import", "align"])

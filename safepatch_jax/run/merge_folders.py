@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from safepatch_jax.io import hub
 from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
@@ -71,8 +72,9 @@ def merge_folders(
         empty kept set, a result that equals the backbone.
       OSError: the disk is full or not writable.
     """
-    base, out = paths.plain(base), paths.plain(out)
+    out = paths.plain(out)
     files.refuse_full_folder(out)
+    base = hub.folder_of(paths.plain(base))
     config, checkpoint = read_hf_config(base), Checkpoint(base)
     table = param_table(config)
     check_keys(checkpoint, table, config)

@@ -6,27 +6,45 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from safepatch_jax.io import gguf
+from safepatch_jax.io import gguf, hub
 from safepatch_jax.io.companions import MODEL
+from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.runtime import files, paths, processes
 from safepatch_jax.runtime.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a model is: kind 'hf', 'orbax' or 'gguf', and path."""
+    """Where a model is.
+
+    Attributes:
+      kind: 'hf', 'orbax' or 'gguf'.
+      path: of the folder or file.
+      origin: ``org/name@COMMIT`` of a model of the Hugging Face Hub, '' of another.
+    """
 
     kind: str
     path: pathlib.Path
+    origin: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Place:
         """Read ``hf:DIR``, ``orbax:DIR``, ``gguf:FILE``, ``smollm2``, or a bare path, whose kind is
-        then seen from its content.
+        then seen from its content; or ``org/name[@revision]``, a model of the Hugging Face Hub,
+        which is brought into its cache. All processes call this.
 
         Raises:
-          ValueError: another kind, or no path.
+          ValueError: another kind, or no path; see `hub.snapshot`.
         """
+        if parts := hub.named(text.removeprefix("hf:")):
+            found = hub.snapshot(*parts, check=read_hf_config)
+            return cls("hf", found.folder, found.origin)
+        return cls.local(text)
+
+    @classmethod
+    def local(cls, text: str) -> Place:
+        """Do what `parse` does, for what is on this machine or is to be written: nothing is looked
+        up on the Hub."""
         if text == "smollm2":
             return cls("gguf", gguf.find_smollm2())
         kind, colon, rest = text.partition(":")
@@ -43,7 +61,7 @@ class Place:
         return cls("orbax" if (path / MODEL).is_file() else "hf", path)
 
     def absolute(self) -> Place:
-        return Place(self.kind, self.path.absolute())
+        return dataclasses.replace(self, path=self.path.absolute())
 
 
 def source_facts(place: Place) -> dict[str, Any]:
@@ -52,6 +70,8 @@ def source_facts(place: Place) -> dict[str, Any]:
     if not processes.several():
         return {}
     facts: dict[str, Any] = {}
+    if place.origin:  # each host may have a cache of its own, with more in it
+        return {"model on the Hub": place.origin}
     for path in [*gguf.parts_of(place.path), *sorted(place.path.rglob("*"))]:
         if path.is_file():
             name = path.relative_to(place.path.parent)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from safepatch_jax.data.records import load_records
-from safepatch_jax.io import gguf
+from safepatch_jax.io import gguf, hub
 from safepatch_jax.io.companions import TEMPLATES
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.models.config import read_hf_config
@@ -43,8 +43,8 @@ class Run:
     def __init__(self, settings: Settings, folder: pathlib.Path, read: Read = load_records):
         if not settings.model.source:
             raise ValueError(
-                "No model given. Set --model.source to a Hugging Face folder, a .gguf file, or "
-                "'smollm2'."
+                "No model given. Set --model.source to a Hugging Face folder, org/name of the "
+                "Hugging Face Hub, a .gguf file, or 'smollm2'."
             )
         self.settings, self.workdir = settings, folder
         self.inputs = Inputs(settings, read)
@@ -109,6 +109,8 @@ def source_hashes(source: Place) -> Mapping[str, str]:
         return {part.name: files.file_sha256(part) for part in parts if part.is_file()}
     if source.kind == "orbax":
         paths = source.path.rglob("*")
+    elif source.origin:  # other programs may bring more into the cache
+        paths = [source.path / name for name in hub.needed(source.path)]
     else:
         paths = [*source.path.iterdir(), *(source.path / TEMPLATES).glob("*.jinja")]
     hashes = {}

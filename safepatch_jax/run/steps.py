@@ -30,6 +30,7 @@ from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.statistics import describe_totals, refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
+from safepatch_jax.run.card_data import base_of
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.published import CARD, CERTIFICATE
@@ -77,7 +78,7 @@ def certify_import(run: Run, out: pathlib.Path) -> Result:
 def certify_export(run: Run, out: pathlib.Path) -> Result:
     """Examine what was written, and that the patched tensors alone differ from the backbone."""
     hashes = processes.on_first(tensor_hashes, Checkpoint(run.backbone).tensors)
-    result = _certify(run, run.folder("export"), out, "export", hashes)
+    result = _certify(run, run.folder("export"), out, "export", hashes, run.source.origin)
     if run.settings.export.dtype == "keep":
         _check_changes(run, result["changed"])
     return result
@@ -89,11 +90,14 @@ def _certify(
     out: pathlib.Path,
     kind: str,
     before: Mapping[str, str] | None = None,
+    origin: str = "",
 ) -> dict[str, Any]:
     logits = run.settings.run.certify == "logits"
     content = certificate.certify(
         folder, run.context.sharder, logits=logits, kind=kind, before=before
     )
+    if origin:
+        content["source"] = origin
     processes.on_first(files.write_json, out / CERTIFICATE, content)
     say(f"  {certificate.summary(content)}")
     return {"logits": content["logits"], "changed": content.get("changed")}
@@ -328,6 +332,8 @@ def _write_patch_file(run: Run, out: pathlib.Path) -> Result:
     }
     if prompts := run.context.prompt_format.key():
         about["prompts"] = prompts
+    if run.source.origin:
+        about["source"] = run.source.origin
     file = create(run.backbone, run.folder("export"), out / "patch.safetensors", about)
     size, entries = file.path.stat().st_size, file.entries()
     say(
@@ -382,8 +388,9 @@ def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Resul
     report.write(content, out)
     exported = files.read_json(run.runner.folder("certify_export") / CERTIFICATE)
     context = run.context
+    base = base_of(run.settings.model.source, run.source.origin, run.imported)
     text = card.model_card(
-        content, exported, context.data_hashes, versions(), context.prompt_format
+        content, exported, context.data_hashes, versions(), context.prompt_format, base
     )
     files.write_text(out / CARD, text)
     files.write_json(out / "statistics.json", statistics["tensors"])

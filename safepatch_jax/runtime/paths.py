@@ -53,9 +53,9 @@ def model(text: str) -> str:
 
 
 def data(text: str) -> str:
-    """Return a data source with its path as `plain` gives it; a name (builtin, set:, tfds:) as it
-    is."""
-    if text.startswith(("set:", "tfds:")):
+    """Return a data source with its path as `plain` gives it; a name (builtin, set:, tfds:, hf:) as
+    it is."""
+    if text.startswith(("set:", "tfds:", "hf:")):
         return text
     if os.path.isfile(text):  # a file's name may hold a question mark
         return plain(text)

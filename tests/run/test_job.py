@@ -69,6 +69,7 @@ def test_certificates_and_model_card(finished):
             assert logits["torch"]["max_abs_error"] <= 1e-5 * logits["largest"]
             assert logits["torch"]["top1_agreement"] == 1
     card = (export / "README.md").read_text()
+    _check_card(export / "README.md")
     for part in (
         "# model, patched",
         "| before | ",
@@ -81,6 +82,15 @@ def test_certificates_and_model_card(finished):
     ):
         assert part in card, part
     assert str(finished.workdir) not in card and "were not written as" not in card
+
+
+def _check_card(path):
+    """The Hub's own reader finds the results of the run in the front matter."""
+    data = pytest.importorskip("huggingface_hub").ModelCard.load(path).data
+    assert data.library_name == "transformers" and data.license is None
+    kinds = [result.metric_type for result in data.eval_results]
+    assert kinds == ["harm", "over_refusal", "perplexity"]
+    assert "Its licence is not known here" in path.read_text()
 
 
 def test_the_patch_file_turns_the_backbone_into_the_export_and_back(finished, tmp_path):

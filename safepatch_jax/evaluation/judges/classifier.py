@@ -23,6 +23,7 @@ from safepatch_jax.evaluation.judges.base import (
 from safepatch_jax.evaluation.judges.labels import MEANINGS, read_labels
 from safepatch_jax.evaluation.judges.phrases import refusal_apart
 from safepatch_jax.evaluation.judges.torch_folder import load
+from safepatch_jax.io import hub
 from safepatch_jax.runtime.console import say
 
 _BATCH = 16
@@ -59,7 +60,10 @@ class Classifier:
         self._pair = options.pop("text", "") == "pair"
         about_refusal = options.pop("about", "") == REFUSAL
         self._torch, self._tokenizer, self._model = load(
-            folder, "classifier", "AutoModelForSequenceClassification", "classifier"
+            hub.folder_of(folder, check=None),
+            "classifier",
+            "AutoModelForSequenceClassification",
+            "classifier",
         )
         config = self._model.config
         self._labels = [config.id2label[i] for i in range(config.num_labels)]

@@ -12,6 +12,7 @@ from safepatch_jax.evaluation.judges.classifier import Classifier
 from safepatch_jax.evaluation.judges.endpoint import Endpoint
 from safepatch_jax.evaluation.judges.generative import Complete, Generative
 from safepatch_jax.evaluation.judges.phrases import Phrases
+from safepatch_jax.io import hub
 from safepatch_jax.runtime import paths
 
 # model folder -> what continues texts in the judge's own format, see `Generative`
@@ -47,8 +48,9 @@ def _generative(
     """
 
     def open_generative(rest: str, open_engine: OpenEngine) -> Judge:
-        folder, _, query = rest.partition("?")
+        _, _, query = rest.partition("?")
         name = f"{kind}:{rest}"
+        folder = folder_of(name)
         form = format_of(pathlib.Path(folder), **options_of(query, options, name))
         if open_torch:
             return Generative(name, form, open_torch(folder, kind))
@@ -89,15 +91,16 @@ def open_judge(text: str, open_engine: OpenEngine) -> Judge:
         raise ValueError(f"judge {text!r}{hint}: expected one of {known}")
     if form.local and not pathlib.Path(folder_of(text)).is_dir():
         raise ValueError(
-            f"judge {text!r}: there is no folder {folder_of(text)}. Judges are read from disk; "
-            "download the model first."
+            f"judge {text!r}: there is no folder {folder_of(text)}. Give a folder, or "
+            "org/name of the Hugging Face Hub."
         )
     return form.open(rest, open_engine)
 
 
 def folder_of(text: str) -> str:
-    """Return the model folder that a judge's text names, '' for a judge without one."""
+    """Return the model folder that a judge's text names, '' for a judge without one; a model of the
+    Hugging Face Hub is brought into its cache."""
     kind, _, rest = text.partition(":")
     if kind not in FORMS or not FORMS[kind].local:
         return ""
-    return paths.plain(rest.partition("?")[0])
+    return hub.folder_of(paths.plain(rest.partition("?")[0]), check=None)

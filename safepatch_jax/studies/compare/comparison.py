@@ -343,12 +343,18 @@ class Comparison:
         self.base.runner.finish(stages)
         return self.base.backbone
 
+    def _source(self) -> str:
+        """Return the backbone as the runs of the seeds are given it."""
+        if self.base.source.origin and not self.settings.align.enabled:
+            return self.base.source.origin
+        return f"hf:{self.backbone}"
+
     def _run(self, seed: int) -> Run:
         """Return the run that makes derived models and scores of a seed."""
         if seed not in self._runs:
             settings = self.settings.override(
                 {
-                    "model.source": f"hf:{self.backbone}",
+                    "model.source": self._source(),
                     "align.enabled": False,
                     "run.seed": seed,
                 }

@@ -19,6 +19,7 @@ from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.run import environment, metrics
 from safepatch_jax.run.agreement import SAME_COMMAND
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.workdir import Workdir
@@ -60,6 +61,7 @@ def compare(
       ValueError: bad settings, data, suite or method; a workdir of another comparison; or, after
         the report on all others, methods that could not be made.
     """
+    settings = pinned(settings)
     suite, methods = load_suite(options.suite), parse_methods(options.methods)
     _check(settings, options, suite)
     for name in dict.fromkeys((*methods, *options.settings)):

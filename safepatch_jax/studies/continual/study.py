@@ -41,6 +41,7 @@ from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
 from safepatch_jax.run.convert import convert
 from safepatch_jax.run.job import SETTINGS, align_model
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
@@ -88,6 +89,7 @@ def run(
         is of another chain, or has other links than `links` begin with.
     """
     _check_settings(settings)
+    settings = pinned(settings)
     folder = Workdir(workdir, "a chain", LOG, _NAMES)
     flags = {
         "--links": [dataclasses.astuple(link) for link in links],
@@ -345,8 +347,8 @@ def _check_settings(settings: Settings) -> None:
     """Raise ValueError for settings with which no chain can be made."""
     if not settings.model.source:
         raise ValueError(
-            "No model given. Set --model.source to a Hugging Face folder, a .gguf file, or "
-            "'smollm2'."
+            "No model given. Set --model.source to a Hugging Face folder, org/name of the "
+            "Hugging Face Hub, a .gguf file, or 'smollm2'."
         )
     if settings.export.dtype != "keep":
         raise ValueError(

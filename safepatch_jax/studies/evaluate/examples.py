@@ -9,6 +9,7 @@ from safepatch_jax.evaluation.answers import companions
 from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.suites import Measure, load_suite
+from safepatch_jax.io import hub
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.runtime.console import example
 from safepatch_jax.runtime.text import printable
@@ -18,7 +19,7 @@ from safepatch_jax.studies.evaluate.options import EvaluationOptions
 def show_examples(model: str, options: EvaluationOptions) -> list[str]:
     """Return lines that show how the first item of each measure is put to a model; expected answer
     tokens are green."""
-    folder, lines = companions(model), []
+    folder, lines = companions(hub.folder_of(model)), []
     suite = load_suite(options.suite)
     for label, prompt_format in options.formats.items():
         prompter = Prompter(read_hf_config(folder), folder, options.date, prompt_format)

@@ -12,6 +12,7 @@ from safepatch_jax.evaluation import statistics
 from safepatch_jax.evaluation.mt_bench import LEAST, MOST
 from safepatch_jax.evaluation.statistics import agreement
 from safepatch_jax.evaluation.suites import KINDS, Measure
+from safepatch_jax.io import hub
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.reporting.tables import percent, rate
 from safepatch_jax.runtime.paths import plain
@@ -36,7 +37,8 @@ def labels(folders: Mapping[str, str]) -> dict[str, str]:
     parts, last = {}, {}
     for who, folder in folders.items():
         path = pathlib.Path(os.path.abspath(plain(folder)))
-        parts[who], last[who] = path.parts[1:], path.name or "/"
+        name = hub.short_name(hub.origin_of(path)) or path.name or "/"
+        parts[who], last[who] = path.parts[1:], name
     equal = len(set(last.values())) < len(last)
     names = {}
     for who, name in last.items():

@@ -20,6 +20,7 @@ from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
 from safepatch_jax.evaluation.timing import seconds_per_token
+from safepatch_jax.io import hub
 from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
@@ -60,9 +61,9 @@ def evaluate(
         another process is at work.
     """
     suite = load_suite(options.suite)
-    folders = {"model": model}
+    folders = {"model": hub.folder_of(model)}
     if against:
-        folders["against"] = against
+        folders["against"] = hub.folder_of(against)
     evaluation = _Evaluation(resolve(out), folders, suite, options)
     folder = Workdir(
         out,

@@ -23,6 +23,7 @@ from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.margins import margins
 from safepatch_jax.evaluation.openings import WRITTEN, Openings, find_openings, some_of
 from safepatch_jax.evaluation.suites import Measure, load_suite
+from safepatch_jax.io import hub
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
@@ -60,7 +61,9 @@ def margin_map(
       ValueError: bad suite, data or model; a suite without harmful or harmless prompts; a folder of
         something else.
     """
-    folders = {"model": model} | ({"against": against} if against else {})
+    folders = {"model": hub.folder_of(model)}
+    if against:
+        folders["against"] = hub.folder_of(against)
     study = _MarginMap(resolve(out), folders, options)
     folder = Workdir(
         out, "a margin map", RECORD, _NAMES, "--out", study.check_record, declared=(RECORD,)

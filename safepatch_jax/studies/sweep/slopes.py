@@ -27,13 +27,15 @@ from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.margins import MarginMeter, Rows, expected_measures
 from safepatch_jax.run.metrics import Metrics
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import by_margins
 from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY
-from safepatch_jax.studies.sweep.plan import open_workdir
+from safepatch_jax.studies.sweep.plan import SETTINGS, open_workdir
 from safepatch_jax.studies.sweep.slope_figures import draw
 from safepatch_jax.studies.sweep.slope_options import Place, SlopeOptions
 from safepatch_jax.studies.sweep.study import PARTS
@@ -69,6 +71,7 @@ def slopes(
     settings = settings.override(
         {"evaluate.split": "search", "run.keep_scratch": True, "export.dtype": "float32"}
     )
+    settings = pinned(settings, resolve(workdir) / SETTINGS)
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
     with folder.claimed(run.context.cache_dir), Metrics(folder.path) as run.metrics:

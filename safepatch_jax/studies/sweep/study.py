@@ -17,9 +17,11 @@ from safepatch_jax.run import environment, metrics, models
 from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.margins import MarginMeter
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import PatchSettings, Settings
 from safepatch_jax.studies.sweep import analysis, by_margins, report
 from safepatch_jax.studies.sweep.merging import Merger
@@ -72,6 +74,7 @@ def sweep(
         backbone itself.
     """
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
+    settings = pinned(settings, resolve(workdir) / SETTINGS)
     choices = [choice(point) for point in points]
     processes.agree(
         {
