@@ -11,6 +11,7 @@ from typing import Any
 from safepatch_jax.api.patches import Patch
 from safepatch_jax.api.session import Model, Session
 from safepatch_jax.api.shown import Picture, Shown
+from safepatch_jax.io import hub
 from safepatch_jax.option import nearest
 from safepatch_jax.run.inputs import Inputs
 from safepatch_jax.runtime import files, paths
@@ -134,8 +135,8 @@ def evaluate(
     """Measure harm, over-refusal and utility of a model, and of another one on the same items.
 
     Args:
-      model: a Hugging Face folder, a model of `load`, or a patch, which stands for the patched
-        model.
+      model: a Hugging Face folder or org/name of the Hub, a model of `load`, or a patch, which
+        stands for the patched model.
       against: the model beside it; of a patch by default its backbone.
       out: the evaluation's folder; by default one of these models and options in the workdir, or in
         the cache. What is answered there is not answered again.
@@ -200,7 +201,7 @@ def _folder(model: Any) -> str:
                 "give the folder."
             )
         return str(model.folder)
-    return str(model.folder()) if isinstance(model, Model) else os.fspath(model)
+    return str(model.folder()) if isinstance(model, Model) else hub.folder_of(os.fspath(model))
 
 
 def _default_place(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safepatch_jax.api.pair import Scores
 from safepatch_jax.api.session import Model, refuse_upstream
 from safepatch_jax.api.shown import Picture, Shown
+from safepatch_jax.io import hub
 from safepatch_jax.patch_file import apply as folders
 from safepatch_jax.patch_file import tensors as live
 from safepatch_jax.patch_file.apply import Outcome
@@ -58,10 +59,10 @@ class Patch(Shown):
         """Patch a model; what is patched already stays as it is.
 
         Args:
-          target: a Hugging Face folder; a `Model`; or live torch tensors: a module or its
-            `state_dict()`, by the names that transformers gives them.
+          target: a Hugging Face folder or org/name of the Hub; a `Model`; or live torch tensors: a
+            module or its `state_dict()`, by the names that transformers gives them.
           out: of a folder, the new folder for the result; without it the folder is changed in
-            place. A `Model` needs it, tensors take none.
+            place. A `Model` and a model of the Hub need it, tensors take none.
 
         Returns:
           which tensors were changed, and which were as they should be.
@@ -88,7 +89,7 @@ class Patch(Shown):
                     f"{target.source} is the backbone of a session, which is kept. Give out=DIR "
                     "for the patched model, or the path of a folder that may be changed."
                 )
-            folder = target.folder() if isinstance(target, Model) else resolve(target)
+            folder = _folder_of(target, out)
             return in_folder(self.file, folder, None if out is None else resolve(out))
         if out is not None:
             raise ValueError("Tensors are patched where they are: leave out= out.")
@@ -137,6 +138,15 @@ class Patch(Shown):
             yield "survive the cast", f"{total['survival']:.1%}"
             yield "settings", self.made_by
             yield "patched model", str(self.folder)
+
+
+def _folder_of(target: str | os.PathLike[str] | Model, out: Any) -> pathlib.Path:
+    if isinstance(target, Model):
+        return target.folder()
+    name = os.fspath(target)
+    if out is None and hub.named(name):
+        raise ValueError(f"{name} is a model of the Hub, whose cache is kept: give out=DIR.")
+    return resolve(hub.folder_of(name))
 
 
 def patch(

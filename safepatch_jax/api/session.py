@@ -11,10 +11,13 @@ from typing import Any
 
 from safepatch_jax.api.keywords import with_keywords
 from safepatch_jax.api.shown import Shown
+from safepatch_jax.io import hub
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.run import manifests
 from safepatch_jax.run.inputs import Inputs
-from safepatch_jax.run.job import Job
+from safepatch_jax.run.job import SETTINGS, Job
+from safepatch_jax.run.pins import pinned
+from safepatch_jax.run.place import Place
 from safepatch_jax.run.state import Run, check_source
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say
@@ -128,8 +131,9 @@ def load(
     """Name a model to be patched, and the folder in which that is done; nothing is computed yet.
 
     Args:
-      source: a Hugging Face folder, a .gguf file, orbax:DIR, 'smollm2', or whatever else
-        --model.source takes; may be left out where `config` has it.
+      source: a Hugging Face folder, org/name[@revision] of the Hub, a .gguf file, orbax:DIR,
+        'smollm2': whatever --model.source takes; may be left out where `config` has it. A workdir
+        stays with the commit of a model with which it was begun.
       workdir: where derived models, patches and evaluations lie; by default a folder of this model
         in the cache. What is done in it with the same settings is not done again.
       config: a config file or the name of a shipped one, such as 'demo': settings to begin with.
@@ -145,21 +149,27 @@ def load(
     # Records that are given as lists lie in the workdir, whose default depends on the rest.
     rest = {name: value for name, value in values.items() if not isinstance(value, list | tuple)}
     placed = with_keywords(given, rest, GROUPS, pathlib.Path(), "load")
-    run = Run(placed, pathlib.Path())
-    check_source(run.source)
     if workdir is None:
-        place = Inputs(placed).cache_dir / "sessions" / _name(run)
+        place = Inputs(placed).cache_dir / "sessions" / _name(placed.model.source)
     else:
         place = resolve(workdir)
+    source = pinned(placed, place / _RUN / SETTINGS).model.source
+    check_source(Run(placed.override({"model.source": source}), pathlib.Path()).source)
     session = Session(placed, place).with_keywords(values, GROUPS, "load")
-    return Model(placed.model.source, session)
+    settings = session.settings.override({"model.source": source})
+    return Model(source, Session(settings, place))
 
 
-def _name(run: Run) -> str:
-    """Return a name of a model's default folder: its last part, and a hash of where it is."""
-    path = run.source.path
+def _name(source: str) -> str:
+    """Return a name of a model's default folder: its last part, and a hash of where it is; of a
+    model of the Hub, that of all its commits."""
+    if parts := hub.named(source.removeprefix("hf:")):
+        kind, path = "hub", pathlib.PurePosixPath(parts[0])
+    else:
+        place = Place.local(source).absolute()
+        kind, path = place.kind, place.path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[:60]
-    return f"{name}-{files.text_hash([run.source.kind, str(path)])[:8]}"
+    return f"{name}-{files.text_hash([kind, str(path)])[:8]}"
 
 
 def refuse_upstream(

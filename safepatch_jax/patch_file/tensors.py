@@ -56,6 +56,7 @@ def revert_tensors(patch: str | pathlib.Path, tensors: Mapping[str, torch.Tensor
 def _move(path: str | pathlib.Path, tensors: Mapping[str, Any], goal: str) -> Outcome:
     patch = PatchFile(path)
     _refuse_other_than_torch(tensors)
+    _refuse_elsewhere(tensors)
     views = {}
     for name, tensor in _named(patch, tensors).items():
         views[name] = _View(tensor)
@@ -83,6 +84,17 @@ def _refuse_other_than_torch(tensors: Mapping[str, Any]) -> None:
         raise ValueError(
             f"A patch goes onto torch tensors, and of {_WHERE} {some(strangers) or 'all'} is "
             "none. Give model.state_dict(), or the path of a model folder."
+        )
+
+
+def _refuse_elsewhere(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError if a tensor has no bits here, as one that was left on the disk."""
+    absent = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if absent:
+        raise ValueError(
+            f"{_WHERE} lacks the values of {len(absent)} tensors, which lie on the disk or were "
+            f"never loaded: {some(absent, ', ')}. Load the model whole (no device_map that "
+            "offloads), or patch its folder."
         )
 
 
