@@ -4,7 +4,7 @@
   python -m benchmarks.notebook --out=FILE --folder=DIR        # another file, in another folder
 
 What a cell prints is stored, progress bars are not; a last line that is an expression is shown as a
-notebook would show it, pictures at a reader's size. tests/test_api.py runs it on a tiny model.
+notebook would show it, pictures at a reader's size. tests/api/test_api.py runs it on a tiny model.
 """
 
 from __future__ import annotations

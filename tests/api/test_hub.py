@@ -24,7 +24,7 @@ def test_a_workdir_stays_with_its_commit(hub, base, tmp_path):
     own = {"cache_dir": tmp_path / "runs"}
     model = sp.load(NAME, **own)
     assert model.source == f"{NAME}@{first}" == model.settings.model.source
-    assert model.folder().is_relative_to(hub.cache) and model.source in repr(model)
+    assert model.source in repr(model) and "llama" in repr(model)
     files.write_json(model.workdir / "run" / SETTINGS, model.settings.to_dict())
     second = hub.put(NAME, files_of(base) | {"generation_config.json": b"{}"})
     names._obtained.cache_clear()

@@ -19,7 +19,7 @@ from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.testing import write_tiny_model
 from tests.jobs import FAST, write_data
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 KEYWORDS = {name.replace(".", "_", 1): value for name, value in FAST.items()}
