@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
+_ROOT = pathlib.Path(__file__).absolute().parents[1]
 _WIDTH = 1000  # pixels of a picture
 _NOTEBOOK = flags.DEFINE_string("notebook", "docs/quickstart.ipynb", "The notebook.")
 _OUT = flags.DEFINE_string("out", None, "Where to store it; default: in place.")
@@ -55,6 +56,10 @@ def shown(value: Any) -> dict[str, Any]:
 
 
 def _lines(text: str) -> list[str]:
+    """Return the lines of a text; folders of this machine are told from the current one, the
+    repository and the home folder."""
+    for folder, name in ((pathlib.Path.cwd(), ""), (_ROOT, ""), (pathlib.Path.home(), "~/")):
+        text = text.replace(f"{folder}/", name)
     return text.splitlines(True)
 
 
@@ -66,7 +71,7 @@ def _small(png: bytes) -> bytes:
         height = round(image.height * _WIDTH / image.width)
         small = image.convert("RGB").resize((_WIDTH, height), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    small.quantize(64).save(data, "png", optimize=True)
+    small.quantize(256, dither=Image.Dither.NONE).save(data, "png", optimize=True)
     return data.getvalue()
 
 

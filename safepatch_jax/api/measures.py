@@ -67,11 +67,13 @@ class Evaluation(Shown):
       folder: report.md, report.json, report.png and answers. Those of a jailbroken model: handle
         with care.
       measures: in the suite's order.
+      names: what is called 'model' and, if there is one, 'against'.
     """
 
     content: Mapping[str, Any]
     folder: pathlib.Path
     measures: tuple[Measured, ...]
+    names: Mapping[str, str]
 
     @property
     def harm(self) -> dict[str, Value]:
@@ -98,16 +100,16 @@ class Evaluation(Shown):
         return Picture(self.folder / "report.png")
 
     def _title(self) -> str:
-        return "Evaluation of " + " beside ".join(self.content["models"].values())
+        return f"Evaluation of {' beside '.join(self.names.values())}"
 
     def _head(self) -> Sequence[str]:
-        beside = ("against", "p") if "against" in self.content["models"] else ()
-        return ("measure", "model", *beside)
+        beside = (self.names["against"], "p") if "against" in self.names else ()
+        return ("measure", self.names["model"], *beside)
 
     def _rows(self) -> Iterable[Sequence[str]]:
         for m in self.measures:
             row = [f"{m.name} ({m.kind})", _text(m.kind, m.model)]
-            if "against" in self.content["models"]:
+            if "against" in self.names:
                 row.append("-" if m.against is None else _text(m.kind, m.against))
                 row.append("-" if m.p is None else f"{m.p:.2g}")
             yield row
@@ -168,7 +170,14 @@ def evaluate(
 
     place = _default_place(session, folders, chosen) if out is None else paths.resolve(out)
     content = measure(folders["model"], place, chosen, folders.get("against", ""))
-    return Evaluation(content, place, tuple(_measures(content)))
+    names = {who: _name(x) for who, x in zip(_PLACES, (model, against)) if x is not None}
+    return Evaluation(content, place, tuple(_measures(content)), names)
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, Patch):
+        return f"{model.model.source}, patched" if model.model else "patched"
+    return model.source if isinstance(model, Model) else os.fspath(model)
 
 
 def _session(model: Any) -> Session | None:

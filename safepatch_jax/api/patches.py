@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PATCHES = "patches"  # folder of a session
 _FILE = "patch.safetensors"
+_MODEL = "patched"  # a model's folder names it in reports
 _PATCH = ("patch", "export", "run", "evaluate")
 
 
@@ -191,14 +192,14 @@ def patch(
         made = ["export", "patch_file", "certify_export"]
         job.make([name for name in made if name in job.runner.stages])
         _keep(job, place)
-        say(f"Patched model: {place / 'model'}")
+        say(f"Patched model: {place / _MODEL}")
     if not session.settings.run.keep_scratch:
         session.delete_scratch()
     result = manifests.read(place)[1]["result"]
     file = place / _FILE
     return Patch(
         file if file.is_file() else None,
-        place / "model",
+        place / _MODEL,
         scores.pair.model,
         result["total"],
         result["tensors"],
@@ -219,13 +220,23 @@ def _keep(job: Job, place: pathlib.Path) -> None:
         for name in ("export", "patch_file"):
             if name in runner.stages:
                 manifest = runner.manifest(name)
-                outputs |= manifest["outputs"]
-                for output in manifest["outputs"]:
-                    _link(runner.folder(name) / output, folder / output)
-        _link(runner.folder("certify_export") / CERTIFICATE, folder / "model" / CERTIFICATE)
+                kept = _placed(manifest["outputs"])
+                outputs |= kept
+                for output, name_here in zip(manifest["outputs"], kept):
+                    _link(runner.folder(name) / output, folder / name_here)
+        _link(runner.folder("certify_export") / CERTIFICATE, folder / _MODEL / CERTIFICATE)
         result = runner.result("patch")
         record = {"stage": "kept", "key": runner.key("certify_export"), "deleted": False}
         manifests.write(folder, record | {"result": result, "outputs": outputs})
+
+
+def _placed(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the outputs of a stage by their names among what is kept."""
+    places = {}
+    for name, entry in outputs.items():
+        first, slash, rest = name.partition("/")
+        places[f"{_MODEL}/{rest}" if slash and first == "model" else name] = entry
+    return places
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:

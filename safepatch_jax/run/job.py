@@ -185,7 +185,9 @@ class Job:
                     self.runner.need("import")  # of another format it is not known before
                     self._refuse_small_disk()
                     self._refuse_mixed_dtypes()
-                    self.runner.finish(["import", "certify_import", *names])
+                    for name in ("certify_import", *names):
+                        if self.runner.status(name) not in FINISHED:
+                            self.runner.finish([name])
             except BaseException:
                 self._warn_of_scratch()
                 raise
