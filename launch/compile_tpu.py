@@ -31,8 +31,7 @@ from absl import flags
 
 from launch import flags as settings_flags
 from launch import kinds, main
-from safepatch_jax.planning.plan import compile_run
-from safepatch_jax.planning.programs import PROGRAMS
+from safepatch_jax.planning import PROGRAMS
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -55,6 +54,8 @@ flags.adopt_module_key_flags(settings_flags)
 
 
 def run() -> None:
+    from safepatch_jax.planning.plan import compile_run  # here: --help does not need JAX
+
     fits = compile_run(
         settings_flags.read_settings(),
         _TOPOLOGY.value,

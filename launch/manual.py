@@ -95,8 +95,11 @@ def _entry(flag: flags.Flag) -> str:
     elif isinstance(flag.parser, flags.EnumParser):
         head += f"={'|'.join(flag.parser.enum_values)}"
     words = flag.help.strip()
+    if isinstance(flag.parser, flags.EnumParser):  # absl repeats the choices there
+        words = words.partition(">: ")[2] or words
     if flag.default not in (None, "", [], False):
         words += f" [{flag.default_as_str.strip(chr(39))}]"
+    words = words.removesuffix(" ['']")
     return "\n".join([head, *textwrap.wrap(words, _WIDTH - 6, **_INDENT)])
 
 

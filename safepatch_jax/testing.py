@@ -21,12 +21,30 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _SPECIALS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
+_GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 512,
+}
 # What a family's config.json has besides the attributes that all share.
 _FAMILY_ATTRIBUTES = {
     "llama": {},
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "head_dim": 16},
     "mistral": {"sliding_window": 8, "tie_word_embeddings": False},
     "qwen2": {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16, "use_sliding_window": False, "max_window_layers": 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "olmo2": {},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": _GEMMA | {"sliding_window_pattern": 2, "rope_local_base_freq": 50.0},
 }
 
 

@@ -4,6 +4,7 @@ copies each block's weights before it multiplies, and one of all blocks takes lo
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.decoder import Begin, Decoder, OneBlock, Readout
 from safepatch_jax.models.layerwise import LAYERS
+from safepatch_jax.models.rope import layer_kinds
 
 
 def suits(sharder: Sharder) -> bool:
@@ -51,8 +53,9 @@ class ByBlock:
         self.decoder, self._programs = decoder, _programs_of(decoder)
         self._ends = {name: part for name, part in params.items() if name != LAYERS}
         self.blocks = _unstacked({LAYERS: params[LAYERS]}, decoder.config.num_layers)
-        windows = decoder.config.windows
-        self._windows = [np.int32(x) for x in windows] or [None] * len(self.blocks)
+        kinds = layer_kinds(decoder.config)
+        numbers = range(len(self.blocks))
+        self._kinds = [jax.tree.map(operator.itemgetter(i), kinds) for i in numbers]
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
         config = self.decoder.config
@@ -65,8 +68,8 @@ class ByBlock:
         tokens_GT, length_G = prompts
         caches, length_B = state.past
         x_GTD, written = self._programs.begin(self._ends, tokens_GT), []
-        for block, window, cache in zip(self.blocks, self._windows, caches):
-            x_GTD, cache = self._programs.read(block, window, x_GTD, length_G, cache, rows_G)
+        for block, kind, cache in zip(self.blocks, self._kinds, caches):
+            x_GTD, cache = self._programs.read(block, kind, x_GTD, length_G, cache, rows_G)
             written.append(cache)
         state = state._replace(past=length_B)
         inputs = x_GTD, state, length_G, rows_G, stop_ids, sampling
@@ -84,8 +87,8 @@ class ByBlock:
     def _step(self, state: State, stop_ids, sampling) -> State:
         caches, length_B = state.past
         x_B1D, written = self._programs.begin(self._ends, state.token_B[:, None]), []
-        for block, window, cache in zip(self.blocks, self._windows, caches):
-            x_B1D, cache = self._programs.follow(block, window, x_B1D, length_B, cache)
+        for block, kind, cache in zip(self.blocks, self._kinds, caches):
+            x_B1D, cache = self._programs.follow(block, kind, x_B1D, length_B, cache)
             written.append(cache)
         state = state._replace(past=length_B)
         state = self._programs.emit(self._ends, x_B1D, state, stop_ids, sampling)
@@ -128,18 +131,18 @@ class _Programs:
     def _begin(self, ends: Any, tokens_BT):
         return self._embed.apply({"params": ends}, tokens_BT)
 
-    def _read(self, block: Any, window, x_GTD, length_G, cache: Cache, rows_G):
+    def _read(self, block: Any, kind, x_GTD, length_G, cache: Cache, rows_G):
         """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
         positions_1T = jnp.arange(x_GTD.shape[1])[None]
         valid_GT = positions_1T < length_G[:, None]
-        inputs = x_GTD, window, positions_1T, valid_GT
+        inputs = x_GTD, kind, positions_1T, valid_GT
         x_GTD, kv = self._block.apply({"params": block}, *inputs)
         return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1], slots_last=True), rows_G)
 
-    def _follow(self, block: Any, window, x_B1D, length_B, cache: Cache):
+    def _follow(self, block: Any, kind, x_B1D, length_B, cache: Cache):
         """Return (what leaves a block that reads one token more, the cache with it)."""
         here_B1 = jnp.ones((x_B1D.shape[0], 1), bool)
-        inputs = x_B1D, window, length_B[:, None], here_B1, cache
+        inputs = x_B1D, kind, length_B[:, None], here_B1, cache
         return self._block.apply({"params": block}, *inputs)
 
     def _placed(self, ends: Any, x_GTD, state: State, length_G, rows_G, stop_ids, sampling):

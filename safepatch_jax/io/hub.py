@@ -165,10 +165,8 @@ def _obtained(name: str, revision: str, weights: bool, check: Check | None, _: s
             raise hub_access.problem(
                 error, MODEL, name, revision, "there is no such file or folder here, and "
             ) from error
-        say(
-            f"Hub: {name}: the Hub does not answer ({type(error).__name__}); as in the cache, "
-            f"commit {result.commit}"
-        )
+        why = hub_access.silence(error)
+        say(f"Hub: {name}: {why}; as in the cache, commit {result.commit}")
     hub_access.record(MODEL, name, revision, result.commit)
     return result
 

@@ -137,6 +137,15 @@ def problem(error: Exception, kind: str, name: str, revision: str, given: str) -
     )
 
 
+def silence(error: Exception) -> str:
+    """Say why the Hub gave no answer that counts, where the cache stands in."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return f"the Hub gives no answer ({type(error).__name__})"
+
+
 def _is_of_network(error: Exception) -> bool:
     from huggingface_hub import errors
 
@@ -180,7 +189,8 @@ class Counter:
 def record(kind: str, name: str, revision: str, commit: str) -> None:
     """Remember what this process has taken from the Hub."""
     entry = {"kind": kind, "repository": name, "revision": revision or "main", "commit": commit}
-    if entry not in _taken:
+    same = [x for x in _taken if x | {"revision": ""} == entry | {"revision": ""}]
+    if entry not in same and not (same and revision == commit):
         _taken.append(entry)
 
 

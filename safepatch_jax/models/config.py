@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.models.bookkeeping import DEQUANTISE, FIXED, QUANTISED, is_benign, quantised_by
 from safepatch_jax.models.families import FAMILIES, Family
+from safepatch_jax.models.positions import (
+    LinearScaling,
+    RopeScaling,
+    is_positive,
+    one_rope,
+    read_rope,
+    read_ropes,
+    read_windows,
+)
 from safepatch_jax.models.strays import refuse_no_model
 from safepatch_jax.runtime import files, unfinished
 from safepatch_jax.runtime.console import some
@@ -19,24 +27,23 @@ from safepatch_jax.runtime.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of the slow rotations, as LLaMA 3.1 does it (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_length: int
-
-
-@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Architecture of a decoder-only transformer; sizes in elements.
 
     Attributes that need a word:
       rope_scaling: None for plain RoPE.
+      local_rope_theta, ropes: for each layer, which rotations it has: global (rope_theta and its
+        scaling), local (the other base), or none. Empty: all are global.
       activation: of the gate of the feed-forward layer, silu or gelu_tanh.
       norm_offset: norms multiply by 1 + weight (Gemma), in float32.
-      embed_scale: embeddings are multiplied by sqrt(embed_dim) (Gemma).
+      norm_float32: norms multiply by the weight in float32 (OLMo-2).
+      norms: pre: before attention and feed-forward layer; post: after them; both (Gemma 2, 3).
+      qk_norm: queries and keys are normed before they are rotated: each head, or the whole
+        projection at once (OLMo-2).
+      embed_multiplier, residual_multiplier: of embeddings, and of what is added to the stream.
+      attention_scale: of attention's logits; None is 1 / sqrt(head_dim).
+      attention_cap, logit_cap: logits are drawn into -cap .. cap by tanh (Gemma 2); 0 is none.
+      logit_divisor: of the head's logits (Granite).
       qkv_bias: query, key and value have biases (Qwen2).
       windows: for each layer, how many positions a query sees, itself included; 0 is all. Empty:
         all layers see all.
@@ -57,10 +64,20 @@ class DecoderConfig:
     max_length: int
     eos_ids: tuple[int, ...]
     dtype: str
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | None = None
+    local_rope_theta: float = 10000.0
+    ropes: tuple[str, ...] = ()
     activation: str = "silu"
     norm_offset: bool = False
-    embed_scale: bool = False
+    norm_float32: bool = False
+    norms: str = "pre"
+    qk_norm: str = ""
+    embed_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    logit_divisor: float = 1.0
     qkv_bias: bool = False
     windows: tuple[int, ...] = ()
 
@@ -102,9 +119,6 @@ _SIZES = (
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 _FLAGS = ("tie_word_embeddings", "use_sliding_window")
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
-_ROPE_KEYS = {"rope_type", "type", "rope_theta"}
-_LLAMA3_KEYS = {*_ROPE_KEYS, *_LLAMA3, "original_max_position_embeddings"}
 
 
 _FIX = "Copy config.json of the model again."
@@ -128,16 +142,19 @@ def _config_from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise Refused(
-            f"{where}: model_type {name!r:.60} is not supported; supported: {', '.join(FAMILIES)}."
+            f"{where}: model_type {name!r:.60} is not supported; supported: {', '.join(FAMILIES)}. "
+            "docs/porting.md tells how a family is added."
         )
     if method := quantised_by(raw):
         raise Refused(f"{where}: the weights are quantised ({method}). {DEQUANTISE}.")
-    family = FAMILIES[name]
+    family, raw = FAMILIES[name], one_rope(raw)
     values = {**family.defaults, **raw}
     offenders = _unsupported(raw, family) + _malformed(raw, family)
-    theta, scaling = _read_rope(raw, offenders)
+    theta, scaling = read_rope(raw, family, offenders)
     eos_ids = _read_eos(values, offenders)
-    windows = () if offenders else _read_windows(values, family, offenders)
+    windows = () if offenders else read_windows(values, family, offenders)
+    ropes = () if offenders else read_ropes(values, family, windows, offenders)
+    numbers = _read_numbers(values, family, offenders)
     if offenders:
         advice = ""
         if any(offender.endswith(_UNKNOWN) for offender in offenders):
@@ -168,19 +185,42 @@ def _config_from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+        norm_eps=float(values.get("rms_norm_eps") or 1e-6),
         tied_head=bool(values.get("tie_word_embeddings")),
         max_length=max_length or family.defaults["max_position_embeddings"],
         eos_ids=eos_ids,
         dtype=_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         windows=windows,
+        ropes=ropes,
+        **numbers,
         **family.switches,
     )
 
 
+def _read_numbers(
+    values: Mapping[str, Any], family: Family, offenders: list[str]
+) -> dict[str, float]:
+    """Return the fields of DecoderConfig that are numbers of config.json."""
+    fields = {}
+    for field, attribute in family.numbers.items():
+        value = values.get(attribute)
+        if value is None:
+            continue
+        if not is_positive(value):
+            offenders.append(f"{attribute} = {value!r:.60} (a number above 0 is needed)")
+            continue
+        fields[field] = float(value)
+    if "query_scalar" in fields:
+        fields["attention_scale"] = fields.pop("query_scalar") ** -0.5
+    if family.embed_scale and is_positive(values.get("hidden_size")):
+        fields["embed_multiplier"] = values["hidden_size"] ** 0.5
+    return fields
+
+
 def _unsupported(raw: Mapping[str, Any], family: Family) -> list[str]:
     """Return the attributes that are unknown or at a value for which the decoder has no switch."""
-    fixed, handled = {**FIXED, **family.fixed}, _HANDLED | family.handled
+    fixed = {**FIXED, **family.fixed}
+    handled = _HANDLED | family.handled | set(family.numbers.values())
     wrong, unknown = [], []
     for key, value in raw.items():
         if value is None or key in QUANTISED:
@@ -206,7 +246,7 @@ def _malformed(raw: Mapping[str, Any], family: Family) -> list[str]:
         if key in handled and type(raw.get(key, False)) not in (bool, type(None)):
             offenders.append(f"{key} = {raw[key]!r:.60} (true or false is needed)")
     eps = raw.get("rms_norm_eps")
-    if eps is not None and not _is_positive(eps):
+    if eps is not None and not is_positive(eps):
         offenders.append(f"rms_norm_eps = {eps!r:.60} (a number above 0 is needed)")
     for key in ("dtype", "torch_dtype"):
         if raw.get(key) is not None and _dtype(raw[key]) not in _DTYPES:
@@ -217,76 +257,6 @@ def _malformed(raw: Mapping[str, Any], family: Family) -> list[str]:
 def _dtype(value: Any) -> Any:
     """Return the name of a dtype as NumPy has it; some trainers write that of torch."""
     return value.removeprefix("torch.") if isinstance(value, str) else value
-
-
-def _is_positive(x: Any) -> bool:
-    # Compared as it is: a huge whole number has no float.
-    return type(x) in (int, float) and 0 < x < 1e18
-
-
-def _read_rope(raw: Mapping[str, Any], offenders: list[str]) -> tuple[float, RopeScaling | None]:
-    """Read base and scaling from either spelling: transformers 4 has `rope_theta` and
-    `rope_scaling`, 5 `rope_parameters`."""
-    thetas = [raw["rope_theta"]] if raw.get("rope_theta") is not None else []
-    scalings: list[RopeScaling | None] = []
-    for key in ("rope_parameters", "rope_scaling"):
-        parameters = raw.get(key)
-        if parameters is None or parameters == {}:
-            continue
-        if not isinstance(parameters, Mapping):
-            offenders.append(f"{key} = {parameters!r:.60} (an object is needed)")
-            continue
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            offenders.append(f"{key}.rope_type = {kind!r:.60} (supported: 'default' or 'llama3')")
-            continue
-        known = _LLAMA3_KEYS if kind == "llama3" else _ROPE_KEYS
-        for name, value in parameters.items():
-            is_default = name == "partial_rotary_factor" and value == 1.0
-            if name not in known and not is_default and value is not None:
-                offenders.append(
-                    f"{key}.{printable(name, 60)} = {value!r:.60} (unknown for rope_type '{kind}')"
-                )
-        if parameters.get("rope_theta") is not None:
-            thetas.append(parameters["rope_theta"])
-        if kind == "default":
-            scalings.append(None)
-        else:
-            length = raw.get("max_position_embeddings")
-            scalings += _read_llama3(key, parameters, length, offenders)
-    if not all(_is_positive(theta) for theta in thetas):
-        offenders.append(f"rope_theta = {thetas!r:.60} (a number above 0 is needed)")
-    elif len(set(thetas)) > 1 or len(set(scalings)) > 1:
-        names = ("rope_parameters", "rope_theta", "rope_scaling")
-        offenders.append(
-            "rope_parameters disagrees with rope_theta or rope_scaling: "
-            + ", ".join(f"{name} = {raw.get(name)!r:.100}" for name in names)
-        )
-    else:
-        theta = float(thetas[0]) if thetas else 10000.0
-        return theta, scalings[0] if scalings else None
-    return math.nan, None
-
-
-def _read_llama3(
-    key: str, parameters: Mapping[str, Any], max_length: Any, offenders: list[str]
-) -> list[RopeScaling]:
-    """Return the scaling; none, with an offender noted, if it is wrong."""
-    numbers = [parameters.get(name) for name in _LLAMA3]
-    original = parameters.get("original_max_position_embeddings", max_length)
-    if not all(_is_positive(x) for x in (*numbers, original)):
-        offenders.append(
-            f"{key} = {dict(parameters)!r:.150} (llama3 needs {', '.join(_LLAMA3)} and "
-            "original_max_position_embeddings, numbers above 0)"
-        )
-        return []
-    factor, low, high = numbers
-    if low >= high:
-        offenders.append(
-            f"{key}: low_freq_factor {low!s:.20} must be below high_freq_factor {high!s:.20}"
-        )
-        return []
-    return [RopeScaling(float(factor), float(low), float(high), int(original))]
 
 
 def _read_eos(values: Mapping[str, Any], offenders: list[str]) -> tuple[int, ...]:
@@ -309,37 +279,6 @@ def _as_list(x: Any) -> list[Any]:
     if x is None:
         return []
     return x if isinstance(x, list) else [x]
-
-
-def _read_windows(
-    values: Mapping[str, Any], family: Family, offenders: list[str]
-) -> tuple[int, ...]:
-    """Return each layer's window; empty if no layer has one."""
-    layers, window = values["num_hidden_layers"], values.get("sliding_window") or 0
-    if "layer_types" not in family.handled:
-        return (window,) * layers if window else ()
-    if not values.get("use_sliding_window"):
-        window = 0
-    full = values.get("max_window_layers")  # so many layers at the start see all
-    if type(full) is not int or full < 0:
-        offenders.append(f"max_window_layers = {full!r:.60} (a whole number is needed)")
-        return ()
-    full = min(full, layers)
-    default = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    kinds = values.get("layer_types") or default
-    names = ("sliding_attention", "full_attention")
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or any(kind not in names for kind in kinds)
-    ):
-        offenders.append(
-            f"layer_types = {kinds!r:.100} (needs {layers} times 'full_attention' or "
-            "'sliding_attention')"
-        )
-        return ()
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    return windows if any(windows) else ()
 
 
 def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -377,9 +316,12 @@ def portable_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[st
       dtype: storage dtype to name, or None to leave it.
     """
     out = dict(raw)
+    plain = one_rope(raw)
     for key in {"dtype", "torch_dtype"} & out.keys():
         out[key] = _dtype(out[key])  # transformers does not read 'torch.float32'
-    rope = out.get("rope_parameters")
+    rope = plain.get("rope_parameters")
+    if plain is not raw and "rope_local_base_freq" in plain:
+        out["rope_local_base_freq"] = plain["rope_local_base_freq"]
     if rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         if scaling.get("rope_type", scaling.get("type", "default")) == "default":

@@ -16,12 +16,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.kernels import fused_attention, kernel_for
+from safepatch_jax.models.rope import LayerKind, layer_kinds, rotary_angles, rotate
 from safepatch_jax.models.table import Param, param_table
 
 # What the backward pass may keep of a block; the rest is computed again.
@@ -86,8 +86,8 @@ class Embedder(_Module):
 
     def __call__(self, tokens_BT):
         x_BTD = self.embedding[tokens_BT]
-        if self.config.embed_scale:
-            x_BTD = x_BTD * jnp.asarray(self.config.embed_dim**0.5, self.dtype)
+        if self.config.embed_multiplier != 1.0:
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_multiplier, self.dtype)
         return self.constrain(x_BTD, "batch", "length", "features")
 
     def attend(self, x_BTD):
@@ -96,53 +96,22 @@ class Embedder(_Module):
 
 
 class RMSNorm(_Module):
+    """Root-mean-square norm over the last `dimensions` of its input, as many as its weight has."""
+
+    dimensions: int = 1
+
     @nn.compact
     def __call__(self, x_BTD):
         x32_BTD = x_BTD.astype(jnp.float32)
-        mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+        over = tuple(range(-self.dimensions, 0))
+        mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=over, keepdims=True)
         normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + self.config.norm_eps)
         scale_D = self.weight("scale")
         if self.config.norm_offset:  # added and multiplied in float32, before the cast
             return (normed_BTD * (1.0 + scale_D.astype(jnp.float32))).astype(self.dtype)
+        if self.config.norm_float32:
+            return (normed_BTD * scale_D.astype(jnp.float32)).astype(self.dtype)
         return scale_D * normed_BTD.astype(self.dtype)
-
-
-def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Return radians a position [H/2], float32 (RoPE; Su et al. 2021), scaled as LLaMA 3.1 does
-    where the config says so.
-
-    Computed once, with float32 rounding at the same places as in the reference: at position 8000
-    one float32 step of a frequency turns by half a milliradian.
-    """
-    one = np.float32(1)
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    powers = np.power(config.rope_theta, exponents.astype(np.float64))
-    frequencies = one / powers.astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    factor = np.float32(scaling.factor)
-    # Two roundings each, as torch divides a number by a tensor: the inverse, then the product.
-    wavelengths = one / frequencies * np.float32(2 * np.pi)
-    turns = one / wavelengths * np.float32(scaling.original_max_length)
-    smooth = (turns - np.float32(low)) / np.float32(high - low)
-    between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    scaled = np.where(turns > high, frequencies, between)
-    return np.where(turns < low, frequencies / factor, scaled)
-
-
-def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> jax.Array:
-    """Return rotation angles [B, T, H/2] in radians, float32."""
-    return positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(config)
-
-
-def rotate(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
-    """Apply RoPE in the half-split convention of Hugging Face checkpoints."""
-    sin, cos = jnp.sin(angles_BTh)[:, :, None, :], jnp.cos(angles_BTh)[:, :, None, :]
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
 def silu(x: jax.Array) -> jax.Array:
@@ -178,10 +147,16 @@ class Attention(_Module):
 
     attention: str = "xla"
 
-    def projection(self, x_BTD, name, equation, heads):
+    def projection(self, x_BTD, name, equation, heads, normed=False):
         y_BTNH = self.product(equation, x_BTD, self.weight(name))
         if self.config.qkv_bias:
             y_BTNH = y_BTNH + self.weight(name + "_bias")
+        if normed:
+            over = 2 if self.config.qk_norm == "projection" else 1
+            norm = RMSNorm(
+                self.config, self.dtype, self.sharder, self.tap, over, name=name + "_norm"
+            )
+            y_BTNH = norm(y_BTNH)
         return self.constrain(y_BTNH, "batch", "length", heads, "head_dim")
 
     @nn.compact
@@ -197,15 +172,20 @@ class Attention(_Module):
         start_B=None,
     ):
         config = self.config
-        q_BTNH = self.projection(x_BTD, "q", "BTD,NHD->BTNH", "heads")
-        k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads")
+        q_BTNH = self.projection(x_BTD, "q", "BTD,NHD->BTNH", "heads", config.qk_norm)
+        k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads", config.qk_norm)
         v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
         q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
 
+        scale = config.attention_scale
+        if scale is None:
+            scale = config.head_dim**-0.5
         kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], self.platform)
         if kernel != "xla" and cache is None:
             # All layers have the same window, or none that matters (see `kernel_for`).
             static = max(config.windows, default=0) or None
+            if config.attention_scale is not None:  # the kernels divide by sqrt(head size)
+                q_BTNH = q_BTNH * jnp.asarray(scale * config.head_dim**0.5, q_BTNH.dtype)
             mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
             return self.out(mixed_BTNH), cache, (k_BTKH, v_BTKH)
 
@@ -226,7 +206,7 @@ class Attention(_Module):
         logits_BKGTS = jnp.einsum(
             f"B{t}KGH,{key_axes}->BKG{t}S", q_BTKGH, keys, preferred_element_type=jnp.float32
         )
-        logits_BKGTS = logits_BKGTS * config.head_dim**-0.5
+        logits_BKGTS = capped(logits_BKGTS * scale, config.attention_cap)
         mask_BKGTS = mask_BTS[:, :, None] if one else mask_BTS[:, None, None]
         logits_BKGTS = jnp.where(mask_BKGTS, logits_BKGTS, jnp.finfo(jnp.float32).min)
         weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(self.dtype)
@@ -237,6 +217,11 @@ class Attention(_Module):
 
     def out(self, mixed_BTNH):
         return self.product("BTNH,DNH->BTD", mixed_BTNH, self.weight("o"))
+
+
+def capped(x: jax.Array, cap: float) -> jax.Array:
+    """Return x drawn smoothly into -cap .. cap; a cap of 0 is none."""
+    return jnp.tanh(x / cap) * cap if cap else x
 
 
 class Mlp(_Module):
@@ -259,25 +244,40 @@ class Block(_Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, carry, window, layer, angles_BTh, mask_BTS, distance_BTS, start_B):
+    def __call__(self, carry, kind, layer, angles_BTh, mask_BTS, distance_BTS, start_B):
         x_BTD, cache = carry
+        if kind.frequencies is not None:
+            angles_BTh = angles_BTh * kind.frequencies
         attend = Attention(
             self.config, self.dtype, self.sharder, self.tap, self.attention, name="attention"
         )
         attended_BTD, cache, kv = attend(
-            self.child(RMSNorm, "attention_norm")(x_BTD),
+            self.before("attention", x_BTD),
             angles_BTh,
             mask_BTS,
             distance_BTS,
-            window,
+            kind.window,
             cache,
             layer,
             start_B,
         )
-        x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "length", "features")
-        x_BTD = x_BTD + self.child(Mlp, "mlp")(self.child(RMSNorm, "mlp_norm")(x_BTD))
-        x_BTD = self.constrain(x_BTD, "batch", "length", "features")
-        return (x_BTD, cache), kv if self.keep_kv else None
+        x_BTD = self.added("attention", x_BTD, attended_BTD)
+        mlp_BTD = self.child(Mlp, "mlp")(self.before("mlp", x_BTD))
+        return (self.added("mlp", x_BTD, mlp_BTD), cache), kv if self.keep_kv else None
+
+    def before(self, part: str, x_BTD):
+        """Return what enters attention or feed-forward layer."""
+        if self.config.norms == "post":
+            return x_BTD
+        return self.child(RMSNorm, part + "_norm")(x_BTD)
+
+    def added(self, part: str, x_BTD, y_BTD):
+        """Return the sum of what entered a part and what leaves it."""
+        if self.config.norms != "pre":
+            y_BTD = self.child(RMSNorm, part + "_post_norm")(y_BTD)
+        if self.config.residual_multiplier != 1.0:
+            y_BTD = y_BTD * jnp.asarray(self.config.residual_multiplier, self.dtype)
+        return self.constrain(x_BTD + y_BTD, "batch", "length", "features")
 
 
 class Head(_Module):
@@ -344,15 +344,13 @@ class Decoder(_Module):
             out_axes=0,
         )(self.config, self.dtype, self.sharder, self.tap, keep_kv, self.attention, name="layers")
         mask_BTS, distance_BTS = visible(positions_BT, valid_BT, cache)
-        windows_L, layers_L, start_B = None, None, None
-        if self.config.windows:
-            windows_L = jnp.asarray(self.config.windows, jnp.int32)
-        else:
+        kinds, layers_L, start_B = layer_kinds(self.config), None, None
+        if kinds.window is None:
             distance_BTS = None
         if cache is not None:
             layers_L, start_B = jnp.arange(self.config.num_layers), positions_BT[:, 0]
         seen = angles_BTh, mask_BTS, distance_BTS, start_B
-        (x_BTD, cache), kv = layers((x_BTD, cache), windows_L, layers_L, *seen)
+        (x_BTD, cache), kv = layers((x_BTD, cache), kinds, layers_L, *seen)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
         if not hidden:
@@ -373,24 +371,23 @@ class OneBlock(_Module):
     """One block alone. It reads the dictionary that the decoder's blocks read, of one layer, so
     without the axis of layers.
 
-    `window` is the layer's entry of DecoderConfig.windows, or None if no layer has a window; the
-    rest is as in `Decoder`, with a cache of one block. Returns (x [B, T, D], the cache with these
-    tokens, or keys and values [B, T, K, H]).
+    `kind` is the layer's of `layer_kinds`; the rest is as in `Decoder`, with a cache of one block.
+    Returns (x [B, T, D], the cache with these tokens, or keys and values [B, T, K, H]).
     """
 
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x_BTD, window, positions_BT, valid_BT, cache: Cache | None = None):
+    def __call__(self, x_BTD, kind: LayerKind, positions_BT, valid_BT, cache: Cache | None = None):
         angles_BTh = rotary_angles(self.config, positions_BT)
         mask_BTS, distance_BTS = visible(positions_BT, valid_BT, cache)
-        if window is None:
+        if kind.window is None:
             distance_BTS = None
         block = Block(
             self.config, self.dtype, self.sharder, self.tap, True, self.attention, name="layers"
         )
         seen = angles_BTh, mask_BTS, distance_BTS, positions_BT[:, 0]
-        (x_BTD, cache), kv = block((x_BTD, cache), window, None, *seen)
+        (x_BTD, cache), kv = block((x_BTD, cache), kind, None, *seen)
         return x_BTD, kv if cache is None else cache
 
 
@@ -411,4 +408,7 @@ def _read_out(module: _Module, embedder: Embedder | None, x_BTD: jax.Array) -> j
         logits_BTV = embedder.attend(x_BTD)
     else:
         logits_BTV = module.child(Head, "head")(x_BTD)
+    if module.config.logit_divisor != 1.0:
+        logits_BTV = logits_BTV / module.config.logit_divisor
+    logits_BTV = capped(logits_BTV, module.config.logit_cap)
     return module.constrain(logits_BTV, "batch", "length", "vocab")

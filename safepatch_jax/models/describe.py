@@ -8,6 +8,15 @@ from collections.abc import Mapping
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import SCOPES, ParamTable, param_table
 
+_FACTORS = {
+    "embed_multiplier": "embeddings times",
+    "residual_multiplier": "parts times",
+    "attention_scale": "attention's logits times",
+    "attention_cap": "attention's logits capped at",
+    "logit_cap": "logits capped at",
+    "logit_divisor": "logits by",
+}
+
 
 def describe(
     config: DecoderConfig, scope: str, stored: Mapping[str, str] | None = None
@@ -45,8 +54,18 @@ def _architecture(config: DecoderConfig) -> list[str]:
     details.append(f"window {', '.join(str(window or 'all') for window in windows)}")
     if config.norm_offset:
         details.append("norms times 1 + weight")
-    if config.embed_scale:
-        details.append("embeddings times sqrt(width)")
+    if config.ropes:
+        details.append(f"rotary positions by layer ({', '.join(sorted(set(config.ropes)))})")
+    if config.norms != "pre":
+        details.append(
+            {"post": "norms after each part", "both": "norms around each part"}[config.norms]
+        )
+    if config.qk_norm:
+        details.append(f"queries and keys normed by {config.qk_norm}")
+    for field, words in _FACTORS.items():
+        value = getattr(config, field)
+        if value not in (None, 0.0, 1.0):
+            details.append(f"{words} {value:g}")
     if config.qkv_bias:
         details.append("biases on q, k, v")
     return [

@@ -21,6 +21,9 @@ class Family:
       architecture: the class in ``transformers``.
       defaults: values of attributes that may be absent from config.json.
       switches: fields of DecoderConfig that hold for every model of the family.
+      numbers: fields of DecoderConfig (query_scalar: of attention_scale ** -2) and the attribute
+        that holds each, a number above 0.
+      embed_scale: embeddings are multiplied by the square root of their width.
       fixed: attributes of the family and the values they may have.
       handled: attributes of the family that the reader makes use of.
     """
@@ -30,9 +33,20 @@ class Family:
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     handled: frozenset[str] = frozenset()
+    numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    embed_scale: bool = False
 
 
 _SILU = {"hidden_act": ("silu",)}
+_WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+_PATTERN = frozenset(
+    {"sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
+)
+_GEMMA = {
+    "hidden_act": (None, "gelu_pytorch_tanh"),
+    "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "use_bidirectional_attention": (None, False),
+}
 
 FAMILIES = {
     "llama": Family(
@@ -47,7 +61,7 @@ FAMILIES = {
             "max_position_embeddings": 8192,
             "eos_token_id": 1,
         },
-        {"activation": "gelu_tanh", "norm_offset": True, "embed_scale": True},
+        {"activation": "gelu_tanh", "norm_offset": True},
         # "gelu" is a slip of the first releases: the models were trained with, and mean, the tanh
         # approximation.
         {
@@ -55,6 +69,7 @@ FAMILIES = {
             "hidden_activation": (None, "gelu_pytorch_tanh"),
             "use_bidirectional_attention": (None, False),
         },
+        embed_scale=True,
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -78,6 +93,105 @@ FAMILIES = {
         },
         {"qkv_bias": True},
         {**_SILU, "use_mrope": (False,)},
-        frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}),
+        _WINDOWS,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+        },
+        {"qk_norm": "head"},
+        _SILU,
+        _WINDOWS,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2000000.0,
+            "tie_word_embeddings": True,
+            "eos_token_id": 128001,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "no_rope_layer_interval": 4,
+        },
+        fixed={**_SILU, "use_sliding_window": (False,)},
+        handled=_WINDOWS | {"no_rope_layers", "no_rope_layer_interval"},
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        {
+            "max_position_embeddings": 2048,
+            "eos_token_id": 2,
+            "attention_multiplier": 1.0,
+        },
+        fixed=_SILU,
+        numbers={
+            "embed_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "attention_scale": "attention_multiplier",
+            "logit_divisor": "logits_scaling",
+        },
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {"max_position_embeddings": 2048, "eos_token_id": 50279, "rms_norm_eps": 1e-5},
+        {"norms": "post", "qk_norm": "projection", "norm_float32": True},
+        _SILU,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+            "eos_token_id": 1,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        {"activation": "gelu_tanh", "norm_offset": True, "norms": "both"},
+        _GEMMA,
+        _PATTERN,
+        {
+            "query_scalar": "query_pre_attn_scalar",
+            "attention_cap": "attn_logit_softcapping",
+            "logit_cap": "final_logit_softcapping",
+        },
+        embed_scale=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 131072,
+            "eos_token_id": 1,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+        },
+        {"activation": "gelu_tanh", "norm_offset": True, "norms": "both", "qk_norm": "head"},
+        _GEMMA,
+        _PATTERN,
+        {
+            "query_scalar": "query_pre_attn_scalar",
+            "attention_cap": "attn_logit_softcapping",
+            "logit_cap": "final_logit_softcapping",
+            "local_rope_theta": "rope_local_base_freq",
+        },
+        embed_scale=True,
     ),
 }

@@ -49,6 +49,8 @@ def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, platfo
 def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | None:
     if platform not in ("gpu", "tpu"):
         return f"the platform '{platform}' has no fused kernel"
+    if config.attention_cap:
+        return "attention's logits are capped, which the kernels do not do"
     windows = {0 if window >= length else window for window in config.windows}
     if len(windows) > 1:
         return "layers have different windows, which the kernels do not take in one scan"

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from safepatch_jax.models.decoder import Begin, Decoder, OneBlock
+from safepatch_jax.models.rope import layer_kinds
 from safepatch_jax.models.table import nest, unnest
 
 LAYERS = "layers"  # of the parameter dictionary: the blocks, stacked
@@ -65,11 +66,10 @@ class Blocks:
           layer: its number.
           x_BTD: what enters it.
         """
-        config = self.decoder.config
-        window = jnp.asarray(config.windows, jnp.int32)[layer] if config.windows else None
+        kind = jax.tree.map(lambda x: jnp.asarray(x)[layer], layer_kinds(self.decoder.config))
         module = OneBlock(*self._attributes, self.decoder.tap, self.decoder.attention)
         positions_1T = jnp.arange(x_BTD.shape[1])[None]
-        return module.apply({"params": block}, x_BTD, window, positions_1T, batch["valid"])[0]
+        return module.apply({"params": block}, x_BTD, kind, positions_1T, batch["valid"])[0]
 
     @property
     def _attributes(self):

@@ -182,19 +182,38 @@ def param_table(config: DecoderConfig) -> ParamTable:
             f"layers/{path}", f"layers {axes}", "model.layers.{layer}." + hf_name, kind, out_axes
         )
 
+    def norms(part: str, before: str, after: str) -> list[Param]:
+        """Declare the norms of a part of the block by their Hugging Face names."""
+        names = []
+        if config.norms != "post":
+            names.append((f"{part}_norm/scale", before))
+        if config.norms != "pre":
+            names.append((f"{part}_post_norm/scale", after))
+        return [block(path, "embed", f"{name}_layernorm.weight", "norm") for path, name in names]
+
+    # Where both parts have two norms, the name of the second one's first is attention's second.
+    before_mlp = "post_attention" if config.norms == "pre" else "pre_feedforward"
     rows = [
         row("embedder/embedding", "vocab embed", "model.embed_tokens.weight", "embedding"),
-        block("attention_norm/scale", "embed", "input_layernorm.weight", "norm"),
+        *norms("attention", "input", "post_attention"),
         block("attention/q", "heads head_dim embed", "self_attn.q_proj.weight", "linear", 2),
         block("attention/k", "kv_heads head_dim embed", "self_attn.k_proj.weight", "linear", 2),
         block("attention/v", "kv_heads head_dim embed", "self_attn.v_proj.weight", "linear", 2),
         block("attention/o", "embed heads head_dim", "self_attn.o_proj.weight", "linear"),
-        block("mlp_norm/scale", "embed", "post_attention_layernorm.weight", "norm"),
+        *norms("mlp", before_mlp, "post_feedforward"),
         block("mlp/gate", "mlp embed", "mlp.gate_proj.weight", "linear"),
         block("mlp/up", "mlp embed", "mlp.up_proj.weight", "linear"),
         block("mlp/down", "embed mlp", "mlp.down_proj.weight", "linear"),
         row("final_norm/scale", "embed", "model.norm.weight", "norm"),
     ]
+    if config.qk_norm:
+        q_axes, k_axes = "head_dim", "head_dim"
+        if config.qk_norm == "projection":
+            q_axes, k_axes = "heads head_dim", "kv_heads head_dim"
+        rows += [
+            block("attention/q_norm/scale", q_axes, "self_attn.q_norm.weight", "norm", 2),
+            block("attention/k_norm/scale", k_axes, "self_attn.k_norm.weight", "norm", 2),
+        ]
     if config.qkv_bias:
         rows += [
             block("attention/q_bias", "heads head_dim", "self_attn.q_proj.bias", "bias", 2),

@@ -1,0 +1,1 @@
+PROGRAMS = ("train", "score", "patch", "decode")  # the kinds that a plan knows

@@ -26,12 +26,11 @@ from safepatch_jax.models.table import Param, param_table
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, patch_matrices
 from safepatch_jax.patching.options import Knobs, program_options
+from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.run.context import Context
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
 from safepatch_jax.training.batch import batch_layout
-
-PROGRAMS = ("train", "score", "patch", "decode")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
+from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.chips import GIB, Chip, Target, present
 from safepatch_jax.planning.compile import Figures, measure_all
-from safepatch_jax.planning.programs import PROGRAMS, holdings, lengths, programs
+from safepatch_jax.planning.programs import holdings, lengths, programs
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.planning.search import (
     LAYERWISE,

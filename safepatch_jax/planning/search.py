@@ -12,10 +12,11 @@ from typing import Any
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
+from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.chips import Target
 from safepatch_jax.planning.compile import Figures, measure_all
 from safepatch_jax.planning.flops import count_flops
-from safepatch_jax.planning.programs import PROGRAMS, checked_kinds, lengths, programs
+from safepatch_jax.planning.programs import checked_kinds, lengths, programs
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings

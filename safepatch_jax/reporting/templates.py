@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from typing import Any
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.reporting import tables
+
+if TYPE_CHECKING:
+    import jinja2
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,6 +29,8 @@ def render(name: str, /, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
+    import jinja2  # here: what lists a sweep's points need not wait for it
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT),
         undefined=jinja2.StrictUndefined,

@@ -108,12 +108,15 @@ def parcel_of_patch(path: str | pathlib.Path) -> Parcel:
     settings = patch.about.get("settings")
     _refuse_one_sided(path, settings if isinstance(settings, dict) else {})
     origin = patch.about.get("source")
-    known = isinstance(origin, str) and hub.split(origin) is not None
-    name = origin.partition("@")[0] if known else ""
-    licence = "" if known else " Its backbone is not named here: fill in `base_model` above."
+    if not isinstance(origin, str) or hub.split(origin) is None:
+        origin = ""
+    name, base = origin.partition("@")[0], ""
+    licence = " Its backbone is not named here: fill in `base_model` above."
+    if origin:
+        base, licence = f" `{origin}`", ""
     text = _CARD_OF_PATCH.format(
-        base=f" `{origin}`" if known else "",
-        model=name or "DIR",
+        base=base,
+        model=origin or "DIR",
         file=PATCH,
         entries=patch.entries(),
         tensors=len(patch.changed()),

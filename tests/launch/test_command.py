@@ -32,7 +32,7 @@ def test_a_sub_command_is_its_launcher():
     first, _, rest = result.stdout.partition("More settings, shown by --help_all:")
     for name in ("config", "workdir", "model.source", "data", "merge", "[no]dry_run"):
         assert f"\n  --{name}" in first
-    assert "--patch.retention" not in first and "patch: which entries are kept" in rest
+    assert "\n  --patch.retention" not in first and "patch: which entries are kept" in rest
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
     everything = safepatch("run", "--help_all").stdout
     assert "--patch.retention\n      p: probability" in everything and "[0.3]" in everything

@@ -23,7 +23,17 @@ def test_help_is_a_manual():
 
 @pytest.mark.parametrize(
     "name",
-    ["align", "convert", "evaluate", "inspect", "margins", "safepatch", "slopes", "sweep"],
+    [
+        "align",
+        "compile_tpu",
+        "convert",
+        "evaluate",
+        "inspect",
+        "margins",
+        "safepatch",
+        "slopes",
+        "sweep",
+    ],
 )
 def test_flags_are_read_without_what_computes(name):
     script = f"import launch.{name}, sys; sys.exit('jax' in sys.modules)"

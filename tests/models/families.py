@@ -21,6 +21,12 @@ FAMILIES: dict[
     "gemma": {},
     "mistral": {"sliding_window": 5},
     "qwen2": {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+    "smollm3": {},
+    "granite": {},
+    "olmo2": {},
+    "gemma2": {"sliding_window": 5},
+    "gemma3_text": {"sliding_window": 5},
 }
 
 

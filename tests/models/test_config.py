@@ -134,7 +134,7 @@ STYLES = {
             **READ | {"head_dim": 16, "eos_ids": (1,), "tied_head": True},
             activation="gelu_tanh",
             norm_offset=True,
-            embed_scale=True,
+            embed_multiplier=32**0.5,
         ),
     ),
     "mistral": (
@@ -409,7 +409,7 @@ HUB = {
             "head_dim": 256,
             "tied_head": True,
             "norm_offset": True,
-            "embed_scale": True,
+            "embed_multiplier": 3072**0.5,
             "activation": "gelu_tanh",
             "rope_theta": 1e4,
             "eos_ids": (1,),

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import json
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -63,6 +64,12 @@ VARIANTS = {
         {"use_sliding_window": False, "tie_word_embeddings": False, "rope_theta": 1e6},
     ),
     "qwen2-tied-windows": ("qwen2", WINDOWS),
+    "qwen3-windows": ("qwen3", WINDOWS),
+    "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0]}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {"tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"num_hidden_layers": 3}),
+    "gemma3": ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
 }
 ONE_OF_EACH = ["llama3-scaled", "gemma", "mistral-window", "qwen2-tied-windows"]
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (2, LENGTH))
@@ -256,8 +263,11 @@ def surroundings(pair, layer):
     """What attention needs beside its input: angles, mask, distances and the layer's window."""
     positions_BT, valid_BT = counted(TOKENS)
     mask_BTS, distance_BTS = modules.visible(jnp.asarray(positions_BT), jnp.asarray(valid_BT), None)
-    window = jnp.int32(pair.config.windows[layer]) if pair.config.windows else None
-    return modules.rotary_angles(pair.config, positions_BT), mask_BTS, distance_BTS, window
+    kind = jax.tree.map(operator.itemgetter(layer), modules.layer_kinds(pair.config))
+    angles_BTh = modules.rotary_angles(pair.config, positions_BT)
+    if kind.frequencies is not None:
+        angles_BTh = angles_BTh * kind.frequencies
+    return angles_BTh, mask_BTS, distance_BTS, kind.window
 
 
 def test_attention(pair):
@@ -279,10 +289,10 @@ def test_mlp(pair):
 
 def test_block(pair):
     for layer in range(pair.config.num_layers):
-        window = surroundings(pair, layer)[-1]
+        kind = jax.tree.map(operator.itemgetter(layer), modules.layer_kinds(pair.config))
         block = jax.tree.map(lambda x, layer=layer: x[layer], pair.params["layers"])
         module = modules.OneBlock(pair.config, pair.decoder.dtype, pair.decoder.sharder)
-        inputs = pair.inputs[f"model.layers.{layer}"], window, *counted(TOKENS)
+        inputs = pair.inputs[f"model.layers.{layer}"], kind, *counted(TOKENS)
         ours, _ = module.apply({"params": {"layers": block}}, *inputs)
         assert_close(ours, pair.outputs[f"model.layers.{layer}"])
 
@@ -298,7 +308,7 @@ def test_logits(pair):
         ("llama-mqa-theta", {"rope_theta": 10000.0}),
         ("llama3-scaled", {"rope_scaling": None}),
         ("gemma", {"norm_offset": False}),
-        ("gemma", {"embed_scale": False}),
+        ("gemma", {"embed_multiplier": 1.0}),
         ("gemma-gelu", {"activation": "silu"}),
         ("mistral-window", {"windows": ()}),
         ("mistral-window", {"windows": (WINDOW - 1,) * 2}),
@@ -306,6 +316,17 @@ def test_logits(pair):
         ("qwen2-tied-windows", {"windows": ()}),
         ("qwen2-tied-windows", {"windows": (WINDOW,) * 3}),
         ("qwen2", {"qkv_bias": False}),
+        ("smollm3", {"ropes": ()}),
+        ("granite", {"embed_multiplier": 1.0}),
+        ("granite", {"residual_multiplier": 1.0}),
+        ("granite", {"attention_scale": None}),
+        ("granite", {"logit_divisor": 1.0}),
+        ("gemma2", {"attention_cap": 0.0}),
+        ("gemma2", {"logit_cap": 0.0}),
+        ("gemma2", {"attention_scale": None}),
+        ("gemma3", {"local_rope_theta": 10000.0}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"ropes": ()}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
