@@ -37,6 +37,7 @@ FLOORS = (
     ("run",),
     ("methods",),
     ("studies", "planning"),
+    ("api",),
 )
 COLUMNS = 100
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

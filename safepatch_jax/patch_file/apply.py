@@ -17,7 +17,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -43,9 +43,9 @@ _BEGINNING = 1 << 10  # bytes by which a half-written copy is known
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What applying or reverting did: `moved` tensors, those that were `already` there, and
-    `removed` files."""
+    `removed` files; `folder` is None where it was done to tensors in memory."""
 
-    folder: pathlib.Path
+    folder: pathlib.Path | None
     moved: tuple[str, ...]
     already: tuple[str, ...]
     removed: tuple[str, ...]
@@ -93,11 +93,14 @@ def revert(
     return _move(patch, folder, out, BEFORE)
 
 
-def check_names(
-    patch: PatchFile, tensors: Mapping[str, Stored], folder: str | pathlib.Path
-) -> None:
+def check_names(patch: PatchFile, tensors: Mapping[str, Any], folder: str | pathlib.Path) -> None:
     """Raise ValueError unless names, shapes and dtypes are those of the patch; all that differ are
-    collected."""
+    collected.
+
+    Args:
+      tensors: by name, of whatever kind has `dtype` (our name of it) and `shape` as `Stored`.
+      folder: where they are, in words.
+    """
     problems = []
     for name, expected in patch.tensors.items():
         if name not in tensors and not expected.optional:

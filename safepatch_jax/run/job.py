@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.data.records import load_records
@@ -159,6 +160,38 @@ class Job:
             try:
                 with Metrics(self.workdir) as self.state.metrics:
                     return self._run_stages()
+            except BaseException:
+                self._warn_of_scratch()
+                raise
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Be the only one at work in the workdir while the block runs. Raises ValueError if another
+        run is."""
+        with self._folder.claimed(self.state.inputs.cache_dir):
+            yield
+
+    def make(self, names: Sequence[str]) -> None:
+        """Bring some stages up to date, and what they read; nothing is published, and derived
+        models and scores stay.
+
+        Raises:
+          ValueError: as `run`.
+        """
+        if all(self.runner.status(name) in FINISHED for name in names):
+            return
+        with self.at_work():
+            self._idle = False
+            self.state.context.check_batches()
+            processes.on_first(self._begin, ())
+            try:
+                with Metrics(self.workdir) as self.state.metrics:
+                    self.runner.need("import")  # of another format it is not known before
+                    self._refuse_small_disk()
+                    self._refuse_mixed_dtypes()
+                    for name in ("certify_import", *names):
+                        if self.runner.status(name) not in FINISHED:
+                            self.runner.finish([name])
             except BaseException:
                 self._warn_of_scratch()
                 raise
