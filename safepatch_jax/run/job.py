@@ -33,16 +33,8 @@ if TYPE_CHECKING:
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 # What may lie in a workdir that is no run's yet: a sweep's may become one.
-NAMES = (
-    "stages",
-    FILE,
-    EVENTS,
-    environment.FILE,
-    "sweep*",
-    "slope*",
-    "openings.json",
-    "backbone_margins.json",
-)
+_OF_SWEEPS = ("stages", "sweep*", "slope*", "openings.json", "backbone_margins.json")
+NAMES = (FILE, EVENTS, environment.FILE, *_OF_SWEEPS)
 
 
 def open_run(

@@ -95,7 +95,7 @@ def test_a_wheel_has_what_is_needed_away_from_the_clone(tmp_path):
         check=True,
     ).stdout.split()
     assert set(kept) <= names
-    assert "Requires-Dist: jax<0.13,>=0.10.2" in metadata and "extra == 'test'" in metadata
+    assert "Requires-Dist: jax<0.13,>=0.10.2" in metadata and 'extra == "test"' in metadata
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     shown = subprocess.run(
         [sys.executable, "-m", "launch", "run", "--config=demo", "--workdir=w", "--model.source=x"],
