@@ -104,4 +104,4 @@ def test_a_wheel_has_what_is_needed_away_from_the_clone(tmp_path):
         text=True,
         env=environment,
     )
-    assert shown.returncode == 2 and "No model folder 'x'" in shown.stderr
+    assert shown.returncode == 2 and f"No model folder '{tmp_path / 'x'}'" in shown.stderr
