@@ -5,6 +5,7 @@ certificate.
   python -m launch.convert --source=orbax:DIR2 --target=hf:DIR3 --mesh=data:1,fsdp:8,tensor:1
   python -m launch.convert --source=gguf:model.gguf --target=hf:DIR [--tokenizer=DIR4]
   python -m launch.convert --source=org/name@revision --target=hf:DIR6
+  python -m launch.convert --source=hf:DIR --adapter=DIR6 --target=hf:DIR7
   python -m launch.convert --source=hf:DIR --target=hf:DIR5 --dtype=bfloat16 --rounding=stochastic
 
 Hugging Face folders may hold safetensors or torch .bin files, in one file or many; .bin files need
@@ -45,6 +46,9 @@ _SHARD_BYTES = flags.DEFINE_integer(
     "shard_bytes", 5_000_000_000, "Weight files are cut at this size.", lower_bound=1024
 )
 _TOKENIZER = kinds.path("tokenizer", None, "Folder whose tokenizer files go with a GGUF file.")
+_ADAPTER = kinds.path(
+    "adapter", None, "Folder of a LoRA adapter (PEFT) that is merged into a source hf:DIR."
+)
 _CERTIFY = flags.DEFINE_enum(
     "certify", "logits", ["logits", "hashes"], "Compare logits too, or hashes alone."
 )
@@ -64,6 +68,7 @@ def run() -> None:
         seed=_SEED.value,
         shard_bytes=_SHARD_BYTES.value,
         tokenizer=_TOKENIZER.value,
+        adapter=_ADAPTER.value,
         certify=_CERTIFY.value,
     )
     say(f"Certificate: {certificate}")

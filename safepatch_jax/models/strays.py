@@ -36,8 +36,8 @@ def adapter_of(folder: pathlib.Path) -> str | None:
 
 
 MERGE = (
-    "merge it into its base first (PeftModel.from_pretrained(base, adapter).merge_and_unload() of "
-    "PEFT, then save_pretrained(DIR) of model and tokenizer)"
+    "merge it into its base first (python -m launch.convert --source=hf:BASE --adapter=ADAPTER "
+    "--target=hf:DIR; another kind than LoRA with PEFT's merge_and_unload())"
 )
 
 

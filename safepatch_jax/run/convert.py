@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.io import gguf, hub
+from safepatch_jax.io.adapter import merge_adapter
 from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
     array_hashes,
@@ -41,6 +42,7 @@ def convert(
     seed: int = 0,
     shard_bytes: int = 5_000_000_000,
     tokenizer: str | None = None,
+    adapter: str | None = None,
     certify: str = "logits",
 ) -> pathlib.Path:
     """Convert a model; the target folder appears whole, with its certificate, or not at all.
@@ -50,6 +52,7 @@ def convert(
       mesh: onto which devices the arrays are laid.
       dtype, rounding, seed, shard_bytes: see `save_model`; a target hf:DIR alone has them.
       tokenizer: folder whose tokenizer goes with a GGUF file.
+      adapter: folder of a LoRA adapter that is merged into a source hf:DIR.
       certify: 'logits' or 'hashes', see `certificate.certify`.
 
     Returns:
@@ -64,6 +67,8 @@ def convert(
     origin = Place.parse(source)
     tokenizer = paths.plain(tokenizer) if tokenizer else None
     _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
+    if adapter and origin.kind != "hf":
+        raise ValueError("an adapter is merged into a source hf:DIR; convert the source first.")
     export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
     processes.agree(
         {
@@ -71,6 +76,7 @@ def convert(
             "target": [goal.kind, str(goal.path.absolute())],
             "mesh": mesh,
             "tokenizer": tokenizer,
+            "adapter": adapter,
             "certify": certify,
         }
         | export
@@ -88,6 +94,10 @@ def convert(
             options = {"tokenizer": tokenizer, "shard_bytes": shard_bytes}
             processes.on_first(gguf.convert_gguf, origin.path, folder, **options)
             origin = Place("hf", folder)
+        if adapter:
+            folder = scratch / "merged"
+            processes.on_first(_merged, origin.path, paths.plain(adapter), folder, shard_bytes)
+            origin = Place("hf", folder, origin.origin)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)
         elif origin.path == out:
@@ -102,6 +112,12 @@ def convert(
         processes.on_first(files.keep_only, scratch, out)
     say(certificate.summary(result))
     return goal.path / CERTIFICATE
+
+
+def _merged(base: pathlib.Path, adapter: str, out: pathlib.Path, shard_bytes: int) -> None:
+    out.mkdir()
+    count = merge_adapter(base, adapter, out, shard_bytes)
+    say(f"Merged {adapter} into {count} tensors of {base}")
 
 
 def _refuse_contradictions(
