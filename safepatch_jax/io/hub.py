@@ -270,8 +270,9 @@ def _no_model(name: str, names: Collection[str]) -> str:
         )
     if "adapter_config.json" in names:
         return (
-            f"{place} holds an adapter (LoRA), which is no model by itself. Merge it into its base "
-            "(merge_and_unload), save_pretrained the result, and give that folder."
+            f"{place} holds an adapter (LoRA), which is no model by itself. Fetch it "
+            f"({hub_access.command(MODEL, name)} --local-dir=DIR), merge it into its base (python "
+            "-m launch.convert --source=hf:BASE --adapter=DIR --target=hf:DIR2), and give DIR2."
         )
     return (
         f"{place} holds no model of transformers: {CONFIG}, or weights as safetensors or torch "

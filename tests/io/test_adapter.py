@@ -52,7 +52,7 @@ def test_merged_weights_are_base_plus_scaled_product(tmp_path, rslora):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_the_bits_are_those_of_peft(tmp_path, dtype):
+def test_the_weights_are_those_of_peft(tmp_path, dtype):
     torch = pytest.importorskip("torch", reason="the reference is PEFT: pip install torch peft")
     peft = pytest.importorskip("peft", reason="the reference is PEFT: pip install peft")
     from transformers import AutoModelForCausalLM
