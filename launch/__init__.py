@@ -7,6 +7,14 @@ import sys
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 
+def show(text: str) -> None:
+    """Print a text; a reader that ends before (head, less) ends the process, without an error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os._exit(141)  # as a shell has it for SIGPIPE
+
+
 def end_at_once(*_):
     """End the process from a signal handler, with one line."""
     # Not an exception: the import of a compiled module would make another of it.

@@ -16,7 +16,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from launch import end_at_once
+from launch import end_at_once, show
 from safepatch_jax import __version__
 from safepatch_jax.option import nearest
 
@@ -104,13 +104,13 @@ def main() -> None:
         sys.argv = [f"safepatch {name}", *rest]
         runpy.run_module(MODULES[name], run_name="__main__", alter_sys=False)
     elif name in ("--help", "-h", "-help", "help"):
-        print(overview())
+        show(overview())
     elif name == "--version":
-        print(__version__)
+        show(__version__)
     elif name == "--complete":
-        sys.stdout.writelines(f"{match}\n" for match in matches(rest))
+        show("\n".join(matches(rest)))
     elif name == "completion" and rest and rest[0] in _SCRIPTS:
-        print(_SCRIPTS[rest[0]], end="")
+        show(_SCRIPTS[rest[0]])
     elif name == "completion":
         _refuse(f"completion needs one of {', '.join(_SCRIPTS)}.")
     else:

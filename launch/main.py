@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from launch import INTERRUPTED, manual
+from launch import show as print_text
 from safepatch_jax.runtime import processes, stopping
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
@@ -103,7 +104,7 @@ def words() -> list[str]:
 def _parse(doc: str, argv: list[str]) -> list[str]:
     """Parse flags; a wrong one ends the process with one line and exit code 2, --help with 0."""
     if asked := manual.asked_for(argv):
-        print(manual.text(_as_called(doc), asked == "help_all"))
+        print_text(manual.text(_as_called(doc), asked == "help_all"))
         sys.exit(0)
     try:
         return flags.FLAGS(argv)

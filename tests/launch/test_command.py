@@ -35,6 +35,9 @@ def test_a_sub_command_is_its_launcher():
         assert f"\n  --{name}" in first
     assert "\n  --patch.retention" not in first and "patch: which entries are kept" in rest
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
+    piped = f'"{sys.executable}" -m launch run --help_all | head -1'
+    head = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True)
+    assert head.stdout.startswith("Patch a chat model") and head.stderr == ""
     everything = safepatch("run", "--help_all").stdout
     assert "--patch.retention\n      p: probability" in everything and "[0.3]" in everything
     refused = safepatch("patch", "aply")
