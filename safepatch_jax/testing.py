@@ -13,7 +13,7 @@ from safepatch_jax.io.hf import save_model
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.families import FAMILIES
 from safepatch_jax.models.table import param_table
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, libraries
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -80,7 +80,8 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 def write_tokenizer(folder: pathlib.Path) -> None:
     """Write a byte-level tokenizer with a ChatML template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast = libraries.transformers().PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))

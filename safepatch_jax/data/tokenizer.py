@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from safepatch_jax.io.companions import TOKENIZER, VOCABULARY
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, libraries
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import Refused, reading, refuse_pointer
 from safepatch_jax.runtime.text import printable
@@ -46,8 +46,7 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
         if name in _OBJECTS:
             files.read_json(folder / name)  # names the file where the library does not
     _refuse_unreadable_vocabulary(folder, there)
-    import transformers  # imported here: it takes seconds, and only text needs it
-
+    transformers = libraries.transformers()  # here: only text needs it
     loader = transformers.AutoTokenizer
     if "tokenizer.json" in there:
         # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's

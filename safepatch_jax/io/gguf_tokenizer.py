@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, libraries
 from safepatch_jax.runtime.reading import Refused, reading
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
@@ -62,8 +62,7 @@ class _Damaged(ValueError):
 
 def _build(metadata: Mapping[str, Any], pre: str):
     """Return a tokenizer of transformers."""
-    from transformers import PreTrainedTokenizerFast
-
+    PreTrainedTokenizerFast = libraries.transformers().PreTrainedTokenizerFast
     tokens, types = _vocabulary(metadata)
     tokenizer = _byte_level(tokens, _merges(metadata, tokens), pre)
     special = {

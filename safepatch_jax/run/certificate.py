@@ -34,7 +34,7 @@ from safepatch_jax.models.strays import adapter_of
 from safepatch_jax.models.table import param_table
 from safepatch_jax.run.published import CERTIFICATE
 from safepatch_jax.run.stages import versions
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, libraries, processes
 from safepatch_jax.runtime.reading import reading
 from safepatch_jax.training.batch import put_batch
 
@@ -286,10 +286,8 @@ def _available_memory() -> int | None:
 def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
     """Return the float32 logits [N, V] of Hugging Face torch at the valid positions."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # "Loading weights", between our own lines
+    AutoModelForCausalLM = libraries.transformers().AutoModelForCausalLM
     fix = "--certify=hashes (or --run.certify=hashes) leaves the comparison with it out."
     with reading(folder, "a model of transformers", fix):
         model = AutoModelForCausalLM.from_pretrained(

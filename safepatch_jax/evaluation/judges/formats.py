@@ -15,6 +15,7 @@ from typing import Any
 
 from safepatch_jax.data import rendering
 from safepatch_jax.evaluation.judges.base import COMPLIED, HARMLESS, REFUSAL, REFUSED, Reading
+from safepatch_jax.runtime import libraries
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.reading import reading
 
@@ -271,7 +272,7 @@ def _llama_guard_render(folder: pathlib.Path) -> Callable[[str, str], str]:
 
 
 def _tokenizer(folder: pathlib.Path) -> Any:
-    import transformers  # imported here: it takes seconds
+    transformers = libraries.transformers()
 
     with reading(folder, "a tokenizer", "Copy the judge's tokenizer files there."):
         return transformers.AutoTokenizer.from_pretrained(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from safepatch_jax.evaluation.judges.generative import Complete
+from safepatch_jax.runtime import libraries
 from safepatch_jax.runtime.console import say
 
 
@@ -23,9 +24,7 @@ def load(folder: str, kind: str, auto_class: str, what: str) -> tuple[Any, Any, 
       ValueError: torch is absent, or the folder holds no such model in safetensors.
     """
     torch = _import_torch(kind)
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # "Loading weights", between our own lines
+    transformers = libraries.transformers()
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
