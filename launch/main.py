@@ -118,7 +118,11 @@ def _as_called(doc: str) -> str:
     """Return a manual whose examples call the launcher as it was called."""
     if not sys.argv[0].startswith(SUBCOMMAND):
         return doc
-    return re.sub(r"python -m launch\.\w+", sys.argv[0], doc)
+    from launch.command import MODULES
+
+    for name, module in MODULES.items():
+        doc = re.sub(rf"python -m {module}\b", SUBCOMMAND + name, doc)
+    return doc
 
 
 def _flag_problem(text: str) -> str:

@@ -199,6 +199,8 @@ def _shared(session: Session | None) -> dict[str, Any]:
         "date": s.data.date,
         "template": s.data.template,
         "system": s.data.system,
+        "template_kwargs": s.data.template_kwargs,
+        "thinking": s.evaluate.thinking,
     }
 
 

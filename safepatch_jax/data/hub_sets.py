@@ -98,6 +98,11 @@ def _fetched(source: Source) -> list[pathlib.Path]:
     with reading(f"the card of {source.name}", "a list of configurations", _FIX):
         splits = _splits(source, declared, sizes)
     if splits is None:
+        if source.revision:
+            raise Refused(
+                f"{source.text}: revision {source.revision} holds no files that are read (Parquet, "
+                "CSV, JSON), and the Hub converts the newest one alone. Leave revision out."
+            )
         revision = CONVERTED
         commit, sizes = _converted(source)
         splits = _converted_splits(source, sizes)

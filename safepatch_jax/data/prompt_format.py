@@ -94,8 +94,10 @@ def template_variables(text: str) -> str:
 
 
 def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() in ("on", "off", "yes", "no"):
+        raise Refused(f"template_kwargs: '{text}' would be a text; write true or false.")
     try:
         return json.loads(text)
     except ValueError:

@@ -16,10 +16,11 @@ _OPENED = re.compile(rf"\s*{_BEGIN}")
 def after_thought(text: str) -> str:
     """Return the answer behind a block of thoughts; '' where the block has no end: the answer has
     not begun. A block whose begin is in the prompt has an end alone."""
+    if _OPENED.match(text):  # a thought may speak of the tags, and another may follow
+        _, end, answer = text.rpartition(_END)
+        return answer.strip() if end else ""
     before, end, answer = text.partition(_END)
-    if end and before.count(_BEGIN) <= 1 and (_BEGIN not in before or _OPENED.match(before)):
-        return answer.strip()
-    return "" if unfinished(text) else text
+    return answer.strip() if end and _BEGIN not in before else text
 
 
 def unfinished_of(rows: Iterable[Mapping[str, Any]]) -> int:

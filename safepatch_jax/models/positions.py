@@ -161,6 +161,8 @@ def _layer_types(values: Mapping[str, Any], offenders: list[str]) -> Any:
     name, number = "max_window_layers", values.get("max_window_layers")
     if period is not None:
         name, number = "sliding_window_pattern", period
+    if values.get("layer_types") and number is None:
+        return values["layer_types"]
     if type(number) is not int or number < 0:
         offenders.append(f"{name} = {number!r:.60} (a whole number is needed)")
         return None

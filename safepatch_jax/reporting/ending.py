@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,12 @@ def perplexity_row(name: str, before: float | None, after: float | None) -> Row:
         return name, *texts, "", ""
     ratio = after / before
     told = "kept within 5 %"
+    if not math.isfinite(ratio):
+        return name, *texts, "", "not a number"
     if ratio > 1.05:
         told = "worse by more than 5 %"
+    if ratio < 0.95:
+        told = "better by more than 5 %"
     return name, *texts, f"{100 * (ratio - 1):+.1f} %", told
 
 

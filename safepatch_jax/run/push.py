@@ -214,9 +214,15 @@ def _refuse_one_sided(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Raise Refused where recorded settings merge one of the two patches alone, which is to give a
     jailbroken or a broken model."""
     patch = settings.get("patch")
-    if not isinstance(patch, dict) or patch.get("merge", "safepatching") != "safepatching":
+    if not isinstance(patch, dict):
         return
-    for weight, alone in (("alpha", "OSM"), ("beta", "SE")):
+    weights = [("alpha", "OSM"), ("beta", "SE")]
+    merge = patch.get("merge", "safepatching")
+    if merge == "resta":
+        weights = [("beta", "SE")]  # it has no alpha
+    if merge == "safepatching":
+        weights += [("top_rate_se", "OSM"), ("top_rate_osm", "SE")]
+    for weight, alone in weights:
         if patch.get(weight) == 0:
             raise Refused(
                 f"{path} was merged with patch.{weight}=0: it is the {alone} patch alone, a "
