@@ -49,7 +49,7 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     assert "derive_se: running" not in out and "score_osm: running" not in out
     assert "Head:   01-fraud" in out
     starts = read_json(export.parents[2] / "environment.json")["starts"]
-    assert "launch/continual.py run --workdir=" in starts[-1]["command"]
+    assert "python -m launch.continual run --workdir=" in starts[-1]["command"]
     assert "| 01-fraud |" in (tmp_path / "work" / "continual.md").read_text()
     assert "fraud: on 0" in done("log", work)
     assert "statistics: " in done("show", "1", work)
