@@ -140,6 +140,11 @@ def _listing(source: Source, revision: str) -> tuple[str, dict[str, int]]:
     for path in folder.rglob("*"):
         if path.is_file():
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    # The cache does not know what it lacks.
+    say(
+        f"NOTE: the Hub cannot be asked for {source.name}: read is what the cache has of commit "
+        f"{folder.name}, {len(sizes)} files, perhaps not all."
+    )
     return folder.name, sizes
 
 

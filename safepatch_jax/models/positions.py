@@ -161,13 +161,14 @@ def _layer_types(values: Mapping[str, Any], offenders: list[str]) -> Any:
     name, number = "max_window_layers", values.get("max_window_layers")
     if period is not None:
         name, number = "sliding_window_pattern", period
-    if values.get("layer_types") and number is None:
-        return values["layer_types"]
+    given = values.get("layer_types")
+    if given and number is None:  # null beside the list is the same as absent
+        return given
     if type(number) is not int or number < 0:
         offenders.append(f"{name} = {number!r:.60} (a whole number is needed)")
         return None
-    if values.get("layer_types"):
-        return values["layer_types"]
+    if given:
+        return given
     if period:  # each period's last layer sees all
         return [FULL if (i + 1) % period == 0 else SLIDING for i in range(layers)]
     return [FULL if i < number else SLIDING for i in range(layers)]

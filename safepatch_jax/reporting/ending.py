@@ -10,7 +10,7 @@ from safepatch_jax.evaluation.statistics import difference
 from safepatch_jax.reporting.tables import percent
 
 MOST = 10  # lines of a table, its head among them
-_WIDTH, _CELL = 100, 28  # characters of a line, of a cell
+_WIDTH = 100  # characters of a line
 _LEVEL = 0.05  # of a test that tells two models apart
 _HEAD = ("", "before", "after", "difference", "verdict")
 
@@ -65,22 +65,26 @@ def perplexity_row(name: str, before: float | None, after: float | None) -> Row:
     return name, *texts, f"{100 * (ratio - 1):+.1f} %", told
 
 
-def _cut(row: Row) -> list[str]:
-    return [cell[:_CELL] for cell in row]
-
-
 def lines(rows: Sequence[Row]) -> list[str]:
     """Return an aligned table of at most ten lines and a hundred columns."""
     shown = list(rows)
     left = len(shown) - (MOST - 1)
     if left > 0:
         shown = shown[: MOST - 2]
-    cells = [_cut(row) for row in (_HEAD, *shown)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    figures = [row[1:] for row in (_HEAD, *shown)]
+    widths = [max(map(len, column)) for column in zip(*figures)]
+    room = _WIDTH - sum(widths) - 2 * len(widths)  # figures are never cut
+    names = [_shortened(row[0], room) for row in (_HEAD, *shown)]
+    cells = [(name, *rest) for name, rest in zip(names, figures)]
+    widths.insert(0, max(map(len, names)))
     result = []
     for row in cells:
         text = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
-        result.append(text.rstrip()[:_WIDTH])
+        result.append(text.rstrip())
     if left > 0:
         result.append(f"and {left + 1} more in the report")
     return result
+
+
+def _shortened(name: str, room: int) -> str:
+    return name if len(name) <= room else f"{name[: max(room - 1, 0)]}…"
