@@ -25,6 +25,7 @@ SHAPES = {  # hidden, feed-forward, heads, KV heads, vocabulary, blocks
     "362m": (960, 2560, 15, 5, 49152, 32),
     "tiny": (64, 176, 4, 2, 512, 2),
 }
+BEGINS = re.compile(r"^(\S+): running(?:,|$)")  # the line with which a run begins a stage
 TIED = ("135m", "362m")  # their head is the embedding
 
 # Dense bfloat16 FLOP/s of GPUs by a part of their name, the longer names first; TF32 has half.

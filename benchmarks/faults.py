@@ -35,6 +35,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from benchmarks.common import BEGINS
 from safepatch_jax.runtime.files import file_sha256
 
 _FOLDER = flags.DEFINE_string(
@@ -60,7 +61,6 @@ _COMPARE = flags.DEFINE_list(
     ],
     "Files that must be equal, by pattern.",
 )
-_BEGINS = re.compile(r"^(\S+): running$")
 
 
 class Run:
@@ -117,7 +117,7 @@ def undisturbed(arguments: list[str]) -> tuple[list[str], list[float], float]:
     """Run to the end; return the stages in order, the seconds of each, and those of all."""
     run, stages, moments, begun = Run("undisturbed", arguments, 0.0), [], [], time.monotonic()
     for moment, line in run.lines():
-        if match := _BEGINS.match(line):
+        if match := BEGINS.match(line):
             stages.append(match[1])
             moments.append(moment)
     if code := run.end():
@@ -145,7 +145,8 @@ def killed(
     for stage, duration, count in zip(stages, seconds, times):
         for _ in range(count):
             run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
-            if any(line == f"{stage}: running" for _, line in run.lines()):
+            begins = (BEGINS.match(line) for _, line in run.lines())
+            if any(match and match[1] == stage for match in begins):
                 # It may be faster than in the undisturbed run, which compiled.
                 run.wait(delay, f"{stage}: done")
                 code = run.end(getattr(signal, _SIGNAL.value))

@@ -40,7 +40,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.common import SHAPES, available, on_disk
+from benchmarks.common import BEGINS, SHAPES, available, on_disk
 from benchmarks.models import write_chat_model
 from safepatch_jax.runtime import files
 
@@ -84,7 +84,6 @@ SMALL = {
 _EVERY = 0.5  # seconds between two looks
 _BETWEEN = "(start, between stages)"
 _SCRATCH = re.compile(r"\.?(derive|score|evaluate_(se|osm|intersection))(_(se|osm))?(\.|$)")
-_BEGINS = re.compile(r"^(\w+): running$")
 _ENDS = re.compile(r"^(\w+): done in ")
 
 
@@ -161,7 +160,7 @@ class Watch:
         begun = time.monotonic()
         for line in self._process.stdout:
             self._log.write(line)
-            starts, ends = _BEGINS.match(line), _ENDS.match(line)
+            starts, ends = BEGINS.match(line), _ENDS.match(line)
             if not (starts or ends):
                 continue
             now = time.monotonic()
