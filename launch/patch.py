@@ -36,6 +36,7 @@ from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file import arithmetic as patch_arithmetic
 from safepatch_jax.patch_file import create as patch_create
 from safepatch_jax.patch_file import file as patch_file
+from safepatch_jax.runtime import addresses, paths
 from safepatch_jax.runtime.console import say, some
 
 _PATCH = kinds.path("patch", None, "The patch file.")
@@ -58,7 +59,7 @@ def _create(base: str, model: str, patch: str) -> None:
     folder = hub.folder_of(base)
     origin = hub.origin_of(folder)
     about = {"source": origin} if origin else None
-    _say_written(patch_create.create(folder, hub.folder_of(model), patch, about))
+    _say_written(patch_create.create(folder, hub.folder_of(model), paths.local(patch), about))
 
 
 def _inspect(patch: str) -> None:
@@ -86,12 +87,18 @@ def _verify(patch: str, model: str) -> None:
 
 def _move(verb: str):
     def run(patch: str, model: str, out: str | None) -> None:
+        if out is None and addresses.is_address(model):
+            raise ValueError(
+                f"'{model}' lies in a bucket, where a file is not changed in place: give a new "
+                "folder with --out."
+            )
         if out is None and hub.named(model):
             raise ValueError(
                 f"'{model}' is no folder here, and a model of the Hugging Face Hub is not changed "
                 "in place: give a new folder with --out."
             )
-        outcome = getattr(patch_apply, verb)(patch, hub.folder_of(model), out)
+        place = None if out is None else paths.local(out)
+        outcome = getattr(patch_apply, verb)(patch, hub.folder_of(model), place)
         text = f"{outcome.folder}: {len(outcome.moved)} tensors changed"
         if outcome.already:
             text += f", {len(outcome.already)} were so already"
@@ -103,11 +110,11 @@ def _move(verb: str):
 
 
 def _scale(patch: str, model: str, factor: float, out: str) -> None:
-    _say_written(patch_arithmetic.scale(patch, hub.folder_of(model), factor, out))
+    _say_written(patch_arithmetic.scale(patch, hub.folder_of(model), factor, paths.local(out)))
 
 
 def _combine(patches: list[str], model: str, out: str) -> None:
-    _say_written(patch_arithmetic.combine(patches, hub.folder_of(model), out))
+    _say_written(patch_arithmetic.combine(patches, hub.folder_of(model), paths.local(out)))
 
 
 def _say_written(patch: patch_file.PatchFile) -> None:

@@ -235,7 +235,7 @@ def read_format(
       ValueError: there is no such file, it cannot be read, holds nothing or too much.
     """
     name = template_name(template)
-    text = _read_template(pathlib.Path(name)) if name not in ("", PLAIN) else ""
+    text = _read_template(pathlib.Path(paths.readable(name))) if name not in ("", PLAIN) else ""
     system = system if system.strip() else ""
     return PromptFormat(name, system, text, template_variables(kwargs), thinking)
 

@@ -23,7 +23,9 @@ from safepatch_jax.data.duplicates import first_of_each
 from safepatch_jax.data.sets import DATA_DIR, SETS, Row
 from safepatch_jax.data.streams import refuse_other_than_file
 from safepatch_jax.data.tables import bounded, decoded, read_rows
+from safepatch_jax.runtime.addresses import is_address
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import readable
 from safepatch_jax.runtime.reading import Refused, reading
 
 DATA_ROLES = ("harmful", "lookalike", "ordinary")
@@ -236,6 +238,7 @@ def _rows_of(
     if place.startswith(hub_sets.SCHEME) and not os.path.exists(place):
         revision = mapping.pop(_REVISION, "")
         return hub_sets.read(place, revision), mapping
+    place = readable(place) if is_address(place) else place
     if os.path.exists(place):
         refuse_other_than_file(pathlib.Path(place))
     else:

@@ -13,6 +13,7 @@ from safepatch_jax.data.json_table import json_rows
 from safepatch_jax.data.streams import opened_text
 from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.judges.base import nearest
+from safepatch_jax.runtime.paths import readable
 from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.settings import EvaluateSettings
 
@@ -162,7 +163,7 @@ def load_suite(text: str) -> tuple[Measure, ...]:
     measures: list[Measure] = []
     for part in parts:
         if part.endswith(".json"):
-            measures += _from_file(pathlib.Path(part))
+            measures += _from_file(pathlib.Path(readable(part)))
         else:
             measures += _named(part)
     if names := twice(measure.name for measure in measures):

@@ -21,7 +21,7 @@ from safepatch_jax.io.folder import layouts, read_index, shards_of
 from safepatch_jax.io.hub_access import MODEL
 from safepatch_jax.io.names import listed
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import addresses, files, paths, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
@@ -66,7 +66,7 @@ def split(text: str) -> tuple[str, str] | None:
 
 def named(text: str) -> tuple[str, str] | None:
     """Return what `split` does; None also where there is a file or folder of that name, which
-    always goes first."""
+    always goes first; and of an address of a bucket."""
     parts = split(text)
     return None if parts is None or os.path.lexists(text) else parts
 
@@ -74,6 +74,8 @@ def named(text: str) -> tuple[str, str] | None:
 def folder_of(text: str, check: Check | None = read_hf_config) -> str:
     """Return the folder of a model: of one that is named as on the Hub its snapshot, of another the
     path as it was given. All processes call this. Raises ValueError as `snapshot`."""
+    if addresses.is_address(text):
+        return paths.readable(text)
     parts = named(text)
     return text if parts is None else str(snapshot(*parts, check=check).folder)
 

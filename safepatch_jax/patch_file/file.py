@@ -24,6 +24,7 @@ from safepatch_jax.io.stored import Stored
 from safepatch_jax.patch_file import positions as coding
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.paths import readable
 
 FORMAT = 1
 KINDS = ("difference", "scaled", "combined")
@@ -74,7 +75,7 @@ class PatchFile:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
+        self.path = pathlib.Path(readable(path))
         if not self.path.is_file():
             raise ValueError(f"No patch file '{path}'.")
         stored = list_tensors(self.path)

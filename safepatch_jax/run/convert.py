@@ -65,7 +65,7 @@ def convert(
     goal = Place.local(target)
     processes.on_first(files.refuse_full_folder, goal.path)  # before a model is fetched
     origin = Place.parse(source)
-    tokenizer = paths.plain(tokenizer) if tokenizer else None
+    tokenizer = paths.readable(tokenizer) if tokenizer else None
     _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
     if adapter and origin.kind != "hf":
         raise ValueError("an adapter is merged into a source hf:DIR; convert the source first.")
@@ -96,7 +96,7 @@ def convert(
             origin = Place("hf", folder)
         if adapter:
             folder = scratch / "merged"
-            processes.on_first(_merged, origin.path, paths.plain(adapter), folder, shard_bytes)
+            processes.on_first(_merged, origin.path, paths.readable(adapter), folder, shard_bytes)
             origin = Place("hf", folder, origin.origin)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)

@@ -20,7 +20,7 @@ from safepatch_jax.run.published import CARD, CERTIFICATE, FILES, data_text, des
 from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, evaluate_variant, stage_table, variants
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, mirror, processes
 from safepatch_jax.runtime.console import example, say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused
@@ -385,11 +385,13 @@ class Job:
     def _publish(self) -> None:
         """Copy the report beside the settings and write the run's manifest."""
         runner, export = self.runner, self.state.folder("export")
-        source = runner.folder("report")
+        source = runner.outputs("report")
         for name in FILES:
             files.copy(source / name, self.workdir / name)
         files.copy(source / CARD, export / CARD)
-        files.copy(runner.folder("certify_export") / CERTIFICATE, export / CERTIFICATE)
+        files.copy(runner.outputs("certify_export") / CERTIFICATE, export / CERTIFICATE)
+        for name in (CARD, CERTIFICATE):
+            mirror.written(export / name)
         stages = {}
         for name in runner.stages:
             stages[name] = dict(runner.manifest(name))

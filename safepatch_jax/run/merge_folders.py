@@ -35,7 +35,7 @@ from safepatch_jax.run.manifests import DIFFERENCES, MANIFEST, SCORES, WEIGHTS
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import say, some
-from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.paths import readable
 from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
@@ -72,7 +72,7 @@ def merge_folders(
         empty kept set, a result that equals the backbone.
       OSError: the disk is full or not writable.
     """
-    out = paths.plain(out)
+    out = paths.local(out)
     files.refuse_full_folder(out)
     base = hub.folder_of(paths.plain(base))
     config, checkpoint = read_hf_config(base), Checkpoint(base)
@@ -192,7 +192,7 @@ def _open(
     Raises:
       ValueError: nothing of the kind is there, or its tensors are not those of `scope`.
     """
-    place = resolve(path)
+    place = pathlib.Path(readable(path))
     if place.is_file():
         if content == "scores":
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from safepatch_jax.io import gguf, hub
 from safepatch_jax.io.companions import MODEL
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.runtime import files, paths, processes
+from safepatch_jax.runtime import addresses, files, paths, processes
 from safepatch_jax.runtime.text import printable
 
 
@@ -39,6 +39,10 @@ class Place:
         if parts := hub.named(text.removeprefix("hf:")):
             found = hub.snapshot(*parts, check=read_hf_config)
             return cls("hf", found.folder, found.origin)
+        kind, _, rest = text.partition(":")
+        place = rest if kind in paths.MODEL_KINDS else text
+        if addresses.is_address(place):
+            paths.readable(place)
         return cls.local(text)
 
     @classmethod
@@ -49,9 +53,9 @@ class Place:
             return cls("gguf", gguf.find_smollm2())
         kind, colon, rest = text.partition(":")
         if colon and kind in paths.MODEL_KINDS and rest:
-            return cls(kind, pathlib.Path(paths.plain(rest)))
-        path = pathlib.Path(paths.plain(text))
-        if colon and not path.exists():
+            return cls(kind, pathlib.Path(paths.local(rest)))
+        path = pathlib.Path(paths.local(text))
+        if colon and not path.exists() and not addresses.is_address(text):
             raise ValueError(
                 f"'{printable(text, 200)}' names no model: use hf:DIR, orbax:DIR, gguf:FILE or "
                 "smollm2."

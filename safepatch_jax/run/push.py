@@ -82,7 +82,7 @@ def parcel_of_model(folder: str | pathlib.Path) -> Parcel:
       ValueError: half written, no model, torch weights (pickles), a link that leaves the folder, or
         a derived (jailbroken or broken) model.
     """
-    folder = paths.resolve(folder)
+    folder = pathlib.Path(paths.readable(folder)).absolute()
     if files.half_written(folder.name):
         raise Refused(f"{folder} is half-written: what makes it has not finished, or was killed.")
     safe = any((folder / name).is_file() for name in (SINGLE, INDEX))
@@ -103,7 +103,7 @@ def parcel_of_model(folder: str | pathlib.Path) -> Parcel:
 def parcel_of_patch(path: str | pathlib.Path) -> Parcel:
     """Look at a patch file that is to be sent; its card is made from what the file records. Raises
     ValueError for no patch file, a damaged one, or one that makes a derived model."""
-    path = paths.resolve(path)
+    path = pathlib.Path(paths.readable(path)).absolute()
     patch = PatchFile(path)
     settings = patch.about.get("settings")
     _refuse_one_sided(path, settings if isinstance(settings, dict) else {})

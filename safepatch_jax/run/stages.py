@@ -29,7 +29,7 @@ from safepatch_jax import __version__
 from safepatch_jax.run import manifests
 from safepatch_jax.run.manifests import MANIFEST
 from safepatch_jax.run.pace import Pace, recorded
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, mirror, processes
 from safepatch_jax.runtime.console import detail, say, some
 from safepatch_jax.runtime.reading import Refused
 
@@ -166,6 +166,7 @@ class Runner:
     def _status(self, name: str) -> str:
         folder = self.folder(name)
         files.refuse_link(folder, folder.parent if self.stages[name].shared else self._workdir)
+        mirror.refresh(folder)
         manifest = self.manifest(name)
         if manifest is None:
             return "to run"
@@ -179,6 +180,8 @@ class Runner:
     def _damage(self, name: str, manifest: Mapping[str, Any]) -> str:
         """Say what of a stage's outputs is not as its manifest says; '' if nothing is."""
         folder = self.folder(name)
+        if mirror.is_one(folder):
+            return mirror.damage(folder, manifest["outputs"], self._verify)
         if manifests.changed_output(folder, manifest):
             return "outputs are missing or have another size than its manifest says"
         own, *times = look = manifests.look(folder, manifest)
@@ -212,7 +215,7 @@ class Runner:
         where needed."""
         stage, folder, status = self.stages[name], self.folder(name), self.status(name)
         if status == "done":
-            return folder
+            return self.outputs(name)
         if status == "damaged":
             say(f"{name}: {self._damages.get(name, '')}; the stage runs again.")
         for dependency in stage.inputs:
@@ -226,7 +229,19 @@ class Runner:
             # Another run that shares the stage may have finished it meanwhile.
             if self.status(name) != "done":
                 self._execute(stage)
+        return self.outputs(name)
+
+    def outputs(self, name: str) -> pathlib.Path:
+        """Return the folder of a finished stage, whose outputs are brought here if they lie in a
+        bucket."""
+        folder = self.folder(name)
+        if mirror.is_one(folder):
+            mirror.bring(folder, processes.on_first(self._outputs, name))
         return folder
+
+    def _outputs(self, name: str) -> dict[str, Any]:
+        manifest = self.manifest(name)
+        return {} if manifest is None or manifest["deleted"] else manifest["outputs"]
 
     def waiting(self) -> list[str]:
         """Return the stages that a run to the end will run, in their order: what is not finished,
@@ -290,11 +305,13 @@ class Runner:
                     folders.append(folder)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)  # refuses a link
+            mirror.delete(folder)
 
     def delete_scratch(self) -> None:
         """Delete the outputs of scratch stages, keeping their manifests, and whatever a killed run
         left half-made."""
         left = delete_stages(self._workdir / "stages", keep=self.stages)
+        mirror.delete_others(self._workdir / "stages", keep=self.stages)
         for name, stage in self.stages.items():
             manifest = self.manifest(name) if stage.scratch else None
             if manifest is None:
@@ -304,6 +321,7 @@ class Runner:
             # The manifest first: a kill in between must not leave a stage that seems damaged.
             manifests.write(folder, {**manifest, "deleted": True})
             manifests.delete_outputs(folder, manifest)
+            mirror.rewritten(folder)
             left += [f"{name}/{other}" for other in manifests.strangers(folder)]
         if left:
             say(f"Left in {self._workdir / 'stages'}, as no run has made it: {some(left, ', ')}")
@@ -321,6 +339,7 @@ class Runner:
 
     def _execute(self, stage: Stage) -> None:
         processes.on_first(self._refuse_strangers, stage.name)
+        processes.on_first(mirror.begin, self.folder(stage.name))
         say(f"{stage.name}: running{self._pace.before(stage.name)}")
         detail(f"{stage.name}: key {self.key(stage.name)[:16]}, {self._reason(stage)}")
         start = time.monotonic()
@@ -361,7 +380,7 @@ class Runner:
             "sources": stage.source_hashes,
             "inputs": self._input_keys(stage),
             "result": result,
-            "outputs": files.folder_hashes(folder),
+            "outputs": files.folder_hashes(folder) | mirror.array_hashes(folder),
             "deleted": False,
             "versions": versions(),
             "seconds": round(time.monotonic() - start, 1),

@@ -66,7 +66,7 @@ class Run:
         """Return the model folder that a stage stands for."""
         if name == "import" and self.source.kind == "hf":
             return self.source.path
-        return self.runner.folder(name) / "model"
+        return self.runner.outputs(name) / "model"
 
     @property
     def imported(self) -> pathlib.Path:
@@ -83,7 +83,7 @@ class Run:
         """The difference of backbone and result; None where their dtypes differ."""
         if "patch_file" not in self.runner.stages:
             return None
-        return self.runner.folder("patch_file") / "patch.safetensors"
+        return self.runner.outputs("patch_file") / "patch.safetensors"
 
 
 def check_source(source: Place) -> None:

@@ -377,7 +377,7 @@ def write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Result
 def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Result:
     answers = {}
     for variant in ("backbone", "safepatching"):
-        answers[variant] = files.read_jsonl(run.runner.folder(f"evaluate_{variant}") / ANSWERS)
+        answers[variant] = files.read_jsonl(run.runner.outputs(f"evaluate_{variant}") / ANSWERS)
     training = {}
     for name in run.runner.stages:
         if name.startswith(("align", "derive")):
@@ -386,7 +386,7 @@ def _write_report(run: Run, variants: Sequence[str], out: pathlib.Path) -> Resul
     measures = {variant: run.runner.result(f"evaluate_{variant}") for variant in variants}
     content = report.gather(run.settings, measures, statistics["total"], training, answers)
     report.write(content, out)
-    exported = files.read_json(run.runner.folder("certify_export") / CERTIFICATE)
+    exported = files.read_json(run.runner.outputs("certify_export") / CERTIFICATE)
     context = run.context
     base = base_of(run.settings.model.source, run.source.origin, run.imported)
     text = card.model_card(

@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
 from safepatch_jax.runtime.locks import LOCK, claimed, locked, open_alone
@@ -24,6 +24,10 @@ from safepatch_jax.runtime.text import redacted
 
 __all__ = ["LOCK", "claimed", "locked"]
 
+# What `mirror` does with paths that stand for an address: after a file or folder was put in its
+# place, and before a new one is begun.
+afterwards: list[Callable[[pathlib.Path], None]] = []
+beforehand: list[Callable[[pathlib.Path], None]] = []
 FETCH = "Fetch or copy the file again."
 # Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial, and
 # of what `processes.shared` writes.
@@ -172,6 +176,14 @@ def refuse_full_folder(path: str | pathlib.Path) -> None:
             f"'{path}' exists and is not empty; nothing was written. Give another folder or "
             "remove it first."
         )
+    _before(path)
+
+
+def _before(path: pathlib.Path) -> None:
+    if path.parts[:1] in (("gs:",), ("s3:",)):
+        raise Refused(f"{path}: this cannot be written to a bucket. Give a local path.")
+    for refuse in beforehand:
+        refuse(path)
 
 
 @functools.cache
@@ -212,11 +224,14 @@ def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
         raise ValueError(
             f"'{path}' exists; nothing was written. Give another name or remove it first."
         )
+    _before(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)
     with _renamed(path) as temporary, new_alone(temporary) as file:
         yield file
         _sync(file)
+    for publish in afterwards:
+        publish(path)
 
 
 @contextlib.contextmanager
@@ -260,6 +275,8 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    for publish in afterwards:
+        publish(path)
 
 
 def keep_only(folder: pathlib.Path, inner: pathlib.Path) -> None:

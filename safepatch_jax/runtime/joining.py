@@ -148,6 +148,11 @@ def joined() -> bool:
     return _State.count > 1
 
 
+def index() -> int:
+    """Return which process of the run this is, from 0."""
+    return _State.index
+
+
 def fail(text: str, code: int, *, consequence: bool = False, at_once: bool = False) -> NoReturn:
     """Print an error and end this process; where there are several, end them all.
 

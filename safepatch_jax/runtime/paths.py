@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 
+from safepatch_jax.runtime import addresses
 from safepatch_jax.runtime.reading import Refused
 
 MODEL_KINDS = ("hf", "orbax", "gguf")  # before a model's path, with a colon
@@ -14,10 +15,10 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://?")
 
 def plain(path: str | os.PathLike[str]) -> str:
     """Return a path with '~' as the home folder and without a slash at its end; a relative one is
-    relative to the folder in which the command was started.
+    relative to the folder in which the command was started. The address of a bucket stays one.
 
     Raises:
-      ValueError: it is empty or an address (``gs://``), or there is no such home folder.
+      ValueError: it is empty or an address that cannot be used, or there is no such home folder.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -26,11 +27,13 @@ def plain(path: str | os.PathLike[str]) -> str:
         )
     if "\0" in text:
         raise Refused(f"The path {text!r} holds a NUL character, which no name can.")
+    if addresses.is_address(text):
+        return addresses.plain(text)
     # pathlib would make one slash of the two, and a local folder of that name.
     if (match := _SCHEME.match(text)) and not os.path.exists(text):
         raise Refused(
-            f"'{text}': {match[1]}:// is not supported, only local files and folders. Copy it to a "
-            "local disk, or mount it (for buckets gcsfuse, s3fs), and give that path."
+            f"'{text}': {match[1]}:// is not supported; local paths are, and buckets as "
+            "gs://BUCKET/... and s3://BUCKET/... Copy it to a local disk, and give that path."
         )
     try:
         return str(pathlib.Path(text).expanduser())
@@ -39,8 +42,30 @@ def plain(path: str | os.PathLike[str]) -> str:
 
 
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the absolute path of what a user named. Raises ValueError as `plain` does."""
-    return pathlib.Path(plain(path)).absolute()
+    """Return the absolute path of what a user named; of an address of a bucket the path that stands
+    for it, at which there need not be anything yet. Raises ValueError as `plain` does."""
+    return pathlib.Path(local(path)).absolute()
+
+
+def local(path: str | os.PathLike[str]) -> str:
+    """Return what `plain` does, with the path that stands for it in the place of an address of a
+    bucket."""
+    text = plain(path)
+    if not addresses.is_address(text):
+        return text
+
+    return str(addresses.stand_in(text))
+
+
+def readable(path: str | os.PathLike[str]) -> str:
+    """Return what `local` does; what lies in a bucket is brought here first. Raises ValueError also
+    if it cannot be."""
+    text = local(path)
+    if addresses.address_of(text):
+        from safepatch_jax.runtime import mirror
+
+        mirror.fetch(pathlib.Path(text))
+    return text
 
 
 def model(text: str) -> str:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from safepatch_jax.runtime import files, joining
+from safepatch_jax.runtime import addresses, files, joining
 from safepatch_jax.runtime.joining import (
     client,
     fail,
@@ -233,7 +233,7 @@ def shared(folder: pathlib.Path) -> None:
       ValueError: some do not see it.
       OSError: process 0 cannot write there.
     """
-    if not several():
+    if not several() or addresses.address_of(folder):
         return
     token = pathlib.Path(on_first(_write_token, folder))
     try:
@@ -263,6 +263,10 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
             yield folder
         return
     path = pathlib.Path(path).absolute()
+    if addresses.address_of(path):
+        with _mirrored_folder(path, replace) as folder:
+            yield folder
+        return
     with contextlib.ExitStack() as stack:  # of process 0; in the others it stays empty
 
         def begin():
@@ -286,9 +290,51 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
 
 
 @contextlib.contextmanager
+def _mirrored_folder(path: pathlib.Path, replace: bool) -> Iterator[pathlib.Path]:
+    """Do what `new_folder` does for a path that stands for an address of a bucket: each process
+    fills a folder of its own, of which process 0's is published, and then brought to the others.
+
+    One within another that is still being filled goes through a place of its own in the bucket.
+    """
+    from safepatch_jax.runtime import mirror
+
+    with contextlib.ExitStack() as stack:  # of process 0; in the others it stays empty
+
+        def begin():
+            folder = stack.enter_context(files.new_folder(path, replace=replace))
+            return str(folder.relative_to(addresses.base()))
+
+        def finish():
+            stack.close()
+            return mirror.shared(path)
+
+        folder = addresses.base() / on_first(begin)
+        if not first():
+            folder.mkdir(parents=True, exist_ok=True)
+        joining.unfinished.add(folder)
+        yield folder
+        barrier(f"{addresses.address_of(path)} is filled")
+        names = on_first(finish)
+        joining.unfinished.discard(folder)
+    if not first():
+        files.delete(folder)
+        mirror.take_share(path, names)
+    barrier(f"{addresses.address_of(path)} is with all")
+    on_first(mirror.end_share, path)
+
+
+@contextlib.contextmanager
 def locked(path: str | pathlib.Path) -> Iterator[None]:
     """As `files.locked`, held by process 0 for all."""
-    with files.locked(path) if first() else contextlib.nullcontext():
+    if not first():
+        lock = contextlib.nullcontext()
+    elif addresses.address_of(path):
+        from safepatch_jax.runtime import mirror
+
+        lock = mirror.locked(pathlib.Path(path))
+    else:
+        lock = files.locked(path)
+    with lock:
         # Process 0 comes here once it has the lock, so the others wait for it too.
         barrier(f"{path} is locked")
         yield

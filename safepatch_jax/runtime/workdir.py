@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import addresses, files, mirror, processes
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.paths import resolve
 
@@ -56,7 +56,14 @@ class Workdir:
     def check(self) -> None:
         """Raise ValueError, in all processes, if the folder is none of this kind and not empty, or
         for what `refuse` raises."""
+        if addresses.address_of(self.path):
+            processes.on_first(self._look)
         processes.on_first(self._check)
+
+    def _look(self) -> None:
+        """Bring the files of the bucket here, unless a run of this machine is at work with them."""
+        with files.claimed(self.path):
+            mirror.Workspace(self.path).pull()
 
     def _check(self) -> None:
         if self._refuse is not None:
@@ -90,8 +97,8 @@ class Workdir:
         try:
             for folder in (self.path, *others):
                 processes.shared(folder)
-            with processes.claimed(self.path):
-                self.check()  # another run may have been at work meanwhile
+            with processes.claimed(self.path), self._leased():
+                processes.on_first(self._check)  # another run may have been at work meanwhile
                 processes.on_first(self._clear_half_written)
                 try:
                     yield
@@ -104,6 +111,14 @@ class Workdir:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
             raise
+
+    @contextlib.contextmanager
+    def _leased(self) -> Iterator[None]:
+        """Hold the lease of a folder of a bucket, by process 0 for all."""
+        with contextlib.ExitStack() as stack:
+            if addresses.address_of(self.path):
+                processes.on_first(stack.enter_context, mirror.Workspace(self.path).claimed())
+            yield
 
     def _clear_half_written(self) -> None:
         for path in self.path.iterdir():

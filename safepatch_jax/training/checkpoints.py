@@ -26,8 +26,9 @@ from jax import lax
 
 from safepatch_jax.io.checkpoint import from_disk, handler, literal
 from safepatch_jax.numerics import row_major_index
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import addresses, files, mirror, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.text import printable
 
 KEPT = 2  # the last one may be damaged
@@ -54,7 +55,8 @@ class Checkpoints:
         self._folder, self._abstract = pathlib.Path(folder).absolute(), abstract
         processes.on_first(files.refuse_link, self._folder)
         absl_logging.get_absl_handler().addFilter(_is_not_raised_too)
-        processes.on_first(self._folder.mkdir, parents=True, exist_ok=True)
+        if not addresses.address_of(self._folder):
+            processes.on_first(self._folder.mkdir, parents=True, exist_ok=True)
         self._aliases = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
             self._aliases.enter_context(literal(self._folder)),
@@ -93,7 +95,7 @@ class Checkpoints:
                 f"  The checkpoint of step {step} is damaged ({reason}). It is deleted; what was "
                 "saved before it, or the start, takes its place."
             )
-            processes.on_first(shutil.rmtree, self._folder / str(step))
+            processes.on_first(_delete, self._folder / str(step))
             self._manager.reload()
         return None
 
@@ -106,7 +108,7 @@ class Checkpoints:
         """
         folder, flat, reason = self._folder / str(step), _flat(self._abstract), ""
         try:
-            metadata = files.read_json(folder / "facts" / "metadata")
+            metadata = _metadata(folder / "facts" / "metadata")
             saved, facts = _facts(metadata)
             arrays = {name: _stored_array(folder / "state", name, x) for name, x in flat.items()}
         except Exception as error:  # whatever damaged bytes make their readers raise
@@ -169,6 +171,17 @@ class Checkpoints:
             ) from error
 
 
+def _delete(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder, ignore_errors=bool(addresses.address_of(folder)))
+    mirror.delete(folder)
+
+
+def _metadata(path: pathlib.Path) -> dict[str, Any]:
+    if address := addresses.address_of(path):
+        return json.loads(Objects(address).read() or b"")
+    return files.read_json(path)
+
+
 def _is_not_raised_too(record: logging.LogRecord) -> bool:
     """Return whether to keep a log record: failed writes, which orbax and asyncio log, are raised
     too."""
@@ -190,7 +203,9 @@ def _facts(metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, An
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """Read this process's parts of an array. Raises ValueError if it is absent, damaged, or of
     another shape or dtype."""
-    base = {"driver": "file", "path": f"{folder}/"}
+    base: Any = {"driver": "file", "path": f"{folder}/"}
+    if address := addresses.address_of(folder):
+        base = f"{address}/"
     stored = ts.open(
         {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
     ).result()

@@ -1,0 +1,188 @@
+"""A lease on a folder of a bucket: what a lock is on a disk.
+
+The lease is an object that names its holder and expires. It is written on the condition that nobody
+has written it meanwhile (the generation of gs://, the ETag of s3://), and renewed by a thread. A
+holder that is gone stops renewing, so that others may take the lease once it has expired; a holder
+that finds its lease taken must not publish anything more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from safepatch_jax.runtime.objects import for_emulator
+from safepatch_jax.runtime.reading import Refused, reason
+from safepatch_jax.runtime.text import printable
+
+NAME = "lease.json"
+SECONDS = float(os.environ.get("SAFEPATCH_LEASE_SECONDS", 60))  # after which it expires
+
+
+class Lost(Refused):
+    """The lease was taken by another holder, or could not be renewed in time."""
+
+
+class Lease:
+    """A held lease.
+
+    Args:
+      address: of the folder.
+      every: called between renewals, from the thread that renews.
+
+    Attributes:
+      address: of the folder.
+    """
+
+    def __init__(self, address: str, every: Callable[[], None] | None = None):
+        self.address, self._every = address, every
+        self._id, self._since = uuid.uuid4().hex, time.time()
+        self._generation: bytes = b""
+        self._renewed = 0.0  # monotonic seconds, just before it was last written
+        self._lost = ""
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def take(self, wait: bool) -> None:
+        """Take the lease, once its holder has let it go or it has expired.
+
+        Raises:
+          ValueError: it is held, and `wait` is not set: says by whom, and since when; or the bucket
+            cannot be used.
+        """
+        while True:
+            found = self._read()
+            holder = _holder(found)
+            if holder is None:
+                if self._write(found):
+                    return
+            elif not wait:
+                raise Refused(
+                    f"Another run is at work in {self.address}: {_told(holder)}. Wait until it has "
+                    "ended, stop it, or give another folder."
+                )
+            else:
+                time.sleep(min(2.0, SECONDS / 10))
+
+    def check(self) -> None:
+        """Raise `Lost` unless the lease is held, and will be for a while."""
+        with self._lock:
+            if not self._lost and time.monotonic() - self._renewed > SECONDS / 3:
+                self._renew()
+            if self._lost:
+                raise Lost(self._lost)
+
+    def release(self) -> None:
+        """Let the lease go, if it is still held."""
+        self._ended.set()
+        with self._lock, contextlib.suppress(Exception):  # it expires by itself
+            if not self._lost:
+                _store(self.address).write(NAME, None, if_equal=self._generation).result()
+
+    def keep(self) -> None:
+        """Renew the lease until it is released."""
+        while not self._ended.wait(SECONDS / 4):
+            with self._lock:
+                if not self._ended.is_set():
+                    self._renew()
+                if self._lost:
+                    return
+            if self._every is not None:
+                self._every()
+
+    def _renew(self) -> None:
+        """Write the lease again; take note if it was taken meanwhile. A bucket that does not
+        answer is asked again, until the lease has expired."""
+        try:
+            if not self._write(None):
+                found = self._read()
+                self._lost = (
+                    f"The lease of {self.address} is gone: {_told(_content(found.value))}. Nothing "
+                    "more was published; see that one run is at work there, then start it again."
+                )
+        except Refused as error:
+            if time.monotonic() - self._renewed > SECONDS:
+                self._lost = f"The lease of {self.address} has expired, unrenewed: {error}"
+
+    def _read(self) -> Any:
+        return _asked(self.address, lambda store: store.read(NAME))
+
+    def _write(self, found: Any) -> bool:
+        """Write the lease in the place of what was found, by default of the own one; return whether
+        that was still there."""
+        before = self._generation if found is None else found.stamp.generation
+        now = time.monotonic()
+        content = {
+            "id": self._id,
+            "holder": f"process {os.getpid()} on {socket.gethostname()}",
+            "since": self._since,
+            "expires": time.time() + SECONDS,
+        }
+        text = json.dumps(content).encode()
+        stamp = _asked(self.address, lambda store: store.write(NAME, text, if_equal=before))
+        if not stamp.generation:  # it was another one
+            return False
+        self._generation, self._renewed = stamp.generation, now
+        return True
+
+
+@contextlib.contextmanager
+def held(address: str, *, wait: bool, every: Callable[[], None] | None = None) -> Iterator[Lease]:
+    """Hold the lease of a folder while the block runs; `every`: see `Lease`. Raises ValueError as
+    `Lease.take`."""
+    lease = Lease(address, every)
+    lease.take(wait)
+    thread = threading.Thread(target=lease.keep, daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        lease.release()
+        thread.join(SECONDS)
+
+
+def _store(address: str) -> Any:
+    for_emulator()
+    import tensorstore as ts
+
+    return ts.KvStore.open(f"{address}/").result()
+
+
+def _asked(address: str, ask: Callable[[Any], Any]) -> Any:
+    try:
+        return ask(_store(address)).result()
+    except Exception as error:  # tensorstore raises its own as ValueError
+        raise Refused(f"Cannot lock {address}: {reason(error)[:300]}") from error
+
+
+def _content(value: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(value)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _holder(found: Any) -> dict[str, Any] | None:
+    """Return who holds a lease that was read; None if nobody does."""
+    if found.state != "value":
+        return None
+    content = _content(found.value)
+    expires = content.get("expires")
+    if not isinstance(expires, int | float) or expires < time.time():
+        return None
+    return content
+
+
+def _told(content: dict[str, Any]) -> str:
+    since = content.get("since")
+    if not isinstance(since, int | float):
+        return "it was deleted or overwritten"
+    moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(since))
+    return f"{printable(str(content.get('holder')), 200)} holds it since {moment}"

@@ -1,0 +1,433 @@
+"""Folders of buckets, worked on through local ones that stand for them (see `addresses`).
+
+Publication without renaming: the list of a folder (a stage's manifest.json, else published.json)
+is deleted first and written last, and readers trust that list alone: names, sizes, SHA-256. A
+folder that is being written has the object `.publishing`, so that one which a killed writer left
+is known. Arrays are written to the bucket directly by all processes (orbax), under the name that
+their folder will have, before its list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from safepatch_jax.runtime import addresses, files, lease
+from safepatch_jax.runtime.addresses import address_of
+from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.objects import Objects
+from safepatch_jax.runtime.reading import Refused
+from safepatch_jax.runtime.records import HASH, Each, misfits
+
+STAGE_LIST, LIST, PUBLISHING = "manifest.json", "published.json", ".publishing"
+_ARRAYS = "_CHECKPOINT_METADATA"  # orbax puts it into each folder of arrays
+_OUTPUTS = Each({"bytes": int, "sha256": HASH})
+_SPARE = 1 << 30  # bytes of the local disk that stay free
+
+
+class _Held:
+    """The leases of this process, by address; nothing is published below one that is lost."""
+
+    leases: dict[str, lease.Lease] = {}
+
+
+def publish(path: pathlib.Path) -> None:
+    """Bring what was put in place at a path to its address, if it has one and lies in nothing that
+    is still being filled. Raises ValueError if the bucket cannot be used, or a lease is lost."""
+    address = address_of(path)
+    if not address or addresses.is_partial(path):
+        return
+    _check_leases(address)
+    if path.is_file():
+        Objects(address).upload({"": path})
+        return
+    _publish_folder(path, Objects(address))
+
+
+def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
+    listed = STAGE_LIST if (folder / STAGE_LIST).is_file() else LIST
+    paths = _below(folder)
+    last = paths.pop(listed, None)
+    outputs = files.folder_hashes(folder) if last is None else _listed_outputs(last.read_bytes())
+    objects.write(PUBLISHING, b"")
+    objects.delete([STAGE_LIST, LIST])
+    objects.upload(paths)
+    keep = {*paths, *outputs, PUBLISHING}
+    objects.delete(objects.sizes().keys() - keep)
+    _check_leases(objects.address)
+    if last is None:
+        content = json.dumps({"format": 1, "outputs": outputs}, indent=2)
+        objects.write(LIST, content.encode())
+    else:
+        objects.upload({STAGE_LIST: last})
+    objects.delete([PUBLISHING])
+
+
+def refuse_full(path: pathlib.Path) -> None:
+    """Raise ValueError if there is something published at the address of a path, or something that
+    is not ours."""
+    if not (address := address_of(path)) or addresses.is_partial(path):
+        return
+    objects = Objects(address)
+    names = objects.sizes().keys()
+    if objects.exists() or (names and PUBLISHING not in names):
+        raise ValueError(
+            f"'{address}' exists and is not empty; nothing was written. Give another address or "
+            "remove it first."
+        )
+
+
+files.afterwards.append(publish)
+files.beforehand.append(refuse_full)
+
+
+def fetch(path: pathlib.Path) -> pathlib.Path:
+    """Bring what is at the address of a path to that path, verified by its list where it has one;
+    what is there already with the same list is not read again.
+
+    Returns:
+      the path.
+
+    Raises:
+      ValueError: there is nothing, it is half-written or not as its list says, the disk is too
+        small, or the bucket cannot be used.
+    """
+    objects = Objects(address_of(path))
+    if (listed := objects.read(LIST)) is not None:
+        have = path.with_name(f".{path.name}.list")
+        if not (path.is_dir() and have.is_file() and have.read_bytes() == listed):
+            files.delete(path)
+            _download(objects, path, _listed_outputs(listed), objects.address)
+            have.write_bytes(listed)
+        return path
+    if objects.exists():
+        files.delete(path)
+        objects.download({"": path})
+        return path
+    sizes = objects.sizes()
+    if PUBLISHING in sizes:
+        raise Refused(
+            f"{objects.address} is half-written: its writer is at work or was killed. Wait for it, "
+            "or give the command that wrote it again."
+        )
+    if not sizes:
+        raise Refused(f"There is nothing at {objects.address}. Is the address right?")
+    files.delete(path)
+    _make_room(sum(sizes.values()), path)
+    objects.download({name: _inside(path, name) for name in sizes})
+    return path
+
+
+def refresh(folder: pathlib.Path) -> None:
+    """Make the local folder of a stage that of the bucket: with the same manifest, and nothing of
+    an older one."""
+    if not (address := address_of(folder)):
+        return
+    listed, have = Objects(address).read(STAGE_LIST), folder / STAGE_LIST
+    if listed is None:
+        files.delete(folder)
+    elif not have.is_file() or have.read_bytes() != listed:
+        files.delete(folder)
+        folder.mkdir(parents=True)
+        have.write_bytes(listed)
+
+
+def bring(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bring the outputs of a stage that are missing locally, but for arrays, which are read where
+    they are. Raises ValueError as `fetch`."""
+    if not (address := address_of(folder)):
+        return
+    arrays = [name.removesuffix(_ARRAYS) for name in outputs if name.endswith("/" + _ARRAYS)]
+    missing = {}
+    for name, entry in outputs.items():
+        path = folder / name
+        here = path.is_file() and path.stat().st_size == entry["bytes"]
+        if not here and not name.startswith(tuple(arrays)):
+            missing[name] = entry
+    _download(Objects(address), folder, missing, address)
+
+
+def _download(
+    objects: Objects, folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]], where: str
+) -> None:
+    _make_room(sum(entry["bytes"] for entry in outputs.values()), folder)
+    found = objects.download({name: _inside(folder, name) for name in outputs})
+    for name, entry in outputs.items():
+        if found[name]["sha256"] != entry["sha256"]:
+            (folder / name).unlink()
+            raise Refused(
+                f"{where}/{name} has other bytes than were published (SHA-256). Delete that folder "
+                "in the bucket, and give the command that wrote it again."
+            )
+
+
+def is_one(folder: pathlib.Path) -> bool:
+    """Return whether a folder stands for one of a bucket."""
+    return bool(address_of(folder))
+
+
+def damage(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]], verify: bool) -> str:
+    """Say what of a stage's outputs in the bucket is not as listed; '' if nothing is; `verify`:
+    read them all."""
+    if name := changed(folder, outputs):
+        return f"{name} is missing in the bucket or has another size than its manifest says"
+    if verify and (name := other(folder, outputs)):
+        return f"{name} has other bytes in the bucket than its manifest says (SHA-256)"
+    return ""
+
+
+def changed(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the name of a stage's output that is missing in the bucket or has another size; ''
+    for none."""
+    sizes = Objects(address_of(folder)).sizes()
+    for name, entry in outputs.items():
+        if sizes.get(name) != entry["bytes"]:
+            return name
+    return ""
+
+
+def other(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the name of a stage's output that has other bytes in the bucket, by SHA-256; '' for
+    none."""
+    found = Objects(address_of(folder)).hashes(outputs)
+    for name, entry in outputs.items():
+        if found[name]["sha256"] != entry["sha256"]:
+            return name
+    return ""
+
+
+def begin(folder: pathlib.Path) -> None:
+    """Clear the address of a stage that is to run, its list first."""
+    if address := address_of(folder):
+        _check_leases(address)
+        objects = Objects(address)
+        objects.delete([STAGE_LIST])
+        objects.delete(objects.sizes())
+
+
+def array_hashes(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return {name: {bytes, sha256}} of what was written to the bucket directly while a folder was
+    being filled; {} where it has no address."""
+    if not (address := address_of(folder)):
+        return {}
+    objects = Objects(address)
+    return objects.hashes(objects.sizes())
+
+
+def delete(path: pathlib.Path) -> None:
+    """Delete what is at the address of a path, its list first, if it has an address."""
+    if address := address_of(path):
+        objects = Objects(address)
+        objects.delete([STAGE_LIST, LIST])
+        objects.delete(objects.sizes())
+
+
+def rewritten(folder: pathlib.Path) -> None:
+    """Write the manifest of a stage, whose outputs were deleted, to the bucket, and delete them
+    there."""
+    if address := address_of(folder):
+        _check_leases(address)
+        objects = Objects(address)
+        objects.upload({STAGE_LIST: folder / STAGE_LIST})
+        objects.delete(objects.sizes().keys() - {STAGE_LIST})
+
+
+def delete_others(stages: pathlib.Path, keep: Iterable[str]) -> None:
+    """Delete folders of stages from the bucket that are not kept, and checkpoints; what no run has
+    made stays."""
+    if not (address := address_of(stages)):
+        return
+    for name in Objects(address).folders():
+        objects = Objects(f"{address}/{name}")
+        ours = name.startswith(".") or objects.read(STAGE_LIST) is not None
+        if ours and name not in keep:
+            objects.delete([STAGE_LIST])
+            objects.delete(objects.sizes())
+
+
+def written(path: pathlib.Path) -> None:
+    """Bring a file that was added to a published folder to the bucket, if it has an address."""
+    if address := address_of(path):
+        _check_leases(address)
+        Objects(address).upload({"": path})
+
+
+def shared(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Let the other processes read the files of a folder; return {name: {bytes, sha256}} of them.
+
+    A folder that is published lies in the bucket; one within another that is still being filled is
+    laid into a place of its own, see `end_share`.
+    """
+    outputs = files.folder_hashes(path)
+    if addresses.is_partial(path):
+        _share(path).upload({name: path / name for name in outputs})
+    return outputs
+
+
+def take_share(path: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bring what process 0 has shared to the same path of this process."""
+    files.delete(path)
+    path.mkdir(parents=True)
+    objects = _share(path) if addresses.is_partial(path) else Objects(address_of(path))
+    _download(objects, path, outputs, objects.address)
+
+
+def end_share(path: pathlib.Path) -> None:
+    """Delete the place through which a folder was shared, if it had one."""
+    if addresses.is_partial(path):
+        objects = _share(path)
+        objects.delete(objects.sizes())
+
+
+def _share(path: pathlib.Path) -> Objects:
+    address = pathlib.PurePosixPath(address_of(path).partition("://")[2])
+    scheme = address_of(path).partition("://")[0]
+    return Objects(f"{scheme}://{address.parent}/.sharing/{address.name}")
+
+
+class Workspace:
+    """The files of a folder of work, apart from stages, in step with its address.
+
+    Args:
+      folder: that stands for an address.
+      apart: names in it that are brought by others, such as 'stages'.
+    """
+
+    def __init__(self, folder: pathlib.Path, apart: Iterable[str] = ("stages",)):
+        self._folder, self._apart = folder, {*apart, lease.NAME}
+        self._objects = Objects(address_of(folder))
+        self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
+
+    def pull(self) -> None:
+        """Make the local files those of the bucket."""
+        names = {name for name in self._objects.sizes() if self._is_kept(name)}
+        for name in self._local().keys() - names:
+            (self._folder / name).unlink()
+        self._objects.download({name: _inside(self._folder, name) for name in names})
+        self._seen = self._looks()
+
+    def push(self) -> None:
+        """Bring what changed here to the bucket, and delete there what was deleted here."""
+        _check_leases(self._objects.address)
+        looks, paths = self._looks(), self._local()
+        self._objects.upload({n: paths[n] for n, x in looks.items() if self._seen.get(n) != x})
+        self._objects.delete(self._seen.keys() - looks.keys())
+        self._seen = looks
+
+    def _looks(self) -> dict[str, tuple[int, int]]:
+        looks = {}
+        for name, path in self._local().items():
+            with contextlib.suppress(FileNotFoundError):  # it was replaced meanwhile
+                status = path.stat()
+                looks[name] = status.st_size, status.st_mtime_ns
+        return looks
+
+    def _local(self) -> dict[str, pathlib.Path]:
+        return {name: path for name, path in _below(self._folder).items() if self._is_kept(name)}
+
+    def _is_kept(self, name: str) -> bool:
+        first, *_ = parts = pathlib.PurePosixPath(name).parts
+        hidden = any(part.startswith(".") for part in parts)
+        return first not in self._apart and not hidden
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the lease of the folder while the block runs, and keep the bucket in step: every few
+        seconds, and at the end. Raises ValueError if another run holds it."""
+        address = self._objects.address
+        with lease.held(address, wait=False, every=self._push_quietly) as held:
+            _Held.leases[address] = held
+            try:
+                self.pull()
+                try:
+                    yield
+                finally:
+                    self.push()
+            finally:
+                del _Held.leases[address]
+
+    def _push_quietly(self) -> None:
+        """Push from the renewing thread: what fails is tried again, and raised at the end."""
+        try:
+            self.push()
+        except (OSError, ValueError) as error:
+            say(f"  {error}")
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Hold a lease in the place of a lock file while the block runs; wait for it."""
+    address = address_of(path)
+    with lease.held(address, wait=True) as held:
+        _Held.leases[address] = held
+        try:
+            yield
+        finally:
+            del _Held.leases[address]
+
+
+def _check_leases(address: str) -> None:
+    """Raise `lease.Lost` if a lease on a folder above an address is lost."""
+    for place, held in list(_Held.leases.items()):
+        if address == place or address.startswith(f"{place}/"):
+            held.check()
+
+
+def _below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Return the files below a folder by name; links are not followed."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = pathlib.Path(root, name)
+            if path.is_file() and not path.is_symlink():
+                found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Return where an object lies locally. Raises ValueError if its name leads out of the
+    folder."""
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts):
+        raise Refused(f"{address_of(folder)} holds an object {name!r:.100}, no name of a file.")
+    return folder.joinpath(*parts)
+
+
+def _listed_outputs(content: bytes) -> dict[str, dict[str, Any]]:
+    """Return {name: {bytes, sha256}} of a list. Raises ValueError if it is damaged."""
+    try:
+        listed = json.loads(content)
+    except ValueError:
+        listed = None
+    if not isinstance(listed, dict) or list(misfits(listed, {"outputs": _OUTPUTS})):
+        raise Refused("The list of a published folder is damaged. Publish the folder again.")
+    return listed["outputs"]
+
+
+def _make_room(needed: int, folder: pathlib.Path) -> None:
+    """Delete local copies of other stages until so many bytes fit on the disk, the oldest first.
+    Raises ValueError if they do not."""
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    for victim in _copies(folder):
+        if shutil.disk_usage(parent).free >= needed + _SPARE:
+            return
+        for path in victim.iterdir():
+            if path.name != STAGE_LIST:
+                files.delete(path)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise Refused(
+            f"{address_of(folder)} has {needed:,} bytes, and {parent} has {free:,} free. Give a "
+            f"larger disk with {addresses.BASE}=DIR."
+        )
+
+
+def _copies(wanted: pathlib.Path) -> list[pathlib.Path]:
+    """Return the local copies of stages but for one, the oldest first."""
+    found = [path.parent for path in wanted.parent.glob(f"*/{STAGE_LIST}")]
+    return sorted((x for x in found if x != wanted), key=lambda x: x.stat().st_atime)
