@@ -1,4 +1,4 @@
-"""A server of Google Cloud Storage's JSON API on loopback, with faults: python bucket_server.py PORT
+"""A server of Google Cloud Storage's JSON API on loopback, with faults: bucket_server.py PORT
 FAULTS.
 
 What gcsfs and tensorstore ask for, and no more: objects are listed, read, written, copied and
@@ -10,37 +10,16 @@ deleted, on conditions of their generation. FAULTS is a file that holds a JSON o
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import email.parser
-import hashlib
 import http.server
 import itertools
 import json
 import pathlib
 import re
-import struct
 import sys
 import threading
 import urllib.parse
-
-
-def crc32c(data: bytes) -> int:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
-def _table() -> list[int]:
-    table = []
-    for i in range(256):
-        for _ in range(8):
-            i = (i >> 1) ^ (0x82F63B78 if i & 1 else 0)
-        table.append(i)
-    return table
-
-
-_TABLE = _table()
 
 
 class Store:
@@ -83,6 +62,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = given
         if isinstance(answer, dict):
             answer = Answer(200, json.dumps(answer).encode())
+        with contextlib.suppress(ConnectionError):  # the client has gone
+            self._send(answer)
+
+    def _send(self, answer):
         self.send_response(answer.code)
         headers = {"Content-Type": "application/json"} | answer.headers
         for name, value in headers.items():
@@ -174,8 +157,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "metageneration": "1",
             "size": str(len(content)),
             "etag": str(generation),
-            "crc32c": base64.b64encode(struct.pack(">I", CRC(content))).decode(),
-            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
             "mediaLink": f"{host}/download/storage/v1/b/{bucket}/o/{quoted}?alt=media",
             "updated": "2026-01-01T00:00:00Z",
             "timeCreated": "2026-01-01T00:00:00Z",
@@ -205,7 +186,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {
             "Content-Type": "application/octet-stream",
             "x-goog-generation": str(generation),
-            "x-goog-hash": f"crc32c={base64.b64encode(struct.pack('>I', CRC(content))).decode()}",
         }
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if not match:
@@ -215,7 +195,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
         if start >= size:
             return Answer(416, b"", {"Content-Range": f"bytes */{size}"})
-        del headers["x-goog-hash"]
         headers["Content-Range"] = f"bytes {start}-{end}/{size}"
         return Answer(206, content[start : end + 1], headers)
 
@@ -276,17 +255,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with STORE.lock:
                 there = self._bucket(bucket).pop(name, None)
             code = "204 No Content" if there else "404 Not Found"
-            parts.append(f"--batch\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {code}\r\n\r\n")
+            parts.append(
+                f"--batch\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {code}\r\n\r\n"
+            )
         content = "".join([*parts, "--batch--\r\n"]).encode()
         return Answer(200, content, {"Content-Type": "multipart/mixed; boundary=batch"})
-
-
-try:
-    import google_crc32c
-
-    CRC = google_crc32c.value
-except ImportError:
-    CRC = crc32c
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from safepatch_jax.run.published import CARD, CERTIFICATE, FILES, data_text, des
 from safepatch_jax.run.stages import CACHE, FINISHED, Runner, versions
 from safepatch_jax.run.state import Read, Run, check_source
 from safepatch_jax.run.table import Evaluate, evaluate_variant, stage_table, variants
-from safepatch_jax.runtime import files, mirror, processes
+from safepatch_jax.runtime import addresses, files, mirror, processes
 from safepatch_jax.runtime.console import example, say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused
@@ -191,9 +191,9 @@ class Job:
     def _warn_of_scratch(self) -> None:
         if scratch := self.runner.scratch_left():
             say(
-                f"The run did not finish. Derived models or scores lie in "
-                f"{', '.join(map(str, scratch))}: the same command resumes from there; else delete "
-                "them, they are jailbroken or broken models."
+                "The run did not finish. Derived models or scores lie in "
+                f"{', '.join(map(addresses.name_of, scratch))}: the same command resumes from "
+                "there; else delete them, they are jailbroken or broken models."
             )
 
     def _begin(self, command: Sequence[str]) -> None:

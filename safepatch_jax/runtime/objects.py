@@ -122,11 +122,12 @@ class Objects:
 
     def _copied(self, name: str, out: Any) -> str:
         """Copy an object into a file; return its SHA-256."""
-        digest = hashlib.sha256()
-        with self._files.open(self._at(name), "rb", block_size=_PIECE, cache_type="none") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-                out.write(piece)
+        digest, place = hashlib.sha256(), self._at(name)
+        size = self._files.info(place)["size"]
+        for start in range(0, size, _PIECE):
+            piece = self._files.cat_file(place, start, min(size, start + _PIECE))
+            digest.update(piece)
+            out.write(piece)
         return digest.hexdigest()
 
     def _each(self, function: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def readable(path: str | os.PathLike[str]) -> str:
     """Return what `local` does; what lies in a bucket is brought here first. Raises ValueError also
     if it cannot be."""
     text = local(path)
-    if addresses.address_of(text):
+    if addresses.is_address(path):
         from safepatch_jax.runtime import mirror
 
         mirror.fetch(pathlib.Path(text))

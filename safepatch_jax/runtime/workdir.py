@@ -93,7 +93,7 @@ class Workdir:
         """
         self.check()  # before the folder is made, or anything is written to it
         made = not self.path.is_dir()
-        new = made or not any(self.path.iterdir())
+        new = made or all(path.name == files.LOCK for path in self.path.iterdir())
         try:
             for folder in (self.path, *others):
                 processes.shared(folder)

@@ -20,11 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from absl import logging as absl_logging
 from jax import lax
 
-from safepatch_jax.io.checkpoint import from_disk, handler, literal
+from safepatch_jax.io.checkpoint import from_disk, handler, literal, opened
 from safepatch_jax.numerics import row_major_index
 from safepatch_jax.runtime import addresses, files, mirror, processes
 from safepatch_jax.runtime.console import say
@@ -203,12 +202,7 @@ def _facts(metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, An
 def _stored_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """Read this process's parts of an array. Raises ValueError if it is absent, damaged, or of
     another shape or dtype."""
-    base: Any = {"driver": "file", "path": f"{folder}/"}
-    if address := addresses.address_of(folder):
-        base = f"{address}/"
-    stored = ts.open(
-        {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    ).result()
+    stored = opened(folder, name)
     if stored.shape != abstract.shape or stored.dtype.numpy_dtype != abstract.dtype:
         raise ValueError(
             f"{name} is {stored.dtype.name} {stored.shape}, and not {abstract.dtype} "
