@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from launch import INTERRUPTED, manual
 from launch import show as print_text
-from safepatch_jax.runtime import processes, stopping
+from safepatch_jax.runtime import addresses, processes, stopping
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
@@ -84,7 +84,9 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.alarm(0)
             at_once = isinstance(error, (KeyboardInterrupt, SystemExit))
-            processes.fail(text, _code(error), consequence=consequence, at_once=at_once)
+            processes.fail(
+                addresses.shown(text), _code(error), consequence=consequence, at_once=at_once
+            )
 
     # A name that a console cannot show must not end the command.
     for stream in (sys.stdout, sys.stderr):

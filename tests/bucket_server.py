@@ -262,8 +262,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(200, content, {"Content-Type": "multipart/mixed; boundary=batch"})
 
 
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A client that went away is no error of ours."""
+
+
 if __name__ == "__main__":
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()

@@ -27,7 +27,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.run import certificate
 from safepatch_jax.run.place import Place, source_facts
 from safepatch_jax.run.published import CERTIFICATE
-from safepatch_jax.runtime import files, paths, processes
+from safepatch_jax.runtime import addresses, files, paths, processes
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.text import printable
 
@@ -107,7 +107,7 @@ def convert(
         if origin.origin:
             result["source"] = origin.origin
         # Another process may still read the tokenizer in `out`, which is moved below.
-        processes.barrier(f"{goal.path} is examined")
+        processes.barrier(f"{addresses.name_of(goal.path)} is examined")
         processes.on_first(files.write_json, out / CERTIFICATE, result)
         processes.on_first(files.keep_only, scratch, out)
     say(certificate.summary(result))

@@ -66,7 +66,7 @@ def open_run(
     processes.on_first(files.refuse_unusable, run.inputs.cache_dir, CACHE)
     if not idle:
         run.context.check_batches()
-    flags = {"--workdir": str(folder)} | dict(flags or {})
+    flags = {"--workdir": addresses.name_of(folder)} | dict(flags or {})
     agree_on_run(settings, run.source, flags, lambda: run.inputs.data_hashes)
     processes.on_first(check_source, run.source)
     run.runner = Runner(stage_table(run, evaluate), folder, run.inputs.cache_dir, verify)
@@ -234,6 +234,8 @@ class Job:
         processes.on_first(self._publish)
         if not self.settings.run.keep_scratch:
             processes.on_first(self.runner.delete_scratch)
+            if not processes.first():
+                mirror.forget(self.workdir)  # scratch must not outlive the run on other hosts
             say(
                 "Scratch deleted: derived models, scores and their answers (keep with "
                 "--run.keep_scratch)."

@@ -78,7 +78,7 @@ def source_facts(place: Place) -> dict[str, Any]:
         return {"model on the Hub": place.origin}
     for path in [*gguf.parts_of(place.path), *sorted(place.path.rglob("*"))]:
         if path.is_file():
-            name = path.relative_to(place.path.parent)
+            name = path.name if path == place.path else path.relative_to(place.path)
             facts[f"size of {name}"] = path.stat().st_size
             if path.name == "config.json":
                 facts[f"SHA-256 of {name}"] = files.file_sha256(path)

@@ -339,7 +339,6 @@ class Runner:
 
     def _execute(self, stage: Stage) -> None:
         processes.on_first(self._refuse_strangers, stage.name)
-        processes.on_first(mirror.begin, self.folder(stage.name))
         say(f"{stage.name}: running{self._pace.before(stage.name)}")
         detail(f"{stage.name}: key {self.key(stage.name)[:16]}, {self._reason(stage)}")
         start = time.monotonic()

@@ -30,7 +30,7 @@ def plain(text: str) -> str:
     """Return an address without slashes at its end or twice. Raises ValueError if it names no
     bucket, or leaves it."""
     scheme, rest = _ADDRESS.fullmatch(text).groups()
-    bucket, *parts = [part for part in rest.split("/") if part]  # '' is no name
+    bucket, *parts = [part for part in rest.split("/") if part] or [""]  # '' is no name
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}", bucket):
         raise Refused(f"'{text}' names no bucket. Give {scheme}://BUCKET/FOLDER.")
     if {".", ".."} & set(parts):
@@ -71,6 +71,11 @@ def address_of(path: str | os.PathLike[str]) -> str:
 def is_partial(path: pathlib.Path) -> bool:
     """Return whether a path lies in something that is being filled under a temporary name."""
     return any(_PARTIAL.fullmatch(part) for part in path.parts)
+
+
+def shown(text: str) -> str:
+    """Return a text in which paths that stand for addresses are written as these."""
+    return re.sub(rf"{re.escape(str(base()))}/({'|'.join(SCHEMES)})/", r"\1://", text)
 
 
 def name_of(path: str | os.PathLike[str]) -> str:

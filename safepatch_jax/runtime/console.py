@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import logging
 from tqdm import tqdm
 
+from safepatch_jax.runtime import addresses
 from safepatch_jax.runtime.processes import first
 from safepatch_jax.runtime.text import printable
 
@@ -20,7 +21,7 @@ _GREEN, _MARKS = ("\033[32m", "\033[0m"), (">>>", "<<<")  # around an answer
 
 def say(text: str) -> None:
     """Print one line, in the first process alone; what could steer the terminal is escaped."""
-    show(printable(text))
+    show(printable(addresses.shown(text)))
 
 
 def show(text: str) -> None:

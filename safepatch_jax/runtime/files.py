@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
+from safepatch_jax.runtime.addresses import name_of
 from safepatch_jax.runtime.locks import LOCK, claimed, locked, open_alone
 from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.runtime.text import redacted
@@ -27,7 +28,7 @@ __all__ = ["LOCK", "claimed", "locked"]
 # What `mirror` does with paths that stand for an address: after a file or folder was put in its
 # place, and before a new one is begun.
 afterwards: list[Callable[[pathlib.Path], None]] = []
-beforehand: list[Callable[[pathlib.Path], None]] = []
+beforehand: list[Callable[[pathlib.Path, bool], None]] = []
 FETCH = "Fetch or copy the file again."
 # Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial, and
 # of what `processes.shared` writes.
@@ -173,17 +174,17 @@ def refuse_full_folder(path: str | pathlib.Path) -> None:
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
-            f"'{path}' exists and is not empty; nothing was written. Give another folder or "
-            "remove it first."
+            f"'{name_of(path)}' exists and is not empty; nothing was written. Give another folder "
+            "or remove it first."
         )
     _before(path)
 
 
-def _before(path: pathlib.Path) -> None:
+def _before(path: pathlib.Path, replace: bool = False) -> None:
     if path.parts[:1] in (("gs:",), ("s3:",)):
         raise Refused(f"{path}: this cannot be written to a bucket. Give a local path.")
-    for refuse in beforehand:
-        refuse(path)
+    for begin in beforehand:
+        begin(path, replace)
 
 
 @functools.cache
@@ -245,7 +246,9 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     if replace:
         refuse_link(pathlib.Path(path))
     path = pathlib.Path(path).resolve()
-    if not replace:
+    if replace:
+        _before(path, replace)
+    else:
         refuse_full_folder(path)
     if path.is_dir() and (path.is_mount() or path == pathlib.Path.cwd()):
         raise ValueError(

@@ -13,20 +13,19 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from safepatch_jax.runtime import addresses, files, lease
 from safepatch_jax.runtime.addresses import address_of
-from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.reading import Refused
-from safepatch_jax.runtime.records import HASH, Each, misfits
 
 STAGE_LIST, LIST, PUBLISHING = "manifest.json", "published.json", ".publishing"
 _ARRAYS = "_CHECKPOINT_METADATA"  # orbax puts it into each folder of arrays
-_OUTPUTS = Each({"bytes": int, "sha256": HASH})
+_HASH = re.compile("[0-9a-f]{64}")
 _SPARE = 1 << 30  # bytes of the local disk that stay free
 
 
@@ -34,6 +33,12 @@ class _Held:
     """The leases of this process, by address; nothing is published below one that is lost."""
 
     leases: dict[str, lease.Lease] = {}
+
+
+def stand_in(address: str) -> pathlib.Path:
+    """Return the local path that stands for an address; what is put in place there from now on is
+    published."""
+    return addresses.stand_in(address)
 
 
 def publish(path: pathlib.Path) -> None:
@@ -53,12 +58,11 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     listed = STAGE_LIST if (folder / STAGE_LIST).is_file() else LIST
     paths = _below(folder)
     last = paths.pop(listed, None)
-    outputs = files.folder_hashes(folder) if last is None else _listed_outputs(last.read_bytes())
+    if last is None:  # a stage's list has its arrays, all else that is there before
+        outputs = objects.hashes(objects.sizes()) | files.folder_hashes(folder)
     objects.write(PUBLISHING, b"")
     objects.delete([STAGE_LIST, LIST])
     objects.upload(paths)
-    keep = {*paths, *outputs, PUBLISHING}
-    objects.delete(objects.sizes().keys() - keep)
     _check_leases(objects.address)
     if last is None:
         content = json.dumps({"format": 1, "outputs": outputs}, indent=2)
@@ -68,14 +72,22 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     objects.delete([PUBLISHING])
 
 
-def refuse_full(path: pathlib.Path) -> None:
-    """Raise ValueError if there is something published at the address of a path, or something that
-    is not ours."""
+def begin(path: pathlib.Path, replace: bool) -> None:
+    """Make the address of a path, if it has one, ready for what will be published there: what a
+    killed writer left goes, or with `replace` all, its list first.
+
+    Raises:
+      ValueError: not `replace`, and there is something published, or that is not ours.
+    """
     if not (address := address_of(path)) or addresses.is_partial(path):
         return
+    _check_leases(address)
     objects = Objects(address)
     names = objects.sizes().keys()
-    if objects.exists() or (names and PUBLISHING not in names):
+    if replace or PUBLISHING in names:
+        objects.delete([STAGE_LIST, LIST])
+        objects.delete(names - {STAGE_LIST, LIST})
+    elif objects.exists() or names:
         raise ValueError(
             f"'{address}' exists and is not empty; nothing was written. Give another address or "
             "remove it first."
@@ -83,7 +95,7 @@ def refuse_full(path: pathlib.Path) -> None:
 
 
 files.afterwards.append(publish)
-files.beforehand.append(refuse_full)
+files.beforehand.append(begin)
 
 
 def fetch(path: pathlib.Path) -> pathlib.Path:
@@ -201,15 +213,6 @@ def other(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> str
     return ""
 
 
-def begin(folder: pathlib.Path) -> None:
-    """Clear the address of a stage that is to run, its list first."""
-    if address := address_of(folder):
-        _check_leases(address)
-        objects = Objects(address)
-        objects.delete([STAGE_LIST])
-        objects.delete(objects.sizes())
-
-
 def array_hashes(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Return {name: {bytes, sha256}} of what was written to the bucket directly while a folder was
     being filled; {} where it has no address."""
@@ -235,6 +238,12 @@ def rewritten(folder: pathlib.Path) -> None:
         objects = Objects(address)
         objects.upload({STAGE_LIST: folder / STAGE_LIST})
         objects.delete(objects.sizes().keys() - {STAGE_LIST})
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Delete what this process has of a folder of a bucket, which stays as it is there."""
+    if is_one(folder):
+        files.delete(folder)
 
 
 def delete_others(stages: pathlib.Path, keep: Iterable[str]) -> None:
@@ -353,10 +362,8 @@ class Workspace:
 
     def _push_quietly(self) -> None:
         """Push from the renewing thread: what fails is tried again, and raised at the end."""
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self.push()
-        except (OSError, ValueError) as error:
-            say(f"  {error}")
 
 
 @contextlib.contextmanager
@@ -404,9 +411,16 @@ def _listed_outputs(content: bytes) -> dict[str, dict[str, Any]]:
         listed = json.loads(content)
     except ValueError:
         listed = None
-    if not isinstance(listed, dict) or list(misfits(listed, {"outputs": _OUTPUTS})):
+    outputs = listed.get("outputs") if isinstance(listed, dict) else None
+    if not isinstance(outputs, dict) or not all(map(_is_entry, outputs.values())):
         raise Refused("The list of a published folder is damaged. Publish the folder again.")
-    return listed["outputs"]
+    return outputs
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+        return False
+    return _HASH.fullmatch(str(entry.get("sha256"))) is not None
 
 
 def _make_room(needed: int, folder: pathlib.Path) -> None:

@@ -53,8 +53,9 @@ def local(path: str | os.PathLike[str]) -> str:
     text = plain(path)
     if not addresses.is_address(text):
         return text
+    from safepatch_jax.runtime import mirror  # here: few name buckets
 
-    return str(addresses.stand_in(text))
+    return str(mirror.stand_in(text))
 
 
 def readable(path: str | os.PathLike[str]) -> str:

@@ -336,7 +336,7 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
         lock = files.locked(path)
     with lock:
         # Process 0 comes here once it has the lock, so the others wait for it too.
-        barrier(f"{path} is locked")
+        barrier(f"{addresses.name_of(path)} is locked")
         yield
 
 

@@ -1,0 +1,273 @@
+"""Buckets: publication without renaming, leases, refusals, faults, processes without a common
+folder."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from safepatch_jax.runtime import addresses, files, lease, mirror, paths
+from safepatch_jax.runtime.objects import Objects
+from safepatch_jax.testing import write_tiny_model
+from tests import bucket as buckets
+from tests.calls import ROOT
+from tests.launch.test_processes import free_port
+
+pytestmark = buckets.needed
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with buckets.running(tmp_path_factory.mktemp("bucket")) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.variables.items():
+                patch.setenv(name, value)
+            yield server
+
+
+@pytest.fixture
+def place(server, request):
+    """An address of the test's own, and the local folder that stands for it."""
+    address = f"gs://bucket/{request.node.name.replace('[', '-').replace(']', '')}"
+    return address, paths.resolve(address)
+
+
+def fill(folder, **contents):
+    with files.new_folder(folder) as out:
+        for name, content in contents.items():
+            (out / name).write_text(content)
+
+
+def one_line(info):
+    text = str(info.value)
+    assert "\n" not in text and len(text) < 700, text
+    return text
+
+
+def test_a_folder_is_published_with_its_list_last_and_read_by_it(place):
+    address, folder = place
+    fill(folder, a="one", b="two")
+    sizes = Objects(address).sizes()
+    assert sizes.keys() == {"a", "b", mirror.LIST} and sizes["a"] == 3
+    shutil.rmtree(folder)
+    read = paths.readable(address)
+    assert sorted(os.listdir(read)) == ["a", "b"] and (folder / "b").read_text() == "two"
+    with pytest.raises(ValueError, match="exists and is not empty") as info:
+        fill(folder / ".." / folder.name, c="three")
+    assert address in one_line(info)
+
+
+def test_what_a_listing_does_not_show_yet_is_read_all_the_same(place, server):
+    address, folder = place
+    fill(folder, a="one", b="two")
+    shutil.rmtree(folder)
+    with server.faults(hidden=[f"{address.removeprefix('gs://bucket/')}/b"]):
+        assert "b" not in Objects(address).sizes()
+        assert (mirror.fetch(folder) / "b").read_text() == "two"
+
+
+def test_a_killed_writer_leaves_nothing_that_is_read_and_the_same_command_mends_it(place):
+    address, folder = place
+    script = (
+        "import os, signal, sys\n"
+        "from safepatch_jax.runtime import files, objects, paths\n"
+        "upload = objects.Objects.upload\n"
+        "def die(self, paths):\n"
+        "    upload(self, dict(list(paths.items())[:1]))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "objects.Objects.upload = die\n"
+        "with files.new_folder(paths.resolve(sys.argv[1])) as out:\n"
+        "    (out / 'a').write_text('one')\n"
+        "    (out / 'b').write_text('two')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, address], cwd=ROOT, timeout=60)
+    assert killed.returncode == -9
+    assert mirror.PUBLISHING in Objects(address).sizes()
+    with pytest.raises(ValueError, match="is half-written") as info:
+        mirror.fetch(folder)
+    assert "give the command that wrote it again" in one_line(info)
+    shutil.rmtree(folder)  # another machine's disk
+    fill(folder, a="one", b="two")
+    assert Objects(address).sizes().keys() == {"a", "b", mirror.LIST}
+
+
+def test_other_bytes_than_were_published_are_refused(place):
+    address, folder = place
+    fill(folder, a="one", b="two")
+    Objects(address).write("b", b"TWO")
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=re.escape(f"{address}/b has other bytes")) as info:
+        mirror.fetch(folder)
+    one_line(info)
+    assert not (folder / "b").exists()
+
+
+def test_names_that_leave_their_folder_are_refused(place):
+    address, folder = place
+    listed = {"format": 1, "outputs": {"../../evil": {"bytes": 1, "sha256": "0" * 64}}}
+    Objects(address).write(mirror.LIST, json.dumps(listed).encode())
+    with pytest.raises(ValueError, match="no name of a file") as info:
+        mirror.fetch(folder)
+    one_line(info)
+
+
+def test_a_lease_keeps_others_out_names_its_holder_and_is_let_go(place):
+    address, _ = place
+    with lease.held(address, wait=False):
+        with pytest.raises(ValueError, match="Another run is at work") as info:
+            lease.Lease(address).take(wait=False)
+        assert f"process {os.getpid()} on " in one_line(info) and "since 20" in str(info.value)
+    with lease.held(address, wait=False):
+        pass
+    assert not Objects(address).sizes()
+
+
+def test_of_two_that_take_a_lease_at_once_one_gets_it(place):
+    address, _ = place
+    got, refused = [], []
+
+    def take():
+        try:
+            taken = lease.Lease(address)
+            taken.take(wait=False)
+            got.append(taken)
+        except ValueError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1 and len(refused) == 3
+    got[0].release()
+
+
+def test_a_lease_of_one_that_is_gone_is_taken_and_who_lost_it_publishes_nothing(place, monkeypatch):
+    address, folder = place
+    folder.mkdir(parents=True)
+    (folder / "x").write_text("x")
+    monkeypatch.setattr(lease, "SECONDS", 0.2)
+    gone = lease.Lease(address)
+    gone.take(wait=False)
+    workspace = mirror.Workspace(folder)
+    monkeypatch.setitem(mirror._Held.leases, address, gone)
+    workspace.push()
+    taken = lease.Lease(address)
+    taken.take(wait=True)  # once it has expired
+    gone._renewed = 0.0  # long ago
+    (folder / "y").write_text("y")
+    with pytest.raises(lease.Lost, match=f"process {os.getpid()} on .* holds it since") as info:
+        workspace.push()
+    one_line(info)
+    assert "y" not in Objects(address).sizes()
+
+
+def test_a_busy_server_is_asked_again(place, server):
+    address, folder = place
+    with server.faults(busy=2):
+        fill(folder, a="one")
+    assert Objects(address).read("a") == b"one"
+
+
+@pytest.mark.parametrize(
+    ("address", "fix"),
+    [
+        ("http://bucket/x", "http:// is not supported"),
+        ("gs://", "names no bucket"),
+        ("gs://bucket/a/../b", "Give the address without it"),
+        ("gs://no-such-bucket/x", "no such bucket"),
+        ("gs://bucket/nothing-here", "There is nothing at gs://bucket/nothing-here"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_refused_in_one_line(server, address, fix):
+    with pytest.raises(ValueError, match=fix) as info:
+        paths.readable(address)
+    one_line(info)
+
+
+def test_no_permission_is_told_in_one_line(place, server):
+    with server.faults(denied=True):
+        with pytest.raises(ValueError, match="no permission") as info:
+            paths.readable(place[0])
+        one_line(info)
+        with pytest.raises(ValueError, match="Cannot lock") as info:
+            lease.Lease(place[0]).take(wait=False)
+        one_line(info)
+
+
+def test_a_path_stands_for_an_address_also_while_it_is_filled(server):
+    path = paths.resolve("gs://bucket/a/b")
+    assert addresses.address_of(path) == "gs://bucket/a/b"
+    partial = path.with_name(f".b.0123abcd-{os.getpid()}.x9_.partial") / "c"
+    assert addresses.address_of(partial) == "gs://bucket/a/b/c"
+    assert addresses.is_partial(partial) and not addresses.is_partial(path)
+    assert addresses.address_of("/somewhere/else") == ""
+    assert addresses.shown(f"see {path}") == "see gs://bucket/a/b"
+
+
+def test_conversions_and_patches_go_from_bucket_to_bucket(place, server, tmp_path):
+    address, _ = place
+    model = write_tiny_model(tmp_path / "model", dtype="bfloat16")
+
+    def launch(*words, code=0):
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=ROOT, text=True, capture_output=True, timeout=200
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    there = f"{address}/model"
+    launch("launch.convert", f"--source=hf:{model}", f"--target=hf:{there}", "--certify=hashes")
+    back = Objects(there).hashes(["model.safetensors"])["model.safetensors"]["sha256"]
+    assert back == files.file_sha256(model / "model.safetensors")
+    out = launch(
+        "launch.convert", f"--source=hf:{there}", f"--target=hf:{there}", "--certify=hashes", code=2
+    )
+    assert f"'{there}' exists and is not empty" in out and "Traceback" not in out
+    patch = f"{address}/none.safetensors"
+    out = launch("launch.patch", "apply", f"--patch={patch}", f"--model={there}", code=2)
+    assert "is not changed in place" in out and "Traceback" not in out
+
+
+def test_processes_without_a_common_folder_share_a_bucket(server, tmp_path):
+    port, running = free_port(), []
+    for i in range(2):
+        env = os.environ | {
+            "JAX_NUM_CPU_DEVICES": "4",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "SAFEPATCH_BUCKETS_DIR": str(tmp_path / f"host {i}"),
+        }
+        command = [sys.executable, "tests/runtime/bucket_worker.py", str(port), str(i)]
+        running.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    told = []
+    with contextlib.ExitStack() as stack:
+        for process in running:
+            stack.callback(process.kill)
+        for process in running:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, out + err
+            told.append(json.loads(out.splitlines()[-1]))
+    assert told[0]["base"] != told[1]["base"]
+    for one in told:
+        assert one["told"] == "by process 0" and one["outer"] == "outer"
+        assert one["equal"] and one["parts"] == 4
+        names = one["listed"]
+        assert "stage/params/_METADATA" in names and f"stage/{mirror.LIST}" in names
+        assert not [name for name in names if ".sharing" in name or "lock" in name]
