@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,13 +27,16 @@ from safepatch_jax.runtime.reading import Refused
 STAGE_LIST, LIST, PUBLISHING = "manifest.json", "published.json", ".publishing"
 _ARRAYS = "_CHECKPOINT_METADATA"  # orbax puts it into each folder of arrays
 _HASH = re.compile("[0-9a-f]{64}")
+_NOTE = ".in_step.json"
 _SPARE = 1 << 30  # bytes of the local disk that stay free
 
 
 class _Held:
-    """The leases of this process, by address; nothing is published below one that is lost."""
+    """The leases of this process, by address (nothing is published below one that is lost), and
+    the folders that it keeps in step."""
 
     leases: dict[str, lease.Lease] = {}
+    workspaces: list[Workspace] = []
 
 
 def stand_in(address: str) -> pathlib.Path:
@@ -52,6 +56,8 @@ def publish(path: pathlib.Path) -> None:
         Objects(address).upload({"": path})
         return
     _publish_folder(path, Objects(address))
+    for workspace in _Held.workspaces:
+        workspace.took(path)
 
 
 def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
@@ -304,29 +310,54 @@ class Workspace:
 
     Args:
       folder: that stands for an address.
-      apart: names in it that are brought by others, such as 'stages'.
+      apart: names of folders in it that are brought by others.
     """
 
     def __init__(self, folder: pathlib.Path, apart: Iterable[str] = ("stages",)):
         self._folder, self._apart = folder, {*apart, lease.NAME}
         self._objects = Objects(address_of(folder))
         self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
+        self._lock = threading.RLock()  # the thread that renews the lease pushes too
 
     def pull(self) -> None:
-        """Make the local files those of the bucket."""
-        names = {name for name in self._objects.sizes() if self._is_kept(name)}
-        for name in self._local().keys() - names:
+        """Make the local files those of the bucket; what is in step is not read again."""
+        tags = {name: tag for name, tag in self._objects.tags().items() if self._is_kept(name)}
+        for name in self._local().keys() - tags.keys():
             (self._folder / name).unlink()
-        self._objects.download({name: _inside(self._folder, name) for name in names})
+        noted, looks, paths = self._noted(), self._looks(), {}
+        for name, tag in tags.items():
+            if not tag or noted.get(name) != [tag, *looks.get(name, ())]:
+                paths[name] = _inside(self._folder, name)
+        self._objects.download(paths)
         self._seen = self._looks()
+        self._note(tags)
+
+    def _noted(self) -> dict[str, Any]:
+        try:
+            return json.loads((self._folder / _NOTE).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _note(self, tags: Mapping[str, str]) -> None:
+        """Take down which versions of objects the local files are."""
+        noted = {name: [tags[name], *look] for name, look in self._seen.items() if name in tags}
+        files.write_json(self._folder / _NOTE, noted)
+
+    def took(self, path: pathlib.Path) -> None:
+        """Take note of a folder that was published by itself."""
+        with self._lock:
+            for name, look in self._looks().items():
+                if (self._folder / name).is_relative_to(path):
+                    self._seen[name] = look
 
     def push(self) -> None:
         """Bring what changed here to the bucket, and delete there what was deleted here."""
         _check_leases(self._objects.address)
-        looks, paths = self._looks(), self._local()
-        self._objects.upload({n: paths[n] for n, x in looks.items() if self._seen.get(n) != x})
-        self._objects.delete(self._seen.keys() - looks.keys())
-        self._seen = looks
+        with self._lock:
+            looks, paths = self._looks(), self._local()
+            self._objects.upload({n: paths[n] for n, x in looks.items() if self._seen.get(n) != x})
+            self._objects.delete(self._seen.keys() - looks.keys())
+            self._seen = looks
 
     def _looks(self) -> dict[str, tuple[int, int]]:
         looks = {}
@@ -340,9 +371,9 @@ class Workspace:
         return {name: path for name, path in _below(self._folder).items() if self._is_kept(name)}
 
     def _is_kept(self, name: str) -> bool:
-        first, *_ = parts = pathlib.PurePosixPath(name).parts
+        parts = pathlib.PurePosixPath(name).parts
         hidden = any(part.startswith(".") for part in parts)
-        return first not in self._apart and not hidden
+        return not hidden and not self._apart & set(parts)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -351,13 +382,16 @@ class Workspace:
         address = self._objects.address
         with lease.held(address, wait=False, every=self._push_quietly) as held:
             _Held.leases[address] = held
+            _Held.workspaces.append(self)
             try:
                 self.pull()
                 try:
                     yield
                 finally:
                     self.push()
+                    self._note(self._objects.tags())
             finally:
+                _Held.workspaces.remove(self)
                 del _Held.leases[address]
 
     def _push_quietly(self) -> None:

@@ -45,6 +45,15 @@ class Objects:
         skip = len(self._place) + 1
         return {row["name"][skip:]: row["size"] for row in rows.values() if row["name"][skip:]}
 
+    def tags(self) -> dict[str, str]:
+        """Return the version of each object, by name: its generation or ETag."""
+        with self._explained("list"):
+            rows = self._files.find(self._place, detail=True)
+        skip, tags = len(self._place) + 1, {}
+        for row in rows.values():
+            tags[row["name"][skip:]] = str(row.get("generation") or row.get("ETag") or "")
+        return tags
+
     def folders(self) -> list[str]:
         """Return the names of folders right below the address."""
         with self._explained("list"):

@@ -405,6 +405,7 @@ def _refuse_blind(folder: pathlib.Path, seen: Sequence[bool]) -> None:
     if blind:
         raise ValueError(
             f"{who(blind)} cannot see what process 0 writes to {folder}. All processes need one "
-            "file system, under the same path on every host: use a folder on a network file system "
-            "or a mounted bucket (--workdir, --run.cache_dir, --out, --target)."
+            "place: give a bucket (gs://BUCKET/..., docs/buckets.md), or a folder on a network "
+            "file system, under the same path on every host (--workdir, --run.cache_dir, --out, "
+            "--target)."
         )
