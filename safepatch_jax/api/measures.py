@@ -201,6 +201,7 @@ def _shared(session: Session | None) -> dict[str, Any]:
         "system": s.data.system,
         "template_kwargs": s.data.template_kwargs,
         "thinking": s.evaluate.thinking,
+        "think_tokens": s.evaluate.think_tokens,
     }
 
 

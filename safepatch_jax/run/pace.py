@@ -108,7 +108,9 @@ def work(settings: Settings, records: Mapping[str, Sequence[Record]]) -> dict[st
     for role, of_role in records.items():
         held = [r for r in of_role if r.split == s.evaluate.split]
         count = min(len(held), s.data.eval_limit or len(held))
-        written = 0 if role == "ordinary" else s.evaluate.max_new_tokens
+        written = 0
+        if role != "ordinary":
+            written = s.evaluate.max_new_tokens + s.evaluate.think_tokens
         read += count * (length + written)
     for variant in ("shipped", "backbone", "se", "osm", "intersection", "safepatching"):
         result[f"evaluate_{variant}"] = read
