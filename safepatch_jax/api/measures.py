@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,8 +162,8 @@ def evaluate(
     for name in ("suite", "judge"):
         if isinstance(values.get(name), os.PathLike):
             values[name] = os.fspath(values[name])
-    for name in ("seeds", "templates"):
-        values[name] = tuple(values.get(name, ()))
+    values["seeds"] = _seeds(values.get("seeds", ()))
+    values["templates"] = _templates(values.get("templates", ()))
     chosen = EvaluationOptions(**values)
     folders = {who: _folder(x) for who, x in zip(_PLACES, (model, against)) if x is not None}
     # Imported here: patches are applied without JAX.
@@ -172,6 +173,30 @@ def evaluate(
     content = measure(folders["model"], place, chosen, folders.get("against", ""))
     names = {who: _name(x) for who, x in zip(_PLACES, (model, against)) if x is not None}
     return Evaluation(content, place, tuple(_measures(content)), names)
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    """Return the seeds of a sequence, or of a text as the launcher takes it."""
+    seeds = given.split(",") if isinstance(given, str) else given
+    try:
+        return tuple(operator.index(int(x) if isinstance(x, str) else x) for x in seeds if x != "")
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"seeds are several whole numbers, such as seeds=(0, 1, 2), got {given!r}. For one "
+            "give seed=, which needs a temperature above 0 to count."
+        ) from None
+
+
+def _templates(given: Any) -> tuple[str, ...]:
+    """Return the templates of a sequence, or of a text as the launcher takes it."""
+    templates = given.split(",") if isinstance(given, str) else given
+    try:
+        return tuple(os.fspath(x) for x in templates if x != "")
+    except TypeError:
+        raise ValueError(
+            f"templates are several names or paths, such as templates=('own', 'plain'), got "
+            f"{given!r}."
+        ) from None
 
 
 def _name(model: Any) -> str:

@@ -227,6 +227,11 @@ def test_a_folder_is_patched_in_place_and_reverted(patch, place):
         (lambda: sp.load("my_model", "w", harmful=["text"]), "records are dictionaries"),
         (lambda: sp.load("my_model", "w", seed=1, run_seed=2), "given twice"),
         (lambda: sp.evaluate("my_model", sute="quick"), r"did you mean 'suite'\?"),
+        (lambda: sp.evaluate("my_model", seeds=3), r"such as seeds=\(0, 1, 2\), got 3"),
+        (lambda: sp.evaluate("my_model", seeds="0,x"), "whole numbers.*got '0,x'"),
+        (lambda: sp.evaluate("my_model", seeds="0,1"), "seeds 0,1: at temperature 0"),
+        (lambda: sp.evaluate("my_model", templates="own,no.jinja"), "no template file 'no.jinja'"),
+        (lambda: sp.evaluate("my_model", templates=1), "several names or paths"),
         (lambda: sp.read_patch("none.safetensors"), "No patch file"),
     ],
 )

@@ -19,7 +19,7 @@ def test_a_verdict_says_what_the_test_says(gained, lost, told):
     table = ending.lines([ending.share_row("harm", *counts, test)])
     assert "12 of 36, 33%" in table[1] and told in table[1]
     moved, low, high = difference(36, gained, lost)
-    assert low < moved < high and f"{100 * moved:+.0f} %" in table[1]
+    assert low < moved < high and f"{100 * moved:+.0f} points" in table[1]
     assert (low < 0 < high) == (told == "not told apart")
 
 

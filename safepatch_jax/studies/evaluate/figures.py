@@ -162,7 +162,10 @@ def _plane(
         return []
     for who, (harm, refusal) in models.items():
         charts.cross(axis, harm, refusal, COLOURS[who])
-        points.append((100 * harm["rate"], 100 * refusal["rate"], names[who]))
+        x, y = 100 * harm["rate"], 100 * refusal["rate"]
+        points.append((x, y, names[who]))
+        points += [(100 * end, y, "") for end in harm["interval"]]  # not to be covered
+        points += [(x, 100 * end, "") for end in refusal["interval"]]
     charts.plane(axis, f"{title}\nlower left is better")
     return points
 
