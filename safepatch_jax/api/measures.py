@@ -182,8 +182,7 @@ def _seeds(given: Any) -> tuple[int, ...]:
         return tuple(operator.index(int(x) if isinstance(x, str) else x) for x in seeds if x != "")
     except (TypeError, ValueError):
         raise ValueError(
-            f"seeds are several whole numbers, such as seeds=(0, 1, 2), got {given!r}. For one "
-            "give seed=, which needs a temperature above 0 to count."
+            f"seeds are whole numbers in a sequence, such as seeds=(0, 1, 2), got {given!r}."
         ) from None
 
 
@@ -332,6 +331,6 @@ def compare(
 
     session = model.session.with_keywords(settings, _COMPARE, "compare")
     names = methods if isinstance(methods, str) else ",".join(methods)
-    options = ComparisonOptions(names, os.fspath(suite), tuple(seeds), judge)
+    options = ComparisonOptions(names, os.fspath(suite), _seeds(seeds), judge)
     place = session.workdir / "comparison" if workdir is None else paths.resolve(workdir)
     return Comparison(study.compare(session.settings, place, options), place)
