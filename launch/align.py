@@ -13,7 +13,6 @@ from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
-from safepatch_jax.run.job import align_model
 from safepatch_jax.runtime.console import say
 
 _OUT = kinds.path("out", None, "New folder for the aligned model.", required=True)
@@ -23,6 +22,8 @@ flags.adopt_module_key_flags(distributed)
 
 def run() -> None:
     distributed.join()
+    from safepatch_jax.run.job import align_model  # here: --help does not need it
+
     align_model(settings_flags.read_settings(), _OUT.value)
     say(f"Aligned model: {_OUT.value}")
 

@@ -41,12 +41,17 @@ _ROWS = (
 MODULES = {name: f"launch.{module}" for name, module, _ in _ROWS}
 _MISTAKE = 2  # exit code
 _SCRIPTS = {
+    # bash takes = for a word of its own: what follows it is a file.
     "bash": """_safepatch() {
-  COMPREPLY=($(safepatch --complete "${COMP_WORDS[@]:1:COMP_CWORD}"))
+  local word=${COMP_WORDS[COMP_CWORD]}
+  [[ $word == = ]] && word=
+  COMPREPLY=()
+  if [[ ${COMP_WORDS[COMP_CWORD]} != = && ${COMP_WORDS[COMP_CWORD-1]} != = ]]; then
+    COMPREPLY=($(safepatch --complete "${COMP_WORDS[@]:1:COMP_CWORD}"))
+  fi
   [[ ${COMPREPLY-} == *= ]] && compopt -o nospace
-  if [[ ${#COMPREPLY[@]} == 0 ]]; then COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")); fi
+  if [[ ${#COMPREPLY[@]} == 0 ]]; then COMPREPLY=($(compgen -f -- "$word")); fi
 }
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=/}
 complete -F _safepatch safepatch
 """,
     "zsh": """#compdef safepatch

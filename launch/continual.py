@@ -39,14 +39,13 @@ command is given again. docs/continual.md has the format. Exit code 0: done; 2: 
 line that names it.
 """
 
+from types import ModuleType
+from typing import Any
+
 from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
-from safepatch_jax.io import hub
-from safepatch_jax.patch_file import commands as continual_commands
-from safepatch_jax.patch_file import log as continual_log
-from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime.console import say
 
 _WORKDIR = kinds.path("workdir", None, "Folder of the chain; run makes it.", required=True)
@@ -90,8 +89,9 @@ def _run(links: str, methods: str | None) -> None:
     say(f"Head:   {log.label(log.head)}, {log.folder(log.head)}")
 
 
-def _lines(describe):
+def _lines(name: str):
     def run(*numbers: int) -> None:
+        describe = getattr(_commands(), name)
         for line in describe(_log(), *numbers):
             say(line)
 
@@ -99,31 +99,43 @@ def _lines(describe):
 
 
 def _replay(to: int, start: int | None, model: str, out: str) -> None:
+    from safepatch_jax.io import hub
+    from safepatch_jax.patch_file.log_lines import START
+
     folder = hub.folder_of(model)
-    for line in continual_commands.replay(_log(), to, start or START, folder, out):
+    for line in _commands().replay(_log(), to, start or START, folder, out):
         say(line)
     say(f"{out} is the model of link {to}, as the log has it.")
 
 
 def _revert(last: int) -> None:
     log = _log()
-    folder = continual_commands.revert(log, last)
+    folder = _commands().revert(log, last)
     say(f"The head is {log.label(log.head)}: {folder}")
 
 
-def _log() -> continual_log.PatchLog:
-    return continual_log.PatchLog(_WORKDIR.value)
+def _log() -> Any:
+    from safepatch_jax.patch_file.log import PatchLog
+
+    return PatchLog(_WORKDIR.value)
+
+
+def _commands() -> ModuleType:
+    """Return the module of the commands that read a chain; --help does not need it."""
+    from safepatch_jax.patch_file import commands
+
+    return commands
 
 
 # How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
     "run": (_run, 0, "links methods?"),
-    "log": (_lines(continual_commands.history), 0, ""),
-    "show": (_lines(continual_commands.show), 1, ""),
-    "diff": (_lines(continual_commands.differences), 2, ""),
+    "log": (_lines("history"), 0, ""),
+    "show": (_lines("show"), 1, ""),
+    "diff": (_lines("differences"), 2, ""),
     "replay": (_replay, 0, "to from? model out"),
     "revert": (_revert, 0, "last"),
-    "verify": (_lines(continual_commands.verify), 0, ""),
+    "verify": (_lines("verify"), 0, ""),
 }
 _FLAGS = {
     "links": _LINKS,

@@ -87,6 +87,13 @@ _FLAGS = measuring.define(_DEFAULTS) | {
         upper_bound=1.0,
     ),
     "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
+    "think_tokens": flags.DEFINE_integer(
+        "think_tokens",
+        0,
+        "A thought that reaches so many tokens is ended, and the measure's max_new counts behind "
+        "it; 0: thought and answer together have max_new.",
+        lower_bound=0,
+    ),
 }
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(profiling)

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from launch import INTERRUPTED, manual
 from launch import show as print_text
-from safepatch_jax.runtime import addresses, processes, stopping
+from safepatch_jax.runtime import addresses, libraries, processes, stopping
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
@@ -61,6 +61,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             logging.set_verbosity(logging.ERROR)
         elif logging.get_verbosity() >= logging.DEBUG:
             os.environ.setdefault("JAX_LOG_COMPILES", "1")  # before JAX is imported
+        libraries.quiet_jax()
         # So that half-filled folders are cleared away, and training is saved.
         stopping.install()
         try:

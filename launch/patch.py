@@ -27,15 +27,12 @@ verify also ends with 2 for a folder that is neither the backbone nor the patche
 """
 
 from collections import Counter
+from types import ModuleType
+from typing import Any
 
 from absl import flags
 
 from launch import kinds, main
-from safepatch_jax.io import hub
-from safepatch_jax.patch_file import apply as patch_apply
-from safepatch_jax.patch_file import arithmetic as patch_arithmetic
-from safepatch_jax.patch_file import create as patch_create
-from safepatch_jax.patch_file import file as patch_file
 from safepatch_jax.runtime import addresses, paths
 from safepatch_jax.runtime.console import say, some
 
@@ -55,20 +52,34 @@ _FACTOR = flags.DEFINE_float(
 )
 
 
+# What reads files is imported by the commands: --help does not need it.
+def _hub() -> ModuleType:
+    """Return the module that finds models."""
+    from safepatch_jax.io import hub
+
+    return hub
+
+
 def _create(base: str, model: str, patch: str) -> None:
-    folder = hub.folder_of(base)
-    origin = hub.origin_of(folder)
+    from safepatch_jax.patch_file.create import create
+
+    folder = _hub().folder_of(base)
+    origin = _hub().origin_of(folder)
     about = {"source": origin} if origin else None
-    _say_written(patch_create.create(folder, hub.folder_of(model), paths.local(patch), about))
+    _say_written(create(folder, _hub().folder_of(model), paths.local(patch), about))
 
 
 def _inspect(patch: str) -> None:
-    for line in patch_file.inspect(patch):
+    from safepatch_jax.patch_file.file import inspect
+
+    for line in inspect(patch):
         say(line)
 
 
 def _verify(patch: str, model: str) -> None:
-    states = patch_apply.verify(patch, hub.folder_of(model))
+    from safepatch_jax.patch_file.apply import verify
+
+    states = verify(patch, _hub().folder_of(model))
     count = Counter(states.values())
     text = (
         f"{count['before']} tensors as in the backbone, {count['after']} as patched, "
@@ -87,18 +98,20 @@ def _verify(patch: str, model: str) -> None:
 
 def _move(verb: str):
     def run(patch: str, model: str, out: str | None) -> None:
+        from safepatch_jax.patch_file import apply
+
         if out is None and addresses.is_address(model):
             raise ValueError(
                 f"'{model}' lies in a bucket, where a file is not changed in place: give a new "
                 "folder with --out."
             )
-        if out is None and hub.named(model):
+        if out is None and _hub().named(model):
             raise ValueError(
                 f"'{model}' is no folder here, and a model of the Hugging Face Hub is not changed "
                 "in place: give a new folder with --out."
             )
         place = None if out is None else paths.local(out)
-        outcome = getattr(patch_apply, verb)(patch, hub.folder_of(model), place)
+        outcome = getattr(apply, verb)(patch, _hub().folder_of(model), place)
         text = f"{outcome.folder}: {len(outcome.moved)} tensors changed"
         if outcome.already:
             text += f", {len(outcome.already)} were so already"
@@ -110,14 +123,18 @@ def _move(verb: str):
 
 
 def _scale(patch: str, model: str, factor: float, out: str) -> None:
-    _say_written(patch_arithmetic.scale(patch, hub.folder_of(model), factor, paths.local(out)))
+    from safepatch_jax.patch_file.arithmetic import scale
+
+    _say_written(scale(patch, _hub().folder_of(model), factor, paths.local(out)))
 
 
 def _combine(patches: list[str], model: str, out: str) -> None:
-    _say_written(patch_arithmetic.combine(patches, hub.folder_of(model), paths.local(out)))
+    from safepatch_jax.patch_file.arithmetic import combine
+
+    _say_written(combine(patches, _hub().folder_of(model), paths.local(out)))
 
 
-def _say_written(patch: patch_file.PatchFile) -> None:
+def _say_written(patch: Any) -> None:
     size = patch.path.stat().st_size
     say(
         f"{patch.path}: {patch.entries():,} entries in {len(patch.changed())} tensors, {size:,} "

@@ -21,8 +21,6 @@ from absl import flags
 
 from launch import distributed, kinds, main, profiling
 from launch import flags as settings_flags
-from safepatch_jax.run.ending import result
-from safepatch_jax.run.job import Job
 from safepatch_jax.runtime.console import say, show
 
 _WORKDIR = kinds.path(
@@ -57,7 +55,8 @@ flags.adopt_module_key_flags(profiling)
 def run() -> None:
     distributed.join()
     settings = settings_flags.read_settings(fitted=True)
-    # What plans imports JAX, and a run with nothing left to do should not wait for it.
+    # Imported here: --help does not need what runs. What plans imports JAX, and a run with nothing
+    # left to do should not wait for it.
     if _DRY_RUN.value:
         from safepatch_jax.planning.plan import dry_run
 
@@ -67,6 +66,9 @@ def run() -> None:
         from safepatch_jax.planning.fitting import fitted
 
         settings = fitted(settings, _WORKDIR.value, afresh=_UPDATE.value)
+    from safepatch_jax.run.ending import result
+    from safepatch_jax.run.job import Job
+
     job = Job(settings, _WORKDIR.value, update=_UPDATE.value, verify=_VERIFY.value)
     if _SHOW.value:
         for line in job.examples():

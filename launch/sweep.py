@@ -43,8 +43,7 @@ from absl import flags
 from launch import distributed, kinds, main, profiling
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
-from safepatch_jax.studies.sweep.plan import MARGINS, MEASURES, plan
-from safepatch_jax.studies.sweep.points import design
+from safepatch_jax.studies.sweep.points import MARGINS, MEASURES, design
 
 _WORKDIR = kinds.path(
     "workdir", None, "Folder of this sweep; made if it is not there.", required=True
@@ -71,6 +70,8 @@ flags.adopt_module_key_flags(profiling)
 
 def run() -> None:
     if _DRY_RUN.value:
+        from safepatch_jax.studies.sweep.plan import plan  # here: --help does not need it
+
         settings = settings_flags.read_settings()
         for line in plan(
             settings,

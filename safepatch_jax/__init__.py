@@ -35,6 +35,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib
 
+    from safepatch_jax.runtime import libraries
+
+    libraries.quiet_jax()
     return getattr(importlib.import_module("safepatch_jax.api"), name)
 
 

@@ -46,6 +46,7 @@ LATER = (
     "data.system",
     "data.template_kwargs",
     "evaluate.thinking",
+    "evaluate.think_tokens",
 )
 
 

@@ -252,6 +252,12 @@ class EvaluateSettings:
         "thought.",
         choices=("as_is", "skip"),
     )
+    think_tokens: int = option(
+        0,
+        "A thought that reaches so many tokens is ended, and the answer has max_new_tokens behind "
+        "it; 0: thought and answer together have max_new_tokens.",
+        low=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,8 +162,8 @@ def evaluate(
     for name in ("suite", "judge"):
         if isinstance(values.get(name), os.PathLike):
             values[name] = os.fspath(values[name])
-    for name in ("seeds", "templates"):
-        values[name] = tuple(values.get(name, ()))
+    values["seeds"] = _seeds(values.get("seeds", ()))
+    values["templates"] = _templates(values.get("templates", ()))
     chosen = EvaluationOptions(**values)
     folders = {who: _folder(x) for who, x in zip(_PLACES, (model, against)) if x is not None}
     # Imported here: patches are applied without JAX.
@@ -172,6 +173,29 @@ def evaluate(
     content = measure(folders["model"], place, chosen, folders.get("against", ""))
     names = {who: _name(x) for who, x in zip(_PLACES, (model, against)) if x is not None}
     return Evaluation(content, place, tuple(_measures(content)), names)
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    """Return the seeds of a sequence, or of a text as the launcher takes it."""
+    seeds = given.split(",") if isinstance(given, str) else given
+    try:
+        return tuple(operator.index(int(x) if isinstance(x, str) else x) for x in seeds if x != "")
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"seeds are whole numbers in a sequence, such as seeds=(0, 1, 2), got {given!r}."
+        ) from None
+
+
+def _templates(given: Any) -> tuple[str, ...]:
+    """Return the templates of a sequence, or of a text as the launcher takes it."""
+    templates = given.split(",") if isinstance(given, str) else given
+    try:
+        return tuple(os.fspath(x) for x in templates if x != "")
+    except TypeError:
+        raise ValueError(
+            f"templates are several names or paths, such as templates=('own', 'plain'), got "
+            f"{given!r}."
+        ) from None
 
 
 def _name(model: Any) -> str:
@@ -201,6 +225,7 @@ def _shared(session: Session | None) -> dict[str, Any]:
         "system": s.data.system,
         "template_kwargs": s.data.template_kwargs,
         "thinking": s.evaluate.thinking,
+        "think_tokens": s.evaluate.think_tokens,
     }
 
 
@@ -306,6 +331,6 @@ def compare(
 
     session = model.session.with_keywords(settings, _COMPARE, "compare")
     names = methods if isinstance(methods, str) else ",".join(methods)
-    options = ComparisonOptions(names, os.fspath(suite), tuple(seeds), judge)
+    options = ComparisonOptions(names, os.fspath(suite), _seeds(seeds), judge)
     place = session.workdir / "comparison" if workdir is None else paths.resolve(workdir)
     return Comparison(study.compare(session.settings, place, options), place)

@@ -226,7 +226,8 @@ def _keep(job: Job, place: pathlib.Path) -> None:
                     _link(runner.folder(name) / output, folder / name_here)
         _link(runner.folder("certify_export") / CERTIFICATE, folder / _MODEL / CERTIFICATE)
         result = runner.result("patch")
-        record = {"stage": "kept", "key": runner.key("certify_export"), "deleted": False}
+        record = {"stage": manifests.KEPT, "key": runner.key("certify_export"), "deleted": False}
+        record["settings"] = {"patch": dataclasses.asdict(job.settings.patch)}
         manifests.write(folder, record | {"result": result, "outputs": outputs})
 
 

@@ -12,10 +12,9 @@ import decimal
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from safepatch_jax.runtime.reading import Refused
 
@@ -77,7 +76,8 @@ def text(value: Any) -> str:
     Raises:
       ValueError: another kind of value, an infinite number, or no valid Unicode.
     """
-    if isinstance(value, np.generic):
+    numpy = sys.modules.get("numpy")  # who has a value of it has it; to import it takes time
+    if numpy and isinstance(value, numpy.generic):
         value = value.item()
     if value is None:
         return ""

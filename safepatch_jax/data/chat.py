@@ -20,7 +20,7 @@ from safepatch_jax.data import rendering
 from safepatch_jax.data.cells import Turns, transcript
 from safepatch_jax.data.prompt_format import SKIP, PromptFormat
 from safepatch_jax.data.records import Record
-from safepatch_jax.data.tokenizer import NoChat, load_tokenizer
+from safepatch_jax.data.tokenizer import TAGS, NoChat, decode, load_tokenizer
 from safepatch_jax.runtime.reading import Refused
 
 # Prompt and answer, and the turns before them where there may be some.
@@ -31,7 +31,6 @@ _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 _WRITTEN_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 _A_THOUGHT = re.compile(r"\A\s*<think>")
 _SWITCH = "enable_thinking"
-_TAGS = ("<think>", "</think>")  # they end no answer
 _END_OF_THOUGHT = "\n\n</think>\n\n"
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
@@ -138,7 +137,8 @@ class Chat:
         # Not all_special_ids: in Gemma's own folders the end of a turn has no role there.
         added = self.tokenizer.added_tokens_decoder
         self._special_ids = {i for i, token in added.items() if token.special}
-        self._special_ids -= {i for i, token in added.items() if str(token) in _TAGS}
+        # A thought's tags end no answer.
+        self._special_ids -= {i for i, token in added.items() if str(token) in TAGS}
         prompt_format.check_variables(self.tokenizer, folder)
         if self._template:
             self._special_ids.add(self.tokenizer.eos_token_id)
@@ -272,7 +272,7 @@ class Chat:
         if not whole.startswith(stem):
             self._refuse_other_prompt(before)
         rest = whole[len(stem) :]
-        thinks = any(tag in answer for tag in _TAGS)
+        thinks = any(tag in answer for tag in TAGS)
         block = _EMPTY_THOUGHT.match(rest) if thinks else _WRITTEN_THOUGHT.match(rest)
         if block:
             written = block.group()
@@ -340,7 +340,7 @@ class Chat:
         return Encoded(tuple(examples), len(encoded) - len(fitting), cut)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return decode(self.tokenizer, ids).strip()
 
 
 def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[Pair]:

@@ -114,6 +114,7 @@ class PromptFormat:
       text: of the file's template.
       kwargs: what the template is given besides, as `template_variables` returns it.
       thinking: 'as_is', or 'skip': a model's own answers are written behind an empty thought.
+      think_tokens: a thought of so many tokens is ended; 0 for no limit of its own.
     """
 
     name: str = ""
@@ -121,6 +122,7 @@ class PromptFormat:
     text: str = ""
     kwargs: str = ""
     thinking: str = AS_IS
+    think_tokens: int = 0
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -160,6 +162,8 @@ class PromptFormat:
             text += f" given {self.kwargs}"
         if self.thinking == SKIP:
             text += ", thoughts skipped"
+        if self.think_tokens:
+            text += f", thoughts ended at {self.think_tokens} tokens"
         return f"{text}, after the system message '{self.system}'" if self.system else text
 
     def template_for(self, tokenizer: Any) -> str:
@@ -222,13 +226,17 @@ class PromptFormat:
 
 
 def read_format(
-    template: str = "", system: str = "", kwargs: str = "", thinking: str = AS_IS
+    template: str = "",
+    system: str = "",
+    kwargs: str = "",
+    thinking: str = AS_IS,
+    think_tokens: int = 0,
 ) -> PromptFormat:
     """Return a format, a file's template with it.
 
     Args:
       template: '' or 'own', 'plain', or the path of a Jinja file.
-      system, thinking: see `PromptFormat`.
+      system, thinking, think_tokens: see `PromptFormat`.
       kwargs: see `template_variables`.
 
     Raises:
@@ -237,7 +245,8 @@ def read_format(
     name = template_name(template)
     text = _read_template(pathlib.Path(paths.readable(name))) if name not in ("", PLAIN) else ""
     system = system if system.strip() else ""
-    return PromptFormat(name, system, text, template_variables(kwargs), thinking)
+    variables = template_variables(kwargs)
+    return PromptFormat(name, system, text, variables, thinking, think_tokens)
 
 
 def _read_template(path: pathlib.Path) -> str:

@@ -19,6 +19,9 @@ import sys
 sys.path.pop(0)  # this folder, whose modules have names that other packages may look for
 
 
+_FUNCTIONS = ("raise_exception", "strftime_now")  # that transformers gives a template
+
+
 def main():
     answers = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
@@ -55,7 +58,8 @@ def _names(template):
         extensions=["jinja2.ext.loopcontrols"]
     )
     try:
-        return {"names": sorted(jinja2.meta.find_undeclared_variables(environment.parse(text)))}
+        names = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        return {"names": sorted(names - environment.globals.keys() - set(_FUNCTIONS))}
     except MemoryError:
         return {"limit": "MEGABYTES"}
     except Exception as error:  # a template breaks as it likes

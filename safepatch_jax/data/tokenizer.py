@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import Refused, reading, refuse_pointer
 from safepatch_jax.runtime.text import printable
 
+TAGS = ("<think>", "</think>")  # of a thought
 _COPY = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
 # Files of a tokenizer that hold one JSON object and are small.
 _OBJECTS = (
@@ -58,6 +60,26 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
         )
         _refuse_missing_rows(tokenizer, vocab_size, folder)
         return tokenizer
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of token ids without special tokens. The tags of a thought stay where they
+    are special tokens too: what stands between them is no answer."""
+    left_out = _beside_tags(tokenizer)
+    if left_out is None:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    ids = [i for i in ids if i not in left_out]
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _beside_tags(tokenizer: Any) -> frozenset[int] | None:
+    """Return the ids of the special tokens but for tags of a thought; None where no tag is one."""
+    added = tokenizer.added_tokens_decoder
+    special = {i: str(token) for i, token in added.items() if token.special}
+    if not set(TAGS) & set(special.values()):
+        return None
+    return frozenset(i for i, text in special.items() if text not in TAGS)
 
 
 def _refuse_unreadable_vocabulary(folder: pathlib.Path, there: Sequence[str]) -> None:

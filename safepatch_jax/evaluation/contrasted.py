@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from safepatch_jax.evaluation import thought_limit
 from safepatch_jax.evaluation.decoding import Rule, check_expert, decode_contrasted
 from safepatch_jax.evaluation.engine import Done, Engine
 from safepatch_jax.evaluation.generate import Sampling
@@ -56,9 +57,31 @@ class Contrasted:
                 f"{type(self._rule).__name__} chooses the likeliest token; leave the temperature "
                 "at 0."
             )
-        first, second = self.streams(talks)
-        self._engine.check(first, max_new)
-        self._engine.check(second, max_new)
+        streams, limit = self.streams(talks), self._engine.thought_limit
+        for prompts in streams:
+            self._engine.check(prompts, self._engine.room(max_new))
+        if limit is None:
+            return self._continued(streams, max_new, title, done)
+
+        def write(places, written, most, keep):
+            first = [[*streams[0][i], *ids] for i, ids in zip(places, written)]
+            second = [[*streams[1][i], *ids] for i, ids in zip(places, written)]
+            if any(written) and self._rule.steps in range(limit.tokens + 1):
+                # all that the second stream has a part in is written
+                self._engine.continue_ids(first, most, title, done=keep)
+            else:
+                self._continued((first, second), most, title, keep)
+
+        return thought_limit.within(limit, write, len(talks), max_new, title, done)
+
+    def _continued(
+        self,
+        streams: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
+        max_new: int,
+        title: str,
+        done: Done | None,
+    ) -> list[list[int]]:
+        first, second = streams
         # Both pasts are held, so both count.
         both = min(self._rule.steps or max_new, max_new)
         sizes = [len(a) + max_new + len(b) + both for a, b in zip(first, second)]
@@ -73,7 +96,8 @@ class Contrasted:
         """Tell whether a conversation and its answer fit, with either of the rule's system
         messages."""
         (first,), (second,) = self.streams([talk])
-        return max(len(first), len(second)) + max_new <= self._engine.config.max_length
+        longest = max(len(first), len(second))
+        return longest + self._engine.room(max_new) <= self._engine.config.max_length
 
     def streams(self, talks: Sequence[Talk]) -> tuple[list[list[int]], list[list[int]]]:
         """Return the prompts of the first stream and those of the second."""

@@ -10,7 +10,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,12 @@ import numpy as np
 from safepatch_jax.data.chat import Example, prompt_batch, training_batch
 from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE
+from safepatch_jax.data.tokenizer import decode
+from safepatch_jax.evaluation import thought_limit
 from safepatch_jax.evaluation.by_block import ByBlock, suits
 from safepatch_jax.evaluation.generate import Sampling, Whole
 from safepatch_jax.evaluation.prompter import Prompter, Talk
+from safepatch_jax.evaluation.scored_texts import Pair, Text, likelihoods, texts_of
 from safepatch_jax.evaluation.serving import Model, Rows, Server
 from safepatch_jax.io import hub
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
@@ -34,10 +37,8 @@ from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.training.batch import put_batch
-from safepatch_jax.training.objective import over_answers, target_logprobs
 
 Done = Callable[[int, Any], None]
-Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, token ids
 LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
 _UNSURE = 4  # tokens
@@ -133,8 +134,8 @@ class Engine(Prompter):
         """Continue prompts, the longest first.
 
         Args:
-          prompts: token ids; none longer than the model's positions less `max_new`.
-          max_new: tokens at most.
+          prompts: token ids; none longer than the model's positions less `room(max_new)`.
+          max_new: tokens at most, those of a thought not counted where it has a limit.
           sampling: a draw depends on seed and number alone, not on what runs beside. (How many
             rows run decides in which order a product is summed, so a near tie may fall otherwise.)
           done: called with (index, new ids) as soon as an answer is there.
@@ -148,6 +149,31 @@ class Engine(Prompter):
         Raises:
           ValueError: an empty prompt, or one that is too long.
         """
+        self.check(prompts, self.room(max_new))
+        how = title, sampling, until
+        if self.thought_limit is None:
+            return self.continue_ids(prompts, max_new, *how, done, numbers)
+
+        def write(places, written, most, keep):
+            behind = [[*prompts[i], *ids] for i, ids in zip(places, written)]
+            named = [i if numbers is None else numbers[i] for i in places]
+            if any(written):  # other draws than those of the first part
+                named = [f"{name} continued" for name in named]
+            self.continue_ids(behind, most, *how, keep, named)
+
+        return thought_limit.within(self.thought_limit, write, len(prompts), max_new, title, done)
+
+    def continue_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        title: str = "answers",
+        sampling: Sampling = Sampling(),
+        until: Sequence[str] = (),
+        done: Done | None = None,
+        numbers: Sequence[int | str] | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts as `complete_ids` does, without a limit on thoughts."""
         self.check(prompts, max_new)
         if numbers is None:
             numbers = range(len(prompts))
@@ -225,7 +251,7 @@ class Engine(Prompter):
 
     def fits(self, talk: Talk, max_new: int) -> bool:
         """Tell whether a conversation and its answer fit into the model's positions."""
-        return len(self.ask_talk(talk)) + max_new <= self.config.max_length
+        return len(self.ask_talk(talk)) + self.room(max_new) <= self.config.max_length
 
     def score(
         self, pairs: Sequence[Pair], title: str = "likelihoods", done: Done | None = None
@@ -248,7 +274,7 @@ class Engine(Prompter):
                     "begin with."
                 )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        texts = _texts(pairs)
+        texts = texts_of(pairs)
         with progress(len(pairs), title, "text") as bar:
             for rows, group in self.groups([length_of(text.example) for text in texts]):
                 batch = [texts[i] for i in group]
@@ -265,14 +291,14 @@ class Engine(Prompter):
                     bar.update(len(text.indices))
         return results
 
-    def _score_batch(self, texts: Sequence[_Text], rows: int) -> np.ndarray:
-        """Return [rows, E, 2], see `_likelihoods`."""
+    def _score_batch(self, texts: Sequence[Text], rows: int) -> np.ndarray:
+        """Return [rows, E, 2], see `likelihoods`."""
         batch = self.lay_out([text.example for text in texts], rows)
         ends = np.zeros((rows, max(len(text.ends) for text in texts)), np.int32)
         for row, text in zip(ends, texts):
             row[: len(text.ends)] = text.ends
         batch = put_batch(batch | {"ends": ends}, self.sharder)
-        return processes.fetch(_likelihoods(self.decoder, self.params, batch))
+        return processes.fetch(likelihoods(self.decoder, self.params, batch))
 
     def lay_out(self, examples: Sequence[Example], rows: int) -> dict[str, np.ndarray]:
         """Return a batch for `over_answers`, filled up to so many rows with copies of no weight."""
@@ -350,66 +376,20 @@ class Engine(Prompter):
         can still come."""
         # The last tokens of a text may be read otherwise when more follow: parts of a character, a
         # blank before a full stop.
-        text = self.tokenizer.decode(ids[:-_UNSURE], skip_special_tokens=True)
+        text = decode(self.tokenizer, ids[:-_UNSURE])
         first = first_stop(text, until)
         return first < len(text) and len(text) >= first + max(map(len, until))
 
-    def _draws(self, sampling: Sampling, numbers: Sequence[int]) -> dict[str, np.ndarray] | None:
+    def _draws(
+        self, sampling: Sampling, numbers: Sequence[int | str]
+    ) -> dict[str, np.ndarray] | None:
         if not sampling.temperature:
             return None
         return {
             "temperature": np.float32(sampling.temperature),
             "top_p": np.float32(sampling.top_p),
-            "key": tensor_keys(sampling.seed, "answer", [str(number) for number in numbers]),
+            "key": tensor_keys(sampling.seed, "answer", list(map(str, numbers))),
         }
-
-
-class _Text(NamedTuple):
-    """A text that the model must read once for all pairs that differ in their last token alone.
-
-    So the choices of a question are one text where each is one token.
-    """
-
-    example: Example
-    indices: list[int]  # of the pairs
-    ends: list[int]  # last token of each pair
-
-
-def _texts(pairs: Sequence[Pair]) -> list[_Text]:
-    texts: dict[tuple, _Text] = {}
-    for i, (context, continuation) in enumerate(pairs):
-        key = tuple(context), tuple(continuation[:-1])
-        if key not in texts:
-            texts[key] = _Text(Example(tuple(context), tuple(continuation)), [], [])
-        texts[key].indices.append(i)
-        texts[key].ends.append(continuation[-1])
-    return list(texts.values())
-
-
-@functools.partial(jax.jit, static_argnames="decoder")
-def _likelihoods(decoder: Decoder, params: Any, batch) -> jax.Array:
-    """Return [B, E, 2] for answers that end in each of `ends` [B, E]: log-likelihood, and 1 where
-    it is the greedy answer."""
-    last_B1 = jnp.sum(batch["weights"] > 0, axis=-1, dtype=jnp.int32)[:, None] - 1
-
-    def of_logits(logits_BCV, targets_BC):
-        ends = [
-            target_logprobs(logits_BCV, jnp.broadcast_to(end[:, None], targets_BC.shape))
-            for end in batch["ends"].T
-        ]
-        return target_logprobs(logits_BCV, targets_BC), jnp.argmax(logits_BCV, axis=-1), tuple(ends)
-
-    logprob_BA, best_BA, ends = over_answers(decoder, [params], batch, of_logits)
-    before_BA = jnp.arange(logprob_BA.shape[1])[None] < last_B1
-    sum_B1 = jnp.sum(jnp.where(before_BA, logprob_BA, 0.0), axis=-1, keepdims=True)
-    greedy_B1 = jnp.all((best_BA == batch["targets"]) | ~before_BA, axis=-1, keepdims=True)
-
-    def at_end(x_BA):
-        return jnp.take_along_axis(x_BA, last_B1, axis=1)
-
-    end_BE = jnp.concatenate([at_end(x) for x in ends], axis=1)
-    greedy_BE = greedy_B1 & (at_end(best_BA) == batch["ends"])
-    return jnp.stack([sum_B1 + end_BE, greedy_BE], axis=-1)
 
 
 def padded(length: int) -> int:

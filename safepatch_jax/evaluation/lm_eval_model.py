@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from safepatch_jax.data.prompt_format import AS_IS, SKIP, THINKING, read_format
+from safepatch_jax.data.tokenizer import decode
 from safepatch_jax.evaluation.engine import Engine, first_stop, padded
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.runtime import processes
@@ -231,7 +232,10 @@ class SafePatchLM(TemplateLM):
         texts = [""] * len(requests)
 
         def keep(index: int, ids: Sequence[int]) -> None:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if self._think_end:
+                text = decode(self.tokenizer, ids)  # a tag may be a special token
+            else:
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
             text = text[: first_stop(text, until)]
             if self._think_end:
                 text = text.split(self._think_end)[-1].lstrip()

@@ -110,7 +110,7 @@ def find_openings(engine: Engine, prompts: Sequence[Sequence[int]], title: str) 
     """
     fixed = fixed_openings(engine)
     answers: dict[str, list[Ids]] = {REFUSED: [], COMPLIED: []}
-    for ids in engine.complete_ids(prompts, WRITTEN, title):
+    for ids in engine.continue_ids(prompts, WRITTEN, title):
         outcome = judge(engine.decode(ids))
         if outcome in answers:
             answers[outcome].append(tuple(ids))

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from safepatch_jax.data.chat import Chat
 from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE, NotRendered
-from safepatch_jax.data.tokenizer import NoChat, load_tokenizer
+from safepatch_jax.data.tokenizer import NoChat, decode, load_tokenizer
+from safepatch_jax.evaluation.thought_limit import ENDING, ThoughtLimit
 from safepatch_jax.models.config import DecoderConfig
 
 # a user's text, the turns of a conversation as in `Prompter.ask`, or (role, text) of each message
@@ -26,6 +27,7 @@ class Prompter:
     Attributes:
       chat: renders conversations; None where the folder has no chat template.
       tokenizer: Hugging Face's.
+      thought_limit: what ends the thoughts of its answers, None where they have no limit.
 
     Raises:
       ValueError: a damaged tokenizer, a vocabulary larger than the model's embedding, or a
@@ -45,14 +47,24 @@ class Prompter:
             self.tokenizer = self.chat.tokenizer
         except NoChat:
             self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)
+        self.thought_limit: ThoughtLimit | None = None
+        if prompt_format.think_tokens:
+            ending = tuple(self.encode(ENDING))
+            self.thought_limit = ThoughtLimit(prompt_format.think_tokens, ending, self.decode)
 
     def encode(self, text: str) -> list[int]:
         """Tokenise a text; no special tokens are added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without special tokens and surrounding blanks."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """Return the text of token ids, without special tokens (but for the tags of a thought) and
+        surrounding blanks."""
+        return decode(self.tokenizer, ids).strip()
+
+    def room(self, max_new: int) -> int:
+        """Return how many tokens an answer of so many may take, its thought included where that
+        has a limit."""
+        return max_new + (self.thought_limit.room if self.thought_limit else 0)
 
     def ask(self, *turns: str, system: str | None = None) -> list[int]:
         """Return the ids of a conversation in the chat template: the user's first message, an

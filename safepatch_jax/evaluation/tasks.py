@@ -369,10 +369,11 @@ def _questions(
     """Write each row's prompt with as many examples as fit."""
     items = []
     tail = max(map(len, choices), default=1) - 1
+    room = engine.room(max_new) if max_new else 0
     for row in rows:
         for k in range(shots, -1, -1):
             ids = prompt_ids(row, k)
-            if padded(len(ids) + tail) + max_new <= engine.config.max_length:
+            if padded(len(ids) + tail) + room <= engine.config.max_length:
                 items.append(
                     Question(row["id"], row["category"], tuple(ids), answer(row), choices, k)
                 )

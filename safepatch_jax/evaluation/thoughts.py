@@ -36,6 +36,12 @@ def unfinished_of(rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
+def ended(text: str) -> bool:
+    """Tell whether a text holds the end of a thought that it begins with, or that began before."""
+    before, end, _ = text.partition(_END)
+    return bool(end) and (_BEGIN not in before or _OPENED.match(text) is not None)
+
+
 def unfinished(text: str) -> bool:
     """Tell whether a text is thoughts without an end."""
     return _OPENED.match(text) is not None and _END not in text

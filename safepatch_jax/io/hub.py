@@ -31,6 +31,9 @@ _WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(f"{_WORD}/{_WORD}")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_./-]{0,198}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+# Of each group one file may be all that there is.
+_DECIDING = (VOCABULARY, _TEMPLATE_FILES, ("generation_config.json",))
 Check = Callable[[pathlib.Path], Any]
 
 
@@ -167,8 +170,10 @@ def _obtained(name: str, revision: str, weights: bool, check: Check | None, _: s
             raise hub_access.problem(
                 error, MODEL, name, revision, "there is no such file or folder here, and "
             ) from error
-        why = hub_access.silence(error)
-        say(f"Hub: {name}: {why}; as in the cache, commit {result.commit}")
+        text = f"{hub_access.silence(error)}; as in the cache, commit {result.commit}"
+        if weights and (unknown := _perhaps_missing(result)):
+            text += f", which may lack {listed(unknown)} of the repository"
+        say(f"Hub: {name}: {text}")
     hub_access.record(MODEL, name, revision, result.commit)
     return result
 
@@ -181,12 +186,27 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _cached_commit(name: str, revision: str, weights: bool) -> Snapshot | None:
-    """Return a commit that the cache holds whole, its tokenizer included; of a branch None, as it
-    may have moved."""
+    """Return a commit that the cache holds whole; of a branch None, as it may have moved."""
     found = _in_cache(name, revision, weights) if is_commit(revision) else None
-    if found and weights and not any((found.folder / x).is_file() for x in VOCABULARY):
-        return None  # another program may have fetched the weights alone
+    if found and weights and _perhaps_missing(found):
+        return None  # another program may have fetched a part alone
     return found
+
+
+def _perhaps_missing(found: Snapshot) -> list[str]:
+    """Return which files that decide prompts and answers the cache lacks, though the repository may
+    have them."""
+    missing = []
+    for names in _DECIDING:
+        there = any((found.folder / name).is_file() for name in names)
+        absent = all(hub_access.is_absent(MODEL, found.name, found.commit, x) for x in names)
+        if not there and not absent:
+            missing.append(names[0])
+    if _TEMPLATE_FILES[0] in missing:
+        config = found.folder / "tokenizer_config.json"
+        if config.is_file() and b'"chat_template"' in config.read_bytes():
+            missing.remove(_TEMPLATE_FILES[0])
+    return missing
 
 
 def _in_cache(name: str, revision: str, weights: bool = True) -> Snapshot | None:
@@ -221,6 +241,9 @@ def _fetch(name: str, revision: str, weights: bool, check: Check | None) -> Snap
         shards = _weights(name, sizes, count, folder) if weights else []
     for file in shards:
         files.own_file(count.fetch(file), folder)
+    for file in COMPANIONS:
+        if file not in sizes:
+            hub_access.note_absent(MODEL, name, commit, file)
     # Last, so that the cache knows what the branch stands for once it has all of it.
     hub_access.fetch(MODEL, name, revision, CONFIG)
     say(f"Hub: {name} at {revision or 'main'}, commit {commit}: {count.text()}")

@@ -70,6 +70,22 @@ def cached(kind: str, name: str, revision: str, file: str) -> pathlib.Path | Non
     return pathlib.Path(path) if isinstance(path, str) else None
 
 
+def is_absent(kind: str, name: str, commit: str, file: str) -> bool:
+    """Return whether the cache knows that a commit has no such file."""
+    return _note(kind, name, commit, file).is_file()
+
+
+def note_absent(kind: str, name: str, commit: str, file: str) -> None:
+    """Let the cache know that a commit has no such file, as huggingface_hub does."""
+    path = _note(kind, name, commit, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def _note(kind: str, name: str, commit: str, file: str) -> pathlib.Path:
+    return _root(kind, name) / ".no_exist" / commit / file
+
+
 def page(kind: str, name: str) -> str:
     """Return the address of a repository's page."""
     from huggingface_hub import constants

@@ -294,7 +294,9 @@ def _decode(context: Context, config: DecoderConfig) -> list[Program]:
     settings, sharder, decoder = context.settings, context.sharder, context.decoder(config)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(settings.model.compute_dtype)
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    evaluate, length = settings.evaluate, bucket(settings.data.max_prompt_tokens)
+    evaluate = settings.evaluate
+    # What follows a thought that has a limit is read behind it.
+    length = bucket(settings.data.max_prompt_tokens + evaluate.think_tokens)
     array = functools.partial(_rows, decoder.sharder)
 
     def trace():

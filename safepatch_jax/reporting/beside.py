@@ -15,6 +15,13 @@ _FAR = 20  # points beyond which a line ties a name to its point
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
+def along(interval: Sequence[float], number: int = 9) -> list[float]:
+    """Return so many values from one end of an interval to the other, for `name_points`: a bar is
+    not to be covered."""
+    low, high = interval
+    return [low + (high - low) * i / (number - 1) for i in range(number)]
+
+
 def name_points(axis: Any, points: Sequence[tuple[float, float, str]], size: float = 8) -> None:
     """Write a name beside each point of an axis. To be called last: the layout must be known.
 
@@ -38,7 +45,9 @@ def name_points(axis: Any, points: Sequence[tuple[float, float, str]], size: flo
         text.set_bbox({"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0.5})
         text.set_in_layout(False)
         extent = text.get_window_extent()
-        angle, ring = _place(middle, extent.width, extent.height, taken, frame, scale)
+        others = [m for m, (*_, other) in zip(middles, points) if other and m is not middle]
+        size_of = extent.width, extent.height
+        angle, ring = _place(middle, *size_of, taken, frame, scale, others)
         box = _box(middle, extent.width, extent.height, angle, ring * scale)
         taken.append(box)
         text.set_position(((box[0] - middle[0]) / scale, (box[1] - middle[1]) / scale))
@@ -55,13 +64,17 @@ def _place(
     taken: Sequence[Box],
     frame: Sequence[float],
     scale: float,
+    others: Sequence[Sequence[float]],
 ) -> tuple[int, int]:
-    """Return the angle and the ring at which a name covers least; of equals the nearest."""
+    """Return the angle and the ring at which a name covers least, and is no nearer to another point
+    that has a name; of equals the nearest."""
     best, least = (0, _RINGS[0]), math.inf
     for ring, angle in itertools.product(_RINGS, _ANGLES):
         box = _box(middle, width, height, angle, ring * scale)
         outside = width * height - _common(box, frame)
         cost = sum(_common(box, other) for other in taken) + 3 * outside
+        if any(_gap(other, box) < _gap(middle, box) - 1 for other in others):
+            cost += width * height / 2
         if cost < least - 0.5:
             best, least = (angle, ring), cost
         if least <= 0.5:
@@ -83,6 +96,11 @@ def _common(a: Sequence[float], b: Sequence[float]) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return max(0.0, width) * max(0.0, height)
+
+
+def _gap(point: Sequence[float], box: Box) -> float:
+    """Return how far a point is from a box."""
+    return math.dist(point, _nearest(point, box))
 
 
 def _nearest(middle: Sequence[float], box: Box) -> tuple[float, float]:

@@ -20,7 +20,7 @@ Row = tuple[str, str, str, str, str]  # name, before, after, difference, verdict
 def share_row(
     name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], test: Any = None
 ) -> Row:
-    """Return the row of a share of answers.
+    """Return the row of a share of answers, whose difference is in percentage points.
 
     Args:
       name: what is counted.
@@ -30,7 +30,7 @@ def share_row(
     told = change = ""
     if before and before["n"] and after["n"]:
         moved = after["count"] / after["n"] - before["count"] / before["n"]
-        change, told = f"{100 * moved:+.0f} %", "not tested"
+        change, told = f"{100 * moved:+.0f} points", "not tested"
     if test and test["n"]:
         _, low, high = difference(test["n"], test["gained"], test["lost"])
         change += f" [{100 * low:+.0f}, {100 * high:+.0f}]"
@@ -50,7 +50,8 @@ def _counted(x: Mapping[str, Any] | None) -> str:
 
 
 def perplexity_row(name: str, before: float | None, after: float | None) -> Row:
-    """Return the row of a perplexity; it has no interval, so the verdict speaks of 5 % alone."""
+    """Return the row of a perplexity, whose difference is in percent of that before; it has no
+    interval, so the verdict speaks of 5 % alone."""
     texts = ["" if x is None else f"{x:.2f}" for x in (before, after)]
     if before is None or after is None:
         return name, *texts, "", ""

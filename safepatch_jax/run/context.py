@@ -65,8 +65,9 @@ class Context(Inputs):
     def with_settings(self, settings: Settings) -> Context:
         """Return a context of other settings that reads records as this one does."""
         context = Context(settings, self._read)
-        same_thinking = settings.evaluate.thinking == self.settings.evaluate.thinking
-        if settings.data == self.settings.data and same_thinking:
+        old, new = self.settings.evaluate, settings.evaluate
+        same_thoughts = (old.thinking, old.think_tokens) == (new.thinking, new.think_tokens)
+        if settings.data == self.settings.data and same_thoughts:
             context.prompt_format = self.prompt_format
         return context
 
@@ -234,11 +235,12 @@ class Context(Inputs):
         it); says once what was left out or cut."""
         data = self.settings.data
         room = read_hf_config(folder).max_length
-        answer = max(data.max_answer_tokens, self.settings.evaluate.max_new_tokens)
+        evaluate = self.settings.evaluate
+        answer = max(data.max_answer_tokens, evaluate.max_new_tokens + evaluate.think_tokens)
         if data.max_prompt_tokens + answer > room:
             raise ValueError(
-                "data.max_prompt_tokens and data.max_answer_tokens or evaluate.max_new_tokens "
-                f"add up to more than the {room} positions of the model. Lower them."
+                "data.max_prompt_tokens and data.max_answer_tokens or evaluate.max_new_tokens (and "
+                f"think_tokens) add up to more than the {room} positions of the model. Lower them."
             )
         encoded = self.chat(folder).encode_all(
             answer_pairs(self.split(role, split, limit), field),

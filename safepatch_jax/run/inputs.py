@@ -35,7 +35,11 @@ class Inputs:
         # Now: a file that is edited later is another template.
         data = settings.data
         self.prompt_format = read_format(
-            data.template, data.system, data.template_kwargs, settings.evaluate.thinking
+            data.template,
+            data.system,
+            data.template_kwargs,
+            settings.evaluate.thinking,
+            settings.evaluate.think_tokens,
         )
         self.cache_dir = resolve(settings.run.cache_dir)
 

@@ -18,6 +18,7 @@ from safepatch_jax.runtime.records import HASH, Each, misfits
 MANIFEST = "manifest.json"
 # What a stage of derivation or scoring holds; the name says how a derived model is kept.
 WEIGHTS, DIFFERENCES, SCORES = "params", "differences", "sensitivity"
+KEPT = "kept"  # what a notebook keeps of a patch: its manifest has the settings of the merge
 ABSENT, FOREIGN, DAMAGED, SOUND = "absent", "foreign", "damaged", "sound"
 # What a run puts beside the outputs of a stage once it is done: the card and certificate of a model
 # that is published, and what patching it in place leaves there.

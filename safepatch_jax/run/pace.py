@@ -66,11 +66,12 @@ class Pace:
         return sum(self._seconds[name] for name in done) / sum(self._work[name] for name in done)
 
 
-def recorded(names: Iterable[str], folders: Iterable[pathlib.Path]) -> dict[str, float]:
-    """Return the seconds that stages took in earlier runs, by name; the newest where there are
-    several.
+def recorded(names: Iterable[str], folders: Iterable[pathlib.Path], model: str) -> dict[str, float]:
+    """Return the seconds that stages took in earlier runs of a model, by name; the newest where
+    there are several.
 
     Args:
+      model: its key in the manifests of stages; a stage of another takes another time.
       folders: that hold folders of stages: of the workdir, of the cache.
     """
     newest: dict[str, tuple[str, float]] = {}
@@ -79,7 +80,8 @@ def recorded(names: Iterable[str], folders: Iterable[pathlib.Path]) -> dict[str,
         for path in parent.glob(f"*/{manifests.MANIFEST}"):
             _, manifest = manifests.read(path.parent)
             name, seconds = manifest.get("stage"), manifest.get("seconds")
-            if name not in names or not isinstance(seconds, int | float):
+            other = manifest.get("model") != model
+            if other or name not in names or not isinstance(seconds, int | float):
                 continue
             look = str(manifest.get("finished", "")), float(seconds)
             newest[name] = max(look, newest.get(name, look))
@@ -108,7 +110,9 @@ def work(settings: Settings, records: Mapping[str, Sequence[Record]]) -> dict[st
     for role, of_role in records.items():
         held = [r for r in of_role if r.split == s.evaluate.split]
         count = min(len(held), s.data.eval_limit or len(held))
-        written = 0 if role == "ordinary" else s.evaluate.max_new_tokens
+        written = 0
+        if role != "ordinary":
+            written = s.evaluate.max_new_tokens + s.evaluate.think_tokens
         read += count * (length + written)
     for variant in ("shipped", "backbone", "se", "osm", "intersection", "safepatching"):
         result[f"evaluate_{variant}"] = read

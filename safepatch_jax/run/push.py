@@ -191,7 +191,14 @@ def _refuse_derived(folder: pathlib.Path) -> None:
     for place in (folder, *folder.parents[:2]):
         _, manifest = manifests.read(place)
         stage = manifest.get("stage", "export")
-        if stage not in _SHARED:
+        if stage == manifests.KEPT and isinstance(manifest.get("settings"), dict):
+            _refuse_one_sided(folder, manifest["settings"])
+        elif stage == manifests.KEPT:
+            raise Refused(
+                f"{folder} was made by an earlier version, which did not note the settings of the "
+                "merge. Delete the patch (Patch.delete), make it again, and send that."
+            )
+        elif stage not in _SHARED:
             raise Refused(
                 f"{folder} is of the stage {stage} of a run: a derived model, jailbroken or "
                 "broken, or what is made of one. Send the run's stages/export/model."

@@ -34,6 +34,7 @@ from safepatch_jax.runtime.console import detail, say, some
 from safepatch_jax.runtime.reading import Refused
 
 _ASIDE = ".steps"
+_IMPORT = "import"  # the stage whose key stands for a model
 _ASIDE_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.steps", re.DOTALL)
 CACHE = "--run.cache_dir"
 FINISHED = ("done", "deleted")
@@ -264,8 +265,12 @@ class Runner:
           work: see `pace.work`.
         """
         folders = (self._workdir / "stages", self._cache_dir / "stages")
-        known = recorded(names, folders) if processes.first() else {}
+        known = recorded(names, folders, self._model_key()) if processes.first() else {}
         self._pace = Pace(names, known, work)
+
+    def _model_key(self) -> str:
+        """Return what stands for the model in manifests; '' where no stage imports one."""
+        return self.key(_IMPORT) if _IMPORT in self.stages else ""
 
     def complete(self) -> None:
         """Run what of all stages is not finished, as where a manifest was lost."""
@@ -382,6 +387,7 @@ class Runner:
             "outputs": files.folder_hashes(folder) | mirror.array_hashes(folder),
             "deleted": False,
             "versions": versions(),
+            "model": self._model_key(),
             "seconds": round(time.monotonic() - start, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

@@ -223,6 +223,8 @@ def evaluate_settings(s: Settings) -> dict[str, Any]:
     del evaluate["margin_limit"]  # no stage measures by margins
     if evaluate["thinking"] == AS_IS:
         del evaluate["thinking"]  # stages from before it was an option are done
+    if not evaluate["think_tokens"]:
+        del evaluate["think_tokens"]  # likewise
     return (
         evaluate
         | _prompt_settings(s)

@@ -16,6 +16,7 @@ import pytest
 
 import safepatch_jax as sp
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
+from safepatch_jax.run.push import parcel_of_model
 from safepatch_jax.testing import write_tiny_model
 from tests.jobs import FAST, write_data
 
@@ -207,6 +208,11 @@ def test_a_write_that_is_interrupted_is_taken_back(patch):
         assert np.array_equal(tensor, before[name]), name
 
 
+def test_the_patched_model_can_be_sent(patch):
+    sent = parcel_of_model(patch.folder).contents
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= sent.keys()
+
+
 def test_a_folder_is_patched_in_place_and_reverted(patch, place):
     shutil.copytree("my_model", "copy")
     patch.apply("copy")
@@ -227,6 +233,12 @@ def test_a_folder_is_patched_in_place_and_reverted(patch, place):
         (lambda: sp.load("my_model", "w", harmful=["text"]), "records are dictionaries"),
         (lambda: sp.load("my_model", "w", seed=1, run_seed=2), "given twice"),
         (lambda: sp.evaluate("my_model", sute="quick"), r"did you mean 'suite'\?"),
+        (lambda: sp.evaluate("my_model", seeds=3), r"such as seeds=\(0, 1, 2\), got 3"),
+        (lambda: sp.evaluate("my_model", seeds="0,x"), "whole numbers.*got '0,x'"),
+        (lambda: sp.evaluate("my_model", seeds="0,1"), "seeds 0,1: at temperature 0"),
+        (lambda: sp.evaluate("my_model", templates="own,no.jinja"), "no template file 'no.jinja'"),
+        (lambda: sp.evaluate("my_model", templates=1), "several names or paths"),
+        (lambda: sp.compare(sp.load("my_model", "w"), seeds=3), "in a sequence.*got 3"),
         (lambda: sp.read_patch("none.safetensors"), "No patch file"),
     ],
 )

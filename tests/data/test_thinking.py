@@ -115,6 +115,17 @@ def test_a_name_that_the_template_never_reads_is_refused(folder):
         chat_of(folder, "enable_think=false")
 
 
+def test_what_jinja_has_of_its_own_is_no_variable_of_a_template(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text(
+        "{% set ns = namespace(last=0) %}{% if messages is none %}{{ raise_exception('x') }}"
+        "{% endif %}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if reasoning_effort %}{{ strftime_now('%Y') }}{{ range(3) | list }}{% endif %}"
+    )
+    with pytest.raises(ValueError, match="It reads reasoning_effort. Correct"):
+        chat_of(copy, "effort=1")
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

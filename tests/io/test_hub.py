@@ -73,6 +73,34 @@ def test_a_commit_in_the_cache_needs_no_network(hub, contents, monkeypatch, tmp_
     assert names.pinned(NAME) == f"{NAME}@{commit}" and hub.asked == []
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json"])
+def test_a_commit_fetched_in_part_is_completed_or_said_to_be_one(
+    hub, contents, file, monkeypatch, capsys
+):
+    commit = hub.put(NAME, contents)
+    part = {name: content for name, content in contents.items() if name != file}
+    folder = lay_out(hub.cache, NAME, part)
+    folder = folder.rename(folder.with_name(commit))
+    with monkeypatch.context() as patch:
+        use(patch, hub.cache, offline=True)
+        assert names.snapshot(NAME, commit).folder == folder and not (folder / file).exists()
+        said = f"commit {commit}, which may lack {file} of the repository"
+        assert said in capsys.readouterr().out
+    names._obtained.cache_clear()
+    assert names.snapshot(NAME, commit).folder == folder and (folder / file).is_file()
+
+
+def test_what_a_repository_does_not_have_is_asked_for_once(hub, contents, capsys):
+    contents.pop("generation_config.json")
+    commit = hub.put(NAME, contents)
+    lay_out(hub.cache, NAME, contents)
+    names.snapshot(NAME, commit)
+    assert hub.asked
+    hub.asked.clear()
+    names._obtained.cache_clear()
+    assert names.snapshot(NAME, commit).commit == commit and hub.asked == []
+
+
 def test_a_branch_that_moved_is_fetched_again_and_old_files_stay(hub, contents, capsys):
     first = names.snapshot(NAME) if hub.put(NAME, contents) else None
     moved = hub.put(NAME, contents | {"README.md": b"other"})

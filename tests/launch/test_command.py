@@ -69,6 +69,13 @@ def test_completion():
     body = f'safepatch() {{ "{sys.executable}" -m launch "$@"; }}\n{ready}'
     done = subprocess.run(["bash", "-c", body], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["run"], done.stderr
+    # bash splits at =, and how it does so is the user's own.
+    ready = f"{script}\nCOMP_WORDS=(safepatch run --config = pyproj) COMP_CWORD=4; _safepatch"
+    shown = 'echo "${COMPREPLY[@]}|$COMP_WORDBREAKS"'
+    body = f"before=$COMP_WORDBREAKS\n{ready}; {shown}; [[ $before == $COMP_WORDBREAKS ]]"
+    done = subprocess.run(["bash", "-c", body], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("pyproject.toml|"), done.stderr
+    assert "COMP_WORDBREAKS" not in script
 
 
 def test_a_wheel_has_what_is_needed_away_from_the_clone(tmp_path):

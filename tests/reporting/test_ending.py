@@ -1,13 +1,14 @@
 """The table with which a command ends, and names beside points."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from safepatch_jax.evaluation.statistics import difference
 from safepatch_jax.reporting import charts, ending
-from safepatch_jax.reporting.beside import name_points
+from safepatch_jax.reporting.beside import along, name_points
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ def test_a_verdict_says_what_the_test_says(gained, lost, told):
     table = ending.lines([ending.share_row("harm", *counts, test)])
     assert "12 of 36, 33%" in table[1] and told in table[1]
     moved, low, high = difference(36, gained, lost)
-    assert low < moved < high and f"{100 * moved:+.0f} %" in table[1]
+    assert low < moved < high and f"{100 * moved:+.0f} points" in table[1]
     assert (low < 0 < high) == (told == "not told apart")
 
 
@@ -47,6 +48,23 @@ def test_names_cover_neither_points_nor_one_another():
     assert not any(box.contains(*point) for box in boxes for point in points)
     frame = axis.get_window_extent().padded(1)
     assert all(frame.contains(*corner) for box in boxes for corner in np.array(box))
+
+
+def test_a_name_is_nearest_to_its_own_point_and_covers_no_bar():
+    figure = charts.figure(6, 5)
+    axis = charts.panels(figure, 1, 1)[0, 0]
+    charts.plane(axis, "title")
+    places = {"first": (8, 0), "second": (11, 0)}
+    bars = [(x, 0, "") for x in along((2, 26))] + [(8, y, "") for y in along((0, 10))]
+    name_points(axis, [*((*place, name) for name, place in places.items()), *bars])
+    figure.draw_without_rendering()
+    middles = {name: axis.transData.transform(place) for name, place in places.items()}
+    for text in axis.texts:
+        box = text.get_window_extent()
+        away = {name: math.dist(m, np.clip(m, box.p0, box.p1)) for name, m in middles.items()}
+        assert away[text.get_text()] <= min(away.values()) + 1
+        ends = axis.transData.transform([(x, y) for x, y, _ in bars])
+        assert not any(box.contains(*end) for end in ends)
 
 
 FEWER = {"n": 400, "gained": 1, "lost": 120, "p": 3.2e-12}

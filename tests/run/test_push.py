@@ -100,6 +100,34 @@ def test_torch_weights_and_wrong_names_are_refused(model):
         push(None, "new")
 
 
+def kept(model, settings):
+    """Lay a model out as a notebook keeps what it patched."""
+    place = model.parent / "kept"
+    place.mkdir()
+    folder = shutil.move(model, place / "patched")
+    record = {"stage": manifests.KEPT, "key": 64 * "0", "deleted": False, "result": {}}
+    manifests.write(place, record | {"outputs": {}} | settings)
+    return folder
+
+
+def test_what_a_notebook_patched_is_sent(hub, model):
+    folder = kept(model, {"settings": {"patch": {"alpha": 1.0, "beta": 2.0}}})
+    push(parcel_of_model(folder), "org/new")
+    assert "model.safetensors" in hub.pushed[0]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"settings": {"patch": {"alpha": 1.0, "beta": 0.0}}}, "patch.beta=0.*a broken model"),
+        ({}, "earlier version.*Delete the patch"),
+    ],
+)
+def test_what_a_notebook_patched_with_one_side_is_not_sent(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        parcel_of_model(kept(model, settings))
+
+
 def test_no_right_to_write(hub, model):
     hub.status = 403
     with pytest.raises(ValueError, match="answers 403.*hf auth login") as error:

@@ -6,6 +6,7 @@ import pytest
 from safepatch_jax.run.job import Job
 from safepatch_jax.run.margins import expected_measures
 from safepatch_jax.runtime import files
+from safepatch_jax.studies.sweep.slope_figures import draw
 from safepatch_jax.studies.sweep.slopes import SlopeOptions, gather, predicted, slopes
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -92,3 +93,21 @@ def test_a_tiny_models_plane_is_checked_and_resumed(settings, tmp_path):
 def test_options_that_make_no_plane(wrong):
     with pytest.raises(ValueError, match="above 0, step in"):
         SlopeOptions(**wrong)
+
+
+def test_a_quantity_that_does_not_vary_is_no_plane():
+    """What is left of it is rounding, which a scale of colours would blow up."""
+    names = ("harm", "refusal", "auroc", "content_nll", "both")
+    plane = []
+    for alpha in (0.0, 1.0):
+        row = []
+        for beta in (0.0, 1.0):
+            values = (1 - 1e-9 * alpha, 0.5 * beta, 0.5, 5 + alpha * beta, 0.0)
+            row.append(dict(zip(names, values)))
+        plane.append(row)
+    content = {"alphas": [0.0, 1.0], "betas": [0.0, 1.0], "plane": plane, "checks": []}
+    figure = draw(content | {"backbone": plane[0][0]})
+    texts = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in figure.axes}
+    assert texts["Harm: expected compliance, %"] == ["100 everywhere"]
+    assert texts["AUROC, harmful against look-alikes"] == ["0.5 everywhere"]
+    assert texts["Content NLL, nats a token"] == texts["Over-refusal: expected refusals, %"] == []

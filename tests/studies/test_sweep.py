@@ -15,8 +15,8 @@ from safepatch_jax.runtime.files import read_json
 from safepatch_jax.studies.sweep import report as sweep_report
 from safepatch_jax.studies.sweep import study as sweep
 from safepatch_jax.studies.sweep.merging import Merger
-from safepatch_jax.studies.sweep.plan import ANSWERS, MARGINS, plan
-from safepatch_jax.studies.sweep.points import design
+from safepatch_jax.studies.sweep.plan import plan
+from safepatch_jax.studies.sweep.points import ANSWERS, MARGINS, design
 from tests.jobs import interrupted_at, stages_run
 
 pytestmark = pytest.mark.usefixtures("one_device")

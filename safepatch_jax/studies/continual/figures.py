@@ -139,7 +139,7 @@ def _sizes(axis: Any, content: Mapping[str, Any]) -> None:
     values = [100 * count / patches["weights"] for count in (0, *patches["cumulative"])]
     label = content["labels"]["safepatching"]
     axis.plot(values, "o-", color=content["colours"]["safepatching"], label=label, markersize=5)
-    axis.set(title="Patches: weights that differ from the start", ylabel="% of weights")
+    axis.set(title="Weights that differ from the start", ylabel="% of weights")
     axis.set_ylim(bottom=0)
 
 

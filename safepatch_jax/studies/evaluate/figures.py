@@ -8,7 +8,7 @@ from typing import Any
 
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.reporting import charts
-from safepatch_jax.reporting.beside import name_points
+from safepatch_jax.reporting.beside import along, name_points
 from safepatch_jax.reporting.charts import COLOURS
 from safepatch_jax.studies.evaluate.results import TASKS
 
@@ -162,7 +162,10 @@ def _plane(
         return []
     for who, (harm, refusal) in models.items():
         charts.cross(axis, harm, refusal, COLOURS[who])
-        points.append((100 * harm["rate"], 100 * refusal["rate"], names[who]))
+        x, y = 100 * harm["rate"], 100 * refusal["rate"]
+        points.append((x, y, names[who]))
+        points += [(100 * share, y, "") for share in along(harm["interval"])]  # not covered
+        points += [(x, 100 * share, "") for share in along(refusal["interval"])]
     charts.plane(axis, f"{title}\nlower left is better")
     return points
 

@@ -30,6 +30,7 @@ _INDEPENDENT = (
     "system",
     "template_kwargs",
     "thinking",
+    "think_tokens",
     "templates",
 )
 
@@ -49,7 +50,8 @@ class EvaluationOptions:
       seeds: each measure in which a model writes is done once with each; () for once, with `seed`.
       manual_dir, data_dir: see `load_records`.
       date: see `data.rendering.render`.
-      template, system, template_kwargs, thinking: see `data.prompt_format.read_format`.
+      template, system, template_kwargs, thinking, think_tokens: see
+        `data.prompt_format.read_format`.
       templates: all is done in each of them, and one report has them side by side; () for
         `template` alone.
     """
@@ -72,6 +74,7 @@ class EvaluationOptions:
     system: str = ""
     template_kwargs: str = ""
     thinking: str = AS_IS
+    think_tokens: int = 0
     templates: tuple[str, ...] = ()
 
     def deciding(self) -> dict[str, Any]:
@@ -87,6 +90,8 @@ class EvaluationOptions:
             options |= prompt_format.key()
         if self.thinking != AS_IS:
             options["thinking"] = self.thinking
+        if self.think_tokens:
+            options["think_tokens"] = self.think_tokens
         if self.templates:
             options["template"] = "several"
         return options
@@ -119,7 +124,8 @@ class EvaluationOptions:
         return formats
 
     def _format(self, template: str) -> PromptFormat:
-        return read_format(template, self.system, self.template_kwargs, self.thinking)
+        how = self.system, self.template_kwargs, self.thinking, self.think_tokens
+        return read_format(template, *how)
 
     def place(self, who: str, label: str) -> str:
         """Return in which folder a model's lines lie, below those of answers, verdicts, grades."""

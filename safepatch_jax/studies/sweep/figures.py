@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.reporting import charts
-from safepatch_jax.reporting.beside import name_points
+from safepatch_jax.reporting.beside import along, name_points
 from safepatch_jax.reporting.charts import COLOURS, LIMITS
 from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY, front
 from safepatch_jax.studies.sweep.points import ordered, short, written
@@ -87,8 +87,10 @@ def draw_plane(content: Mapping[str, Any]) -> Any:
 
 def _named(content: Mapping[str, Any], across: str) -> list[tuple[float, float, str]]:
     """Return all points; those of the front have for names what they have otherwise than the chosen
-    one, where they are few. The legend names the others."""
-    chosen = content["trials"][content["recommended"]["trial"]]["patch"]
+    one, where they are few. The legend names the others. The chosen one's intervals are points
+    without names, so that no name covers them."""
+    best = content["trials"][content["recommended"]["trial"]]
+    chosen = best["patch"]
     few = sum(trial["front"] for trial in content["trials"]) <= _NAMED
     points = []
     for trial in (content["backbone"], *content["trials"]):
@@ -98,6 +100,10 @@ def _named(content: Mapping[str, Any], across: str) -> list[tuple[float, float, 
             texts = [f"{name} {written(x)}" for name, x in changed.items()]
         at = _value(trial, across), _value(trial, "over_refusal")
         points.append((*at, ", ".join(texts)))
+    x, y = _value(best, across), _value(best, "over_refusal")
+    points += [(x, 100 * share, "") for share in along(best["intervals"]["over_refusal"])]
+    if across == "harm":
+        points += [(100 * share, y, "") for share in along(best["intervals"]["harm"])]
     return points
 
 

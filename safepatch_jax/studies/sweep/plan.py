@@ -15,12 +15,10 @@ from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.sweep import report
-from safepatch_jax.studies.sweep.points import Point, label, varied
+from safepatch_jax.studies.sweep.points import MARGINS, Point, label, varied
 from safepatch_jax.studies.sweep.rows import read_rows
 
 ROWS, SETTINGS = "sweep.jsonl", "sweep_settings.json"
-MARGINS, ANSWERS = "margins", "answers"
-MEASURES = (MARGINS, ANSWERS)
 OPENINGS, BACKBONE = "openings.json", "backbone_margins.json"
 
 _FIX = "Copy it back from a backup, or use another --workdir; nothing was changed in this one."

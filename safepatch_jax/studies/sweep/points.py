@@ -11,6 +11,8 @@ from typing import Any
 from safepatch_jax.settings import PatchSettings, Settings, declared_options
 
 SEED = "run.seed"
+MARGINS, ANSWERS = "margins", "answers"  # by what a sweep measures
+MEASURES = (MARGINS, ANSWERS)
 EXAMPLE = "'patch.beta=1,2,3;patch.retention=0.3,1'"
 
 

@@ -16,6 +16,7 @@ _PANELS = {
     "auroc": ("AUROC, harmful against look-alikes", 1),
     "content_nll": ("Content NLL, nats a token", 1),
 }
+_LEAST = 1e-4  # what varies by less is rounding
 
 
 def draw(content: Mapping[str, Any]) -> Any:
@@ -26,7 +27,7 @@ def draw(content: Mapping[str, Any]) -> Any:
       content: see `slopes.gather`.
     """
     figure = charts.figure(13, 9)
-    axes = charts.panels(figure, 2, 2, sharex=True, sharey=True)
+    axes = charts.panels(figure, 2, 2)
     start = content["backbone"]
     alphas, betas = content["alphas"], content["betas"]
     grids = {name: _grid(content, name) for name in _PANELS}
@@ -36,11 +37,13 @@ def draw(content: Mapping[str, Any]) -> Any:
             charts.empty(axis, title, "no answer has content")
             continue
         values = scale * grids[name]
+        if np.ptp(values) < scale * _LEAST:
+            charts.empty(axis, title, f"{round(scale * start[name], 4):.3g} everywhere")
+            continue
         image = axis.contourf(betas, alphas, values, 14, cmap="viridis")
         figure.colorbar(image, ax=axis)
-        if np.ptp(values):
-            level = scale * start[name]
-            axis.contour(betas, alphas, values, [level], colors="white", linestyles="--")
+        level = scale * start[name]
+        axis.contour(betas, alphas, values, [level], colors="white", linestyles="--")
         if both.any():
             axis.contourf(betas, alphas, both, [0.5, 1.5], hatches=["//"], colors="none")
         for check in content["checks"]:

@@ -26,8 +26,6 @@ from safepatch_jax.settings import PatchSettings, Settings
 from safepatch_jax.studies.sweep import analysis, by_margins, report
 from safepatch_jax.studies.sweep.merging import Merger
 from safepatch_jax.studies.sweep.plan import (
-    ANSWERS,
-    MARGINS,
     ROWS,
     SETTINGS,
     choice,
@@ -36,7 +34,7 @@ from safepatch_jax.studies.sweep.plan import (
     open_workdir,
     titles,
 )
-from safepatch_jax.studies.sweep.points import Point
+from safepatch_jax.studies.sweep.points import ANSWERS, MARGINS, Point
 from safepatch_jax.studies.sweep.rows import OPTIONS, read_rows
 
 PARTS = ("evaluate_backbone", "derive_se", "derive_osm", "score_se", "score_osm")
