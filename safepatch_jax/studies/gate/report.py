@@ -124,7 +124,9 @@ def _flip_lines(check: Mapping[str, Any]) -> str:
 
 
 def write(content: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Write gate.md, gate.json and gate.xml into a folder; each appears whole."""
+    """Write gate.md, gate.json and gate.xml into a folder, which is made if need be; each appears
+    whole."""
+    folder.mkdir(parents=True, exist_ok=True)
     with files.published(folder) as temporary:
         files.write_text(temporary / FILES[0], markdown(content))
         files.write_json(temporary / FILES[1], content)
