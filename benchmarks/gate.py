@@ -1,7 +1,7 @@
 """How often is the gate wrong, and how many prompts does it take? By simulation, beside tests of a
 fixed size.
 
-  python -m benchmarks.gate                  # 10,000 draws a row; about ten minutes on one core
+  python -m benchmarks.gate                  # 10,000 draws a row; two minutes on one core
   python -m benchmarks.gate --draws=500      # a look at it
 
 A draw is a sequence of prompts on which both models do what they should not with given

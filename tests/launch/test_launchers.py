@@ -28,6 +28,7 @@ def test_help_is_a_manual():
         "compile_tpu",
         "convert",
         "evaluate",
+        "gate",
         "inspect",
         "margins",
         "safepatch",
