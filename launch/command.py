@@ -24,6 +24,7 @@ from safepatch_jax.option import nearest
 _ROWS = (
     ("run", "safepatch", "derive, score, merge, export, evaluate: a whole run"),
     ("evaluate", "evaluate", "harm, over-refusal, utility of a model, beside another"),
+    ("gate", "gate", "may a patched model go out? non-inferiority, for a CI"),
     ("patch", "patch", "make, inspect, apply, revert, combine patch files"),
     ("sweep", "sweep", "try patch settings without training again"),
     ("margins", "margins", "how near a model is to refusing, without answers"),

@@ -6,6 +6,9 @@ patches.
   # Weeks later: one more link, and gradient ascent to compare with.
   python -m launch.continual run --config=configs/demo.py --workdir=runs/chain \\
       --links='privacy;harassment;fraud=fraud.csv' --methods=safepatching,ga
+  # A link that would make the model worse than rules allow is refused.
+  python -m launch.continual run --config=configs/demo.py --workdir=runs/gated \\
+      --links='privacy;harassment' --gate=configs/gate.toml
   python -m launch.continual log --workdir=runs/chain
   # A line of the log and its patch file.
   python -m launch.continual show N --workdir=runs/chain
@@ -30,6 +33,10 @@ After each link harm is measured on every category of --links, also on those of 
 over-refusal and utility, always on the same records; the starting model is row 0.
 WORKDIR/continual.md, .json and .png have the forgetting matrix. Models of other methods (--methods)
 are made beside the chain, measured and deleted.
+
+With --gate=FILE (rules as of launch.gate) each link is first compared with the model before it on
+these records; one that is refused leaves the chain as it was, and the next entry goes on from
+there. Without --gate all are added.
 
 Model 0 is the starting model. revert moves the head back and deletes nothing; the next run
 continues from there with new numbers. replay builds the model of link N from that of link M (0 by
@@ -59,6 +66,9 @@ _METHODS = flags.DEFINE_string(
     "What is run: safepatching (always), and methods of launch.compare that change the weights "
     "(ga, npo, ties, ...), separated by commas; run.",
 )
+_GATE = kinds.path(
+    "gate", None, "A file of rules: a link that they refuse is not added; docs/gate.md; run."
+)
 _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
 _FROM = flags.DEFINE_integer(
     "from", None, "Number of the link whose model is given, 0 if left out; replay."
@@ -70,7 +80,7 @@ flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
 
-def _run(links: str, methods: str | None) -> None:
+def _run(links: str, methods: str | None, gate: str | None) -> None:
     distributed.join()
     # Imported here: the other commands do not need JAX.
     from safepatch_jax.studies.continual import study as continual
@@ -83,6 +93,7 @@ def _run(links: str, methods: str | None) -> None:
         parse_links(links),
         parse_methods(methods or ""),
         main.words(),
+        gate or "",
     )
     log = _log()
     say(f"Report: {report}")
@@ -129,7 +140,7 @@ def _commands() -> ModuleType:
 
 # How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
-    "run": (_run, 0, "links methods?"),
+    "run": (_run, 0, "links methods? gate?"),
     "log": (_lines("history"), 0, ""),
     "show": (_lines("show"), 1, ""),
     "diff": (_lines("differences"), 2, ""),
@@ -140,6 +151,7 @@ _COMMANDS = {
 _FLAGS = {
     "links": _LINKS,
     "methods": _METHODS,
+    "gate": _GATE,
     "to": _TO,
     "from": _FROM,
     "model": _MODEL,

@@ -45,12 +45,12 @@ _NEEDED = re.compile(r"(--\S+) must have a value other than None")
 _UNKNOWN = re.compile(r"Unknown command line flag '(.*)'", re.DOTALL)
 
 
-def run(main: Callable[..., None], *, positional: bool = False) -> None:
+def run(main: Callable[..., int | None], *, positional: bool = False) -> None:
     """Run a launcher: a ValueError or a full disk ends it with one clear line and exit code 2, in
     all processes.
 
     Args:
-      main: the launcher.
+      main: the launcher; it may return an exit code.
       positional: it takes positional arguments, and is given the list of them.
     """
 
@@ -65,10 +65,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         # So that half-filled folders are cleared away, and training is saved.
         stopping.install()
         try:
-            if positional:
-                main(argv[1:])
-            else:
-                main()
+            return main(argv[1:]) if positional else main()
         except BaseException as error:
             if isinstance(error, BrokenPipeError):
                 # The reader of the output (head, less) has ended.

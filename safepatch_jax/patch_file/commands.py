@@ -38,6 +38,11 @@ def _history_line(entry: Mapping[str, Any], live: Sequence[int]) -> str:
         links, head = ", ".join(map(str, entry["links"])), entry["head"]
         return f"  -  {head['model'][:12]}  {date}  reverted {links}; head is {head['link']}"
     data = entry["data"]
+    if entry["entry"] == "refused":
+        return (
+            f"  -  {entry['model'][:12]}  {date}  {entry['name']}: on {entry['parent']['link']}, "
+            f"refused by the gate ({printable(entry['gate']['verdict'])}), {data_text(data)}"
+        )
     state = "" if entry["number"] in live else "  (reverted)"
     return (
         f"{entry['number']:>3}  {entry['model'][:12]}  {date}  {entry['name']}: on "

@@ -97,6 +97,29 @@ class PatchLog:
         return live
 
     @property
+    def decided(self) -> list[dict[str, Any]]:
+        """The lines of the links that lead to the head and of those that the gate refused, in the
+        order of --links.
+
+        A revert takes off what was decided after the first link that it takes off; a link that is
+        tried again after its refusal takes the place of that, and of the refusals after it.
+        """
+        decided: list[dict[str, Any]] = []
+        for entry in self.entries:
+            if entry["entry"] == "revert":
+                numbers = [line.get("number") for line in decided]
+                del decided[numbers.index(entry["links"][-1]) :]
+            elif entry["entry"] != "start":
+                for place in range(len(decided) - 1, -1, -1):
+                    if decided[place]["entry"] != "refused":
+                        break
+                    if decided[place]["name"] == entry["name"]:
+                        del decided[place:]
+                        break
+                decided.append(entry)
+        return decided
+
+    @property
     def head(self) -> int:
         """The number of the latest model."""
         return self.live[-1] if self.live else START

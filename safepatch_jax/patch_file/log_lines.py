@@ -52,6 +52,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "settings": dict,
         "versions": dict,
     },
+    "refused": {
+        "name": NAME,
+        "parent": _MODEL,
+        "model": HASH,
+        "data": {"harmful": str, "category": str, "hash": HASH, "records": int},
+        "gate": {"rules": HASH, "against": str, "verdict": str, "checks": list},
+    },
     "revert": {"links": list, "head": _MODEL},
 }
 
@@ -101,7 +108,7 @@ def _check(entries: Sequence[Mapping[str, Any]]) -> None:
         kind = entry.get("entry")
         # A tuple, as what JSON gives may have no hash.
         if kind not in tuple(_FIELDS) or (kind == "start") != (line == 1):
-            problems = ["it is no start, link or revert"]
+            problems = ["it is no start, link, refused or revert"]
         else:
             problems = [*misfits(entry, _COMMON | _FIELDS[kind])] or chain.add(entry)
         if problems:
@@ -118,7 +125,12 @@ class _Chain:
     def add(self, entry: Mapping[str, Any]) -> list[str]:
         """Add a line whose fields are right; return what of it does not follow from the lines
         before."""
-        rules = {"start": self._start, "link": self._link, "revert": self._revert}
+        rules = {
+            "start": self._start,
+            "link": self._link,
+            "refused": self._refused,
+            "revert": self._revert,
+        }
         return rules[entry["entry"]](entry)
 
     def _start(self, entry: Mapping[str, Any]) -> list[str]:
@@ -134,6 +146,14 @@ class _Chain:
             return [f"it is link {number} on {parent}, and {following} on {head} comes next"]
         self._models[number], self._parents[number] = entry["model"], parent
         self._live.append(number)
+        return []
+
+    def _refused(self, entry: Mapping[str, Any]) -> list[str]:
+        head = self._live[-1] if self._live else START
+        if entry["parent"] != {"link": head, "model": self._models[head]}:
+            return [f"a link on another model than {head}, the head, was refused"]
+        if not all(isinstance(line, str) for line in entry["gate"]["checks"]):
+            return ["gate.checks are no lines"]
         return []
 
     def _revert(self, entry: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,11 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     raise Refused(f"No config file '{path}'. {fix}: {some(sorted(shipped), ', ')}.")
 
 
+def shipped_file(name: str) -> pathlib.Path:
+    """Return the path of a file that is shipped in configs/."""
+    return _SHIPPED / name
+
+
 def _shipped() -> dict[str, pathlib.Path]:
     """Return the shipped config files by name."""
     return {file.stem: file for file in _SHIPPED.glob("*.py") if file.stem != "common"}

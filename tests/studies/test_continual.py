@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.models.table import unnest
-from safepatch_jax.patch_file.commands import replay, revert, verify
+from safepatch_jax.patch_file.commands import history, replay, revert, verify
 from safepatch_jax.patch_file.log import PatchLog
 from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.run import models
@@ -256,6 +256,59 @@ def test_revert_then_another_link(copy, chain, settings):
     message = r"--last=1: the chain has 0 links that can be taken off\."
     with pytest.raises(ValueError, match=message):
         revert(log, 1)
+
+
+def test_a_refused_link_leaves_the_chain_as_it_was(two, chain, settings, malware, tmp_path, capsys):
+    """Six harmful prompts are not enough for a pass; the chain goes on without the link, and rules
+    that let it through make it with the bits that it has without a gate."""
+    strict, lenient = tmp_path / "strict.toml", tmp_path / "lenient.toml"
+    strict.write_text("[harm]\nmargin = 0.1\n[text]\nmargin = 0.5\n")
+    lenient.write_text("undecided = 'accept'\nagainst = 'start'\n" + strict.read_text())
+    before = (two / "log.jsonl").read_text()
+    run(settings, two, parse_links(malware), gate=str(strict))
+    log = PatchLog(two)
+    *_, refused = log.entries
+    assert log.live == [1, 2] and refused["entry"] == "refused"
+    assert refused["model"] == PatchLog(chain).hash(3) and refused["gate"]["against"] == "02-hate"
+    assert (two / "log.jsonl").read_text().startswith(before)
+    assert not (two / "links" / "03-malware").exists()
+    report = read_json(two / "gates" / "03-malware" / "gate.json")
+    assert report["verdict"] == refused["gate"]["verdict"] == "not enough evidence"
+    harm, text = report["checks"]
+    assert harm["n"] == harm["prompts"] == 8 and text["n"] == 2  # of all categories
+    rows = read_json(chain / "continual.json")["methods"]["safepatching"]
+    for side, number in (("candidate", 3), ("against", 2)):
+        assert text["levels"][side] == pytest.approx(rows[number]["ordinary_nll"], rel=1e-5)
+    assert (
+        "malware on link 2 (not enough evidence, against 02-hate)"
+        in (two / "continual.md").read_text()
+    )
+    assert "refused by the gate" in history(log)[0] and verify(log)
+    capsys.readouterr()
+    # It is not made again, and the next one goes on from the link before.
+    run(settings, two, parse_links(f"{malware};slurs"))
+    out = capsys.readouterr().out
+    assert "refused by the gate" in out and "Link 03-malware" not in out
+    log = PatchLog(two)
+    assert log.live == [1, 2, 3] and log.links[3]["name"] == "slurs"
+    assert [entry["name"] for entry in log.decided] == ["fraud", "hate", "malware", "slurs"]
+    content = read_json(two / "continual.json")
+    assert [stage["name"] for stage in content["stages"]] == ["fraud", "hate", "slurs", "malware"]
+    with pytest.raises(ValueError, match=r"entry 3 is not that of link malware \(refused\)"):
+        run(settings, two, parse_links(f"{STAGES};slurs"))
+    revert(log, 1)
+    run(settings, two, parse_links(malware), gate=str(lenient))
+    log = PatchLog(two)
+    assert log.live == [1, 2, 4] and log.hash(4) == PatchLog(chain).hash(3)
+    assert log.links[4]["gate"]["against"] == "00-start" and log.links[4]["gate"]["accepted"]
+    assert not read_json(two / "continual.json")["refused"]
+
+
+def test_rules_for_what_a_chain_does_not_measure(two, settings, tmp_path):
+    path = tmp_path / "rules.toml"
+    path.write_text("[accuracy]\nmargin = 0.1\n")
+    with pytest.raises(ValueError, match=r"\[accuracy\]: the suite has no measure of kind mmlu"):
+        run(settings, two, parse_links(STAGES), gate=str(path))
 
 
 def test_a_model_that_was_changed_is_built_again(copy, chain, capsys):

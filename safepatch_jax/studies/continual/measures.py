@@ -13,7 +13,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.data.chat import Encoded
 from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.evaluation.measures import ANSWERS, combine_roles, measure_role
 from safepatch_jax.patch_file.log import folder_hash
 from safepatch_jax.run.context import Context
@@ -22,6 +24,7 @@ from safepatch_jax.run.table import evaluate_settings
 from safepatch_jax.runtime import files, processes
 
 COMMON = ("lookalike", "ordinary")
+EACH = "ordinary, each"  # a part, no name of a link: the likelihood of each ordinary answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Measures:
         self._hashes: dict[pathlib.Path, str] = {}
 
     def data_hash(self, part: str) -> str:
-        """Return the hash of a part's records: of a link by its name, or 'lookalike' or
-        'ordinary'."""
+        """Return the hash of a part's records: of a link by its name, 'lookalike', 'ordinary' or
+        EACH."""
         context, role = self._records_of(part)
         return context.data_hashes[role]
 
@@ -85,7 +88,8 @@ class Measures:
         return {part: runner.result(self._stage(model, part)) for part in parts}
 
     def answers(self, model: Model, part: str) -> list[dict[str, Any]]:
-        """Return the judged answers of a measurement that was made; as this process sees it."""
+        """Return the judged answers of a measurement that was made, or the likelihoods of EACH; as
+        this process sees it."""
         runner = self._runner(model, (part,), lambda part, out: {})
         return files.read_jsonl(runner.folder(self._stage(model, part)) / ANSWERS)
 
@@ -106,12 +110,14 @@ class Measures:
 
     def _records_of(self, part: str) -> tuple[Context, str]:
         """Return the context and the data role in which the records of a part are."""
+        if part == EACH:
+            return self.context, "ordinary"
         if part in COMMON:
             return self.context, part
         return self._contexts[part], "harmful"
 
     def _stage(self, model: Model, part: str) -> str:
-        role = self._records_of(part)[1]
+        role = "each" if part == EACH else self._records_of(part)[1]
         return f"{model.hash[:16]}.{role}-{self.data_hash(part)[:16]}"
 
     def _runner(
@@ -136,7 +142,19 @@ class Measures:
         context, role = self._records_of(part)
         settings = self.context.settings.evaluate
         encoded = context.encoded(self._tokenizer, role, settings.split)
+        if part == EACH:
+            return self._likelihoods(engine, encoded, out)
         result, answers = measure_role(engine, role, encoded, settings.max_new_tokens, part)
         if answers:
             processes.on_first(files.write_jsonl, out / ANSWERS, answers)
         return result
+
+    def _likelihoods(self, engine: Engine, encoded: Encoded, out: pathlib.Path) -> dict[str, Any]:
+        rows: dict[int, dict[str, Any]] = {}
+
+        def keep(i: int, row: Mapping[str, Any]) -> None:
+            rows[i] = {"prompt": encoded.examples[i].prompt, **row}
+
+        answer_likelihoods(engine, encoded.examples, None, EACH, keep)
+        processes.on_first(files.write_jsonl, out / ANSWERS, [rows[i] for i in sorted(rows)])
+        return {"answers": len(rows)}

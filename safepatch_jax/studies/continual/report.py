@@ -54,18 +54,20 @@ def gather(
     labels: Mapping[str, str],
     colours: Mapping[str, str],
     patches: Mapping[str, Any],
+    refused: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Collect a chain's results.
 
     Args:
       settings: of the chain, by dotted name.
       start: the first line of the log.
-      stages: name and data of each link, made or to come, in order.
+      stages: name and data of each link, made (in order), refused or to come.
       links: the log's lines of the links that were made, in order.
       reverted: numbers of links that were taken off.
       rows: by method, the starting model's row and that of the model after each link, see `row`.
       labels, colours: of each method.
       patches: see `patch_file.commands.sizes`.
+      refused: the log's lines of the links that the gate refused.
     """
     names = [stage["name"] for stage in stages]
     methods: dict[str, list[dict[str, Any]]] = {}
@@ -83,6 +85,7 @@ def gather(
         "labels": dict(labels),
         "colours": dict(colours),
         "patches": dict(patches),
+        "refused": [_pick(entry, ("name", "parent", "gate")) for entry in refused],
         "methods": methods,
     }
 

@@ -29,26 +29,45 @@ def check_resumable(
       ValueError: other settings, other links than those that were made, or fewer.
     """
     _check_settings(log, settings)
-    live = [log.links[number] for number in log.live]
-    for i, entry in enumerate(live):
-        fix = (
-            "A link that was made stays; take it off first: python -m launch.continual revert "
-            f"--workdir={shlex.quote(str(log.workdir))} --last={len(live) - i}."
-        )
+    decided = log.decided
+    for i, entry in enumerate(decided):
+        fix = _fix(log, decided[i:])
         if i >= len(links):
-            names = ", ".join(made["name"] for made in live)
+            names = ", ".join(map(_name, decided))
             raise ValueError(
                 f"--links has {len(links)} entries, and the chain in {log.workdir} has "
-                f"{len(live)} links: {names}. Give all of them, new ones at the end. {fix}"
+                f"{len(decided)} links: {names}. Give all of them, new ones at the end. {fix}"
             )
         link = links[i]
         wanted = {"name": link.name, **link.data(settings), "hash": hashes[link.name]}
         changes = _changes({"name": entry["name"], **entry["data"]}, wanted)
         if changes:
             raise ValueError(
-                f"--links: entry {i + 1} is not that of link {log.label(entry['number'])} of this "
+                f"--links: entry {i + 1} is not that of link {_label(log, entry)} of this "
                 f"chain: {', '.join(changes)}. {fix}"
             )
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return entry["name"] if entry["entry"] == "link" else f"{entry['name']} (refused)"
+
+
+def _label(log: PatchLog, entry: Mapping[str, Any]) -> str:
+    return log.label(entry["number"]) if entry["entry"] == "link" else _name(entry)
+
+
+def _fix(log: PatchLog, after: Sequence[Mapping[str, Any]]) -> str:
+    """Say how what was decided is undone; `after` are the lines from the first of it on."""
+    made = sum(entry["entry"] == "link" for entry in after)
+    if after[0]["entry"] == "refused":
+        return (
+            "A link that the gate refused keeps its place in --links, and is not made again; to "
+            "try it once more give --gate other rules, or it another name at the end."
+        )
+    return (
+        "A link that was made stays; take it off first: python -m launch.continual revert "
+        f"--workdir={shlex.quote(str(log.workdir))} --last={made}."
+    )
 
 
 def _check_settings(log: PatchLog, settings: Settings) -> None:

@@ -15,15 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from safepatch_jax.data.records import load_records
-from safepatch_jax.io.folder import Checkpoint
-from safepatch_jax.io.hf import check_keys
-from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
-from safepatch_jax.models.table import param_table
 from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.commands import sizes
-from safepatch_jax.patch_file.file import BITS, PatchFile
+from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
@@ -50,16 +46,22 @@ from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.beside import METHODS_DIR, OtherChain
+from safepatch_jax.studies.continual.gating import GATES, ChainGate
 from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
 from safepatch_jax.studies.continual.methods import CHAINED, Task, safepatching
 from safepatch_jax.studies.continual.resume import check_resumable
+from safepatch_jax.studies.continual.start import check_settings, refuse_unpatchable
+from safepatch_jax.studies.gate.checks import OURS, THEIRS
+from safepatch_jax.studies.gate.rules import Rules, read_rules
 
 MEASURES = "measures"
+_OF_REFUSED = ("name", "parent", "model", "data", "gate")  # of a link's line
 _NAMES = (
     LOG,
     LINKS,
     METHODS_DIR,
+    GATES,
     MEASURES,
     START_DIR.format("*"),
     environment.FILE,
@@ -73,6 +75,7 @@ def run(
     links: Sequence[Link],
     methods: Sequence[str] = ("safepatching",),
     command: Sequence[str] = (),
+    gate: str = "",
 ) -> pathlib.Path:
     """Bring a chain up to date: make the links that it lacks, measure all models, write the report;
     return the report's path.
@@ -83,22 +86,25 @@ def run(
       links: see `links.parse_links`.
       methods: see `methods.parse_methods`.
       command: with which the run was started; it is noted.
+      gate: a file of rules by which links are accepted, see `gate.rules.read_rules`; '' for none.
 
     Raises:
       ValueError: settings, data or model are wrong, or not the same in all processes; the workdir
         is of another chain, or has other links than `links` begin with.
     """
-    _check_settings(settings)
+    check_settings(settings)
     settings = pinned(settings)
+    rules = read_rules(gate) if gate else None
     folder = Workdir(workdir, "a chain", LOG, _NAMES)
     flags = {
         "--links": [dataclasses.astuple(link) for link in links],
         "--methods": list(methods),
         "--workdir": str(folder.path),
+        "--gate": rules.hash if rules else "",
     }
     agree_on_run(settings, Place.parse(settings.model.source), flags, dict)
     with folder.claimed():
-        chain = Chain(settings, folder.path, links, command)
+        chain = Chain(settings, folder.path, links, command, rules)
         processes.on_first(environment.write, folder.path, command, chain.sharder)
         return chain.run(methods)
 
@@ -108,6 +114,7 @@ class Chain:
 
     Args:
       settings, workdir, links, command: see `run`.
+      rules: by which links are accepted; None for all.
 
     Attributes:
       log: the patch log.
@@ -124,6 +131,7 @@ class Chain:
         workdir: pathlib.Path,
         links: Sequence[Link],
         command: Sequence[str] = (),
+        rules: Rules | None = None,
     ):
         self.settings, self.workdir, self.links = settings, workdir, tuple(links)
         self._command = command
@@ -150,6 +158,9 @@ class Chain:
             self.log.model(START),
             self._companions,
         )
+        self._gate = None
+        if rules is not None:
+            self._gate = ChainGate(rules, self.measures, workdir / GATES)
 
     @property
     def sharder(self) -> Sharder:
@@ -160,9 +171,10 @@ class Chain:
         """Make and measure all links and the other methods' models, and write the report."""
         self._say_plan()
         self._measure(START)
-        for link in self.links[len(self.log.live) :]:
-            self._extend(link)
-            self._measure(self.log.head)
+        for link in self.links[len(self._standing()) :]:
+            if self._extend(link):
+                self._measure(self.log.head)
+        processes.on_first(_delete_leftovers, self.log)
         rows = [self._row(number) for number in (START, *self.log.live)]
         by_method = {"safepatching": rows}
         for method in methods:
@@ -187,7 +199,7 @@ class Chain:
             folder, logged = copy, name
             self._make_copy(place, copy)
         read_hf_config(folder)
-        processes.on_first(_refuse_unpatchable, folder)
+        processes.on_first(refuse_unpatchable, folder)
         return {
             "format": FORMAT,
             "source": settings.model.source,
@@ -211,8 +223,19 @@ class Chain:
             mesh = self.settings.mesh.shape
             convert(f"{place.kind}:{place.path}", f"hf:{copy}", mesh=mesh, certify="hashes")
 
-    def _extend(self, link: Link) -> None:
-        """Make the next link and add it to the log."""
+    def _standing(self) -> list[dict[str, Any]]:
+        """Return what was decided of links: all but refusals at the end by other rules than those
+        that are given now."""
+        decided = self.log.decided
+        while decided and self._gate and decided[-1]["entry"] == "refused":
+            if decided[-1]["gate"]["rules"] == self._gate.rules.hash:
+                break
+            decided.pop()
+        return decided
+
+    def _extend(self, link: Link) -> bool:
+        """Make the next link, and add it to the log unless the gate refuses it; return whether it
+        was added."""
         log, parent = self.log, self.log.head
         number = max(log.links, default=START) + 1
         name = label(number, link.name)
@@ -221,7 +244,30 @@ class Chain:
         out = self.workdir / LINKS / name
         folder = safepatching(self._task(link, log.model(parent), out, out))
         entry = processes.on_first(self._entry, link, number, parent, folder, out / PATCH)
-        log.append("link", entry)
+        if self._gate is None:
+            log.append("link", entry)
+            return True
+        entry["gate"] = self._judge(name, entry, folder)
+        if entry["gate"]["accepted"]:
+            log.append("link", entry)
+            return True
+        log.append("refused", {key: entry[key] for key in _OF_REFUSED})
+        say(
+            f"Link {name}: refused by the gate ({entry['gate']['verdict']}); the head stays "
+            f"{log.label(parent)}. Report: {self.workdir / GATES / name / 'gate.md'}"
+        )
+        processes.on_first(_delete_leftovers, log)
+        return False
+
+    def _judge(self, name: str, entry: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+        """Return what the gate says of a link that was made."""
+        log, number = self.log, entry["parent"]["link"]
+        if self._gate.against_start:
+            number = START
+        names = {OURS: name, THEIRS: log.label(number)}
+        say(f"Link {name}: the gate, against {names[THEIRS]}")
+        against = Model(log.hash(number), lambda: log.model(number))
+        return self._gate.judge(Model(entry["model"], lambda: folder), against, names)
 
     def _entry(
         self, link: Link, number: int, parent: int, folder: pathlib.Path, path: pathlib.Path
@@ -273,7 +319,7 @@ class Chain:
     def _beside(self, method: str) -> list[dict[str, Any]]:
         """Make and measure the chain of another method."""
         labels = [self.log.label(number) for number in self.log.live]
-        links = list(zip(labels, self.links))
+        links = list(zip(labels, self._accepted()))
         start = {"start": self.log.start["model"], "companions": self._companions}
         chain = OtherChain(
             CHAINED[method],
@@ -287,9 +333,16 @@ class Chain:
         )
         return chain.rows()
 
+    def _accepted(self) -> list[Link]:
+        """Return the links that lead to the head."""
+        by_name = {link.name: link for link in self.links}
+        return [by_name[self.log.links[number]["name"]] for number in self.log.live]
+
     def _content(self, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        log, stages = self.log, []
-        for link in self.links:
+        log, stages, accepted = self.log, [], self._accepted()
+        # Those that the models have seen come first: the n-th model has seen the first n.
+        others = [link for link in self.links if link not in accepted]
+        for link in (*accepted, *others):
             records = self.measures.records(link.name)
             stages.append({"name": link.name, **self._data(link), "records": records})
         colours = {}
@@ -304,6 +357,7 @@ class Chain:
             rows=rows,
             labels={method: CHAINED[method].label for method in rows},
             colours=colours,
+            refused=[entry for entry in log.decided if entry["entry"] == "refused"],
             patches=sizes([log.patch(number) for number in log.live]),
         )
 
@@ -338,36 +392,18 @@ class Chain:
             processes.agree(hashes, SAME_FILES)
 
     def _say_plan(self) -> None:
-        live = self.log.live
+        standing = self._standing()
         say(f"Chain:   {self.workdir}, head {self.log.label(self.log.head)}")
         for i, link in enumerate(self.links):
-            state = f"link {live[i]}" if i < len(live) else "to be made"
+            state = "to be made"
+            if i < len(standing):
+                number = standing[i].get("number")
+                state = f"link {number}" if number else "refused by the gate"
             records = self.measures.records(link.name)
             say(f"         {link.name}: {data_text(self._data(link))}, {records} records, {state}")
 
 
-def _check_settings(settings: Settings) -> None:
-    """Raise ValueError for settings with which no chain can be made."""
-    if not settings.model.source:
-        raise ValueError(
-            "No model given. Set --model.source to a Hugging Face folder, org/name of the "
-            "Hugging Face Hub, a .gguf file, or 'smollm2'."
-        )
-    if settings.export.dtype != "keep":
-        raise ValueError(
-            f"export.dtype is {settings.export.dtype}, and a chain is kept as patch files, which "
-            "hold differences of bits. Set --export.dtype=keep; where updates are lost in "
-            "bfloat16, also --export.rounding=stochastic, or convert the model first: python -m "
-            "launch.convert --source=hf:DIR --target=hf:DIR2 --dtype=float32."
-        )
-    if settings.data.category:
-        raise ValueError(
-            f"data.category is {settings.data.category!r}, and --links gives each link its own. "
-            "Leave it out."
-        )
-
-
-def _delete_leftovers(log: PatchLog, keep: str) -> None:
+def _delete_leftovers(log: PatchLog, keep: str = "") -> None:
     """Delete link folders that an interrupted run began and that no longer belong to the chain:
     they hold derived models."""
     known = {log.label(number) for number in log.links} | {keep}
@@ -375,28 +411,5 @@ def _delete_leftovers(log: PatchLog, keep: str) -> None:
         is_run = path.is_dir() and (path / SETTINGS).is_file()
         if is_run and not path.is_symlink() and path.name not in known:
             files.refuse_link(path, log.workdir)
-            say(f"{path.name}: begun, and no longer asked for; deleted")
+            say(f"{path.name}: not a link of the chain; deleted")
             shutil.rmtree(path)
-
-
-def _refuse_unpatchable(folder: pathlib.Path) -> None:
-    """Raise ValueError unless the starting model is stored as links are: safetensors, of each
-    tensor one, in known dtypes."""
-    checkpoint, config = Checkpoint(folder), read_hf_config(folder)
-    table = param_table(config)
-    check_keys(checkpoint, table, config)
-    names = set(table.hf_names())
-    problems = []
-    if checkpoint.layout not in (SINGLE, INDEX):
-        problems.append(f"its weights are {checkpoint.layout}")
-    for name, tensor in checkpoint.tensors.items():
-        if name not in names:
-            problems.append(f"{name} is a copy or a buffer")
-        if tensor.dtype not in BITS:
-            problems.append(f"{name} is {tensor.dtype}")
-    if problems:
-        raise ValueError(
-            f"{folder} cannot begin a chain: {some(problems)}. Convert it first and give the "
-            f"result as --model.source: python -m launch.convert --source=hf:{folder} "
-            "--target=hf:DIR."
-        )

@@ -1,0 +1,58 @@
+"""What a chain needs of its settings and its starting model."""
+
+from __future__ import annotations
+
+import pathlib
+
+from safepatch_jax.io.folder import Checkpoint
+from safepatch_jax.io.hf import check_keys
+from safepatch_jax.io.safetensors_file import INDEX, SINGLE
+from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.table import param_table
+from safepatch_jax.patch_file.file import BITS
+from safepatch_jax.runtime.console import some
+from safepatch_jax.settings import Settings
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise ValueError for settings with which no chain can be made."""
+    if not settings.model.source:
+        raise ValueError(
+            "No model given. Set --model.source to a Hugging Face folder, org/name of the "
+            "Hugging Face Hub, a .gguf file, or 'smollm2'."
+        )
+    if settings.export.dtype != "keep":
+        raise ValueError(
+            f"export.dtype is {settings.export.dtype}, and a chain is kept as patch files, which "
+            "hold differences of bits. Set --export.dtype=keep; where updates are lost in "
+            "bfloat16, also --export.rounding=stochastic, or convert the model first: python -m "
+            "launch.convert --source=hf:DIR --target=hf:DIR2 --dtype=float32."
+        )
+    if settings.data.category:
+        raise ValueError(
+            f"data.category is {settings.data.category!r}, and --links gives each link its own. "
+            "Leave it out."
+        )
+
+
+def refuse_unpatchable(folder: pathlib.Path) -> None:
+    """Raise ValueError unless the starting model is stored as links are: safetensors, of each
+    tensor one, in known dtypes."""
+    checkpoint, config = Checkpoint(folder), read_hf_config(folder)
+    table = param_table(config)
+    check_keys(checkpoint, table, config)
+    names = set(table.hf_names())
+    problems = []
+    if checkpoint.layout not in (SINGLE, INDEX):
+        problems.append(f"its weights are {checkpoint.layout}")
+    for name, tensor in checkpoint.tensors.items():
+        if name not in names:
+            problems.append(f"{name} is a copy or a buffer")
+        if tensor.dtype not in BITS:
+            problems.append(f"{name} is {tensor.dtype}")
+    if problems:
+        raise ValueError(
+            f"{folder} cannot begin a chain: {some(problems)}. Convert it first and give the "
+            f"result as --model.source: python -m launch.convert --source=hf:{folder} "
+            "--target=hf:DIR."
+        )
