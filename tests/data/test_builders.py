@@ -17,7 +17,7 @@ import zipfile
 
 import pytest
 
-from safepatch_jax.data import builders, sets
+from safepatch_jax.data import sets, tfds_sets
 from safepatch_jax.data.builders import FIELDS, fetch, load_set
 from safepatch_jax.data.records import load_records
 from safepatch_jax.data.sets import SETS, File, Split
@@ -369,7 +369,7 @@ def test_killed_while_preparing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builders.SafetySets, "_generate_examples", die)
+        patch.setattr(tfds_sets.SafetySets, "_generate_examples", die)
         load_set("oktest", "test", str(tmp_path / "manual"), tmp_path / "data")
     assert not list((tmp_path / "data").glob("*/safety_sets/oktest/1.0.1"))
     assert len(load_set("oktest", "test", str(tmp_path / "manual"), tmp_path / "data")) == 2
