@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -17,33 +17,42 @@ _PACKAGES = {
     "importlib_resources": "importlib-resources>=6",
     "tensorboardX": "tensorboardX>=2.6",
     "gguf": "gguf>=0.17",
+    "jinja2": "jinja2>=3.1",
+    "matplotlib": "matplotlib>=3.9",
 }
 
 
 def missing(*modules: str) -> list[str]:
-    """Return which of some modules are not installed, by their packages' names."""
+    """Return which of some modules are not installed, by their packages' names; none is
+    imported."""
     absent = []
     for module in modules:
         try:
-            importlib.import_module(module)
+            known = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:
+            known = False
+        if not known:
             absent.append(_package(module))
     return absent
 
 
-def needed(what: str, *modules: str) -> ModuleType:
-    """Import modules; return the first.
+def refuse_missing(what: str, *modules: str) -> None:
+    """Raise ValueError, with what to give pip, if some modules are not installed.
 
     Args:
       what: for what they are needed, the beginning of a sentence.
-
-    Raises:
-      ValueError: some are not installed; says what to give pip.
     """
     if absent := missing(*modules):
-        names = " and ".join(absent)
         packages = " ".join(f"'{_PACKAGES.get(module, module)}'" for module in modules)
-        raise Refused(f"{what} needs {names}, not installed here: pip install {packages}.")
+        raise Refused(
+            f"{what}: needs {' and '.join(absent)}, not installed here. Run: pip install {packages}"
+        )
+
+
+def needed(what: str, *modules: str) -> ModuleType:
+    """Import the first of some modules, all of which are needed. Raises ValueError as
+    `refuse_missing` does."""
+    refuse_missing(what, *modules)
     return importlib.import_module(modules[0])
 
 

@@ -318,12 +318,17 @@ def failure(tmp_path, name, split, manual="manual"):
 
 
 @pytest.mark.parametrize("name, split", PUBLISHED)
-def test_published_formats(tmp_path, name, split):
+def test_published_formats_prepared_and_without_tfds(tmp_path, monkeypatch, name, split):
     file, content, expected = PUBLISHED[name, split]
     put(tmp_path / "manual", file, content)
     records = load_set(name, split, str(tmp_path / "manual"), tmp_path / "data")
     assert records[-1] == ONE | expected and set(records[-1]) == set(FIELDS)
     assert "tensorflow" not in sys.modules
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "array_record", None)  # as if it were not installed
+        unprepared = load_set(name, split, str(tmp_path / "manual"), tmp_path / "other")
+    assert unprepared == records
+    assert not list((tmp_path / "other").glob("*/safety_sets"))
 
 
 def test_every_set_is_tested_and_described():
