@@ -206,7 +206,6 @@ def test_a_killed_process_ends_the_other(killed, place):
     codes, seconds, ((_, err), (quiet, _)) = killed
     assert codes == [LOST, -signal.SIGKILL] and seconds < 60, err
     failed = "a step that all processes take together failed"
-    print(f"ended after {seconds:.0f} s")
     assert failed in err or "process 1 gave no sign of life for 40 s" in err
     assert "resumes this run" in err and "Traceback" not in err and quiet == ""
     assert not list(place.glob("work/stages/.*.partial"))
