@@ -20,6 +20,7 @@ the run was given --run.keep_scratch, or did not end. It reads one parameter of 
 and uses no accelerator.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -70,6 +71,8 @@ def _show_stage() -> None:
     """Show or compare a stage; the exit code tells of differences."""
     if not (_WORKDIR.value and _STAGE.value):
         raise ValueError("--workdir and --stage go together. See --help.")
+    # Before JAX is imported: a run may hold the accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from safepatch_jax.run.inspect_stage import inspect_stage
 
     model = _MODEL.value or ""

@@ -134,7 +134,7 @@ def _described(x: np.ndarray, array: StageArray) -> str:
     parts = [f"{np.count_nonzero(flat == 0):,} of {x.size:,} entries are 0"]
     if len(finite):
         mean = np.mean(np.abs(finite), dtype=np.float64)
-        parts.append(f"from {finite.min()} to {finite.max()}, mean of absolutes {mean:.6g}")
+        parts.append(f"from {finite.min()!s} to {finite.max()!s}, mean of absolutes {mean:.6g}")
     if len(finite) < x.size:
         parts.append(f"{x.size - len(finite):,} not finite")
     parts.append(f"first {', '.join(str(value) for value in values[:_SHOWN])}")
@@ -215,4 +215,4 @@ def _told(array: StageArray, x: np.ndarray, y: np.ndarray, difference: Differenc
 def _value(x: np.generic) -> str:
     """Return a value with its bits, which tell -0 from 0 and one NaN from another."""
     digits = 2 * x.dtype.itemsize
-    return f"{x} (0x{int(_bits(np.asarray([x]))[0]):0{digits}x})"
+    return f"{x!s} (0x{int(_bits(np.asarray([x]))[0]):0{digits}x})"

@@ -1,5 +1,5 @@
 """The arrays that a stage of a run holds, tensor by tensor, whatever wrote them: derived models and
-scores, model folders, patch files. Needs no device."""
+scores, model folders, patch files. Nothing is put on a device."""
 
 from __future__ import annotations
 
