@@ -2,13 +2,14 @@
 
 A set's file is found in manual_dir, or downloaded and its checksum verified; TFDS then writes its
 rows under data_dir, whole or not at all. A prepared folder belongs to the bytes of its file, so
-another file is prepared anew.
+another file is prepared anew. Where TFDS is not installed, the same records come from the file at
+each start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import functools
 import hashlib
 import http.client
 import itertools
@@ -17,55 +18,25 @@ import pathlib
 import shutil
 import urllib.request
 from collections.abc import Sequence
-
-import tensorflow_datasets as tfds
+from typing import TYPE_CHECKING
 
 from safepatch_jax.data.cells import check_unicode, placed, text
-from safepatch_jax.data.sets import DATA_DIR, SETS, DataSet, File, Row, Split
+from safepatch_jax.data.sets import DATA_DIR, FIELDS, SETS, DataSet, File, Row, Split
 from safepatch_jax.data.streams import refuse_other_than_file
 from safepatch_jax.data.tables import decoded
 from safepatch_jax.io import checksums
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, libraries
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.paths import plain, resolve
 from safepatch_jax.runtime.reading import Refused, reading, reason
 
+if TYPE_CHECKING:
+    from safepatch_jax.data.tfds_sets import SafetySets
+
 _LABELS = {"harmful": "unsafe", "lookalike": "safe", "ordinary": "safe"}  # of a role's rows
-FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
 _AGAIN = "Delete the folder; it is made again."
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
-
-
-class SafetySets(tfds.core.GeneratorBasedBuilder):
-    """Every set of `SETS`, as a TFDS config of its name: flat records of texts, see FIELDS."""
-
-    VERSION = tfds.core.Version("1.0.1")  # raise it whenever the same file gives other records
-
-    def __init__(self, entry: DataSet, file: File, path: pathlib.Path, folder: pathlib.Path):
-        self._entry, self._file, self._path = entry, file, path
-        config = tfds.core.BuilderConfig(name=entry.name, description=entry.description)
-        super().__init__(file_format="array_record", config=config, data_dir=str(folder))
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        entry = self._entry
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=entry.description,
-            homepage=entry.homepage,
-            citation=entry.citation,
-            license=entry.licence,
-            features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS}),
-            # File order decides which of two near-duplicates stays.
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        records = read_records(self._entry, self._file, self._path)
-        return {split: self._generate_examples(rows) for split, rows in records.items()}
-
-    def _generate_examples(self, records):
-        yield from enumerate(records)
 
 
 def load_set(
@@ -113,24 +84,52 @@ def find_split(entry: DataSet, split: str) -> Split:
 
 def _load_split(entry: DataSet, split: str, manual_dir: str, data_dir: pathlib.Path) -> list[Row]:
     file = find_split(entry, split).file
+    if missing := libraries.missing(*libraries.TFDS):
+        return _load_unprepared(entry, split, manual_dir, data_dir, missing)
     builder, path = _prepared(entry, file, manual_dir, data_dir)
     if split not in builder.info.splits:
-        raise ValueError(
-            f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}"
-        )
-    rows = []
+        raise _no_rows(entry, split, path)
     with reading(builder.data_path, "a prepared data set", _AGAIN):
-        for stored in builder.as_data_source(split):
-            row = decoded(stored)
-            row["extra"] = json.loads(row["extra"] or "{}")
-            rows.append(row)
-    return rows
+        return [_unpacked(decoded(stored)) for stored in builder.as_data_source(split)]
+
+
+def _load_unprepared(
+    entry: DataSet, split: str, manual_dir: str, data_dir: pathlib.Path, missing: Sequence[str]
+) -> list[Row]:
+    """Return the records of a split, read from the set's own file."""
+    files.make_usable(data_dir, "--run.cache_dir or, in an evaluation, --data_dir")
+    file = find_split(entry, split).file
+    with files.locked(data_dir / f".{entry.name}.lock"):
+        path, sha256 = _find_file(entry, file, manual_dir, data_dir)
+        if sha256 == file.sha256:
+            _check_sha256(path, sha256)
+        records = read_records(entry, file, path)
+    if split not in records:
+        raise _no_rows(entry, split, path)
+    say(
+        f"Read set:{entry.name}@{split} from {path}: {len(records[split]):,} records, not "
+        f"prepared, as {some(missing, ', ')} is not installed. Licence: {entry.licence}."
+    )
+    return [_unpacked(record) for record in records[split]]
+
+
+def _unpacked(record: Row) -> Row:
+    return record | {"extra": json.loads(record["extra"] or "{}")}
+
+
+def _no_rows(entry: DataSet, split: str, path: pathlib.Path) -> ValueError:
+    file = find_split(entry, split).file
+    return ValueError(
+        f"{path} has no rows of set:{entry.name}@{split}. Fetch the whole file: {file.url}"
+    )
 
 
 def _prepared(
     entry: DataSet, file: File, manual_dir: str, data_dir: pathlib.Path
 ) -> tuple[SafetySets, pathlib.Path]:
     """Return the builder of a file's prepared records, and where the file lies."""
+    from safepatch_jax.data import tfds_sets  # here: TFDS takes a second, and may be missing
+
     files.make_usable(data_dir, "--run.cache_dir or, in an evaluation, --data_dir")
     with files.locked(data_dir / f".{entry.name}.lock"):
         path, sha256 = _find_file(entry, file, manual_dir, data_dir)
@@ -141,14 +140,13 @@ def _prepared(
         else:
             # What a killed run left there.
             shutil.rmtree(folder, ignore_errors=True)
+        records = functools.partial(read_records, entry, file, path)
         with reading(folder, "a prepared data set", _AGAIN):
-            builder = SafetySets(entry, file, path, folder)
+            builder = tfds_sets.SafetySets(entry, records, folder)
         if not pathlib.Path(builder.data_path).is_dir():
             if sha256 == file.sha256:
                 _check_sha256(path, sha256)
-            tfds.disable_progress_bar()
-            with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
-                builder.download_and_prepare()
+            tfds_sets.prepare(builder)
             checksums.write(folder)
             splits = builder.info.splits
             counts = ", ".join(f"{name} {info.num_examples:,}" for name, info in splits.items())

@@ -17,12 +17,13 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.data import cells, hub_sets
+from safepatch_jax.data import builders, cells, hub_sets
 from safepatch_jax.data.cells import CONVERSATIONS, Turns, placed
 from safepatch_jax.data.duplicates import first_of_each
 from safepatch_jax.data.sets import DATA_DIR, SETS, Row
 from safepatch_jax.data.streams import refuse_other_than_file
 from safepatch_jax.data.tables import bounded, decoded, read_rows
+from safepatch_jax.runtime import libraries
 from safepatch_jax.runtime.addresses import is_address
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import readable
@@ -368,9 +369,6 @@ def _read_set(
     role: str, source: str, manual_dir: str, data_dir: str | pathlib.Path, answers: bool
 ) -> list[Row]:
     """Read the splits of a public data set that serve the role."""
-    # Imported here: TFDS takes a second, and only such sources need it.
-    from safepatch_jax.data import builders
-
     name, _, splits = source.removeprefix("set:").partition("@")
     entry = builders.find_set(name)
     splits = splits or entry.first_split(role) or next(iter(entry.splits))
@@ -395,8 +393,7 @@ def _read_set(
 
 def _read_tfds(source: str) -> list[Row]:
     """Read a prepared TFDS set through its random-access files; TensorFlow is not needed."""
-    import tensorflow_datasets as tfds  # imported here: only such sources need it
-
+    tfds = libraries.needed(source, *libraries.TFDS)  # here: only such sources need it
     name, _, split = source.removeprefix("tfds:").partition("@")
     fix = (
         "Prepare it with file_format='array_record', for instance tfds.builder(NAME, "

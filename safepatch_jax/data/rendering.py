@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from safepatch_jax.runtime import libraries
 from safepatch_jax.runtime.limits import limit, too_much
 from safepatch_jax.runtime.reading import Refused
 
@@ -109,6 +110,7 @@ class _Child:
         """Start it if it does not run; it takes a second to be ready, in which others may work."""
         if self._process is not None and self._process.poll() is None:
             return
+        libraries.refuse_missing("Chat templates", "jinja2")
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, str(pathlib.Path(__file__).with_name("render_child.py"))],

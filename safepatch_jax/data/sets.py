@@ -15,6 +15,8 @@ from collections.abc import Callable
 from safepatch_jax.data import layouts
 from safepatch_jax.data.tables import Row, read_rows
 
+# What records of all sets have, as texts.
+FIELDS = ("id", "prompt", "answer", "category", "type", "label", "extra")
 # prepared sets and downloads; in manual/ files fetched by hand
 DATA_DIR = "~/.cache/safepatch_jax/datasets"
 _GITHUB, _HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"

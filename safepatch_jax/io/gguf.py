@@ -23,7 +23,7 @@ from safepatch_jax.io.gguf_config import Model, read_model
 from safepatch_jax.io.gguf_tokenizer import write_tokenizer
 from safepatch_jax.io.safetensors_file import Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, libraries
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import Refused, reading
 
@@ -242,7 +242,7 @@ def _sisters(path: pathlib.Path, count: int, number: int) -> list[pathlib.Path]:
 
 
 def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    import gguf  # imported here: it knows the sizes of the blocks
+    gguf = libraries.needed(str(path), "gguf")  # here: it knows the sizes of the blocks
 
     fix = (
         "It is truncated, damaged or another format: copy or download it again; if it is a piece "

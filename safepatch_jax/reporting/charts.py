@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from safepatch_jax.runtime import libraries
+
 # Paul Tol's bright scheme, which the colour-blind tell apart.
 _BLUE, _RED, _GREEN, _PURPLE, _AMBER = "#4477aa", "#ee6677", "#228833", "#aa3377", "#dd9922"
 _BLACK, _GREY = "#222222", "#999999"
@@ -63,8 +65,14 @@ class Series:
     label: str = ""
 
 
+def check() -> None:
+    """Raise ValueError if pictures cannot be drawn; for what draws at its end."""
+    libraries.refuse_missing("Pictures of reports", "matplotlib")
+
+
 def figure(width: float, height: float) -> Any:
     """Return an empty figure; sizes in inches."""
+    check()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.io import hub_access
+from safepatch_jax.reporting import charts
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import read_record
@@ -28,7 +29,11 @@ def write(folder: pathlib.Path, command: Sequence[str], sharder: Sharder | None)
     """Write, or bring up to date, a run's environment.json; earlier starts stay in its list.
 
     Without a sharder nothing is computed, and no devices are named.
+
+    Raises:
+      ValueError: a package that the report at the end of the run needs is not installed.
     """
+    charts.check()
     path = folder / FILE
     starts = [*_starts(path), _describe_start(command, sharder)]
     files.write_json(path, {"starts": starts})

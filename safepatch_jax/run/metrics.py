@@ -4,12 +4,14 @@ lines."""
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, libraries, processes
+from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import misfits
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ FILE, EVENTS = "metrics.jsonl", "tensorboard"
 
 class Metrics:
     """Writes into a folder: ``metrics.jsonl``, one object a step with stage, step, time and values;
-    and event files in ``tensorboard/STAGE``. A stage that is resumed, or runs again, replaces its
-    rows from where it begins.
+    and event files in ``tensorboard/STAGE``, where tensorboardX is installed. A stage that is
+    resumed, or runs again, replaces its rows from where it begins.
     """
 
     def __init__(self, folder: str | pathlib.Path, label: str = ""):
@@ -58,8 +60,9 @@ class Metrics:
             row = {"stage": stage, "step": step, "time": time} | dict(values)
             lines.write(json.dumps(row) + "\n")
             lines.flush()
-            for name, value in values.items():
-                events.add_scalar(name, value, step)
+            if events is not None:
+                for name, value in values.items():
+                    events.add_scalar(name, value, step)
 
         return record
 
@@ -75,17 +78,20 @@ class Metrics:
         files.write_jsonl(path, sorted(rows, key=lambda row: (row["stage"], row["step"])))
 
     def _begin(self, stage: str, step: int) -> tuple[Any, Any]:
-        """Drop what an earlier start wrote of these steps; return a file and an event writer."""
-        # Imported here: it takes time, and only training needs it.
-        from tensorboardX import SummaryWriter
-
+        """Drop what an earlier start wrote of these steps; return a file and an event writer, None
+        where there is no library for that."""
         path = self._folder / FILE
         kept = [line for line in _lines(path) if not _is_of(line, stage, step)]
         files.write_text(path, "".join(line + "\n" for line in kept))
         lines = files.appended(path)
         self._files.append(lines)
+        # Here: it takes time, and only training needs it.
+        if missing := libraries.missing("tensorboardX"):
+            say(f"  {missing[0]} is not installed: {FILE} is written, no events for TensorBoard.")
+            return lines, None
         folder = str(self._folder / EVENTS / stage)
-        events = SummaryWriter(folder, purge_step=step, flush_secs=5)
+        writer = importlib.import_module("tensorboardX").SummaryWriter
+        events = writer(folder, purge_step=step, flush_secs=5)
         self._files.append(events)
         return lines, events
 

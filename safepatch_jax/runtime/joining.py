@@ -18,19 +18,21 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from safepatch_jax.runtime.meeting import meet
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
 
+Failure = tuple[str, bool, int]  # text, whether it follows from another failure, exit code
 ROOT = "safepatch_jax/"  # of keys in the store of JAX's coordination service
 _ALIVE, _FAILED = ROOT + "alive/", ROOT + "failed/"  # one key a process
 _PRINTED, _GONE = ROOT + "printed", ROOT + "gone/"
 _GRACE = 5.0  # seconds in which a process may end by itself after another has failed
 _PATIENCE = 10.0  # seconds in which process 0 waits for the others' errors after a failure
 _MOMENT = 1.0  # seconds from a process's last message to its end, on a busy machine
+LOST = 75  # exit code after another process vanished: EX_TEMPFAIL, so that a scheduler starts anew
 _SILENCE = 40.0  # seconds without a sign of life after which a process is taken for dead
 
 
@@ -39,6 +41,7 @@ class _State:
 
     called = False  # `initialize` was
     index, count = 0, 1  # as JAX says, once joined
+    silent: set[int] = set()  # processes that are taken for dead: nobody waits for these
 
 
 unfinished: set[pathlib.Path] = set()  # folders that are deleted when this process ends in an error
@@ -165,6 +168,7 @@ def fail(text: str, code: int, *, consequence: bool = False, at_once: bool = Fal
       text: the error.
       code: exit code.
       consequence: of another process's failure; printed only if no process has an error of its own.
+        The exit code is then that of the cause, or LOST.
       at_once: without Python's orderly end, in which a program that is being compiled would crash.
     """
     if _State.count == 1:
@@ -174,7 +178,9 @@ def fail(text: str, code: int, *, consequence: bool = False, at_once: bool = Fal
         os._exit(code)  # a thread may still wait for processes that do not come
     with _ending:
         try:
-            _announce(text, consequence)
+            _announce(text, consequence, code)
+            if consequence:
+                code = _code_of_cause()
         finally:
             for folder in tuple(unfinished):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -182,12 +188,12 @@ def fail(text: str, code: int, *, consequence: bool = False, at_once: bool = Fal
             os._exit(code)  # an orderly shutdown would wait for all processes
 
 
-def _announce(text: str, consequence: bool) -> None:
+def _announce(text: str, consequence: bool, code: int) -> None:
     """Store this process's error, and wait until process 0 has printed those of all."""
     try:
-        client().key_value_set(f"{_FAILED}{_State.index}", json.dumps([text, consequence]))
+        client().key_value_set(f"{_FAILED}{_State.index}", json.dumps([text, consequence, code]))
         if _State.index == 0:
-            until(lambda: len(failures()) == _State.count, _PATIENCE)
+            until(lambda: _all(failures()), _PATIENCE)
             _print_failures(failures())
             client().key_value_set(_PRINTED, "")
         else:
@@ -196,20 +202,39 @@ def _announce(text: str, consequence: bool) -> None:
         _print_error(f"process {_State.index}: ", text)
 
 
+def _code_of_cause() -> int:
+    """Return the exit code of a process that has failed by itself; LOST if none is left to say."""
+    with contextlib.suppress(Exception):  # process 0 is gone
+        for _, consequence, code in failures().values():
+            if not consequence:
+                return code
+    return LOST
+
+
 def _leave() -> None:
     """Store that this process is about to end; process 0 ends last, as the coordination service
     ends with it, which the others would take for an error."""
     with contextlib.suppress(Exception):
         client().key_value_set(f"{_GONE}{_State.index}", "")
         if _State.index == 0:
-            until(lambda: len(client().key_value_dir_get(_GONE)) == _State.count, _GRACE)
+            until(lambda: _all(map(_index, client().key_value_dir_get(_GONE))), _GRACE)
             # Between its last message and its end a process may have to wait for a processor.
             time.sleep(_MOMENT)
 
 
-def _print_failures(failed: Mapping[int, tuple[str, bool]]) -> None:
+def _all(processes: Iterable[int]) -> bool:
+    """Return whether these are all that live."""
+    return len(_State.silent.union(processes)) == _State.count
+
+
+def _index(pair: tuple[str, str]) -> int:
+    """Return the process of a key and its value."""
+    return int(pair[0].rpartition("/")[2])
+
+
+def _print_failures(failed: Mapping[int, Failure]) -> None:
     """Print each error once, with the processes that have it; consequences only if nothing else."""
-    causes = {i: text for i, (text, consequence) in sorted(failed.items()) if not consequence}
+    causes = {i: text for i, (text, consequence, _) in sorted(failed.items()) if not consequence}
     if not causes:
         i = min(failed)
         causes = {i: failed[i][0]}
@@ -251,10 +276,11 @@ def _watch() -> None:
             return
         silent = _silent(signs, last)
         if silent:
+            _State.silent.update(silent)
             fail(
                 f"{who(silent)} gave no sign of life for {_SILENCE:.0f} s: killed, or the host or "
                 "its network is down. The same command, given to all again, resumes this run.",
-                2,
+                LOST,
             )
 
 
@@ -263,7 +289,7 @@ def _silent(signs: Sequence[tuple[str, str]], last: dict[int, tuple[str, float]]
     that is done has deleted its sign, and nobody waits for another."""
     now, silent = time.monotonic(), []
     for key, sign in signs:
-        i = int(key.rpartition("/")[2])
+        i = _index((key, sign))
         if i not in last or last[i][0] != sign:
             last[i] = sign, now
         if now - last[i][1] > _SILENCE:
@@ -294,13 +320,11 @@ def who(processes: list[int]) -> str:
     return f"{noun} {', '.join(map(str, processes))}"
 
 
-def failures() -> dict[int, tuple[str, bool]]:
-    """Return the errors of processes that have failed: text, and whether it is a consequence of
-    another failure."""
+def failures() -> dict[int, Failure]:
+    """Return the errors of processes that have failed."""
     result = {}
-    for key, value in client().key_value_dir_get(_FAILED):
-        text, consequence = json.loads(value)
-        result[int(key.rpartition("/")[2])] = text, consequence
+    for pair in client().key_value_dir_get(_FAILED):
+        result[_index(pair)] = tuple(json.loads(pair[1]))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Libraries that write lines of their own between ours, imported without these."""
+"""Libraries that not every environment has, and such as write lines of their own between ours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ import pathlib
 import sys
 from types import ModuleType
 
+from safepatch_jax.runtime.reading import Refused
+
 _PCI = pathlib.Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"  # the vendor of a TPU chip
+# What prepared data sets need, TensorFlow apart.
+TFDS = ("tensorflow_datasets", "array_record", "importlib_resources")
+# Where pip calls a module otherwise, or not every version will do.
+_PACKAGES = {
+    "tensorflow_datasets": "tensorflow-datasets>=4.9.10",
+    "array_record": "array-record>=0.8",
+    "importlib_resources": "importlib-resources>=6",
+    "tensorboardX": "tensorboardX>=2.6",
+    "gguf": "gguf>=0.17",
+    "jinja2": "jinja2>=3.1",
+    "matplotlib": "matplotlib>=3.9",
+}
 
 
 def quiet_jax() -> None:
@@ -29,6 +43,44 @@ def quiet_jax() -> None:
 
 def _has_tpu() -> bool:
     return any(path.read_text().strip() == _GOOGLE for path in _PCI.glob("*/vendor"))
+
+
+def missing(*modules: str) -> list[str]:
+    """Return which of some modules are not installed, by their packages' names; none is
+    imported."""
+    absent = []
+    for module in modules:
+        try:
+            known = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            known = False
+        if not known:
+            absent.append(_package(module))
+    return absent
+
+
+def refuse_missing(what: str, *modules: str) -> None:
+    """Raise ValueError, with what to give pip, if some modules are not installed.
+
+    Args:
+      what: for what they are needed, the beginning of a sentence.
+    """
+    if absent := missing(*modules):
+        packages = " ".join(f"'{_PACKAGES.get(module, module)}'" for module in modules)
+        raise Refused(
+            f"{what}: needs {' and '.join(absent)}, not installed here. Run: pip install {packages}"
+        )
+
+
+def needed(what: str, *modules: str) -> ModuleType:
+    """Import the first of some modules, all of which are needed. Raises ValueError as
+    `refuse_missing` does."""
+    refuse_missing(what, *modules)
+    return importlib.import_module(modules[0])
+
+
+def _package(module: str) -> str:
+    return _PACKAGES.get(module, module).partition(">=")[0]
 
 
 def transformers() -> ModuleType:

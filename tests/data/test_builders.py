@@ -17,7 +17,7 @@ import zipfile
 
 import pytest
 
-from safepatch_jax.data import builders, sets
+from safepatch_jax.data import sets, tfds_sets
 from safepatch_jax.data.builders import FIELDS, fetch, load_set
 from safepatch_jax.data.records import load_records
 from safepatch_jax.data.sets import SETS, File, Split
@@ -318,12 +318,17 @@ def failure(tmp_path, name, split, manual="manual"):
 
 
 @pytest.mark.parametrize("name, split", PUBLISHED)
-def test_published_formats(tmp_path, name, split):
+def test_published_formats_prepared_and_without_tfds(tmp_path, monkeypatch, name, split):
     file, content, expected = PUBLISHED[name, split]
     put(tmp_path / "manual", file, content)
     records = load_set(name, split, str(tmp_path / "manual"), tmp_path / "data")
     assert records[-1] == ONE | expected and set(records[-1]) == set(FIELDS)
     assert "tensorflow" not in sys.modules
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "array_record", None)  # as if it were not installed
+        unprepared = load_set(name, split, str(tmp_path / "manual"), tmp_path / "other")
+    assert unprepared == records
+    assert not list((tmp_path / "other").glob("*/safety_sets"))
 
 
 def test_every_set_is_tested_and_described():
@@ -369,7 +374,7 @@ def test_killed_while_preparing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builders.SafetySets, "_generate_examples", die)
+        patch.setattr(tfds_sets.SafetySets, "_generate_examples", die)
         load_set("oktest", "test", str(tmp_path / "manual"), tmp_path / "data")
     assert not list((tmp_path / "data").glob("*/safety_sets/oktest/1.0.1"))
     assert len(load_set("oktest", "test", str(tmp_path / "manual"), tmp_path / "data")) == 2

@@ -42,3 +42,11 @@ def test_set_that_is_not_prepared():
         ValueError, match="tfds:no_such_set cannot be read as a data set prepared here"
     ):
         load_records("harmful", "tfds:no_such_set")
+
+
+def test_without_the_packages_the_line_for_pip_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "array_record", None)  # as if it were not installed
+    with pytest.raises(
+        ValueError, match="tfds:tiny.*needs array-record, not installed here.*'array-record>=0.8'"
+    ):
+        load_records("harmful", "tfds:tiny")

@@ -22,6 +22,7 @@ from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
 from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.io import hub
 from safepatch_jax.models.config import read_hf_config, same_architecture
+from safepatch_jax.reporting import charts
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
@@ -60,6 +61,7 @@ def evaluate(
       ValueError: bad suite, data, model or judge; a folder of another evaluation, or one in which
         another process is at work.
     """
+    charts.check()
     suite = load_suite(options.suite)
     folders = {"model": hub.folder_of(model)}
     if against:
