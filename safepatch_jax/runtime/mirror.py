@@ -9,34 +9,32 @@ their folder will have, before its list.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from safepatch_jax.runtime import addresses, files, lease
+from safepatch_jax.runtime import addresses, files
 from safepatch_jax.runtime.addresses import address_of
+from safepatch_jax.runtime.lease import Lease
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.reading import Refused
 
 STAGE_LIST, LIST, PUBLISHING = "manifest.json", "published.json", ".publishing"
 _ARRAYS = "_CHECKPOINT_METADATA"  # orbax puts it into each folder of arrays
 _HASH = re.compile("[0-9a-f]{64}")
-_NOTE = ".in_step.json"
 _SPARE = 1 << 30  # bytes of the local disk that stay free
 
 
-class _Held:
+class Held:
     """The leases of this process, by address (nothing is published below one that is lost), and
     the folders that it keeps in step."""
 
-    leases: dict[str, lease.Lease] = {}
-    workspaces: list[Workspace] = []
+    leases: dict[str, Lease] = {}
+    workspaces: list[Any] = []
 
 
 def stand_in(address: str) -> pathlib.Path:
@@ -51,25 +49,25 @@ def publish(path: pathlib.Path) -> None:
     address = address_of(path)
     if not address or addresses.is_partial(path):
         return
-    _check_leases(address)
+    check_leases(address)
     if path.is_file():
         Objects(address).upload({"": path})
         return
     _publish_folder(path, Objects(address))
-    for workspace in _Held.workspaces:
+    for workspace in Held.workspaces:
         workspace.took(path)
 
 
 def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     listed = STAGE_LIST if (folder / STAGE_LIST).is_file() else LIST
-    paths = _below(folder)
+    paths = below(folder)
     last = paths.pop(listed, None)
     if last is None:  # a stage's list has its arrays, all else that is there before
         outputs = objects.hashes(objects.sizes()) | files.folder_hashes(folder)
     objects.write(PUBLISHING, b"")
     objects.delete([STAGE_LIST, LIST])
     objects.upload(paths)
-    _check_leases(objects.address)
+    check_leases(objects.address)
     if last is None:
         content = json.dumps({"format": 1, "outputs": outputs}, indent=2)
         objects.write(LIST, content.encode())
@@ -87,7 +85,7 @@ def begin(path: pathlib.Path, replace: bool) -> None:
     """
     if not (address := address_of(path)) or addresses.is_partial(path):
         return
-    _check_leases(address)
+    check_leases(address)
     objects = Objects(address)
     names = objects.sizes().keys()
     if replace or PUBLISHING in names:
@@ -137,7 +135,7 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
         raise Refused(f"There is nothing at {objects.address}. Is the address right?")
     files.delete(path)
     _make_room(sum(sizes.values()), path)
-    objects.download({name: _inside(path, name) for name in sizes})
+    objects.download({name: inside(path, name) for name in sizes})
     return path
 
 
@@ -174,7 +172,7 @@ def _download(
     objects: Objects, folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]], where: str
 ) -> None:
     _make_room(sum(entry["bytes"] for entry in outputs.values()), folder)
-    found = objects.download({name: _inside(folder, name) for name in outputs})
+    found = objects.download({name: inside(folder, name) for name in outputs})
     for name, entry in outputs.items():
         if found[name]["sha256"] != entry["sha256"]:
             (folder / name).unlink()
@@ -240,7 +238,7 @@ def rewritten(folder: pathlib.Path) -> None:
     """Write the manifest of a stage, whose outputs were deleted, to the bucket, and delete them
     there."""
     if address := address_of(folder):
-        _check_leases(address)
+        check_leases(address)
         objects = Objects(address)
         objects.upload({STAGE_LIST: folder / STAGE_LIST})
         objects.delete(objects.sizes().keys() - {STAGE_LIST})
@@ -268,7 +266,7 @@ def delete_others(stages: pathlib.Path, keep: Iterable[str]) -> None:
 def written(path: pathlib.Path) -> None:
     """Bring a file that was added to a published folder to the bucket, if it has an address."""
     if address := address_of(path):
-        _check_leases(address)
+        check_leases(address)
         Objects(address).upload({"": path})
 
 
@@ -305,121 +303,14 @@ def _share(path: pathlib.Path) -> Objects:
     return Objects(f"{scheme}://{address.parent}/.sharing/{address.name}")
 
 
-class Workspace:
-    """The files of a folder of work, apart from stages, in step with its address.
-
-    Args:
-      folder: that stands for an address.
-      apart: names of folders in it that are brought by others.
-    """
-
-    def __init__(self, folder: pathlib.Path, apart: Iterable[str] = ("stages",)):
-        self._folder, self._apart = folder, {*apart, lease.NAME}
-        self._objects = Objects(address_of(folder))
-        self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
-        self._lock = threading.RLock()  # the thread that renews the lease pushes too
-
-    def pull(self) -> None:
-        """Make the local files those of the bucket; what is in step is not read again."""
-        tags = {name: tag for name, tag in self._objects.tags().items() if self._is_kept(name)}
-        for name in self._local().keys() - tags.keys():
-            (self._folder / name).unlink()
-        noted, looks, paths = self._noted(), self._looks(), {}
-        for name, tag in tags.items():
-            if not tag or noted.get(name) != [tag, *looks.get(name, ())]:
-                paths[name] = _inside(self._folder, name)
-        self._objects.download(paths)
-        self._seen = self._looks()
-        self._note(tags)
-
-    def _noted(self) -> dict[str, Any]:
-        try:
-            return json.loads((self._folder / _NOTE).read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def _note(self, tags: Mapping[str, str]) -> None:
-        """Take down which versions of objects the local files are."""
-        noted = {name: [tags[name], *look] for name, look in self._seen.items() if name in tags}
-        files.write_json(self._folder / _NOTE, noted)
-
-    def took(self, path: pathlib.Path) -> None:
-        """Take note of a folder that was published by itself."""
-        with self._lock:
-            for name, look in self._looks().items():
-                if (self._folder / name).is_relative_to(path):
-                    self._seen[name] = look
-
-    def push(self) -> None:
-        """Bring what changed here to the bucket, and delete there what was deleted here."""
-        _check_leases(self._objects.address)
-        with self._lock:
-            looks, paths = self._looks(), self._local()
-            self._objects.upload({n: paths[n] for n, x in looks.items() if self._seen.get(n) != x})
-            self._objects.delete(self._seen.keys() - looks.keys())
-            self._seen = looks
-
-    def _looks(self) -> dict[str, tuple[int, int]]:
-        looks = {}
-        for name, path in self._local().items():
-            with contextlib.suppress(FileNotFoundError):  # it was replaced meanwhile
-                status = path.stat()
-                looks[name] = status.st_size, status.st_mtime_ns
-        return looks
-
-    def _local(self) -> dict[str, pathlib.Path]:
-        return {name: path for name, path in _below(self._folder).items() if self._is_kept(name)}
-
-    def _is_kept(self, name: str) -> bool:
-        parts = pathlib.PurePosixPath(name).parts
-        hidden = any(part.startswith(".") for part in parts)
-        return not hidden and not self._apart & set(parts)
-
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Hold the lease of the folder while the block runs, and keep the bucket in step: every few
-        seconds, and at the end. Raises ValueError if another run holds it."""
-        address = self._objects.address
-        with lease.held(address, wait=False, every=self._push_quietly) as held:
-            _Held.leases[address] = held
-            _Held.workspaces.append(self)
-            try:
-                self.pull()
-                try:
-                    yield
-                finally:
-                    self.push()
-                    self._note(self._objects.tags())
-            finally:
-                _Held.workspaces.remove(self)
-                del _Held.leases[address]
-
-    def _push_quietly(self) -> None:
-        """Push from the renewing thread: what fails is tried again, and raised at the end."""
-        with contextlib.suppress(OSError, ValueError):
-            self.push()
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Hold a lease in the place of a lock file while the block runs; wait for it."""
-    address = address_of(path)
-    with lease.held(address, wait=True) as held:
-        _Held.leases[address] = held
-        try:
-            yield
-        finally:
-            del _Held.leases[address]
-
-
-def _check_leases(address: str) -> None:
+def check_leases(address: str) -> None:
     """Raise `lease.Lost` if a lease on a folder above an address is lost."""
-    for place, held in list(_Held.leases.items()):
+    for place, held in list(Held.leases.items()):
         if address == place or address.startswith(f"{place}/"):
             held.check()
 
 
-def _below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Return the files below a folder by name; links are not followed."""
     found = {}
     for root, _, names in os.walk(folder):
@@ -430,7 +321,7 @@ def _below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Return where an object lies locally. Raises ValueError if its name leads out of the
     folder."""
     parts = name.split("/")

@@ -329,9 +329,9 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
     if not first():
         lock = contextlib.nullcontext()
     elif addresses.address_of(path):
-        from safepatch_jax.runtime import mirror
+        from safepatch_jax.runtime import workspace
 
-        lock = mirror.locked(pathlib.Path(path))
+        lock = workspace.locked(pathlib.Path(path))
     else:
         lock = files.locked(path)
     with lock:

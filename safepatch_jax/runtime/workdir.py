@@ -14,9 +14,10 @@ import pathlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from safepatch_jax.runtime import addresses, files, mirror, processes
+from safepatch_jax.runtime import addresses, files, processes
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.workspace import Workspace
 
 _MOST = 4  # names in an error
 
@@ -63,7 +64,7 @@ class Workdir:
     def _look(self) -> None:
         """Bring the files of the bucket here, unless a run of this machine is at work with them."""
         with files.claimed(self.path):
-            mirror.Workspace(self.path).pull()
+            Workspace(self.path).pull()
 
     def _check(self) -> None:
         if self._refuse is not None:
@@ -117,7 +118,7 @@ class Workdir:
         """Hold the lease of a folder of a bucket, by process 0 for all."""
         with contextlib.ExitStack() as stack:
             if addresses.address_of(self.path):
-                processes.on_first(stack.enter_context, mirror.Workspace(self.path).claimed())
+                processes.on_first(stack.enter_context, Workspace(self.path).claimed())
             yield
 
     def _clear_half_written(self) -> None:

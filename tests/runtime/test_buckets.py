@@ -14,6 +14,7 @@ import pytest
 
 from safepatch_jax.runtime import addresses, files, lease, mirror, paths
 from safepatch_jax.runtime.objects import Objects
+from safepatch_jax.runtime.workspace import Workspace
 from safepatch_jax.testing import write_tiny_model
 from tests import bucket as buckets
 from tests.calls import ROOT
@@ -156,8 +157,8 @@ def test_a_lease_of_one_that_is_gone_is_taken_and_who_lost_it_publishes_nothing(
     monkeypatch.setattr(lease, "SECONDS", 0.2)
     gone = lease.Lease(address)
     gone.take(wait=False)
-    workspace = mirror.Workspace(folder)
-    monkeypatch.setitem(mirror._Held.leases, address, gone)
+    workspace = Workspace(folder)
+    monkeypatch.setitem(mirror.Held.leases, address, gone)
     workspace.push()
     taken = lease.Lease(address)
     taken.take(wait=True)  # once it has expired

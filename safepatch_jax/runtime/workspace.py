@@ -1,0 +1,125 @@
+"""A folder of work in step with a bucket: its small files, and the lease on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from safepatch_jax.runtime import files, lease, mirror
+from safepatch_jax.runtime.addresses import address_of
+from safepatch_jax.runtime.objects import Objects
+
+_NOTE = ".in_step.json"
+
+
+class Workspace:
+    """The files of a folder of work, apart from stages, in step with its address.
+
+    Args:
+      folder: that stands for an address.
+      apart: names of folders in it that are brought by others.
+    """
+
+    def __init__(self, folder: pathlib.Path, apart: Iterable[str] = ("stages",)):
+        self._folder, self._apart = folder, {*apart, lease.NAME}
+        self._objects = Objects(address_of(folder))
+        self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
+        self._lock = threading.RLock()  # the thread that renews the lease pushes too
+
+    def pull(self) -> None:
+        """Make the local files those of the bucket; what is in step is not read again."""
+        tags = {name: tag for name, tag in self._objects.tags().items() if self._is_kept(name)}
+        for name in self._local().keys() - tags.keys():
+            (self._folder / name).unlink()
+        noted, looks, paths = self._noted(), self._looks(), {}
+        for name, tag in tags.items():
+            if not tag or noted.get(name) != [tag, *looks.get(name, ())]:
+                paths[name] = mirror.inside(self._folder, name)
+        self._objects.download(paths)
+        self._seen = self._looks()
+        self._note(tags)
+
+    def _noted(self) -> dict[str, Any]:
+        try:
+            return json.loads((self._folder / _NOTE).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _note(self, tags: Mapping[str, str]) -> None:
+        """Take down which versions of objects the local files are."""
+        noted = {name: [tags[name], *look] for name, look in self._seen.items() if name in tags}
+        files.write_json(self._folder / _NOTE, noted)
+
+    def took(self, path: pathlib.Path) -> None:
+        """Take note of a folder that was published by itself."""
+        with self._lock:
+            for name, look in self._looks().items():
+                if (self._folder / name).is_relative_to(path):
+                    self._seen[name] = look
+
+    def push(self) -> None:
+        """Bring what changed here to the bucket, and delete there what was deleted here."""
+        mirror.check_leases(self._objects.address)
+        with self._lock:
+            looks, paths = self._looks(), self._local()
+            self._objects.upload({n: paths[n] for n, x in looks.items() if self._seen.get(n) != x})
+            self._objects.delete(self._seen.keys() - looks.keys())
+            self._seen = looks
+
+    def _looks(self) -> dict[str, tuple[int, int]]:
+        looks = {}
+        for name, path in self._local().items():
+            with contextlib.suppress(FileNotFoundError):  # it was replaced meanwhile
+                status = path.stat()
+                looks[name] = status.st_size, status.st_mtime_ns
+        return looks
+
+    def _local(self) -> dict[str, pathlib.Path]:
+        return {
+            name: path for name, path in mirror.below(self._folder).items() if self._is_kept(name)
+        }
+
+    def _is_kept(self, name: str) -> bool:
+        parts = pathlib.PurePosixPath(name).parts
+        hidden = any(part.startswith(".") for part in parts)
+        return not hidden and not self._apart & set(parts)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the lease of the folder while the block runs, and keep the bucket in step: every few
+        seconds, and at the end. Raises ValueError if another run holds it."""
+        address = self._objects.address
+        with lease.held(address, wait=False, every=self._push_quietly) as held:
+            mirror.Held.leases[address] = held
+            mirror.Held.workspaces.append(self)
+            try:
+                self.pull()
+                try:
+                    yield
+                finally:
+                    self.push()
+                    self._note(self._objects.tags())
+            finally:
+                mirror.Held.workspaces.remove(self)
+                del mirror.Held.leases[address]
+
+    def _push_quietly(self) -> None:
+        """Push from the renewing thread: what fails is tried again, and raised at the end."""
+        with contextlib.suppress(OSError, ValueError):
+            self.push()
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Hold a lease in the place of a lock file while the block runs; wait for it."""
+    address = address_of(path)
+    with lease.held(address, wait=True) as held:
+        mirror.Held.leases[address] = held
+        try:
+            yield
+        finally:
+            del mirror.Held.leases[address]
