@@ -13,8 +13,6 @@ from safepatch_jax.runtime import files, lease, mirror
 from safepatch_jax.runtime.addresses import address_of
 from safepatch_jax.runtime.objects import Objects
 
-_NOTE = ".in_step.json"
-
 
 class Workspace:
     """The files of a folder of work, apart from stages, in step with its address.
@@ -27,6 +25,7 @@ class Workspace:
     def __init__(self, folder: pathlib.Path, apart: Iterable[str] = ("stages",)):
         self._folder, self._apart = folder, {*apart, lease.NAME}
         self._objects = Objects(address_of(folder))
+        self._note_path = folder.with_name(f".{folder.name}.in_step")
         self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
         self._lock = threading.RLock()  # the thread that renews the lease pushes too
 
@@ -45,14 +44,14 @@ class Workspace:
 
     def _noted(self) -> dict[str, Any]:
         try:
-            return json.loads((self._folder / _NOTE).read_text())
+            return json.loads((self._note_path).read_text())
         except (OSError, ValueError):
             return {}
 
     def _note(self, tags: Mapping[str, str]) -> None:
         """Take down which versions of objects the local files are."""
         noted = {name: [tags[name], *look] for name, look in self._seen.items() if name in tags}
-        files.write_json(self._folder / _NOTE, noted)
+        files.write_json(self._note_path, noted)
 
     def took(self, path: pathlib.Path) -> None:
         """Take note of a folder that was published by itself."""
