@@ -281,6 +281,13 @@ class _Reader:
                     if j.operands[1] in inner:
                         total += 2 * inner[j.operands[1]].arrays[0].size
                     updated.add(j.arrays[0].size)
+            elif all(j.op == "scatter" and at == 0 for _, j, at in readers):
+                # In place: the rows that are written are read before.
+                for inner, j, _ in readers:
+                    total += 2 * _whole_size(inner, j.operands[2])
+                    updated.add(j.arrays[0].size)
+            elif all(j.op in ("dynamic-slice", "gather") and at == 0 for _, j, at in readers):
+                total += sum(j.arrays[0].size for _, j, _ in readers)
             else:
                 total += size
         written = self._written(body, i)
@@ -304,6 +311,11 @@ class _Reader:
 def _main_size(scope: Computation, names: Iterable[str]) -> int:
     """Return the bytes of arrays in main memory, each once."""
     return sum(scope[name].main_size for name in dict.fromkeys(names) if name in scope)
+
+
+def _whole_size(scope: Computation, name: str) -> int:
+    """Return the bytes of a value of a computation, 0 if it is not there."""
+    return scope[name].size if name in scope else 0
 
 
 def _between_slices(scope: Computation, i: Instruction, transfer: str) -> Collective:

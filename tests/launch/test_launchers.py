@@ -25,6 +25,7 @@ def test_help_is_a_manual():
     "name",
     [
         "align",
+        "compile_gpu",
         "compile_tpu",
         "convert",
         "evaluate",
