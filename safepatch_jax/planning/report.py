@@ -102,6 +102,8 @@ def _collectives(f: Figures) -> str:
     kinds = [f"{kind} {runs:,} x {size(sent)}" for kind, (runs, sent) in f.work.by_kind().items()]
     if largest := f.work.largest("all-gather"):
         kinds.append(f"largest all-gather {size(largest)}")
+    if f.exposed:
+        kinds.append(f"exposed, with nothing computed meanwhile: {duration(f.exposed)}")
     return f"  {f.title}: {'; '.join(kinds)}"
 
 
