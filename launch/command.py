@@ -37,6 +37,7 @@ _ROWS = (
     ("align", "align", "teach refusals by a short supervised run"),
     ("push", "push", "a model, or a patch alone, to the Hugging Face Hub"),
     ("fit", "compile_tpu", "does a run fit on a TPU slice, or a card?"),
+    ("compile-gpu", "compile_gpu", "does a run fit on GPUs, by their compiler?"),
     ("lm-eval", "lm_eval", "adapter to lm-evaluation-harness"),
 )
 MODULES = {name: f"launch.{module}" for name, module, _ in _ROWS}

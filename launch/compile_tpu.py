@@ -17,9 +17,7 @@ has, FLOPs, collectives with the bytes they move, and the roofline's least time 
 If a program does not fit, the nearest setting that does is searched and printed as flags. A 7B
 model takes 2 to 5 minutes on 2 cores; --suggest, which tries meshes and rematerialisation, 5 to 15.
 
-GPUs (--topology=h100:1, h200:1, a100-40:1, a100-80:4, l4:1) are stood for by CPU devices: memory by
-the buffers of XLA's compiler for CPU against 92 % of the card, which XLA_CLIENT_MEM_FRACTION=0.92
-gives to JAX. Arrays are the GPU's; temporaries, kernels and collectives are not.
+GPUs: launch.compile_gpu.
 
 The compiler proves that the programs partition, compile and fit. It runs nothing: results and speed
 are not examined. Exit code: 0 if everything fits, 3 if not; 2 for a mistake.

@@ -7,11 +7,15 @@ never read. Scoring takes each sample for itself, and plain attention.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec
 
 from safepatch_jax.mesh import Sharder
@@ -19,6 +23,11 @@ from safepatch_jax.models.config import DecoderConfig
 
 SPLASH_BLOCK = 128  # lengths are padded to a multiple of it
 SPLASH_FROM = 512  # below it the logits of plain attention are small, and auto stays with that
+
+
+_PLANNED: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "capability", default=None
+)
 
 
 def kernel_for(attention: str, config: DecoderConfig, dtype, length: int, platform: str) -> str:
@@ -73,13 +82,37 @@ def _why_not(config: DecoderConfig, dtype, length: int, platform: str) -> str | 
 
 
 def _compute_capability() -> tuple[int, int]:
-    """Return the capability of this process's GPUs; without one (plans) that of the oldest that is
-    supported, (0, 0) for other makers' GPUs."""
+    """Return the capability of the GPUs that are compiled for (see `compiling_for`), else of this
+    process's; without one that of the oldest that is supported, (0, 0) for other makers' GPUs."""
+    if planned := _PLANNED.get():
+        return planned
     gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
     if not gpus:
         return 8, 0
     version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(gpus[0], "compute_capability", "")))
     return (int(version[1]), int(version[2])) if version else (0, 0)
+
+
+@contextlib.contextmanager
+def compiling_for(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Let programs be traced and lowered for absent GPUs of a compute capability; None changes
+    nothing."""
+    if capability is None:
+        yield
+        return
+    # JAX's own check of the head size asks the machine at hand, which has no GPU.
+    checked = fused_attention_stablehlo.check_compute_capability
+
+    def at_least(version: str) -> bool:
+        return capability >= tuple(map(int, version.split(".")))
+
+    token = _PLANNED.set(capability)
+    fused_attention_stablehlo.check_compute_capability = at_least
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_compute_capability = checked
+        _PLANNED.reset(token)
 
 
 def fused_attention(

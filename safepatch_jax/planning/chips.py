@@ -1,5 +1,5 @@
-"""Published figures of chips, and the devices of a TPU topology without its hardware; for GPUs, CPU
-devices that stand for them."""
+"""Published figures of chips, and devices without their hardware: a TPU topology's, GPUs of XLA's
+CUDA compiler, or CPU devices that stand for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.planning.cards import CARDS, HOST, absent, installed, target_config
 
 GIB = 2**30
 
@@ -73,7 +74,8 @@ CHIPS = {
     ),
     "l4": Chip("L4", ("NVIDIA L4",), 24 * 10**9, 121e12, 300e9, 32e9, 12.5e9),
 }
-POOL = 0.92  # of a card's memory, what JAX can be given (XLA_CLIENT_MEM_FRACTION; its own is 0.75)
+POOL = 0.92  # of a card's memory, what JAX can be given (XLA_CLIENT_MEM_FRACTION)
+OWN_POOL = 0.75  # of a card's memory, what JAX takes of itself
 # libtpu must not look for a metadata server or for chips, nor claim them against other processes.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -104,6 +106,14 @@ class Target:
     devices: tuple[Any, ...]
     chip: Chip | None
     memory: int | None
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability of absent GPUs; None where the devices are no such."""
+        names = [name for name, chip in CHIPS.items() if chip is self.chip]
+        if not names or self.devices[0].platform != "gpu" or names[0] not in CARDS:
+            return None
+        return CARDS[names[0]].capability
 
     @property
     def slices(self) -> int:
@@ -166,13 +176,20 @@ def topology(text: str, slices: int = 1) -> Target:
 
 
 def _cards(text: str, name: str, number: str, slices: int) -> Target:
-    """Return CPU devices in the place of so many GPUs of a kind, with the memory that JAX can have
-    of each: what is compiled for them has the GPU's arrays, and other temporaries and kernels."""
+    """Return so many GPUs of a kind, with the memory that JAX can have of each: those of XLA's CUDA
+    compiler, or, where its plugin is absent, CPU devices in their place. What is compiled for these
+    has the GPU's arrays, and other temporaries and kernels."""
     chip = CHIPS.get(name)
     if chip is None or chip.platform != "gpu" or not int(number) or slices != 1:
         raise ValueError(f"Unknown topology '{text}'. Forms: {FORMS}.")
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
+    title, memory = f"{text.strip()}: {number} x {chip.name}", int(POOL * chip.hbm)
+    if installed():
+        if int(number) > HOST:
+            raise ValueError(f"'{text}': NVLink joins {HOST} cards of a host; take {HOST} or less.")
+        config = target_config(CARDS[name], chip.kinds[0], chip.hbm, chip.bandwidth)
+        return Target(title, tuple(absent(config, int(number))), chip, memory)
     with contextlib.suppress(RuntimeError):  # JAX runs: there are as many as there are
         jax.config.update("jax_num_cpu_devices", int(number))
     devices = jax.devices("cpu")[: int(number)]
@@ -181,8 +198,8 @@ def _cards(text: str, name: str, number: str, slices: int) -> Target:
             f"'{text}' needs {number} simulated devices, and JAX runs with {len(devices)}. Set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={number}."
         )
-    title = f"{text.strip()}: {number} x {chip.name}, by XLA's compiler for CPU"
-    return Target(title, tuple(devices), chip, int(POOL * chip.hbm))
+    title += ", by XLA's compiler for CPU (that for CUDA: pip install -e '.[gpu-aot]')"
+    return Target(title, tuple(devices), chip, memory)
 
 
 def present(sharder: Sharder, chip: Chip | None = None) -> Target:

@@ -7,7 +7,7 @@ import functools
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.planning.chips import Chip, Target
 from safepatch_jax.planning.flops import count_flops
 from safepatch_jax.planning.programs import Program
-from safepatch_jax.planning.work import ProgramWork, read_work
+from safepatch_jax.planning.work import Collective, ProgramWork, read_work
 from safepatch_jax.runtime.console import progress
 
 
@@ -39,6 +39,7 @@ class Figures:
       work: of all runs on a device.
       floor: {unit that limits: least seconds of all runs}; empty where the chip's figures are not
         known.
+      exposed: seconds of the links in which nothing else is computed; part of the links' floor.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Figures:
     needed: int | None = None
     work: ProgramWork = ProgramWork()
     floor: dict[str, float] = dataclasses.field(default_factory=dict)
+    exposed: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -126,7 +128,12 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         return figures(seconds=time.monotonic() - start, needed=needed)
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     work = read_work(compiled.as_text()).times(program.runs)
-    floor = least_times(work, flops / sharder.mesh.devices.size, target.chip) if target.chip else {}
+    floor, devices = {}, list(sharder.mesh.devices.flat)
+    exposed = 0.0
+    if target.chip:
+        floor = least_times(work, flops / len(devices), target.chip, devices)
+        alone = [c for c in work.collectives if c.exposed and not c.across]
+        exposed = link_seconds(alone, target.chip, devices)
     return figures(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
@@ -134,6 +141,7 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         peak=peak_bytes(memory) + program.resident,
         work=work,
         floor=floor,
+        exposed=exposed,
     )
 
 
@@ -174,22 +182,48 @@ def memory_needed(message: str) -> int | None:
     return 0
 
 
-def least_times(work: ProgramWork, share: float, chip: Chip) -> dict[str, float]:
+def link_seconds(
+    collectives: Iterable[Collective], chip: Chip, devices: Sequence[Any] = ()
+) -> float:
+    """Return the least time of collectives on a chip's links: of a torus, those along the axes in
+    which the devices of a group differ.
+
+    Args:
+      collectives: within a slice.
+      chip: its figures.
+      devices: in the order of the mesh; without them all links count.
+    """
+    return sum(c.sent / (chip.link * _share_of_links(c, chip, devices)) for c in collectives)
+
+
+def _share_of_links(c: Collective, chip: Chip, devices: Sequence[Any]) -> float:
+    places = [getattr(devices[n], "coords", None) for n in c.group if n < len(devices)]
+    if not chip.dims or not places or None in places:
+        return 1.0
+    spanned = sum(len(set(along)) > 1 for along in zip(*places))
+    return max(1, spanned) / chip.dims
+
+
+def least_times(
+    work: ProgramWork, share: float, chip: Chip, devices: Sequence[Any] = ()
+) -> dict[str, float]:
     """Return the roofline's times in seconds, {unit: time}; one run takes at least the largest.
 
-    A floor and no forecast: it assumes every unit at its peak, all of them at once, and all links
-    of a chip in use.
+    A floor and no forecast: it assumes every unit at its peak, all of them at once, and the
+    links that a collective can use, see `link_seconds`.
 
     Args:
       work: of one device.
       share: FLOPs that a device would have if they were divided evenly; more where devices repeat
         one another's work. FLOPs of fused kernels are in this count alone.
       chip: its figures.
+      devices: in the order of the mesh.
     """
+    within = [c for c in work.collectives if not c.across]
     times = {
         "compute": max(share, work.flops) / chip.flops,
         "memory": work.traffic / chip.bandwidth,
-        "links": work.sent() / chip.link,
+        "links": link_seconds(within, chip, devices),
     }
     if any(c.across for c in work.collectives):
         times["network"] = work.sent(across=True) / chip.network

@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Sequence
 
 from safepatch_jax.io import hub
-from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.config import DecoderConfig, read_hf_config
+from safepatch_jax.models.kernels import compiling_for
 from safepatch_jax.planning import report
-from safepatch_jax.planning.chips import topology
+from safepatch_jax.planning.chips import Target, topology
 from safepatch_jax.planning.fitting import fitted
 from safepatch_jax.planning.programs import PROGRAMS, architecture
 from safepatch_jax.planning.search import Planner
@@ -70,8 +71,8 @@ def compile_run(
     remedy: bool = True,
     json_path: str | pathlib.Path | None = None,
 ) -> bool:
-    """Compile the programs of a run for a TPU topology; print what each needs, and whether they
-    fit.
+    """Compile the programs of a run for a TPU topology or GPUs; print what each needs, and whether
+    they fit.
 
     Args:
       settings: of the run.
@@ -93,6 +94,19 @@ def compile_run(
     if json_path is not None and not pathlib.Path(json_path).absolute().parent.is_dir():
         raise ValueError(f"--json: the folder of '{json_path}' is not there. Make it first.")
     config, target = architecture(settings), topology(text, slices)
+    with compiling_for(target.capability):
+        return _compile(settings, config, target, kinds, suggest, remedy, json_path)
+
+
+def _compile(
+    settings: Settings,
+    config: DecoderConfig,
+    target: Target,
+    kinds: Sequence[str],
+    suggest: bool,
+    remedy: bool,
+    json_path: str | pathlib.Path | None,
+) -> bool:
     planner, fit, compiled, figures = Planner(config, target, kinds), None, [], ()
     if suggest:
         compiled, fit = planner.suggest(settings)
@@ -106,7 +120,7 @@ def compile_run(
     else:
         figures = planner.all(settings)
         lines = [*report.table(figures), report.verdict(figures)]
-    for line in lines:
+    for line in [*lines, *report.pool_lines(figures, target)]:
         say(line)
     if remedy and not suggest and not all(f.fits for f in figures):
         fit = planner.remedy(settings)

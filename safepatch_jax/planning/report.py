@@ -11,7 +11,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning import PROGRAMS
-from safepatch_jax.planning.chips import GIB, Chip, Target, present
+from safepatch_jax.planning.chips import GIB, OWN_POOL, POOL, Chip, Target, present
 from safepatch_jax.planning.compile import Figures, measure_all
 from safepatch_jax.planning.programs import holdings, lengths, programs
 from safepatch_jax.planning.screen import screen_train
@@ -102,6 +102,8 @@ def _collectives(f: Figures) -> str:
     kinds = [f"{kind} {runs:,} x {size(sent)}" for kind, (runs, sent) in f.work.by_kind().items()]
     if largest := f.work.largest("all-gather"):
         kinds.append(f"largest all-gather {size(largest)}")
+    if f.exposed:
+        kinds.append(f"exposed, with nothing computed meanwhile: {duration(f.exposed)}")
     return f"  {f.title}: {'; '.join(kinds)}"
 
 
@@ -124,6 +126,21 @@ def verdict(figures: Sequence[Figures]) -> str:
         f"Verdict: fits. The most is {size(worst.peak)} of {size(worst.memory)} a device "
         f"({worst.title})."
     )
+
+
+def pool_lines(figures: Sequence[Figures], target: Target) -> list[str]:
+    """Say which share of a card JAX must be given; nothing for TPUs, or where nothing fits."""
+    chip, most = target.chip, max((f.required for f in figures), default=0)
+    if chip is None or chip.platform != "gpu" or not most or most > POOL * chip.hbm:
+        return []
+    of_itself = f"JAX takes {OWN_POOL:.0%} of a card of itself, {size(OWN_POOL * chip.hbm)}"
+    if most <= OWN_POOL * chip.hbm:
+        return [f"Pool: {of_itself}, which is enough."]
+    least = math.ceil(100 * most / chip.hbm) / 100
+    return [
+        f"Pool: {of_itself}, which is too little. Set XLA_CLIENT_MEM_FRACTION to {least:.2f} or "
+        f"more (at most {POOL})."
+    ]
 
 
 def remedy_lines(

@@ -42,6 +42,8 @@ class Collective:
       ways: devices that exchange with one another; for an exchange between slices, slices.
       count: how often it runs, loops included.
       across: it goes between TPU slices, over the data centre network.
+      exposed: nothing else is computed meanwhile: it is not started and awaited apart.
+      group: the numbers of devices, in the order of the mesh, of one of its groups.
     """
 
     kind: str
@@ -49,6 +51,8 @@ class Collective:
     ways: int
     count: int = 1
     across: bool = False
+    exposed: bool = False
+    group: tuple[int, ...] = ()
 
     @property
     def sent(self) -> float:
@@ -187,7 +191,9 @@ class _Reader:
         if i.op == "conditional":
             branches = map(self.computation, i.called)
             return max(branches, key=lambda w: (w.traffic, w.flops), default=ProgramWork()), {}
-        if i.op in ("call", "async-start") and i.called:
+        if i.op == "async-start" and i.called:
+            return _hidden(self.computation(i.called[0])), {}
+        if i.op == "call" and i.called:
             return self.computation(i.called[0]), {}
         free = i.op in _FREE or 'custom_call_target="AllocateBuffer"' in i.text
         if free or i.op.endswith("-done"):
@@ -197,6 +203,8 @@ class _Reader:
             flops += self._flops(inner, j)
             sorts += j.op == "sort"
             if collective := self._collective(inner, j):
+                if j is not i:  # within a fusion, which computes meanwhile
+                    collective = dataclasses.replace(collective, exposed=False)
                 collectives[_channel(j)] = collective
         traffic = self._traffic(scope, i)
         return ProgramWork(traffic=traffic, flops=flops, sorts=sorts), collectives
@@ -215,7 +223,9 @@ class _Reader:
         cut = any(j.op == "dynamic-slice" and j.operands[0] == i.name for j in scope.values())
         if kind == "all-reduce" and cut and "from-cross-replica-sharding" in i.text:
             kind = "reduce-scatter"
-        return Collective(kind, size, ways)
+        exposed = not i.op.endswith("-start") or bool(re.search(r'"is_sync":true', i.text))
+        group = groups[0] if groups else tuple(range(ways))
+        return Collective(kind, size, ways, exposed=exposed, group=group)
 
     @functools.cached_property
     def _partitions(self) -> int:
@@ -281,6 +291,13 @@ class _Reader:
                     if j.operands[1] in inner:
                         total += 2 * inner[j.operands[1]].arrays[0].size
                     updated.add(j.arrays[0].size)
+            elif all(j.op == "scatter" and at == 0 for _, j, at in readers):
+                # In place: the rows that are written are read before.
+                for inner, j, _ in readers:
+                    total += 2 * _whole_size(inner, j.operands[2])
+                    updated.add(j.arrays[0].size)
+            elif all(j.op in ("dynamic-slice", "gather") and at == 0 for _, j, at in readers):
+                total += sum(j.arrays[0].size for _, j, _ in readers)
             else:
                 total += size
         written = self._written(body, i)
@@ -304,6 +321,16 @@ class _Reader:
 def _main_size(scope: Computation, names: Iterable[str]) -> int:
     """Return the bytes of arrays in main memory, each once."""
     return sum(scope[name].main_size for name in dict.fromkeys(names) if name in scope)
+
+
+def _whole_size(scope: Computation, name: str) -> int:
+    """Return the bytes of a value of a computation, 0 if it is not there."""
+    return scope[name].size if name in scope else 0
+
+
+def _hidden(work: ProgramWork) -> ProgramWork:
+    collectives = [dataclasses.replace(c, exposed=False) for c in work.collectives]
+    return dataclasses.replace(work, collectives=tuple(collectives))
 
 
 def _between_slices(scope: Computation, i: Instruction, transfer: str) -> Collective:

@@ -60,24 +60,3 @@ def test_without_the_compiler_it_is_named(tmp_path):
         timeout=300,
     )
     assert result.returncode == 2 and "pip install -e '.[tpu-aot]'" in result.stderr
-
-
-def test_gpus_by_devices_that_stand_for_them(tmp_path):
-    """Needs no compiler of another platform; the pass block by block, over two cards."""
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
-    out = tmp_path / "figures.json"
-    result = call(
-        f"--model.source={tmp_path}",
-        "--topology=l4:2",
-        "--mesh=fsdp:2",
-        "--derive.train=scope",
-        "--derive.backward=layerwise",
-        "--score.in_flight=2",
-        f"--json={out}",
-    )
-    assert result.returncode == 0, result.stderr
-    assert "l4:2: 2 x L4, by XLA's compiler for CPU" in result.stdout
-    assert "Verdict: fits." in result.stdout
-    runs = {p["title"]: p["runs"] for p in json.loads(out.read_text())["programs"]}
-    assert runs["train forward"] == 2 and runs["train backward"] == 4  # clipped: twice
-    assert runs["score backward"] == 2 and runs["decode"] == 1

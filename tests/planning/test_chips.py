@@ -6,6 +6,7 @@ import itertools
 import jax
 import pytest
 
+from safepatch_jax.planning.cards import CARDS, target_config
 from safepatch_jax.planning.chips import CHIPS, GIB, POOL, present, topology
 from tests.conftest import sharder_of
 
@@ -46,9 +47,11 @@ def test_devices_at_hand():
     assert target.slices == 1
 
 
-def test_cpu_devices_stand_for_gpus():
+def test_cpu_devices_stand_for_gpus_where_the_compiler_is_absent(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     target = topology("h100:2")
-    assert target.title == "h100:2: 2 x H100 SXM, by XLA's compiler for CPU"
+    assert target.title.startswith("h100:2: 2 x H100 SXM, by XLA's compiler for CPU")
+    assert "pip install -e '.[gpu-aot]'" in target.title and target.capability is None
     assert len(target.devices) == 2 and target.chip is CHIPS["h100"]
     assert target.memory == int(POOL * CHIPS["h100"].hbm)
     with pytest.raises(ValueError, match="needs 9 simulated devices.*device_count=9"):
@@ -56,3 +59,14 @@ def test_cpu_devices_stand_for_gpus():
     for text in ("h100:0", "h900:1", "v5e:4"):
         with pytest.raises(ValueError, match="Unknown topology.*Forms: .*h100:1"):
             topology(text)
+
+
+def test_every_gpu_of_the_table_has_what_its_compiler_asks():
+    gpus = {name for name, chip in CHIPS.items() if chip.platform == "gpu"}
+    assert gpus == set(CARDS)
+    for name, card in CARDS.items():
+        text = target_config(card, CHIPS[name].kinds[0], CHIPS[name].hbm, CHIPS[name].bandwidth)
+        assert f"device_memory_size: {CHIPS[name].hbm}\n" in text
+        assert f"major: {card.capability[0]} minor: {card.capability[1]}" in text
+        # Two for a multiplication and its addition: what float32 units give is below bfloat16's.
+        assert card.cores * card.lanes * 2e9 * card.clock < CHIPS[name].flops

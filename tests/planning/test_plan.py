@@ -4,6 +4,7 @@ report."""
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import pytest
@@ -13,7 +14,13 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.planning import compile as compiling
 from safepatch_jax.planning import report
 from safepatch_jax.planning.chips import CHIPS, GIB, Target, present
-from safepatch_jax.planning.compile import Figures, least_times, measure, memory_needed
+from safepatch_jax.planning.compile import (
+    Figures,
+    least_times,
+    link_seconds,
+    measure,
+    memory_needed,
+)
 from safepatch_jax.planning.programs import (
     PROGRAMS,
     abstract_batch,
@@ -451,3 +458,14 @@ def test_screening_follows_settings():
     assert whole.arguments == layerwise.arguments == trained + others
     assert whole.least - whole.arguments == trained
     assert layerwise.least - layerwise.arguments == trained // CONFIG.num_layers
+
+
+def test_a_collective_along_one_axis_of_a_torus_has_its_links_alone():
+    places = [(x, y, 0) for x in range(2) for y in range(2)]
+    devices = [types.SimpleNamespace(coords=place) for place in places]
+    row = Collective("all-gather", 10**9, 2, group=(0, 1))
+    square = Collective("all-gather", 10**9, 4, group=(0, 1, 2, 3))
+    v5e = CHIPS["v5e"]
+    assert link_seconds([row], v5e, devices) == pytest.approx(2 * row.sent / v5e.link)
+    assert link_seconds([square], v5e, devices) == pytest.approx(square.sent / v5e.link)
+    assert link_seconds([row], CHIPS["h100"]) == pytest.approx(row.sent / CHIPS["h100"].link)

@@ -277,3 +277,41 @@ def test_a_module_knows_its_loops_and_calls():
         "async_collective_fusion.1",
     )
     assert functools.reduce(lambda n, c: n + len(c), module.computations.values(), 0) > 40
+
+
+def test_of_an_update_in_place_within_a_fusion_the_rows_count_alone():
+    """As XLA's CUDA compiler writes a cache: a scatter into the stack of all layers."""
+    text = """HloModule m, is_scheduled=true
+
+%write (p: bf16[32,1024], rows: s32[2,1], new: bf16[2,1024]) -> bf16[32,1024] {
+  %p = bf16[32,1024]{1,0} parameter(0)
+  %rows = s32[2,1]{1,0} parameter(1)
+  %new = bf16[2,1024]{1,0} parameter(2)
+  ROOT %scatter.1 = bf16[32,1024]{1,0} scatter(%p, %rows, %new), update_window_dims={1}
+}
+
+ENTRY %main (a: bf16[32,1024], rows: s32[2,1], new: bf16[2,1024]) -> bf16[32,1024] {
+  %a = bf16[32,1024]{1,0} parameter(0)
+  %rows.1 = s32[2,1]{1,0} parameter(1)
+  %new.1 = bf16[2,1024]{1,0} parameter(2)
+  ROOT %fusion.1 = bf16[32,1024]{1,0} fusion(%a, %rows.1, %new.1), kind=kInput, calls=%write
+}
+"""
+    row = 2 * 1024 * 2
+    assert read_work(text).traffic == 2 * row + 8 + row
+
+
+def test_a_collective_that_is_awaited_at_once_is_exposed():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[8]) -> (f32[16], f32[16]) {
+  %a = f32[8]{0} parameter(0)
+  %gather.1 = f32[16]{0} all-gather(%a), replica_groups={{0,1}}, dimensions={0}
+  %start.1 = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), replica_groups={{0,1}}, dimensions={0}
+  %done.1 = f32[16]{0} all-gather-done(%start.1)
+  ROOT %tuple.1 = (f32[16]{0}, f32[16]{0}) tuple(%gather.1, %done.1)
+}
+"""
+    alone, meanwhile = read_work(text).collectives
+    assert alone.exposed and not meanwhile.exposed
+    assert alone.group == meanwhile.group == (0, 1)
