@@ -21,6 +21,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.run.stages import CACHE, Runner
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.addresses import address_of
 from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.settings import PatchSettings, Settings
 from safepatch_jax.training.checkpoints import KEPT
@@ -125,6 +126,8 @@ def missing(runner: Runner, disk: Disk, waiting: Collection[str]) -> dict[pathli
         if name not in waiting:
             continue
         folder = runner.folder(name)
+        if address_of(folder) and name.startswith(("derive_", "score_")):
+            continue  # arrays go straight to the bucket
         place = _existing(folder)
         device = place.stat().st_dev
         folders.setdefault(device, place)

@@ -237,6 +237,8 @@ class Runner:
         bucket."""
         folder = self.folder(name)
         if mirror.is_one(folder):
+            if not processes.first():  # process 0 has done so, see `_status`
+                mirror.refresh(folder)
             mirror.bring(folder, processes.on_first(self._outputs, name))
         return folder
 

@@ -65,7 +65,8 @@ class Lease:
             elif not wait:
                 raise Refused(
                     f"Another run is at work in {self.address}: {_told(holder)}. Wait until it has "
-                    "ended, stop it, or give another folder."
+                    "ended, stop it, or give another folder. Of one that was killed the lease ends "
+                    f"within {SECONDS:.0f} s."
                 )
             else:
                 time.sleep(min(2.0, SECONDS / 10))
