@@ -134,7 +134,7 @@ class Objects:
         digest, place = hashlib.sha256(), self._at(name)
         size = self._files.info(place)["size"]
         for start in range(0, size, _PIECE):
-            piece = self._files.cat_file(place, start, min(size, start + _PIECE))
+            piece = self._files.cat_file(place, start=start, end=min(size, start + _PIECE))
             digest.update(piece)
             out.write(piece)
         return digest.hexdigest()
