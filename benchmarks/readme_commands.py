@@ -1,8 +1,8 @@
 """Run the commands of README.md as they stand, on a tiny model: each must end well, and write
 nothing but lines of our own.
 
-  python -m benchmarks.readme_commands               # all that can run here: about 10 minutes
-  python -m benchmarks.readme_commands --only=sweep  # those that hold a word
+  python -m benchmarks.readme_commands                  # all that can run here: about 10 minutes
+  python -m benchmarks.readme_commands --holding=sweep  # those that hold a word
 
 Only what stands for the reader's own is replaced, by files of the same names in a new folder: DIR
 (a random model), FILE (a patch of it), and the data files; devices of a mesh are simulated. What
@@ -29,14 +29,15 @@ from safepatch_jax.runtime.files import write_json
 from safepatch_jax.testing import write_tiny_model
 
 ROOT = pathlib.Path(__file__).absolute().parents[1]
-_ONLY = flags.DEFINE_string("only", "", "Run the commands that hold this word.")
+_HOLDING = flags.DEFINE_string("holding", "", "Run the commands that hold this word.")
 # What a command holds that cannot run here, and why.
 LEFT_OUT = {
     "make demo": "it installs from the network, and runs the real demo for minutes",
     "make test": "it installs from the network, and runs all tests",
     "tpu_pod.sh": "it needs a TPU pod slice",
 }
-_BAR = re.compile(r"  .*: +\d+%\|")
+# of tqdm: one of something, and one of nothing
+_BAR = re.compile(r"  .*: +(\d+%\||\S+ \[\d+:\d+)")
 _OURS = ("error: ",)  # how our own lines begin
 
 
@@ -117,7 +118,7 @@ def main(_: list[str]) -> None:
         for number, command in enumerate(commands()):
             if why := reason(command):
                 print(f"left out: {why}  {command}")
-            elif _ONLY.value in command:
+            elif _HOLDING.value in command:
                 result = call(command, files, scratch / str(number), scratch)
                 lines = stray(result.err)
                 bad += bool(result.code or lines)

@@ -7,6 +7,8 @@ import sys
 import tempfile
 import threading
 
+from benchmarks.readme_commands import stray
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -21,9 +23,10 @@ def call(launcher, *args):
 
 
 def done(launcher, *args):
-    """Return the output of a launcher that ends well."""
+    """Return the output of a launcher that ends well, and writes bars alone to stderr."""
     result = call(launcher, *args)
     assert result.returncode == 0, result.stderr
+    assert stray(result.stderr) == []
     return result.stdout
 
 

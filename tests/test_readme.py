@@ -35,6 +35,7 @@ def test_every_command_runs_or_is_left_out_with_a_reason():
     [
         ("  export:   0%|          | 0.00/75.1k [00:00<?, ?B/s]", False),
         ("  answers: 100%|##########| 3/3 [00:02<00:00,  2.54s/answer, 189 tokens/s]", False),
+        ("  write: 0.00B [00:00, ?B/s]", False),
         ("error: No patch file 'FILE'.", False),
         ("WARNING: All log messages before absl::InitializeLog() is called", True),
         ("W0000 00:00:1 cpu_client.cc:1] slow compile", True),

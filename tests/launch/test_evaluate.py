@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from benchmarks.readme_commands import stray
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import UNKNOWN, JudgeUnavailable
 from safepatch_jax.evaluation.statistics import wilson
@@ -86,6 +87,7 @@ def test_as_a_user_calls_it(tiny, suite, tmp_path):
     assert shown.returncode == 0 and "--- look-alikes (refusal, " in shown.stdout, shown.stderr
     result = call(*flags, f"--out={tmp_path / 'out'}", "--batch_size=8")
     assert result.returncode == 0, result.stderr
+    assert stray(result.stderr) == []
     assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         LOCK,

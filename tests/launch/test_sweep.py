@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks.readme_commands import stray
 from tests.calls import call, call_and_kill
 from tests.launch.test_processes import launch
 
@@ -49,6 +50,7 @@ def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):
     assert len(rows_of(work)) in (1, 2)
     result = call(*command)
     assert result.returncode == 0, result.stderr
+    assert stray(result.stderr) == []
     assert "derive_se: running" not in result.stdout and "| has a row" in result.stdout
     assert len(points_of(result.stdout)) == 6
     points = set()

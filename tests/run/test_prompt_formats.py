@@ -59,9 +59,9 @@ def test_the_format_is_in_the_key_of_every_stage_that_writes_prompts(own, templa
     every = usual.keys() - IMPORTS
     for change in ({"data.template": "plain"}, {"data.system": "Be kind."}):
         assert changed(usual, keys_of(own.override(change), tmp_path)) == every
-    skip = keys_of(own.override({"evaluate.thinking": "skip"}), tmp_path)
     asks = {name for name in usual if name.startswith("evaluate_")}
-    assert asks <= changed(usual, skip) <= asks | {"report"}
+    for change in ({"evaluate.thinking": "skip"}, {"evaluate.think_tokens": 8}):
+        assert asks <= changed(usual, keys_of(own.override(change), tmp_path)) <= asks | {"report"}
     given = keys_of(own.override({"data.template_kwargs": "x=1"}), tmp_path)
     assert changed(usual, given) == every
     same = keys_of(own.override({"data.template_kwargs": '{"x": 1}'}), tmp_path)
