@@ -3,6 +3,7 @@ scores, model folders, patch files. Nothing is put on a device."""
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +17,11 @@ from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.table import Param, ParamTable, param_table
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile
 from safepatch_jax.run import manifests
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, mirror
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.reading import Refused, reading
+from safepatch_jax.runtime.workspace import Workspace
 
 _TREES = (manifests.WEIGHTS, manifests.DIFFERENCES, manifests.SCORES)
 _MODEL, _PATCH = "model", "patch.safetensors"
@@ -67,7 +69,12 @@ def open_arrays(workdir: str, stage: str, model: str = "") -> StageArrays:
       ValueError: no such stage, arrays that were deleted or are damaged, a stage without arrays.
     """
     place = resolve(workdir)
+    if mirror.is_one(place):
+        Workspace(place).pull()
     folder = _folder(place, stage)
+    if mirror.is_one(folder):
+        mirror.bring_whole(folder)
+        atexit.register(mirror.forget, folder)  # a derived model is not left lying here
     state, manifest = manifests.read(folder)
     if state != manifests.SOUND:
         raise Refused(

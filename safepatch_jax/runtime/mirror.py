@@ -168,6 +168,15 @@ def bring(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> Non
     _download(Objects(address), folder, missing, address)
 
 
+def bring_whole(folder: pathlib.Path) -> None:
+    """Bring all outputs of a stage, also arrays. Raises ValueError as `fetch`."""
+    refresh(folder)
+    if (folder / STAGE_LIST).is_file():
+        outputs = _listed_outputs((folder / STAGE_LIST).read_bytes())
+        if not json.loads((folder / STAGE_LIST).read_bytes()).get("deleted"):
+            _download(Objects(address_of(folder)), folder, outputs, address_of(folder))
+
+
 def _download(
     objects: Objects, folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]], where: str
 ) -> None:
