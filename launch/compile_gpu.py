@@ -27,5 +27,9 @@ from launch import compile_tpu, main
 flags.adopt_module_key_flags(compile_tpu)
 
 
+def run() -> None:
+    compile_tpu.run()
+
+
 if __name__ == "__main__":
-    main.run(compile_tpu.run)
+    main.run(run)
