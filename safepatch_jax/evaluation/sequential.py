@@ -121,11 +121,12 @@ def decide(differences: Sequence[float], limits: Limits) -> Decision:
     below = log_capital(scaled, limits.margin / limits.bound)
     above = log_capital(-scaled, -limits.fail_above / limits.bound)
     verdict, at = _first(below, above, limits)
+    mean = math.fsum(differences) / n if n else None
     return Decision(
         verdict=verdict,
         n=n,
         decided_at=at,
-        mean=math.fsum(differences) / n if n else None,
+        mean=mean,
         low=-_at_most(-scaled, limits.alpha_fail) * limits.bound,
         high=_at_most(scaled, limits.alpha) * limits.bound,
         e_pass=float(below.max(initial=0.0)),
