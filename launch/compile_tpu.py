@@ -47,7 +47,7 @@ _SUGGEST = flags.DEFINE_bool(
 _REMEDY = flags.DEFINE_bool(
     "remedy", True, "Where the settings do not fit, look for the nearest that do."
 )
-_JSON = kinds.path("json", None, "Also write the figures to this file.")
+_JSON = kinds.local("json", None, "Also write the figures to this file.")
 flags.adopt_module_key_flags(settings_flags)
 
 

@@ -42,6 +42,11 @@ def path(name: str, default: str | None, help_text: str, **keywords: Any) -> fla
     return text(name, default, help_text, paths.plain, **keywords)
 
 
+def local(name: str, default: str | None, help_text: str, **keywords: Any) -> flags.FlagHolder:
+    """Define a flag for a file or folder that cannot lie in a bucket."""
+    return text(name, default, help_text, paths.on_disk, **keywords)
+
+
 def model(name: str, default: str | None, help_text: str, **keywords: Any) -> flags.FlagHolder:
     """Define a flag for a model: a path, one after hf:, orbax: or gguf:, or org/name[@revision]."""
     return text(name, default, help_text, paths.model, **keywords)

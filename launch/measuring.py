@@ -30,12 +30,12 @@ def define(defaults: Any) -> dict[str, flags.FlagHolder]:
         "batch_size": flags.DEFINE_integer(
             "batch_size", defaults.batch_size, "Sequences that run together.", lower_bound=1
         ),
-        "manual_dir": kinds.path(
+        "manual_dir": kinds.local(
             "data.manual_dir",
             "",
             "Folder with files of public data sets that were fetched by hand.",
         ),
-        "data_dir": kinds.path(
+        "data_dir": kinds.local(
             "data_dir", defaults.data_dir, "Where public data sets are prepared."
         ),
         "date": kinds.text(

@@ -9,7 +9,7 @@ from absl import flags
 from launch import kinds
 from safepatch_jax.settings import Settings, declared_options, load_config
 
-CONFIG = kinds.path(
+CONFIG = kinds.local(
     "config",
     None,
     "Python file with a CONFIG dictionary, or the name of a shipped one: demo, llama3_8b_instruct.",

@@ -13,7 +13,7 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 
 _SECONDS = 120  # a trace of a long run would take gigabytes
-_PROFILE = kinds.path(
+_PROFILE = kinds.local(
     "profile",
     "",
     f"Folder of a trace by jax.profiler (TensorBoard, Perfetto) of the first {_SECONDS} seconds; "

@@ -58,7 +58,7 @@ class ModelSettings:
         "",
         "A config.json that stands for the source's where the model is not at hand (--dry_run, "
         "launch.compile_tpu).",
-        read=paths.plain,
+        read=paths.on_disk,
     )
 
 

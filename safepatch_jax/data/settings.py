@@ -34,7 +34,7 @@ class DataSettings:
         "",
         "Folder with files of public data sets that were fetched by hand; '' is datasets/manual in "
         "run.cache_dir.",
-        read=paths.plain,
+        read=paths.on_disk,
     )
     date: str = option(
         DATE,

@@ -41,6 +41,15 @@ def plain(path: str | os.PathLike[str]) -> str:
         raise Refused(f"'{text}': {error} Give the whole path.") from error
 
 
+def on_disk(path: str | os.PathLike[str]) -> str:
+    """Return what `plain` does, of what is read and written on a local disk alone. Raises
+    ValueError also for an address of a bucket."""
+    text = plain(path)
+    if addresses.is_address(text):
+        raise Refused(f"'{text}': this must be a local path. Copy it to a local disk.")
+    return text
+
+
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of what a user named; of an address of a bucket the path that stands
     for it, at which there need not be anything yet. Raises ValueError as `plain` does."""

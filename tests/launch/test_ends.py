@@ -70,7 +70,7 @@ def test_another_program_that_imports_a_launcher_keeps_its_ctrl_c():
         ("safepatch", ["--workdri=x"], "there is no flag --workdri. Did you mean --workdir?"),
         ("patch", ["inspect", "--factor=many", "--patch=x"], "--factor=many"),
         ("safepatch", ["--workdir=w", "--patch.merge=tyes"], "--patch.merge=tyes: value should be"),
-        ("patch", ["inspect", "--patch=gs://b/p.safetensors"], "gs:// is not supported"),
+        ("patch", ["inspect", "--patch=ftp://b/p.safetensors"], "ftp:// is not supported"),
         ("inspect", ["--model="], "A path is empty"),
         ("patch", ["inspect", "--patch=a\x1b[2J\nerror: all is well"], r"'a\x1b[2J\nerror: all"),
         ("patch", ["inspect", "--patch=" + "x" * 100_000], "more characters"),

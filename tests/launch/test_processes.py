@@ -374,7 +374,7 @@ def test_what_processes_promises(tmp_path):
     assert a["filled"] == 1 and "exists and is not empty" in a["full"][1]
     assert a["failed"] == ["ValueError", "in both"]
     assert a["unshared"][1].startswith(
-        f"process 1 cannot see what process 0 writes to {tmp_path}. All processes need one file"
+        f"process 1 cannot see what process 0 writes to {tmp_path}. All processes need one "
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.json", "1.json", "inner", "out", "run"]
 

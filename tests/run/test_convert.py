@@ -121,8 +121,8 @@ def test_another_dtype_with_either_rounding(tmp_path):
             "names no model: use hf:DIR, orbax:DIR, gguf:FILE or smollm2",
         ),
         ("", "hf:{tmp}/x", {}, "A path is empty"),
-        ("hf:gs://bucket/x", "hf:{tmp}/x", {}, "gs:// is not supported"),
-        ("hf:{model}", "hf:gs://bucket/x", {}, "gs:// is not supported"),
+        ("hf:ftp://bucket/x", "hf:{tmp}/x", {}, "ftp:// is not supported"),
+        ("hf:{model}", "hf:ftp://bucket/x", {}, "ftp:// is not supported"),
     ],
 )
 def test_mistakes(tiny, tmp_path, source, target, options, message):

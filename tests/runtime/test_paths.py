@@ -26,9 +26,9 @@ def test_a_path(given, read, home):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("gs://bucket/run", "gs:// is not supported"),
         ("gs:/bucket/run", "gs:// is not supported"),
-        ("s3://b", "s3:// is not supported, only local files and folders. Copy it"),
+        ("s3://bucket/../c", "Give the address without it"),
+        ("gs://", "names no bucket"),
         ("file:///tmp/x", "file:// is not supported"),
         ("", "path is empty"),
         ("  ", "path is empty"),
@@ -60,10 +60,13 @@ def test_texts_that_hold_a_path(read, given, wanted, home):
     assert read(given) == wanted.format(home=home)
 
 
-@pytest.mark.parametrize("read", [paths.model, paths.data, paths.suite])
-def test_a_bucket_is_refused_in_them_too(read):
-    with pytest.raises(ValueError, match="gs:// is not supported"):
-        read("gs://bucket/x.json")
+@pytest.mark.parametrize("read", [paths.plain, paths.model, paths.data, paths.suite])
+def test_the_address_of_a_bucket_stays_one_and_other_addresses_are_refused(read):
+    assert read("gs://bucket//x.json") == "gs://bucket/x.json"
+    with pytest.raises(ValueError, match="http:// is not supported"):
+        read("http://bucket/x.json")
+    with pytest.raises(ValueError, match="must be a local path"):
+        paths.on_disk("gs://bucket/x.json")
 
 
 def test_every_setting_that_is_a_path_is_read_so(home):
@@ -72,5 +75,5 @@ def test_every_setting_that_is_a_path_is_read_so(home):
     flat = Settings().override(dict.fromkeys(names, "~/x/")).flat()
     assert {flat[name] for name in names} == {f"{home}/x"}
     for name in names:
-        with pytest.raises(ValueError, match=f"'{name}': .*gs:// is not supported"):
-            Settings().override({name: "gs://bucket/x"})
+        with pytest.raises(ValueError, match=f"'{name}': .*ftp:// is not supported"):
+            Settings().override({name: "ftp://bucket/x"})
