@@ -35,7 +35,7 @@ from launch import flags as settings_flags
 from launch import options as config_flags
 from safepatch_jax.runtime import paths
 
-_WORKDIR = kinds.path("workdir", None, "Folder of the comparison.", required=True)
+_WORKDIR = kinds.local("workdir", None, "Folder of the comparison.", required=True)
 _OPTIONS = {
     "methods": flags.DEFINE_string(
         "methods", None, "Names or groups between commas, or 'all'; see above. ['all']"

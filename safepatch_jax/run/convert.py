@@ -63,6 +63,11 @@ def convert(
         `load_params`, `load_checkpoint` and `convert_gguf`.
     """
     goal = Place.local(target)
+    if goal.kind == "orbax" and addresses.address_of(goal.path):
+        raise ValueError(
+            f"{target}: a checkpoint is written to a local folder; copy that to the bucket, or use "
+            "hf:."
+        )
     processes.on_first(files.refuse_full_folder, goal.path)  # before a model is fetched
     origin = Place.parse(source)
     tokenizer = paths.readable(tokenizer) if tokenizer else None

@@ -3,7 +3,6 @@ scores, model folders, patch files. Nothing is put on a device."""
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +73,6 @@ def open_arrays(workdir: str, stage: str, model: str = "") -> StageArrays:
     folder = _folder(place, stage)
     if mirror.is_one(folder):
         mirror.bring_whole(folder)
-        atexit.register(mirror.forget, folder)  # a derived model is not left lying here
     state, manifest = manifests.read(folder)
     if state != manifests.SOUND:
         raise Refused(

@@ -182,7 +182,10 @@ class Runner:
         """Say what of a stage's outputs is not as its manifest says; '' if nothing is."""
         folder = self.folder(name)
         if mirror.is_one(folder):
-            return mirror.damage(folder, manifest["outputs"], self._verify)
+            whole = (self._verify or self.stages[name].leaves) and name not in self._verified
+            if whole:
+                self._verified[name] = []
+            return mirror.damage(folder, manifest["outputs"], whole)
         if manifests.changed_output(folder, manifest):
             return "outputs are missing or have another size than its manifest says"
         own, *times = look = manifests.look(folder, manifest)
@@ -300,7 +303,7 @@ class Runner:
             if stage.shared:
                 folders.append(self.aside(name))
         folders += sorted((self._workdir / "stages").glob(f".*{_ASIDE}"))
-        return [folder for folder in folders if _has_outputs(folder)]
+        return [folder for folder in folders if _has_outputs(folder) or mirror.has_any(folder)]
 
     def _clear_aside(self, name: str) -> None:
         """Delete what a finished stage kept while it was under way; of stages in the workdir also

@@ -33,6 +33,8 @@ def plain(text: str) -> str:
     bucket, *parts = [part for part in rest.split("/") if part] or [""]  # '' is no name
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}", bucket):
         raise Refused(f"'{text}' names no bucket. Give {scheme}://BUCKET/FOLDER.")
+    if bad := re.search(r"[%#?*\[\]\s]", rest):
+        raise Refused(f"'{text}' holds {bad[0]!r}, which clients of buckets read in several ways.")
     if {".", ".."} & set(parts):
         raise Refused(f"'{text}' holds '.' or '..' as a name. Give the address without it.")
     return f"{scheme}://{'/'.join([bucket, *parts])}"

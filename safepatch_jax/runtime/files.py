@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
-from safepatch_jax.runtime.addresses import name_of
+from safepatch_jax.runtime.addresses import address_of, name_of
 from safepatch_jax.runtime.locks import LOCK, claimed, locked, open_alone
 from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.runtime.text import redacted
@@ -28,7 +28,7 @@ __all__ = ["LOCK", "claimed", "locked"]
 # What `mirror` does with paths that stand for an address: after a file or folder was put in its
 # place, and before a new one is begun.
 afterwards: list[Callable[[pathlib.Path], None]] = []
-beforehand: list[Callable[[pathlib.Path, bool], None]] = []
+beforehand: list[Callable[[pathlib.Path, bool | None], None]] = []
 FETCH = "Fetch or copy the file again."
 # Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial, and
 # of what `processes.shared` writes.
@@ -172,15 +172,18 @@ def unusable(folder: pathlib.Path, reason: str, flags: str) -> Refused:
 def refuse_full_folder(path: str | pathlib.Path) -> None:
     """Raise ValueError if `path` exists and is anything but an empty folder."""
     path = pathlib.Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if address_of(path):  # what lies there locally is a copy
+        _before(path)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"'{name_of(path)}' exists and is not empty; nothing was written. Give another folder "
             "or remove it first."
         )
-    _before(path)
+    else:
+        _before(path)
 
 
-def _before(path: pathlib.Path, replace: bool = False) -> None:
+def _before(path: pathlib.Path, replace: bool | None = None) -> None:
     if path.parts[:1] in (("gs:",), ("s3:",)):
         raise Refused(f"{path}: this cannot be written to a bucket. Give a local path.")
     for begin in beforehand:
@@ -221,7 +224,7 @@ def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
       ValueError: `path` exists.
     """
     path = pathlib.Path(path)
-    if path.exists():
+    if path.exists() and not address_of(path):
         raise ValueError(
             f"'{path}' exists; nothing was written. Give another name or remove it first."
         )
@@ -246,10 +249,9 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     if replace:
         refuse_link(pathlib.Path(path))
     path = pathlib.Path(path).resolve()
-    if replace:
-        _before(path, replace)
-    else:
+    if not replace:
         refuse_full_folder(path)
+    _before(path, replace)
     if path.is_dir() and (path.is_mount() or path == pathlib.Path.cwd()):
         raise ValueError(
             f"'{path}' is a mount point or the current folder, which cannot be put in place as a "

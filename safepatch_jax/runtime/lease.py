@@ -59,7 +59,7 @@ class Lease:
         while True:
             found = self._read()
             holder = _holder(found)
-            if holder is None:
+            if holder is None or holder.get("id") == self._id:
                 if self._write(found):
                     return
             elif not wait:
@@ -76,6 +76,8 @@ class Lease:
         with self._lock:
             if not self._lost and time.monotonic() - self._renewed > SECONDS / 3:
                 self._renew()
+            if not self._lost and time.monotonic() - self._renewed > 2 * SECONDS / 3:
+                raise Lost(f"The lease of {self.address} could not be renewed; it may expire.")
             if self._lost:
                 raise Lost(self._lost)
 
@@ -103,6 +105,10 @@ class Lease:
         try:
             if not self._write(None):
                 found = self._read()
+                if _content(found.value).get("id") == self._id:  # an answer was lost on its way
+                    self._generation = found.stamp.generation
+                    self._write(None)
+                    return
                 self._lost = (
                     f"The lease of {self.address} is gone: {_told(_content(found.value))}. Nothing "
                     "more was published; see that one run is at work there, then start it again."

@@ -35,6 +35,7 @@ class Held:
 
     leases: dict[str, Lease] = {}
     workspaces: list[Any] = []
+    used: set[pathlib.Path] = set()  # copies of stages that this process works with
 
 
 def stand_in(address: str) -> pathlib.Path:
@@ -63,7 +64,8 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     paths = below(folder)
     last = paths.pop(listed, None)
     if last is None:  # a stage's list has its arrays, all else that is there before
-        outputs = objects.hashes(objects.sizes()) | files.folder_hashes(folder)
+        there = objects.sizes().keys() - {PUBLISHING}
+        outputs = objects.hashes(there) | files.folder_hashes(folder)
     objects.write(PUBLISHING, b"")
     objects.delete([STAGE_LIST, LIST])
     objects.upload(paths)
@@ -76,9 +78,12 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     objects.delete([PUBLISHING])
 
 
-def begin(path: pathlib.Path, replace: bool) -> None:
+def begin(path: pathlib.Path, replace: bool | None) -> None:
     """Make the address of a path, if it has one, ready for what will be published there: what a
     killed writer left goes, or with `replace` all, its list first.
+
+    Args:
+      replace: None where no folder is begun yet.
 
     Raises:
       ValueError: not `replace`, and there is something published, or that is not ours.
@@ -88,7 +93,8 @@ def begin(path: pathlib.Path, replace: bool) -> None:
     check_leases(address)
     objects = Objects(address)
     names = objects.sizes().keys()
-    if replace or PUBLISHING in names:
+    abandoned = PUBLISHING in names and not names & {STAGE_LIST, LIST}
+    if replace or abandoned:
         objects.delete([STAGE_LIST, LIST])
         objects.delete(names - {STAGE_LIST, LIST})
     elif objects.exists() or names:
@@ -96,6 +102,10 @@ def begin(path: pathlib.Path, replace: bool) -> None:
             f"'{address}' exists and is not empty; nothing was written. Give another address or "
             "remove it first."
         )
+    if not replace:
+        files.delete(path)  # a copy of what is no longer there, or what was never published
+    if replace is not None:
+        objects.write(PUBLISHING, b"")  # arrays are written before the folder is published
 
 
 files.afterwards.append(publish)
@@ -127,16 +137,44 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
         return path
     sizes = objects.sizes()
     if PUBLISHING in sizes:
-        raise Refused(
-            f"{objects.address} is half-written: its writer is at work or was killed. Wait for it, "
-            "or give the command that wrote it again."
-        )
+        raise _half_written(objects.address)
+    if outputs := _listed_above(objects.address):
+        files.delete(path)
+        _download(objects, path, outputs, objects.address)
+        return path
     if not sizes:
         raise Refused(f"There is nothing at {objects.address}. Is the address right?")
-    files.delete(path)
-    _make_room(sum(sizes.values()), path)
-    objects.download({name: inside(path, name) for name in sizes})
+    tags, have = json.dumps(objects.tags()), path.with_name(f".{path.name}.list")
+    if not (path.is_dir() and have.is_file() and have.read_text() == tags):
+        files.delete(path)
+        _make_room(sum(sizes.values()), path)
+        objects.download({name: inside(path, name) for name in sizes})
+        have.write_text(tags)
     return path
+
+
+def _half_written(address: str) -> Refused:
+    return Refused(
+        f"{address} is half-written: its writer is at work or was killed. Wait for it, or give the "
+        "command that wrote it again."
+    )
+
+
+def _listed_above(address: str) -> dict[str, dict[str, Any]]:
+    """Return what the list of a folder that holds an address has below it, such as of the model of
+    a stage; {} where there is none. Raises ValueError if that folder is half-written."""
+    parent, _, name = address.rpartition("/")
+    if parent.count("/") < 3:  # a bucket
+        return {}
+    above = Objects(parent)
+    for listed in (STAGE_LIST, LIST):
+        content = above.read(listed)
+        if content is not None and b'"outputs"' in content:
+            outputs, skip = _listed_outputs(content), len(name) + 1
+            return {x[skip:]: entry for x, entry in outputs.items() if x.startswith(f"{name}/")}
+    if above.read(PUBLISHING) is not None:
+        raise _half_written(parent)
+    return {}
 
 
 def refresh(folder: pathlib.Path) -> None:
@@ -146,7 +184,7 @@ def refresh(folder: pathlib.Path) -> None:
         return
     listed, have = Objects(address).read(STAGE_LIST), folder / STAGE_LIST
     if listed is None:
-        files.delete(folder)
+        have.unlink(missing_ok=True)  # what else is there may be on its way to the bucket
     elif not have.is_file() or have.read_bytes() != listed:
         files.delete(folder)
         folder.mkdir(parents=True)
@@ -158,6 +196,7 @@ def bring(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> Non
     they are. Raises ValueError as `fetch`."""
     if not (address := address_of(folder)):
         return
+    Held.used.add(folder)
     arrays = [name.removesuffix(_ARRAYS) for name in outputs if name.endswith("/" + _ARRAYS)]
     missing = {}
     for name, entry in outputs.items():
@@ -180,15 +219,23 @@ def bring_whole(folder: pathlib.Path) -> None:
 def _download(
     objects: Objects, folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]], where: str
 ) -> None:
+    if not outputs:
+        return
     _make_room(sum(entry["bytes"] for entry in outputs.values()), folder)
-    found = objects.download({name: inside(folder, name) for name in outputs})
-    for name, entry in outputs.items():
-        if found[name]["sha256"] != entry["sha256"]:
-            (folder / name).unlink()
-            raise Refused(
-                f"{where}/{name} has other bytes than were published (SHA-256). Delete that folder "
-                "in the bucket, and give the command that wrote it again."
-            )
+    paths = {name: inside(folder, name) for name in outputs}
+    wanted = {name: entry["sha256"] for name, entry in outputs.items()}
+    if others := objects.download(paths, wanted):
+        raise Refused(
+            f"{where}/{others[0]} has other bytes than were published (SHA-256). Delete that "
+            "folder in the bucket, and give the command that wrote it again."
+        )
+
+
+def has_any(folder: pathlib.Path) -> bool:
+    """Return whether the bucket has more of a folder than its list; False without an address."""
+    if not (address := address_of(folder)):
+        return False
+    return bool(Objects(address).sizes().keys() - {STAGE_LIST})
 
 
 def is_one(folder: pathlib.Path) -> bool:
@@ -232,12 +279,13 @@ def array_hashes(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     if not (address := address_of(folder)):
         return {}
     objects = Objects(address)
-    return objects.hashes(objects.sizes())
+    return objects.hashes(objects.sizes().keys() - {PUBLISHING})
 
 
 def delete(path: pathlib.Path) -> None:
     """Delete what is at the address of a path, its list first, if it has an address."""
     if address := address_of(path):
+        check_leases(address)
         objects = Objects(address)
         objects.delete([STAGE_LIST, LIST])
         objects.delete(objects.sizes())
@@ -264,9 +312,10 @@ def delete_others(stages: pathlib.Path, keep: Iterable[str]) -> None:
     made stays."""
     if not (address := address_of(stages)):
         return
+    check_leases(address)
     for name in Objects(address).folders():
         objects = Objects(f"{address}/{name}")
-        ours = name.startswith(".") or objects.read(STAGE_LIST) is not None
+        ours = name.endswith((".steps", ".lock")) or objects.read(STAGE_LIST) is not None
         if ours and name not in keep:
             objects.delete([STAGE_LIST])
             objects.delete(objects.sizes())
@@ -378,4 +427,5 @@ def _make_room(needed: int, folder: pathlib.Path) -> None:
 def _copies(wanted: pathlib.Path) -> list[pathlib.Path]:
     """Return the local copies of stages but for one, the oldest first."""
     found = [path.parent for path in wanted.parent.glob(f"*/{STAGE_LIST}")]
-    return sorted((x for x in found if x != wanted), key=lambda x: x.stat().st_atime)
+    others = [x for x in found if x != wanted and x not in Held.used]
+    return sorted(others, key=lambda x: x.stat().st_atime)

@@ -86,27 +86,34 @@ class Objects:
         with self._explained("write"):
             self._each(lambda name: self._files.put_file(paths[name], self._at(name)), paths)
 
-    def download(self, paths: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    def download(
+        self, paths: Mapping[str, pathlib.Path], wanted: Mapping[str, str] | None = None
+    ) -> list[str]:
         """Read objects into files, by name; each file appears whole.
 
+        Args:
+          wanted: SHA-256 by name; a file of other bytes does not appear.
+
         Returns:
-          {name: {bytes, sha256}} of what was read.
+          the names of such files.
         """
 
-        def bring(name: str) -> dict[str, Any]:
+        def bring(name: str) -> bool:
             target = paths[name]
             temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "wb") as out:
                     digest = self._copied(name, out)
+                if wanted is not None and wanted[name] != digest:
+                    return False
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
-            return {"bytes": target.stat().st_size, "sha256": digest}
+            return True
 
         with self._explained("read"):
-            return self._each(bring, paths)
+            return [name for name, fits in self._each(bring, paths).items() if not fits]
 
     def hashes(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return {name: {bytes, sha256}} of objects, which are streamed."""

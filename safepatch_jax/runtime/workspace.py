@@ -65,7 +65,8 @@ class Workspace:
         mirror.check_leases(self._objects.address)
         with self._lock:
             looks, paths = self._looks(), self._local()
-            self._objects.upload({n: paths[n] for n, x in looks.items() if self._seen.get(n) != x})
+            changed = [n for n, x in looks.items() if self._seen.get(n) != x and n in paths]
+            self._objects.upload({name: paths[name] for name in changed})
             self._objects.delete(self._seen.keys() - looks.keys())
             self._seen = looks
 
@@ -108,7 +109,7 @@ class Workspace:
 
     def _push_quietly(self) -> None:
         """Push from the renewing thread: what fails is tried again, and raised at the end."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):  # a thread that ends would lose the lease
             self.push()
 
 
@@ -116,9 +117,10 @@ class Workspace:
 def locked(path: pathlib.Path) -> Iterator[None]:
     """Hold a lease in the place of a lock file while the block runs; wait for it."""
     address = address_of(path)
+    guarded = address_of(path.with_name(path.name.removeprefix(".").removesuffix(files.LOCK)))
     with lease.held(address, wait=True) as held:
-        mirror.Held.leases[address] = held
+        mirror.Held.leases[guarded] = held
         try:
             yield
         finally:
-            del mirror.Held.leases[address]
+            del mirror.Held.leases[guarded]

@@ -93,8 +93,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read_and_the_same_command_mends_
     with pytest.raises(ValueError, match="is half-written") as info:
         mirror.fetch(folder)
     assert "give the command that wrote it again" in one_line(info)
-    shutil.rmtree(folder)  # another machine's disk
-    fill(folder, a="one", b="two")
+    fill(folder, a="one", b="two")  # on the same machine, where the killed one had its folder
     assert Objects(address).sizes().keys() == {"a", "b", mirror.LIST}
 
 

@@ -14,8 +14,9 @@ from safepatch_jax.evaluation.lines import Lines, lines_of, verdicts_of
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.io import hub
 from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime.addresses import is_address
 from safepatch_jax.runtime.console import some
-from safepatch_jax.runtime.paths import resolve
+from safepatch_jax.runtime.paths import readable, resolve
 from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
 from safepatch_jax.studies.evaluate.study import RECORD, difference
@@ -28,6 +29,8 @@ _FREE = ("name", "limit")  # of a measure: answers to a prompt do not depend on 
 
 def is_stored(folder: str) -> bool:
     """Tell whether a folder is the output of launch.evaluate."""
+    if is_address(folder):
+        folder = readable(folder)
     return (resolve(folder) / RECORD).is_file()
 
 
