@@ -183,8 +183,7 @@ class Runner:
         folder = self.folder(name)
         if mirror.is_one(folder):
             whole = (self._verify or self.stages[name].leaves) and name not in self._verified
-            if whole:
-                self._verified[name] = []
+            self._verified.setdefault(name, [])
             return mirror.damage(folder, manifest["outputs"], whole)
         if manifests.changed_output(folder, manifest):
             return "outputs are missing or have another size than its manifest says"
@@ -340,7 +339,8 @@ class Runner:
         """Raise ValueError if a stage's folder, which is to be replaced, holds what no run has
         made."""
         folder = self.folder(name)
-        if strangers := manifests.strangers(folder):
+        strangers = [] if mirror.is_one(folder) else manifests.strangers(folder)
+        if strangers:  # where a folder stands for one of a bucket, all in it is a copy
             raise Refused(
                 f"{folder} holds files that no run has made ({some(strangers, ', ')}), and the "
                 f"stage {name} needs that folder for itself. They were left as they are; move them "
