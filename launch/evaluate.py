@@ -62,39 +62,27 @@ _TEMPLATES = flags.DEFINE_list(
     [],
     "Templates as of --template: all is done in each, side by side in one report; own,plain.",
 )
-_FLAGS = measuring.define(_DEFAULTS) | {
-    "suite": kinds.text(
-        "suite",
-        _DEFAULTS.suite,
-        "quick, paper, content, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
-        paths.suite,
-    ),
-    "judge": kinds.text(
-        "judge", _DEFAULTS.judge, "Whose verdicts the rates are; see above.", paths.judge
-    ),
-    "second_judge": kinds.text(
-        "second_judge", "", "A second judge; the report then has their agreement.", paths.judge
-    ),
-    "grader": flags.DEFINE_string("grader", "", "Who grades mt_bench: endpoint:URL?model=NAME."),
-    "temperature": flags.DEFINE_float(
-        "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0
-    ),
-    "top_p": flags.DEFINE_float(
-        "top_p",
-        1.0,
-        "Share of the probability that is sampled from.",
-        lower_bound=0.0,
-        upper_bound=1.0,
-    ),
-    "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
-    "think_tokens": flags.DEFINE_integer(
-        "think_tokens",
-        0,
-        "A thought that reaches so many tokens is ended, and the measure's max_new counts behind "
-        "it; 0: thought and answer together have max_new.",
-        lower_bound=0,
-    ),
-}
+_FLAGS = (
+    measuring.define(_DEFAULTS)
+    | measuring.generation()
+    | {
+        "suite": kinds.text(
+            "suite",
+            _DEFAULTS.suite,
+            "quick, paper, content, jailbreaks, unseen, mt_bench, a .json file, or A+B.",
+            paths.suite,
+        ),
+        "judge": kinds.text(
+            "judge", _DEFAULTS.judge, "Whose verdicts the rates are; see above.", paths.judge
+        ),
+        "second_judge": kinds.text(
+            "second_judge", "", "A second judge; the report then has their agreement.", paths.judge
+        ),
+        "grader": flags.DEFINE_string(
+            "grader", "", "Who grades mt_bench: endpoint:URL?model=NAME."
+        ),
+    }
+)
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(profiling)
 

@@ -41,28 +41,21 @@ _RULES = kinds.path(
     "rules", "", "A .toml or .json file of rules; default: configs/gate.toml. docs/gate.md."
 )
 _OUT = kinds.path("out", "", "The gate's folder; default: one in runs/, named after the inputs.")
-_FLAGS = measuring.define(_DEFAULTS) | {
-    "suite": kinds.text(
-        "suite",
-        _DEFAULTS.suite,
-        "As of launch.evaluate: a name, a .json file, or A+B.",
-        paths.suite,
-    ),
-    "judge": kinds.text(
-        "judge", _DEFAULTS.judge, "Whose verdicts count, as of launch.evaluate.", paths.judge
-    ),
-    "temperature": flags.DEFINE_float(
-        "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0
-    ),
-    "top_p": flags.DEFINE_float(
-        "top_p",
-        1.0,
-        "Share of the probability that is sampled from.",
-        lower_bound=0.0,
-        upper_bound=1.0,
-    ),
-    "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
-}
+_FLAGS = (
+    measuring.define(_DEFAULTS)
+    | measuring.generation()
+    | {
+        "suite": kinds.text(
+            "suite",
+            _DEFAULTS.suite,
+            "As of launch.evaluate: a name, a .json file, or A+B.",
+            paths.suite,
+        ),
+        "judge": kinds.text(
+            "judge", _DEFAULTS.judge, "Whose verdicts count, as of launch.evaluate.", paths.judge
+        ),
+    }
+)
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(profiling)
 

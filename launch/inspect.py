@@ -22,12 +22,10 @@ and uses no accelerator.
 
 import os
 import sys
-import tempfile
 
 from absl import flags
 
 from launch import kinds, main
-from safepatch_jax.runtime import addresses
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import declared_options
 
@@ -78,12 +76,9 @@ def _show_stage() -> None:
     from safepatch_jax.run.inspect_stage import inspect_stage
 
     model = _MODEL.value or ""
-    with tempfile.TemporaryDirectory(prefix="safepatch-") as copies:
-        # Of buckets: a run of this machine has copies of its own, and derived models must not stay.
-        os.environ[addresses.BASE] = copies
-        equal = inspect_stage(
-            _WORKDIR.value, _STAGE.value, tensor=_TENSOR.value, other=_OTHER.value, model=model
-        )
+    equal = inspect_stage(
+        _WORKDIR.value, _STAGE.value, tensor=_TENSOR.value, other=_OTHER.value, model=model
+    )
     if not equal:
         sys.exit(_DIFFERENT)
 

@@ -69,3 +69,28 @@ def define(defaults: Any) -> dict[str, flags.FlagHolder]:
             "thought.",
         ),
     }
+
+
+def generation() -> dict[str, flags.FlagHolder]:
+    """Define one flag for each option of how answers are generated; return them by the option's
+    name."""
+    return {
+        "temperature": flags.DEFINE_float(
+            "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0
+        ),
+        "top_p": flags.DEFINE_float(
+            "top_p",
+            1.0,
+            "Share of the probability that is sampled from.",
+            lower_bound=0.0,
+            upper_bound=1.0,
+        ),
+        "seed": flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0),
+        "think_tokens": flags.DEFINE_integer(
+            "think_tokens",
+            0,
+            "A thought that reaches so many tokens is ended, and the measure's max_new counts "
+            "behind it; 0: thought and answer together have max_new.",
+            lower_bound=0,
+        ),
+    }

@@ -47,6 +47,8 @@ def refuse(code, text):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for the client's next packet
+    wbufsize = -1
 
     def log_message(self, *_):
         pass

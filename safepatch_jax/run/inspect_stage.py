@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from safepatch_jax.run.stage_arrays import StageArray, StageArrays, open_arrays
+from safepatch_jax.runtime import addresses
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.reading import Refused
 
@@ -72,20 +73,22 @@ def inspect_stage(
     Raises:
       ValueError: see `open_arrays`; a tensor that the stage does not hold.
     """
-    first = open_arrays(workdir, stage, model)
-    opened = [first]
-    if other:
-        opened.append(open_arrays(other, stage, model))
+    with addresses.copies_apart():
+        opened = [open_arrays(place, stage, model) for place in filter(None, (workdir, other))]
+        return _shown(opened, tensor, stage)
+
+
+def _shown(opened: Sequence[StageArrays], tensor: str, stage: str) -> bool:
     names = _names(opened, tensor, stage)
     for letter, stored in zip("AB", opened):
         finished, key = stored.manifest.get("finished", "?"), stored.manifest["key"][:_HASH]
         say(f"{letter}: {stored.folder}, finished {finished}, key {key}")
-    if not other:
-        for line in _one(first, names, details=bool(tensor)):
+    if len(opened) == 1:
+        for line in _one(opened[0], names, details=bool(tensor)):
             say(line)
         return True
-    say(_of_manifests(first.manifest, opened[1].manifest))
-    return _both(first, opened[1], names)
+    say(_of_manifests(opened[0].manifest, opened[1].manifest))
+    return _both(*opened, names)
 
 
 def _names(opened: Sequence[StageArrays], tensor: str, stage: str) -> list[str]:

@@ -182,8 +182,7 @@ class Runner:
         """Say what of a stage's outputs is not as its manifest says; '' if nothing is."""
         folder = self.folder(name)
         if mirror.is_one(folder):
-            whole = (self._verify or self.stages[name].leaves) and name not in self._verified
-            self._verified.setdefault(name, [])
+            whole = self._verify or self.stages[name].leaves
             return mirror.damage(folder, manifest["outputs"], whole)
         if manifests.changed_output(folder, manifest):
             return "outputs are missing or have another size than its manifest says"

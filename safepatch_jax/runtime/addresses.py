@@ -6,9 +6,12 @@ second the bucket. So every other module works with paths, and those that must k
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
+import tempfile
+from collections.abc import Iterator
 
 from safepatch_jax.runtime import joining
 from safepatch_jax.runtime.reading import Refused
@@ -49,6 +52,21 @@ def base() -> pathlib.Path:
     folder = pathlib.Path(os.environ.get(BASE) or default).resolve()
     index = joining.index()
     return folder / f"process-{index}" if index else folder
+
+
+@contextlib.contextmanager
+def copies_apart() -> Iterator[None]:
+    """Keep copies in a temporary folder while the block runs: a run of this machine has its own
+    below `base`, and what was brought here must not stay."""
+    before = os.environ.get(BASE)
+    with tempfile.TemporaryDirectory(prefix="safepatch-") as folder:
+        os.environ[BASE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[BASE]
+            if before is not None:
+                os.environ[BASE] = before
 
 
 def stand_in(address: str) -> pathlib.Path:

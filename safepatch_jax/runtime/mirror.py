@@ -35,6 +35,7 @@ class Held:
 
     leases: dict[str, Lease] = {}
     workspaces: list[Any] = []
+    compared: dict[str, Any] = {}  # version and entry of objects that were read, by address
     used: set[pathlib.Path] = set()  # copies of stages that this process works with
 
 
@@ -244,32 +245,24 @@ def is_one(folder: pathlib.Path) -> bool:
 
 
 def damage(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]], verify: bool) -> str:
-    """Say what of a stage's outputs in the bucket is not as listed; '' if nothing is; `verify`:
-    read them all."""
-    if name := changed(folder, outputs):
-        return f"{name} is missing in the bucket or has another size than its manifest says"
-    if verify and (name := other(folder, outputs)):
-        return f"{name} has other bytes in the bucket than its manifest says (SHA-256)"
-    return ""
+    """Say what of a stage's outputs in the bucket is not as listed; '' if nothing is.
 
-
-def changed(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the name of a stage's output that is missing in the bucket or has another size; ''
-    for none."""
-    sizes = Objects(address_of(folder)).sizes()
+    Args:
+      verify: read them all, but for what was read before and has not changed since.
+    """
+    objects = Objects(address_of(folder))
+    sizes, tags = objects.sizes(), objects.tags()
     for name, entry in outputs.items():
         if sizes.get(name) != entry["bytes"]:
-            return name
-    return ""
-
-
-def other(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the name of a stage's output that has other bytes in the bucket, by SHA-256; '' for
-    none."""
-    found = Objects(address_of(folder)).hashes(outputs)
+            return f"{name} is missing in the bucket or has another size than its manifest says"
+    unread = []
     for name, entry in outputs.items():
-        if found[name]["sha256"] != entry["sha256"]:
-            return name
+        if verify and Held.compared.get(f"{objects.address}/{name}") != (tags[name], entry):
+            unread.append(name)
+    for name, found in objects.hashes(unread).items():
+        if found["sha256"] != outputs[name]["sha256"]:
+            return f"{name} has other bytes in the bucket than its manifest says (SHA-256)"
+        Held.compared[f"{objects.address}/{name}"] = tags[name], outputs[name]
     return ""
 
 
@@ -356,9 +349,8 @@ def end_share(path: pathlib.Path) -> None:
 
 
 def _share(path: pathlib.Path) -> Objects:
-    address = pathlib.PurePosixPath(address_of(path).partition("://")[2])
-    scheme = address_of(path).partition("://")[0]
-    return Objects(f"{scheme}://{address.parent}/.sharing/{address.name}")
+    parent, _, name = address_of(path).rpartition("/")
+    return Objects(f"{parent}/.sharing/{name}")
 
 
 def check_leases(address: str) -> None:

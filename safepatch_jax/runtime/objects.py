@@ -40,19 +40,18 @@ class Objects:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each object, by name; {} if there is none."""
-        with self._explained("list"):
-            rows = self._files.find(self._place, detail=True)
-        skip = len(self._place) + 1
-        return {row["name"][skip:]: row["size"] for row in rows.values() if row["name"][skip:]}
+        return {name: row["size"] for name, row in self._rows().items()}
 
     def tags(self) -> dict[str, str]:
         """Return the version of each object, by name: its generation or ETag."""
+        rows = self._rows().items()
+        return {name: str(row.get("generation") or row.get("ETag") or "") for name, row in rows}
+
+    def _rows(self) -> dict[str, dict[str, Any]]:
         with self._explained("list"):
             rows = self._files.find(self._place, detail=True)
-        skip, tags = len(self._place) + 1, {}
-        for row in rows.values():
-            tags[row["name"][skip:]] = str(row.get("generation") or row.get("ETag") or "")
-        return tags
+        skip = len(self._place) + 1
+        return {row["name"][skip:]: row for row in rows.values() if row["name"][skip:]}
 
     def folders(self) -> list[str]:
         """Return the names of folders right below the address."""

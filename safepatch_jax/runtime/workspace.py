@@ -44,7 +44,7 @@ class Workspace:
 
     def _noted(self) -> dict[str, Any]:
         try:
-            return json.loads((self._note_path).read_text())
+            return json.loads(self._note_path.read_text())
         except (OSError, ValueError):
             return {}
 
@@ -64,9 +64,9 @@ class Workspace:
         """Bring what changed here to the bucket, and delete there what was deleted here."""
         mirror.check_leases(self._objects.address)
         with self._lock:
-            looks, paths = self._looks(), self._local()
-            changed = [n for n, x in looks.items() if self._seen.get(n) != x and n in paths]
-            self._objects.upload({name: paths[name] for name in changed})
+            looks = self._looks()
+            changed = [name for name, look in looks.items() if self._seen.get(name) != look]
+            self._objects.upload({name: self._folder / name for name in changed})
             self._objects.delete(self._seen.keys() - looks.keys())
             self._seen = looks
 

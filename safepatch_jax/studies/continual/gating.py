@@ -7,7 +7,7 @@ one's likelihood is kept too, as a paired test needs them.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch_jax.evaluation.sequential import FAIL, PASS
@@ -32,6 +32,23 @@ GATES = "gates"
 LOOKALIKE, ORDINARY = COMMON
 
 
+def chosen(rules: Rules, harmful: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of a chain's measures by the kind of check.
+
+    Args:
+      harmful: names of its harmful sets.
+
+    Raises:
+      ValueError: rules for measures that a chain does not have.
+    """
+    suite = [Measure(name, "harm", "chain") for name in harmful]
+    suite += [Measure(LOOKALIKE, "refusal", "chain"), Measure(ORDINARY, "text", "chain")]
+    names = {}
+    for kind in rules.checks:
+        names[kind] = [measure.name for measure in rules.chosen(kind, suite)]
+    return names
+
+
 class ChainGate:
     """Judges links by rules.
 
@@ -41,16 +58,12 @@ class ChainGate:
       folder: receives a folder with the report of each link that was judged.
 
     Raises:
-      ValueError: rules for measures that a chain does not have.
+      ValueError: see `chosen`.
     """
 
     def __init__(self, rules: Rules, measures: Measures, folder: pathlib.Path):
         self.rules, self._measures, self._folder = rules, measures, folder
-        suite = [Measure(name, "harm", "chain") for name in measures.names]
-        suite += [Measure(LOOKALIKE, "refusal", "chain"), Measure(ORDINARY, "text", "chain")]
-        self._chosen = {}
-        for kind in rules.checks:
-            self._chosen[kind] = [measure.name for measure in rules.chosen(kind, suite)]
+        self._chosen = chosen(rules, measures.names)
 
     @property
     def against_start(self) -> bool:
@@ -75,6 +88,11 @@ class ChainGate:
             for part in parts:
                 for i in values[OURS][part].keys() & values[THEIRS][part].keys():
                     members.setdefault(i, []).append(part)
+            if not members:
+                raise ValueError(
+                    f"[{kind}]: the chain has no prompt of {', '.join(parts)} that both models "
+                    "have answered. Leave the check out of the rules."
+                )
             check = Check(kind, self.rules, members)
             while check.open:
                 check.look(values)

@@ -46,7 +46,7 @@ from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.beside import METHODS_DIR, OtherChain
-from safepatch_jax.studies.continual.gating import GATES, ChainGate
+from safepatch_jax.studies.continual.gating import GATES, ChainGate, chosen
 from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
 from safepatch_jax.studies.continual.methods import CHAINED, Task, safepatching
@@ -144,6 +144,8 @@ class Chain:
             self._settings[link.name] = link.settings(settings, place)
             self._contexts[link.name] = Context(self._settings[link.name], self._read)
         self._check_data()
+        if rules is not None:
+            chosen(rules, self._contexts)  # refused before a model is made
         if processes.on_first((workdir / LOG).is_file):
             self.log = PatchLog(workdir)
             hashes = {name: self._data_hash(name) for name in self._contexts}

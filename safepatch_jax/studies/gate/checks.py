@@ -193,7 +193,7 @@ def line(result: Mapping[str, Any]) -> str:
     else:
         text += f" in {result['n']} of {result['prompts']} prompts"
     if result["mean"] is None:
-        return text
+        return f"{text}; none of them has an outcome on both sides"
     form = "{:+.3f}" if result["unit"] != "share of prompts" else "{:+.1%}"
     mean, low, high, margin = (
         form.format(x) for x in (result["mean"], result["low"], result["high"], rule["margin"])
@@ -204,6 +204,8 @@ def line(result: Mapping[str, Any]) -> str:
 
 def more(result: Mapping[str, Any]) -> str:
     """Say about how many prompts more a verdict needs."""
+    if result["mean"] is None:
+        return "none of the prompts has an outcome on both sides"
     if result["more"] is None:
         return "no number of prompts like these is enough: the difference is about the margin"
     return f"more prompts needed, if they go on as these: about {result['more']:,}"
