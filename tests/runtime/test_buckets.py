@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from safepatch_jax.runtime import addresses, files, lease, mirror, paths
+from safepatch_jax.runtime import addresses, files, lease, mirror, paths, workspace
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.workspace import Workspace
 from safepatch_jax.testing import write_tiny_model
@@ -97,6 +97,17 @@ def test_a_killed_writer_leaves_nothing_that_is_read_and_the_same_command_mends_
     assert Objects(address).sizes().keys() == {"a", "b", mirror.LIST}
 
 
+def test_a_folder_that_is_being_filled_is_known_as_half_written(place):
+    """Arrays are in the bucket before the folder is published."""
+    address, folder = place
+    with files.new_folder(folder) as out:
+        Objects(address).write("params/array", b"1")
+        with pytest.raises(ValueError, match="is half-written"):
+            mirror.fetch(folder)
+        (out / "a").write_text("one")
+    assert Objects(address).sizes().keys() == {"a", "params/array", mirror.LIST}
+
+
 def test_other_bytes_than_were_published_are_refused(place):
     address, folder = place
     fill(folder, a="one", b="two")
@@ -167,6 +178,17 @@ def test_a_lease_of_one_that_is_gone_is_taken_and_who_lost_it_publishes_nothing(
         workspace.push()
     one_line(info)
     assert "y" not in Objects(address).sizes()
+
+
+def test_who_lost_the_lock_of_a_folder_publishes_nothing_there(place):
+    address, folder = place
+    with workspace.locked(folder.with_name(f".{folder.name}.lock")):
+        Objects(f"{address.rpartition('/')[0]}/.{folder.name}.lock").write(lease.NAME, b"{}")
+        for held in mirror.Held.leases.values():
+            held._renewed = 0.0  # long ago
+        with pytest.raises(lease.Lost, match="is gone"):
+            fill(folder, a="one")
+    assert "a" not in Objects(address).sizes()
 
 
 def test_a_busy_server_is_asked_again(place, server):
