@@ -7,7 +7,6 @@ ours.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -19,16 +18,23 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
 from safepatch_jax.runtime.addresses import address_of, name_of
-from safepatch_jax.runtime.locks import LOCK, claimed, locked, open_alone
+from safepatch_jax.runtime.locks import (
+    LOCK,
+    claimed,
+    is_gone,
+    locked,
+    open_alone,
+    process_space,
+)
 from safepatch_jax.runtime.reading import Refused, reading
 from safepatch_jax.runtime.text import redacted
 
 __all__ = ["LOCK", "claimed", "locked"]
 
-# What `mirror` does with paths that stand for an address: after a file or folder was put in its
-# place, and before a new one is begun.
-afterwards: list[Callable[[pathlib.Path], None]] = []
-beforehand: list[Callable[[pathlib.Path, bool | None], None]] = []
+# What `mirror` does with paths that stand for an address: raise ValueError if something is there;
+# and a context in which a new file (`replace` is None) or folder is filled and put in its place.
+checks: list[Callable[[pathlib.Path], None]] = []
+fillings: list[Callable[[pathlib.Path, bool | None], contextlib.AbstractContextManager[None]]] = []
 FETCH = "Fetch or copy the file again."
 # Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial, and
 # of what `processes.shared` writes.
@@ -65,7 +71,7 @@ def appended(path: str | pathlib.Path) -> IO[str]:
 @contextlib.contextmanager
 def _renamed(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a temporary name beside a path; what has it after the block is renamed to the path."""
-    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{process_space()}-{os.getpid()}.partial")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -172,46 +178,41 @@ def unusable(folder: pathlib.Path, reason: str, flags: str) -> Refused:
 def refuse_full_folder(path: str | pathlib.Path) -> None:
     """Raise ValueError if `path` exists and is anything but an empty folder."""
     path = pathlib.Path(path)
+    _refuse_unread_address(path)
     if address_of(path):  # what lies there locally is a copy
-        _before(path)
+        for check in checks:
+            check(path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"'{name_of(path)}' exists and is not empty; nothing was written. Give another folder "
             "or remove it first."
         )
-    else:
-        _before(path)
 
 
-def _before(path: pathlib.Path, replace: bool | None = None) -> None:
+def _refuse_unread_address(path: pathlib.Path) -> None:
     if path.parts[:1] in (("gs:",), ("s3:",)):
         raise Refused(f"{path}: this cannot be written to a bucket. Give a local path.")
-    for begin in beforehand:
-        begin(path, replace)
 
 
-@functools.cache
-def _process_space() -> str | None:
-    """Return a name of this boot and process namespace, in which a process number means one
-    process; None if unknown."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-    return hashlib.sha256((boot + namespace).encode()).hexdigest()[:8]
+@contextlib.contextmanager
+def _filling(path: pathlib.Path, replace: bool | None = None) -> Iterator[None]:
+    _refuse_unread_address(path)
+    with contextlib.ExitStack() as stack:
+        for filling in fillings:
+            stack.enter_context(filling(path, replace))
+        yield
 
 
 def delete_abandoned(path: pathlib.Path) -> None:
     """Delete what killed processes left half-filled beside a folder or file; those of other
     machines are left alone."""
-    if _process_space() is None:
+    if process_space() is None:
         return
-    prefix = f".{path.name}.{_process_space()}-"
+    prefix = f".{path.name}.{process_space()}-"
     for other in path.parent.iterdir():
         pid = other.name.removeprefix(prefix).partition(".")[0]
         ours = other.name.startswith(prefix) and half_written(other.name) and pid.isdigit()
-        if ours and not pathlib.Path(f"/proc/{pid}").exists():
+        if ours and is_gone(process_space(), int(pid)):
             with contextlib.suppress(OSError):  # another process may delete it at the same time
                 delete(other)
 
@@ -228,14 +229,12 @@ def new_file(path: str | pathlib.Path) -> Iterator[BinaryIO]:
         raise ValueError(
             f"'{path}' exists; nothing was written. Give another name or remove it first."
         )
-    _before(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    delete_abandoned(path)
-    with _renamed(path) as temporary, new_alone(temporary) as file:
-        yield file
-        _sync(file)
-    for publish in afterwards:
-        publish(path)
+    with _filling(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        delete_abandoned(path)
+        with _renamed(path) as temporary, new_alone(temporary) as file:
+            yield file
+            _sync(file)
 
 
 @contextlib.contextmanager
@@ -251,15 +250,20 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     path = pathlib.Path(path).resolve()
     if not replace:
         refuse_full_folder(path)
-    _before(path, replace)
     if path.is_dir() and (path.is_mount() or path == pathlib.Path.cwd()):
         raise ValueError(
             f"'{path}' is a mount point or the current folder, which cannot be put in place as a "
             "whole. Give the name of a new folder inside it."
         )
+    with _filling(path, replace), _put_in_place(path, replace) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _put_in_place(path: pathlib.Path, replace: bool) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)
-    prefix = f".{path.name}.{_process_space()}-{os.getpid()}."
+    prefix = f".{path.name}.{process_space()}-{os.getpid()}."
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=path.parent))
     # mkdtemp makes it for its owner alone; it gets the mode that the folder has or would have had.
     temporary.chmod(path.stat().st_mode & 0o777 if path.is_dir() else 0o777 & ~umask())
@@ -280,8 +284,6 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for publish in afterwards:
-        publish(path)
 
 
 def keep_only(folder: pathlib.Path, inner: pathlib.Path) -> None:

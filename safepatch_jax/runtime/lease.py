@@ -2,8 +2,8 @@
 
 The lease is an object that names its holder and expires. It is written on the condition that nobody
 has written it meanwhile (the generation of gs://, the ETag of s3://), and renewed by a thread. A
-holder that is gone stops renewing, so that others may take the lease once it has expired; a holder
-that finds its lease taken must not publish anything more.
+holder that is gone stops renewing, so that others may take the lease once it has expired (at once
+where they see that it is gone); a holder that finds its lease taken must not publish anything more.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from safepatch_jax.runtime.locks import is_gone, process_space
 from safepatch_jax.runtime.objects import for_emulator
 from safepatch_jax.runtime.reading import Refused, reason
 from safepatch_jax.runtime.text import printable
@@ -128,6 +129,7 @@ class Lease:
         content = {
             "id": self._id,
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
+            "process": [process_space(), os.getpid()],
             "since": self._since,
             "expires": time.time() + SECONDS,
         }
@@ -177,13 +179,16 @@ def _content(value: bytes) -> dict[str, Any]:
 
 
 def _holder(found: Any) -> dict[str, Any] | None:
-    """Return who holds a lease that was read; None if nobody does."""
+    """Return who holds a lease that was read; None if nobody does, or no longer."""
     if found.state != "value":
         return None
     content = _content(found.value)
     expires = content.get("expires")
     if not isinstance(expires, int | float) or expires < time.time():
         return None
+    match content.get("process"):
+        case [str(space), int(pid)] if is_gone(space, pid):  # it was killed, on this machine
+            return None
     return content
 
 

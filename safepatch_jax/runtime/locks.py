@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -143,3 +145,21 @@ def _stranger(path: pathlib.Path, kind: str) -> Refused:
         f"{path} is {kind}, and a file of this project needs that name. It was left as it is; move "
         "it away, or use another folder."
     )
+
+
+def is_gone(space: str | None, pid: int) -> bool:
+    """Return whether a process of this boot and process namespace has ended; False of others."""
+    ours = space is not None and space == process_space()
+    return ours and not pathlib.Path(f"/proc/{pid}").exists()
+
+
+@functools.cache
+def process_space() -> str | None:
+    """Return a name of this boot and process namespace, in which a process number means one
+    process; None if unknown."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+    return hashlib.sha256((boot + namespace).encode()).hexdigest()[:8]

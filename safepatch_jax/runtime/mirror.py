@@ -9,17 +9,17 @@ their folder will have, before its list.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from safepatch_jax.runtime import addresses, files
+from safepatch_jax.runtime import addresses, files, lease
 from safepatch_jax.runtime.addresses import address_of
-from safepatch_jax.runtime.lease import Lease
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.reading import Refused
 
@@ -33,7 +33,7 @@ class Held:
     """The leases of this process, by address (nothing is published below one that is lost), and
     the folders that it keeps in step."""
 
-    leases: dict[str, Lease] = {}
+    leases: dict[str, lease.Lease] = {}
     workspaces: list[Any] = []
     compared: dict[str, Any] = {}  # version and entry of objects that were read, by address
     used: set[pathlib.Path] = set()  # copies of stages that this process works with
@@ -65,7 +65,7 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     paths = below(folder)
     last = paths.pop(listed, None)
     if last is None:  # a stage's list has its arrays, all else that is there before
-        there = objects.sizes().keys() - {PUBLISHING}
+        there = objects.sizes().keys() - {PUBLISHING, lease.NAME}
         outputs = objects.hashes(there) | files.folder_hashes(folder)
     objects.write(PUBLISHING, b"")
     objects.delete([STAGE_LIST, LIST])
@@ -79,38 +79,54 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     objects.delete([PUBLISHING])
 
 
-def begin(path: pathlib.Path, replace: bool | None) -> None:
-    """Make the address of a path, if it has one, ready for what will be published there: what a
-    killed writer left goes, or with `replace` all, its list first.
+@contextlib.contextmanager
+def filling(path: pathlib.Path, replace: bool | None) -> Iterator[None]:
+    """Make the address of a path, if it has one, ready for what the block puts there, and publish
+    that at the end. A folder below no lease that is held has one of its own meanwhile.
 
     Args:
-      replace: None where no folder is begun yet.
+      replace: what is there already; None where a file is written, not a folder.
 
     Raises:
-      ValueError: not `replace`, and there is something published, or that is not ours.
+      ValueError: not `replace`, and there is something published, or that is not ours; or another
+        command is filling the folder.
     """
+    if not (address := address_of(path)) or addresses.is_partial(path):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if replace is not None and not _leases_above(address):
+            Held.leases[address] = stack.enter_context(lease.held(address, wait=False))
+            stack.callback(Held.leases.pop, address)
+        if not replace:
+            refuse_full(path)
+            files.delete(path)  # a copy of what is no longer there, or what was never published
+        objects = Objects(address)
+        if replace is not None:
+            objects.delete([STAGE_LIST, LIST])
+            objects.delete(objects.sizes().keys() - {lease.NAME})
+            objects.write(PUBLISHING, b"")  # arrays are written before the folder is published
+        yield
+        publish(path)
+
+
+def refuse_full(path: pathlib.Path) -> None:
+    """Raise ValueError if there is something at the address of a path, if it has one, but for what
+    a killed writer left."""
     if not (address := address_of(path)) or addresses.is_partial(path):
         return
     check_leases(address)
-    objects = Objects(address)
-    names = objects.sizes().keys()
+    names = Objects(address).sizes().keys() - {lease.NAME}
     abandoned = PUBLISHING in names and not names & {STAGE_LIST, LIST}
-    if replace or abandoned:
-        objects.delete([STAGE_LIST, LIST])
-        objects.delete(names - {STAGE_LIST, LIST})
-    elif objects.exists() or names:
+    if not abandoned and (names or Objects(address).exists()):
         raise ValueError(
             f"'{address}' exists and is not empty; nothing was written. Give another address or "
             "remove it first."
         )
-    if not replace:
-        files.delete(path)  # a copy of what is no longer there, or what was never published
-    if replace is not None:
-        objects.write(PUBLISHING, b"")  # arrays are written before the folder is published
 
 
-files.afterwards.append(publish)
-files.beforehand.append(begin)
+files.checks.append(refuse_full)
+files.fillings.append(filling)
 
 
 def fetch(path: pathlib.Path) -> pathlib.Path:
@@ -272,7 +288,7 @@ def array_hashes(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     if not (address := address_of(folder)):
         return {}
     objects = Objects(address)
-    return objects.hashes(objects.sizes().keys() - {PUBLISHING})
+    return objects.hashes(objects.sizes().keys() - {PUBLISHING, lease.NAME})
 
 
 def delete(path: pathlib.Path) -> None:
@@ -355,9 +371,17 @@ def _share(path: pathlib.Path) -> Objects:
 
 def check_leases(address: str) -> None:
     """Raise `lease.Lost` if a lease on a folder above an address is lost."""
+    for held in _leases_above(address):
+        held.check()
+
+
+def _leases_above(address: str) -> list[lease.Lease]:
+    """Return the leases of this process on a folder and those above it."""
+    found = []
     for place, held in list(Held.leases.items()):
         if address == place or address.startswith(f"{place}/"):
-            held.check()
+            found.append(held)
+    return found
 
 
 def below(folder: pathlib.Path) -> dict[str, pathlib.Path]:

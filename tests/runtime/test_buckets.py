@@ -97,6 +97,31 @@ def test_a_killed_writer_leaves_nothing_that_is_read_and_the_same_command_mends_
     assert Objects(address).sizes().keys() == {"a", "b", mirror.LIST}
 
 
+def test_two_commands_with_one_target_are_kept_apart(place, tmp_path):
+    address, folder = place
+    script = (
+        "import sys\n"
+        "from safepatch_jax.runtime import files, mirror, paths\n"
+        "with files.new_folder(paths.resolve(sys.argv[1])) as out:\n"
+        "    (out / 'a').write_text('two')\n"
+    )
+    elsewhere = os.environ | {"SAFEPATCH_BUCKETS_DIR": str(tmp_path)}
+
+    def other():
+        command = [sys.executable, "-c", script, address]
+        return subprocess.run(
+            command, cwd=ROOT, env=elsewhere, timeout=60, capture_output=True, text=True
+        )
+
+    with files.new_folder(folder) as out:
+        Objects(address).write("params/array", b"1")
+        assert f"process {os.getpid()} on" in other().stderr
+        (out / "a").write_text("one")
+    assert Objects(address).sizes().keys() == {"a", "params/array", mirror.LIST}
+    assert Objects(address).read("a") == b"one"
+    assert "exists and is not empty" in other().stderr
+
+
 def test_a_folder_that_is_being_filled_is_known_as_half_written(place):
     """Arrays are in the bucket before the folder is published."""
     address, folder = place

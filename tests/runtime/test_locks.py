@@ -91,7 +91,7 @@ def test_a_file_system_without_locks_is_one_line_and_nothing_is_left(tmp_path, m
 
 def test_text_is_written_and_copied_beside_a_link_of_the_temporary_name(tmp_path):
     (tmp_path / "mine").write_text("precious")
-    temporary = f".a.{files._process_space()}-{os.getpid()}.partial"
+    temporary = f".a.{locks.process_space()}-{os.getpid()}.partial"
     for write in (
         lambda: files.write_text(tmp_path / "a", "new"),
         lambda: files.copy(tmp_path / "mine", tmp_path / "a"),
