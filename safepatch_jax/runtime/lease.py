@@ -18,9 +18,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from safepatch_jax.runtime.conditional import ABSENT, Conditional
 from safepatch_jax.runtime.locks import is_gone, process_space
-from safepatch_jax.runtime.objects import for_emulator
-from safepatch_jax.runtime.reading import Refused, reason
+from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.text import printable
 
 NAME = "lease.json"
@@ -45,7 +45,7 @@ class Lease:
     def __init__(self, address: str, every: Callable[[], None] | None = None):
         self.address, self._every = address, every
         self._id, self._since = uuid.uuid4().hex, time.time()
-        self._generation: bytes = b""
+        self._object, self._version = Conditional(address, NAME), ABSENT
         self._renewed = 0.0  # monotonic seconds, just before it was last written
         self._lost = ""
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -58,10 +58,10 @@ class Lease:
             cannot be used.
         """
         while True:
-            found = self._read()
-            holder = _holder(found)
+            content, version = self._object.read()
+            holder = _holder(content)
             if holder is None or holder.get("id") == self._id:
-                if self._write(found):
+                if self._write(version):
                     return
             elif not wait:
                 raise Refused(
@@ -87,7 +87,7 @@ class Lease:
         self._ended.set()
         with self._lock, contextlib.suppress(Exception):  # it expires by itself
             if not self._lost:
-                _store(self.address).write(NAME, None, if_equal=self._generation).result()
+                self._object.delete(self._version)
 
     def keep(self) -> None:
         """Renew the lease until it is released."""
@@ -104,27 +104,21 @@ class Lease:
         """Write the lease again; take note if it was taken meanwhile. A bucket that does not
         answer is asked again, until the lease has expired."""
         try:
-            if not self._write(None):
-                found = self._read()
-                if _content(found.value).get("id") == self._id:  # an answer was lost on its way
-                    self._generation = found.stamp.generation
-                    self._write(None)
+            if not self._write(self._version):
+                content, version = self._object.read()
+                if _content(content).get("id") == self._id:  # an answer was lost on its way
+                    self._write(version)
                     return
                 self._lost = (
-                    f"The lease of {self.address} is gone: {_told(_content(found.value))}. Nothing "
+                    f"The lease of {self.address} is gone: {_told(_content(content))}. Nothing "
                     "more was published; see that one run is at work there, then start it again."
                 )
         except Refused as error:
             if time.monotonic() - self._renewed > SECONDS:
                 self._lost = f"The lease of {self.address} has expired, unrenewed: {error}"
 
-    def _read(self) -> Any:
-        return _asked(self.address, lambda store: store.read(NAME))
-
-    def _write(self, found: Any) -> bool:
-        """Write the lease in the place of what was found, by default of the own one; return whether
-        that was still there."""
-        before = self._generation if found is None else found.stamp.generation
+    def _write(self, version: str) -> bool:
+        """Write the lease in the place of a version of it; return whether that was still there."""
         now = time.monotonic()
         content = {
             "id": self._id,
@@ -133,11 +127,10 @@ class Lease:
             "since": self._since,
             "expires": time.time() + SECONDS,
         }
-        text = json.dumps(content).encode()
-        stamp = _asked(self.address, lambda store: store.write(NAME, text, if_equal=before))
-        if not stamp.generation:  # it was another one
+        written = self._object.write(json.dumps(content).encode(), version)
+        if not written:  # it was another one
             return False
-        self._generation, self._renewed = stamp.generation, now
+        self._version, self._renewed = written, now
         return True
 
 
@@ -156,20 +149,6 @@ def held(address: str, *, wait: bool, every: Callable[[], None] | None = None) -
         thread.join(SECONDS)
 
 
-def _store(address: str) -> Any:
-    for_emulator()
-    import tensorstore as ts
-
-    return ts.KvStore.open(f"{address}/").result()
-
-
-def _asked(address: str, ask: Callable[[Any], Any]) -> Any:
-    try:
-        return ask(_store(address)).result()
-    except Exception as error:  # tensorstore raises its own as ValueError
-        raise Refused(f"Cannot lock {address}: {reason(error)[:300]}") from error
-
-
 def _content(value: bytes) -> dict[str, Any]:
     try:
         content = json.loads(value)
@@ -178,11 +157,9 @@ def _content(value: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _holder(found: Any) -> dict[str, Any] | None:
+def _holder(value: bytes) -> dict[str, Any] | None:
     """Return who holds a lease that was read; None if nobody does, or no longer."""
-    if found.state != "value":
-        return None
-    content = _content(found.value)
+    content = _content(value)
     expires = content.get("expires")
     if not isinstance(expires, int | float) or expires < time.time():
         return None

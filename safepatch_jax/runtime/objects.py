@@ -155,7 +155,7 @@ class Objects:
 
     @property
     def _files(self) -> Any:
-        return _filesystem(self._scheme)
+        return filesystem(self._scheme)
 
     @contextlib.contextmanager
     def _explained(self, verb: str) -> Iterator[None]:
@@ -207,7 +207,7 @@ _CLIENTS = ("aiohttp", "gcsfs", "google", "botocore", "aiobotocore", "fsspec")
 
 
 @functools.cache
-def _filesystem(scheme: str) -> Any:
+def filesystem(scheme: str) -> Any:
     """Return fsspec's file system. Raises ValueError if the package for the scheme is not there."""
     assert scheme in SCHEMES, scheme
     for_emulator()
@@ -231,3 +231,15 @@ def for_emulator() -> None:
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "emulator")
         # gcsfs would ask for the bucket's kind over gRPC, which emulators do not answer.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+def refuse_own_endpoint(address: str) -> None:
+    """Raise ValueError for an s3:// address where another endpoint than AWS's is set: files are
+    read and written there, but orbax, which writes arrays, knows AWS's alone."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if address.startswith("s3://") and endpoint:
+        raise Refused(
+            f"{address}: a run keeps arrays, which orbax cannot write to another endpoint than "
+            f"AWS's own (AWS_ENDPOINT_URL is {endpoint}). Models, data and patch files may lie "
+            "there; give a folder or gs:// for the workdir and the cache."
+        )

@@ -16,6 +16,7 @@ from typing import Any
 
 from safepatch_jax.runtime import addresses, files, processes
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.objects import refuse_own_endpoint
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workspace import Workspace
 
@@ -57,7 +58,8 @@ class Workdir:
     def check(self) -> None:
         """Raise ValueError, in all processes, if the folder is none of this kind and not empty, or
         for what `refuse` raises."""
-        if addresses.address_of(self.path):
+        if address := addresses.address_of(self.path):
+            refuse_own_endpoint(address)
             processes.on_first(self._look)
         processes.on_first(self._check)
 
