@@ -173,7 +173,7 @@ def main(_: list[str]) -> None:
         killed.append("--run.checkpoint_minutes=0.000001")
         while hits < _KILLS.value:
             processes = start(folder, variables, *killed)
-            if ended(processes, rng.uniform(0.1, 0.9) * in_bucket) is not None:
+            if ended(processes, rng.uniform(0.1, 0.45) * in_bucket) is not None:
                 break
             for process in processes:
                 process.send_signal(signal.SIGKILL)

@@ -55,7 +55,7 @@ from launch import distributed, kinds, main
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
 
-_WORKDIR = kinds.local("workdir", None, "Folder of the chain; run makes it.", required=True)
+_WORKDIR = kinds.path("workdir", None, "Folder of the chain; run makes it.", required=True)
 _LINKS = flags.DEFINE_string(
     "links", None, "All links of the chain: NAME;NAME=cat:A+B;NAME=SOURCE; run."
 )

@@ -17,7 +17,7 @@ from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, inspect
 from safepatch_jax.patch_file.log import PatchLog, Step, data_text, folder_hash
 from safepatch_jax.patch_file.log_lines import START
-from safepatch_jax.runtime import files, paths
+from safepatch_jax.runtime import files, mirror, paths
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.text import printable
 
@@ -223,7 +223,7 @@ def revert(log: PatchLog, last: int) -> pathlib.Path:
     Raises:
       ValueError: fewer links than that, or log, patch files and models do not fit together.
     """
-    with files.claimed(log.workdir):
+    with files.claimed(log.workdir), mirror.alone(log.workdir):
         live = log.live
         if not 1 <= last <= len(live):
             links = f" ({', '.join(map(log.label, live))})" if live else ""
@@ -275,6 +275,7 @@ def _patch_state(log: PatchLog, number: int) -> list[str]:
 def _model_state(log: PatchLog, number: int) -> list[str]:
     """Check the folder of a model. Raises ValueError if it is there and was changed."""
     folder = log.folder(number)
+    log.bring(number)
     if not has_weights(folder):
         return [f"no model in {folder}" + (" (replay builds it)" if number else "")]
     if number == START:

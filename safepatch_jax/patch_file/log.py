@@ -16,7 +16,7 @@ from safepatch_jax.io.folder import Checkpoint, has_weights, tensor_hashes
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.log_lines import LOG, START, read_entries, write_entry
-from safepatch_jax.runtime import files, processes, unfinished
+from safepatch_jax.runtime import addresses, files, mirror, paths, processes, unfinished
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.text import printable
@@ -56,6 +56,7 @@ class PatchLog:
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.workdir / LOG
+        mirror.bring_file(path)
         if not path.is_file():
             raise ValueError(
                 f"There is no patch log {path}. Give the --workdir of a chain; one is made by "
@@ -66,13 +67,13 @@ class PatchLog:
     @classmethod
     def begin(cls, workdir: pathlib.Path, entry: Mapping[str, Any]) -> PatchLog:
         """Write the first line of a new log."""
-        processes.on_first(write_entry, workdir, [], {"entry": "start", **entry})
+        processes.on_first(_write, workdir, [], {"entry": "start", **entry})
         return cls(workdir)
 
     def append(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Add a line; the log on the disk is the old one or the new one at any moment."""
         self.entries.append(
-            processes.on_first(write_entry, self.workdir, self.entries, {"entry": kind, **entry})
+            processes.on_first(_write, self.workdir, self.entries, {"entry": kind, **entry})
         )
 
     @property
@@ -148,7 +149,12 @@ class PatchLog:
     def folder(self, number: int) -> pathlib.Path:
         """Return where the model of a link lies, or lay; the starting model's may be elsewhere, and
         is never written to."""
-        return self._link_folder(number) / EXPORT if number else self.workdir / self.start["folder"]
+        if number:
+            return self._link_folder(number) / EXPORT
+        folder = self.start["folder"]
+        if addresses.is_address(folder):
+            return pathlib.Path(paths.local(folder))
+        return self.workdir / folder
 
     def patch_path(self, number: int) -> pathlib.Path:
         return self._link_folder(number) / PATCH
@@ -165,6 +171,7 @@ class PatchLog:
         """
         entry = self.links[number]
         path, link = self.patch_path(number), f"{number} ({entry['name']})"
+        mirror.bring_listed(path.parent)
         fix = (
             "Copy it back from a backup: without it no model after this link can be built from the "
             "start."
@@ -199,13 +206,18 @@ class PatchLog:
           ValueError: the starting model is missing or was changed (with its config and tokenizer),
             or a patch file that is needed is.
         """
-        return pathlib.Path(processes.on_first(lambda: str(self._model(number))))
+        name = processes.on_first(lambda: addresses.name_of(self._model(number)))
+        if processes.first() or not addresses.is_address(name):
+            return pathlib.Path(paths.local(name))
+        return pathlib.Path(paths.readable(name))
 
     def _model(self, number: int) -> pathlib.Path:
         folder = self.folder(number)
         if number == START:
             self.check_start()
-        elif folder_hash(folder) != self.hash(number):
+            return folder
+        self.bring(number)
+        if folder_hash(folder) != self.hash(number):
             say(
                 f"{self.label(number)}: its model is missing or was changed; it is built again "
                 "from the patch file."
@@ -216,10 +228,21 @@ class PatchLog:
             self.build(parent, steps, folder, self.hash(number), replace=True)
         return folder
 
+    def bring(self, number: int) -> None:
+        """Bring the folder of a model here, if it lies in a bucket and is there."""
+        folder = self.folder(number)
+        if not addresses.address_of(folder):
+            return
+        if number and not mirror.is_published(folder):  # by itself: it was built again
+            mirror.bring_listed(folder.parent)
+        elif mirror.has_any(folder):
+            mirror.fetch(folder)
+
     def check_start(self) -> None:
         """Raise ValueError if the starting model, or a file beside its weights, is not as when the
         chain began."""
         folder, start = self.folder(START), self.start
+        self.bring(START)
         unfinished.refuse(folder)
         if folder_hash(folder) != start["model"]:
             raise ValueError(
@@ -277,6 +300,14 @@ class PatchLog:
                     f"{out}: what came out is not the model of the log (hash {digest[:16]}...). "
                     "Nothing was kept. Is the disk sound?"
                 )
+
+
+def _write(workdir: pathlib.Path, *lines: Any) -> dict[str, Any]:
+    """Write a log as `write_entry`, in a bucket too."""
+    mirror.bring_file(workdir / LOG)
+    entry = write_entry(workdir, *lines)
+    mirror.written(workdir / LOG)
+    return entry
 
 
 def label(number: int, name: str) -> str:

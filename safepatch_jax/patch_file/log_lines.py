@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # What each kind of line holds: types, patterns of texts, and objects with at least these fields.
 _LINE = re.compile("[0-9a-f]{64}|")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
-_START_FOLDER = re.compile("/.*|" + START_DIR.format("[0-9a-f]+"), re.DOTALL)
+_START_FOLDER = re.compile("(?:gs:/|s3:/)?/.*|" + START_DIR.format("[0-9a-f]+"), re.DOTALL)
 _MODEL = {"link": int, "model": HASH}
 _COMMON = {"date": _DATE, "previous": _LINE, "id": HASH}
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -137,7 +137,8 @@ class _Chain:
         folder = entry["folder"]
         if _START_FOLDER.fullmatch(folder) and folder.isprintable():
             return []
-        return [f"folder is {ascii(folder)}, neither absolute nor {START_DIR.format('HASH')}"]
+        expected = f"neither absolute nor an address nor {START_DIR.format('HASH')}"
+        return [f"folder is {ascii(folder)}, {expected}"]
 
     def _link(self, entry: Mapping[str, Any]) -> list[str]:
         number, parent = entry["number"], entry["parent"]["link"]

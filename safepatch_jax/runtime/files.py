@@ -46,10 +46,15 @@ _HALF_WRITTEN = re.compile(
 def write_text(path: str | pathlib.Path, text: str) -> None:
     """Write a text file under a temporary name, then rename: a reader sees the old file or the
     whole new one."""
+    write_bytes(path, redacted(text).encode())
+
+
+def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
+    """Do what `write_text` does, with bytes as they are."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path) as temporary, new_alone(temporary) as f:
-        f.write(redacted(text).encode())
+        f.write(content)
         _sync(f)
 
 

@@ -11,32 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from safepatch_jax.runtime import addresses, files, lease
 from safepatch_jax.runtime.addresses import address_of
+from safepatch_jax.runtime.holding import Held, check_leases, leased, leases_above
+from safepatch_jax.runtime.listing import below, inside, listed_outputs
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.reading import Refused
 
 STAGE_LIST, LIST, PUBLISHING = "manifest.json", "published.json", ".publishing"
 _ARRAYS = "_CHECKPOINT_METADATA"  # orbax puts it into each folder of arrays
-_HASH = re.compile("[0-9a-f]{64}")
 _SPARE = 1 << 30  # bytes of the local disk that stay free
-
-
-class Held:
-    """The leases of this process, by address (nothing is published below one that is lost), and
-    the folders that it keeps in step."""
-
-    leases: dict[str, lease.Lease] = {}
-    workspaces: list[Any] = []
-    compared: dict[str, Any] = {}  # version and entry of objects that were read, by address
-    used: set[pathlib.Path] = set()  # copies of stages that this process works with
 
 
 def stand_in(address: str) -> pathlib.Path:
@@ -95,9 +84,8 @@ def filling(path: pathlib.Path, replace: bool | None) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        if replace is not None and not _leases_above(address):
-            Held.leases[address] = stack.enter_context(lease.held(address, wait=False))
-            stack.callback(Held.leases.pop, address)
+        if replace is not None and not leases_above(address):
+            stack.enter_context(leased(address))
         if not replace:
             refuse_full(path)
             files.delete(path)  # a copy of what is no longer there, or what was never published
@@ -142,11 +130,7 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
     """
     objects = Objects(address_of(path))
     if (listed := objects.read(LIST)) is not None:
-        have = path.with_name(f".{path.name}.list")
-        if not (path.is_dir() and have.is_file() and have.read_bytes() == listed):
-            files.delete(path)
-            _download(objects, path, _listed_outputs(listed), objects.address)
-            have.write_bytes(listed)
+        _fetch_listed(objects, path, listed_outputs(listed))
         return path
     if objects.exists():
         files.delete(path)
@@ -156,8 +140,7 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
     if PUBLISHING in sizes:
         raise _half_written(objects.address)
     if outputs := _listed_above(objects.address):
-        files.delete(path)
-        _download(objects, path, outputs, objects.address)
+        _fetch_listed(objects, path, outputs)
         return path
     if not sizes:
         raise Refused(f"There is nothing at {objects.address}. Is the address right?")
@@ -168,6 +151,22 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
         objects.download({name: inside(path, name) for name in sizes})
         have.write_text(tags)
     return path
+
+
+def _fetch_listed(
+    objects: Objects, path: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Bring what a list has, unless it is here: noted when it was brought, or by its hashes where
+    this process has published it itself."""
+    have, listed = path.with_name(f".{path.name}.list"), json.dumps(outputs)
+    if path.is_dir() and have.is_file() and have.read_text() == listed:
+        return
+    sizes = {name: file.stat().st_size for name, file in below(path).items()}
+    same = sizes == {name: entry["bytes"] for name, entry in outputs.items()}
+    if not (same and files.folder_hashes(path) == outputs):
+        files.delete(path)
+        _download(objects, path, outputs, objects.address)
+    have.write_text(listed)
 
 
 def _half_written(address: str) -> Refused:
@@ -187,7 +186,7 @@ def _listed_above(address: str) -> dict[str, dict[str, Any]]:
     for listed in (STAGE_LIST, LIST):
         content = above.read(listed)
         if content is not None and b'"outputs"' in content:
-            outputs, skip = _listed_outputs(content), len(name) + 1
+            outputs, skip = listed_outputs(content), len(name) + 1
             return {x[skip:]: entry for x, entry in outputs.items() if x.startswith(f"{name}/")}
     if above.read(PUBLISHING) is not None:
         raise _half_written(parent)
@@ -224,11 +223,49 @@ def bring(folder: pathlib.Path, outputs: Mapping[str, Mapping[str, Any]]) -> Non
     _download(Objects(address), folder, missing, address)
 
 
+def bring_listed(folder: pathlib.Path) -> None:
+    """Bring the outputs of a stage that a run has made, as `bring`, if the folder stands for one of
+    a bucket and all of them are there."""
+    if not (address := address_of(folder)):
+        return
+    refresh(folder)
+    if (folder / STAGE_LIST).is_file():
+        outputs = listed_outputs((folder / STAGE_LIST).read_bytes())
+        if outputs.keys() <= Objects(address).sizes().keys():
+            bring(folder, outputs)
+
+
+def bring_file(path: pathlib.Path) -> None:
+    """Make a local file that of its address, if it has one; one that is not there is deleted."""
+    if address := address_of(path):
+        content = Objects(address).read()
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(path, content)
+
+
+def alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Return a context that holds the lease of a folder, if it stands for one of a bucket. Raises
+    ValueError where another run has it."""
+    address = address_of(folder)
+    return leased(address) if address else contextlib.nullcontext()
+
+
+def is_published(folder: pathlib.Path) -> bool:
+    """Return whether there is a folder with a list at the address of a path, or at the path itself
+    if it has none."""
+    if address := address_of(folder):
+        return Objects(address).read(LIST) is not None
+    return folder.is_dir()
+
+
 def bring_whole(folder: pathlib.Path) -> None:
     """Bring all outputs of a stage, also arrays. Raises ValueError as `fetch`."""
     refresh(folder)
     if (folder / STAGE_LIST).is_file():
-        outputs = _listed_outputs((folder / STAGE_LIST).read_bytes())
+        outputs = listed_outputs((folder / STAGE_LIST).read_bytes())
         if not json.loads((folder / STAGE_LIST).read_bytes()).get("deleted"):
             _download(Objects(address_of(folder)), folder, outputs, address_of(folder))
 
@@ -367,59 +404,6 @@ def end_share(path: pathlib.Path) -> None:
 def _share(path: pathlib.Path) -> Objects:
     parent, _, name = address_of(path).rpartition("/")
     return Objects(f"{parent}/.sharing/{name}")
-
-
-def check_leases(address: str) -> None:
-    """Raise `lease.Lost` if a lease on a folder above an address is lost."""
-    for held in _leases_above(address):
-        held.check()
-
-
-def _leases_above(address: str) -> list[lease.Lease]:
-    """Return the leases of this process on a folder and those above it."""
-    found = []
-    for place, held in list(Held.leases.items()):
-        if address == place or address.startswith(f"{place}/"):
-            found.append(held)
-    return found
-
-
-def below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Return the files below a folder by name; links are not followed."""
-    found = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = pathlib.Path(root, name)
-            if path.is_file() and not path.is_symlink():
-                found[path.relative_to(folder).as_posix()] = path
-    return found
-
-
-def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Return where an object lies locally. Raises ValueError if its name leads out of the
-    folder."""
-    parts = name.split("/")
-    if {"", ".", ".."} & set(parts):
-        raise Refused(f"{address_of(folder)} holds an object {name!r:.100}, no name of a file.")
-    return folder.joinpath(*parts)
-
-
-def _listed_outputs(content: bytes) -> dict[str, dict[str, Any]]:
-    """Return {name: {bytes, sha256}} of a list. Raises ValueError if it is damaged."""
-    try:
-        listed = json.loads(content)
-    except ValueError:
-        listed = None
-    outputs = listed.get("outputs") if isinstance(listed, dict) else None
-    if not isinstance(outputs, dict) or not all(map(_is_entry, outputs.values())):
-        raise Refused("The list of a published folder is damaged. Publish the folder again.")
-    return outputs
-
-
-def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
-        return False
-    return _HASH.fullmatch(str(entry.get("sha256"))) is not None
 
 
 def _make_room(needed: int, folder: pathlib.Path) -> None:

@@ -35,6 +35,7 @@ class Workdir:
       refuse: raises ValueError for what else makes the folder unusable; called on process 0.
       declared: names of files that only say what the folder is for. Where nothing else has come
         into a folder that was new or empty when the command fails, they are deleted with it.
+      apart: see `Workspace`, of a folder of a bucket.
 
     Attributes:
       path: absolute.
@@ -49,11 +50,12 @@ class Workdir:
         flag: str = "--workdir",
         refuse: Callable[[], Any] | None = None,
         declared: Collection[str] = (),
+        apart: Collection[str] = ("stages",),
     ):
         self.path = resolve(path)
         self._declared = (*declared, files.LOCK)
         self._kind, self._mark, self._flag, self._refuse = kind, mark, flag, refuse
-        self._names = (*names, files.LOCK)
+        self._names, self._apart = (*names, files.LOCK), apart
 
     def check(self) -> None:
         """Raise ValueError, in all processes, if the folder is none of this kind and not empty, or
@@ -66,7 +68,7 @@ class Workdir:
     def _look(self) -> None:
         """Bring the files of the bucket here, unless a run of this machine is at work with them."""
         with files.claimed(self.path):
-            Workspace(self.path).pull()
+            Workspace(self.path, self._apart).pull()
 
     def _check(self) -> None:
         if self._refuse is not None:
@@ -120,7 +122,8 @@ class Workdir:
         """Hold the lease of a folder of a bucket, by process 0 for all."""
         with contextlib.ExitStack() as stack:
             if addresses.address_of(self.path):
-                processes.on_first(stack.enter_context, Workspace(self.path).claimed())
+                workspace = Workspace(self.path, self._apart)
+                processes.on_first(stack.enter_context, workspace.claimed())
             yield
 
     def _clear_half_written(self) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import pathlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from safepatch_jax.runtime import files, lease, mirror
+from safepatch_jax.runtime import files, lease
 from safepatch_jax.runtime.addresses import address_of
+from safepatch_jax.runtime.holding import Held, check_leases, leased
+from safepatch_jax.runtime.listing import below, inside
 from safepatch_jax.runtime.objects import Objects
 
 
@@ -19,11 +22,11 @@ class Workspace:
 
     Args:
       folder: that stands for an address.
-      apart: names of folders in it that are brought by others.
+      apart: patterns of folders in it, at any depth, that are brought by others.
     """
 
     def __init__(self, folder: pathlib.Path, apart: Iterable[str] = ("stages",)):
-        self._folder, self._apart = folder, {*apart, lease.NAME}
+        self._folder, self._apart = folder, (*apart, lease.NAME)
         self._objects = Objects(address_of(folder))
         self._note_path = folder.with_name(f".{folder.name}.in_step")
         self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
@@ -37,7 +40,7 @@ class Workspace:
         noted, looks, paths = self._noted(), self._looks(), {}
         for name, tag in tags.items():
             if not tag or noted.get(name) != [tag, *looks.get(name, ())]:
-                paths[name] = mirror.inside(self._folder, name)
+                paths[name] = inside(self._folder, name)
         self._objects.download(paths)
         self._seen = self._looks()
         self._note(tags)
@@ -62,7 +65,7 @@ class Workspace:
 
     def push(self) -> None:
         """Bring what changed here to the bucket, and delete there what was deleted here."""
-        mirror.check_leases(self._objects.address)
+        check_leases(self._objects.address)
         with self._lock:
             looks = self._looks()
             changed = [name for name, look in looks.items() if self._seen.get(name) != look]
@@ -79,23 +82,21 @@ class Workspace:
         return looks
 
     def _local(self) -> dict[str, pathlib.Path]:
-        return {
-            name: path for name, path in mirror.below(self._folder).items() if self._is_kept(name)
-        }
+        return {name: path for name, path in below(self._folder).items() if self._is_kept(name)}
 
     def _is_kept(self, name: str) -> bool:
         parts = pathlib.PurePosixPath(name).parts
         hidden = any(part.startswith(".") for part in parts)
-        return not hidden and not self._apart & set(parts)
+        apart = any(fnmatch.filter(parts, pattern) for pattern in self._apart)
+        return not hidden and not apart
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the lease of the folder while the block runs, and keep the bucket in step: every few
         seconds, and at the end. Raises ValueError if another run holds it."""
         address = self._objects.address
-        with lease.held(address, wait=False, every=self._push_quietly) as held:
-            mirror.Held.leases[address] = held
-            mirror.Held.workspaces.append(self)
+        with leased(address, every=self._push_quietly):
+            Held.workspaces.append(self)
             try:
                 self.pull()
                 try:
@@ -104,8 +105,7 @@ class Workspace:
                     self.push()
                     self._note(self._objects.tags())
             finally:
-                mirror.Held.workspaces.remove(self)
-                del mirror.Held.leases[address]
+                Held.workspaces.remove(self)
 
     def _push_quietly(self) -> None:
         """Push from the renewing thread: what fails is tried again, and raised at the end."""
@@ -116,11 +116,6 @@ class Workspace:
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
     """Hold a lease in the place of a lock file while the block runs; wait for it."""
-    address = address_of(path)
     guarded = address_of(path.with_name(path.name.removeprefix(".").removesuffix(files.LOCK)))
-    with lease.held(address, wait=True) as held:
-        mirror.Held.leases[guarded] = held
-        try:
-            yield
-        finally:
-            del mirror.Held.leases[guarded]
+    with leased(address_of(path), over=guarded, wait=True):
+        yield

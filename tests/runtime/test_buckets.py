@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from safepatch_jax.runtime import addresses, files, lease, mirror, paths, workspace
+from safepatch_jax.runtime import addresses, files, holding, lease, mirror, paths, workspace
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.workspace import Workspace
 from safepatch_jax.testing import write_tiny_model
@@ -193,7 +193,7 @@ def test_a_lease_of_one_that_is_gone_is_taken_and_who_lost_it_publishes_nothing(
     gone = lease.Lease(address)
     gone.take(wait=False)
     workspace = Workspace(folder)
-    monkeypatch.setitem(mirror.Held.leases, address, gone)
+    monkeypatch.setitem(holding.Held.leases, address, gone)
     workspace.push()
     taken = lease.Lease(address)
     taken.take(wait=True)  # once it has expired
@@ -209,7 +209,7 @@ def test_who_lost_the_lock_of_a_folder_publishes_nothing_there(place):
     address, folder = place
     with workspace.locked(folder.with_name(f".{folder.name}.lock")):
         Objects(f"{address.rpartition('/')[0]}/.{folder.name}.lock").write(lease.NAME, b"{}")
-        for held in mirror.Held.leases.values():
+        for held in holding.Held.leases.values():
             held._renewed = 0.0  # long ago
         with pytest.raises(lease.Lost, match="is gone"):
             fill(folder, a="one")

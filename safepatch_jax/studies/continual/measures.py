@@ -91,7 +91,7 @@ class Measures:
         """Return the judged answers of a measurement that was made, or the likelihoods of EACH; as
         this process sees it."""
         runner = self._runner(model, (part,), lambda part, out: {})
-        return files.read_jsonl(runner.folder(self._stage(model, part)) / ANSWERS)
+        return files.read_jsonl(runner.outputs(self._stage(model, part)) / ANSWERS)
 
     def of_run(
         self, folder: pathlib.Path, name: str

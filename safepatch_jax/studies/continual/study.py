@@ -40,7 +40,8 @@ from safepatch_jax.run.job import SETTINGS, align_model
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import versions
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, mirror, processes
+from safepatch_jax.runtime.addresses import is_address, name_of
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
@@ -56,6 +57,7 @@ from safepatch_jax.studies.gate.checks import OURS, THEIRS
 from safepatch_jax.studies.gate.rules import Rules, read_rules
 
 MEASURES = "measures"
+_APART = ("stages", START_DIR.format("*"))  # what is published as whole folders
 _OF_REFUSED = ("name", "parent", "model", "data", "gate")  # of a link's line
 _NAMES = (
     LOG,
@@ -95,11 +97,11 @@ def run(
     check_settings(settings)
     settings = pinned(settings)
     rules = read_rules(gate) if gate else None
-    folder = Workdir(workdir, "a chain", LOG, _NAMES)
+    folder = Workdir(workdir, "a chain", LOG, _NAMES, apart=_APART)
     flags = {
         "--links": [dataclasses.astuple(link) for link in links],
         "--methods": list(methods),
-        "--workdir": str(folder.path),
+        "--workdir": name_of(folder.path),
         "--gate": rules.hash if rules else "",
     }
     agree_on_run(settings, Place.parse(settings.model.source), flags, dict)
@@ -196,10 +198,12 @@ class Chain:
         copy = self.workdir / name
         if place.kind == "hf" and not settings.align.enabled:
             folder = place.path.absolute()
-            logged = str(folder)
+            logged = name_of(folder)
         else:
             folder, logged = copy, name
             self._make_copy(place, copy)
+            if not processes.first() and is_address(name_of(copy)):
+                mirror.fetch(copy)
         read_hf_config(folder)
         processes.on_first(refuse_unpatchable, folder)
         return {
@@ -215,7 +219,7 @@ class Chain:
 
     def _make_copy(self, place: Place, copy: pathlib.Path) -> None:
         """Align or convert the source into the workdir, if that is not done yet."""
-        if processes.on_first(copy.is_dir):
+        if processes.on_first(mirror.is_published, copy):
             return
         if self.settings.align.enabled:
             say(f"The starting model: aligned into {copy}")
@@ -223,7 +227,8 @@ class Chain:
         else:
             say(f"The starting model: converted into {copy}")
             mesh = self.settings.mesh.shape
-            convert(f"{place.kind}:{place.path}", f"hf:{copy}", mesh=mesh, certify="hashes")
+            target = f"hf:{name_of(copy)}"
+            convert(f"{place.kind}:{name_of(place.path)}", target, mesh=mesh, certify="hashes")
 
     def _standing(self) -> list[dict[str, Any]]:
         """Return what was decided of links: all but refusals at the end by other rules than those
@@ -274,6 +279,7 @@ class Chain:
     def _entry(
         self, link: Link, number: int, parent: int, folder: pathlib.Path, path: pathlib.Path
     ) -> dict[str, Any]:
+        mirror.bring_listed(path.parent)
         patch, model, before = PatchFile(path), folder_hash(folder), self.log.hash(parent)
         if (patch_hash(patch, "before"), patch_hash(patch, "after")) != (before, model):
             raise ValueError(
@@ -305,7 +311,8 @@ class Chain:
         }
 
     def _task(self, link: Link, parent: pathlib.Path, work: pathlib.Path, out: pathlib.Path):
-        settings = self._settings[link.name].override({"model.source": f"hf:{parent}"})
+        source = f"hf:{name_of(parent)}"
+        settings = self._settings[link.name].override({"model.source": source})
         return Task(settings, link.name, work, out, self.measures, self._read, self._command)
 
     def _data(self, link: Link) -> dict[str, str]:
@@ -415,3 +422,4 @@ def _delete_leftovers(log: PatchLog, keep: str = "") -> None:
             files.refuse_link(path, log.workdir)
             say(f"{path.name}: not a link of the chain; deleted")
             shutil.rmtree(path)
+            mirror.delete(path)
