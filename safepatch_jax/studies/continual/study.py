@@ -18,8 +18,8 @@ from safepatch_jax.data.records import load_records
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.outcome import outcome_settings
-from safepatch_jax.patch_file.commands import sizes
 from safepatch_jax.patch_file.file import PatchFile
+from safepatch_jax.patch_file.growth import sizes
 from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
@@ -31,6 +31,7 @@ from safepatch_jax.patch_file.log import (
     patch_hash,
 )
 from safepatch_jax.patch_file.log_lines import FORMAT, LOG, START, START_DIR
+from safepatch_jax.patch_file.pruning import keep_models
 from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
@@ -55,7 +56,8 @@ from safepatch_jax.studies.continual.start import check_settings, refuse_unpatch
 from safepatch_jax.studies.gate.checks import OURS, THEIRS
 from safepatch_jax.studies.gate.rules import Rules, read_rules
 
-MEASURES = "measures"
+MEASURES, GROWTH = "measures", "patches"  # folders; the second within the first
+EVERYTHING, OWN = MEASURED = ("all", "own")
 _OF_REFUSED = ("name", "parent", "model", "data", "gate")  # of a link's line
 _NAMES = (
     LOG,
@@ -76,6 +78,8 @@ def run(
     methods: Sequence[str] = ("safepatching",),
     command: Sequence[str] = (),
     gate: str = "",
+    keep: int = 1,
+    measure: str = EVERYTHING,
 ) -> pathlib.Path:
     """Bring a chain up to date: make the links that it lacks, measure all models, write the report;
     return the report's path.
@@ -87,6 +91,9 @@ def run(
       methods: see `methods.parse_methods`.
       command: with which the run was started; it is noted.
       gate: a file of rules by which links are accepted, see `gate.rules.read_rules`; '' for none.
+      keep: the models of so many links, the last, stay as folders; 0: of all.
+      measure: 'all': every model on every category; 'own': each on its link's and the next link's,
+        the starting model and the head on all.
 
     Raises:
       ValueError: settings, data or model are wrong, or not the same in all processes; the workdir
@@ -101,10 +108,12 @@ def run(
         "--methods": list(methods),
         "--workdir": str(folder.path),
         "--gate": rules.hash if rules else "",
+        "--keep_models": keep,
+        "--measure": measure,
     }
     agree_on_run(settings, Place.parse(settings.model.source), flags, dict)
     with folder.claimed():
-        chain = Chain(settings, folder.path, links, command, rules)
+        chain = Chain(settings, folder.path, links, command, rules, keep, measure)
         processes.on_first(environment.write, folder.path, command, chain.sharder)
         return chain.run(methods)
 
@@ -113,7 +122,7 @@ class Chain:
     """A chain that is being made.
 
     Args:
-      settings, workdir, links, command: see `run`.
+      settings, workdir, links, command, keep, measure: see `run`.
       rules: by which links are accepted; None for all.
 
     Attributes:
@@ -132,9 +141,11 @@ class Chain:
         links: Sequence[Link],
         command: Sequence[str] = (),
         rules: Rules | None = None,
+        keep: int = 1,
+        measure: str = EVERYTHING,
     ):
         self.settings, self.workdir, self.links = settings, workdir, tuple(links)
-        self._command = command
+        self._command, self._keep, self._everything = command, keep, measure == EVERYTHING
         # All links see the same records, also if a file is changed meanwhile.
         self._read = functools.cache(load_records)
         self._context = Context(settings.override({"align.enabled": False}), self._read)
@@ -173,11 +184,17 @@ class Chain:
         """Make and measure all links and the other methods' models, and write the report."""
         self._say_plan()
         self._measure(START)
+        if self._everything:
+            self._measure(self.log.head)  # as the run may have been killed before
         for link in self.links[len(self._standing()) :]:
-            if self._extend(link):
+            if self._extend(link) and self._everything:
                 self._measure(self.log.head)
+            self._prune()
         processes.on_first(_delete_leftovers, self.log)
-        rows = [self._row(number) for number in (START, *self.log.live)]
+        rows = []
+        for number in (START, *self.log.live):
+            rows.append(self._row(number))
+            self._prune(number)  # from which the next one, if it is to be measured, is built
         by_method = {"safepatching": rows}
         for method in methods:
             if method != "safepatching":
@@ -311,17 +328,31 @@ class Chain:
     def _data(self, link: Link) -> dict[str, str]:
         return link.data(self.settings)
 
-    def _measure(self, number: int) -> dict[str, Any]:
+    def _prune(self, *also: int) -> None:
+        processes.on_first(keep_models, self.log, self._keep, also)
+
+    def _parts(self, number: int) -> tuple[str, ...]:
+        """Return what a model is measured on."""
+        live, names = self.log.live, self.measures.names
+        if not (self._everything or number in (START, self.log.head)):
+            place = live.index(number)  # a link's report has its own two models
+            names = [self.log.links[n]["name"] for n in live[place : place + 2]]
+        return (*names, *COMMON)
+
+    def _measure(self, number: int) -> Model:
         model = Model(self.log.hash(number), lambda: self.log.model(number))
-        return self.measures.measure(model, (*self.measures.names, *COMMON))
+        self.measures.measure(model, self._parts(number))
+        return model
 
     def _row(self, number: int) -> dict[str, Any]:
-        return report.row(self.log.label(number), self.log.hash(number), self._measure(number))
+        measures = self.measures.found(self._measure(number), (*self.measures.names, *COMMON))
+        return report.row(self.log.label(number), self.log.hash(number), measures)
 
     def _beside(self, method: str) -> list[dict[str, Any]]:
         """Make and measure the chain of another method."""
         labels = [self.log.label(number) for number in self.log.live]
-        links = list(zip(labels, self._accepted()))
+        parts = map(self._parts, self.log.live)
+        links = list(zip(labels, self._accepted(), parts))
         start = {"start": self.log.start["model"], "companions": self._companions}
         chain = OtherChain(
             CHAINED[method],
@@ -360,7 +391,7 @@ class Chain:
             labels={method: CHAINED[method].label for method in rows},
             colours=colours,
             refused=[entry for entry in log.decided if entry["entry"] == "refused"],
-            patches=sizes([log.patch(number) for number in log.live]),
+            patches=processes.on_first(sizes, log, self.workdir / MEASURES / GROWTH),
         )
 
     def _data_hash(self, name: str) -> str:
