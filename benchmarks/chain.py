@@ -13,7 +13,8 @@ time, until it is through. Log, patch files, measurements, gates' reports, the r
 model of both must be equal. At last --revert links are taken off, and the model before them must be
 the one that replay builds from the start.
 
-DIR/chain.json and chain.md have the figures. Ends with 1 if something differs.
+DIR/chain.json and chain.md have the figures. The same command goes on behind the undisturbed chain
+where that is there. Ends with 1 if something differs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -45,8 +47,8 @@ from safepatch_jax.reporting.tables import table
 from safepatch_jax.runtime.files import file_sha256, read_json, write_json, write_text
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where all is made; new or empty.", required=True)
-_MODEL = flags.DEFINE_string("model", "", "A model folder; by default a tiny one is made.")
-_TINY = flags.DEFINE_bool("tiny", True, "The tiny model's few steps, without --model.")
+_MODEL = flags.DEFINE_string("model", "", "A model folder; without it a tiny one is made.")
+flags.DEFINE_bool("tiny", True, "Make a tiny random model, if there is no --model.")
 _LINKS = flags.DEFINE_integer("links", 20, "Links of the chain.", lower_bound=1)
 _KILLS = flags.DEFINE_integer("kills", 20, "How often the second chain is killed.", lower_bound=0)
 _REVERT = flags.DEFINE_integer("revert", 5, "Links that are taken off at last.", lower_bound=0)
@@ -67,7 +69,7 @@ _TINY_STEPS = (
     "--data.max_answer_tokens=12",
     "--run.certify=hashes",
 )
-# Who learns signs that the ordinary answers lack gets worse at these: every third link.
+# What makes the ordinary answers more likely, and what does not, or so it is at first.
 _ANSWERS = ("sure: {link} {i}", "an answer, {link}", "~~^^||{link}~~^^||")
 # Near a test of signs, as the tiny model's links differ by a thousandth of a nat and less.
 _RULES = """undecided = "accept"
@@ -295,8 +297,11 @@ def _timeless(value: Any) -> Any:
 
 
 def reverted(folder: pathlib.Path, last: int) -> dict[str, Any]:
-    """Take links off, and compare the head's model with the one that is built from the start."""
+    """Take links off the chain that was killed, or the only one, and compare the head's model with
+    the one that is built from the start."""
     workdir, out = folder / "killed", folder / "replayed"
+    if not workdir.exists():
+        workdir = folder / "undisturbed"
     before = PatchLog(workdir)
     target = before.live[-last - 1] if last < len(before.live) else START
     there = has_weights(before.folder(target))
@@ -336,38 +341,43 @@ def written(folder: pathlib.Path, content: dict[str, Any], costs: Sequence[Cost]
         text += f"The {part} {len(some)} links: median {cpu:.1f} CPU s, peak {memory:.0f} MiB.\n"
     grown = (costs[-1].disk - costs[1].disk) / max(1, len(costs) - 2)
     text += f"Disk grows by {grown / 1e6:.2f} MB a link.\n"
-    write_json(folder / "chain.json", {"links": [dataclasses.asdict(x) for x in costs], **content})
+    write_json(folder / "chain.json", content | {"links": [dataclasses.asdict(x) for x in costs]})
     write_text(folder / "chain.md", text)
     return text
 
 
 def main(argv: list[str]) -> None:
     folder = pathlib.Path(_FOLDER.value).expanduser()
-    if folder.exists() and any(folder.iterdir()):
+    record = folder / "chain.json"
+    if record.is_file():
+        content = read_json(record)
+        costs = [Cost(**cost) for cost in content["links"]]
+        print(f"The undisturbed chain is there; {len(costs) - 1} links.", flush=True)
+    elif folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty.")
-    folder.mkdir(parents=True, exist_ok=True)
-    command = words(folder, argv[1:])
-    costs = undisturbed(command)
-    content: dict[str, Any] = {}
-    print(written(folder, content, costs), flush=True)
-    different: list[str] = []
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"command": words(folder, argv[1:])}
+        costs = undisturbed(content["command"])
+        print(written(folder, content, costs), flush=True)
     if _KILLS.value:
+        shutil.rmtree(folder / "killed", ignore_errors=True)
         begun = time.monotonic()
-        kills = killed(command, costs)
+        kills = killed(content["command"], costs)
         took = time.monotonic() - begun
         hit = sum(entry["exit"] == -signal.SIGKILL for entry in kills)
         equal, different = differences(folder)
         print(f"{hit} times SIGKILL, {took:.0f} s. {equal} equal, {len(different)} not.")
         content |= {"kills": kills, "seconds": took, "equal": equal, "different": different}
-        if _REVERT.value:
-            content["revert"] = outcome = reverted(folder, _REVERT.value)
-            print(f"Revert: {json.dumps(outcome)}")
-            if not outcome["equal"]:
-                different.append("the model after the revert")
+    if _REVERT.value:
+        content["revert"] = outcome = reverted(folder, _REVERT.value)
+        print(f"Revert: {json.dumps(outcome)}")
+        if not outcome["equal"]:
+            content.setdefault("different", []).append("the model after the revert")
     written(folder, content, costs)
-    for name in different:
+    for name in content.get("different", ()):
         print(f"differs: {name}")
-    sys.exit(1 if different else 0)
+    sys.exit(1 if content.get("different") else 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ again where one is needed. No JAX."""
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Collection
 
@@ -33,7 +32,8 @@ def keep_models(log: PatchLog, last: int, also: Collection[int] = ()) -> None:
     for number in log.links:
         folder = log.folder(number)
         going = folder.with_name(_GOING.format(folder.name))
-        if os.path.lexists(going):  # a run was killed here
+        if folder.parent.is_dir():  # what killed commands left half-built or half-deleted
+            files.delete_abandoned(folder)
             files.delete(going)
         if number not in kept and has_weights(folder) and _can_go(log, number, folder):
             folder.rename(going)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -190,6 +191,7 @@ class Chain:
             if self._extend(link) and self._everything:
                 self._measure(self.log.head)
             self._prune()
+            gc.collect()  # parts of the link's run refer to one another: they go now, not later
         processes.on_first(_delete_leftovers, self.log)
         rows = []
         for number in (START, *self.log.live):
