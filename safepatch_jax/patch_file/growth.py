@@ -17,7 +17,9 @@ from safepatch_jax.patch_file.file import BITS, PatchFile
 from safepatch_jax.patch_file.log import PatchLog
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.records import HASH, misfits
+from safepatch_jax.runtime.workers import Workers
 
+_TENSORS = 4  # that are counted at a time: each is held, with a mark for each of its entries
 _FIELDS = {"key": HASH, "weights": int, "differ": int, "shared": list}
 
 
@@ -81,20 +83,31 @@ def _count(patches: Sequence[PatchFile]) -> dict[str, Any]:
       weights; differ: entries in which the model after all of them differs from that before;
         shared: positions that the last one has in common with each of the others.
     """
+    with Workers(_TENSORS) as pool:
+        names = changed_by(patches)
+        counts = list(pool.map(lambda name: _count_tensor(patches, name), names))
+    return {
+        "weights": sum(tensor.size for tensor in patches[-1].tensors.values()),
+        "differ": sum(differ for differ, _ in counts),
+        "shared": [sum(column) for column in zip(*(shared for _, shared in counts))],
+    }
+
+
+def _count_tensor(patches: Sequence[PatchFile], name: str) -> tuple[int, list[int]]:
+    """Return `differ` and `shared` of one tensor, see `_count`."""
     *earlier, last = patches
-    shared, differ = [0] * len(earlier), 0
-    for name in changed_by(patches):
-        tensor = last.tensors[name]
-        total, mask = np.zeros(tensor.size, BITS[tensor.dtype]), np.zeros(tensor.size, bool)
-        for positions, flips in last.chunks(name):
-            total[positions], mask[positions] = flips, True
-        for i, patch in enumerate(earlier):
-            for positions, flips in patch.chunks(name):
-                total[positions] ^= flips
-                shared[i] += int(np.count_nonzero(mask[positions]))
-        differ += int(np.count_nonzero(total))
-    weights = sum(tensor.size for tensor in last.tensors.values())
-    return {"weights": weights, "differ": differ, "shared": shared}
+    tensor = last.tensors[name]
+    total, mask = np.zeros(tensor.size, BITS[tensor.dtype]), np.zeros(tensor.size, bool)
+    for positions, flips in last.chunks(name):
+        total[positions], mask[positions] = flips, True
+    shared = []
+    for patch in earlier:
+        count = 0
+        for positions, flips in patch.chunks(name):
+            total[positions] ^= flips
+            count += int(np.count_nonzero(mask[positions]))
+        shared.append(count)
+    return int(np.count_nonzero(total)), shared
 
 
 def changed_by(patches: Sequence[PatchFile]) -> list[str]:

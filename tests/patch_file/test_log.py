@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from safepatch_jax.patch_file import file, stack
 from safepatch_jax.patch_file.commands import (
     compare,
     differences,
@@ -38,6 +39,12 @@ from safepatch_jax.runtime import files
 from safepatch_jax.testing import write_tiny_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
+SIZES = {  # of the chain of `log`
+    "weights": 27040,
+    "entries": [10, 10, 6],
+    "cumulative": [10, 10, 16],
+    "overlap": [[1, 5 / 15, 5 / 11], [5 / 15, 1, 5 / 11], [5 / 11, 5 / 11, 1]],
+}
 
 
 def changed_copy(model, out, entries):
@@ -113,13 +120,7 @@ def log(tmp_path):
 
 
 def test_counts_from_patch_files_alone(log, tmp_path):
-    expected = {
-        "weights": 27040,
-        "entries": [10, 10, 6],
-        "cumulative": [10, 10, 16],
-        "overlap": [[1, 5 / 15, 5 / 11], [5 / 15, 1, 5 / 11], [5 / 11, 5 / 11, 1]],
-    }
-    assert sizes(log, tmp_path / "notes") == expected
+    assert sizes(log, tmp_path / "notes") == SIZES
     assert compare(log, 1, 3)["total"] == {
         "differ": 6,
         "first": 10,
@@ -135,6 +136,15 @@ def test_counts_from_patch_files_alone(log, tmp_path):
         compare(log, 2, 2)["total"]["differ"] == 0 and compare(log, 0, 0)["total"]["jaccard"] == 0
     )
     assert differences(log, 1, 3)[0] == "01-a and 03-c differ in 6 entries of 1 tensors."
+
+
+def test_long_tensors_are_gone_through_in_pieces(log, tmp_path, monkeypatch):
+    for module in (file, stack):
+        monkeypatch.setattr(module, "RUN", 4)
+    assert sizes(log, tmp_path / "notes") == SIZES
+    for number in log.live:
+        shutil.rmtree(log.folder(number))
+    assert folder_hash(log.model(3)) == log.hash(3)
 
 
 def test_a_link_is_compared_with_those_before_it_once(log, tmp_path):

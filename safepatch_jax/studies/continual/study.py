@@ -17,7 +17,6 @@ from typing import Any
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.mesh import Sharder
-from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.growth import sizes
@@ -25,20 +24,18 @@ from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
     PatchLog,
-    companion_hashes,
     data_text,
     folder_hash,
     label,
     patch_hash,
 )
-from safepatch_jax.patch_file.log_lines import FORMAT, LOG, START, START_DIR
+from safepatch_jax.patch_file.log_lines import LOG, START, START_DIR
 from safepatch_jax.patch_file.pruning import keep_models
 from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
-from safepatch_jax.run.convert import convert
-from safepatch_jax.run.job import SETTINGS, align_model
+from safepatch_jax.run.job import SETTINGS
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import versions
@@ -53,7 +50,7 @@ from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
 from safepatch_jax.studies.continual.methods import CHAINED, Task, safepatching
 from safepatch_jax.studies.continual.resume import check_resumable
-from safepatch_jax.studies.continual.start import check_settings, refuse_unpatchable
+from safepatch_jax.studies.continual.start import check_settings, make_start
 from safepatch_jax.studies.gate.checks import OURS, THEIRS
 from safepatch_jax.studies.gate.rules import Rules, read_rules
 
@@ -163,7 +160,7 @@ class Chain:
             hashes = {name: self._data_hash(name) for name in self._contexts}
             check_resumable(self.log, settings, self.links, hashes)
         else:
-            self.log = PatchLog.begin(workdir, self._make_start())
+            self.log = PatchLog.begin(workdir, make_start(settings, self._context, workdir))
         self._companions = files.text_hash(self.log.start["companions"])
         self.measures = Measures(
             self._context,
@@ -206,43 +203,6 @@ class Chain:
         for line in report.summary(content):
             say(line)
         return self.workdir / report.FILES[0]
-
-    def _make_start(self) -> dict[str, Any]:
-        """Bring the starting model into place; return what the log says of it."""
-        settings, place = self.settings, Place.parse(self.settings.model.source)
-        outcome = outcome_settings(settings)
-        name = START_DIR.format(files.text_hash([outcome, self._context.data_hashes])[:8])
-        copy = self.workdir / name
-        if place.kind == "hf" and not settings.align.enabled:
-            folder = place.path.absolute()
-            logged = str(folder)
-        else:
-            folder, logged = copy, name
-            self._make_copy(place, copy)
-        read_hf_config(folder)
-        processes.on_first(refuse_unpatchable, folder)
-        return {
-            "format": FORMAT,
-            "source": settings.model.source,
-            "aligned": settings.align.enabled,
-            "folder": logged,
-            "model": processes.on_first(folder_hash, folder),
-            "companions": processes.on_first(companion_hashes, folder),
-            "settings": outcome,
-            "versions": versions(),
-        }
-
-    def _make_copy(self, place: Place, copy: pathlib.Path) -> None:
-        """Align or convert the source into the workdir, if that is not done yet."""
-        if processes.on_first(copy.is_dir):
-            return
-        if self.settings.align.enabled:
-            say(f"The starting model: aligned into {copy}")
-            align_model(self.settings, copy)
-        else:
-            say(f"The starting model: converted into {copy}")
-            mesh = self.settings.mesh.shape
-            convert(f"{place.kind}:{place.path}", f"hf:{copy}", mesh=mesh, certify="hashes")
 
     def _standing(self) -> list[dict[str, Any]]:
         """Return what was decided of links: all but refusals at the end by other rules than those
