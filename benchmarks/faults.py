@@ -19,23 +19,19 @@ Ends with 1 if a file differs or is missing.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
-import queue
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 from absl import app, flags
 
 from benchmarks.common import BEGINS
+from benchmarks.started import Started
 from safepatch_jax.runtime.files import file_sha256
 
 _FOLDER = flags.DEFINE_string(
@@ -63,59 +59,20 @@ _COMPARE = flags.DEFINE_list(
 )
 
 
-class Run:
-    """A started run whose lines can be waited for."""
-
-    def __init__(self, name: str, arguments: list[str], minutes: float):
-        folder = pathlib.Path(_FOLDER.value).expanduser()
-        module, *rest = arguments
-        command = [
-            sys.executable,
-            "-m",
-            module,
-            *rest,
-            f"--workdir={folder / name}",
-            f"--run.cache_dir={folder / ('cache ' + name)}",
-            f"--run.checkpoint_minutes={minutes}",
-        ]
-        log = open(folder / f"{name}.log", "a", encoding="utf-8")
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ
-        )
-        self._lines: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._read, args=(log,), daemon=True).start()
-
-    def _read(self, log) -> None:
-        for line in self._process.stdout:
-            log.write(line)
-            log.flush()
-            self._lines.put((time.monotonic(), line.rstrip("\n")))
-        self._lines.put((time.monotonic(), None))
-
-    def lines(self):
-        """Yield (moment, line) to the end."""
-        while (entry := self._lines.get())[1] is not None:
-            yield entry
-
-    def wait(self, seconds: float, prefix: str) -> None:
-        """Wait so long, or until a line begins so, or to the end."""
-        until = time.monotonic() + seconds
-        with contextlib.suppress(queue.Empty):
-            while (
-                line := self._lines.get(timeout=max(0.0, until - time.monotonic()))[1]
-            ) and not line.startswith(prefix):
-                pass
-
-    def end(self, with_signal: int | None = None) -> int:
-        """Return the exit code, after a signal if one is given."""
-        if with_signal is not None:
-            self._process.send_signal(with_signal)
-        return self._process.wait()
+def started(name: str, arguments: list[str], minutes: float) -> Started:
+    """Start a launcher in the folder of this name."""
+    folder, (module, *rest) = pathlib.Path(_FOLDER.value).expanduser(), arguments
+    places = [
+        f"--workdir={folder / name}",
+        f"--run.cache_dir={folder / ('cache ' + name)}",
+        f"--run.checkpoint_minutes={minutes}",
+    ]
+    return Started(module, [*rest, *places], folder / f"{name}.log")
 
 
 def undisturbed(arguments: list[str]) -> tuple[list[str], list[float], float]:
     """Run to the end; return the stages in order, the seconds of each, and those of all."""
-    run, stages, moments, begun = Run("undisturbed", arguments, 0.0), [], [], time.monotonic()
+    run, stages, moments, begun = started("undisturbed", arguments, 0.0), [], [], time.monotonic()
     for moment, line in run.lines():
         if match := BEGINS.match(line):
             stages.append(match[1])
@@ -144,7 +101,8 @@ def killed(
     kills = []
     for stage, duration, count in zip(stages, seconds, times):
         for _ in range(count):
-            run, delay = Run("killed", arguments, _MINUTES.value), float(rng.uniform(0, duration))
+            run = started("killed", arguments, _MINUTES.value)
+            delay = float(rng.uniform(0, duration))
             begins = (BEGINS.match(line) for _, line in run.lines())
             if any(match and match[1] == stage for match in begins):
                 # It may be faster than in the undisturbed run, which compiled.
@@ -158,7 +116,7 @@ def killed(
                 f"{len(kills):3d}. {stage}, {delay:.1f} s after its begin: exit code {code}",
                 flush=True,
             )
-    if code := Run("killed", arguments, _MINUTES.value).end():
+    if code := started("killed", arguments, _MINUTES.value).end():
         sys.exit(
             f"The last start, which was not disturbed, ended with {code}; see "
             f"{_FOLDER.value}/killed.log."

@@ -34,6 +34,10 @@ over-refusal and utility, always on the same records; the starting model is row 
 WORKDIR/continual.md, .json and .png have the forgetting matrix. Models of other methods (--methods)
 are made beside the chain, measured and deleted.
 
+The model of the last link stays as a folder, those before it as patch files alone, from which they
+are built again where one is needed; --keep_models=K keeps those of the last K links, 0 all. A new
+entry of --links is measured on earlier models too; --measure=own spares that, for long chains.
+
 With --gate=FILE (rules as of launch.gate) each link is first compared with the model before it on
 these records; one that is refused leaves the chain as it was, and the next entry goes on from
 there. Without --gate all are added.
@@ -69,6 +73,19 @@ _METHODS = flags.DEFINE_string(
 _GATE = kinds.path(
     "gate", None, "A file of rules: a link that they refuse is not added; docs/gate.md; run."
 )
+_KEEP = flags.DEFINE_integer(
+    "keep_models",
+    None,
+    "The models of so many links, the last, stay as folders, 1 if left out; 0: of all; run.",
+    lower_bound=0,
+)
+_MEASURE = flags.DEFINE_enum(
+    "measure",
+    None,
+    ["all", "own"],
+    "On which categories models are measured: all of --links (if left out); or own: each on its "
+    "link's and the next link's, the starting model and the head on all; run.",
+)
 _TO = flags.DEFINE_integer("to", None, "Number of the link whose model is built; replay.")
 _FROM = flags.DEFINE_integer(
     "from", None, "Number of the link whose model is given, 0 if left out; replay."
@@ -80,7 +97,9 @@ flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
 
-def _run(links: str, methods: str | None, gate: str | None) -> None:
+def _run(
+    links: str, methods: str | None, gate: str | None, keep: int | None, measure: str | None
+) -> None:
     distributed.join()
     # Imported here: the other commands do not need JAX.
     from safepatch_jax.studies.continual import study as continual
@@ -94,6 +113,8 @@ def _run(links: str, methods: str | None, gate: str | None) -> None:
         parse_methods(methods or ""),
         main.words(),
         gate or "",
+        1 if keep is None else keep,
+        measure or "all",
     )
     log = _log()
     say(f"Report: {report}")
@@ -140,7 +161,7 @@ def _commands() -> ModuleType:
 
 # How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
-    "run": (_run, 0, "links methods? gate?"),
+    "run": (_run, 0, "links methods? gate? keep_models? measure?"),
     "log": (_lines("history"), 0, ""),
     "show": (_lines("show"), 1, ""),
     "diff": (_lines("differences"), 2, ""),
@@ -152,6 +173,8 @@ _FLAGS = {
     "links": _LINKS,
     "methods": _METHODS,
     "gate": _GATE,
+    "keep_models": _KEEP,
+    "measure": _MEASURE,
     "to": _TO,
     "from": _FROM,
     "model": _MODEL,

@@ -77,3 +77,18 @@ def interrupted_at(line: str):
 
     with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Console()):
         yield
+
+
+@contextlib.contextmanager
+def looking_at(line: str, look):
+    """Call `look` when the block prints a line that begins so."""
+    stdout = sys.stdout
+
+    class Console(io.StringIO):
+        def write(self, text):
+            if text.startswith(line):
+                look()
+            return stdout.write(text)
+
+    with contextlib.redirect_stdout(Console()):
+        yield

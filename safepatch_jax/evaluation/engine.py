@@ -224,9 +224,7 @@ class Engine(Prompter):
             pool = [i for i in order if 2 * sizes[i] > sizes[order[0]]]
             if len(pool) < self.rows(capacity):  # they would not fill the rows
                 pool = order[: self.rows(capacity)]
-            number = self.rows(capacity)
-            while number % (2 * ways) == 0 and number >= 2 * len(pool):
-                number //= 2
+            number = self.fewer(self.rows(capacity), len(pool))
             group = ways * max(1, number // ways // self.model.groups)
             pools.append((Rows(number, group, capacity, _width), pool))
             order = order[len(pool) :]
@@ -330,6 +328,13 @@ class Engine(Prompter):
         than LONG tokens."""
         ways = self.sharder.batch_ways
         return max(ways, min(self.batch_size, self.batch_size * LONG // length) // ways * ways)
+
+    def fewer(self, rows: int, needed: int) -> int:
+        """Return half as many rows, or a quarter, and so on, where no more are needed: so there are
+        few programs."""
+        while rows % (2 * self.sharder.batch_ways) == 0 and rows >= 2 * needed:
+            rows //= 2
+        return rows
 
     def run_batches(
         self,

@@ -26,6 +26,7 @@ from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.patch_file.file import PatchFile, runs_of
+from safepatch_jax.patch_file.stack import Stack
 from safepatch_jax.runtime import files, locks, unfinished
 from safepatch_jax.runtime.console import progress, some
 from safepatch_jax.runtime.reading import Refused
@@ -65,12 +66,14 @@ def verify(patch: str | pathlib.Path, folder: str | pathlib.Path) -> dict[str, s
 
 
 def apply(
-    patch: str | pathlib.Path, folder: str | pathlib.Path, out: str | pathlib.Path | None = None
+    patch: str | pathlib.Path | Stack,
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path | None = None,
 ) -> Outcome:
     """Patch a model folder.
 
     Args:
-      patch: the patch file.
+      patch: the patch file, or several patches as one.
       folder: the backbone, or where applying or reverting this patch in place was interrupted;
         safetensors weights.
       out: a new folder, which appears whole or not at all, with the same weight files and index and
@@ -93,7 +96,9 @@ def revert(
     return _move(patch, folder, out, BEFORE)
 
 
-def check_names(patch: PatchFile, tensors: Mapping[str, Any], folder: str | pathlib.Path) -> None:
+def check_names(
+    patch: PatchFile | Stack, tensors: Mapping[str, Any], folder: str | pathlib.Path
+) -> None:
     """Raise ValueError unless names, shapes and dtypes are those of the patch; all that differ are
     collected.
 
@@ -123,7 +128,7 @@ def check_names(patch: PatchFile, tensors: Mapping[str, Any], folder: str | path
         )
 
 
-def states(patch: PatchFile, hashes: Mapping[str, str]) -> dict[str, str]:
+def states(patch: PatchFile | Stack, hashes: Mapping[str, str]) -> dict[str, str]:
     """Return the state of each tensor, see `verify`, from the SHA-256 of its bytes."""
     result = {}
     for name, digest in hashes.items():
@@ -137,7 +142,7 @@ def states(patch: PatchFile, hashes: Mapping[str, str]) -> dict[str, str]:
 
 
 def refuse_strangers(
-    patch: PatchFile, states: Mapping[str, str], folder: str | pathlib.Path
+    patch: PatchFile | Stack, states: Mapping[str, str], folder: str | pathlib.Path
 ) -> None:
     """Raise ValueError if a tensor is neither as in the patch's backbone nor as in its patched
     model."""
@@ -152,10 +157,14 @@ def refuse_strangers(
 
 
 def _move(
-    patch: str | pathlib.Path, folder: str | pathlib.Path, out: str | pathlib.Path | None, goal: str
+    patch: str | pathlib.Path | Stack,
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path | None,
+    goal: str,
 ) -> Outcome:
     """Bring every tensor of a folder to the state `goal`, BEFORE or AFTER."""
-    patch, folder = PatchFile(patch), pathlib.Path(folder)
+    patch = patch if isinstance(patch, Stack) else PatchFile(patch)
+    folder = pathlib.Path(folder)
     if out is not None:
         files.refuse_full_folder(out)
     checkpoint = Checkpoint(folder, unfinished=True)
@@ -192,7 +201,7 @@ def _move(
 
 
 def _in_place(
-    folder: pathlib.Path, shards: Shards, patch: PatchFile, goal: str, begun: bool
+    folder: pathlib.Path, shards: Shards, patch: PatchFile | Stack, goal: str, begun: bool
 ) -> tuple[str, ...]:
     """Rewrite the weight files that hold what is to be moved, one by one; return the names of files
     removed. `begun`: some tensors are at the goal already, or were when this was interrupted."""
@@ -225,7 +234,7 @@ def _in_place(
 
 
 def _replace_shard(
-    path: pathlib.Path, tensors: Mapping[str, Stored], patch: PatchFile, goal: str, bar
+    path: pathlib.Path, tensors: Mapping[str, Stored], patch: PatchFile | Stack, goal: str, bar
 ) -> None:
     beside = _beside(path)
     try:
@@ -261,7 +270,7 @@ def _write_shard(
     source: pathlib.Path,
     target: pathlib.Path,
     tensors: Mapping[str, Stored],
-    patch: PatchFile,
+    patch: PatchFile | Stack,
     goal: str,
     bar,
 ) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.io.folder import Checkpoint, has_weights
-from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, inspect
-from safepatch_jax.patch_file.log import PatchLog, Step, data_text, folder_hash
+from safepatch_jax.patch_file.growth import changed_by
+from safepatch_jax.patch_file.log import PatchLog, data_text, folder_hash
 from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.runtime import files, mirror, paths
 from safepatch_jax.runtime.console import some
@@ -78,7 +78,7 @@ def compare(log: PatchLog, first: int, second: int) -> dict[str, Any]:
     other = [opened[number] for number in paths[1]]
     total = dict.fromkeys(("differ", "first", "second", "both"), 0)
     tensors = {}
-    for name in _changed([*one, *other]):
+    for name in changed_by([*one, *other]):
         counts = dict.fromkeys(total, 0)
         for a, b in zip(_flips(one, name), _flips(other, name)):
             counts["differ"] += int(np.count_nonzero(a ^ b))
@@ -109,45 +109,6 @@ def differences(log: PatchLog, first: int, second: int) -> list[str]:
         counts = tensors[name]
         lines.append(f"  {name:{width}}  {counts['differ']:>12,} of {counts['size']:,}")
     return lines
-
-
-def sizes(patches: Sequence[PatchFile]) -> dict[str, Any]:
-    """Measure how large the patches of a chain are, alone and together, and how far their positions
-    overlap.
-
-    Returns:
-      weights: entries of the model; entries: of each patch; cumulative: by patch, entries in which
-        the model after it differs from the start (one that a later patch sets back does not count);
-        overlap: [i][j], Jaccard index of the positions of the patches i and j.
-    """
-    count = len(patches)
-    cumulative, shared = np.zeros(count, np.int64), np.zeros((count, count), np.int64)
-    for name in _changed(patches):
-        for parts in zip(*(patch.runs(name) for patch in patches)):
-            total = np.zeros(RUN, BITS[patches[0].tensors[name].dtype])
-            masks = np.zeros((count, RUN), bool)
-            for i, (positions, flips) in enumerate(parts):
-                total[positions] ^= flips
-                masks[i, positions] = True
-                cumulative[i] += np.count_nonzero(total)
-                shared[i, : i + 1] += np.count_nonzero(masks[: i + 1] & masks[i], axis=1)
-    entries = shared.diagonal()
-    shared = np.maximum(shared, shared.T)
-    either = np.maximum(1, entries[:, None] + entries[None] - shared)
-    return {
-        "weights": sum(x.size for x in patches[0].tensors.values()) if patches else 0,
-        "entries": entries.tolist(),
-        "cumulative": cumulative.tolist(),
-        "overlap": (shared / either).tolist(),
-    }
-
-
-def _changed(patches: Sequence[PatchFile]) -> list[str]:
-    """Return the names of the tensors that any of the patches changes, each once."""
-    names: dict[str, None] = {}
-    for patch in patches:
-        names |= dict.fromkeys(patch.changed())
-    return list(names)
 
 
 def _flips(patches: Sequence[PatchFile], name: str) -> Iterator[np.ndarray]:
@@ -181,7 +142,7 @@ def replay(
       ValueError: no such link, `model` is another one, a patch file is missing or was changed, or
         `out` is not empty.
     """
-    steps = _steps(log, start, to)
+    steps = log.steps(start, to)
     if not steps:
         raise ValueError(f"--to and --from are both {to}: there is nothing to do.")
     model, out = (pathlib.Path(paths.plain(path)) for path in (model, out))
@@ -194,22 +155,12 @@ def replay(
             f"the log says {log.hash(start)[:16]}.... Give the folder of that model, or its number "
             "as --from."
         )
-    log.build(model, steps, out, log.hash(to))
+    log.build(model, steps, out)
     lines = []
-    for move, number in steps:
-        verb = "applied" if move is patch_apply.apply else "reverted"
+    for number, applied in steps:
+        verb = "applied" if applied else "reverted"
         lines.append(f"{verb} {log.label(number)}")
     return lines
-
-
-def _steps(log: PatchLog, start: int, to: int) -> list[Step]:
-    """Return what leads from one link to another: back to the last link that both come from, and on
-    from there."""
-    path, start_path = log.path(to), log.path(start)
-    shared = sum(a == b for a, b in zip(path, start_path))
-    steps: list[Step] = [(patch_apply.revert, n) for n in reversed(start_path[shared:])]
-    steps += [(patch_apply.apply, n) for n in path[shared:]]
-    return steps
 
 
 def revert(log: PatchLog, last: int) -> pathlib.Path:

@@ -69,12 +69,17 @@ class PatchFile:
     """A patch file, opened: `tensors` by name, `kind`, `about` (what its maker recorded) and
     `versions`.
 
+    Args:
+      path: of the file.
+      known: its bytes are those of a file that was checked before, as its hash says: positions and
+        flips are then checked as they are read.
+
     Raises:
       ValueError: not a patch file, another format, truncated, damaged, or content that contradicts
         itself. All of it is checked here, before anything is done with it.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, known: bool = False):
         self.path = pathlib.Path(readable(path))
         if not self.path.is_file():
             raise ValueError(f"No patch file '{path}'.")
@@ -94,8 +99,8 @@ class PatchFile:
             raise self._damaged(f"it holds more than its manifest lists: {extra}")
         if not self.changed():
             raise self._damaged("it changes nothing")
-        for name in self.changed():
-            for _ in self._chunks(name):
+        for name in () if known else self.changed():
+            for _ in self.chunks(name):
                 pass  # reading is what checks them
 
     def changed(self) -> list[str]:
@@ -109,7 +114,7 @@ class PatchFile:
     def runs(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield, for each RUN elements of a tensor in turn, the changed positions within them and
         the flips there."""
-        tensor, chunks = self.tensors[name], self._chunks(name)
+        tensor, chunks = self.tensors[name], self.chunks(name)
         positions, flips = np.empty(0, np.int64), np.empty(0, BITS[tensor.dtype])
         for start in range(0, tensor.size, RUN):
             stop = start + RUN
@@ -122,7 +127,7 @@ class PatchFile:
             yield positions[:count] - start, flips[:count]
             positions, flips = positions[count:], flips[count:]
 
-    def _chunks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def chunks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield positions in the tensor and flips, checked, in the order and sizes in which they
         are read."""
         tensor = self.tensors[name]

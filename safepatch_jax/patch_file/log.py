@@ -9,13 +9,14 @@ the format.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.io.folder import Checkpoint, has_weights, tensor_hashes
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.patch_file.log_lines import LOG, START, read_entries, write_entry
+from safepatch_jax.patch_file.stack import Stack
 from safepatch_jax.runtime import addresses, files, mirror, paths, processes, unfinished
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.paths import resolve
@@ -38,8 +39,7 @@ _WEIGHTS = (
 # Written about a model, read by nothing; "metrics.jsonl" of an alignment holds times.
 _ABOUT = (patch_apply.CERTIFICATE, "README.md", "metrics.jsonl")
 
-# patch_apply.apply or .revert, and the link whose patch it takes.
-Step = tuple[Callable[..., Any], int]
+Step = tuple[int, bool]  # a link, and whether its patch is applied; else it is reverted
 
 
 class PatchLog:
@@ -139,6 +139,14 @@ class PatchLog:
             number = links[number]["parent"]["link"]
         return numbers[::-1]
 
+    def steps(self, start: int, to: int) -> list[Step]:
+        """Return what leads from one model to another: back to the last link that both come from,
+        and on from there. Raises ValueError if there is no such link."""
+        path, start_path = self.path(to), self.path(start)
+        shared = sum(a == b for a, b in zip(path, start_path))
+        steps = [(n, False) for n in reversed(start_path[shared:])]
+        return steps + [(n, True) for n in path[shared:]]
+
     def label(self, number: int) -> str:
         return label(number, self.links[number]["name"]) if number else label(START, "start")
 
@@ -162,8 +170,11 @@ class PatchLog:
     def _link_folder(self, number: int) -> pathlib.Path:
         return self.workdir / LINKS / self.label(number)
 
-    def patch(self, number: int) -> PatchFile:
+    def patch(self, number: int, known: bool = False) -> PatchFile:
         """Open the patch file of a link and compare it with the log.
+
+        Args:
+          known: see `PatchFile`: the content of the logged file was checked when it was made.
 
         Raises:
           ValueError: it is missing, was changed, or leads from or to another model than the log
@@ -184,7 +195,7 @@ class PatchLog:
                 f"The patch file of link {link} was changed: {path} has SHA-256 {digest}, the log "
                 f"says {entry['patch']['sha256']}. {fix}"
             )
-        patch, parent = PatchFile(path), self.hash(entry["parent"]["link"])
+        patch, parent = PatchFile(path, known), self.hash(entry["parent"]["link"])
         for model, value, logged in (
             ("parent", patch_hash(patch, "before"), parent),
             ("recorded parent", entry["parent"]["model"], parent),
@@ -220,12 +231,11 @@ class PatchLog:
         if folder_hash(folder) != self.hash(number):
             say(
                 f"{self.label(number)}: its model is missing or was changed; it is built again "
-                "from the patch file."
+                "from patch files."
             )
             self._refuse_elsewhere(number)
-            parent = self._model(self.links[number]["parent"]["link"])
-            steps = [(patch_apply.apply, number)]
-            self.build(parent, steps, folder, self.hash(number), replace=True)
+            source = self._nearest(number)
+            self.build(self.folder(source), self.steps(source, number), folder, replace=True)
         return folder
 
     def bring(self, number: int) -> None:
@@ -237,6 +247,21 @@ class PatchLog:
             mirror.bring_listed(folder.parent)
         elif mirror.has_any(folder):
             mirror.fetch(folder)
+
+    def _nearest(self, number: int) -> int:
+        """Return the model from which another is the fewest patches away, of those whose folders
+        are as the log says. Raises ValueError as `check_start` where that is none."""
+        there = []
+        for other in (START, *self.links):
+            if other != number and has_weights(self.folder(other)):
+                there.append((len(self.steps(other, number)), other))
+        for _, other in sorted(there):
+            if other == START:
+                break
+            if folder_hash(self.folder(other)) == self.hash(other):
+                return other
+        self.check_start()
+        return START
 
     def check_start(self) -> None:
         """Raise ValueError if the starting model, or a file beside its weights, is not as when the
@@ -282,19 +307,17 @@ class PatchLog:
         model: pathlib.Path,
         steps: Sequence[Step],
         out: pathlib.Path,
-        digest: str,
         *,
         replace: bool = False,
     ) -> None:
-        """Write a model folder by applying or reverting patches one after the other; it must come
-        out with this hash."""
-        for _, number in steps:
-            self.patch(number)  # all are checked before anything is written
+        """Write the model folder to which steps lead from a model, in one pass; it must come out
+        with the hash of the log."""
+        # All are checked before anything is written.
+        stack = Stack([(self.patch(number), applied) for number, applied in steps])
+        number, applied = steps[-1]
+        digest = self.hash(number if applied else self.links[number]["parent"]["link"])
         with files.new_folder(out, replace=replace) as new:
-            source = [model, new]  # after the first patch the others go onto what it left
-            for move, number in steps:
-                move(self.patch_path(number), *source)
-                source = [new]
+            patch_apply.apply(stack, model, new)
             if folder_hash(new) != digest:
                 raise ValueError(
                     f"{out}: what came out is not the model of the log (hash {digest[:16]}...). "

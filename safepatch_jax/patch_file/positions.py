@@ -56,10 +56,11 @@ def decode(data: np.ndarray, previous: int = -1) -> tuple[np.ndarray, int]:
     lengths = ends + 1 - starts[:-1]
     if max(lengths.max(initial=0), len(data) - starts[-1]) > LONGEST:
         raise ValueError(f"a position takes more than {LONGEST} bytes")
-    if np.any((lengths > 1) & (data[ends] == 0)):
+    longer = np.flatnonzero(lengths > 1)  # few, mostly
+    if not np.all(data[ends[longer]]):
         raise ValueError("a position is not coded in the shortest way")
-    gaps = np.zeros(len(ends), np.int64)
-    for k in range(lengths.max(initial=0)):
-        longer = np.flatnonzero(lengths > k)
+    gaps = (data[starts[:-1]] & 127).astype(np.int64)
+    for k in range(1, lengths.max(initial=0)):
+        longer = longer[lengths[longer] > k]  # gaps that have a k-th byte
         gaps[longer] |= (data[starts[longer] + k] & 127).astype(np.int64) << 7 * k
     return np.cumsum(gaps + 1) + previous, int(starts[-1])

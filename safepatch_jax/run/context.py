@@ -3,6 +3,7 @@ programs."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ from safepatch_jax.io.hf import StoredModel, load_params
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.table import param_table
+from safepatch_jax.models.table import Param, param_table
 from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
 from safepatch_jax.run.inputs import Inputs, Read
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say
-from safepatch_jax.settings import Settings
+from safepatch_jax.settings import DeriveSettings, ModelSettings, ScoreSettings, Settings
 from safepatch_jax.training.batch import check_batch
 from safepatch_jax.training.journal import Recipe, Recorder, ignore
 from safepatch_jax.training.losses import Likelihood, Loss
@@ -89,14 +90,7 @@ class Context(Inputs):
 
     def training_decoder(self, config: DecoderConfig) -> Decoder:
         """Return the decoder of programs that take gradients."""
-        model = self.settings.model
-        return Decoder(
-            config,
-            jnp.dtype(model.compute_dtype),
-            self.sharder,
-            remat=model.remat,
-            attention=model.attention,
-        )
+        return _training_decoder(self.settings.model, self.sharder, config)
 
     def check_batches(self) -> None:
         """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together, or
@@ -149,19 +143,9 @@ class Context(Inputs):
     ) -> Trainer:
         """Return the train step of a loss, by default of the patches' likelihood; 'scope': which
         trains the patch scope alone."""
-        derive, table = self.settings.derive, param_table(config)
-        return Trainer(
-            self.training_decoder(config),
-            table,
-            self.sharder,
-            rows=table.scope(self.settings.patch.scope) if scope else None,
-            layerwise=scope and derive.backward == "layerwise",
-            loss=loss or Likelihood(derive.loss),
-            clip_norm=derive.clip_norm,
-            optimizer=derive.optimizer,
-            accumulate=derive.accumulate,
-            chunk=self.settings.model.loss_chunk,
-        )
+        model = dataclasses.replace(self.settings.model, source="", architecture="")
+        derive, of = self.settings.derive, self.settings.patch.scope
+        return _trainer_of(model, derive, of, self.sharder, config, loss, scope)
 
     def tune(
         self,
@@ -209,15 +193,9 @@ class Context(Inputs):
         rows = param_table(config).scope(self.settings.patch.scope)
         if witness:
             rows = (witness_row(rows),)
-        return SensitivityMeter(
-            self.training_decoder(config),
-            rows,
-            self.sharder,
-            self.settings.derive.loss,
-            self.settings.model.loss_chunk,
-            self.settings.score.in_flight,
-            self.settings.score.inputs,
-        )
+        settings = self.settings
+        loss, chunk = settings.derive.loss, settings.model.loss_chunk
+        return _meter_of(self.training_decoder(config), rows, loss, chunk, settings.score)
 
     def _chat(self, folder: pathlib.Path) -> Chat:
         size, date = read_hf_config(folder).vocab_size, self.settings.data.date
@@ -253,3 +231,48 @@ class Context(Inputs):
 
     def load(self, folder: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
         return load_params(folder, self.sharder)
+
+
+def _training_decoder(model: ModelSettings, sharder: Sharder, config: DecoderConfig) -> Decoder:
+    return Decoder(
+        config,
+        jnp.dtype(model.compute_dtype),
+        sharder,
+        remat=model.remat,
+        attention=model.attention,
+    )
+
+
+# Runs that follow one another in a process, as the links of a chain, share these: programs hold
+# memory maps, of which a process has so many, and those of a run that has ended stay for long.
+@functools.lru_cache(maxsize=4)
+def _trainer_of(
+    model: ModelSettings,
+    derive: DeriveSettings,
+    of: str,
+    sharder: Sharder,
+    config: DecoderConfig,
+    loss: Loss | None,
+    scope: bool,
+) -> Trainer:
+    table = param_table(config)
+    return Trainer(
+        _training_decoder(model, sharder, config),
+        table,
+        sharder,
+        rows=table.scope(of) if scope else None,
+        layerwise=scope and derive.backward == "layerwise",
+        loss=loss or Likelihood(derive.loss),
+        clip_norm=derive.clip_norm,
+        optimizer=derive.optimizer,
+        accumulate=derive.accumulate,
+        chunk=model.loss_chunk,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _meter_of(
+    decoder: Decoder, rows: tuple[Param, ...], loss: str, chunk: int, score: ScoreSettings
+) -> SensitivityMeter:
+    meter = decoder, rows, decoder.sharder, loss, chunk
+    return SensitivityMeter(*meter, score.in_flight, score.inputs)

@@ -41,18 +41,7 @@ FINISHED = ("done", "deleted")
 FORMAT = 4  # raise when a stage's outputs change their meaning
 # Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
 KEYED = ("safepatch_jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "gguf")
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tokenizers",
-    "gguf",
-    "safetensors",
-    "numpy",
-)
+_PACKAGES = (*KEYED[1:], "orbax-checkpoint", "safetensors", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,18 +310,24 @@ class Runner:
         left = delete_stages(self._workdir / "stages", keep=self.stages)
         mirror.delete_others(self._workdir / "stages", keep=self.stages)
         for name, stage in self.stages.items():
-            manifest = self.manifest(name) if stage.scratch else None
-            if manifest is None:
-                continue
-            folder = self.folder(name)
-            files.refuse_link(folder, folder.parent if stage.shared else self._workdir)
-            # The manifest first: a kill in between must not leave a stage that seems damaged.
-            manifests.write(folder, {**manifest, "deleted": True})
-            manifests.delete_outputs(folder, manifest)
-            mirror.rewritten(folder)
-            left += [f"{name}/{other}" for other in manifests.strangers(folder)]
+            if stage.scratch:
+                left += self.delete_outputs(name)
         if left:
             say(f"Left in {self._workdir / 'stages'}, as no run has made it: {some(left, ', ')}")
+
+    def delete_outputs(self, name: str) -> list[str]:
+        """Delete the outputs of a stage, keeping its manifest; return the names of what is left, as
+        no run has made it."""
+        stage, manifest = self.stages[name], self.manifest(name)
+        if manifest is None:
+            return []
+        folder = self.folder(name)
+        files.refuse_link(folder, folder.parent if stage.shared else self._workdir)
+        # The manifest first: a kill in between must not leave a stage that seems damaged.
+        manifests.write(folder, {**manifest, "deleted": True})
+        manifests.delete_outputs(folder, manifest)
+        mirror.rewritten(folder)
+        return [f"{name}/{other}" for other in manifests.strangers(folder)]
 
     def _refuse_strangers(self, name: str) -> None:
         """Raise ValueError if a stage's folder, which is to be replaced, holds what no run has

@@ -106,6 +106,7 @@ def test_help_is_a_manual():
         ),
         (["diff", "1"], "diff takes 2 numbers after it, got '1'"),
         (["log"], "There is no patch log"),
+        (["log", "--keep_models=1"], "log does not take --keep_models"),
         (["run", "--links=a", "--methods=dpo"], "--methods: there is no dpo"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from safepatch_jax.patch_file import file, stack
 from safepatch_jax.patch_file.commands import (
     compare,
     differences,
@@ -16,11 +17,11 @@ from safepatch_jax.patch_file.commands import (
     replay,
     revert,
     show,
-    sizes,
     verify,
 )
 from safepatch_jax.patch_file.create import create
 from safepatch_jax.patch_file.file import PatchFile
+from safepatch_jax.patch_file.growth import sizes
 from safepatch_jax.patch_file.log import (
     EXPORT,
     LINKS,
@@ -32,10 +33,18 @@ from safepatch_jax.patch_file.log import (
     patch_hash,
 )
 from safepatch_jax.patch_file.log_lines import FORMAT, LOG, entry_id
+from safepatch_jax.patch_file.pruning import keep_models
+from safepatch_jax.patch_file.stack import Stack
 from safepatch_jax.runtime import files
 from safepatch_jax.testing import write_tiny_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
+SIZES = {  # of the chain of `log`
+    "weights": 27040,
+    "entries": [10, 10, 6],
+    "cumulative": [10, 10, 16],
+    "overlap": [[1, 5 / 15, 5 / 11], [5 / 15, 1, 5 / 11], [5 / 11, 5 / 11, 1]],
+}
 
 
 def changed_copy(model, out, entries):
@@ -110,14 +119,8 @@ def log(tmp_path):
     return log
 
 
-def test_counts_from_patch_files_alone(log):
-    assert sizes([log.patch(n) for n in log.live]) == {
-        "weights": 27040,
-        "entries": [10, 10, 6],
-        "cumulative": [10, 10, 16],
-        "overlap": [[1, 5 / 15, 5 / 11], [5 / 15, 1, 5 / 11], [5 / 11, 5 / 11, 1]],
-    }
-    assert sizes([])["entries"] == []
+def test_counts_from_patch_files_alone(log, tmp_path):
+    assert sizes(log, tmp_path / "notes") == SIZES
     assert compare(log, 1, 3)["total"] == {
         "differ": 6,
         "first": 10,
@@ -135,12 +138,95 @@ def test_counts_from_patch_files_alone(log):
     assert differences(log, 1, 3)[0] == "01-a and 03-c differ in 6 entries of 1 tensors."
 
 
+def test_long_tensors_are_gone_through_in_pieces(log, tmp_path, monkeypatch):
+    for module in (file, stack):
+        monkeypatch.setattr(module, "RUN", 4)
+    assert sizes(log, tmp_path / "notes") == SIZES
+    for number in log.live:
+        shutil.rmtree(log.folder(number))
+    assert folder_hash(log.model(3)) == log.hash(3)
+
+
+def test_a_link_is_compared_with_those_before_it_once(log, tmp_path):
+    notes = tmp_path / "notes"
+    before = sizes(log, notes)
+    add_link(log, "d", [20, 21])
+    for number in (1, 2):
+        log.patch_path(number).rename(tmp_path / str(number))
+    with pytest.raises(ValueError, match=r"patch file of link 1 \(a\) is missing"):
+        sizes(log, notes)  # the new link is compared with all
+    for number in (1, 2):
+        (tmp_path / str(number)).rename(log.patch_path(number))
+    after = sizes(log, notes)
+    assert after["overlap"][3] == [0, 0, 1 / 7, 1] and after["cumulative"] == [10, 10, 16, 16]
+    assert [row[:3] for row in after["overlap"][:3]] == before["overlap"]
+    for number in log.live:
+        log.patch_path(number).unlink()
+    assert sizes(log, notes) == after  # nothing was read again
+
+
 def test_hash_of_a_model_is_that_of_its_patch_file(log):
     for number in log.live:
         patch = PatchFile(log.patch_path(number))
         assert patch_hash(patch, "after") == log.hash(number) and patch_hash(
             patch, "before"
         ) == log.hash(number - 1)
+
+
+def held(log):
+    """The numbers of the links whose models are there."""
+    return [number for number in log.links if log.folder(number).exists()]
+
+
+def test_models_that_are_not_kept_are_built_again_with_the_same_bits(log, tmp_path, capsys):
+    """From the nearest model that is there and whole, in one pass."""
+    bits = {number: load_file(log.folder(number) / "model.safetensors") for number in log.links}
+    keep_models(log, 0)
+    assert held(log) == [1, 2, 3]
+    keep_models(log, 1, also=[1])
+    assert held(log) == [1, 3]
+    log.patch_path(1).rename(tmp_path / "aside")  # and now it cannot be made from the start
+    folder = log.model(2)  # it lies between the two others
+    assert "02-b: its model is missing or was changed; it is built again" in capsys.readouterr().out
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert tensor.tobytes() == bits[2][name].tobytes()
+    keep_models(log, 1)
+    assert "01-a: its model is kept: The patch file of link 1 (a) is missing" in (
+        capsys.readouterr().out
+    )
+    (tmp_path / "aside").rename(log.patch_path(1))
+    keep_models(log, 1)
+    assert held(log) == [3]
+    shutil.rmtree(log.folder(3))
+    assert folder_hash(log.model(3)) == log.hash(3)  # three patches on from the start
+    assert held(log) == [3]  # those between are not made
+    assert revert(log, 2) == log.folder(1) and folder_hash(log.folder(1)) == log.hash(1)
+
+
+def test_a_model_that_is_not_as_logged_is_not_deleted(log, tmp_path, capsys):
+    path = log.folder(1) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    away = log.folder(2).rename(tmp_path / "away")
+    log.folder(2).symlink_to(away)
+    keep_models(log, 1)
+    out = capsys.readouterr().out
+    assert "01-a: its model is kept: it was changed since" in out
+    assert "02-b: its model is kept: " in out and "is a link to" in out
+    assert path.exists() and (away / "model.safetensors").exists()
+    # What a killed deletion left is deleted.
+    left = log.folder(3).with_name(".model.deleted")
+    left.mkdir()
+    keep_models(log, 1)
+    assert not left.exists() and held(log) == [1, 2, 3]
+
+
+def test_patches_that_are_not_one_after_the_other_are_no_stack(log):
+    one, two, three = (log.patch(number) for number in log.live)
+    with pytest.raises(ValueError, match="does not go on from the model to which .* lead: " + NAME):
+        Stack([(one, True), (three, True)])
+    back = Stack([(two, True), (three, True), (three, False), (two, False)])
+    assert not back.tensors[NAME].entries
+    assert [len(positions) for positions, _ in back.runs(NAME)] == [0]
 
 
 def test_reverts_are_lines_and_numbers_go_on(log):

@@ -3,6 +3,7 @@ comparison with other methods."""
 
 import functools
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -20,13 +21,14 @@ from safepatch_jax.run.job import open_run
 from safepatch_jax.runtime.files import read_json, read_jsonl
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
+from safepatch_jax.studies.continual.figures import draw
 from safepatch_jax.studies.continual.links import Link, parse_links
 from safepatch_jax.studies.continual.measures import Measures
 from safepatch_jax.studies.continual.methods import CHAINED, parse_methods
 from safepatch_jax.studies.continual.study import Chain, run
 from safepatch_jax.testing import write_tiny_model
 from tests import jobs
-from tests.jobs import interrupted_at, stages_run, write_table
+from tests.jobs import interrupted_at, looking_at, stages_run, write_table
 
 pytestmark = pytest.mark.usefixtures("one_device")
 STAGES = "fraud;hate=cat:hate+slurs"
@@ -77,9 +79,16 @@ def chain(one_device, settings, tmp_path_factory, malware):
     """The workdir of a chain of two links, then of three with gradient ascent beside it; a copy,
     'two', is of the time before."""
     work = tmp_path_factory.mktemp("run") / "work"
-    run(settings, work, parse_links(STAGES))
+    run(settings, work, parse_links(STAGES), keep=0)
     shutil.copytree(work, work.with_name("two"), symlinks=True)
-    run(settings, work, parse_links(malware), ("safepatching", "ga"), ["launch.continual", "run"])
+    command, stages = ["launch.continual", "run"], work / "methods" / "ga" / "stages"
+
+    def note():
+        models = sorted(path.parent.name for path in stages.glob("*/model"))
+        work.with_name("models").write_text(" ".join(models))
+
+    with looking_at("GA 03-malware", note):
+        run(settings, work, parse_links(malware), ("safepatching", "ga"), command, keep=0)
     return work
 
 
@@ -121,10 +130,10 @@ def test_interrupted_within_a_link_a_chain_is_resumed_with_the_same_model(two, s
     revert(PatchLog(two), 1)
     capsys.readouterr()
     with interrupted_at("export: running"):
-        run(settings, two, parse_links(STAGES))
+        run(settings, two, parse_links(STAGES), keep=0)
     assert PatchLog(two).live == [1]
     capsys.readouterr()
-    run(settings, two, parse_links(STAGES))
+    run(settings, two, parse_links(STAGES), keep=0)
     assert stages_run(capsys.readouterr().out)[0] == "export"
     log = PatchLog(two)
     assert log.live == [1, 3] and log.hash(3) == log.hash(2)
@@ -142,7 +151,7 @@ def test_an_aligned_start_is_not_aligned_again(chain, settings, tmp_path, capsys
 
 def test_nothing_is_measured_twice(chain, settings, malware, capsys):
     before = {path: path.read_bytes() for path in chain.glob("measures/stages/*/manifest.json")}
-    run(settings, chain, parse_links(malware), ("safepatching", "ga"))
+    run(settings, chain, parse_links(malware), ("safepatching", "ga"), keep=0)
     assert not stages_run(capsys.readouterr().out)
     # Start and three links by each method, on three categories, look-alikes, ordinary answers.
     assert len(before) == (4 + 3) * 5
@@ -215,6 +224,7 @@ def test_other_methods_go_from_link_to_link_and_leave_no_model(chain, two, setti
     assert ga[-1]["harm"]["malware"]["nll"] > ga[0]["harm"]["malware"]["nll"]
     stages = chain / "methods" / "ga" / "stages"
     assert [path.name for path in (stages / "03-malware").iterdir()] == ["manifest.json"]
+    assert chain.with_name("models").read_text() == "02-hate"  # when the third one was begun
     # Beside the two links alone, and kept: the same models, made anew.
     kept = settings.override({"run.keep_scratch": True})
     run(kept, two, parse_links(STAGES), ("ga", "safepatching", "npo"))
@@ -245,7 +255,7 @@ def test_revert_then_another_link(copy, chain, settings):
     folder = revert(log, 2)
     assert tensors(folder) == tensors(PatchLog(chain).folder(1)) and log.head == 1
     verify(PatchLog(copy))
-    run(settings, copy, parse_links("fraud;slurs"))
+    run(settings, copy, parse_links("fraud;slurs"), keep=0)
     log = PatchLog(copy)
     assert log.live == [1, 4] and sorted(log.links) == [1, 2, 3, 4] and log.label(4) == "04-slurs"
     assert log.links[4]["parent"] == {"link": 1, "model": log.hash(1)}
@@ -285,11 +295,18 @@ def test_a_refused_link_leaves_the_chain_as_it_was(two, chain, settings, malware
     )
     assert "refused by the gate" in history(log)[0] and verify(log)
     capsys.readouterr()
-    # It is not made again, and the next one goes on from the link before.
-    run(settings, two, parse_links(f"{malware};slurs"))
-    out = capsys.readouterr().out
-    assert "refused by the gate" in out and "Link 03-malware" not in out
-    log = PatchLog(two)
+    # It is not made again, and the next one goes on from the link before. Models before the head
+    # are built again only where they are to be measured on what is new.
+    for measure, built in (("own", []), ("all", ["01-fraud"])):
+        run(settings, two, parse_links(f"{malware};slurs"), measure=measure)
+        out = capsys.readouterr().out
+        assert "refused by the gate" in out and "Link 03-malware" not in out
+        assert re.findall(r"^(\S+): its model is missing .* built again", out, re.M) == built
+        rows = read_json(two / "continual.json")["methods"]["safepatching"]
+        assert [len(row["harm"]) for row in rows] == [4, 3 + (measure == "all"), 4, 4]
+        assert ("Empty: not measured." in (two / "continual.md").read_text()) == (measure == "own")
+        log = PatchLog(two)
+        assert [number for number in log.links if log.folder(number).exists()] == [3]
     assert log.live == [1, 2, 3] and log.links[3]["name"] == "slurs"
     assert [entry["name"] for entry in log.decided] == ["fraud", "hate", "malware", "slurs"]
     content = read_json(two / "continual.json")
@@ -317,7 +334,7 @@ def test_a_model_that_was_changed_is_built_again(copy, chain, capsys):
     with pytest.raises(ValueError, match="03-malware: the model in .* was changed since"):
         verify(PatchLog(copy))
     assert PatchLog(copy).model(3) == path.parent
-    assert "it is built again from the patch file" in capsys.readouterr().out
+    assert "it is built again from patch files" in capsys.readouterr().out
     assert tensors(path.parent) == tensors(PatchLog(chain).folder(3))
 
 
@@ -463,6 +480,57 @@ def test_foreign_workdirs_and_starting_models(settings, tmp_path, malware, copy,
         ValueError, match="no longer as when the chain began: generation_config.json was changed"
     ):
         run(settings, copy, parse_links(malware))
+
+
+def many(content, count, measured):
+    """The content of a report as of a chain of so many links, each model measured on its own
+    category and the next one's, the first and the last on all."""
+    names = [f"harm{i}" for i in range(count)]
+    row, cell = content["methods"]["safepatching"][0], content["methods"]["ga"][-1]["harm"]["fraud"]
+    rows = []
+    for i in range(count + 1):
+        chosen = names if measured or i in (0, count) else names[i - 1 : i + 1]
+        label = f"{i:02d}-{names[i - 1]}" if i else "00-start"
+        rows.append(row | {"model": label, "harm": dict.fromkeys(chosen, cell)})
+    stages = [content["stages"][0] | {"name": name} for name in names]
+    links = []
+    for i, name in enumerate(names):
+        links.append(content["links"][0] | {"number": i + 1, "name": name})
+    overlap = [[0.5] * count for _ in names]
+    numbers = {"weights": 9, "entries": [1] * count, "cumulative": [1] * count, "overlap": overlap}
+    changes = {"stages": stages, "links": links, "patches": numbers}
+    return content | changes | {"methods": {"safepatching": rows}}
+
+
+def test_the_report_of_many_links_has_short_columns_and_a_key(chain):
+    content = read_json(chain / "continual.json")
+    text = report.markdown(many(content, 20, True))
+    head = f"| after | {' | '.join(map(str, range(1, 21)))} |"
+    assert head in text and "| 20 | harm19 | `" in text and "(n 2)" not in text
+    matrix = text[text.index(head) :].splitlines()
+    cells = matrix[3].split(" | ")  # of the model after the first link
+    assert len(cells) == 21 and cells[0] == "| 01-harm0"
+    assert not cells[1].startswith("*") and all(cell.startswith("*") for cell in cells[2:])
+    assert max(map(len, matrix[2:22])) < 160
+    text = report.markdown(many(content, 20, False))
+    assert "Empty: not measured." in text and "| harm5 | 06-harm5 | 2 |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 05-harm4 | "))
+    assert [bool(cell.strip()) for cell in row.split("|")[2:-1]].count(True) == 2
+    text = report.markdown(many(content, 45, False))
+    assert "too many columns for a page" in text and "| after | 1 |" not in text
+    assert "| harm44 | 45-harm44 |" in text
+
+
+@pytest.mark.parametrize("count, measured", [(20, True), (20, False), (45, False)])
+def test_the_picture_of_many_links(count, measured, chain):
+    figure = draw(many(read_json(chain / "continual.json"), count, measured))
+    harm, overlap = figure.axes[:2]
+    numbers = (count + 1) * count if measured else 2 * count + 2 * (count - 1)
+    assert len(harm.texts) == (numbers if count == 20 else 0)
+    assert len(overlap.texts) == (count * (count - 1) // 2 if count == 20 else 0)
+    assert ("grey: not measured" in harm.get_title()) == (not measured)
+    labels = [label.get_text() for label in harm.get_xticklabels()]
+    assert labels[:2] == (["harm0", "harm1"] if count == 20 else ["harm0", "harm2"])
 
 
 def test_names_are_escaped_and_the_report_appears_whole_or_not_at_all(copy):

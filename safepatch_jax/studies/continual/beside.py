@@ -28,7 +28,7 @@ class OtherChain:
     Args:
       method: of the registry.
       settings: of the chain.
-      links: (label, link) of each link that SafePatching has made.
+      links: (label, link, what its model is measured on) of each link that SafePatching has made.
       workdir: where its models lie until they are measured.
       measures: of the chain.
       start: hashes of the starting model.
@@ -40,7 +40,7 @@ class OtherChain:
         self,
         method: Method,
         settings: Settings,
-        links: Sequence[tuple[str, Link]],
+        links: Sequence[tuple[str, Link, Sequence[str]]],
         workdir: pathlib.Path,
         measures: Measures,
         start: Mapping[str, str],
@@ -49,9 +49,9 @@ class OtherChain:
     ):
         self._method, self._settings, self._measures = method, settings, measures
         self._start_folder, self._task = start_folder, task
-        self._labels = [name for name, _ in links]
+        self._parts = {name: parts for name, _, parts in links}
         stages, before = [], None
-        for place, (name, link) in enumerate(links):
+        for place, (name, link, _) in enumerate(links):
             sources = {"data": measures.data_hash(link.name)}
             if before is None:
                 sources |= start
@@ -91,11 +91,15 @@ class OtherChain:
         return {"model": processes.on_first(folder_hash, folder)}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Make and measure the models; return a row of the report for each. They are deleted after
-        success."""
-        label = self._method.label
+        """Make and measure the models; return a row of the report for each. Each is deleted once
+        the next one is there, the last one after success."""
+        label, rows, before = self._method.label, [], None
         try:
-            rows = [self._row(name) for name in self._labels]
+            for name in self._parts:
+                rows.append(self._row(name))
+                if before and not self._settings.run.keep_scratch:
+                    processes.on_first(self._runner.delete_outputs, before)
+                before = name
         except BaseException:
             if scratch := self._runner.scratch_left():
                 say(
@@ -116,5 +120,6 @@ class OtherChain:
             runner.need(name)
         digest = runner.result(name)["model"]
         model = Model(digest, lambda: runner.need(name) / "model")
-        parts = self._measures.measure(model, (*self._measures.names, *COMMON))
-        return report.row(name, digest, parts)
+        self._measures.measure(model, self._parts[name])
+        measures = self._measures.found(model, (*self._measures.names, *COMMON))
+        return report.row(name, digest, measures)

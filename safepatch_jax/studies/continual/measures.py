@@ -87,6 +87,16 @@ class Measures:
                 runner.need(stage)
         return {part: runner.result(self._stage(model, part)) for part in parts}
 
+    def found(self, model: Model, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return by part what `measure` has found before; parts that were not measured are left
+        out."""
+        runner, results = self._runner(model, parts, lambda part, out: {}), {}
+        for part in parts:
+            stage = self._stage(model, part)
+            if runner.status(stage) in FINISHED:
+                results[part] = runner.result(stage)
+        return results
+
     def answers(self, model: Model, part: str) -> list[dict[str, Any]]:
         """Return the judged answers of a measurement that was made, or the likelihoods of EACH; as
         this process sees it."""

@@ -3,6 +3,7 @@ the patches add up."""
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from safepatch_jax.evaluation.judges.base import COMPLIED, INCOHERENT, OUTCOMES, REFUSED
 from safepatch_jax.evaluation.measures import perplexity
+from safepatch_jax.evaluation.statistics import wilson
 from safepatch_jax.patch_file.log import data_text
 from safepatch_jax.reporting import ending, tables, templates
 from safepatch_jax.reporting.tables import percent, share
@@ -19,6 +21,7 @@ from safepatch_jax.studies.continual.measures import COMMON
 
 FILES = ("continual.md", "continual.json", "continual.png")
 _OF_LINK = ("number", "name", "model", "parent", "patch", "data", "seed", "date")
+WIDE, WIDEST = 8, 40  # with more columns a table has short ones, and then none
 Counts = Mapping[str, int]
 
 
@@ -74,8 +77,8 @@ def gather(
     for method, of_method in rows.items():
         methods[method] = []
         for i, r in enumerate(of_method):
-            harm = [r["harm"][name] for name in names]
-            methods[method].append({**r, "seen": _sum(harm[:i]), "unseen": _sum(harm[i:])})
+            parts = {"seen": names[:i], "unseen": names[i:]}
+            methods[method].append(r | {part: _harm(r, some) for part, some in parts.items()})
     return {
         "settings": dict(settings),
         "start": _pick(start, ("source", "aligned", "model")),
@@ -94,6 +97,11 @@ def _pick(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys}
 
 
+def _harm(r: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:
+    """Return the outcomes of a model over those of some categories that it was measured on."""
+    return _sum([r["harm"][name] for name in names if name in r["harm"]])
+
+
 def _sum(counts: Sequence[Counts]) -> dict[str, int]:
     """Return the numbers of each outcome over several sets of answers."""
     total = dict.fromkeys((*OUTCOMES, "n"), 0)
@@ -106,14 +114,58 @@ def _sum(counts: Sequence[Counts]) -> dict[str, int]:
 def markdown(content: Mapping[str, Any]) -> str:
     """Render the report."""
     means = {method: _means(rows[1:]) for method, rows in content["methods"].items()}
+    stages, everything = content["stages"], True
+    for rows in content["methods"].values():
+        everything = everything and all(len(r["harm"]) == len(stages) for r in rows)
     return templates.render(
         "studies/continual/report.md.jinja",
         **content,
         means=means,
+        wide=len(stages) > WIDE,
+        widest=len(stages) > WIDEST,
+        everything=everything,
+        course=functools.partial(_course, content),
+        half_width=_half_width,
+        bare=_bare,
+        change=_change,
         total=_sum,
         data_text=data_text,
         code=lambda text: tables.code(printable(text)),
     )
+
+
+def _course(content: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
+    """Return for each category that has a link what the models answer there: at the start, before
+    and after the category's own link, and now; None where that was not measured."""
+    rows, course = content["methods"][method], []
+    for i, stage in enumerate(content["stages"][: len(content["links"])]):
+        models = {"start": rows[0], "before": rows[i], "after": rows[i + 1], "now": rows[-1]}
+        values = {when: r["harm"].get(stage["name"]) for when, r in models.items()}
+        course.append({"name": stage["name"], "link": rows[i + 1]["model"], **values})
+    return course
+
+
+def _bare(counts: Counts | None) -> str:
+    """Return the share that is complied with in per cent, without its interval and unit; nothing
+    where it was not measured."""
+    if counts is None:
+        return ""
+    return percent(share(counts, COMPLIED), 0, "") if counts["n"] else "-"
+
+
+def _change(before: Counts | None, after: Counts | None) -> str:
+    if not before or not after or not before["n"]:
+        return ""
+    return f"{100 * (share(after, COMPLIED) - share(before, COMPLIED)):+.0f}"
+
+
+def _half_width(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return in points how far the interval of a cell reaches to one side at the most."""
+    counts = [harm["n"] for harm in rows[0]["harm"].values() if harm["n"]]
+    if not counts:
+        return ""
+    low, high = wilson(min(counts) // 2, min(counts))
+    return percent((high - low) / 2, 0, "")
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

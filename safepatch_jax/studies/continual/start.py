@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.hf import check_keys
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.table import param_table
+from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.file import BITS
-from safepatch_jax.runtime.console import some
+from safepatch_jax.patch_file.log import companion_hashes, folder_hash
+from safepatch_jax.patch_file.log_lines import FORMAT, START_DIR
+from safepatch_jax.run.context import Context
+from safepatch_jax.run.convert import convert
+from safepatch_jax.run.job import align_model
+from safepatch_jax.run.place import Place
+from safepatch_jax.run.stages import versions
+from safepatch_jax.runtime import files, mirror, processes
+from safepatch_jax.runtime.addresses import is_address, name_of
+from safepatch_jax.runtime.console import say, some
 from safepatch_jax.settings import Settings
 
 
@@ -33,6 +44,55 @@ def check_settings(settings: Settings) -> None:
             f"data.category is {settings.data.category!r}, and --links gives each link its own. "
             "Leave it out."
         )
+
+
+def make_start(settings: Settings, context: Context, workdir: pathlib.Path) -> dict[str, Any]:
+    """Bring the starting model of a chain into place; return what the log says of it.
+
+    Args:
+      settings, workdir: of the chain.
+      context: of these settings, without an alignment.
+
+    Raises:
+      ValueError: as `refuse_unpatchable`.
+    """
+    place, outcome = Place.parse(settings.model.source), outcome_settings(settings)
+    name = START_DIR.format(files.text_hash([outcome, context.data_hashes])[:8])
+    copy = workdir / name
+    if place.kind == "hf" and not settings.align.enabled:
+        folder = place.path.absolute()
+        logged = name_of(folder)
+    else:
+        folder, logged = copy, name
+        _make_copy(settings, place, copy)
+        if not processes.first() and is_address(name_of(copy)):
+            mirror.fetch(copy)
+    read_hf_config(folder)
+    processes.on_first(refuse_unpatchable, folder)
+    return {
+        "format": FORMAT,
+        "source": settings.model.source,
+        "aligned": settings.align.enabled,
+        "folder": logged,
+        "model": processes.on_first(folder_hash, folder),
+        "companions": processes.on_first(companion_hashes, folder),
+        "settings": outcome,
+        "versions": versions(),
+    }
+
+
+def _make_copy(settings: Settings, place: Place, copy: pathlib.Path) -> None:
+    """Align or convert the source into the workdir, if that is not done yet."""
+    if processes.on_first(mirror.is_published, copy):
+        return
+    if settings.align.enabled:
+        say(f"The starting model: aligned into {copy}")
+        align_model(settings, copy)
+    else:
+        say(f"The starting model: converted into {copy}")
+        mesh = settings.mesh.shape
+        source = f"{place.kind}:{name_of(place.path)}"
+        convert(source, f"hf:{name_of(copy)}", mesh=mesh, certify="hashes")
 
 
 def refuse_unpatchable(folder: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -16,32 +17,30 @@ from typing import Any
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.mesh import Sharder
-from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.outcome import outcome_settings
-from safepatch_jax.patch_file.commands import sizes
 from safepatch_jax.patch_file.file import PatchFile
+from safepatch_jax.patch_file.growth import sizes
 from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
     PatchLog,
-    companion_hashes,
     data_text,
     folder_hash,
     label,
     patch_hash,
 )
-from safepatch_jax.patch_file.log_lines import FORMAT, LOG, START, START_DIR
+from safepatch_jax.patch_file.log_lines import LOG, START, START_DIR
+from safepatch_jax.patch_file.pruning import keep_models
 from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
 from safepatch_jax.run.context import Context, keep_programs
-from safepatch_jax.run.convert import convert
-from safepatch_jax.run.job import SETTINGS, align_model
+from safepatch_jax.run.job import SETTINGS
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, mirror, processes
-from safepatch_jax.runtime.addresses import is_address, name_of
+from safepatch_jax.runtime.addresses import name_of
 from safepatch_jax.runtime.console import say, some
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
@@ -52,12 +51,13 @@ from safepatch_jax.studies.continual.links import Link
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
 from safepatch_jax.studies.continual.methods import CHAINED, Task, safepatching
 from safepatch_jax.studies.continual.resume import check_resumable
-from safepatch_jax.studies.continual.start import check_settings, refuse_unpatchable
+from safepatch_jax.studies.continual.start import check_settings, make_start
 from safepatch_jax.studies.gate.checks import OURS, THEIRS
 from safepatch_jax.studies.gate.rules import Rules, read_rules
 
-MEASURES = "measures"
 _APART = ("stages", START_DIR.format("*"))  # what is published as whole folders
+MEASURES, GROWTH = "measures", "patches"  # folders; the second within the first
+EVERYTHING, OWN = MEASURED = ("all", "own")
 _OF_REFUSED = ("name", "parent", "model", "data", "gate")  # of a link's line
 _NAMES = (
     LOG,
@@ -78,6 +78,8 @@ def run(
     methods: Sequence[str] = ("safepatching",),
     command: Sequence[str] = (),
     gate: str = "",
+    keep: int = 1,
+    measure: str = EVERYTHING,
 ) -> pathlib.Path:
     """Bring a chain up to date: make the links that it lacks, measure all models, write the report;
     return the report's path.
@@ -89,6 +91,9 @@ def run(
       methods: see `methods.parse_methods`.
       command: with which the run was started; it is noted.
       gate: a file of rules by which links are accepted, see `gate.rules.read_rules`; '' for none.
+      keep: the models of so many links, the last, stay as folders; 0: of all.
+      measure: 'all': every model on every category; 'own': each on its link's and the next link's,
+        the starting model and the head on all.
 
     Raises:
       ValueError: settings, data or model are wrong, or not the same in all processes; the workdir
@@ -103,10 +108,12 @@ def run(
         "--methods": list(methods),
         "--workdir": name_of(folder.path),
         "--gate": rules.hash if rules else "",
+        "--keep_models": keep,
+        "--measure": measure,
     }
     agree_on_run(settings, Place.parse(settings.model.source), flags, dict)
     with folder.claimed():
-        chain = Chain(settings, folder.path, links, command, rules)
+        chain = Chain(settings, folder.path, links, command, rules, keep, measure)
         processes.on_first(environment.write, folder.path, command, chain.sharder)
         return chain.run(methods)
 
@@ -115,7 +122,7 @@ class Chain:
     """A chain that is being made.
 
     Args:
-      settings, workdir, links, command: see `run`.
+      settings, workdir, links, command, keep, measure: see `run`.
       rules: by which links are accepted; None for all.
 
     Attributes:
@@ -134,9 +141,11 @@ class Chain:
         links: Sequence[Link],
         command: Sequence[str] = (),
         rules: Rules | None = None,
+        keep: int = 1,
+        measure: str = EVERYTHING,
     ):
         self.settings, self.workdir, self.links = settings, workdir, tuple(links)
-        self._command = command
+        self._command, self._keep, self._everything = command, keep, measure == EVERYTHING
         # All links see the same records, also if a file is changed meanwhile.
         self._read = functools.cache(load_records)
         self._context = Context(settings.override({"align.enabled": False}), self._read)
@@ -153,7 +162,7 @@ class Chain:
             hashes = {name: self._data_hash(name) for name in self._contexts}
             check_resumable(self.log, settings, self.links, hashes)
         else:
-            self.log = PatchLog.begin(workdir, self._make_start())
+            self.log = PatchLog.begin(workdir, make_start(settings, self._context, workdir))
         self._companions = files.text_hash(self.log.start["companions"])
         self.measures = Measures(
             self._context,
@@ -175,11 +184,18 @@ class Chain:
         """Make and measure all links and the other methods' models, and write the report."""
         self._say_plan()
         self._measure(START)
+        if self._everything:
+            self._measure(self.log.head)  # as the run may have been killed before
         for link in self.links[len(self._standing()) :]:
-            if self._extend(link):
+            if self._extend(link) and self._everything:
                 self._measure(self.log.head)
+            self._prune()
+            gc.collect()  # parts of the link's run refer to one another: they go now, not later
         processes.on_first(_delete_leftovers, self.log)
-        rows = [self._row(number) for number in (START, *self.log.live)]
+        rows = []
+        for number in (START, *self.log.live):
+            rows.append(self._row(number))
+            self._prune(number)  # from which the next one, if it is to be measured, is built
         by_method = {"safepatching": rows}
         for method in methods:
             if method != "safepatching":
@@ -189,46 +205,6 @@ class Chain:
         for line in report.summary(content):
             say(line)
         return self.workdir / report.FILES[0]
-
-    def _make_start(self) -> dict[str, Any]:
-        """Bring the starting model into place; return what the log says of it."""
-        settings, place = self.settings, Place.parse(self.settings.model.source)
-        outcome = outcome_settings(settings)
-        name = START_DIR.format(files.text_hash([outcome, self._context.data_hashes])[:8])
-        copy = self.workdir / name
-        if place.kind == "hf" and not settings.align.enabled:
-            folder = place.path.absolute()
-            logged = name_of(folder)
-        else:
-            folder, logged = copy, name
-            self._make_copy(place, copy)
-            if not processes.first() and is_address(name_of(copy)):
-                mirror.fetch(copy)
-        read_hf_config(folder)
-        processes.on_first(refuse_unpatchable, folder)
-        return {
-            "format": FORMAT,
-            "source": settings.model.source,
-            "aligned": settings.align.enabled,
-            "folder": logged,
-            "model": processes.on_first(folder_hash, folder),
-            "companions": processes.on_first(companion_hashes, folder),
-            "settings": outcome,
-            "versions": versions(),
-        }
-
-    def _make_copy(self, place: Place, copy: pathlib.Path) -> None:
-        """Align or convert the source into the workdir, if that is not done yet."""
-        if processes.on_first(mirror.is_published, copy):
-            return
-        if self.settings.align.enabled:
-            say(f"The starting model: aligned into {copy}")
-            align_model(self.settings, copy)
-        else:
-            say(f"The starting model: converted into {copy}")
-            mesh = self.settings.mesh.shape
-            target = f"hf:{name_of(copy)}"
-            convert(f"{place.kind}:{name_of(place.path)}", target, mesh=mesh, certify="hashes")
 
     def _standing(self) -> list[dict[str, Any]]:
         """Return what was decided of links: all but refusals at the end by other rules than those
@@ -318,17 +294,31 @@ class Chain:
     def _data(self, link: Link) -> dict[str, str]:
         return link.data(self.settings)
 
-    def _measure(self, number: int) -> dict[str, Any]:
+    def _prune(self, *also: int) -> None:
+        processes.on_first(keep_models, self.log, self._keep, also)
+
+    def _parts(self, number: int) -> tuple[str, ...]:
+        """Return what a model is measured on."""
+        live, names = self.log.live, self.measures.names
+        if not (self._everything or number in (START, self.log.head)):
+            place = live.index(number)  # a link's report has its own two models
+            names = [self.log.links[n]["name"] for n in live[place : place + 2]]
+        return (*names, *COMMON)
+
+    def _measure(self, number: int) -> Model:
         model = Model(self.log.hash(number), lambda: self.log.model(number))
-        return self.measures.measure(model, (*self.measures.names, *COMMON))
+        self.measures.measure(model, self._parts(number))
+        return model
 
     def _row(self, number: int) -> dict[str, Any]:
-        return report.row(self.log.label(number), self.log.hash(number), self._measure(number))
+        measures = self.measures.found(self._measure(number), (*self.measures.names, *COMMON))
+        return report.row(self.log.label(number), self.log.hash(number), measures)
 
     def _beside(self, method: str) -> list[dict[str, Any]]:
         """Make and measure the chain of another method."""
         labels = [self.log.label(number) for number in self.log.live]
-        links = list(zip(labels, self._accepted()))
+        parts = map(self._parts, self.log.live)
+        links = list(zip(labels, self._accepted(), parts))
         start = {"start": self.log.start["model"], "companions": self._companions}
         chain = OtherChain(
             CHAINED[method],
@@ -367,7 +357,7 @@ class Chain:
             labels={method: CHAINED[method].label for method in rows},
             colours=colours,
             refused=[entry for entry in log.decided if entry["entry"] == "refused"],
-            patches=sizes([log.patch(number) for number in log.live]),
+            patches=processes.on_first(sizes, log, self.workdir / MEASURES / GROWTH),
         )
 
     def _data_hash(self, name: str) -> str:
