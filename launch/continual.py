@@ -16,6 +16,8 @@ patches.
   python -m launch.continual diff N M --workdir=runs/chain
   python -m launch.continual replay --workdir=runs/chain --to=N [--from=M] --model=DIR --out=NEW_DIR
   python -m launch.continual revert --workdir=runs/chain --last=K
+  # Take out link N alone; the links after it stay.
+  python -m launch.continual remove N --workdir=runs/chain [--overlap=later]
   python -m launch.continual verify --workdir=runs/chain
 
 Each link is a whole run of launch.safepatch that starts from the model of the link before; its
@@ -43,11 +45,13 @@ these records; one that is refused leaves the chain as it was, and the next entr
 there. Without --gate all are added.
 
 Model 0 is the starting model. revert moves the head back and deletes nothing; the next run
-continues from there with new numbers. replay builds the model of link N from that of link M (0 by
-default), forwards or backwards, bit for bit, and compares the result with the log. Settings
-(--config, --patch.beta=2, ...) belong to run only. A run that was killed resumes when the same
-command is given again. docs/continual.md has the format. Exit code 0: done; 2: a mistake, with one
-line that names it.
+continues from there with new numbers. remove takes a link out of the middle: the links after it are
+written anew, under new numbers, for the models without it. Where they change entries that it
+changed, it is refused; --overlap says what to do with these. replay builds the model of link N from
+that of link M (0 by default), forwards or backwards, bit for bit, and compares the result with the
+log. Settings (--config, --patch.beta=2, ...) belong to run only. A command that was killed is
+finished when it is given again. docs/continual.md has the format. Exit code 0: done; 2: a mistake,
+with one line that names it.
 """
 
 from types import ModuleType
@@ -93,6 +97,14 @@ _FROM = flags.DEFINE_integer(
 _MODEL = kinds.path("model", None, "The model that is given: a folder or org/name; replay.")
 _OUT = kinds.path("out", None, "A new folder; replay.")
 _LAST = flags.DEFINE_integer("last", None, "How many links are taken off; revert.")
+_OVERLAP = flags.DEFINE_enum(
+    "overlap",
+    None,
+    ["refuse", "later", "change"],
+    "What becomes of entries that the link and later ones have changed. refuse, the default: "
+    "nothing is removed; later: they keep the later link's value; change: they are changed by as "
+    "much as the later link has changed them, rounded; remove.",
+)
 flags.adopt_module_key_flags(settings_flags)
 flags.adopt_module_key_flags(distributed)
 
@@ -146,6 +158,14 @@ def _revert(last: int) -> None:
     say(f"The head is {log.label(log.head)}: {folder}")
 
 
+def _remove(number: int, overlap: str | None) -> None:
+    from safepatch_jax.patch_file.removal import remove
+
+    log = _log()
+    folder = remove(log, number, overlap or "refuse")
+    say(f"The head is {log.label(log.head)}: {folder}")
+
+
 def _log() -> Any:
     from safepatch_jax.patch_file.log import PatchLog
 
@@ -167,6 +187,7 @@ _COMMANDS = {
     "diff": (_lines("differences"), 2, ""),
     "replay": (_replay, 0, "to from? model out"),
     "revert": (_revert, 0, "last"),
+    "remove": (_remove, 1, "overlap?"),
     "verify": (_lines("verify"), 0, ""),
 }
 _FLAGS = {
@@ -180,6 +201,7 @@ _FLAGS = {
     "model": _MODEL,
     "out": _OUT,
     "last": _LAST,
+    "overlap": _OVERLAP,
 }
 
 

@@ -57,10 +57,10 @@ def scale(
         for base, (positions, flips) in zip(runs_of(tensors[name]), patch.runs(name)):
             if current[name] == AFTER:
                 base[positions] ^= flips
-            before = _floats(base[positions], dtype)
-            change = _change(base[positions], flips, dtype)
+            before = floats(base[positions], dtype)
+            change = change_of(base[positions], flips, dtype)
             new = base.copy()
-            new[positions] = _bits(before + np.float32(factor) * change, name, dtype)
+            new[positions] = rounded(before + np.float32(factor) * change, name, dtype)
             yield base, new
 
     about = {"factor": factor, "of": _origin(patch)}
@@ -109,10 +109,10 @@ def combine(
             total = np.zeros(len(base), np.float32)
             for positions, flips in parts:
                 new[positions] = base[positions] ^ flips
-                total[positions] += _change(base[positions], flips, dtype)
+                total[positions] += change_of(base[positions], flips, dtype)
                 count[positions] += 1
             shared = np.flatnonzero(count > 1)
-            new[shared] = _bits(_floats(base[shared], dtype) + total[shared], name, dtype)
+            new[shared] = rounded(floats(base[shared], dtype) + total[shared], name, dtype)
             yield base, new
 
     about = {"of": [_origin(patch) for patch in opened]}
@@ -133,16 +133,19 @@ def _changes(
     return result
 
 
-def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+def floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Return what storage bits stand for, as float32."""
     return bits.view(DTYPES[dtype]).astype(np.float32)
 
 
-def _change(base: np.ndarray, flips: np.ndarray, dtype: str) -> np.ndarray:
-    return _floats(base ^ flips, dtype) - _floats(base, dtype)
+def change_of(base: np.ndarray, flips: np.ndarray, dtype: str) -> np.ndarray:
+    """Return by how much flips change what bits stand for, as float32."""
+    return floats(base ^ flips, dtype) - floats(base, dtype)
 
 
-def _bits(x: np.ndarray, name: str, dtype: str) -> np.ndarray:
-    """Cast float32 to the storage dtype, rounding to nearest, and return its bits."""
+def rounded(x: np.ndarray, name: str, dtype: str) -> np.ndarray:
+    """Cast float32 to the storage dtype, rounding to nearest, and return its bits. Raises
+    ValueError, which names the tensor, if one is not finite."""
     stored = x.astype(DTYPES[dtype])
     if not np.all(np.isfinite(stored)):
         raise ValueError(

@@ -24,11 +24,11 @@ from safepatch_jax.runtime.text import printable
 
 def history(log: PatchLog) -> list[str]:
     """Return one line for each line of the log, the latest first."""
-    live = log.live
-    return [_history_line(entry, live) for entry in reversed(log.entries)]
+    live, fates = log.live, _fates(log)
+    return [_history_line(entry, live, fates) for entry in reversed(log.entries)]
 
 
-def _history_line(entry: Mapping[str, Any], live: Sequence[int]) -> str:
+def _history_line(entry: Mapping[str, Any], live: Sequence[int], fates: Mapping[int, str]) -> str:
     date = entry["date"][:16].replace("T", " ")
     if entry["entry"] == "start":
         aligned = ", aligned" if entry["aligned"] else ""
@@ -37,18 +37,38 @@ def _history_line(entry: Mapping[str, Any], live: Sequence[int]) -> str:
     if entry["entry"] == "revert":
         links, head = ", ".join(map(str, entry["links"])), entry["head"]
         return f"  -  {head['model'][:12]}  {date}  reverted {links}; head is {head['link']}"
+    if entry["entry"] == "remove":
+        return f"  -  {entry['head']['model'][:12]}  {date}  {_removal(entry)}"
     data = entry["data"]
     if entry["entry"] == "refused":
         return (
             f"  -  {entry['model'][:12]}  {date}  {entry['name']}: on {entry['parent']['link']}, "
             f"refused by the gate ({printable(entry['gate']['verdict'])}), {data_text(data)}"
         )
-    state = "" if entry["number"] in live else "  (reverted)"
+    state = "" if entry["number"] in live else f"  ({fates.get(entry['number'], 'reverted')})"
     return (
         f"{entry['number']:>3}  {entry['model'][:12]}  {date}  {entry['name']}: on "
         f"{entry['parent']['link']}, {entry['patch']['entries']:,} entries, {data_text(data)}, "
         f"{data['records']} records{state}"
     )
+
+
+def _removal(entry: Mapping[str, Any]) -> str:
+    text = f"removed {entry['link']}"
+    if moved := [f"{link['of']} is {link['number']}" for link in entry["links"]]:
+        text += f"; {', '.join(moved)}"
+    if entry["entries"]:
+        text += f"; {entry['entries']:,} overlapping entries by --overlap={entry['overlap']}"
+    return f"{text}; head is {entry['head']['link']}"
+
+
+def _fates(log: PatchLog) -> dict[int, str]:
+    """Return what has become of links that removals have taken off or written anew."""
+    fates = {number: f"now {new}" for number, new in log.rewritten.items()}
+    for entry in log.entries:
+        if entry["entry"] == "remove":
+            fates[entry["link"]] = "removed"
+    return fates
 
 
 def show(log: PatchLog, number: int) -> list[str]:

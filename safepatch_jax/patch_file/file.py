@@ -27,7 +27,8 @@ from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.paths import readable
 
 FORMAT = 1
-KINDS = ("difference", "scaled", "combined")
+REBASED = "rebased"  # kind of a patch that was written for another model, see `rebase`
+KINDS = ("difference", "scaled", "combined", REBASED)
 BITS = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
 BYTES = np.dtype("u1")
 # How safetensors calls the dtypes of flips and of coded positions, in the order in which the file

@@ -83,8 +83,23 @@ class PatchLog:
 
     @property
     def links(self) -> dict[int, dict[str, Any]]:
-        """The lines of links by number, also of reverted ones."""
-        return {entry["number"]: entry for entry in self.entries if entry["entry"] == "link"}
+        """The lines of links by number, also of those taken off; of one that a removal has written
+        anew the line of the link that it was, with what is new."""
+        links: dict[int, dict[str, Any]] = {}
+        for entry in self.entries:
+            if entry["entry"] == "link":
+                links[entry["number"]] = entry
+            for moved in _moved(entry):
+                links[moved["number"]] = _written_anew(links[moved["of"]], moved)
+        return links
+
+    @property
+    def rewritten(self) -> dict[int, int]:
+        """The numbers of links that removals have written anew, and those that they got."""
+        numbers = {}
+        for entry in self.entries:
+            numbers |= {moved["of"]: moved["number"] for moved in _moved(entry)}
+        return numbers
 
     @property
     def live(self) -> list[int]:
@@ -95,6 +110,8 @@ class PatchLog:
                 live.append(entry["number"])
             elif entry["entry"] == "revert":
                 live = live[: -len(entry["links"])]
+            elif entry["entry"] == "remove":
+                live[live.index(entry["link"]) :] = [link["number"] for link in entry["links"]]
         return live
 
     @property
@@ -103,11 +120,14 @@ class PatchLog:
         order of --links.
 
         A revert takes off what was decided after the first link that it takes off; a link that is
-        tried again after its refusal takes the place of that, and of the refusals after it.
+        tried again after its refusal takes the place of that, and of the refusals after it. A
+        removal takes off its link alone.
         """
         decided: list[dict[str, Any]] = []
         for entry in self.entries:
-            if entry["entry"] == "revert":
+            if entry["entry"] == "remove":
+                decided = _without(decided, entry)
+            elif entry["entry"] == "revert":
                 numbers = [line.get("number") for line in decided]
                 del decided[numbers.index(entry["links"][-1]) :]
             elif entry["entry"] != "start":
@@ -331,6 +351,30 @@ def _write(workdir: pathlib.Path, *lines: Any) -> dict[str, Any]:
     entry = write_entry(workdir, *lines)
     mirror.written(workdir / LOG)
     return entry
+
+
+def _moved(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the links that a line writes anew."""
+    return entry["links"] if entry["entry"] == "remove" else []
+
+
+def _written_anew(link: Mapping[str, Any], moved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of a link that was written anew; a gate has judged another model."""
+    kept = {key: x for key, x in link.items() if key not in ("gate", "id", "previous")}
+    return kept | dict(moved)
+
+
+def _without(decided: Sequence[dict[str, Any]], removal: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what was decided of links after a removal."""
+    moved = {link["of"]: link for link in removal["links"]}
+    left = []
+    for entry in decided:
+        number = entry.get("number")
+        if number in moved:
+            left.append(_written_anew(entry, moved[number]))
+        elif number != removal["link"]:
+            left.append(entry)
+    return left
 
 
 def label(number: int, name: str) -> str:

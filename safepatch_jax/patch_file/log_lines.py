@@ -29,6 +29,7 @@ _LINE = re.compile("[0-9a-f]{64}|")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
 _START_FOLDER = re.compile("(?:gs:/|s3:/)?/.*|" + START_DIR.format("[0-9a-f]+"), re.DOTALL)
 _MODEL = {"link": int, "model": HASH}
+_PATCH = {"sha256": HASH, "entries": int, "bytes": int}
 _COMMON = {"date": _DATE, "previous": _LINE, "id": HASH}
 _FIELDS: dict[str, dict[str, Any]] = {
     "start": {
@@ -46,7 +47,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "name": NAME,
         "parent": _MODEL,
         "model": HASH,
-        "patch": {"sha256": HASH, "entries": int, "bytes": int},
+        "patch": _PATCH,
         "data": {"harmful": str, "category": str, "hash": HASH, "records": int},
         "seed": int,
         "settings": dict,
@@ -60,7 +61,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "gate": {"rules": HASH, "against": str, "verdict": str, "checks": list},
     },
     "revert": {"links": list, "head": _MODEL},
+    "remove": {"link": int, "overlap": str, "entries": int, "links": list, "head": _MODEL},
 }
+# A link that was written anew, as a removal lists it.
+_MOVED = {"number": int, "of": int, "parent": _MODEL, "model": HASH, "patch": _PATCH}
 
 
 def entry_id(entry: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def _check(entries: Sequence[Mapping[str, Any]]) -> None:
         kind = entry.get("entry")
         # A tuple, as what JSON gives may have no hash.
         if kind not in tuple(_FIELDS) or (kind == "start") != (line == 1):
-            problems = ["it is no start, link, refused or revert"]
+            problems = ["it is no start, link, refused, revert or remove"]
         else:
             problems = [*misfits(entry, _COMMON | _FIELDS[kind])] or chain.add(entry)
         if problems:
@@ -130,6 +134,7 @@ class _Chain:
             "link": self._link,
             "refused": self._refused,
             "revert": self._revert,
+            "remove": self._remove,
         }
         return rules[entry["entry"]](entry)
 
@@ -165,6 +170,30 @@ class _Chain:
         if entry["head"] != {"link": head, "model": self._models[head]}:
             return [f"its head is not the model of {head}, which is left"]
         del self._live[-len(links) :]
+        return []
+
+    def _remove(self, entry: Mapping[str, Any]) -> list[str]:
+        number, moved = entry["link"], entry["links"]
+        if number not in self._live:
+            return [f"it removes {number}, and the links are {self._live}"]
+        for link in moved:
+            if problems := list(misfits(link, _MOVED)):
+                return problems
+        place = self._live.index(number)
+        later = self._live[place + 1 :]
+        if [link["of"] for link in moved] != later:
+            return [f"it does not write the links {later}, which come after {number}, anew"]
+        head = self._parents[number]
+        for link in moved:
+            following = len(self._models)
+            parent = {"link": head, "model": self._models[head]}
+            if link["number"] != following or link["parent"] != parent:
+                return [f"link {link['of']} does not go on as {following} on {head}"]
+            self._models[following], self._parents[following] = link["model"], head
+            head = following
+        if entry["head"] != {"link": head, "model": self._models[head]}:
+            return [f"its head is not the model of {head}, which is left"]
+        self._live[place:] = [link["number"] for link in moved]
         return []
 
 

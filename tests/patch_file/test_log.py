@@ -392,7 +392,10 @@ def test_a_log_without_its_last_line_end_goes_on(log):
             r"line 1: folder is '../start', neither absolute nor start-HASH",
         ),
         (lambda e: e[0].update(folder="/\x1b[2J"), r"line 1: folder is '/\\x1b"),
-        (lambda e: e[1].update(entry="merge"), r"line 2: it is no start, link, refused or revert"),
+        (
+            lambda e: e[1].update(entry="merge"),
+            r"line 2: it is no start, link, refused, revert or remove",
+        ),
         (lambda e: e.append({**e[0]}), r"line 6: it is no start"),
         (lambda e: e[3].update(entry=[]), r"line 4: it is no start"),
         (

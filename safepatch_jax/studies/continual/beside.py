@@ -34,6 +34,7 @@ class OtherChain:
       start: hashes of the starting model.
       start_folder: returns the folder of the starting model.
       task: makes a `Task` of (link, parent's folder, folder to work in, folder for the model).
+      seeds: by the name of a link.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class OtherChain:
         start: Mapping[str, str],
         start_folder: Callable[[], pathlib.Path],
         task: Callable[[Link, pathlib.Path, pathlib.Path, pathlib.Path], Task],
+        seeds: Mapping[str, int],
     ):
         self._method, self._settings, self._measures = method, settings, measures
         self._start_folder, self._task = start_folder, task
         self._parts = {name: parts for name, _, parts in links}
         stages, before = [], None
-        for place, (name, link, _) in enumerate(links):
+        for name, link, _ in links:
             sources = {"data": measures.data_hash(link.name)}
             if before is None:
                 sources |= start
@@ -60,7 +62,7 @@ class OtherChain:
                     name,
                     functools.partial(self._make, before, name, link),
                     (before,) if before else (),
-                    self._stage_settings() | {"seed": settings.run.seed + place},
+                    self._stage_settings() | {"seed": seeds[link.name]},
                     sources,
                     scratch=True,
                 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
+from safepatch_jax.patch_file.log import PatchLog
 from safepatch_jax.patch_file.log_lines import NAME
 from safepatch_jax.runtime import paths
 from safepatch_jax.settings import Settings
@@ -23,20 +25,30 @@ class Link:
         """Return the harmful data and the category as the log has them."""
         return {"harmful": self.harmful or settings.data.harmful, "category": self.category}
 
-    def settings(self, settings: Settings, place: int) -> Settings:
-        """Return the chain's settings with this link's harmful data and a seed of its own.
-
-        With one seed random retention would draw the same entries in every link, and the draws are
-        to be independent.
-        """
+    def settings(self, settings: Settings, seed: int) -> Settings:
+        """Return the chain's settings with this link's harmful data and its seed, see
+        `seeds_of`."""
         return settings.override(
             {
                 "data.harmful": self.harmful or settings.data.harmful,
                 "data.category": self.category,
-                "run.seed": settings.run.seed + place,
+                "run.seed": seed,
                 "align.enabled": False,
             }
         )
+
+
+def seeds_of(log: PatchLog | None, first: int, links: Sequence[Link]) -> dict[str, int]:
+    """Return the seed of each link of a chain, by name; a link that was made keeps its own.
+
+    With one seed random retention would draw the same entries in every link, and the draws are to
+    be independent; so a place that a removal has freed counts too.
+    """
+    made, removals = {}, 0
+    if log is not None:
+        made = {log.links[number]["name"]: log.links[number]["seed"] for number in log.live}
+        removals = sum(entry["entry"] == "remove" for entry in log.entries)
+    return {link.name: made.get(link.name, first + i + removals) for i, link in enumerate(links)}
 
 
 def parse_links(text: str) -> tuple[Link, ...]:

@@ -64,10 +64,14 @@ def _fix(log: PatchLog, after: Sequence[Mapping[str, Any]]) -> str:
             "A link that the gate refused keeps its place in --links, and is not made again; to "
             "try it once more give --gate other rules, or it another name at the end."
         )
-    return (
+    fix = (
         "A link that was made stays; take it off first: python -m launch.continual revert "
         f"--workdir={shlex.quote(str(log.workdir))} --last={made}."
     )
+    removals = [entry["link"] for entry in log.entries if entry["entry"] == "remove"]
+    if removed := [log.links[number]["name"] for number in removals]:
+        fix += f" Removed were {', '.join(removed)}: --links is given without them."
+    return fix
 
 
 def _check_settings(log: PatchLog, settings: Settings) -> None:

@@ -31,6 +31,7 @@ from safepatch_jax.patch_file.log import (
 )
 from safepatch_jax.patch_file.log_lines import LOG, START, START_DIR
 from safepatch_jax.patch_file.pruning import keep_models
+from safepatch_jax.patch_file.removal import is_begun
 from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
@@ -47,7 +48,7 @@ from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
 from safepatch_jax.studies.continual.beside import METHODS_DIR, OtherChain
 from safepatch_jax.studies.continual.gating import GATES, ChainGate, chosen
-from safepatch_jax.studies.continual.links import Link
+from safepatch_jax.studies.continual.links import Link, seeds_of
 from safepatch_jax.studies.continual.measures import COMMON, Measures, Model
 from safepatch_jax.studies.continual.methods import CHAINED, Task, safepatching
 from safepatch_jax.studies.continual.resume import check_resumable
@@ -151,14 +152,16 @@ class Chain:
         self._context = Context(settings.override({"align.enabled": False}), self._read)
         keep_programs(self._context.cache_dir)
         self._settings, self._contexts = {}, {}
-        for place, link in enumerate(self.links):
-            self._settings[link.name] = link.settings(settings, place)
+        log = PatchLog(workdir) if processes.on_first((workdir / LOG).is_file) else None
+        self._seeds = seeds_of(log, settings.run.seed, self.links)
+        for link in self.links:
+            self._settings[link.name] = link.settings(settings, self._seeds[link.name])
             self._contexts[link.name] = Context(self._settings[link.name], self._read)
         self._check_data()
         if rules is not None:
             chosen(rules, self._contexts)  # refused before a model is made
-        if processes.on_first((workdir / LOG).is_file):
-            self.log = PatchLog(workdir)
+        if log is not None:
+            self.log = log
             hashes = {name: self._data_hash(name) for name in self._contexts}
             check_resumable(self.log, settings, self.links, hashes)
         else:
@@ -329,6 +332,7 @@ class Chain:
             start,
             lambda: self.log.model(START),
             self._task,
+            self._seeds,
         )
         return chain.rows()
 
@@ -352,7 +356,7 @@ class Chain:
             start=log.start,
             stages=stages,
             links=[log.links[number] for number in log.live],
-            reverted=[number for number in log.links if number not in log.live],
+            reverted=sorted(log.links.keys() - log.rewritten.keys() - set(log.live)),
             rows=rows,
             labels={method: CHAINED[method].label for method in rows},
             colours=colours,
@@ -407,8 +411,8 @@ def _delete_leftovers(log: PatchLog, keep: str = "") -> None:
     they hold derived models."""
     known = {log.label(number) for number in log.links} | {keep}
     for path in sorted((log.workdir / LINKS).glob("[0-9][0-9]*-*")):
-        is_run = path.is_dir() and (path / SETTINGS).is_file()
-        if is_run and not path.is_symlink() and path.name not in known:
+        is_ours = (path / SETTINGS).is_file() or is_begun(path)
+        if is_ours and not path.is_symlink() and path.name not in known:
             files.refuse_link(path, log.workdir)
             say(f"{path.name}: not a link of the chain; deleted")
             shutil.rmtree(path)
