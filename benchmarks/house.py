@@ -32,6 +32,7 @@ FLOORS = (
     ("outcome",),
     ("testing",),
     ("patch_file",),
+    ("registry",),
     ("evaluation",),
     ("reporting",),
     ("run",),

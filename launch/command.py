@@ -26,6 +26,7 @@ _ROWS = (
     ("evaluate", "evaluate", "harm, over-refusal, utility of a model, beside another"),
     ("gate", "gate", "may a patched model go out? non-inferiority, for a CI"),
     ("patch", "patch", "make, inspect, apply, revert, combine patch files"),
+    ("registry", "registry", "keep patches: add, sign, pull, apply, compare, remove"),
     ("sweep", "sweep", "try patch settings without training again"),
     ("margins", "margins", "how near a model is to refusing, without answers"),
     ("slopes", "slopes", "the plane of alpha and beta"),

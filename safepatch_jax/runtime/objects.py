@@ -68,11 +68,12 @@ class Objects:
         with self._explained("read"):
             return self._files.isfile(self._place)
 
-    def read(self, name: str = "") -> bytes | None:
-        """Return an object's content; None if there is no such object."""
+    def read(self, name: str = "", most: int | None = None) -> bytes | None:
+        """Return an object's content, of a longer one its first `most` bytes; None if there is no
+        such object."""
         with self._explained("read"):
             try:
-                return self._files.cat_file(self._at(name))
+                return self._files.cat_file(self._at(name), end=most)
             except FileNotFoundError:
                 return None
 

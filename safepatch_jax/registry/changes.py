@@ -1,0 +1,327 @@
+"""Adding a patch to a registry, and taking one out; no JAX.
+
+What is written beside the index first counts only once the index lists it: a command that was
+killed has changed nothing, or all, and the same command again does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safepatch_jax.patch_file.file import PatchFile
+from safepatch_jax.patch_file.log import folder_hash, patch_hash
+from safepatch_jax.patch_file.rebase import (
+    REFUSE,
+    Base,
+    rebase,
+    refuse_overlap,
+    shared_entries,
+)
+from safepatch_jax.registry import signing
+from safepatch_jax.registry.index import BESIDE, CARD, EVALUATION, FORMAT, NAME, Entry, Index
+from safepatch_jax.registry.store import PATCH, Store
+from safepatch_jax.runtime import files
+from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.paths import readable
+from safepatch_jax.runtime.reading import Refused
+
+_LARGEST = 100_000_000  # bytes of a card or an evaluation
+_MOST = 20  # evaluations of a patch
+
+
+def add(
+    store: Store,
+    patch: str,
+    name: str,
+    parent: str = "",
+    card: str = "",
+    evaluations: Sequence[str] = (),
+    key: Any = None,
+) -> str:
+    """Add a patch file to a registry, which is made if there is none.
+
+    Args:
+      patch: the patch file.
+      name: of the patch; several versions may have one.
+      parent: reference of the patch that it goes onto; by default the one that leaves the model it
+        was made for, if there is one.
+      card: a file that describes it, Markdown.
+      evaluations: files with what it was measured to do: a run's report, a gate's verdict.
+      key: a private key, see `signing.private_key`; its signature is stored.
+
+    Returns:
+      its name, NAME@HASH.
+
+    Raises:
+      ValueError: a file that cannot be used, a name that cannot be, a parent that leaves another
+        model, or the patch is there already with other records.
+    """
+    if not NAME.fullmatch(name):
+        raise Refused(
+            f"{ascii(name)[1:-1]:.120} cannot be the name of a patch: letters, digits, '_', '.' "
+            "and '-', the first one a letter or digit, at most 100."
+        )
+    opened = PatchFile(patch)
+    beside = _beside(card, evaluations)
+    digest = files.file_sha256(opened.path)
+    label = ""
+
+    def edit(index: Index) -> Index | None:
+        nonlocal label
+        before = patch_hash(opened, "before")
+        onto = _parent(index, before, digest, parent)
+        entry = _entry(opened, digest, name, onto, _sizes(beside), key)
+        if digest in index.entries:
+            _refuse_other_record(index, entry)
+            label = index.label(digest)
+            return None
+        _put(store, entry, opened.path, beside)
+        added = Index(index.entries | {digest: entry}, index.removed)
+        label = added.label(digest)
+        return added
+
+    store.change(edit)
+    return label
+
+
+def _beside(card: str, evaluations: Sequence[str]) -> dict[str, pathlib.Path]:
+    """Return the files that go beside a patch file, by the names that they get."""
+    beside = {CARD: pathlib.Path(readable(card))} if card else {}
+    if len(evaluations) > _MOST:
+        raise Refused(f"{len(evaluations)} evaluations are given; at most {_MOST} are kept.")
+    for number, given in enumerate(evaluations, 1):
+        path = pathlib.Path(readable(given))
+        name = EVALUATION.format(number, path.suffix.removeprefix("."))
+        if not BESIDE.fullmatch(name):
+            raise Refused(f"{given}: an evaluation is a .json, .md, .xml or .txt file.")
+        beside[name] = path
+    for path in beside.values():
+        if not path.is_file():
+            raise Refused(f"There is no file {path}. Give the path of a card or an evaluation.")
+        if path.stat().st_size > _LARGEST:
+            raise Refused(f"{path} has more than {_LARGEST:,} bytes. Give the report alone.")
+    return beside
+
+
+def _sizes(beside: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    sizes = {}
+    for name, path in beside.items():
+        sizes[name] = {"sha256": files.file_sha256(path), "bytes": path.stat().st_size}
+    return sizes
+
+
+def _parent(index: Index, before: str, digest: str, reference: str) -> str:
+    """Return the hash of the patch that leaves a model, '' if none does."""
+    if reference:
+        entry = index.find(reference)
+        if entry.hash in index.removed:
+            raise Refused(f"{index.label(entry.hash)} was removed, and is no parent of others.")
+        if entry.after != before:
+            raise Refused(
+                f"{index.label(entry.hash)} leaves the model {entry.after[:16]}..., and the patch "
+                f"goes onto {before[:16]}.... Give the patch that leaves that one, or leave "
+                "--parent out."
+            )
+        return entry.hash
+    if digest in index.entries:
+        return index.entries[digest].parent
+    leaving = [x for x, entry in index.live.items() if entry.after == before]
+    if len(leaving) > 1:
+        raise Refused(
+            f"Several patches leave the model {before[:16]}... that this one goes onto: "
+            f"{some([index.label(x) for x in leaving], ', ')}. Give one with --parent."
+        )
+    return leaving[0] if leaving else ""
+
+
+def _entry(
+    patch: PatchFile,
+    digest: str,
+    name: str,
+    parent: str,
+    sizes: Mapping[str, Any],
+    key: Any,
+    more: Mapping[str, Any] | None = None,
+) -> Entry:
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "patch": {
+            "sha256": digest,
+            "bytes": patch.path.stat().st_size,
+            "entries": patch.entries(),
+            "tensors": len(patch.changed()),
+        },
+        "kind": patch.kind,
+        "before": patch_hash(patch, "before"),
+        "after": patch_hash(patch, "after"),
+        "parent": parent,
+        "files": dict(sizes),
+        **(more or {}),
+    }
+    entry = Entry(digest, manifest)
+    if key is None:
+        return entry
+    return dataclasses.replace(entry, signature=signing.sign(key, entry.content()))
+
+
+def _refuse_other_record(index: Index, entry: Entry) -> None:
+    """Raise ValueError unless a patch is there with the same records, but for date and
+    signature."""
+    there = index.entries[entry.hash]
+    label = index.label(entry.hash)
+    if entry.hash in index.removed:
+        date = index.removed[entry.hash]["date"][:10]
+        raise Refused(f"{label} was removed on {date}, and is not added again.")
+    others = [x for x in ("name", "parent", "files") if there.manifest[x] != entry.manifest[x]]
+    if others:
+        raise Refused(
+            f"This patch file is there already, as {label}, with another {' and '.join(others)}. "
+            "What is recorded of a patch does not change."
+        )
+
+
+def _put(
+    store: Store, entry: Entry, patch: pathlib.Path, beside: Mapping[str, pathlib.Path]
+) -> None:
+    """Copy the files of a patch to where they belong; what is copied must be what was hashed."""
+
+    def fill(folder: pathlib.Path) -> None:
+        wanted = {PATCH: entry.manifest["patch"]["sha256"]}
+        wanted |= {name: file["sha256"] for name, file in entry.sizes.items()}
+        for name, path in {PATCH: patch, **beside}.items():
+            files.copy(path, folder / name)
+            if files.file_sha256(folder / name) != wanted[name]:
+                raise Refused(f"{path} was changed meanwhile. Nothing was added; try again.")
+
+    store.fill(entry, fill)
+
+
+def remove(
+    store: Store,
+    reference: str,
+    model: str | pathlib.Path | None = None,
+    overlap: str = REFUSE,
+    key: Any = None,
+) -> list[str]:
+    """Take a patch out of a registry. Patches that were made after it, on it, are written anew for
+    the models without it; what they were stays, as removed.
+
+    Args:
+      reference: of the patch.
+      model: folder of a model on its line, from which the bits before the patch follow; needed
+        where others go onto it.
+      overlap: one of `rebase.OVERLAPS`.
+      key: signs the manifests of what is written anew, see `add`.
+
+    Returns:
+      lines that say what was done.
+
+    Raises:
+      ValueError: no such patch, later ones change entries of it and `overlap` is 'refuse', or the
+        model is missing or another one; the registry was not changed.
+    """
+    lines: list[str] = []
+
+    def edit(index: Index) -> Index | None:
+        lines.clear()
+        entry = index.find(reference)
+        label = index.label(entry.hash)
+        if entry.hash in index.removed:
+            lines.append(f"{label} was removed on {index.removed[entry.hash]['date'][:10]}.")
+            return None
+        later = index.after(entry.hash)
+        anew: dict[str, Entry] = {}
+        if later:
+            anew = _write_anew(store, index, entry, later, model, overlap, key)
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        removed = {entry.hash: {"date": date, "now": "", "without": entry.hash}}
+        for old, new in anew.items():
+            removed[old] = {"date": date, "now": new.hash, "without": entry.hash}
+        entries = index.entries | {new.hash: new for new in anew.values()}
+        result = Index(entries, index.removed | removed)
+        lines.append(f"{label} is removed; its file stays.")
+        for old, new in anew.items():
+            lines.append(f"{result.label(old)} is now {result.label(new.hash)}")
+            if index.entries[old].signature and key is None:
+                lines.append(f"  {result.label(new.hash)} is not signed: give --sign")
+        return result
+
+    store.change(edit)
+    return lines
+
+
+def _write_anew(
+    store: Store,
+    index: Index,
+    entry: Entry,
+    later: Sequence[Entry],
+    model: str | pathlib.Path | None,
+    overlap: str,
+    key: Any,
+) -> dict[str, Entry]:
+    """Write later patches for the models without one; return the new entries by the old hashes."""
+    label = index.label(entry.hash)
+    opened = {x.hash: PatchFile(store.patch(x)) for x in (entry, *later)}
+    shared = {}
+    for x in later:
+        shared[index.label(x.hash)] = shared_entries(opened[entry.hash], opened[x.hash])
+    count = refuse_overlap(label, shared, overlap, "from the model before it, and add these.")
+    base = _base(store, index, entry, later, model)
+    anew: dict[str, Entry] = {}
+    with tempfile.TemporaryDirectory(prefix="safepatch-") as temporary:
+        for x in later:
+            line = [opened[y.hash] for y in index.line(x.hash) if y.hash in opened]
+            out = pathlib.Path(temporary, f"{x.hash}.safetensors")
+            patch = rebase(base, line, out, overlap, (label, index.label(x.hash)))
+            parent, before = entry.parent, entry.before
+            if x.parent in anew:
+                parent, before = anew[x.parent].hash, anew[x.parent].after
+            if patch_hash(patch, "before") != before:
+                raise Refused(f"{model} was changed meanwhile. Nothing was removed; try again.")
+            rebased = {"of": x.hash, "without": entry.hash, "overlap": overlap, "entries": count}
+            kept = {name: size for name, size in x.sizes.items() if name == CARD}
+            digest, more = files.file_sha256(out), {"rebased": rebased}
+            anew[x.hash] = _entry(patch, digest, x.name, parent, kept, key, more)
+            card = {name: store.beside(x)[name] for name in kept}
+            _put(store, anew[x.hash], out, card)
+    return anew
+
+
+def _base(
+    store: Store,
+    index: Index,
+    entry: Entry,
+    later: Sequence[Entry],
+    model: str | pathlib.Path | None,
+) -> Base:
+    """Return the model that a patch goes onto, by way of the patches between it and a model of its
+    line."""
+    label = index.label(entry.hash)
+    if model is None:
+        names = some([index.label(x.hash) for x in later], ", ")
+        raise Refused(
+            f"{names} were made on {label} and are written anew without it: give --model, a model "
+            f"of the line, for instance what {label} goes onto."
+        )
+    digest, between = folder_hash(pathlib.Path(model)), None
+    line = index.line(entry.hash)
+    for place, x in enumerate(line):
+        if x.before == digest:
+            between = line[place:-1]
+    for x in (entry, *later):
+        if between is None and x.after == digest:
+            between = index.line(x.hash)[len(line) - 1 :]
+    if between is None:
+        raise Refused(
+            f"{model} is no model of the line of {label}: its hash is {str(digest)[:16]}.... Give "
+            f"what {label} goes onto ({entry.before[:16]}...), or one that a patch of the line "
+            "goes onto or leaves."
+        )
+    return Base(model, [PatchFile(store.patch(x)) for x in between])

@@ -1,0 +1,188 @@
+"""Where a registry lies: a folder, or a bucket.
+
+Its index is replaced as a whole, and last: a patch that it does not list is no part of the
+registry. Who changes it holds a lock (on a disk) or the lease of the folder (in a bucket); there it
+is written, moreover, on the condition that it is still the one that was read, so that not even a
+writer whose lease has expired takes another one's entry away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from safepatch_jax.registry.index import Entry, Index, load, read_manifest
+from safepatch_jax.runtime import files, lease, paths, swap
+from safepatch_jax.runtime.addresses import address_of, name_of
+from safepatch_jax.runtime.limits import limit, too_much
+from safepatch_jax.runtime.reading import Refused
+
+INDEX, PATCHES, PATCH, MANIFEST = "index.json", "patches", "patch.safetensors", "manifest.json"
+
+
+class Store:
+    """A registry, opened; nothing is read yet.
+
+    Args:
+      place: a folder, or the address of a bucket's.
+
+    Attributes:
+      folder: its path; of an address the path that stands for it.
+      name: how it is shown.
+    """
+
+    def __init__(self, place: str):
+        self.folder = paths.resolve(place)
+        self._address = address_of(self.folder)
+        self.name = name_of(self.folder)
+
+    def read(self) -> Index:
+        """Return the index. Raises ValueError if there is none, or it cannot be used."""
+        content = self._content()
+        if content is None:
+            raise Refused(
+                f"There is no registry at {self.name}: no {INDEX}. Is the place right? safepatch "
+                "registry add makes one."
+            )
+        return load(content, f"{self.name}/{INDEX}")
+
+    def change(self, edit: Callable[[Index], Index | None]) -> None:
+        """Replace the index by what `edit` makes of it, while nobody else does.
+
+        Args:
+          edit: is called again where another writer came first; None leaves all as it is. A new
+            registry has an empty index.
+
+        Raises:
+          ValueError: as `read` and `edit`, or the place cannot be locked.
+        """
+        with self._held():
+            while True:
+                content, tag = self._content(), None
+                if self._address:
+                    content, tag = swap.read(self._address, INDEX)
+                    self._refuse_large(len(content or b""))
+                where = f"{self.name}/{INDEX}"
+                index = edit(Index() if content is None else load(content, where))
+                if index is None or self._written(index.dump(), tag):
+                    return
+
+    def fill(self, entry: Entry, fill: Callable[[pathlib.Path], None]) -> None:
+        """Put the folder of a patch in its place: `fill` is given an empty one."""
+        folder = self._folder(entry.hash)
+        files.refuse_link(folder, self.folder)
+        with files.new_folder(folder, replace=True) as new:
+            fill(new)
+            files.write_json(new / MANIFEST, entry.to_json())
+
+    def patch(self, entry: Entry) -> pathlib.Path:
+        """Return the patch file of an entry, whose bytes are those that the manifest says; of a
+        bucket a local copy. Raises ValueError if they are not, or it is missing."""
+        return self._checked(entry, PATCH, entry.manifest["patch"])
+
+    def beside(self, entry: Entry) -> dict[str, pathlib.Path]:
+        """Return the files beside a patch file by name, as `patch` does, its manifest too."""
+        found = {}
+        for name, wanted in entry.sizes.items():
+            found[name] = self._checked(entry, name, wanted)
+        return found | {MANIFEST: self._manifest(entry)}
+
+    def has(self, entry: Entry) -> bool:
+        """Return whether anything of a patch is there."""
+        folder = self._folder(entry.hash)
+        if self._address:
+            from safepatch_jax.runtime.objects import Objects
+
+            return bool(Objects(address_of(folder)).sizes())
+        return folder.is_dir()
+
+    def _folder(self, digest: str) -> pathlib.Path:
+        return self.folder / PATCHES / digest
+
+    def _checked(self, entry: Entry, name: str, wanted: dict[str, Any]) -> pathlib.Path:
+        path = self._brought(entry) / name
+        fix = "Copy it back from a backup."
+        if not path.is_file():
+            raise Refused(f"{name_of(path)} is missing. {fix}")
+        size = path.stat().st_size
+        if size != wanted["bytes"] or files.file_sha256(path) != wanted["sha256"]:
+            raise Refused(
+                f"{name_of(path)} is not the file that was added: its bytes are others than the "
+                f"index says ({size:,}, {wanted['bytes']:,} were added). {fix}"
+            )
+        return path
+
+    def _manifest(self, entry: Entry) -> pathlib.Path:
+        path = self._brought(entry) / MANIFEST
+        if not path.is_file() or path.stat().st_size > limit("INDEX_BYTES"):
+            raise Refused(f"{name_of(path)} is missing or damaged. Copy it back from a backup.")
+        if read_manifest(path.read_bytes(), name_of(path)) != (entry.manifest, entry.signature):
+            raise Refused(
+                f"{name_of(path)} says something else than {INDEX}. Copy both back from one backup."
+            )
+        return path
+
+    def _brought(self, entry: Entry) -> pathlib.Path:
+        """Return the folder of a patch; what lies in a bucket is brought here first."""
+        folder = self._folder(entry.hash)
+        if not self._address:
+            files.refuse_link(folder, self.folder)
+            return folder
+        from safepatch_jax.runtime import mirror
+        from safepatch_jax.runtime.objects import Objects
+
+        size = Objects(address_of(folder)).sizes().get(PATCH)
+        if size is not None and size != entry.manifest["patch"]["bytes"]:
+            raise Refused(
+                f"{name_of(folder)}/{PATCH} has {size:,} bytes, and "
+                f"{entry.manifest['patch']['bytes']:,} were added. Copy it back from a backup."
+            )
+        return mirror.fetch(folder)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        if not self._address:
+            with files.locked(self.folder / files.LOCK):
+                yield
+            return
+        from safepatch_jax.runtime import mirror
+
+        with lease.held(self._address, wait=True) as held:
+            mirror.Held.leases[self._address] = held
+            try:
+                yield
+            finally:
+                del mirror.Held.leases[self._address]
+
+    def _content(self) -> bytes | None:
+        """Return the index as it lies there, None if there is none; no more is read than an index
+        may have."""
+        most = limit("INDEX_BYTES")
+        if self._address:
+            from safepatch_jax.runtime.objects import Objects
+
+            content = Objects(self._address).read(INDEX, most + 1)
+        elif (self.folder / INDEX).is_file():
+            with open(self.folder / INDEX, "rb") as file:
+                content = file.read(most + 1)
+        else:
+            return None
+        self._refuse_large(len(content or b""))
+        return content
+
+    def _refuse_large(self, size: int) -> None:
+        if size > limit("INDEX_BYTES"):
+            raise Refused(f"{self.name}/{INDEX} has {too_much('INDEX_BYTES')}.")
+
+    def _written(self, content: bytes, tag: Any) -> bool:
+        """Write the index; return False if another one took its place meanwhile."""
+        if self._address:
+            from safepatch_jax.runtime import mirror
+
+            mirror.check_leases(self._address)
+            return swap.write(self._address, INDEX, content, tag)
+        files.write_text(self.folder / INDEX, content.decode())
+        files.sync_folder(self.folder)
+        return True

@@ -1,0 +1,119 @@
+"""A registry in a bucket: added, read elsewhere, removed; writers that come between."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from safepatch_jax.registry.changes import add, remove
+from safepatch_jax.registry.commands import apply, listed, pull, verify
+from safepatch_jax.registry.store import INDEX, PATCH, PATCHES, Store
+from safepatch_jax.runtime import addresses, files, lease, swap
+from safepatch_jax.runtime.objects import Objects
+from tests import bucket as buckets
+from tests.patch_file.chains import assert_bits
+from tests.patch_file.models import ROOT
+from tests.registry.lines import without
+from tests.registry.test_registry import ADDS
+
+pytestmark = buckets.needed
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with buckets.running(tmp_path_factory.mktemp("bucket")) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.variables.items():
+                patch.setenv(name, value)
+            yield server
+
+
+@pytest.fixture
+def place(server, request):
+    return f"gs://bucket/{request.node.name.replace('[', '-').replace(']', '')}"
+
+
+def test_a_registry_in_a_bucket(place, line, tmp_path, monkeypatch):
+    store = Store(place)
+    with pytest.raises(ValueError, match=f"There is no registry at {place}"):
+        listed(store)
+    for name in "abc":
+        add(store, str(line / f"{name}.patch"), name)
+    # Another machine has no copies of it.
+    monkeypatch.setenv(addresses.BASE, str(tmp_path / "elsewhere"))
+    store = Store(place)
+    assert len(verify(store)) == 3
+    apply(store, "c", line / "start", tmp_path / "out")
+    assert_bits(tmp_path / "out", without(line, "d"))
+    remove(store, "b", line / "start")
+    pull(store, "c", tmp_path / "pulled")
+    digest = files.file_sha256(tmp_path / "pulled" / PATCH)
+    assert digest == store.read().find("c").hash and len(verify(store)) == 4
+    assert lease.NAME not in Objects(place).sizes()
+
+
+def test_a_patch_file_that_was_changed_in_the_bucket_is_refused(place, line, tmp_path):
+    store = Store(place)
+    add(store, str(line / "a.patch"), "a")
+    there = Objects(f"{place}/{PATCHES}/{files.file_sha256(line / 'a.patch')}")
+    there.write(PATCH, (line / "a.patch").read_bytes()[:-1] + b"x")
+    store.folder.rename(tmp_path / "copies")  # on another machine
+    with pytest.raises(ValueError, match="other bytes than were published"):
+        apply(store, "a", line / "start", tmp_path / "out")
+    there.write(PATCH, b"x" * (1 << 20))
+    with pytest.raises(ValueError, match="has 1,048,576 bytes, and .* were added"):
+        pull(store, "a", tmp_path / "out")
+
+
+def test_of_writers_at_once_none_loses_an_entry(place, line, tmp_path):
+    running = []
+    for i, names in enumerate(("abcd", "dcba")):
+        env = os.environ | {"PYTHONPATH": str(ROOT), addresses.BASE: str(tmp_path / f"host {i}")}
+        command = [sys.executable, "-c", ADDS, place, str(line), *names]
+        running.append(subprocess.Popen(command, cwd=ROOT, env=env))
+    assert [process.wait(100) for process in running] == [0, 0]
+    assert sorted(x.name for x in Store(place).read().live.values()) == list("abcd")
+
+
+def test_a_writer_whose_lease_had_expired_takes_no_entry_away(place, line, tmp_path):
+    """Another one wrote the index between its reading and its writing: both entries are there."""
+    store, other = Store(place), Store(str(tmp_path / "other"))
+    add(store, str(line / "a.patch"), "a")
+    add(other, str(line / "d.patch"), "d")
+    theirs = json.loads((other.folder / INDEX).read_text())["patches"]
+    calls = []
+    change = store.change
+
+    def interrupted(edit):
+        def twice(index):
+            calls.append(sorted(x.name for x in index.entries.values()))
+            result = edit(index)
+            if len(calls) == 1:
+                content = json.loads(Objects(place).read(INDEX))
+                content["patches"] |= theirs
+                Objects(place).write(INDEX, json.dumps(content).encode())
+            return result
+
+        change(twice)
+
+    store.change = interrupted
+    add(store, str(line / "b.patch"), "b")
+    assert calls == [["a"], ["a", "d"]]
+    assert sorted(x.name for x in store.read().live.values()) == ["a", "b", "d"]
+
+
+def test_an_object_is_replaced_only_in_its_version(place):
+    content, version = swap.read(place, "x")
+    assert content is None and swap.write(place, "x", b"one", version)
+    assert not swap.write(place, "x", b"two", version)
+    content, version = swap.read(place, "x")
+    assert content == b"one" and swap.write(place, "x", b"two", version)
+
+
+def test_no_permission_is_told_in_one_line(place, server, line):
+    with server.faults(denied=True):
+        with pytest.raises(ValueError, match="no permission|Cannot lock") as info:
+            add(Store(place), str(line / "a.patch"), "a")
+    assert "\n" not in str(info.value)

@@ -1,0 +1,143 @@
+"""Signed patches: what is trusted, what is refused, keys of every form."""
+
+import json
+
+import pytest
+
+from safepatch_jax.registry import signing
+from safepatch_jax.registry.changes import add, remove
+from safepatch_jax.registry.commands import apply, listed, pull, verify
+from safepatch_jax.registry.store import INDEX, MANIFEST, PATCHES, Store
+from tests.patch_file.chains import assert_bits
+from tests.registry.lines import without
+
+pytest.importorskip("cryptography")
+
+
+def key_pair(folder, name, form="pem"):
+    """Files of a private and a public key, made without our code."""
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    forms = {
+        "pem": (s.Encoding.PEM, s.PrivateFormat.PKCS8, s.PublicFormat.SubjectPublicKeyInfo),
+        "ssh": (s.Encoding.PEM, s.PrivateFormat.OpenSSH, s.PublicFormat.OpenSSH),
+    }
+    encoding, private, public = forms[form]
+    path, public_path = folder / f"{name}.pem", folder / f"{name}.pub"
+    path.write_bytes(key.private_bytes(encoding, private, s.NoEncryption()))
+    encoding = s.Encoding.OpenSSH if form == "ssh" else encoding
+    public_path.write_bytes(key.public_key().public_bytes(encoding, public))
+    return path, public_path
+
+
+@pytest.fixture
+def keys(tmp_path):
+    return key_pair(tmp_path, "ours"), key_pair(tmp_path, "theirs")
+
+
+@pytest.fixture
+def signed(line, keys, tmp_path):
+    """A registry whose patches a and b are signed by our key."""
+    store = Store(str(tmp_path / "signed"))
+    for name in "ab":
+        add(store, str(line / f"{name}.patch"), name, key=signing.private_key(keys[0][0]))
+    return store
+
+
+def test_signed_patches_are_trusted_and_no_others(line, keys, signed, tmp_path):
+    ours, theirs = (signing.public_key(str(public)) for _, public in keys)
+    assert f"signed by {ours[:12]}" in listed(signed)[0]
+    assert all(f"signed by {ours[:16]}" in x for x in verify(signed, trust=ours))
+    apply(signed, "b", line / "start", tmp_path / "out", ours)
+    assert_bits(tmp_path / "out", without(line, "c", "d"))
+    add(signed, str(line / "c.patch"), "c")
+    assert verify(signed)[2].endswith("not signed")
+    for call in (
+        lambda: apply(signed, "b", line / "start", tmp_path / "no", theirs),
+        lambda: pull(signed, "b", tmp_path / "no", theirs),
+        lambda: verify(signed, trust=theirs),
+    ):
+        with pytest.raises(ValueError, match=f"is signed by {ours[:16]}.*, not by {theirs[:16]}"):
+            call()
+    for call in (
+        lambda: apply(signed, "c", line / "start", tmp_path / "no", ours),
+        lambda: pull(signed, "c", tmp_path / "no", ours),
+        lambda: verify(signed, trust=ours),
+    ):
+        with pytest.raises(ValueError, match="c@.* is not signed, and --trust asks for"):
+            call()
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_line_is_trusted_if_all_of_it_is_signed(line, keys, tmp_path):
+    store, ours = Store(str(tmp_path / "mixed")), signing.public_key(str(keys[0][1]))
+    add(store, str(line / "a.patch"), "a")
+    add(store, str(line / "b.patch"), "b", key=signing.private_key(keys[0][0]))
+    apply(store, "b", line / "a", tmp_path / "out", ours)  # the signed one alone
+    with pytest.raises(ValueError, match="a@.* is not signed"):
+        apply(store, "b", line / "start", tmp_path / "no", ours)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["manifest"].update(date="2020-01-01T00:00:00+00:00"),
+        lambda entry: entry["manifest"].update(name="better"),
+        lambda entry: entry["manifest"].update(more="new"),
+        lambda entry: entry["signature"].update(value="0" * 128),
+    ],
+)
+def test_a_changed_manifest_is_no_longer_signed(change, line, keys, signed, tmp_path):
+    ours = signing.public_key(str(keys[0][1]))
+    path = signed.folder / INDEX
+    content = json.loads(path.read_text())
+    digest, entry = list(content["patches"].items())[1]
+    change(entry)
+    path.write_text(json.dumps(content))
+    (signed.folder / PATCHES / digest / MANIFEST).write_text(json.dumps(entry))
+    for trust in ("", ours):
+        with pytest.raises(ValueError, match="its signature is not that of its manifest"):
+            verify(signed, f"@{digest}", trust)
+    with pytest.raises(ValueError, match="its signature is not that of its manifest"):
+        apply(signed, f"@{digest}", line / "a", tmp_path / "no", ours)
+
+
+def test_what_is_written_anew_is_signed_again_or_not_at_all(line, keys, signed):
+    ours = signing.public_key(str(keys[0][1]))
+    add(signed, str(line / "c.patch"), "c", key=signing.private_key(keys[0][0]))
+    text = remove(signed, "b", line / "start")
+    assert text[-1].endswith("is not signed: give --sign")
+    assert signed.read().find("c").signature is None
+    remove(signed, "a", line / "start", key=signing.private_key(keys[0][0]))
+    assert len(signed.read().live) == 1 and len(verify(signed, "c", ours)) == 1
+
+
+def test_keys_of_openssh_and_hex_digits(line, tmp_path):
+    private, public = key_pair(tmp_path, "ssh", "ssh")
+    store = Store(str(tmp_path / "ssh-registry"))
+    add(store, str(line / "a.patch"), "a", key=signing.private_key(private))
+    trust = signing.public_key(str(public))
+    assert verify(store, trust=signing.public_key(trust.upper()))
+
+
+def test_what_is_no_key_is_refused(keys, tmp_path):
+    (tmp_path / "text").write_text("no key")
+    (tmp_path / "large").write_bytes(b"x" * 100_000)
+    for path in (tmp_path / "text", keys[0][1]):
+        with pytest.raises(ValueError, match="cannot be read as a private key .* openssl genpkey"):
+            signing.private_key(path)
+    with pytest.raises(ValueError, match="cannot be read as a public key"):
+        signing.public_key(str(keys[0][0]))
+    with pytest.raises(ValueError, match="is larger than any key"):
+        signing.public_key(str(tmp_path / "large"))
+    with pytest.raises(ValueError, match="cannot be read as a key"):
+        signing.public_key(str(tmp_path / "nothing"))
+
+
+def test_without_the_package_the_line_says_what_to_install(keys, signed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    for call in (lambda: signing.private_key(keys[0][0]), lambda: verify(signed)):
+        with pytest.raises(ValueError, match="Signatures .*pip install 'cryptography'"):
+            call()
