@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from safepatch_jax.registry.index import Entry, Index, load, read_manifest
-from safepatch_jax.runtime import files, lease, paths, swap
+from safepatch_jax.runtime import files, mirror, paths
 from safepatch_jax.runtime.addresses import address_of, name_of
+from safepatch_jax.runtime.conditional import ABSENT, Conditional
+from safepatch_jax.runtime.holding import check_leases, leased
 from safepatch_jax.runtime.limits import limit, too_much
+from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.runtime.reading import Refused
 
-INDEX, PATCHES, PATCH, MANIFEST = "index.json", "patches", "patch.safetensors", "manifest.json"
+INDEX, PATCHES, PATCH, MANIFEST = "index.json", "patches", "patch.safetensors", "patch.json"
 
 
 class Store:
@@ -60,13 +63,13 @@ class Store:
         """
         with self._held():
             while True:
-                content, tag = self._content(), None
-                if self._address:
-                    content, tag = swap.read(self._address, INDEX)
-                    self._refuse_large(len(content or b""))
+                content, version = self._content(), ABSENT
+                if self._address and content is not None:
+                    content, version = Conditional(self._address, INDEX).read()
+                    self._refuse_large(len(content))
                 where = f"{self.name}/{INDEX}"
                 index = edit(Index() if content is None else load(content, where))
-                if index is None or self._written(index.dump(), tag):
+                if index is None or self._written(index.dump(), version):
                     return
 
     def fill(self, entry: Entry, fill: Callable[[pathlib.Path], None]) -> None:
@@ -93,8 +96,6 @@ class Store:
         """Return whether anything of a patch is there."""
         folder = self._folder(entry.hash)
         if self._address:
-            from safepatch_jax.runtime.objects import Objects
-
             return bool(Objects(address_of(folder)).sizes())
         return folder.is_dir()
 
@@ -130,9 +131,6 @@ class Store:
         if not self._address:
             files.refuse_link(folder, self.folder)
             return folder
-        from safepatch_jax.runtime import mirror
-        from safepatch_jax.runtime.objects import Objects
-
         size = Objects(address_of(folder)).sizes().get(PATCH)
         if size is not None and size != entry.manifest["patch"]["bytes"]:
             raise Refused(
@@ -141,28 +139,16 @@ class Store:
             )
         return mirror.fetch(folder)
 
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        if not self._address:
-            with files.locked(self.folder / files.LOCK):
-                yield
-            return
-        from safepatch_jax.runtime import mirror
-
-        with lease.held(self._address, wait=True) as held:
-            mirror.Held.leases[self._address] = held
-            try:
-                yield
-            finally:
-                del mirror.Held.leases[self._address]
+    def _held(self) -> contextlib.AbstractContextManager[None]:
+        if self._address:
+            return leased(self._address, wait=True)
+        return files.locked(self.folder / files.LOCK)
 
     def _content(self) -> bytes | None:
         """Return the index as it lies there, None if there is none; no more is read than an index
         may have."""
         most = limit("INDEX_BYTES")
         if self._address:
-            from safepatch_jax.runtime.objects import Objects
-
             content = Objects(self._address).read(INDEX, most + 1)
         elif (self.folder / INDEX).is_file():
             with open(self.folder / INDEX, "rb") as file:
@@ -176,13 +162,11 @@ class Store:
         if size > limit("INDEX_BYTES"):
             raise Refused(f"{self.name}/{INDEX} has {too_much('INDEX_BYTES')}.")
 
-    def _written(self, content: bytes, tag: Any) -> bool:
-        """Write the index; return False if another one took its place meanwhile."""
+    def _written(self, content: bytes, version: str) -> bool:
+        """Write the index; return False if another one took the place of this version meanwhile."""
         if self._address:
-            from safepatch_jax.runtime import mirror
-
-            mirror.check_leases(self._address)
-            return swap.write(self._address, INDEX, content, tag)
+            check_leases(self._address)
+            return bool(Conditional(self._address, INDEX).write(content, version))
         files.write_text(self.folder / INDEX, content.decode())
         files.sync_folder(self.folder)
         return True

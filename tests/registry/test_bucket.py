@@ -10,7 +10,7 @@ import pytest
 from safepatch_jax.registry.changes import add, remove
 from safepatch_jax.registry.commands import apply, listed, pull, verify
 from safepatch_jax.registry.store import INDEX, PATCH, PATCHES, Store
-from safepatch_jax.runtime import addresses, files, lease, swap
+from safepatch_jax.runtime import addresses, files, lease
 from safepatch_jax.runtime.objects import Objects
 from tests import bucket as buckets
 from tests.patch_file.chains import assert_bits
@@ -102,14 +102,6 @@ def test_a_writer_whose_lease_had_expired_takes_no_entry_away(place, line, tmp_p
     add(store, str(line / "b.patch"), "b")
     assert calls == [["a"], ["a", "d"]]
     assert sorted(x.name for x in store.read().live.values()) == ["a", "b", "d"]
-
-
-def test_an_object_is_replaced_only_in_its_version(place):
-    content, version = swap.read(place, "x")
-    assert content is None and swap.write(place, "x", b"one", version)
-    assert not swap.write(place, "x", b"two", version)
-    content, version = swap.read(place, "x")
-    assert content == b"one" and swap.write(place, "x", b"two", version)
 
 
 def test_no_permission_is_told_in_one_line(place, server, line):

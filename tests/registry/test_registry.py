@@ -302,9 +302,9 @@ KILLED = """
 import os, signal, sys
 from safepatch_jax.registry import changes, store
 class Store(store.Store):
-    def _written(self, content, tag):
+    def _written(self, content, version):
         if sys.argv[3] == "after":
-            super()._written(content, tag)
+            super()._written(content, version)
         os.kill(os.getpid(), signal.SIGKILL)
 call = {"add": lambda x: changes.add(x, f"{sys.argv[2]}/a.patch", "a"),
         "remove": lambda x: changes.remove(x, "b", f"{sys.argv[2]}/start")}
