@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 
 import jax
@@ -16,6 +17,9 @@ from tests.jobs import machine_of
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"safepatch_jax_tests_{os.getuid()}"
 # For the launchers that tests start; of these, XLA reads its own at its first program here too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Else each of some hundred launchers compiles the sources of its libraries again, for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
