@@ -49,11 +49,12 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int) -> Any:
             files.read_json(folder / name)  # names the file where the library does not
     _refuse_unreadable_vocabulary(folder, there)
     transformers = libraries.transformers()  # here: only text needs it
-    loader = transformers.AutoTokenizer
+    loader = None
     if "tokenizer.json" in there:
         # AutoTokenizer of transformers 5 keeps only the vocabulary of some files: LLaMA-2's
-        # "▁[INST]" becomes "[INST]".
-        loader = getattr(transformers, "TokenizersBackend", loader)
+        # "▁[INST]" becomes "[INST]"; and it imports torch.
+        loader = getattr(transformers, "TokenizersBackend", None)
+    loader = loader or transformers.AutoTokenizer
     with reading(folder, "a tokenizer", _COPY):
         tokenizer = loader.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
