@@ -36,6 +36,8 @@ def top_mask(importance: jax.Array, k: jax.Array, axes: Sequence[int] | None = N
     return top_of_keys(lax.bitcast_convert_type(flushed(importance), jnp.int32), k, axes)
 
 
+# Traced once for all selections of one shape; no function of its own in their programs.
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
 def top_of_keys(key: jax.Array, k: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     """Mark the k largest keys of each group.
 
