@@ -26,11 +26,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .
 
 # The tests of bits run with XLA's own optimisation; the others compile faster without
-# (tests/conftest.py). A file stays with one worker: its fixtures are made once.
+# (tests/conftest.py). A file stays with one worker: its fixtures are made, and its programs
+# compiled, once. Files are begun in the order of tests/conftest.py: long ones first.
 BITS := tests/patching tests/test_numerics.py
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
-	XLA_FLAGS= $(BIN)/python -m pytest -q -n 2 $(BITS) $(ARGS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(BITS:%=--ignore=%) --ignore=tests/planning/test_tpu.py --ignore=tests/planning/test_gpu.py $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q $(WORKERS) $(BITS) $(ARGS)
+	$(BIN)/python -m pytest -q $(WORKERS) tests $(BITS:%=--ignore=%) --ignore=tests/planning/test_tpu.py --ignore=tests/planning/test_gpu.py $(ARGS)
 
 test-tpu: $(VENV)/.test-tpu
 	XLA_FLAGS= $(BIN)/python -m pytest -q tests/planning/test_tpu.py $(ARGS)

@@ -34,6 +34,14 @@ jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_num_cpu_devices", 8)
+# Where whole jobs run, by launchers of their own; the files there take longest.
+LONG = ("launch", "studies", "api", "run", "planning", "runtime")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with long files: at the end one worker waits for the other's last file."""
+    rank = {name: place for place, name in enumerate((*LONG, "tests"))}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
 
 
 def sharder_of(devices: int, tensor: int = 1) -> Sharder:
