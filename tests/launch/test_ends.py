@@ -21,17 +21,25 @@ def errors_of(result):
     return [line for line in result.stderr.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize("number", ENDINGS)
+@pytest.fixture(scope="module")
+def works(tmp_path_factory):
+    """Each command goes on from where the one before was ended."""
+    return tmp_path_factory.mktemp("works")
+
+
 @pytest.mark.parametrize(
-    "launcher, line, more",
+    "launcher, line, more, number",
     [
-        ("safepatch", "derive_se: running", []),
-        ("safepatch", "score_osm: running", []),
-        ("sweep", "[1/4] ", [SWEEP]),
+        ("safepatch", "derive_se: running", [], signal.SIGINT),
+        ("safepatch", "derive_se: running", [], signal.SIGTERM),
+        ("safepatch", "score_osm: running", [], signal.SIGINT),
+        ("safepatch", "score_osm: running", [], signal.SIGTERM),
+        ("sweep", "[1/4] ", [SWEEP], signal.SIGINT),
+        ("sweep", "[1/4] ", [SWEEP], signal.SIGTERM),
     ],
 )
-def test_a_signal_ends_a_command_with_one_line(flags, tmp_path, number, launcher, line, more):
-    args = (f"launch.{launcher}", f"--workdir={tmp_path / 'work'}", *flags, *more)
+def test_a_signal_ends_a_command_with_one_line(flags, works, launcher, line, more, number):
+    args = (f"launch.{launcher}", f"--workdir={works / launcher}", *flags, *more)
     code, text = call_and_signal(line, number, *args)
     expected, beginning = ENDINGS[number]
     last = text.splitlines()[-1]
