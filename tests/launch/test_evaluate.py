@@ -85,9 +85,11 @@ def test_as_a_user_calls_it(tiny, suite, tmp_path):
     flags = [f"--model={tiny}", f"--suite={suite}"]
     shown = call(*flags, "--show_examples")
     assert shown.returncode == 0 and "--- look-alikes (refusal, " in shown.stdout, shown.stderr
-    result = call(*flags, f"--out={tmp_path / 'out'}", "--batch_size=8")
+    trace = tmp_path / "trace"
+    result = call(*flags, f"--out={tmp_path / 'out'}", "--batch_size=8", f"--profile={trace}")
     assert result.returncode == 0, result.stderr
     assert stray(result.stderr) == []
+    assert list(trace.rglob("*.xplane.pb")) and f"Trace:  {trace}" in result.stdout
     assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         LOCK,
