@@ -183,7 +183,7 @@ def test_models_that_are_not_kept_are_built_again_with_the_same_bits(log, tmp_pa
     bits = {number: load_file(log.folder(number) / "model.safetensors") for number in log.links}
     keep_models(log, 0)
     assert held(log) == [1, 2, 3]
-    keep_models(log, 1, also=[1])
+    keep_models(log, 1, among=[2, 3])
     assert held(log) == [1, 3]
     log.patch_path(1).rename(tmp_path / "aside")  # and now it cannot be made from the start
     folder = log.model(2)  # it lies between the two others
