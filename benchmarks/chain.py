@@ -10,8 +10,9 @@ of each link seconds, CPU seconds, the peak of resident memory, memory maps, and
 holds afterwards are printed. Then it is made again from nothing, killed (SIGKILL) at --kills random
 moments, drawn evenly over the time that the first one took, and started by the same command each
 time, until it is through. Log, patch files, measurements, gates' reports, the report and the head's
-model of both must be equal. At last --revert links are taken off, and the model before them must be
-the one that replay builds from the start.
+model of both must be equal. Then link --remove is taken out; the model must be the old one but for
+what that link alone has changed. At last --revert links are taken off, and the model before them
+must be the one that replay builds from the start.
 
 DIR/chain.json and chain.md have the figures. The same command goes on behind the undisturbed chain
 where that is there. Ends with 1 if something differs.
@@ -40,9 +41,11 @@ from absl import app, flags
 
 from benchmarks.common import machine, on_disk
 from benchmarks.started import Started
-from safepatch_jax.io.folder import has_weights
+from safepatch_jax.io.folder import Checkpoint, has_weights
+from safepatch_jax.patch_file.file import runs_of
 from safepatch_jax.patch_file.log import EXPORT, LINKS, PatchLog, folder_hash
 from safepatch_jax.patch_file.log_lines import START
+from safepatch_jax.patch_file.stack import flips_of
 from safepatch_jax.reporting.tables import table
 from safepatch_jax.runtime.files import file_sha256, read_json, write_json, write_text
 
@@ -52,6 +55,7 @@ flags.DEFINE_bool("tiny", True, "Make a tiny random model, if there is no --mode
 _LINKS = flags.DEFINE_integer("links", 20, "Links of the chain.", lower_bound=1)
 _KILLS = flags.DEFINE_integer("kills", 20, "How often the second chain is killed.", lower_bound=0)
 _REVERT = flags.DEFINE_integer("revert", 5, "Links that are taken off at last.", lower_bound=0)
+_REMOVE = flags.DEFINE_integer("remove", 7, "A link that is taken out before; 0: none.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 _GATE = flags.DEFINE_string("gate", "", "Rules, in place of this program's; 'none' for no gate.")
 
@@ -296,12 +300,41 @@ def _timeless(value: Any) -> Any:
     return value
 
 
+def removed(folder: pathlib.Path, number: int) -> dict[str, Any]:
+    """Take a link out of the chain; later links keep what they have written. Compare the head's
+    model with the old one, in which what that link alone has changed is as it was before it."""
+    workdir = last_chain(folder)
+    before = PatchLog(workdir)
+    later = [before.patch(n) for n in before.live[before.live.index(number) + 1 :]]
+    patch, old = before.patch(number), Checkpoint(before.folder(before.head)).tensors
+    begun = time.monotonic()
+    _call("remove", str(number), f"--workdir={workdir}", "--overlap=later")
+    seconds = time.monotonic() - begun
+    log, unequal, shared = PatchLog(workdir), [], 0
+    new = Checkpoint(log.folder(log.head)).tensors
+    for name, tensor in old.items():
+        bits = np.concatenate(list(runs_of(tensor)))
+        flips = flips_of([patch], name)
+        for other in later:
+            for positions, _ in other.chunks(name):
+                shared += int(np.count_nonzero(flips[positions]))
+                flips[positions] = 0
+        if not np.array_equal(bits ^ flips, np.concatenate(list(runs_of(new[name])))):
+            unequal.append(name)
+    whole = folder_hash(log.folder(log.head)) == log.hash(log.head)
+    equal = whole and not unequal and len(log.live) == len(before.live) - 1
+    return {"link": number, "seconds": seconds, "overwritten": shared, "equal": equal}
+
+
+def last_chain(folder: pathlib.Path) -> pathlib.Path:
+    """Return the chain that was killed, or the only one."""
+    workdir = folder / "killed"
+    return workdir if workdir.exists() else folder / "undisturbed"
+
+
 def reverted(folder: pathlib.Path, last: int) -> dict[str, Any]:
-    """Take links off the chain that was killed, or the only one, and compare the head's model with
-    the one that is built from the start."""
-    workdir, out = folder / "killed", folder / "replayed"
-    if not workdir.exists():
-        workdir = folder / "undisturbed"
+    """Take links off, and compare the head's model with the one that is built from the start."""
+    workdir, out = last_chain(folder), folder / "replayed"
     before = PatchLog(workdir)
     target = before.live[-last - 1] if last < len(before.live) else START
     there = has_weights(before.folder(target))
@@ -369,11 +402,14 @@ def main(argv: list[str]) -> None:
         equal, different = differences(folder)
         print(f"{hit} times SIGKILL, {took:.0f} s. {equal} equal, {len(different)} not.")
         content |= {"kills": kills, "seconds": took, "equal": equal, "different": different}
+    if _REMOVE.value in PatchLog(last_chain(folder)).live:
+        content["removal"] = removed(folder, _REMOVE.value)
     if _REVERT.value:
-        content["revert"] = outcome = reverted(folder, _REVERT.value)
-        print(f"Revert: {json.dumps(outcome)}")
-        if not outcome["equal"]:
-            content.setdefault("different", []).append("the model after the revert")
+        content["revert"] = reverted(folder, _REVERT.value)
+    for name in ("removal", "revert"):
+        print(f"{name}: {json.dumps(content.get(name))}")
+        if not content.get(name, {"equal": True})["equal"]:
+            content.setdefault("different", []).append(f"the model after the {name}")
     written(folder, content, costs)
     for name in content.get("different", ()):
         print(f"differs: {name}")

@@ -142,12 +142,10 @@ def main(argv: list[str]) -> None:
     print(f"{timed(lambda: PatchFile(patch.path))[0]:.2f} s.")
     print(f"A model: hashed {timed(lambda: folder_hash(log.folder(log.head)))[0]:.2f} s", end=", ")
     print(f"copied {timed(lambda: copied(model, folder / 'copy'))[0]:.2f} s.")
-    for back in (1, 5, log.head - 1):
-        number = log.head - back
-        if number < 1:
-            continue
+    for patches in sorted({1, log.head // 2} - {0, log.head}):
+        number = log.head - patches
         seconds, _ = timed(lambda number=number: log.model(number))
-        print(f"The model {back} links before the head built again: {seconds:.2f} s", flush=True)
+        print(f"A model {patches} patches away built again: {seconds:.2f} s", flush=True)
         shutil.rmtree(log.folder(number))
 
 

@@ -85,16 +85,16 @@ def _count(patches: Sequence[PatchFile]) -> dict[str, Any]:
     """
     with Workers(_TENSORS) as pool:
         names = changed_by(patches)
-        counts = list(pool.map(lambda name: _count_tensor(patches, name), names))
+        differ, *shared = zip(*pool.map(lambda name: _count_tensor(patches, name), names))
     return {
         "weights": sum(tensor.size for tensor in patches[-1].tensors.values()),
-        "differ": sum(differ for differ, _ in counts),
-        "shared": [sum(column) for column in zip(*(shared for _, shared in counts))],
+        "differ": sum(differ),
+        "shared": [sum(column) for column in shared],
     }
 
 
-def _count_tensor(patches: Sequence[PatchFile], name: str) -> tuple[int, list[int]]:
-    """Return `differ` and `shared` of one tensor, see `_count`."""
+def _count_tensor(patches: Sequence[PatchFile], name: str) -> list[int]:
+    """Return `differ` and all of `shared` of one tensor, see `_count`."""
     *earlier, last = patches
     tensor = last.tensors[name]
     total, mask = np.zeros(tensor.size, BITS[tensor.dtype]), np.zeros(tensor.size, bool)
@@ -107,7 +107,7 @@ def _count_tensor(patches: Sequence[PatchFile], name: str) -> tuple[int, list[in
             total[positions] ^= flips
             count += int(np.count_nonzero(mask[positions]))
         shared.append(count)
-    return int(np.count_nonzero(total)), shared
+    return [int(np.count_nonzero(total)), *shared]
 
 
 def changed_by(patches: Sequence[PatchFile]) -> list[str]:

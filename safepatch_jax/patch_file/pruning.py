@@ -15,8 +15,8 @@ from safepatch_jax.runtime.console import say
 _GOING = ".{}.deleted"  # so is a folder called while it is deleted: it is no model any more
 
 
-def keep_models(log: PatchLog, last: int, also: Collection[int] = ()) -> None:
-    """Delete the models of all links but the last ones that lead to the head.
+def keep_models(log: PatchLog, last: int, among: Collection[int] | None = None) -> None:
+    """Delete the models of links but the last ones that lead to the head.
 
     A model goes only if its folder lies in the chain's own, has the bits that the log says, and its
     patch file, from which it can be built again, is whole. The starting model always stays.
@@ -24,12 +24,12 @@ def keep_models(log: PatchLog, last: int, also: Collection[int] = ()) -> None:
     Args:
       log: of the chain.
       last: how many links keep theirs; 0: all.
-      also: numbers of other links that do.
+      among: numbers of the links whose models may go; None for all.
     """
     if not last:
         return
-    kept = {START, *log.live[-last:], *also}
-    for number in log.links:
+    kept = {START, *log.live[-last:]}
+    for number in log.links if among is None else set(among) - {START}:
         folder = log.folder(number)
         if number not in kept and mirror.is_one(folder) and mirror.has_any(folder):
             log.bring(number)

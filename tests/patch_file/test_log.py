@@ -35,7 +35,7 @@ from safepatch_jax.patch_file.log import (
 from safepatch_jax.patch_file.log_lines import FORMAT, LOG, entry_id
 from safepatch_jax.patch_file.pruning import keep_models
 from safepatch_jax.patch_file.stack import Stack
-from safepatch_jax.runtime import files
+from safepatch_jax.runtime import files, locks
 from safepatch_jax.testing import write_tiny_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -183,7 +183,7 @@ def test_models_that_are_not_kept_are_built_again_with_the_same_bits(log, tmp_pa
     bits = {number: load_file(log.folder(number) / "model.safetensors") for number in log.links}
     keep_models(log, 0)
     assert held(log) == [1, 2, 3]
-    keep_models(log, 1, also=[1])
+    keep_models(log, 1, among=[2, 3])
     assert held(log) == [1, 3]
     log.patch_path(1).rename(tmp_path / "aside")  # and now it cannot be made from the start
     folder = log.model(2)  # it lies between the two others
@@ -213,11 +213,14 @@ def test_a_model_that_is_not_as_logged_is_not_deleted(log, tmp_path, capsys):
     assert "01-a: its model is kept: it was changed since" in out
     assert "02-b: its model is kept: " in out and "is a link to" in out
     assert path.exists() and (away / "model.safetensors").exists()
-    # What a killed deletion left is deleted.
-    left = log.folder(3).with_name(".model.deleted")
-    left.mkdir()
+    # What a killed deletion left is deleted, and what a killed command had half built.
+    gone = 1 << 23  # of no process
+    names = (".model.deleted", f".model.{locks.process_space()}-{gone}.x.partial")
+    left = [log.folder(3).with_name(name) for name in names]
+    for path in left:
+        path.mkdir()
     keep_models(log, 1)
-    assert not left.exists() and held(log) == [1, 2, 3]
+    assert not any(path.exists() for path in left) and held(log) == [1, 2, 3]
 
 
 def test_patches_that_are_not_one_after_the_other_are_no_stack(log):
@@ -389,7 +392,7 @@ def test_a_log_without_its_last_line_end_goes_on(log):
         (lambda e: e[1].update(date="\x1b[2J"), r"line 2: date is '\\x1b"),
         (
             lambda e: e[0].update(folder="../start"),
-            r"line 1: folder is '../start', neither absolute nor start-HASH",
+            r"line 1: folder is '../start', neither absolute nor an address nor start-HASH",
         ),
         (lambda e: e[0].update(folder="/\x1b[2J"), r"line 1: folder is '/\\x1b"),
         (

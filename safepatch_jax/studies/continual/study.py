@@ -186,19 +186,21 @@ class Chain:
     def run(self, methods: Sequence[str]) -> pathlib.Path:
         """Make and measure all links and the other methods' models, and write the report."""
         self._say_plan()
+        self._prune()
         self._measure(START)
         if self._everything:
             self._measure(self.log.head)  # as the run may have been killed before
         for link in self.links[len(self._standing()) :]:
             if self._extend(link) and self._everything:
                 self._measure(self.log.head)
-            self._prune()
+            self._prune(self.log.live[-self._keep - 1 :][:1])
             gc.collect()  # parts of the link's run refer to one another: they go now, not later
         processes.on_first(_delete_leftovers, self.log)
-        rows = []
+        rows, before = [], START
         for number in (START, *self.log.live):
             rows.append(self._row(number))
-            self._prune(number)  # from which the next one, if it is to be measured, is built
+            self._prune([before])  # not the last one: from it the next, if need be, is built
+            before = number
         by_method = {"safepatching": rows}
         for method in methods:
             if method != "safepatching":
@@ -297,8 +299,9 @@ class Chain:
     def _data(self, link: Link) -> dict[str, str]:
         return link.data(self.settings)
 
-    def _prune(self, *also: int) -> None:
-        processes.on_first(keep_models, self.log, self._keep, also)
+    def _prune(self, among: Sequence[int] | None = None) -> None:
+        """Delete models that are not kept, see `keep_models`."""
+        processes.on_first(keep_models, self.log, self._keep, among)
 
     def _parts(self, number: int) -> tuple[str, ...]:
         """Return what a model is measured on."""
