@@ -277,7 +277,8 @@ def test_a_link_in_the_middle_is_removed_and_the_run_goes_on(copy, settings, mal
         run(settings, copy, parse_links(malware), keep=0)
     capsys.readouterr()
     report_path = run(settings, copy, parse_links(malware.partition(";")[2]), keep=0)
-    assert stages_run(capsys.readouterr().out) == []  # the links' patches stay
+    stages = stages_run(capsys.readouterr().out)  # models are measured, nothing is trained
+    assert stages and not [name for name in stages if name.startswith(("derive", "score"))]
     after = read_json(copy / "continual.json")
     assert [link["number"] for link in after["links"]] == [4, 5] and after["reverted"] == [1]
     assert [link["seed"] for link in after["links"]] == [1, 2]
