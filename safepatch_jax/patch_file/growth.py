@@ -86,10 +86,11 @@ def _count(patches: Sequence[PatchFile]) -> dict[str, Any]:
     with Workers(_TENSORS) as pool:
         names = changed_by(patches)
         counts = list(pool.map(lambda name: _count_tensor(patches, name), names))
+    shared = [of_tensor for _, of_tensor in counts]
     return {
         "weights": sum(tensor.size for tensor in patches[-1].tensors.values()),
         "differ": sum(differ for differ, _ in counts),
-        "shared": [sum(column) for column in zip(*(shared for _, shared in counts))],
+        "shared": [sum(column) for column in zip(*shared)],
     }
 
 
