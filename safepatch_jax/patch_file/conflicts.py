@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.stored import Stored
 from safepatch_jax.patch_file.arithmetic import change_of
 from safepatch_jax.patch_file.file import PatchFile, runs_of
+from safepatch_jax.patch_file.log import patch_hash
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import Refused
 
-ONE, LINE, OTHER = "one backbone", "one goes onto the other", "different backbones"
+ONE, LINE, OTHER = "one backbone", "one comes after the other", "different backbones"
 
 
 @dataclasses.dataclass
@@ -79,14 +80,18 @@ class Conflicts:
 
 
 def conflicts(
-    first: PatchFile, second: PatchFile, folder: str | pathlib.Path | None = None
+    first: PatchFile,
+    second: PatchFile,
+    folder: str | pathlib.Path | None = None,
+    others: Sequence[PatchFile] = (),
 ) -> Conflicts:
     """Compare two patches.
 
     Args:
       first, second: patches of models with tensors of the same shapes and dtypes.
-      folder: a model from which the values before each patch follow: the backbone of one of them,
-        or what one of them leaves. Without it there are counts alone.
+      folder: a model from which the values before each patch follow: what one of the patches goes
+        onto, or leaves. Without it there are counts alone.
+      others: patches that may lie between the two, and between them and the model.
 
     Raises:
       ValueError: tensors of other shapes or dtypes, or another model.
@@ -96,7 +101,7 @@ def conflicts(
     for name in first.changed():
         if name in second.tensors and second.tensors[name].entries:
             tensors[name] = _counts(first, second, name)
-    relation = _relation(first, second)
+    relation = _relation(first, second, others)
     both = sum(counts["both"] for counts in tensors.values())
     same = sum(counts["same"] for counts in tensors.values())
     commute = not both
@@ -104,7 +109,7 @@ def conflicts(
         commute = both == same
     elif both and relation == OTHER:
         commute = None
-    sums = None if folder is None else _sums(first, second, folder)
+    sums = None if folder is None else _sums([first, second, *others], folder)
     return Conflicts(tensors, relation, commute, sums)
 
 
@@ -121,17 +126,21 @@ def _refuse_other_forms(first: PatchFile, second: PatchFile) -> None:
         )
 
 
-def _relation(first: PatchFile, second: PatchFile) -> str:
-    if _hashes(first, "before") == _hashes(second, "before"):
+def _relation(first: PatchFile, second: PatchFile, others: Sequence[PatchFile]) -> str:
+    if patch_hash(first, "before") == patch_hash(second, "before"):
         return ONE
-    for one, other in ((first, second), (second, first)):
-        if _hashes(one, "after") == _hashes(other, "before"):
-            return LINE
+    if _leads(first, second, others) or _leads(second, first, others):
+        return LINE
     return OTHER
 
 
-def _hashes(patch: PatchFile, when: str) -> dict[str, str]:
-    return {name: getattr(x, when) for name, x in patch.tensors.items() if not x.optional}
+def _leads(one: PatchFile, other: PatchFile, between: Sequence[PatchFile]) -> bool:
+    """Return whether a patch goes onto what another one leaves, by way of some more."""
+    moves = [(patch_hash(patch, "before"), patch_hash(patch, "after")) for patch in between]
+    reached, target = [patch_hash(one, "after")], patch_hash(other, "before")
+    for model in reached:
+        reached += [after for before, after in moves if before == model and after not in reached]
+    return target in reached
 
 
 def _counts(first: PatchFile, second: PatchFile, name: str) -> dict[str, int]:
@@ -143,75 +152,82 @@ def _counts(first: PatchFile, second: PatchFile, name: str) -> dict[str, int]:
     return counts | {"both": both, "same": same}
 
 
-def _sums(first: PatchFile, second: PatchFile, folder: str | pathlib.Path) -> Sums:
+def _sums(patches: Sequence[PatchFile], folder: str | pathlib.Path) -> Sums:
+    """Sum up over the changes of the first two of some patches."""
     tensors, sums = Checkpoint(folder).tensors, Sums()
-    names = [x for x in dict.fromkeys(first.changed() + second.changed()) if x in tensors]
-    _refuse_other_model(first, second, folder, tensors)
+    changed = dict.fromkeys(patches[0].changed() + patches[1].changed())
+    names = [name for name in changed if name in tensors]
+    for patch in patches[:2]:
+        _refuse_other_model(patch, folder, tensors)
     hashes = tensor_hashes({name: tensors[name] for name in names})
-    strangers, found = [], {}
+    strangers, ways = [], {}
     for name in names:
-        found[name] = _flips_to(first, second, name, hashes[name])
-        if found[name] is None:
+        ways[name] = _ways(patches, name, hashes[name])
+        if None in ways[name]:
             strangers.append(name)
     if strangers:
         raise Refused(
             f"{folder} is no model from which the values before both patches follow: "
-            f"{len(strangers)} of {len(names)} tensors: {some(strangers, ', ')}. Give the backbone "
-            "of one of them, or the model that it leaves."
+            f"{len(strangers)} of {len(names)} tensors: {some(strangers, ', ')}. Give a model that "
+            "one of them goes onto, or leaves."
         )
     with np.errstate(over="ignore", invalid="ignore"):
         for name in names:
-            for run in _runs(first, second, tensors[name], name, found[name]):
+            for run in _runs(patches, tensors[name], name, ways[name]):
                 _add(sums, tensors[name].dtype, *run)
     return sums
 
 
 def _refuse_other_model(
-    first: PatchFile, second: PatchFile, folder: str | pathlib.Path, tensors: Mapping[str, Stored]
+    patch: PatchFile, folder: str | pathlib.Path, tensors: Mapping[str, Stored]
 ) -> None:
-    for patch in (first, second):
-        for name in patch.changed():
-            expected, tensor = patch.tensors[name], tensors.get(name)
-            fits = tensor and (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
-            if not fits and not (tensor is None and expected.optional):
-                raise Refused(
-                    f"{folder} has no tensor {name} of {expected.dtype} {list(expected.shape)}, as "
-                    f"{patch.path} has. Give the model that it is for."
-                )
+    for name in patch.changed():
+        expected, tensor = patch.tensors[name], tensors.get(name)
+        fits = tensor and (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+        if not fits and not (tensor is None and expected.optional):
+            raise Refused(
+                f"{folder} has no tensor {name} of {expected.dtype} {list(expected.shape)}, as "
+                f"{patch.path} has. Give the model that it is for."
+            )
 
 
-def _flips_to(
-    first: PatchFile, second: PatchFile, name: str, digest: str
-) -> tuple[frozenset[int], frozenset[int]] | None:
-    """Return of which patches (0, 1) the flips lead from a tensor to what each of the two goes
-    onto; None if that is unknown."""
+def _ways(
+    patches: Sequence[PatchFile], name: str, digest: str
+) -> tuple[frozenset[int] | None, frozenset[int] | None]:
+    """Return the places of the patches whose flips lead from a tensor to what the first and the
+    second patch go onto; None where that is unknown."""
     known = {digest: frozenset()}
-    patches = [patch.tensors.get(name) for patch in (first, second)]
-    for i, tensor in (*enumerate(patches), *enumerate(patches)):
-        if tensor is not None:
-            for here, there in ((tensor.before, tensor.after), (tensor.after, tensor.before)):
-                if here in known:
-                    known.setdefault(there, known[here] ^ {i})
-    targets = [digest if tensor is None else tensor.before for tensor in patches]
-    if not known.keys() >= set(targets):
-        return None
-    return known[targets[0]], known[targets[1]]
+    for here in (reached := [digest]):
+        for i, patch in enumerate(patches):
+            tensor = patch.tensors.get(name)
+            ends = () if tensor is None else (tensor.before, tensor.after)
+            if here in ends:
+                for there in ends:
+                    if there not in known:
+                        known[there] = known[here] ^ {i}
+                        reached.append(there)
+    targets = []
+    for patch in patches[:2]:
+        tensor = patch.tensors.get(name)
+        targets.append(frozenset() if tensor is None else known.get(tensor.before))
+    return tuple(targets)
 
 
 def _runs(
-    first: PatchFile,
-    second: PatchFile,
+    patches: Sequence[PatchFile],
     tensor: Stored,
     name: str,
-    flips_to: tuple[frozenset[int], frozenset[int]],
+    ways: tuple[frozenset[int], frozenset[int]],
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield for each run of a tensor, of either patch: positions, bits before it there, flips."""
-    parts = [_runs_of(patch, name) for patch in (first, second)]
-    for bits, *moves in zip(runs_of(tensor), *parts):
-        run = []
-        for (positions, flips), wanted in zip(moves, flips_to):
+    """Yield for each run of a tensor, of the first and the second patch: positions, bits before it
+    there, flips."""
+    needed = sorted(ways[0] | ways[1] | {0, 1})
+    parts = [_runs_of(patches[i], name) for i in needed]
+    for bits, *found in zip(runs_of(tensor), *parts):
+        moves, run = dict(zip(needed, found)), []
+        for way, (positions, flips) in zip(ways, (moves[0], moves[1])):
             before = bits.copy()
-            for i in wanted:
+            for i in way:
                 before[moves[i][0]] ^= moves[i][1]
             run += [positions, before[positions], flips]
         yield tuple(run)
@@ -236,10 +252,8 @@ def _add(
     other_flips: np.ndarray,
 ) -> None:
     """Add a run of a tensor: positions, bits before and flips of each patch."""
-    a, odd_a = _finite(change_of(bits, flips, dtype)) if len(bits) else (np.empty(0), 0)
-    b, odd_b = (
-        _finite(change_of(other_bits, other_flips, dtype)) if len(other_bits) else (np.empty(0), 0)
-    )
+    a, odd_a = _changes(bits, flips, dtype)
+    b, odd_b = _changes(other_bits, other_flips, dtype)
     _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
     sums.odd += odd_a + odd_b
     sums.first += float(a @ a)
@@ -250,8 +264,9 @@ def _add(
     sums.agree += int(np.count_nonzero(np.sign(a[i]) * np.sign(b[j]) > 0))
 
 
-def _finite(change: np.ndarray) -> tuple[np.ndarray, int]:
+def _changes(bits: np.ndarray, flips: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
     """Return changes as float64, 0 for those that are not finite, and how many these are."""
+    change = change_of(bits, flips.astype(bits.dtype, copy=False), dtype)
     wrong = ~np.isfinite(change)
     return np.where(wrong, 0, change).astype(np.float64), int(np.count_nonzero(wrong))
 

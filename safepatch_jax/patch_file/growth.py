@@ -85,11 +85,13 @@ def _count(patches: Sequence[PatchFile]) -> dict[str, Any]:
     """
     with Workers(_TENSORS) as pool:
         names = changed_by(patches)
-        differ, *shared = zip(*pool.map(lambda name: _count_tensor(patches, name), names))
+        counts = list(pool.map(lambda name: _count_tensor(patches, name), names))
+    # There may be no tensor, of patches that change nothing.
+    differ, *shared = np.reshape(np.array(counts, np.int64), (-1, len(patches))).sum(axis=0)
     return {
         "weights": sum(tensor.size for tensor in patches[-1].tensors.values()),
-        "differ": sum(differ),
-        "shared": [sum(column) for column in shared],
+        "differ": int(differ),
+        "shared": list(map(int, shared)),
     }
 
 

@@ -45,7 +45,7 @@ class Base:
 
     def runs(self, name: str) -> Iterator[np.ndarray]:
         """Yield the storage bits of a tensor, RUN elements at a time."""
-        parts = [patch.runs(name) for patch in self._patches]
+        parts = [patch.runs(name) for patch in self._patches if name in patch.tensors]
         for bits, *flips in zip(runs_of(self.tensors[name]), *parts):
             for positions, values in flips:
                 bits[positions] ^= values

@@ -269,6 +269,10 @@ def compare(
         return lines(conflicts(PatchFile(first), PatchFile(second), folder), first, second)
     index = store.read()
     entries = [index.find(reference) for reference in (first, second)]
+    between = {}
+    for entry in entries:
+        between |= {x.hash: x for x in index.line(entry.hash)}
     one, other = (_open(store, entry) for entry in entries)
+    others = [_open(store, x) for x in between.values() if x not in entries]
     names = [index.label(entry.hash) for entry in entries]
-    return lines(conflicts(one, other, folder), *names)
+    return lines(conflicts(one, other, folder, others), *names)

@@ -58,6 +58,7 @@ def test_a_chain_killed_resumed_and_every_command(tmp_path):
     done("replay", work, "--to=1", f"--model={model}", f"--out={tmp_path / 'new'}")
     assert tensors(tmp_path / "new") == tensors(export) != tensors(model)
     assert f"The head is 00-start: {model}" in done("revert", work, "--last=1")
+    assert "Link 1 cannot be removed" in call("remove", "1", work).stderr
     again = call("revert", work, "--last=1")
     assert again.returncode == 2 and "the chain has 0 links that can be taken off" in again.stderr
 
@@ -97,7 +98,7 @@ def test_help_is_a_manual():
         (
             [],
             "one command is needed, none was given. There are run, log, show, diff, replay, "
-            "revert, verify",
+            "revert, remove, verify",
         ),
         (["run"], "run needs --links"),
         (

@@ -36,7 +36,10 @@ def test_every_command(tmp_path):
         (["show", "--registry=x"], "show takes 1 patch after it, got ''"),
         (["list", "--registry=x", "--model=y"], "list does not take --model"),
         (["list", "--registry=/nowhere"], "There is no registry at /nowhere"),
-        (["apply", "a", "--registry=x", "--model=gs://b/c"], "is not changed in place: give a new"),
+        (
+            ["apply", "a", "--registry=x", "--model=gs://bucket/c"],
+            "is not changed in place: give a new",
+        ),
     ],
 )
 def test_mistakes_end_with_one_clear_line(words, message):

@@ -85,6 +85,7 @@ def test_hashes_are_shortened_as_far_as_they_are_unique(line, store):
     for reference in ("b", f"b@{digest[:8]}"):
         with pytest.raises(ValueError, match=f"ambiguous: b@{digest[:21]} .*, b@{other[:21]} "):
             index.find(reference)
+    assert len(show(store, "b")) == 2
     assert index.short(digest) == digest[:21] and index.find(f"@{digest[:21]}").hash == digest
 
 
@@ -341,7 +342,14 @@ def test_a_killed_command_is_finished_by_the_same_one(when, line, store, tmp_pat
 
 
 def test_patches_are_compared_by_reference_or_path(line, store):
-    by_path = compare(None, str(line / "a.patch"), str(line / "d.patch"), line / "start")
-    by_name = compare(store, "a", "d", line / "start")
-    assert by_path[1:] == by_name[1:]
-    assert "1 entries are changed by both" in by_name[0] and f"{UP}  1 of 2 and 2" in by_name[1]
+    """Of a registry the patches between the two are known."""
+    for folder in ("start", "b", "d"):
+        text = compare(store, "a", "d", line / folder)
+        assert "one comes after the other; 1 entries are changed by both" in text[0]
+        assert text[1].split() == [UP, "1", "of", "2", "and", "2"]
+        assert text[2].startswith("They do not commute") and "0 of 1 shared" in text[3]
+    text = compare(None, str(line / "a.patch"), str(line / "d.patch"))
+    assert "different backbones; 1 entries" in text[0]
+    assert text[-1].startswith("Cosine and signs need")
+    with pytest.raises(ValueError, match="no model from which the values before both"):
+        compare(None, str(line / "a.patch"), str(line / "d.patch"), line / "start")

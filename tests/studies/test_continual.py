@@ -15,6 +15,7 @@ from safepatch_jax.models.table import unnest
 from safepatch_jax.patch_file.commands import history, replay, revert, verify
 from safepatch_jax.patch_file.log import PatchLog
 from safepatch_jax.patch_file.log_lines import START
+from safepatch_jax.patch_file.removal import remove
 from safepatch_jax.run import models
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.job import open_run
@@ -266,6 +267,26 @@ def test_revert_then_another_link(copy, chain, settings):
     message = r"--last=1: the chain has 0 links that can be taken off\."
     with pytest.raises(ValueError, match=message):
         revert(log, 1)
+
+
+def test_a_link_in_the_middle_is_removed_and_the_run_goes_on(copy, settings, malware, capsys):
+    log, before = PatchLog(copy), read_json(copy / "continual.json")
+    remove(log, 1, "later")
+    assert log.live == [4, 5] and [log.label(n) for n in log.live] == ["04-hate", "05-malware"]
+    with pytest.raises(ValueError, match="Removed were fraud: --links is given without them"):
+        run(settings, copy, parse_links(malware), keep=0)
+    capsys.readouterr()
+    report_path = run(settings, copy, parse_links(malware.partition(";")[2]), keep=0)
+    stages = stages_run(capsys.readouterr().out)  # models are measured, nothing is trained
+    assert stages and not [name for name in stages if name.startswith(("derive", "score"))]
+    after = read_json(copy / "continual.json")
+    assert [link["number"] for link in after["links"]] == [4, 5] and after["reverted"] == [1]
+    assert [link["seed"] for link in after["links"]] == [1, 2]
+    hashes = [row["hash"] for row in after["methods"]["safepatching"]]
+    assert hashes == [log.hash(n) for n in (0, 4, 5)]
+    assert hashes[0] == before["methods"]["safepatching"][0]["hash"]
+    assert "Taken off again: link 1." in report_path.read_text()
+    assert len(verify(log)) == 6
 
 
 def test_a_refused_link_leaves_the_chain_as_it_was(two, chain, settings, malware, tmp_path, capsys):
