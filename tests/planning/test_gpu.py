@@ -156,9 +156,10 @@ def test_an_engine_on_several_gpus_writes_its_cache_in_place(mesh):
         traced = jax.jit(program, donate_argnums=0).trace(state, params, ints((1,)), *inputs)
         compiled = traced.lower().compile()
         memory = compiled.memory_analysis()
-        assert memory.alias_size_in_bytes >= cache > 3 * memory.temp_size_in_bytes
+        # A copy of its keys, or of its values, would be half of it.
+        assert memory.alias_size_in_bytes >= cache > 2 * memory.temp_size_in_bytes
         largest = max(c.result for c in read_work(compiled.as_text()).collectives)
-        assert largest < cache / 8
+        assert largest < cache / 3  # the prompts' own, 2 rows of 16, are sent
 
 
 def struct(shape, sharding):
