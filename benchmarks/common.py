@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import math
 import os
 import pathlib
 import re
@@ -51,13 +50,9 @@ def needed_flops(config: Any, batch: int, length: int, answer: int) -> float:
       config: a DecoderConfig.
       batch, length, answer: sequences, tokens of each, answer tokens of each.
     """
-    from safepatch_jax.models.table import param_table
+    from safepatch_jax.planning.needs import train_flops
 
-    blocks = sum(math.prod(row.shape) for row in param_table(config) if row.kind == "linear")
-    # Of a query and a key that it may see: one product with the key, one with the value.
-    pairs = length * (length + 1) / 2
-    triangle = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
-    return 6 * batch * (blocks * length + config.vocab_size * config.embed_dim * answer + triangle)
+    return train_flops(config, batch, length, answer)
 
 
 def raw_config(shape: str, layers: int | None, dtype: str = "float32") -> dict[str, Any]:

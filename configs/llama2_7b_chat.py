@@ -6,8 +6,8 @@
 DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf; add --dry_run to see the plan
 first.
 
-Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
-arithmetic. Memory: 6.74e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
+Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (docs/tpu.md), or 4 x H100 (docs/gpu.md): compiled for, not
+run yet. Memory: 6.74e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
 gradients, two moments), 108 GB over all devices, plus activations; as much scratch disk.
 Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
 not measured yet.

@@ -15,7 +15,7 @@ import time
 import jax
 import pytest
 
-from benchmarks.gpu import records
+from benchmarks.gpu import machine, records, summary
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.parts import PARTS, SIZES, layers_that_fit, limit
 from safepatch_jax.runtime import files
@@ -198,6 +198,25 @@ def test_fewer_blocks_where_the_device_has_no_memory_for_them(tmp_path):
     bench.as_many_layers(lambda layers: layers, attempt)
     assert tried == [20, 18, 17, 16, 15]
     assert record.figures["layers"] == 15 and record.figures["layers_refused"] == tried[:-1]
+
+
+@pytest.mark.parametrize(
+    "peak, says",
+    [
+        (None, "are named.\n"),
+        (3 << 30, "are named. **No peak is above its plan.**"),
+        (5 << 30, "are named. **Above the plan: decode (125.0%).**"),
+    ],
+)
+def test_the_devices_peak_beside_the_plan(tmp_path, peak, says):
+    path = tmp_path / "decode.json"
+    plan = {"layers": 2, "predicted_bytes": 4 << 30, "peak_bytes": peak, "host": 1 << 30}
+    records.Record(path, "full", 9.0).note(**plan)
+    records.ended(path, "done", "", 1.0, "full")
+    summary.write(tmp_path, machine.facts(), {"decode": files.read_json(path)})
+    page = (tmp_path / "summary.md").read_text()
+    (row,) = re.findall(r"^\| decode \| 2 \| 4 \| .*$", page, re.M)
+    assert says in page and ("75%" in row) == (peak == 3 << 30)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import time
 
 import jax
 
-from benchmarks.common import needed_flops
 from benchmarks.gpu.bench import Bench
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table, unnest
 from safepatch_jax.patching.sensitivity import SensitivityMeter
+from safepatch_jax.planning.needs import train_flops
 from safepatch_jax.planning.programs import abstract_batch
 
 # Of a weight of the scope, float32, for each sample: read forward and backward, its sum read and
@@ -63,7 +63,6 @@ def least(config: DecoderConfig, length: int, answer: int) -> dict[str, float]:
     head = config.vocab_size * config.embed_dim
     scope = sum(math.prod(row.shape) for row in param_table(config).scope("block_linear"))
     return {
-        # The head has no gradient here.
-        "needed_flops": needed_flops(config, 1, length, answer) - 2 * head * answer,
+        "needed_flops": train_flops(config, 1, length, answer, head=False),
         "needed_bytes": SCOPE_BYTES * scope + HEAD_BYTES * head,
     }

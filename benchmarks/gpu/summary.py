@@ -220,12 +220,14 @@ def _repeat(figures: Mapping[str, Figures]) -> str:
 
 
 def _memory(figures: Mapping[str, Figures]) -> str:
-    rows = []
+    rows, shares = [], {}
     for name, f in figures.items():
         if not f:
             continue
         plan, peak = f.get("predicted_bytes"), f.get("peak_bytes")
-        ratio = percent(peak / plan) if plan and peak else ""
+        ratio = ""
+        if plan and peak:
+            shares[name], ratio = peak / plan, percent(peak / plan)
         host = _gib(f.get("host"))
         refused = ", ".join(map(str, f.get("layers_refused", [])))
         rows.append([name, f.get("layers", ""), _gib(plan), _gib(peak), ratio, host, refused])
@@ -236,7 +238,18 @@ def _memory(figures: Mapping[str, Figures]) -> str:
         "and measured the device's speeds; a CPU keeps no account of it. Blocks for which the "
         "device had no memory, against the plan, are named."
     )
-    return _section("Memory", rows, head, text)
+    return _section("Memory", rows, head, " ".join([text, *_above_plan(shares)]))
+
+
+def _above_plan(shares: Mapping[str, float]) -> list[str]:
+    """Say which parts' peaks, {part: peak / plan}, are above the plan; nothing where none was
+    measured."""
+    if not shares:
+        return []
+    above = [f"{name} ({percent(share, 1)})" for name, share in shares.items() if share > 1]
+    if not above:
+        return ["**No peak is above its plan.**"]
+    return [f"**Above the plan: {', '.join(above)}.**"]
 
 
 def _section(title: str, rows: Sequence[Any], head: Sequence[str], text: str) -> str:

@@ -191,7 +191,7 @@ class Attention(_Module):
 
         keys, values, key_axes, value_axes = k_BTKH, v_BTKH, "BSKH", "BSKH"
         if cache is not None:
-            cache = cache.write(k_BTKH, v_BTKH, layer, start_B)
+            cache = cache.write(k_BTKH, v_BTKH, layer, start_B, self.sharder)
             (keys, values), value_axes = cache.of_block(layer), "BKSH"
             key_axes = "BKHS" if cache.slots_last else "BKSH"
         if window is not None:

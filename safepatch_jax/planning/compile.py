@@ -40,6 +40,8 @@ class Figures:
       floor: {unit that limits: least seconds of all runs}; empty where the chip's figures are not
         known.
       exposed: seconds of the links in which nothing else is computed; part of the links' floor.
+      step, least_flops: see `Program`.
+      rated_flops: FLOP/s of all devices together, 0 where the chip's figures are not known.
     """
 
     title: str
@@ -56,6 +58,9 @@ class Figures:
     work: ProgramWork = ProgramWork()
     floor: dict[str, float] = dataclasses.field(default_factory=dict)
     exposed: float = 0.0
+    step: str = ""
+    least_flops: int = 0
+    rated_flops: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -112,6 +117,9 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         flops=flops,
         resident=program.resident,
         runs=program.runs,
+        step=program.step,
+        least_flops=program.least_flops,
+        rated_flops=target.chip.flops * len(target.devices) if target.chip else 0.0,
     )
     try:
         # The compile cache stores what is compiled for absent devices, and cannot read it.
@@ -143,6 +151,32 @@ def measure(program: Program, target: Target, sharder: Sharder) -> Figures:
         floor=floor,
         exposed=exposed,
     )
+
+
+def whole_floor(parts: Sequence[Figures]) -> dict[str, float]:
+    """Return the least seconds of a step of several programs, {unit that limits: seconds}."""
+    floor: dict[str, float] = {}
+    for f in parts:
+        for unit, seconds in f.floor.items():
+            floor[unit] = floor.get(unit, 0.0) + seconds
+    return floor
+
+
+def utilisation(figures: Iterable[Figures]) -> dict[str, float]:
+    """Return the MFU of each step at its floor, {step: share}: the FLOPs that it needs, of those
+    that all devices can do in its least time.
+
+    A step one of whose programs does not compile, or without products, is left out.
+    """
+    steps: dict[str, list[Figures]] = {}
+    for f in figures:
+        steps.setdefault(f.step, []).append(f)
+    result = {}
+    for step, parts in steps.items():
+        possible = parts[0].rated_flops * max(whole_floor(parts).values(), default=0.0)
+        if parts[0].least_flops and possible and all(f.floor for f in parts):
+            result[step] = parts[0].least_flops / possible
+    return result
 
 
 def peak_bytes(memory: Any) -> int:

@@ -27,6 +27,7 @@ from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import KEYED, patch_matrices
 from safepatch_jax.patching.options import Knobs, program_options
 from safepatch_jax.planning import PROGRAMS
+from safepatch_jax.planning.needs import decode_flops, train_flops
 from safepatch_jax.run.context import Context
 from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
@@ -44,6 +45,9 @@ class Program:
       resident: bytes on each device of arrays that the run holds beside the program's own.
       runs: how often one step, or one batch, takes it.
       while_trips: the most often its while loops run.
+      step: of which step or batch it is a part.
+      least_flops: that this step cannot do without, all devices together, see `needs`; 0 where it
+        has no products.
     """
 
     kind: str
@@ -52,6 +56,8 @@ class Program:
     resident: int = 0
     runs: int = 1
     while_trips: int = 1
+    step: str = ""
+    least_flops: int = 0
 
     @property
     def title(self) -> str:
@@ -144,6 +150,11 @@ def checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     return tuple(kind for kind in PROGRAMS if kind in kinds)
 
 
+def in_blocks(settings: Settings, config: DecoderConfig) -> bool:
+    """Return whether all weights of the patch scope are the blocks'."""
+    return all(row.stacked for row in param_table(config).scope(settings.patch.scope))
+
+
 def device_bytes(rows: Iterable[Param], sharder: Sharder, dtype: Any) -> int:
     """Return the bytes of these parameters on each device, in a dtype."""
     size = 0
@@ -221,11 +232,12 @@ def _rows(sharder: Sharder, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtyp
 
 def _train(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> list[Program]:
     align, derive = context.settings.align, context.settings.derive
-    scope = derive.train == "scope"
+    scope, blocks = derive.train == "scope", in_blocks(context.settings, config)
 
     def step(name, rows, scope):
         batch = abstract_batch(rows, shape, context.sharder)
-        return _of_parts("train", name, context.trainer(config, None, scope).parts(batch))
+        least = train_flops(config, rows, *shape, head=not (scope and blocks))
+        return _of_parts("train", name, context.trainer(config, None, scope).parts(batch), least)
 
     result = step("", derive.batch_size, scope)
     if align.enabled and (align.batch_size > derive.batch_size or scope):
@@ -240,14 +252,17 @@ def _score(context: Context, config: DecoderConfig, shape: tuple[int, int]) -> l
     batched = score.mode == "batched"
     rows = score.batch_size if batched else meter.in_flight
     batch = abstract_batch(rows, shape, context.sharder)
-    return _of_parts("score", "", meter.parts(batch, score.samples, batched))
+    least = train_flops(config, rows, *shape, head=not in_blocks(context.settings, config))
+    return _of_parts("score", "", meter.parts(batch, score.samples, batched), least)
 
 
-def _of_parts(kind: str, name: str, parts: Iterable[Part]) -> list[Program]:
+def _of_parts(kind: str, name: str, parts: Iterable[Part], least: int) -> list[Program]:
+    """Return the programs of a step, or of a batch, that needs so many FLOPs at least."""
+    make = functools.partial(Program, kind, step=f"{kind} {name}".strip(), least_flops=least)
     result = []
     for part in parts:
         title = f"{name} {part.name}".strip()
-        result.append(Program(kind, title, part.trace, part.resident, part.runs))
+        result.append(make(title, part.trace, part.resident, part.runs))
     return result
 
 
@@ -309,4 +324,6 @@ def _decode(context: Context, config: DecoderConfig) -> list[Program]:
             max_new=evaluate.max_new_tokens,
         )
 
-    return [Program("decode", "", trace, while_trips=evaluate.max_new_tokens)]
+    new = evaluate.max_new_tokens
+    least = decode_flops(config, evaluate.batch_size, length, new)
+    return [Program("decode", "", trace, while_trips=new, step="decode", least_flops=least)]

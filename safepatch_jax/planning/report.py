@@ -12,8 +12,8 @@ from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.chips import GIB, OWN_POOL, POOL, Chip, Target, present
-from safepatch_jax.planning.compile import Figures, measure_all
-from safepatch_jax.planning.programs import holdings, lengths, programs
+from safepatch_jax.planning.compile import Figures, measure_all, utilisation
+from safepatch_jax.planning.programs import holdings, in_blocks, lengths, programs
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.planning.search import (
     LAYERWISE,
@@ -21,7 +21,6 @@ from safepatch_jax.planning.search import (
     Fit,
     Planner,
     as_flags,
-    in_blocks,
 )
 from safepatch_jax.settings import Settings
 
@@ -67,6 +66,11 @@ def table(figures: Sequence[Figures]) -> list[str]:
     lines = aligned([header, *(_row(f, memory, units) for f in figures)])
     if units:
         lines.append(FLOOR)
+    if shares := utilisation(figures):
+        steps = ", ".join(f"{step} {share:.1%}" for step, share in shares.items())
+        lines.append(
+            f"MFU at the floor (FLOPs that a step needs, of the peak in that time): {steps}"
+        )
     if exchanging := [f for f in compiled if f.work.collectives]:
         lines.append("Collectives, of all runs together, and the bytes that each device sends:")
         lines += map(_collectives, exchanging)
@@ -263,6 +267,7 @@ def to_json(
         "settings": settings.to_dict(),
         "fits": bool(figures) and all(f.fits for f in figures),
         "programs": [f.to_dict() for f in figures],
+        "mfu_at_the_floor": utilisation(figures),
         "nearest_that_fits": nearest,
         "searched": [{"changes": changes, "train": f.to_dict()} for changes, f in compiled],
     }

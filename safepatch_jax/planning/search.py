@@ -14,9 +14,9 @@ from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.chips import Target
-from safepatch_jax.planning.compile import Figures, measure_all
+from safepatch_jax.planning.compile import Figures, measure_all, whole_floor
 from safepatch_jax.planning.flops import count_flops
-from safepatch_jax.planning.programs import checked_kinds, lengths, programs
+from safepatch_jax.planning.programs import checked_kinds, in_blocks, lengths, programs
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
@@ -76,11 +76,6 @@ def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
             continue  # a dimension does not divide, or the machine cannot be ordered so
         sharders[text] = sharder
     return sharders
-
-
-def in_blocks(settings: Settings, config: DecoderConfig) -> bool:
-    """Return whether all weights of the patch scope are the blocks'."""
-    return all(row.stacked for row in param_table(config).scope(settings.patch.scope))
 
 
 def ladder(kind: str, settings: Settings, ways: int, blocks: bool = True) -> Iterator[Changes]:
@@ -160,11 +155,7 @@ def _score_ladder(settings: Settings, blocks: bool) -> Iterator[Changes]:
 def step(parts: Sequence[Figures]) -> Figures:
     """Return the figures of a whole step: memory of what needs most, the times of all."""
     most = max(parts, key=lambda f: f.required)
-    floor = dict.fromkeys(most.floor, 0.0)
-    for f in parts:
-        for unit, seconds in f.floor.items():
-            floor[unit] = floor.get(unit, 0.0) + seconds
-    return dataclasses.replace(most, floor=floor, flops=sum(f.flops for f in parts))
+    return dataclasses.replace(most, floor=whole_floor(parts), flops=sum(f.flops for f in parts))
 
 
 class Planner:

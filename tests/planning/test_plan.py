@@ -20,18 +20,21 @@ from safepatch_jax.planning.compile import (
     link_seconds,
     measure,
     memory_needed,
+    utilisation,
+    whole_floor,
 )
 from safepatch_jax.planning.programs import (
     PROGRAMS,
     abstract_batch,
     architecture,
     device_bytes,
+    in_blocks,
     lengths,
     programs,
     resident_bytes,
 )
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Planner, as_flags, in_blocks, ladder, meshes, step
+from safepatch_jax.planning.search import Planner, as_flags, ladder, meshes, step
 from safepatch_jax.planning.work import Collective, ProgramWork
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
@@ -147,6 +150,20 @@ def test_global_top_sets_need_all_patches_and_scores_at_once():
 def test_flops_of_devices_that_share_the_work(measured):
     f = measured["train"]
     assert f.work.flops == pytest.approx(f.flops / 8, rel=0.02)
+
+
+def test_needed_flops_are_fewer_than_those_computed(measured):
+    shares = utilisation(measured.values())
+    assert list(shares) == ["train", "score", "decode"]
+    for name, share in shares.items():
+        parts = [f for f in measured.values() if f.step == name]
+        computed, needed = sum(f.flops for f in parts), parts[0].least_flops
+        assert 0.4 * computed < needed < computed
+        assert needed == {f.least_flops for f in parts}.pop()
+        seconds = max(whole_floor(parts).values())
+        assert share == pytest.approx(needed / 8 / CHIPS["v5e"].flops / seconds)
+    (line,) = [line for line in report.table(list(measured.values())) if "MFU" in line]
+    assert f"train {shares['train']:.1%}, score {shares['score']:.1%}, decode" in line
 
 
 def test_batches_are_laid_out_as_they_are_put():
