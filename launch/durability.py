@@ -46,7 +46,7 @@ _MODEL = kinds.path(
     "model", "", "The patched model: a Hugging Face folder, or org/name[@revision] of the Hub."
 )
 _PATCH = kinds.path("patch", "", "The patch file that makes it of the base.")
-_WORKDIR = kinds.path(
+_WORKDIR = kinds.local(
     "workdir", None, "Folder of this study; made if it is not there.", required=True
 )
 _FLAGS = {

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from safepatch_jax.data.chat import Example
+from safepatch_jax.data.records import DATA_ROLES
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import COMPLIED, REFUSED
 from safepatch_jax.evaluation.judges.phrases import judge
@@ -20,11 +22,29 @@ from safepatch_jax.models.table import nest
 from safepatch_jax.run.margins import MarginMeter
 from safepatch_jax.run.state import Run
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.studies.durability.options import MARGINS
+from safepatch_jax.studies.durability.options import ANSWERS, MARGINS
 
 OPENINGS = "openings.json"
 _FIX = "Delete it, and it is made again."
 Values = dict[str, list[float]]  # by measure, of each prompt
+
+
+def check_records(run: Run, kinds: tuple[str, ...], trains: bool) -> None:
+    """Raise ValueError for records that cannot be used; nothing is computed.
+
+    Args:
+      run: its data and settings.
+      kinds: see `Meter`.
+      trains: whether models are tuned on ordinary answers.
+    """
+    encoded, evaluate = run.context.encoded, run.settings.evaluate
+    if trains:
+        encoded(run.imported, "ordinary", "train")
+    for role in DATA_ROLES:
+        if MARGINS in kinds:
+            encoded(run.imported, role, evaluate.split, limit=evaluate.margin_limit)
+        if ANSWERS in kinds:
+            encoded(run.imported, role, evaluate.split)
 
 
 class Meter:
@@ -39,11 +59,6 @@ class Meter:
 
     def __init__(self, run: Run, kinds: tuple[str, ...], path: pathlib.Path, key: str):
         self._run = run
-        # What cannot be used is refused before anything is computed.
-        self._encoded = {}
-        for role in (*ANSWERED, "ordinary"):
-            split = run.settings.evaluate.split
-            self._encoded[role] = run.context.encoded(run.imported, role, split)
         self._margins = self._margin_meter(path, key) if MARGINS in kinds else None
         self.openings = ""
         if self._margins:
@@ -93,16 +108,20 @@ class Meter:
             "lookalike": ("over_refusal_answers", REFUSED),
         }
         for role, (name, outcome) in wanted.items():
-            prompts = [example.asked_ids for example in self._encoded[role].examples]
+            prompts = [example.asked_ids for example in self._examples(role)]
             most, label = settings.max_new_tokens, f"{title}: {role} answers"
             written = engine.complete_ids(prompts, most, label)
             values[name] = [float(judge(engine.decode(ids)) == outcome) for ids in written]
         rows: dict[int, Any] = {}
-        examples = self._encoded["ordinary"].examples
+        examples = self._examples("ordinary")
         label = f"{title}: ordinary NLL"
         answer_likelihoods(engine, examples, None, label, rows.__setitem__)
         values["ordinary_nll"] = [rows[i]["nll"] / rows[i]["tokens"] for i in range(len(rows))]
         return values
+
+    def _examples(self, role: str) -> list[Example]:
+        run = self._run
+        return run.context.encoded(run.imported, role, run.settings.evaluate.split).examples
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from safepatch_jax.settings import Settings
 from safepatch_jax.studies.durability import report
 from safepatch_jax.studies.durability.effects import BASE, MODEL, WHOS
 from safepatch_jax.studies.durability.entries import entries_of, total
-from safepatch_jax.studies.durability.meter import OPENINGS, Meter
+from safepatch_jax.studies.durability.meter import OPENINGS, Meter, check_records
 from safepatch_jax.studies.durability.options import (
     ANSWERS,
     MARGINS,
@@ -167,7 +167,7 @@ class _Study:
     def run(self, treatments: Sequence[Treatment]) -> pathlib.Path:
         """Measure what is missing; write the report and return its path."""
         self._weights = self._pair.weights(self._run.context.sharder)
-        self._check_data(treatments)
+        check_records(self._run, self._options.kinds, any(x.trains for x in treatments))
         self._entries(_BEFORE, {})  # refuses models that are one and the same
         self._meter = Meter(
             self._run, self._options.kinds, self._out / OPENINGS, files.text_hash(self._record)
@@ -182,20 +182,6 @@ class _Study:
         path = self._out / report.FILES[0]
         say(f"Report: {path}")
         return path
-
-    def _check_data(self, treatments: Sequence[Treatment]) -> None:
-        """Raise ValueError for records that cannot be used, before anything is computed."""
-        context, folder = self._run.context, self._pair.folder
-        splits = dict.fromkeys(DATA_ROLES, self._run.settings.evaluate.split)
-        parts = list(splits.items())
-        if any(treatment.trains for treatment in treatments):
-            parts.append(("ordinary", "train"))
-        for role, split in parts:
-            if not context.encoded(folder, role, split).examples:
-                raise ValueError(
-                    f"data.{role}: no record of the split '{split}' fits the model. Give more of "
-                    "them, or raise --data.max_prompt_tokens."
-                )
 
     def _about(self, treatments: Sequence[Treatment]) -> dict[str, Any]:
         settings = self._run.settings
