@@ -31,24 +31,25 @@ def by_hand(matrix, scheme):
         for start in range(0, columns, size):
             part = row[start : start + size]
             if scheme.symmetric:
-                top = np.float32(2 ** (scheme.bits - 1) - 1)
-                scale, zero = np.abs(part).max() / top, np.float32(0)
+                top = 2 ** (scheme.bits - 1) - 1
+                low, width = np.float32(0), np.abs(part).max()
             else:
-                top = np.float32(2**scheme.bits - 1)
+                top = 2**scheme.bits - 1
                 low, high = min(part.min(), np.float32(0)), max(part.max(), np.float32(0))
-                scale = (high - low) / top
-                zero = np.round(-low / scale) if scale else np.float32(0)
+                width = high - low
+            scale = width * np.float32(1 / top)
             if scale:
-                codes = np.round(part / scale) + zero
+                inverse = np.float32(1) / scale
+                zero = np.round(-low * inverse).astype(int)
+                codes = np.round(part * inverse).astype(int) + zero
                 if not scheme.symmetric:
                     codes = np.clip(codes, 0, top)
-                out[i, start : start + size] = (codes - zero) * scale
+                out[i, start : start + size] = (codes - zero).astype(np.float32) * scale
     return out
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("group", [0, 32, 128, 24])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits, group", [(8, 0), (8, 128), (4, 32), (4, 24)])
 def test_quantisation_is_numpys_bit_by_bit(bits, group, symmetric):
     """Rows of 160: groups of 128 and 24 leave a shorter one at the end."""
     draw = np.random.default_rng(bits + group)
@@ -66,7 +67,8 @@ def test_quantisation_is_numpys_bit_by_bit(bits, group, symmetric):
             matrix = np.asarray(stored[layer].astype(jnp.float32)).reshape(64, 160)
             true = by_hand(matrix, scheme)
             assert ours[layer].reshape(64, 160).tobytes() == true.tobytes()
-    assert not ours[1, 2, 3].any() and len(np.unique(ours[0, 1, 0])) <= 2**bits
+    assert not ours[1, 2, 3].any()
+    assert len(np.unique(ours[0, 1, 0, : group or 160])) <= 2**bits
 
 
 def test_quantisation_takes_the_matrices_of_the_scope(tiny):

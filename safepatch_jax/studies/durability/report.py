@@ -125,7 +125,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "studies/durability/report.md.jinja",
         **content,
         names=[name for name in content["measures"] if name in shown],
-        none=content["shown"][NONE_SHOWN],
+        silent=content["shown"][NONE_SHOWN],
         measured=measured,
         headline=headline(content),
         level=_level,
