@@ -25,7 +25,11 @@ def draw(content: Mapping[str, Any]) -> Any:
     rows = max(1, len(measured))
     figure = charts.figure(14, 2.6 + 0.75 * rows)
     axes = charts.panels(figure, 1, 2, width_ratios=(3, 2))[0]
-    _effects(axes[0], measured, shown, content["measures"])
+    labels = {}
+    for name in shown:
+        title, kind = content["measures"][name]["title"], content["before"][name]["shown"]
+        labels[name] = f"{title} ({kind})"
+    _effects(axes[0], measured, labels)
     _entries(axes[1], measured)
     return figure
 
@@ -33,20 +37,19 @@ def draw(content: Mapping[str, Any]) -> Any:
 def _effects(
     axis: Any,
     measured: Sequence[Mapping[str, Any]],
-    shown: Sequence[str],
-    measures: Mapping[str, Any],
+    labels: Mapping[str, str],
 ) -> None:
     title = "What is left of each effect, %"
-    if not measured or not shown:
+    if not measured or not labels:
         charts.empty(axis, title, "no effect was shown before")
         return
     axis.axvline(0, color=COLOURS["aside"], linewidth=1)
     axis.axvline(100, color=COLOURS["aside"], linewidth=1, linestyle="--")
-    for i, name in enumerate(shown):
+    for i, (name, label) in enumerate(labels.items()):
         colour, marker = CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)]
-        charts.explain(axis, measures[name]["title"], marker, colour)
+        charts.explain(axis, label, marker, colour)
         for row, treatment in enumerate(measured):
-            x, at = treatment["left"][name], row + charts.shift(i, len(shown))
+            x, at = treatment["left"][name], row + charts.shift(i, len(labels))
             axis.plot([_inside(end) for end in x["interval"]], [at, at], color=colour)
             axis.plot(_inside(x["value"]), at, marker, color=colour, markersize=5)
     axis.set(title=title, xlabel="100: as before any treatment; lines: 95 %", xlim=_LIMITS)
