@@ -28,6 +28,7 @@ _ROWS = (
     ("patch", "patch", "make, inspect, apply, revert, combine patch files"),
     ("registry", "registry", "keep patches: add, sign, pull, apply, compare, remove"),
     ("sweep", "sweep", "try patch settings without training again"),
+    ("durability", "durability", "what is left of a patch after quantisation, casts, tuning"),
     ("margins", "margins", "how near a model is to refusing, without answers"),
     ("slopes", "slopes", "the plane of alpha and beta"),
     ("compare", "compare", "SafePatching beside its rivals and ablations"),

@@ -20,6 +20,7 @@ _GROUPS = {
     "data": "data: what is read, and how it is put to the model",
     "derive": "derive: training of the two patches",
     "evaluate": "evaluate: what the report measures",
+    "finetune": "finetune: benign fine-tuning",
     "export": "export: the result's files",
     "mesh": "mesh: devices",
     "model": "model: the backbone, and how it is run",
