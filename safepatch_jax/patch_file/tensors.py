@@ -177,11 +177,15 @@ class _Edit:
 
     def write(self) -> None:
         self._bits[self._index] = self._new
-        if not bool((self._bits[self._index] == self._new).all()):
+        if not self._has(self._new):
             raise RuntimeError("what was written is not what is there")
 
     def undo(self) -> None:
-        self._bits[self._index] = self._old
+        if not self._has(self._old):
+            self._bits[self._index] = self._old
+
+    def _has(self, bits: torch.Tensor) -> bool:
+        return bool((self._bits[self._index] == bits).all())
 
 
 def _write(patch: PatchFile, views: Mapping[str, _View]) -> None:
