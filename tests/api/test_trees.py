@@ -84,3 +84,16 @@ def test_another_tree_is_refused_with_its_names(made):
     del params["layers"]["mlp"]["up"]
     with pytest.raises(ValueError, match="layers/mlp/up is missing"):
         patch.apply_tree(params, config)
+
+
+def test_entries_and_formats(made, tmp_path):
+    base, model, patch = made
+    changed = {x.name: x for x in patch.entries(model)}
+    for x in changed.values():
+        flipped = x.before.view(x.bits.dtype) ^ x.bits
+        np.testing.assert_array_equal(flipped, x.after.view(x.bits.dtype))
+    assert sum(len(x.indices) for x in changed.values()) > 0
+    text = patch.convert("sparse-safetensors", base, tmp_path / "update")
+    assert text.startswith(f"{tmp_path / 'update'}: sparse-safetensors")
+    with pytest.raises(ValueError, match="ignore= is about live tensors"):
+        patch.apply(base, out=tmp_path / "out", ignore=["a"])
