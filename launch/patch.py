@@ -10,6 +10,9 @@
   python -m launch.patch revert --patch=FILE --model=DIR [--out=NEW_DIR]
   python -m launch.patch scale --patch=FILE --model=DIR --factor=0.5 --out=NEW_FILE
   python -m launch.patch combine --patches=FILE,FILE2 --model=DIR --out=NEW_FILE
+  # As inference servers take it (disk-delta or sparse-safetensors), and back; docs/hot_patch.md.
+  python -m launch.patch convert --patch=FILE --to=FORMAT --model=DIR --out=NEW [--reverse]
+  python -m launch.patch convert --patch=UPDATE --from=FORMAT --model=DIR --out=NEW_FILE
 
 A patch file has the positions and bits in which a patched model differs from its backbone, and the
 SHA-256 of every tensor before and after. Applying is exact, reverting restores the backbone's bits,
@@ -47,6 +50,11 @@ _MODEL = kinds.path(
 )
 _BASE = kinds.path("base", None, "The backbone's folder, or org/name[@revision]; create.")
 _OUT = kinds.path("out", None, "A new folder (apply, revert) or a new patch file (scale, combine).")
+_TO = flags.DEFINE_string("to", None, "disk-delta or sparse-safetensors; convert.")
+_FROM = flags.DEFINE_string("from", None, "The format that --patch is in; convert.")
+_REVERSE = flags.DEFINE_boolean(
+    "reverse", None, "The way back, from the patched model to the backbone; convert --to."
+)
 _FACTOR = flags.DEFINE_float(
     "factor", None, "By what the change of each entry is multiplied; scale."
 )
@@ -134,6 +142,20 @@ def _combine(patches: list[str], model: str, out: str) -> None:
     _say_written(combine(patches, _hub().folder_of(model), paths.local(out)))
 
 
+def _convert(
+    patch: str, model: str, to: str | None, origin: str | None, reverse: bool | None, out: str
+) -> None:
+    from safepatch_jax.patch_file import convert
+
+    if (to is None) == (origin is None) or (reverse and not to):
+        raise ValueError("convert takes one of --to and --from, and --reverse with --to alone.")
+    folder, place = _hub().folder_of(model), paths.local(out)
+    if to is not None:
+        say(convert.write_format(patch, to, folder, place, bool(reverse)))
+    else:
+        _say_written(convert.read_format(patch, origin, folder, place))
+
+
 def _say_written(patch: Any) -> None:
     size = patch.path.stat().st_size
     say(
@@ -151,6 +173,7 @@ _COMMANDS = {
     "revert": (_move("revert"), "patch model out?"),
     "scale": (_scale, "patch model factor out"),
     "combine": (_combine, "patches model out"),
+    "convert": (_convert, "patch model to? from? reverse? out"),
 }
 _FLAGS = {
     "patch": _PATCH,
@@ -159,6 +182,9 @@ _FLAGS = {
     "base": _BASE,
     "out": _OUT,
     "factor": _FACTOR,
+    "to": _TO,
+    "from": _FROM,
+    "reverse": _REVERSE,
 }
 
 

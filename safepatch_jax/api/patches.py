@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safepatch_jax.api.pair import Scores
@@ -14,8 +14,10 @@ from safepatch_jax.api.session import Model, refuse_upstream
 from safepatch_jax.api.shown import Picture, Shown
 from safepatch_jax.io import hub
 from safepatch_jax.patch_file import apply as folders
+from safepatch_jax.patch_file import convert, entries
 from safepatch_jax.patch_file import tensors as live
 from safepatch_jax.patch_file.apply import Outcome
+from safepatch_jax.patch_file.entries import Entries
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.run import manifests
 from safepatch_jax.run.job import Job
@@ -26,6 +28,8 @@ from safepatch_jax.runtime.paths import resolve
 
 if TYPE_CHECKING:
     import torch
+
+    from safepatch_jax.models.config import DecoderConfig
 
     Target = str | os.PathLike[str] | Model | torch.nn.Module | Mapping[str, torch.Tensor]
 
@@ -56,14 +60,21 @@ class Patch(Shown):
     tensors: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     made_by: str = ""
 
-    def apply(self, target: Target, out: str | os.PathLike[str] | None = None) -> Outcome:
+    def apply(
+        self,
+        target: Target,
+        out: str | os.PathLike[str] | None = None,
+        ignore: Sequence[str] = (),
+    ) -> Outcome:
         """Patch a model; what is patched already stays as it is.
 
         Args:
           target: a Hugging Face folder or org/name of the Hub; a `Model`; or live torch tensors: a
-            module or its `state_dict()`, by the names that transformers gives them.
+            module or its `state_dict()`, by the names that transformers or an inference server
+            gives them (docs/hot_patch.md).
           out: of a folder, the new folder for the result; without it the folder is changed in
             place. A `Model` and a model of the Hub need it, tensors take none.
+          ignore: of live tensors, patterns of names that are not the checkpoint's.
 
         Returns:
           which tensors were changed, and which were as they should be.
@@ -72,24 +83,75 @@ class Patch(Shown):
           ValueError: another model, or one that was changed since: all tensors are compared with
             the patch by dtype, shape and SHA-256 before any is written.
         """
-        return self._move(target, out, folders.apply, live.apply_tensors)
+        return self._move(target, out, ignore, folders.apply, live.apply_tensors)
 
-    def revert(self, target: Target, out: str | os.PathLike[str] | None = None) -> Outcome:
+    def revert(
+        self,
+        target: Target,
+        out: str | os.PathLike[str] | None = None,
+        ignore: Sequence[str] = (),
+    ) -> Outcome:
         """Give a patched model the backbone's bits back; see `apply`."""
-        return self._move(target, out, folders.revert, live.revert_tensors)
+        return self._move(target, out, ignore, folders.revert, live.revert_tensors)
 
-    def _move(self, target: Any, out: Any, in_folder: Any, in_memory: Any) -> Outcome:
+    def apply_tree(
+        self, params: Mapping[str, Any], config: DecoderConfig, donate: bool = False
+    ) -> dict[str, Any]:
+        """Patch a live tree of JAX arrays, such as `io.hf.load_params` gives; see
+        `api.trees.apply_tree`."""
+        from safepatch_jax.api.trees import apply_tree
+
+        return apply_tree(self._opened(), params, config, donate)
+
+    def revert_tree(
+        self, params: Mapping[str, Any], config: DecoderConfig, donate: bool = False
+    ) -> dict[str, Any]:
+        """Give a patched tree the backbone's bits back; see `apply_tree`."""
+        from safepatch_jax.api.trees import revert_tree
+
+        return revert_tree(self._opened(), params, config, donate)
+
+    def entries(self, model: str | os.PathLike[str] | None = None) -> Iterator[Entries]:
+        """Yield what is changed, tensor by tensor: checkpoint name, flat indices, bits, hashes; and
+        the values before and after, from the folder of the backbone or of the patched model.
+
+        Raises:
+          ValueError: another model.
+        """
+        return entries.entries(self._opened(), None if model is None else resolve(model))
+
+    def convert(
+        self,
+        to: str,
+        model: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        reverse: bool = False,
+    ) -> str:
+        """Write the patch in a format of inference servers, see `patch_file.convert`; returns what
+        was written, in words."""
+        return convert.write_format(self._opened(), to, resolve(model), resolve(out), reverse)
+
+    def _opened(self) -> PatchFile:
         if self.file is None:
             raise ValueError(
                 "There is no patch file: export.dtype is not the backbone's, so the two differ in "
                 "every tensor. Make the patch with dtype='keep', or take patch.folder."
             )
+        return PatchFile(self.file)
+
+    def _move(
+        self, target: Any, out: Any, ignore: Sequence[str], in_folder: Any, in_memory: Any
+    ) -> Outcome:
+        if self.file is None:
+            self._opened()  # says why there is none
         if isinstance(target, str | os.PathLike | Model):
             if isinstance(target, Model) and out is None:
                 raise ValueError(
                     f"{target.source} is the backbone of a session, which is kept. Give out=DIR "
                     "for the patched model, or the path of a folder that may be changed."
                 )
+            if ignore:
+                raise ValueError("ignore= is about live tensors; a folder is patched whole.")
             folder = _folder_of(target, out)
             return in_folder(self.file, folder, None if out is None else resolve(out))
         if out is not None:
@@ -101,7 +163,7 @@ class Patch(Shown):
                     f"state_dict(), got {type(target).__name__}."
                 )
             target = target.state_dict()
-        return in_memory(self.file, target)
+        return in_memory(self.file, target, ignore)
 
     @property
     def picture(self) -> Picture:

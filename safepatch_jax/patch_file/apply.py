@@ -16,7 +16,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -97,7 +97,10 @@ def revert(
 
 
 def check_names(
-    patch: PatchFile | Stack, tensors: Mapping[str, Any], folder: str | pathlib.Path
+    patch: PatchFile | Stack,
+    tensors: Mapping[str, Any],
+    folder: str | pathlib.Path,
+    spared: Collection[str] = (),
 ) -> None:
     """Raise ValueError unless names, shapes and dtypes are those of the patch; all that differ are
     collected.
@@ -105,10 +108,11 @@ def check_names(
     Args:
       tensors: by name, of whatever kind has `dtype` (our name of it) and `shape` as `Stored`.
       folder: where they are, in words.
+      spared: names that may be missing, beside those that the patch calls optional.
     """
     problems = []
     for name, expected in patch.tensors.items():
-        if name not in tensors and not expected.optional:
+        if name not in tensors and name not in spared and not expected.optional:
             problems.append(f"{name} is missing")
     for name in tensors:
         if name not in patch.tensors:

@@ -45,6 +45,13 @@ def test_all_commands(tmp_path):
         f"--model={base}",
         f"--out={tmp_path / 's.patch'}",
     )
+    update = tmp_path / "weight_v000003"
+    text = done("convert", patch, "--to=disk-delta", f"--model={base}", f"--out={update}")
+    assert f"{update}: disk-delta, " in text
+    again = tmp_path / "again.patch"
+    given = f"--patch={update}", "--from=disk-delta", f"--model={base}", f"--out={again}"
+    assert "an entry" in done("convert", *given)
+    assert again.read_bytes() == (tmp_path / "x.patch").read_bytes()
     refused = call("apply", f"--patch={tmp_path / 'y.patch'}", f"--model={model}")
     assert refused.returncode == 2
     assert "14 of 20 tensors are neither as in the backbone" in refused.stderr
@@ -64,9 +71,10 @@ def test_all_commands(tmp_path):
         (
             [],
             "one command is needed, none was given. There are create, inspect, verify, apply, "
-            "revert, scale, combine",
+            "revert, scale, combine, convert",
         ),
         (["apply", "--model=x", "--factor=2"], "apply needs --patch and does not take --factor"),
+        (["convert", "--patch=x", "--model=y", "--out=z"], "takes one of --to and --from"),
         (["inspect", "--patch=/nowhere"], "No patch file '/nowhere'"),
     ],
 )
