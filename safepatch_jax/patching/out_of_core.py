@@ -4,23 +4,20 @@
 What a method decides at an entry depends on the entry, its position, and the thresholds of its top
 sets. The thresholds are found first (`thresholds`), for which all pieces are read once or twice; a
 last pass merges. In each, several threads read and compute pieces, which are handed on in their
-order, while those of the next tensor are begun. Memory is that of a few pieces, whatever the size
-of a tensor.
+order. Memory is that of a few pieces, whatever the size of a tensor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import queue
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -33,36 +30,49 @@ from safepatch_jax.patching.merge import KEYED
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.settings import PatchSettings
-from safepatch_jax.patching.sources import Run, Source, read_run, read_sample, tensors_of
 from safepatch_jax.patching.statistics import combine_statistics, overlap
 from safepatch_jax.patching.thresholds import COUNTED, Limit, Search
 from safepatch_jax.runtime.workers import Workers, wait
 
-PIECE = 1 << 20  # entries
-BLOCK = 1 << 16  # entries, of which what is made stays in a core's caches
+PIECE = 1 << 18  # entries
 _AHEAD = 2  # pieces that are read or computed beside those at which threads work
+_SAMPLED = 1 << 12  # neighbouring entries of a sample
 _SOURCES = 16  # tensors of which a sample is made, at most
 
 Limits = dict[str, list[Limit]]  # by selection, for each piece
-Program = Callable[["Run", dict[str, Any]], Any]
+
+
+class Readable(Protocol):
+    """A tensor of which runs can be read; `Stored` is one. Others are read by one thread, from
+    their beginning to their end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, out: np.ndarray, start: int) -> np.ndarray:
+        """Fill `out`, of `dtype`, with the elements that begin at the flat index `start`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
-    """What is to be computed of a piece.
+class Source:
+    """One HF tensor before the merge.
 
     Attributes:
-      source: what is read.
-      run: the piece.
-      program: called with the piece and its arrays, by several threads at once.
-      kind: of the program; the first piece of a kind is computed alone, so that its programs are
-        compiled once.
+      name: of the HF tensor.
+      backbone: in its stored dtype, of the HF shape.
+      derived: {'se', 'osm'}: of the derived models, any float dtype.
+      sensitivity: {'se', 'osm'}: sums of |gradient|, float32; may be empty for an importance that
+        needs none.
     """
 
-    source: Source
-    run: Run
-    program: Program
-    kind: tuple[Any, ...]
+    name: str
+    backbone: Readable
+    derived: Mapping[str, Readable]
+    sensitivity: Mapping[str, Readable]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.backbone.shape)
 
 
 class Merger:
@@ -75,8 +85,8 @@ class Merger:
       seed: of all random bits.
       dtype: storage dtype of the result; 'keep' is the backbone's, tensor by tensor.
       rounding: see `patch_matrices`.
-      size: how many entries are held at a time, of each array of a tensor.
-      block: how many of them are computed at a time. The bits depend on neither.
+      size: how many entries are held at a time, of each array of a tensor; the bits do not depend
+        on it.
       threads: how many compute; by default as many as there are cores, and 8 at most. Nothing
         depends on it.
     """
@@ -89,15 +99,13 @@ class Merger:
         dtype: str = "keep",
         rounding: str = "nearest",
         size: int = PIECE,
-        block: int = BLOCK,
         threads: int | None = None,
     ):
         self.statistics: dict[str, dict[str, Any]] = {}
         self._sources = {source.name: source for source in sources}
         self._largest = max(source.size for source in sources)
         self._patch, self._seed = patch, seed
-        self._dtype, self._rounding = dtype, rounding
-        self._size, self._block = size, block
+        self._dtype, self._rounding, self._size = dtype, rounding, size
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._compiled: set[Any] = set()
@@ -108,11 +116,8 @@ class Merger:
         self._roles = PATCH_ROLES if ranked else ()
         fills = "support" in patch.method.settings and patch.support == "fill"
         self._fills = tuple(f"fill_{role}" for role in PATCH_ROLES) if fills else ()
-        names = list(self._sources)
-        self._after = dict(zip(names, [*names[1:], None]))
-        self._next: str | None = None  # the tensor whose results come next
-        self._results: Generator[Any, None, None] | None = None
-        self._workers: tuple[Workers, Workers] | None = None
+        drawn = ("fill",) if fills else PATCH_ROLES * ("retention" in patch.method.settings)
+        self._users = (*drawn, *["rounding"] * (rounding == "stochastic"))
         self._global: dict[str, Limits] = {}
         if self._roles and patch.ranks_whole_scope:
             total = sum(source.size for source in sources)
@@ -122,43 +127,10 @@ class Merger:
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """Yield the merged tensor in runs, flat, in its storage dtype; afterwards its statistics
-        are there.
-
-        The tensors that come after it are begun meanwhile: quickest in the order of the sources.
-        """
+        are there."""
         source, vectors = self._sources[name], []
-        if self._next != name:
-            self.close()
-            self._results = self._run(self._merges(name))
-        self._next = None  # what is left halfway is begun anew
-        for _ in range(self._pieces(source)):
-            merged, vector = next(self._results)
-            yield merged
-            vectors.append(vector)
-        self._next = self._after[name]
-        if self._next is None:
-            self.close()
-        counts, sums = zip(*self._counted.parts(np.concatenate(vectors)))
-        total = {"size": source.size} | combine_statistics(counts)
-        self.statistics[name] = total | {"overlap": overlap(total)} | agreement(sums)
-
-    def close(self) -> None:
-        """End the threads, and what has been begun of a tensor that nobody asked for."""
-        if self._results is not None:
-            self._results.close()
-            self._results = None
-
-    def _merges(self, first: str) -> Iterator[_Task]:
-        """Yield what merges the tensors from `first` on."""
-        name: str | None = first
-        while name is not None:
-            source = self._sources[name]
-            yield from self._merged(source, self._limits_of(source))
-            name = self._after[name]
-
-    def _limits_of(self, source: Source) -> Limits:
-        if source.name in self._global:
-            limits = self._global[source.name]
+        if name in self._global:
+            limits = self._global[name]
         else:
             numbers = {role: top_count(self._rates[role], source.size) for role in self._roles}
             limits = self._limits([(source, {})], numbers)[0] if numbers else {}
@@ -166,7 +138,12 @@ class Merger:
             quota = Knobs.of(self._patch, source.size).quota
             numbers = dict.fromkeys(self._fills, quota)
             limits = limits | self._limits([(source, limits)], numbers)[0]
-        return limits
+        for merged, vector in self._merged(source, limits):
+            yield merged
+            vectors.append(vector)
+        counts, sums = zip(*self._counted.parts(np.stack(vectors)))
+        total = {"size": source.size} | combine_statistics(counts)
+        self.statistics[name] = total | {"overlap": overlap(total)} | agreement(sums)
 
     def _limits(
         self, sources: Sequence[tuple[Source, Limits]], numbers: Mapping[str, int]
@@ -178,10 +155,10 @@ class Merger:
             # All take part in every pass, so that there is one program.
             bounds = {name: search.bounds for name, search in searches.items()}
             unknown = [name for name, search in searches.items() if search.limits is None]
-            tasks = (self._surveyed(source, limits, bounds) for source, limits in sources)
-            for found in self._run(itertools.chain.from_iterable(tasks)):
-                for name in unknown:
-                    searches[name].add(*found[name])
+            for source, limits in sources:
+                for found in self._surveyed(source, limits, bounds):
+                    for name in unknown:
+                        searches[name].add(*found[name])
             for name in unknown:
                 searches[name].end()
         result, done = [], 0
@@ -206,9 +183,11 @@ class Merger:
         self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray], number: int
     ) -> dict[str, np.ndarray]:
         """Return the indices within a piece of the keys in the window, by selection."""
-        run = self._runs(source)[number]
-        _, arrays = self._read(source, run)
-        found = self._survey(source, limits, bounds)(run, arrays)
+        shape = self._shape(source)
+        start = number * math.prod(shape)
+        count = min(math.prod(shape), source.size - start)
+        _, arrays = self._read(source, start, count, shape)
+        found = self._survey(source, limits, bounds)(number, start, arrays)
         return {name: np.flatnonzero(np.asarray(inside)) for name, (_, inside, _) in found.items()}
 
     def _begun(
@@ -224,10 +203,10 @@ class Merger:
         for source, limits in chosen:
             shape = self._shape(source)
             program = self._survey(source, limits, nothing)
-            count, arrays = read_sample(source, shape)
-            found = program(Run(0, 0, count), arrays)
+            found = program(0, 0, _sample(source, shape))
             every = max(1, round(largest / source.size))  # a sample in proportion to the size
             for name, (key, _, vector) in found.items():
+                count = min(source.size, math.prod(shape))
                 samples[name].append(np.asarray(key).reshape(-1)[:count:every])
                 marks[name] += int(vector[-1]) / count * source.size
         share = sum(source.size for source, _ in chosen) / total
@@ -239,65 +218,70 @@ class Merger:
 
     def _surveyed(
         self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
-    ) -> Iterator[_Task]:
-        """Yield for each piece what finds what `Search.add` takes, by selection."""
+    ) -> Iterator[dict[str, Any]]:
+        """Yield for each piece what `Search.add` takes, by selection."""
         program = self._survey(source, limits, bounds)
 
-        def gathered(run: Run, arrays: dict[str, Any]) -> dict[str, Any]:
+        def gathered(number: int, start: int, arrays: dict[str, Any]) -> dict[str, Any]:
             result = {}
-            for name, (key, inside, vector) in program(run, arrays).items():
+            for name, (key, inside, vector) in program(number, start, arrays).items():
                 places = np.flatnonzero(np.asarray(inside))
                 vector = np.asarray(vector)
-                result[name] = vector[:-1], int(vector[-1]), np.asarray(key)[places]
+                result[name] = vector[:-1], int(vector[-1]), np.asarray(key).reshape(-1)[places]
             return result
 
-        return self._tasks(source, gathered, ("survey", *bounds))
+        yield from self._run(gathered, source, ("survey", *bounds))
 
-    def _survey(self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]) -> Program:
+    def _survey(
+        self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
+    ) -> Callable[[int, int, dict[str, Any]], Any]:
         keys, counts, knobs = self._arguments(source)
-        wanted = tuple(bounds)
+        shape, wanted = self._shape(source), tuple(bounds)
 
-        def program(run: Run, arrays: dict[str, Any]) -> Any:
+        def program(number: int, start: int, arrays: dict[str, Any]) -> Any:
             return piece.survey(
                 arrays,
-                _arrays(limits, run.number),
-                np.uint32(run.start),
-                np.int32(-(-run.count // self._block_of(source))),
+                _arrays(limits, number),
+                self._draw(start, keys, knobs, shape),
+                np.uint32(start),
                 keys,
                 counts,
                 knobs,
                 bounds,
-                block=self._block_of(source),
                 options=self._options,
                 wanted=wanted,
             )
 
         return program
 
-    def _merged(self, source: Source, limits: Limits) -> Iterator[_Task]:
-        """Yield for each piece what merges its entries, and makes its statistics, see
-        `piece.merge`."""
+    def _merged(self, source: Source, limits: Limits) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield for each piece the merged entries, and its statistics, see `piece.merge`."""
         keys, counts, knobs = self._arguments(source)
+        shape = self._shape(source)
         dtype = source.backbone.dtype if self._dtype == "keep" else self._dtype
 
-        def program(run: Run, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-            blocks = -(-run.count // self._block_of(source))
-            merged, vectors = piece.merge(
+        def program(number: int, start: int, arrays: dict[str, Any]) -> Any:
+            merged, vector = piece.merge(
                 arrays,
-                _arrays(limits, run.number),
-                np.uint32(run.start),
-                np.int32(blocks),
+                _arrays(limits, number),
+                self._draw(start, keys, knobs, shape),
+                np.uint32(start),
                 keys,
                 counts,
                 knobs,
-                block=self._block_of(source),
                 options=self._options,
                 dtype=dtype,
                 rounding=self._rounding,
             )
-            return np.asarray(merged)[: run.count], np.asarray(vectors)[:blocks]
+            entries = min(math.prod(shape), source.size - start)
+            return np.asarray(merged).reshape(-1)[:entries], np.asarray(vector)
 
-        return self._tasks(source, program, ("merge", dtype))
+        yield from self._run(program, source, ("merge", dtype))
+
+    def _draw(self, start: int, keys: dict, knobs: dict, shape: tuple[int, ...]) -> Any:
+        if not self._users:
+            return {}
+        return piece.draw(np.uint32(start), keys, knobs, users=self._users, shape=shape)
 
     def _arguments(self, source: Source) -> tuple[dict, dict, dict]:
         """Return (keys, counts, knobs), see `Tensor`; on the device, so that no piece sends them
@@ -308,75 +292,121 @@ class Merger:
         return jax.device_put((keys, counts, Knobs.of(self._patch, source.size).traced()))
 
     def _shape(self, source: Source) -> tuple[int, ...]:
-        """Return the shape of a tensor's pieces: whole blocks, or less than one."""
-        row = source.backbone.shape[-1] if self._options.by_row else 1
-        rows = max(1, min(self._size, self._largest) // row)
-        rows -= rows % min(rows, max(1, self._block // row))
-        return (rows, row) if self._options.by_row else (rows,)
+        """Return the shape of a tensor's pieces; the last one is filled up with zeros."""
+        if self._options.by_row:
+            columns = source.backbone.shape[-1]
+            return max(1, self._size // columns), columns
+        return (min(self._size, self._largest),)
 
-    def _block_of(self, source: Source) -> int:
-        """Return how many entries of a piece are computed at a time."""
-        shape = self._shape(source)
-        row = math.prod(shape[1:])
-        return row * min(shape[0], max(1, self._block // row))
+    def _run(
+        self,
+        program: Callable[[int, int, dict[str, Any]], Any],
+        source: Source,
+        kind: tuple[Any, ...],
+    ) -> Iterator[Any]:
+        """Call a program with the number, the start and the arrays of each piece; yield what it
+        returns in their order.
 
-    def _runs(self, source: Source) -> list[Run]:
-        step = math.prod(self._shape(source))
-        starts = enumerate(range(0, source.size, step))
-        return [Run(i, start, min(step, source.size - start)) for i, start in starts]
-
-    def _tasks(self, source: Source, program: Program, kind: tuple[Any, ...]) -> Iterator[_Task]:
-        kind = (*kind, self._shape(source), *(x.dtype for x in tensors_of(source)))
-        for run in self._runs(source):
-            yield _Task(source, run, program, kind)
-
-    def _run(self, tasks: Iterable[_Task]) -> Generator[Any, None, None]:
-        """Yield what the programs return, in the order of the tasks.
-
-        One of the tasks may need what another call of this finds first, which then has the same
-        threads.
+        Args:
+          program: called by several threads at once.
+          source: what is read.
+          kind: of the program; the first piece of a kind and shape is computed alone, so that its
+            programs are compiled once.
         """
-        with contextlib.ExitStack() as stack:
-            if self._workers is None:
-                pools = Workers(1), Workers(self._threads)
-                self._workers = stack.enter_context(pools[0]), stack.enter_context(pools[1])
-                stack.callback(setattr, self, "_workers", None)
-            reader, calculators = self._workers
+        shape = self._shape(source)
+        step = math.prod(shape)
+        kind = (*kind, shape, *(x.dtype for x in _tensors(source)))
+
+        def compute(number: int, start: int, read: Callable[[], Any]) -> Any:
+            memory, arrays = read()
+            result = jax.block_until_ready(program(number, start, arrays))
+            del arrays
+            self._free.put(memory)
+            return result
+
+        anywhere = all(isinstance(x, Stored) for x in _tensors(source))
+        with Workers(1) as reader, Workers(self._threads) as calculators:
             running: deque[Future] = deque()
-            for task in tasks:
-                read = functools.partial(self._read, task.source, task.run)
-                if not all(isinstance(x, Stored) for x in tensors_of(task.source)):
+            for number, start in enumerate(range(0, source.size, step)):
+                count = min(step, source.size - start)
+                read = functools.partial(self._read, source, start, count, shape)
+                if not anywhere:
                     read = reader.submit(read).result
-                running.append(calculators.submit(self._compute, task, read))
-                if task.kind not in self._compiled:
-                    self._compiled.add(task.kind)
-                    wait(running[-1])
+                running.append(calculators.submit(compute, number, start, read))
+                if kind not in self._compiled:
+                    self._compiled.add(kind)
+                    wait(running[0])
                 if len(running) > self._threads + _AHEAD:
                     yield wait(running.popleft())
             while running:
                 yield wait(running.popleft())
 
-    def _compute(self, task: _Task, read: Callable[[], Any]) -> Any:
-        memory, arrays = read()
-        result = jax.block_until_ready(task.program(task.run, arrays))
-        del arrays
-        self._free.put(memory)
-        return result
-
-    def _read(self, source: Source, run: Run) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read a piece of all arrays of a tensor, with zeros behind it up to the end of a block;
-        return the memory that holds them too, which is used again."""
-        shape, block = self._shape(source), self._block_of(source)
-        size = sum(math.prod(shape) * DTYPES[x.dtype].itemsize + 64 for x in tensors_of(source))
+    def _read(
+        self, source: Source, start: int, count: int, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Read a run of all arrays of a tensor, with zeros behind it up to `shape`; return the
+        memory that holds them too, which is used again."""
+        size = sum(math.prod(shape) * DTYPES[x.dtype].itemsize + 64 for x in _tensors(source))
         memory = np.empty(0, np.uint8)
         while len(memory) < size:
             try:
                 memory = self._free.get_nowait()
             except queue.Empty:
                 memory = aligned_empty((size,), np.dtype(np.uint8))
-        return memory, read_run(source, run, shape, block, memory)
+        return memory, _read(source, start, count, shape, memory)
 
 
 def _arrays(limits: Limits, number: int) -> dict[str, np.ndarray]:
     """Return the limits of one piece."""
     return {name: np.array(pieces[number], np.int32) for name, pieces in limits.items()}
+
+
+def _tensors(source: Source) -> list[Readable]:
+    return [source.backbone, *source.derived.values(), *source.sensitivity.values()]
+
+
+def _mapped(source: Source, function: Callable[[Readable], Any]) -> dict[str, Any]:
+    return {
+        "backbone": function(source.backbone),
+        "derived": {role: function(x) for role, x in source.derived.items()},
+        "sensitivity": {role: function(x) for role, x in source.sensitivity.items()},
+    }
+
+
+def _read(
+    source: Source, start: int, count: int, shape: tuple[int, ...], memory: np.ndarray
+) -> dict[str, Any]:
+    """Read a run of all arrays of a tensor into `memory`, with zeros behind it up to `shape`."""
+    offset = 0
+
+    def run(tensor: Readable) -> np.ndarray:
+        nonlocal offset
+        dtype = DTYPES[tensor.dtype]
+        size = math.prod(shape) * dtype.itemsize
+        out = memory[offset : offset + size].view(dtype)
+        offset += -(-size // 64) * 64
+        tensor.read(out[:count], start)
+        out[count:] = 0
+        return out.reshape(shape)
+
+    # Looks at the memory; jnp.asarray, or a jitted function that is given NumPy's, would copy it.
+    return jax.device_put(_mapped(source, run))
+
+
+def _sample(source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Read parts from all over a tensor, or all of it, as a piece."""
+    step = math.prod(shape)
+    if source.size <= step:
+        size = sum(step * DTYPES[x.dtype].itemsize + 64 for x in _tensors(source))
+        return _read(source, 0, source.size, shape, aligned_empty((size,), np.dtype(np.uint8)))
+    unit = shape[-1] if len(shape) > 1 else min(_SAMPLED, step)
+    places = np.linspace(0, source.size - step, step // unit, dtype=np.int64) // unit * unit
+    places += np.arange(len(places)) * unit
+
+    def run(tensor: Readable) -> np.ndarray:
+        out = np.zeros(step, DTYPES[tensor.dtype])
+        for i, place in enumerate(places.tolist()):
+            tensor.read(out[i * unit : (i + 1) * unit], place)
+        return out.reshape(shape)
+
+    return jax.device_put(_mapped(source, run))

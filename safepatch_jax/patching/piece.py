@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,17 +19,9 @@ from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement_squares, both_changed
 from safepatch_jax.patching.merge import merge_tensor, patch_and_importance
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
-from safepatch_jax.patching.selection import (
-    float_bits,
-    in_memory,
-    reduce_together,
-    top_of_keys,
-)
+from safepatch_jax.patching.selection import float_bits, reduce_together, top_of_keys
 from safepatch_jax.patching.statistics import tensor_statistics
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor
-
-# Pieces are computed by several threads at once, so each by one.
-_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 
 
 class _Selections:
@@ -37,12 +29,11 @@ class _Selections:
 
     Attributes:
       limits: {name of a selection: int32 [2], a `thresholds.Limit`}.
-      offset: of the first entry within the piece, int32 scalar.
       keys: {name: (keys, number of marks that count towards the size)}, filled in.
     """
 
-    def __init__(self, limits: Mapping[str, jax.Array], offset: jax.Array):
-        self.limits, self.offset = limits, offset
+    def __init__(self, limits: Mapping[str, jax.Array]):
+        self.limits = limits
         self.keys: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def select(self, name: str, key: jax.Array, included: jax.Array | None) -> jax.Array:
@@ -52,7 +43,7 @@ class _Selections:
         if name not in self.limits:  # the program is to find it, and does not use what follows
             return jnp.zeros(key.shape, bool)
         threshold, bound = self.limits[name]
-        index = row_major_index(key.shape, range(key.ndim), self.offset)
+        index = row_major_index(key.shape, range(key.ndim), jnp.int32(0))
         return (key > threshold) | (key == threshold) & (index < bound)
 
 
@@ -63,122 +54,78 @@ class _Piece(Tensor):
     Attributes:
       start: row-major index of the first one, uint32 scalar.
       selections: records what the method selects.
+      drawn: what `draw` returns.
     """
 
     start: jax.Array
     selections: _Selections
+    drawn: Mapping[str, jax.Array]
 
     def select(self, name, key, number, included=None, axes=None):
         if axes == (-1,):
             return top_of_keys(key, number, axes)  # a piece has whole rows
         return self.selections.select(name, key, included)
 
-    def drawn(self, user: str, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Return what a function makes of a user's random bits, drawn once for all its uses."""
-
-        def draw(key, start):
-            return function(random_bits(key, self.patch["se"].shape, start))
-
-        return in_memory(self.knobs["zero"] == 0, draw, self.keys[user], self.start)
-
     def bits(self, user):
-        return self.drawn(user, lambda bits: bits)
+        if user in self.drawn:
+            return self.drawn[user]
+        return random_bits(self.keys[user], self.patch["se"].shape, self.start)
 
     def coin(self, role):
-        return self.drawn(role, lambda bits: bernoulli(bits, self.knobs["retention"]))
+        return self.drawn[role]
 
 
-def _piece(arrays, limits, start, offset, keys, counts, knobs, options) -> _Piece:
+@functools.partial(jax.jit, static_argnames=("users", "shape"))
+def draw(start, keys, knobs, *, users: tuple[str, ...], shape: tuple[int, ...]):
+    """Return what is drawn at random in a piece: the bits of the users, and by role the coins of
+    `Tensor.coin`.
+
+    A program of its own: within the one that merges XLA on CPU would draw anew for each use.
+    """
+    result = {user: random_bits(keys[user], shape, start) for user in users}
+    for role in PATCH_ROLES:
+        if role in users:
+            result[role] = bernoulli(result[role], knobs["retention"])
+    return result
+
+
+def _piece(arrays, limits, drawn, start, keys, counts, knobs, options) -> _Piece:
     sensitivity = arrays["sensitivity"] or dict.fromkeys(PATCH_ROLES)
     patch, importance = patch_and_importance(
         arrays["backbone"], arrays["derived"], sensitivity, keys, options, start
     )
-    if options.importance == "random":  # drawn once
+    if options.importance == "random":  # drawn once, as in `draw`
         importance = lax.optimization_barrier(importance)
-    selections = _Selections(limits, offset)
-    return _Piece(patch, importance, keys, counts, knobs, options, start, selections)
+    selections = _Selections(limits)
+    return _Piece(patch, importance, keys, counts, knobs, options, start, selections, drawn)
 
 
-def _words(x: jax.Array) -> jax.Array:
-    """Return what has 16 bits as whole numbers: XLA on CPU computes with bfloat16 as float32, and
-    would cast a whole piece for each block that is written into it."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _block_by_block(function, arrays, start: jax.Array, blocks: jax.Array, entries: int):
-    """Call a function with each of the first so many blocks of a piece, its row-major index in the
-    tensor, and in the piece; return its arrays joined, with zeros for the other blocks."""
-    shape = arrays["backbone"].shape
-    rows = entries // math.prod(shape[1:])
-
-    stored = jax.tree.map(_words, arrays)
-
-    def at(i):
-        """Return the arguments of one block."""
-
-        def cut(words, x):
-            part = lax.dynamic_slice_in_dim(words, i * rows, rows)
-            return part if part.dtype == x.dtype else lax.bitcast_convert_type(part, x.dtype)
-
-        part = jax.tree.map(cut, stored, arrays)
-        return part, start + (i * entries).astype(jnp.uint32), i * entries
-
-    def step(i, results):
-        def put(whole, part):
-            return lax.dynamic_update_index_in_dim(whole, _words(part), i, 0)
-
-        return jax.tree.map(put, results, function(*at(i)))
-
-    number = shape[0] // rows
-    made = jax.eval_shape(lambda: function(*at(jnp.int32(0))))
-    results = jax.tree.map(
-        lambda x: jnp.zeros((number, *x.shape), jnp.uint16 if x.dtype.itemsize == 2 else x.dtype),
-        made,
-    )
-    results = lax.fori_loop(0, blocks, step, results)
-
-    def back(x, words):
-        return words if words.dtype == x.dtype else lax.bitcast_convert_type(words, x.dtype)
-
-    return jax.tree.map(back, made, results)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("block", "options", "dtype", "rounding"),
-    compiler_options=_ONE_THREAD,
-)
+@functools.partial(jax.jit, static_argnames=("options", "dtype", "rounding"))
 def merge(
     arrays,
     limits,
+    drawn,
     start,
-    blocks,
     keys,
     counts,
     knobs,
     *,
-    block: int,
     options: ProgramOptions,
     dtype: str,
     rounding: str,
 ):
-    """Return (merged entries of the first so many blocks of a piece, flat, their statistics as
-    int32 [blocks of the piece, n], which `Counted` reads)."""
-
-    def one_block(arrays, start, offset):
-        piece = _piece(arrays, limits, start, offset, keys, counts, knobs, options)
-        merged, choice = merge_tensor(piece, arrays["backbone"], dtype, rounding)
-        if limits or options.by_row:  # to select again for each statistic takes longer
-            top, kept = lax.optimization_barrier((choice.top, choice.kept))
-            choice = choice._replace(top=top, kept=kept)
-        flat = []
-        for x in jax.tree.leaves(_statistics(piece, choice, merged, arrays["backbone"])):
-            x = lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
-            flat.append(jnp.ravel(x).astype(jnp.int32))
-        return merged.reshape(-1), jnp.concatenate(flat)
-
-    merged, vectors = _block_by_block(one_block, arrays, start, blocks, block)
-    return merged.reshape(-1), vectors
+    """Return (merged entries of a piece, its statistics as an int32 vector, which `Counted`
+    reads)."""
+    piece = _piece(arrays, limits, drawn, start, keys, counts, knobs, options)
+    merged, choice = merge_tensor(piece, arrays["backbone"], dtype, rounding)
+    if limits or options.by_row:  # to select again, for each statistic, takes longer than to keep
+        top, kept = lax.optimization_barrier((choice.top, choice.kept))
+        choice = choice._replace(top=top, kept=kept)
+    flat = []
+    for x in jax.tree.leaves(_statistics(piece, choice, merged, arrays["backbone"])):
+        x = lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
+        flat.append(jnp.ravel(x).astype(jnp.int32))
+    return merged, jnp.concatenate(flat)
 
 
 def _statistics(piece: Tensor, choice: Choice, merged: jax.Array, stored: jax.Array):
@@ -225,48 +172,37 @@ class Counted:
         return [jax.tree.unflatten(self._tree, leaves) for leaves in zip(*columns)]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("block", "options", "wanted"), compiler_options=_ONE_THREAD
-)
+@functools.partial(jax.jit, static_argnames=("options", "wanted"))
 def survey(
     arrays,
     limits,
+    drawn,
     start,
-    blocks,
     keys,
     counts,
     knobs,
     bounds,
     *,
-    block: int,
     options: ProgramOptions,
     wanted: tuple[str, ...],
 ):
-    """Look at the keys of some of the method's selections in the first so many blocks of a piece.
+    """Look at the keys of some of the method's selections in a piece.
 
     Args:
       bounds: {name of a selection: int32 [n + 2]: thresholds, and a window's first and last key}.
 
     Returns:
-      {name: (keys, which of them are in the window, both flat, int32 [n + 1]: how many are at
-      least each threshold, and the number of marks that count towards the selection)}.
+      {name: (keys, which of them are in the window, int32 [n + 1]: how many are at least each
+      threshold, and the number of marks that count towards the selection)}.
     """
-
-    def one_block(arrays, start, offset):
-        piece = _piece(arrays, limits, start, offset, keys, counts, knobs, options)
-        MERGE_METHODS[options.merge].function(piece)
-        result = {}
-        for name in wanted:
-            key, marks = piece.selections.keys[name]
-            *thresholds, first, last = bounds[name]
-            reached = {f"{i:02}": key >= x for i, x in enumerate(thresholds)}
-            reached = reduce_together(reached, {}, {})[0]
-            numbers = jnp.stack([*(reached[i] for i in sorted(reached)), marks])
-            result[name] = key.reshape(-1), ((key >= first) & (key <= last)).reshape(-1), numbers
-        return result
-
-    found = _block_by_block(one_block, arrays, start, blocks, block)
-    return {
-        name: (key.reshape(-1), inside.reshape(-1), jnp.sum(numbers, axis=0, dtype=jnp.int32))
-        for name, (key, inside, numbers) in found.items()
-    }
+    piece = _piece(arrays, limits, drawn, start, keys, counts, knobs, options)
+    MERGE_METHODS[options.merge].function(piece)
+    result = {}
+    for name in wanted:
+        key, marks = piece.selections.keys[name]
+        *thresholds, first, last = bounds[name]
+        reached = {f"{i:02}": key >= x for i, x in enumerate(thresholds)}
+        reached = reduce_together(reached, {}, {})[0]
+        numbers = jnp.stack([*(reached[i] for i in sorted(reached)), marks])
+        result[name] = key, (key >= first) & (key <= last), numbers
+    return result

@@ -3,7 +3,6 @@ operation gives."""
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,8 +23,7 @@ from safepatch_jax.patch_file.apply import AFTER, check_names, refuse_strangers,
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
-from safepatch_jax.patching.out_of_core import Merger
-from safepatch_jax.patching.sources import Readable, Source
+from safepatch_jax.patching.out_of_core import Merger, Readable, Source
 from safepatch_jax.patching.statistics import (
     describe_totals,
     refuse_broken,
@@ -84,7 +82,7 @@ def merge_folders(
     scope = ParamTable(table.scope(settings.patch.scope))
     merger = _open_merger(patches, scores, checkpoint, scope, settings)
     dtype = settings.export.dtype
-    with contextlib.closing(merger), files.new_folder(out) as folder:
+    with files.new_folder(out) as folder:
         copy_companions(base, folder, COMPANIONS[1:])
         write_config(base, folder, None if dtype == "keep" else dtype)
         _write(folder, checkpoint, table, scope, merger, settings)

@@ -8,9 +8,8 @@ import pytest
 from safepatch_jax.models.table import Param
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.methods import MERGE_METHODS
-from safepatch_jax.patching.out_of_core import Merger
+from safepatch_jax.patching.out_of_core import Merger, Source
 from safepatch_jax.patching.settings import PatchSettings
-from safepatch_jax.patching.sources import Source
 from tests.patching.cases import ODD, SEED, as_trees, draw, label, matrices, run
 
 ROWS = (
@@ -63,11 +62,11 @@ def sources(tensors, patch):
     return result
 
 
-def check(tensors, patch, size, dtype="keep", rounding="nearest", block=24):
+def check(tensors, patch, size, dtype="keep", rounding="nearest"):
     merged, statistics = run(
         *as_trees(tensors, ROWS), patch, rows=ROWS, dtype=dtype, rounding=rounding
     )
-    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, size=size, block=block)
+    merger = Merger(sources(tensors, patch), patch, SEED, dtype, rounding, size=size)
     for tensor, expected in zip(tensors, matrices(merged, ROWS)):
         ours = np.concatenate(list(merger.parts(tensor["name"])))
         assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
@@ -114,29 +113,11 @@ def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
     tensors = draw(np.random.default_rng(5), ("ties", "equal", "ties", "plain", "ties"), ROWS)
     patch = PatchSettings(**{"top_rate_se": 0.3, "top_rate_osm": 0.45, "retention": 0.6} | options)
     results = []
-    for size, block, threads in ((1 << 18, 1 << 18, 1), (50, 50, 4), (333, 37, 3), (400, 8, 2)):
-        merger = Merger(
-            sources(tensors, patch), patch, SEED, size=size, block=block, threads=threads
-        )
+    for size, threads in ((1 << 18, 1), (50, 4), (333, 3)):
+        merger = Merger(sources(tensors, patch), patch, SEED, size=size, threads=threads)
         bits = {t["name"]: b"".join(x.tobytes() for x in merger.parts(t["name"])) for t in tensors}
         counts = {}
         for name, numbers in merger.statistics.items():
             counts[name] = {k: x for k, x in numbers.items() if isinstance(x, (int, list))}
         results.append((bits, counts))
     assert all(result == results[0] for result in results)
-
-
-@pytest.mark.parametrize("options", [{}, {"merge": "dare"}], ids=label)
-def test_tensors_are_asked_for_in_any_order_and_left_halfway(options):
-    tensors = draw(np.random.default_rng(5), KINDS, ROWS)
-    patch = PatchSettings(**{"top_rate_se": 0.3, "top_rate_osm": 0.45, "retention": 0.6} | options)
-    merger = Merger(sources(tensors, patch), patch, SEED, size=64)
-    names = [tensor["name"] for tensor in tensors]
-    bits = {name: [x.tobytes() for x in merger.parts(name)] for name in names}
-    counts = dict(merger.statistics)
-    merger.statistics.clear()
-    next(merger.parts(names[2]))
-    for name in (names[2], names[3], names[0], *reversed(names)):
-        assert [x.tobytes() for x in merger.parts(name)] == bits[name]
-    assert merger.statistics == counts
-    merger.close()
