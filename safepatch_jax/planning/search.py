@@ -133,6 +133,12 @@ def _remats(settings: Settings) -> Iterator[Changes]:
         yield {"model.remat": remat}
 
 
+def _remats_of_interest(settings: Settings) -> tuple[str, ...]:
+    """Return the settings of model.remat that a suggestion tries: of a layerwise backward pass, for
+    which it counts for nothing, the one that is set."""
+    return (settings.model.remat,) if settings.derive.backward == "layerwise" else REMAT
+
+
 def _micro_batches(settings: Settings, ways: int) -> Iterator[Changes]:
     rows, accumulate = settings.derive.batch_size, settings.derive.accumulate
     while rows % (2 * accumulate * ways) == 0:
@@ -252,8 +258,8 @@ class Planner:
         sharders = meshes(self._config, self._target)
         screened = self._screened(settings, sharders)[:most]
         say(
-            f"{len(sharders)} meshes with {len(REMAT)} settings of model.remat; compiling the "
-            f"train step of the best {len(screened)} by arithmetic"
+            f"{len(sharders)} meshes with {len(_remats_of_interest(settings))} setting(s) of "
+            f"model.remat; compiling the train step of the best {len(screened)} by arithmetic"
         )
         compiled = []
         for changes in screened:
@@ -269,10 +275,7 @@ class Planner:
     def _screened(self, settings: Settings, sharders: Mapping[str, Sharder]) -> list[Changes]:
         """Return the combinations of mesh and remat that may fit, the most promising first."""
         memory, rows = self._target.memory or math.inf, []
-        remats = REMAT
-        if settings.derive.backward == "layerwise":
-            remats = (settings.model.remat,)  # it counts for nothing
-        for remat in remats:
+        for remat in _remats_of_interest(settings):
             flops = None
             for text, sharder in sharders.items():
                 changes = {"mesh.shape": text, "model.remat": remat}
