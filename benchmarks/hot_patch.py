@@ -12,6 +12,8 @@ time of one SHA-256 of every tensor, and a second one of those that change. Need
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import pathlib
 import shutil
@@ -90,6 +92,8 @@ def resident(field: str) -> int:
 
 def measured(call: Callable[[], object]) -> tuple[float, float, int]:
     """Return seconds, CPU seconds, and bytes of memory that were held above those before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before hides what is taken
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before, wall, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
     call()

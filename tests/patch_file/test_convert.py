@@ -70,6 +70,16 @@ def test_the_way_back_is_an_update_too(pair, tmp_path, kind):
     assert_same(tmp_path / "out", base)
 
 
+def test_another_model_than_the_carried_hashes_name_is_refused(pair, tmp_path):
+    """A sparse file has no checksum of its own."""
+    base, _, patch = pair
+    write_format(patch, SPARSE, base, tmp_path / "update")
+    other = patched_copy(base, tmp_path / "other", seed=9)
+    with pytest.raises(ValueError, match="is not the model that") as info:
+        read_format(tmp_path / "update", SPARSE, other, tmp_path / "no.patch")
+    assert "\n" not in str(info.value) and not (tmp_path / "no.patch").exists()
+
+
 def test_a_delta_folder_is_as_its_readers_expect(pair, tmp_path):
     """Read here as SGLang's receiver does, without our code."""
     base, model, patch = pair
