@@ -61,6 +61,7 @@ from absl import flags
 
 from launch import distributed, kinds, main
 from launch import flags as settings_flags
+from safepatch_jax.runtime import addresses
 from safepatch_jax.runtime.console import say
 
 _WORKDIR = kinds.path("workdir", None, "Folder of the chain; run makes it.", required=True)
@@ -136,8 +137,9 @@ def _run(
 def _lines(name: str):
     def run(*numbers: int) -> None:
         describe = getattr(_commands(), name)
-        for line in describe(_log(), *numbers):
-            say(line)
+        with addresses.copies_apart():  # a run of this machine may be at work with its own
+            for line in describe(_log(), *numbers):
+                say(line)
 
     return run
 
@@ -146,9 +148,10 @@ def _replay(to: int, start: int | None, model: str, out: str) -> None:
     from safepatch_jax.io import hub
     from safepatch_jax.patch_file.log_lines import START
 
-    folder = hub.folder_of(model)
-    for line in _commands().replay(_log(), to, start or START, folder, out):
-        say(line)
+    with addresses.copies_apart():
+        folder = hub.folder_of(model)
+        for line in _commands().replay(_log(), to, start or START, folder, out):
+            say(line)
     say(f"{out} is the model of link {to}, as the log has it.")
 
 

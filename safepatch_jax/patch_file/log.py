@@ -263,9 +263,12 @@ class PatchLog:
         folder = self.folder(number)
         if not addresses.address_of(folder):
             return
+        if not mirror.has_any(folder):  # what is here is a copy of what was deleted there
+            files.delete(folder)
+            return
         if number and not mirror.is_published(folder):  # by itself: it was built again
             mirror.bring_listed(folder.parent)
-        elif mirror.has_any(folder):
+        else:
             mirror.fetch(folder)
 
     def _nearest(self, number: int) -> int:

@@ -15,11 +15,13 @@ from safepatch_jax.runtime.console import say
 _GOING = ".{}.deleted"  # so is a folder called while it is deleted: it is no model any more
 
 
-def keep_models(log: PatchLog, last: int, among: Collection[int] | None = None) -> None:
-    """Delete the models of links but the last ones that lead to the head.
+def keep_models(log: PatchLog, last: int, among: Collection[int] | None = None) -> list[int]:
+    """Delete the models of links but the last ones that lead to the head; return the numbers of
+    those that have none now.
 
-    A model goes only if its folder lies in the chain's own, has the bits that the log says, and its
-    patch file, from which it can be built again, is whole. The starting model always stays.
+    A model goes only if its folder lies in the chain's own, has the bits that the log says, and the
+    patch files from which it can be built again, from the head's model, are whole. The starting
+    model always stays.
 
     Args:
       log: of the chain.
@@ -27,7 +29,8 @@ def keep_models(log: PatchLog, last: int, among: Collection[int] | None = None) 
       among: numbers of the links whose models may go; None for all.
     """
     if not last:
-        return
+        return []
+    gone = []
     kept = {START, *log.live[-last:]}
     for number in log.links if among is None else set(among) - {START}:
         folder = log.folder(number)
@@ -41,6 +44,9 @@ def keep_models(log: PatchLog, last: int, among: Collection[int] | None = None) 
             mirror.delete(folder)
             folder.rename(going)
             files.delete(going)
+        if number not in kept and not has_weights(folder):
+            gone.append(number)
+    return gone
 
 
 def _can_go(log: PatchLog, number: int, folder: pathlib.Path) -> bool:
@@ -48,6 +54,8 @@ def _can_go(log: PatchLog, number: int, folder: pathlib.Path) -> bool:
     try:
         files.refuse_link(folder, log.workdir)
         log.patch(number)
+        for step, _ in log.steps(log.head, number):
+            log.patch(step, known=True)
     except ValueError as error:
         say(f"{log.label(number)}: its model is kept: {error}")
         return False

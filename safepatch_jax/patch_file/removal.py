@@ -72,12 +72,27 @@ def _remove(log: PatchLog, number: int, overlap: str) -> None:
     count = refuse_overlap(f"Link {log.label(number)}", shared, overlap, anew)
     log.check_start()
     base = Base(log.folder(START), [log.patch(x) for x in live[:place]])
-    moved = _write_anew(log, base, [number, *later], line, overlap)
+    try:
+        moved = _write_anew(log, base, [number, *later], line, overlap)
+    except BaseException:
+        for stage in _places(log, later):
+            mirror.delete(stage)
+            files.delete(stage)
+        raise
     head = log.links[number]["parent"]
     if moved:
         head = {"link": moved[-1]["number"], "model": moved[-1]["model"]}
     removal = {"link": number, "overlap": overlap, "entries": count, "links": moved, "head": head}
     log.append("remove", removal)
+
+
+def _places(log: PatchLog, later: Sequence[int]) -> list[pathlib.Path]:
+    """Return where the stages of links that are written anew go, none of which is in the log."""
+    links = log.links
+    folders = []
+    for number, link in enumerate(later, max(links) + 1):
+        folders.append((log.workdir / LINKS / label(number, links[link]["name"]) / PATCH).parent)
+    return folders
 
 
 def _write_anew(
@@ -93,12 +108,11 @@ def _write_anew(
     """
     links, removed = log.links, numbers[0]
     parent, moved = links[removed]["parent"], []
-    for place, number in enumerate(numbers[1:], 1):
-        new = max(links) + place
-        folder = log.workdir / LINKS / label(new, links[number]["name"])
+    for place, (number, stage) in enumerate(zip(numbers[1:], _places(log, numbers[1:])), 1):
+        new, folder = max(links) + place, stage.parents[1]
         say(f"{log.label(number)} is written anew as {folder.name}, without {log.label(removed)}")
         files.refuse_link(folder, log.workdir)
-        with files.new_folder((folder / PATCH).parent, replace=True) as filled:
+        with files.new_folder(stage, replace=True) as filled:
             part, labels = line[: place + 1], (log.label(removed), log.label(number))
             patch = rebase(base, part, filled / pathlib.Path(PATCH).name, overlap, labels)
             if patch_hash(patch, "before") != parent["model"]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from safepatch_jax.runtime.conditional import ABSENT, Conditional
+from safepatch_jax.runtime.joining import joined
 from safepatch_jax.runtime.locks import is_gone, process_space
 from safepatch_jax.runtime.reading import Refused
 from safepatch_jax.runtime.text import printable
@@ -123,7 +124,8 @@ class Lease:
         content = {
             "id": self._id,
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
-            "process": [process_space(), os.getpid()],
+            # Of several processes the others may still write when this one is gone.
+            "process": None if joined() else [process_space(), os.getpid()],
             "since": self._since,
             "expires": time.time() + SECONDS,
         }
@@ -164,8 +166,8 @@ def _holder(value: bytes) -> dict[str, Any] | None:
     if not isinstance(expires, int | float) or expires < time.time():
         return None
     match content.get("process"):
-        case [str(space), int(pid)] if is_gone(space, pid):  # it was killed, on this machine
-            return None
+        case [str(space), int(pid)] if pid > 0 and is_gone(space, pid):
+            return None  # it was killed, on this machine
     return content
 
 

@@ -149,8 +149,15 @@ def _stranger(path: pathlib.Path, kind: str) -> Refused:
 
 def is_gone(space: str | None, pid: int) -> bool:
     """Return whether a process of this boot and process namespace has ended; False of others."""
-    ours = space is not None and space == process_space()
-    return ours and not pathlib.Path(f"/proc/{pid}").exists()
+    if space is None or space != process_space():
+        return False
+    try:
+        os.kill(pid, 0)  # /proc may hide the processes of others
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 @functools.cache

@@ -91,9 +91,10 @@ def filling(path: pathlib.Path, replace: bool | None) -> Iterator[None]:
             files.delete(path)  # a copy of what is no longer there, or what was never published
         objects = Objects(address)
         if replace is not None:
+            check_leases(address)
+            objects.write(PUBLISHING, b"")  # first: what a kill leaves is known as half-written
             objects.delete([STAGE_LIST, LIST])
-            objects.delete(objects.sizes().keys() - {lease.NAME})
-            objects.write(PUBLISHING, b"")  # arrays are written before the folder is published
+            objects.delete(objects.sizes().keys() - {lease.NAME, PUBLISHING})
         yield
         publish(path)
 
@@ -333,8 +334,18 @@ def delete(path: pathlib.Path) -> None:
     if address := address_of(path):
         check_leases(address)
         objects = Objects(address)
-        objects.delete([STAGE_LIST, LIST])
-        objects.delete(objects.sizes())
+        if names := objects.sizes().keys() - {PUBLISHING}:
+            objects.write(PUBLISHING, b"")  # what a kill leaves is known as half-written
+            objects.delete([STAGE_LIST, LIST])
+            objects.delete(names)
+        objects.delete([PUBLISHING])
+
+
+def folders(folder: pathlib.Path) -> list[str]:
+    """Return the names of folders in one, of a bucket where it stands for an address."""
+    if address := address_of(folder):
+        return Objects(address).folders()
+    return sorted(path.name for path in folder.glob("*") if path.is_dir())
 
 
 def rewritten(folder: pathlib.Path) -> None:

@@ -73,26 +73,34 @@ def test_what_a_listing_does_not_show_yet_is_read_all_the_same(place, server):
         assert (mirror.fetch(folder) / "b").read_text() == "two"
 
 
+KILLED = """
+import os, signal, sys
+from safepatch_jax.runtime import files, objects, paths
+def die(self, names, method=objects.Objects.{method}):
+    method(self, {part})
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+objects.Objects.{method} = die
+with files.new_folder(paths.resolve(sys.argv[1])) as out:
+    (out / 'a').write_text('one')
+    (out / 'b').write_text('two')
+"""
+
+
 def test_a_killed_writer_leaves_nothing_that_is_read_and_the_same_command_mends_it(place):
+    """Killed when it uploads, then when it deletes what that left."""
     address, folder = place
-    script = (
-        "import os, signal, sys\n"
-        "from safepatch_jax.runtime import files, objects, paths\n"
-        "upload = objects.Objects.upload\n"
-        "def die(self, paths):\n"
-        "    upload(self, dict(list(paths.items())[:1]))\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "objects.Objects.upload = die\n"
-        "with files.new_folder(paths.resolve(sys.argv[1])) as out:\n"
-        "    (out / 'a').write_text('one')\n"
-        "    (out / 'b').write_text('two')\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, address], cwd=ROOT, timeout=60)
-    assert killed.returncode == -9
-    assert mirror.PUBLISHING in Objects(address).sizes()
-    with pytest.raises(ValueError, match="is half-written") as info:
-        mirror.fetch(folder)
-    assert "give the command that wrote it again" in one_line(info)
+    for method, part, when in (
+        ("upload", "dict(list(names.items())[:1])", "True"),
+        ("delete", "names", "{'a', 'b'} & set(names)"),
+    ):
+        script = KILLED.format(method=method, part=part, when=when)
+        killed = subprocess.run([sys.executable, "-c", script, address], cwd=ROOT, timeout=60)
+        assert killed.returncode == -9
+        assert mirror.PUBLISHING in Objects(address).sizes()
+        with pytest.raises(ValueError, match="is half-written") as info:
+            mirror.fetch(folder)
+        assert "give the command that wrote it again" in one_line(info)
     fill(folder, a="one", b="two")  # on the same machine, where the killed one had its folder
     assert Objects(address).sizes().keys() == {"a", "b", mirror.LIST}
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import subprocess
 
 import pytest
 
@@ -126,6 +127,15 @@ def test_a_folder_is_not_replaced_through_a_link(tmp_path):
 )
 def test_half_written_is_what_has_a_name_of_ours(name, ours):
     assert files.half_written(name) == ours
+
+
+def test_a_process_of_this_machine_that_has_ended_is_known():
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    space = locks.process_space()
+    assert locks.is_gone(space, process.pid)
+    assert not locks.is_gone(space, os.getpid()) and not locks.is_gone(space, 1)
+    assert not locks.is_gone("another", process.pid) and not locks.is_gone(None, process.pid)
 
 
 def test_held_says_by_whom(tmp_path):

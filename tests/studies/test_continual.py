@@ -342,6 +342,15 @@ def test_a_refused_link_leaves_the_chain_as_it_was(two, chain, settings, malware
     assert not read_json(two / "continual.json")["refused"]
 
 
+def test_a_chain_whose_first_link_is_refused_has_a_report(two, settings, tmp_path):
+    revert(PatchLog(two), 2)
+    (two / "continual.png").unlink()
+    (tmp_path / "strict.toml").write_text("[harm]\nmargin = 0.1\n")
+    run(settings, two, parse_links("fraud"), gate=str(tmp_path / "strict.toml"))
+    assert PatchLog(two).live == [] and (two / "continual.png").is_file()
+    assert "fraud on link 0 (not enough evidence" in (two / "continual.md").read_text()
+
+
 def test_rules_for_what_a_chain_does_not_measure(two, settings, tmp_path):
     path = tmp_path / "rules.toml"
     path.write_text("[accuracy]\nmargin = 0.1\n")

@@ -11,7 +11,7 @@ from safepatch_jax.methods.bench import Method
 from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.patch_file.log import folder_hash
 from safepatch_jax.run.stages import FINISHED, Runner, Stage
-from safepatch_jax.runtime import processes
+from safepatch_jax.runtime import mirror, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report
@@ -101,6 +101,7 @@ class OtherChain:
                 rows.append(self._row(name))
                 if before and not self._settings.run.keep_scratch:
                     processes.on_first(self._runner.delete_outputs, before)
+                    self._forget(before)
                 before = name
         except BaseException:
             if scratch := self._runner.scratch_left():
@@ -112,8 +113,16 @@ class OtherChain:
             raise
         if not self._settings.run.keep_scratch:
             processes.on_first(self._runner.delete_scratch)
+            for name in self._parts:
+                self._forget(name)
             say(f"The models of {label} are deleted (keep with --run.keep_scratch).")
         return rows
+
+    def _forget(self, name: str) -> None:
+        """Delete the copy of a model that this process has from a bucket, if it is not the one that
+        has deleted it there."""
+        if not processes.first():
+            mirror.forget(self._runner.folder(name))
 
     def _row(self, name: str) -> dict[str, Any]:
         runner = self._runner

@@ -174,7 +174,7 @@ def _perplexity(axis: Any, content: Mapping[str, Any]) -> None:
 def _sizes(axis: Any, content: Mapping[str, Any]) -> None:
     """Draw how many weights the patches change together."""
     patches = content["patches"]
-    values = [100 * count / patches["weights"] for count in (0, *patches["cumulative"])]
+    values = [100 * count / max(1, patches["weights"]) for count in (0, *patches["cumulative"])]
     label = content["labels"]["safepatching"]
     axis.plot(values, "o-", color=content["colours"]["safepatching"], label=label, markersize=5)
     axis.set(title="Weights that differ from the start", ylabel="% of weights")

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import gc
 import pathlib
-import shutil
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -301,7 +301,9 @@ class Chain:
 
     def _prune(self, among: Sequence[int] | None = None) -> None:
         """Delete models that are not kept, see `keep_models`."""
-        processes.on_first(keep_models, self.log, self._keep, among)
+        for number in processes.on_first(keep_models, self.log, self._keep, among):
+            if not processes.first():
+                mirror.forget(self.log.folder(number))
 
     def _parts(self, number: int) -> tuple[str, ...]:
         """Return what a model is measured on."""
@@ -412,11 +414,17 @@ class Chain:
 def _delete_leftovers(log: PatchLog, keep: str = "") -> None:
     """Delete link folders that an interrupted run began and that no longer belong to the chain:
     they hold derived models."""
-    known = {log.label(number) for number in log.links} | {keep}
-    for path in sorted((log.workdir / LINKS).glob("[0-9][0-9]*-*")):
-        is_ours = (path / SETTINGS).is_file() or is_begun(path)
-        if is_ours and not path.is_symlink() and path.name not in known:
+    known = {log.label(number) for number in log.links}
+    for name in mirror.folders(log.workdir / LINKS):
+        path = log.workdir / LINKS / name
+        if name in known or path.is_symlink() or not re.match("[0-9]{2,}-", name):
+            continue
+        if name == keep and not is_begun(path):
+            continue
+        # In a bucket the mark may be gone already: what was begun there is deleted to the end.
+        if (path / SETTINGS).is_file() or is_begun(path) or mirror.has_any(path / "stages"):
             files.refuse_link(path, log.workdir)
-            say(f"{path.name}: not a link of the chain; deleted")
-            shutil.rmtree(path)
-            mirror.delete(path)
+            say(f"{name}: not a link of the chain; deleted")
+            for part in (path / "stages", path):  # derived models first
+                mirror.delete(part)
+                files.delete(part)
