@@ -1,6 +1,7 @@
 """Patches in the formats of inference servers, and back: the same bytes, or refused."""
 
 import json
+import platform
 import zlib
 
 import numpy as np
@@ -40,6 +41,18 @@ def without_manifest(path):
 def test_there_and_back_is_the_same_file(pair, tmp_path, kind, given):
     base, model, patch = pair
     write_format(patch, kind, base if given == "base" else model, tmp_path / "update")
+    read_format(tmp_path / "update", kind, base, tmp_path / "again.patch")
+    assert (tmp_path / "again.patch").read_bytes() == patch.read_bytes()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_versions_that_made_the_patch_come_back_too(pair, tmp_path, kind):
+    base, _, patch = pair
+    own = platform.python_version()
+    other = f"9{own[1:]}"
+    patch.write_bytes(patch.read_bytes().replace(own.encode(), other.encode()))
+    assert PatchFile(patch).versions["python"] == other
+    write_format(patch, kind, base, tmp_path / "update")
     read_format(tmp_path / "update", kind, base, tmp_path / "again.patch")
     assert (tmp_path / "again.patch").read_bytes() == patch.read_bytes()
 
