@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.patch_file.create import Change, write_patch
-from safepatch_jax.patch_file.file import KEY, KINDS, PatchFile
+from safepatch_jax.patch_file.file import BITS, KEY, KINDS, PatchFile
 from safepatch_jax.runtime.console import some
 
 _REVERSE = "reverse"
@@ -66,8 +66,10 @@ def write_back(
     the file is that of the manifest.
 
     Raises:
-      ValueError: the hashes are not those of the manifest; no file is left.
+      ValueError: tensors in a dtype that patch files do not have, or the hashes are not those of
+        the manifest; no file is left.
     """
+    _refuse_other_dtypes(changes, model)
     if manifest is None:
         return write_patch(out, "difference", {"converted": dict(origin)}, changes)
     kind, about, versions = manifest["kind"], manifest["about"], manifest["versions"]
@@ -88,3 +90,13 @@ def write_back(
             "written. Give the backbone of the patch."
         )
     return patch
+
+
+def _refuse_other_dtypes(changes: Mapping[str, Change], model: str | pathlib.Path) -> None:
+    others = [f"{name} is {x.dtype}" for name, x in changes.items() if x.dtype not in BITS]
+    if others:
+        raise ValueError(
+            f"A patch file has {', '.join(BITS)}, and {len(others)} tensors of {model} are in "
+            f"other dtypes: {some(others, ', ')}. Nothing was written. Give the model in one of "
+            "these dtypes, not quantised, and without buffers of integers or truth values."
+        )

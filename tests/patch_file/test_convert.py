@@ -4,18 +4,19 @@ import json
 import platform
 import zlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from safepatch_jax.io.safetensors_file import INDEX
+from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.patch_file.apply import apply
 from safepatch_jax.patch_file.convert import FORMATS, read_format, write_format
 from safepatch_jax.patch_file.create import create
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.testing import write_tiny_model
-from tests.patch_file.models import BITS, assert_same, bits_of, patched_copy
+from tests.patch_file.models import BITS, assert_same, bits_of, folder_of, patched_copy
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -239,3 +240,20 @@ def test_another_model_and_an_unknown_format_are_refused(pair, tmp_path):
         assert not (tmp_path / "no").exists()
     with pytest.raises(ValueError, match="Unknown format 'zip'. There are disk-delta"):
         write_format(patch, "zip", base, tmp_path / "no")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_tensors_in_other_dtypes_are_all_named_and_nothing_is_written(tmp_path, kind):
+    bits = np.arange(6, dtype=np.uint16)
+    base = folder_of(tmp_path / "base", {"x.proj": bits}, "bfloat16")
+    create(base, patched_copy(base, tmp_path / "model", density=1), tmp_path / "x.patch")
+    write_format(tmp_path / "x.patch", kind, base, tmp_path / "update")
+    others = {"ids": np.arange(4), "mask": np.ones(4, np.bool_)}
+    others["y.proj"] = np.ones(4, ml_dtypes.float8_e4m3fn)
+    save_file(load_file(base / SINGLE) | others, base / SINGLE)
+    update = without_manifest(tmp_path / "update")
+    with pytest.raises(ValueError, match="and 3 tensors of .* are in other dtypes") as info:
+        read_format(update, kind, base, tmp_path / "no.patch")
+    for text in ("ids is I64", "mask is BOOL", "y.proj is F8_E4M3"):
+        assert text in str(info.value)
+    assert not (tmp_path / "no.patch").exists()
