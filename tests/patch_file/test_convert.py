@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.patch_file.apply import apply
 from safepatch_jax.patch_file.convert import FORMATS, read_format, write_format
-from safepatch_jax.patch_file.create import create
+from safepatch_jax.patch_file.create import Change, create, write_patch
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.testing import write_tiny_model
 from tests.patch_file.models import BITS, assert_same, bits_of, folder_of, patched_copy
@@ -22,6 +22,7 @@ pyarrow = pytest.importorskip("pyarrow")
 
 DELTA, SPARSE = "disk-delta", "sparse-safetensors"
 NAME = "model.layers.0.mlp.up_proj.weight"
+TIED = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def without_manifest(path):
@@ -257,3 +258,28 @@ def test_tensors_in_other_dtypes_are_all_named_and_nothing_is_written(tmp_path, 
     for text in ("ids is I64", "mask is BOOL", "y.proj is F8_E4M3"):
         assert text in str(info.value)
     assert not (tmp_path / "no.patch").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_tied_head_that_the_patched_model_leaves_out_is_read_from_the_embedding(tmp_path, kind):
+    bits = np.arange(6, dtype=np.uint16)
+    base = folder_of(tmp_path / "base", dict.fromkeys(TIED, bits), "bfloat16")
+    model = folder_of(tmp_path / "model", {TIED[0]: bits ^ np.uint16(3)}, "bfloat16")
+    patch = create(base, model, tmp_path / "x.patch").path
+    assert set(PatchFile(patch).changed()) == set(TIED)
+    write_format(patch, kind, model, tmp_path / "update")
+    read_format(tmp_path / "update", kind, base, tmp_path / "again.patch")
+    assert (tmp_path / "again.patch").read_bytes() == patch.read_bytes()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_head_that_is_left_out_and_changes_by_itself_is_refused(tmp_path, kind):
+    bits, changes = np.arange(6, dtype=np.uint16), {}
+    for name, flip in zip(TIED, (3, 5)):
+        run = bits, bits ^ np.uint16(flip)
+        changes[name] = Change("bfloat16", (6,), [run], optional=name == TIED[1])
+    patch = write_patch(tmp_path / "x.patch", "difference", {}, changes)
+    model = folder_of(tmp_path / "model", {TIED[0]: bits ^ np.uint16(3)}, "bfloat16")
+    with pytest.raises(ValueError, match=f"has neither {TIED[1]}, .* Give the backbone"):
+        write_format(patch, kind, model, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
