@@ -9,21 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.patch_file.create import Change, write_patch
-from safepatch_jax.patch_file.file import KEY, KINDS, PatchFile
+from safepatch_jax.patch_file.file import BITS, KEY, KINDS, PatchFile
 from safepatch_jax.runtime.console import some
 
 _REVERSE = "reverse"
 
 
 def manifest_text(patch: PatchFile, reverse: bool) -> str:
-    """Return what is carried: kind, about, and the hashes of every tensor; of the way back, if
-    `reverse`."""
+    """Return what is carried: kind, about, versions, and the hashes of every tensor; of the way
+    back, if `reverse`."""
     tensors = {}
     for name, tensor in patch.tensors.items():
         hashes = [tensor.before, tensor.after]
         tensors[name] = [*(hashes[::-1] if reverse else hashes), tensor.optional]
     about = {_REVERSE: patch.about} if reverse else patch.about
-    return json.dumps({"kind": patch.kind, "about": about, "tensors": tensors})
+    manifest = {"kind": patch.kind, "about": about, "versions": patch.versions}
+    return json.dumps(manifest | {"tensors": tensors})
 
 
 def read_manifest(metadata: Mapping[str, Any], source: str | pathlib.Path) -> dict[str, Any] | None:
@@ -42,8 +43,10 @@ def read_manifest(metadata: Mapping[str, Any], source: str | pathlib.Path) -> di
                 raise TypeError("a hash is no text")
             if type(optional) is not bool:
                 raise TypeError("optional is neither true nor false")
-        if manifest["kind"] not in KINDS or not isinstance(manifest["about"], dict):
-            raise TypeError("unknown kind or no about")
+        if manifest["kind"] not in KINDS:
+            raise TypeError("unknown kind")
+        if not all(isinstance(manifest[key], dict) for key in ("about", "versions")):
+            raise TypeError("no about or no versions")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"What {source} says of its patch file cannot be read ({error}): it is damaged. Copy "
@@ -63,11 +66,14 @@ def write_back(
     the file is that of the manifest.
 
     Raises:
-      ValueError: the hashes are not those of the manifest; no file is left.
+      ValueError: tensors in a dtype that patch files do not have, or the hashes are not those of
+        the manifest; no file is left.
     """
+    _refuse_other_dtypes(changes, model)
     if manifest is None:
         return write_patch(out, "difference", {"converted": dict(origin)}, changes)
-    patch = write_patch(out, manifest["kind"], manifest["about"], changes)
+    kind, about, versions = manifest["kind"], manifest["about"], manifest["versions"]
+    patch = write_patch(out, kind, about, changes, versions)
     wrong = []
     for name in sorted(patch.tensors.keys() | manifest["tensors"].keys()):
         tensor = patch.tensors.get(name)
@@ -84,3 +90,13 @@ def write_back(
             "written. Give the backbone of the patch."
         )
     return patch
+
+
+def _refuse_other_dtypes(changes: Mapping[str, Change], model: str | pathlib.Path) -> None:
+    others = [f"{name} is {x.dtype}" for name, x in changes.items() if x.dtype not in BITS]
+    if others:
+        raise ValueError(
+            f"A patch file has {', '.join(BITS)}, and {len(others)} tensors of {model} are in "
+            f"other dtypes: {some(others, ', ')}. Nothing was written. Give the model in one of "
+            "these dtypes, not quantised, and without buffers of integers or truth values."
+        )

@@ -133,7 +133,11 @@ def _unlike(
 
 
 def write_patch(
-    path: str | pathlib.Path, kind: str, about: Mapping[str, Any], changes: Mapping[str, Change]
+    path: str | pathlib.Path,
+    kind: str,
+    about: Mapping[str, Any],
+    changes: Mapping[str, Change],
+    versions: Mapping[str, Any] | None = None,
 ) -> PatchFile:
     """Write a patch file; it appears whole or not at all, and the same input gives the same bytes.
 
@@ -142,6 +146,7 @@ def write_patch(
       kind: one of KINDS.
       about: for the manifest, JSON.
       changes: every tensor of the model, changed or not, by name.
+      versions: of what the patch was made with, JSON; by default what runs now.
 
     Raises:
       ValueError: nothing changes, `about` is not JSON, or `path` exists.
@@ -150,7 +155,7 @@ def write_patch(
         "format": FORMAT,
         "kind": kind,
         "about": _json(about),
-        "versions": _versions(),
+        "versions": _versions() if versions is None else dict(versions),
         "tensors": {},
     }
     total = sum(math.prod(x.shape) * BITS[x.dtype].itemsize for x in changes.values())

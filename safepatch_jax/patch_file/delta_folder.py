@@ -26,9 +26,10 @@ from safetensors.numpy import save_file
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.safetensors_file import INDEX, list_tensors
 from safepatch_jax.io.stored import Stored
-from safepatch_jax.patch_file.apply import AFTER, BEFORE, check_names, refuse_strangers, states
+from safepatch_jax.patch_file.apply import AFTER, BEFORE, refuse_strangers, states
 from safepatch_jax.patch_file.carried import manifest_text, read_manifest, write_back
 from safepatch_jax.patch_file.create import Change
+from safepatch_jax.patch_file.entries import sources
 from safepatch_jax.patch_file.file import BITS, KEY, PatchFile, runs_of
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import progress, some
@@ -51,11 +52,11 @@ def write(
       reverse: write the way back, from the patched model to the backbone.
 
     Raises:
-      ValueError: another model; pyarrow, which compresses, is not installed.
+      ValueError: another model, or one without a tensor that changes; pyarrow, which compresses,
+        is not installed.
     """
     codec = _codec()
-    stored = Checkpoint(model).tensors
-    check_names(patch, stored, model)
+    stored = sources(patch, model)
     with files.new_folder(out) as folder:
         shards, sums, size = [], {}, 0
         held: dict[str, np.ndarray] = {}
@@ -207,8 +208,6 @@ def _changed_runs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield a tensor's bits before and after. Raises ValueError at the end if they are not those of
     the checksum."""
-    if stored.dtype not in BITS:
-        raise ValueError(f"{name} has dtype {stored.dtype}; supported are {', '.join(BITS)}.")
     hashed = _Hashed()
     data = delta.read(np.empty(delta.size, np.uint8))
     patched = _xored if encoding == "xor" else _overwritten

@@ -16,6 +16,8 @@ from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.patch_file.apply import AFTER, BEFORE, check_names, refuse_strangers, states
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
+from safepatch_jax.patch_file.live import kind
+from safepatch_jax.runtime.console import some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,10 @@ def entries(
 
     Raises:
       ValueError: a damaged patch; `model` is another one (a tensor's hash is compared before its
-        entries are yielded).
+        entries are yielded), or leaves out a tensor that changes and is no copy of another one.
     """
     patch = opened(patch)
-    stored: dict[str, Stored] = {}
-    if model is not None:
-        stored = dict(Checkpoint(model).tensors)
-        check_names(patch, stored, model)
+    stored = {} if model is None else sources(patch, model)
     for name in sorted(patch.changed()):
         tensor = patch.tensors[name]
         indices, bits = gathered(patch, name)
@@ -78,6 +77,28 @@ def entries(
             before,
             after,
         )
+
+
+def sources(patch: PatchFile, model: str | pathlib.Path) -> dict[str, Stored]:
+    """Return where a folder has the bits of each tensor that a patch changes, by name: of one that
+    it leaves out (a tied head), where it has another one that is the same before and after.
+
+    Raises:
+      ValueError: another model, or a tensor that is left out and no copy of another one.
+    """
+    tensors = Checkpoint(model).tensors
+    check_names(patch, tensors, model)
+    copies = {kind(patch, name): tensor for name, tensor in tensors.items()}
+    found = {}
+    for name in patch.changed():
+        found[name] = tensors.get(name) or copies.get(kind(patch, name))
+    absent = [name for name, tensor in found.items() if tensor is None]
+    if absent:
+        raise ValueError(
+            f"{model} has neither {some(absent, ', ')}, which {patch.path} changes, nor a copy of "
+            "it. Nothing was written. Give the backbone that the patch was made from."
+        )
+    return found
 
 
 def opened(patch: PatchFile | str | pathlib.Path) -> PatchFile:

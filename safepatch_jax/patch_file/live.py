@@ -41,17 +41,17 @@ def spared(patch: PatchFile, present: Collection[str]) -> set[str]:
     tensor that is there (a tied head that the folder has twice)."""
     seen = set()
     for name in present:
-        seen.add(_kind(patch, name))
+        seen.add(kind(patch, name))
     names = set()
     for name, tensor in patch.tensors.items():
         is_rotary = name.endswith("rotary_emb.inv_freq") and not tensor.entries
-        if name not in present and (is_rotary or _kind(patch, name) in seen):
+        if name not in present and (is_rotary or kind(patch, name) in seen):
             names.add(name)
     return names
 
 
-def _kind(patch: PatchFile, name: str) -> tuple:
-    """Return what tensors that are copies of one another have in common."""
+def kind(patch: PatchFile, name: str) -> tuple:
+    """Return what tensors that are copies of one another, before and after, have in common."""
     tensor = patch.tensors.get(name)
     if tensor is None:
         return (name,)

@@ -46,7 +46,8 @@ def write(
       reverse: write the way back, from the patched model to the backbone.
 
     Raises:
-      ValueError: another model, or a tensor of 2^31 entries or more.
+      ValueError: another model, one without a tensor that changes, or a tensor of 2^31 entries or
+        more.
     """
     large = [name for name in patch.changed() if patch.tensors[name].size >= _LIMIT]
     if large:

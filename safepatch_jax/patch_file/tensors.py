@@ -19,7 +19,7 @@ import numpy as np
 from safepatch_jax.patch_file.apply import AFTER, BEFORE, Outcome
 from safepatch_jax.patch_file.entries import gathered, opened
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile
-from safepatch_jax.patch_file.live import compare
+from safepatch_jax.patch_file.live import compare, kind
 from safepatch_jax.patch_file.live_names import Part, places
 from safepatch_jax.runtime.console import some
 
@@ -47,7 +47,8 @@ def apply_tensors(
 
     Raises:
       ValueError: another model, dtype or shape, a tensor that is neither as in the backbone nor as
-        patched, a value that is no torch tensor, or a damaged patch; nothing was written.
+        patched, a value that is no torch tensor, tied tensors that the patch does not change
+        alike, or a damaged patch; nothing was written.
       RuntimeError: writing failed, and so did taking it back; says which tensors are patched.
     """
     return _move(patch, tensors, AFTER, ignore)
@@ -69,7 +70,7 @@ def _move(
     _refuse_other_than_torch(tensors)
     views = _views(patch, tensors, ignore)
     moved, already = compare(patch, views, _WHERE, goal)
-    _write(patch, _once(views, moved))
+    _write(patch, _once(patch, views, moved))
     return Outcome(None, moved, already, ())
 
 
@@ -126,13 +127,28 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _once(views: Mapping[str, _View], names: tuple[str, ...]) -> dict[str, _View]:
-    """Return the tensors of these names, each memory once: flips that come twice undo each
-    other."""
-    firsts: dict[tuple[Any, ...], str] = {}
-    for name in names:
-        firsts.setdefault(_place(views[name].tensor), name)
-    return {name: views[name] for name in firsts.values()}
+def _once(patch: PatchFile, views: Mapping[str, _View], names: tuple[str, ...]) -> dict[str, _View]:
+    """Return the tensors of these names, each memory once: flips that come twice undo each other.
+
+    Raises:
+      ValueError: a memory has several names, and the patch does not change them alike.
+    """
+    sharing: dict[tuple[Any, ...], list[str]] = {}
+    for name, view in views.items():
+        sharing.setdefault(_place(view.tensor), []).append(name)
+    firsts, torn = [], []
+    for tied in sharing.values():
+        if not set(tied).isdisjoint(names):
+            firsts.append(tied[0])
+            if len({kind(patch, name) for name in tied}) > 1:
+                torn.append(" = ".join(tied))
+    if torn:
+        raise ValueError(
+            f"{_WHERE} holds one tensor under several names that the patch {patch.path} does not "
+            f"change alike: {some(torn)}. Nothing was written. Give each a memory of its own "
+            "(tie_word_embeddings=False when the model is loaded)."
+        )
+    return {name: views[name] for name in firsts}
 
 
 class _View:

@@ -1,25 +1,28 @@
 """Patches in the formats of inference servers, and back: the same bytes, or refused."""
 
 import json
+import platform
 import zlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from safepatch_jax.io.safetensors_file import INDEX
+from safepatch_jax.io.safetensors_file import INDEX, SINGLE
 from safepatch_jax.patch_file.apply import apply
 from safepatch_jax.patch_file.convert import FORMATS, read_format, write_format
-from safepatch_jax.patch_file.create import create
+from safepatch_jax.patch_file.create import Change, create, write_patch
 from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.testing import write_tiny_model
-from tests.patch_file.models import BITS, assert_same, bits_of, patched_copy
+from tests.patch_file.models import BITS, assert_same, bits_of, folder_of, patched_copy
 
 pyarrow = pytest.importorskip("pyarrow")
 
 DELTA, SPARSE = "disk-delta", "sparse-safetensors"
 NAME = "model.layers.0.mlp.up_proj.weight"
+TIED = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def without_manifest(path):
@@ -40,6 +43,18 @@ def without_manifest(path):
 def test_there_and_back_is_the_same_file(pair, tmp_path, kind, given):
     base, model, patch = pair
     write_format(patch, kind, base if given == "base" else model, tmp_path / "update")
+    read_format(tmp_path / "update", kind, base, tmp_path / "again.patch")
+    assert (tmp_path / "again.patch").read_bytes() == patch.read_bytes()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_versions_that_made_the_patch_come_back_too(pair, tmp_path, kind):
+    base, _, patch = pair
+    own = platform.python_version()
+    other = f"9{own[1:]}"
+    patch.write_bytes(patch.read_bytes().replace(own.encode(), other.encode()))
+    assert PatchFile(patch).versions["python"] == other
+    write_format(patch, kind, base, tmp_path / "update")
     read_format(tmp_path / "update", kind, base, tmp_path / "again.patch")
     assert (tmp_path / "again.patch").read_bytes() == patch.read_bytes()
 
@@ -226,3 +241,45 @@ def test_another_model_and_an_unknown_format_are_refused(pair, tmp_path):
         assert not (tmp_path / "no").exists()
     with pytest.raises(ValueError, match="Unknown format 'zip'. There are disk-delta"):
         write_format(patch, "zip", base, tmp_path / "no")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_tensors_in_other_dtypes_are_all_named_and_nothing_is_written(tmp_path, kind):
+    bits = np.arange(6, dtype=np.uint16)
+    base = folder_of(tmp_path / "base", {"x.proj": bits}, "bfloat16")
+    create(base, patched_copy(base, tmp_path / "model", density=1), tmp_path / "x.patch")
+    write_format(tmp_path / "x.patch", kind, base, tmp_path / "update")
+    others = {"ids": np.arange(4), "mask": np.ones(4, np.bool_)}
+    others["y.proj"] = np.ones(4, ml_dtypes.float8_e4m3fn)
+    save_file(load_file(base / SINGLE) | others, base / SINGLE)
+    update = without_manifest(tmp_path / "update")
+    with pytest.raises(ValueError, match="and 3 tensors of .* are in other dtypes") as info:
+        read_format(update, kind, base, tmp_path / "no.patch")
+    for text in ("ids is I64", "mask is BOOL", "y.proj is F8_E4M3"):
+        assert text in str(info.value)
+    assert not (tmp_path / "no.patch").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_tied_head_that_the_patched_model_leaves_out_is_read_from_the_embedding(tmp_path, kind):
+    bits = np.arange(6, dtype=np.uint16)
+    base = folder_of(tmp_path / "base", dict.fromkeys(TIED, bits), "bfloat16")
+    model = folder_of(tmp_path / "model", {TIED[0]: bits ^ np.uint16(3)}, "bfloat16")
+    patch = create(base, model, tmp_path / "x.patch").path
+    assert set(PatchFile(patch).changed()) == set(TIED)
+    write_format(patch, kind, model, tmp_path / "update")
+    read_format(tmp_path / "update", kind, base, tmp_path / "again.patch")
+    assert (tmp_path / "again.patch").read_bytes() == patch.read_bytes()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_head_that_is_left_out_and_changes_by_itself_is_refused(tmp_path, kind):
+    bits, changes = np.arange(6, dtype=np.uint16), {}
+    for name, flip in zip(TIED, (3, 5)):
+        run = bits, bits ^ np.uint16(flip)
+        changes[name] = Change("bfloat16", (6,), [run], optional=name == TIED[1])
+    patch = write_patch(tmp_path / "x.patch", "difference", {}, changes)
+    model = folder_of(tmp_path / "model", {TIED[0]: bits ^ np.uint16(3)}, "bfloat16")
+    with pytest.raises(ValueError, match=f"has neither {TIED[1]}, .* Give the backbone"):
+        write_format(patch, kind, model, tmp_path / "no")
+    assert not (tmp_path / "no").exists()

@@ -59,3 +59,15 @@ def test_indices_go_on_beyond_one_run(tmp_path):
     create(base, model, tmp_path / "x.patch")
     (changed,) = entries(tmp_path / "x.patch", base)
     assert changed.indices.tolist() == places and changed.bits.tolist() == [3] * 4
+
+
+def test_a_copy_that_the_folder_leaves_out_has_the_values_of_the_other(tmp_path):
+    bits = np.arange(6, dtype=np.uint16)
+    base = folder_of(tmp_path / "base", {"a": bits, "b": bits, "c": bits + 7}, "bfloat16")
+    model = folder_of(tmp_path / "model", {"a": bits ^ np.uint16(3), "c": bits + 8}, "bfloat16")
+    create(base, model, tmp_path / "x.patch")
+    for folder in (base, model):
+        changed = {x.name: x for x in entries(tmp_path / "x.patch", folder)}
+        assert changed.keys() == {"a", "b", "c"}
+        np.testing.assert_array_equal(changed["b"].before.view(np.uint16), bits)
+        np.testing.assert_array_equal(changed["b"].after.view(np.uint16), bits ^ 3)

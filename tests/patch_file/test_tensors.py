@@ -80,6 +80,24 @@ def test_a_folder_that_has_both_names(tied, tmp_path):
     assert_bits(state, base)
 
 
+@pytest.mark.parametrize("flip", [0, 5])
+def test_a_tied_model_cannot_hold_a_patch_that_unties(tmp_path, flip):
+    """The embedding changes, the head stays or changes otherwise."""
+    flips = {EMBEDDING: 3, HEAD: flip}
+    weight = np.arange(24, dtype=np.uint16).reshape(6, 4)
+    base = folder_of(tmp_path / "base", dict.fromkeys(flips, weight), "bfloat16")
+    changed = {name: weight ^ np.uint16(x) for name, x in flips.items()}
+    model = folder_of(tmp_path / "model", changed, "bfloat16")
+    create(base, model, tmp_path / "x.patch", {})
+    state = state_of(base)
+    tied = dict.fromkeys(flips, state[EMBEDDING])
+    with pytest.raises(ValueError, match=f"does not change alike: {HEAD} = {EMBEDDING}"):
+        live.apply_tensors(tmp_path / "x.patch", tied)
+    assert_bits(tied, base)
+    live.apply_tensors(tmp_path / "x.patch", state)
+    assert_bits(state, model)
+
+
 def test_what_is_not_in_memory_is_refused(pair):
     base, _, patch = pair
     state = state_of(base)
