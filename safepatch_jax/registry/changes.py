@@ -23,6 +23,7 @@ from safepatch_jax.patch_file.rebase import (
     shared_entries,
 )
 from safepatch_jax.registry import signing
+from safepatch_jax.registry.checks import open_patch
 from safepatch_jax.registry.index import BESIDE, CARD, EVALUATION, FORMAT, NAME, Entry, Index
 from safepatch_jax.registry.store import PATCH, Store
 from safepatch_jax.runtime import files
@@ -218,14 +219,16 @@ def remove(
       model: folder of a model on its line, from which the bits before the patch follow; needed
         where others go onto it.
       overlap: one of `rebase.OVERLAPS`.
-      key: signs the manifests of what is written anew, see `add`.
+      key: signs the manifests of what is written anew, see `add`, where it has signed what that is
+        made from; the others have no signature then.
 
     Returns:
       lines that say what was done.
 
     Raises:
       ValueError: no such patch, later ones change entries of it and `overlap` is 'refuse', or the
-        model is missing or another one; the registry was not changed.
+        model is missing or another one, or later ones are signed and no key is given; the registry
+        was not changed.
     """
     lines: list[str] = []
 
@@ -249,8 +252,11 @@ def remove(
         lines.append(f"{label} is removed; its file stays.")
         for old, new in anew.items():
             lines.append(f"{result.label(old)} is now {result.label(new.hash)}")
-            if index.entries[old].signature and key is None:
-                lines.append(f"  {result.label(new.hash)} is not signed: give --sign")
+            if key is not None and new.signature is None:
+                lines.append(
+                    f"  {result.label(new.hash)} is not signed: the key of --sign has not signed "
+                    "all that it is made from"
+                )
         return result
 
     store.change(edit)
@@ -268,7 +274,10 @@ def _write_anew(
 ) -> dict[str, Entry]:
     """Write later patches for the models without one; return the new entries by the old hashes."""
     label = index.label(entry.hash)
-    opened = {x.hash: PatchFile(store.patch(x)) for x in (entry, *later)}
+    if key is None:
+        _refuse_lost_signatures(index, later)
+    opened = {x.hash: open_patch(store, x) for x in (entry, *later)}
+    ours = {x.hash for x in (entry, *later) if _has_signed(key, x)}
     shared = {}
     for x in later:
         shared[index.label(x.hash)] = shared_entries(opened[entry.hash], opened[x.hash])
@@ -277,9 +286,10 @@ def _write_anew(
     anew: dict[str, Entry] = {}
     with tempfile.TemporaryDirectory(prefix="safepatch-") as temporary:
         for x in later:
-            line = [opened[y.hash] for y in index.line(x.hash) if y.hash in opened]
+            line = [y.hash for y in index.line(x.hash) if y.hash in opened]
             out = pathlib.Path(temporary, f"{x.hash}.safetensors")
-            patch = rebase(base, line, out, overlap, (label, index.label(x.hash)))
+            labels = label, index.label(x.hash)
+            patch = rebase(base, [opened[y] for y in line], out, overlap, labels)
             parent, before = entry.parent, entry.before
             if x.parent in anew:
                 parent, before = anew[x.parent].hash, anew[x.parent].after
@@ -288,10 +298,30 @@ def _write_anew(
             rebased = {"of": x.hash, "without": entry.hash, "overlap": overlap, "entries": count}
             kept = {name: size for name, size in x.sizes.items() if name == CARD}
             digest, more = files.file_sha256(out), {"rebased": rebased}
-            anew[x.hash] = _entry(patch, digest, x.name, parent, kept, key, more)
+            # Entries that are shared follow from the other patches too, all others from its own.
+            signer = key if ours.issuperset(line if count else [x.hash]) else None
+            anew[x.hash] = _entry(patch, digest, x.name, parent, kept, signer, more)
             card = {name: store.beside(x)[name] for name in kept}
             _put(store, anew[x.hash], out, card)
     return anew
+
+
+def _refuse_lost_signatures(index: Index, later: Sequence[Entry]) -> None:
+    signed = [index.label(x.hash) for x in later if x.signature]
+    if signed:
+        raise Refused(
+            f"{some(signed, ', ')} would be written anew without a signature. Nothing was removed. "
+            "Give --sign=KEYFILE: what that key has signed is signed again, and what it has not "
+            "has no signature then."
+        )
+
+
+def _has_signed(key: Any, entry: Entry) -> bool:
+    """Return whether a private key has made the signature of a manifest."""
+    if key is None or entry.signature is None:
+        return False
+    ours = entry.signature["key"] == signing.public_of(key)
+    return ours and signing.is_right(entry.signature, entry.content())
 
 
 def _base(
@@ -324,4 +354,4 @@ def _base(
             f"what {label} goes onto ({entry.before[:16]}...), or one that a patch of the line "
             "goes onto or leaves."
         )
-    return Base(model, [PatchFile(store.patch(x)) for x in between])
+    return Base(model, [open_patch(store, x) for x in between])

@@ -11,8 +11,8 @@ from typing import Any
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.conflicts import conflicts, lines
 from safepatch_jax.patch_file.file import PatchFile, inspect
-from safepatch_jax.patch_file.log import folder_hash, patch_hash
-from safepatch_jax.registry import signing
+from safepatch_jax.patch_file.log import folder_hash
+from safepatch_jax.registry.checks import check_signature, open_patch
 from safepatch_jax.registry.index import CARD, Entry, Index
 from safepatch_jax.registry.store import PATCH, Store
 from safepatch_jax.runtime import files
@@ -123,48 +123,13 @@ def verify(store: Store, reference: str = "", trust: str = "") -> list[str]:
 
 
 def _verified(store: Store, entry: Entry, trust: str) -> list[str]:
-    signed = _check_signature(entry, trust)
+    signed = check_signature(entry, trust)
     beside = store.beside(entry)
-    _open(store, entry)
+    open_patch(store, entry)
     states = [f"patch of {entry.manifest['patch']['entries']:,} entries agrees"]
     if entry.sizes:
         states.append(f"{', '.join(sorted(beside.keys() & entry.sizes.keys()))} agree")
     return [*states, signed]
-
-
-def _check_signature(entry: Entry, trust: str) -> str:
-    """Say who has signed a manifest. Raises ValueError if the signature is wrong, or `trust` is
-    given and it is not of that key."""
-    if entry.signature is None:
-        if trust:
-            raise Refused(
-                f"{entry.name}@{entry.hash[:12]} is not signed, and --trust asks for the signature "
-                f"of {trust[:16]}.... Ask its maker for a signed one (add --sign=KEYFILE)."
-            )
-        return "not signed"
-    if trust and entry.signature["key"] != trust:
-        raise Refused(
-            f"{entry.name}@{entry.hash[:12]} is signed by {entry.signature['key'][:16]}..., not by "
-            f"{trust[:16]}..., which --trust asks for."
-        )
-    if not signing.is_right(entry.signature, entry.content()):
-        raise Refused(
-            f"{entry.name}@{entry.hash[:12]}: its signature is not that of its manifest: one of "
-            "them was changed. Do not use it."
-        )
-    return f"signed by {entry.signature['key'][:16]}..."
-
-
-def _open(store: Store, entry: Entry) -> PatchFile:
-    """Open a patch file, which must do what the manifest says."""
-    patch = PatchFile(store.patch(entry))
-    does = patch_hash(patch, "before"), patch_hash(patch, "after"), patch.entries()
-    if does != (entry.before, entry.after, entry.manifest["patch"]["entries"]):
-        raise Refused(
-            f"{entry.name}@{entry.hash[:12]}: the patch file goes from and to other models than "
-            "its manifest says. Do not use it."
-        )
-    return patch
 
 
 def pull(store: Store, reference: str, out: str | pathlib.Path, trust: str = "") -> list[str]:
@@ -174,8 +139,8 @@ def pull(store: Store, reference: str, out: str | pathlib.Path, trust: str = "")
     entry = index.find(reference)
     files.refuse_full_folder(out)
     if trust:
-        _check_signature(entry, trust)
-    patch, beside = _open(store, entry).path, store.beside(entry)
+        check_signature(entry, trust)
+    patch, beside = open_patch(store, entry).path, store.beside(entry)
     with files.new_folder(out) as new:
         for name, path in {PATCH: patch, **beside}.items():
             files.copy(path, new / name)
@@ -225,8 +190,8 @@ def apply(
             "place one is applied at a time."
         )
     for x in steps if trust else ():
-        _check_signature(x, trust)
-    opened = [_open(store, x) for x in steps]
+        check_signature(x, trust)
+    opened = [open_patch(store, x) for x in steps]
     verb = "applied" if _run(opened, folder, out) else "was applied already:"
     return [f"{verb} {index.label(x.hash)}" for x in steps]
 
@@ -272,7 +237,7 @@ def compare(
     between = {}
     for entry in entries:
         between |= {x.hash: x for x in index.line(entry.hash)}
-    one, other = (_open(store, entry) for entry in entries)
-    others = [_open(store, x) for x in between.values() if x not in entries]
+    one, other = (open_patch(store, entry) for entry in entries)
+    others = [open_patch(store, x) for x in between.values() if x not in entries]
     names = [index.label(entry.hash) for entry in entries]
     return lines(conflicts(one, other, folder, others), *names)

@@ -58,7 +58,12 @@ def public_key(text: str) -> str:
 def sign(key: Any, content: bytes) -> dict[str, str]:
     """Return the signature of a manifest: the public key and the value, in hex."""
     value = key.sign(_CONTEXT + content)
-    return {"key": key.public_key().public_bytes_raw().hex(), "value": value.hex()}
+    return {"key": public_of(key), "value": value.hex()}
+
+
+def public_of(key: Any) -> str:
+    """Return the public key of a private one, in hex."""
+    return key.public_key().public_bytes_raw().hex()
 
 
 def is_right(signature: dict[str, str], content: bytes) -> bool:

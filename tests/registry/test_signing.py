@@ -104,14 +104,45 @@ def test_a_changed_manifest_is_no_longer_signed(change, line, keys, signed, tmp_
         apply(signed, f"@{digest}", line / "a", tmp_path / "no", ours)
 
 
-def test_what_is_written_anew_is_signed_again_or_not_at_all(line, keys, signed):
-    ours = signing.public_key(str(keys[0][1]))
-    add(signed, str(line / "c.patch"), "c", key=signing.private_key(keys[0][0]))
-    text = remove(signed, "b", line / "start")
-    assert text[-1].endswith("is not signed: give --sign")
-    assert signed.read().find("c").signature is None
-    remove(signed, "a", line / "start", key=signing.private_key(keys[0][0]))
-    assert len(signed.read().live) == 1 and len(verify(signed, "c", ours)) == 1
+def test_what_is_written_anew_is_signed_again_by_the_key_that_had_signed_it(line, keys, signed):
+    key, ours = signing.private_key(keys[0][0]), signing.public_key(str(keys[0][1]))
+    add(signed, str(line / "c.patch"), "c", key=key)
+    before = (signed.folder / INDEX).read_bytes()
+    with pytest.raises(ValueError, match="c@.* without a signature. Nothing .* --sign=KEYFILE"):
+        remove(signed, "b", line / "start")
+    assert (signed.folder / INDEX).read_bytes() == before
+    text = remove(signed, "b", line / "start", key=key)
+    assert len(text) == 2 and len(verify(signed, "c", ours)) == 1
+
+
+def test_what_others_have_signed_or_nobody_is_written_anew_without_signature(line, keys, signed):
+    """The key of --sign does not vouch for what it had not signed, nor for changed records."""
+    ours, theirs = (signing.private_key(private) for private, _ in keys)
+    add(signed, str(line / "c.patch"), "c", key=theirs)
+    add(signed, str(line / "d.patch"), "d", key=ours)
+    text = remove(signed, "b", line / "start", key=ours)
+    assert len(text) == 4 and "c@" in text[2] and "has not signed all" in text[2]
+    index = signed.read()
+    assert index.find("c").signature is None and index.find("d").signature
+    with pytest.raises(ValueError, match="d@.* without a signature"):
+        remove(signed, "c", line / "start")
+    path = signed.folder / INDEX
+    content = json.loads(path.read_text())
+    content["patches"][index.find("d").hash]["manifest"]["date"] = "2020-01-01T00:00:00+00:00"
+    path.write_text(json.dumps(content))
+    remove(signed, "c", line / "start", key=ours)
+    assert signed.read().find("d").signature is None
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_follows_from_another_patch_too_is_signed_if_that_is(first, line, keys, tmp_path):
+    """d shares an entry with a."""
+    store, ours = Store(str(tmp_path / "shared")), signing.private_key(keys[0][0])
+    add(store, str(line / "a.patch"), "a", key=signing.private_key(keys[first][0]))
+    for name in "bcd":
+        add(store, str(line / f"{name}.patch"), name, key=ours)
+    remove(store, "a", line / "start", "change", key=ours)
+    assert (store.read().find("d").signature is None) == bool(first)
 
 
 def test_keys_of_openssh_and_hex_digits(line, tmp_path):
