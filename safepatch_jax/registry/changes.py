@@ -130,7 +130,7 @@ def _parent(index: Index, before: str, digest: str, reference: str) -> str:
             )
         return entry.hash
     if digest in index.entries:
-        return index.entries[digest].parent
+        return index.parents[digest]
     leaving = [x for x, entry in index.live.items() if entry.after == before]
     if len(leaving) > 1:
         raise Refused(
@@ -180,7 +180,9 @@ def _refuse_other_record(index: Index, entry: Entry) -> None:
     if entry.hash in index.removed:
         date = index.removed[entry.hash]["date"][:10]
         raise Refused(f"{label} was removed on {date}, and is not added again.")
-    others = [x for x in ("name", "parent", "files") if there.manifest[x] != entry.manifest[x]]
+    others = [x for x in ("name", "files") if there.manifest[x] != entry.manifest[x]]
+    if entry.parent not in (there.parent, index.parents[there.hash]):
+        others.append("parent")
     if others:
         raise Refused(
             f"This patch file is there already, as {label}, with another {' and '.join(others)}. "
@@ -290,9 +292,9 @@ def _write_anew(
             out = pathlib.Path(temporary, f"{x.hash}.safetensors")
             labels = label, index.label(x.hash)
             patch = rebase(base, [opened[y] for y in line], out, overlap, labels)
-            parent, before = entry.parent, entry.before
-            if x.parent in anew:
-                parent, before = anew[x.parent].hash, anew[x.parent].after
+            parent, before = index.parents[entry.hash], entry.before
+            if onto := anew.get(index.parents[x.hash]):
+                parent, before = onto.hash, onto.after
             if patch_hash(patch, "before") != before:
                 raise Refused(f"{model} was changed meanwhile. Nothing was removed; try again.")
             rebased = {"of": x.hash, "without": entry.hash, "overlap": overlap, "entries": count}

@@ -36,8 +36,8 @@ def listed(store: Store) -> list[str]:
 
 def _summary(index: Index, entry: Entry) -> str:
     patch, onto = entry.manifest["patch"], f"model {entry.before[:12]}"
-    if entry.parent:
-        onto = index.label(entry.parent)
+    if parent := index.parents[entry.hash]:
+        onto = index.label(parent)
     parts = [
         entry.manifest["date"][:10],
         f"{patch['entries']:,} entries",

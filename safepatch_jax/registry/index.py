@@ -6,6 +6,7 @@ Nothing in it names a path: where a patch lies follows from its hash.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -77,7 +78,8 @@ class Entry:
 
     @property
     def parent(self) -> str:
-        """The hash of the patch before it; '' if it goes onto a model that no patch here leaves."""
+        """The hash of the patch before it, as recorded; '' if no patch that was there left the
+        model that it goes onto, see `Index.parents`."""
         return self.manifest["parent"]
 
     @property
@@ -119,22 +121,35 @@ class Index:
         content = {"format": FORMAT, "patches": patches, "removed": self.removed}
         return (json.dumps(content, indent=1) + "\n").encode()
 
+    @functools.cached_property
+    def parents(self) -> dict[str, str]:
+        """The hash of the patch before each one: the one that is recorded; where none is, as when
+        the later one was added first, the one that leaves the model that it goes onto, if one
+        alone does and does not come after it; else ''."""
+        parents = {x: entry.parent for x, entry in self.entries.items()}
+        leaving: dict[str, list[str]] = {}
+        for x, entry in self.live.items():
+            leaving.setdefault(entry.after, []).append(x)
+        for x, entry in self.live.items():
+            one, *more = leaving.get(entry.before, [""])
+            if not entry.parent and not more and x not in _way(parents, one):
+                parents[x] = one
+        return parents
+
     def line(self, digest: str) -> list[Entry]:
         """Return the patches that lead to one, the first one first, itself last."""
-        line = []
-        while digest:
-            line.append(self.entries[digest])
-            digest = line[-1].parent
-        return line[::-1]
+        return [self.entries[x] for x in _way(self.parents, digest)[::-1]]
 
     def after(self, digest: str) -> list[Entry]:
         """Return the patches that were made after one, on it or on one of these, each after its
         parent."""
-        found = {digest: None}
-        for entry in self.live.values():  # parents are added first
-            if entry.parent in found:
-                found[entry.hash] = entry
-        return [entry for entry in found.values() if entry is not None]
+        children: dict[str, list[Entry]] = {}
+        for x, entry in self.live.items():
+            children.setdefault(self.parents[x], []).append(entry)
+        found = list(children.get(digest, []))
+        for entry in found:  # which grows meanwhile
+            found += children.get(entry.hash, [])
+        return found
 
     def short(self, digest: str) -> str:
         """Return the beginning of a hash that no other one has."""
@@ -180,6 +195,15 @@ class Index:
                 f"{reference} is ambiguous: {some(labels, ', ', 10)}. Give more digits of the hash."
             )
         return found[0]
+
+
+def _way(parents: Mapping[str, str], digest: str) -> list[str]:
+    """Return a patch, the one before it, and so on."""
+    way = []
+    while digest:
+        way.append(digest)
+        digest = parents[digest]
+    return way
 
 
 def load(content: bytes, where: str) -> Index:

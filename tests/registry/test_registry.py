@@ -11,11 +11,12 @@ import sys
 import pytest
 
 from safepatch_jax.patch_file import apply as patch_apply
+from safepatch_jax.patch_file.create import create
 from safepatch_jax.registry.changes import add, remove
 from safepatch_jax.registry.commands import apply, compare, listed, pull, show, verify
 from safepatch_jax.registry.store import INDEX, MANIFEST, PATCH, PATCHES, Store
 from safepatch_jax.runtime import files
-from tests.patch_file.chains import DOWN, UP, arrays, assert_bits
+from tests.patch_file.chains import DOWN, UP, arrays, assert_bits, changed, write_model
 from tests.patch_file.models import ROOT
 from tests.registry.lines import ENTRIES, without
 
@@ -112,6 +113,44 @@ def test_a_model_is_brought_to_the_end_of_a_line_from_any_place_on_it(line, stor
     assert "already" in apply(store, "b", tmp_path / "place")[0]
 
 
+@pytest.mark.parametrize("order", ["dcba", "badc"])
+def test_a_line_is_one_in_whatever_order_its_patches_were_added(order, line, tmp_path):
+    store = Store(str(tmp_path / "registry"))
+    for name in order:
+        add(store, str(line / f"{name}.patch"), name)
+    assert any(f"c@{digest_of(line, 'c')[:8]}" in x for x in listed(store) if x[0] == "d")
+    assert [x.name for x in store.read().after(digest_of(line, "a"))] == list("bcd")
+    for parent in ("", "b"):
+        add(store, str(line / "c.patch"), "c", parent)
+    assert len(apply(store, "d", line / "a", tmp_path / "d")) == 3
+    remove(store, "b", line / "start")
+    apply(store, "d", line / "start", tmp_path / "out")
+    assert_bits(tmp_path / "out", without(line, "b"))
+
+
+def test_patches_that_go_round_in_a_circle_are_a_line_that_ends(line, tmp_path):
+    """One leads back to where another one begins."""
+    create(line / "b", line / "start", tmp_path / "back.patch")
+    store = Store(str(tmp_path / "registry"))
+    for name in ("a", "b"):
+        add(store, str(line / f"{name}.patch"), name)
+    add(store, str(tmp_path / "back.patch"), "back")
+    index = store.read()
+    assert [x.name for x in index.line(index.find("back").hash)] == ["a", "b", "back"]
+    assert [x.name for x in index.after(digest_of(line, "a"))] == ["b", "back"]
+    apply(store, "back", line / "a", tmp_path / "out")
+    assert_bits(tmp_path / "out", arrays(line / "start"))
+
+
+def test_of_several_that_leave_a_model_none_is_guessed(line, tmp_path):
+    store = Store(str(tmp_path / "registry"))
+    create(line / "start", line / "b", tmp_path / "both.patch")
+    for path in (line / "c.patch", line / "b.patch", tmp_path / "both.patch"):
+        add(store, str(path), path.stem)
+    index = store.read()
+    assert [x.name for x in index.line(digest_of(line, "c"))] == ["c"]
+
+
 @pytest.mark.parametrize("name", [PATCH, MANIFEST])
 def test_files_that_were_changed_or_are_missing_are_named(name, line, store, tmp_path):
     path = store.folder / PATCHES / digest_of(line, "b") / name
@@ -167,13 +206,9 @@ def test_any_model_of_the_line_will_do(model, line, store, tmp_path):
 
 def test_branches_are_written_anew_too(line, store, tmp_path):
     shutil.copytree(line / "b", tmp_path / "other")
-    from tests.patch_file.chains import changed, write_model
-
     model = write_model(
         changed(arrays(line / "b"), {DOWN: {50: 1.0}}), line / "b", tmp_path / "branch"
     )
-    from safepatch_jax.patch_file.create import create
-
     create(line / "b", model, tmp_path / "e.patch")
     add(store, str(tmp_path / "e.patch"), "e")
     remove(store, "b", line / "start")
