@@ -53,14 +53,16 @@ def add(
         was made for, if there is one.
       card: a file that describes it, Markdown.
       evaluations: files with what it was measured to do: a run's report, a gate's verdict.
-      key: a private key, see `signing.private_key`; its signature is stored.
+      key: a private key, see `signing.private_key`; its signature is stored, also of a patch that
+        is there without one.
 
     Returns:
       its name, NAME@HASH.
 
     Raises:
       ValueError: a file that cannot be used, a name that cannot be, a parent that leaves another
-        model, or the patch is there already with other records.
+        model, or the patch is there already with other records, or signed by another key. One
+        that is there has its files put back if they are missing or damaged.
     """
     if not NAME.fullmatch(name):
         raise Refused(
@@ -80,7 +82,10 @@ def add(
         if digest in index.entries:
             _refuse_other_record(index, entry)
             label = index.label(digest)
-            return None
+            signed = _signed(index, entry, opened, key)
+            if signed is not None or not _is_stored(store, index.entries[digest]):
+                _put(store, signed or index.entries[digest], opened.path, beside)
+            return signed and Index(index.entries | {digest: signed}, index.removed)
         _put(store, entry, opened.path, beside)
         added = Index(index.entries | {digest: entry}, index.removed)
         label = added.label(digest)
@@ -188,6 +193,49 @@ def _refuse_other_record(index: Index, entry: Entry) -> None:
             f"This patch file is there already, as {label}, with another {' and '.join(others)}. "
             "What is recorded of a patch does not change."
         )
+
+
+def _signed(index: Index, entry: Entry, patch: PatchFile, key: Any) -> Entry | None:
+    """Return a patch that is there with a signature of what is recorded of it, which must be what
+    `entry` says, but for the date; None if there is nothing to sign."""
+    there = index.entries[entry.hash]
+    if key is None or _has_signed(key, there):
+        return None
+    label = index.label(entry.hash)
+    if there.signature:
+        raise Refused(
+            f"{label} has a signature already that names the key {there.signature['key'][:16]}..., "
+            "and is not signed anew."
+        )
+    wanted = entry.manifest | {x: there.manifest[x] for x in ("date", "parent")}
+    if "rebased" in there.manifest:
+        wanted["rebased"] = _rebased(patch) | {"entries": there.manifest["rebased"]["entries"]}
+    if there.manifest != wanted:
+        names = [x for x in there.manifest if there.manifest[x] != wanted.get(x)]
+        raise Refused(
+            f"{label}: its record has another {ascii(some(names, ', '))[1:-1]} than its patch file "
+            "says, and is not signed."
+        )
+    return dataclasses.replace(there, signature=signing.sign(key, there.content()))
+
+
+def _rebased(patch: PatchFile) -> dict[str, Any]:
+    """Return what a patch file that was written anew says of that; what is missing is None."""
+    about, values = patch.about, {"overlap": patch.about.get("overlap")}
+    for name in ("of", "without"):
+        value = about.get(name)
+        values[name] = value.get("sha256") if isinstance(value, dict) else None
+    return values
+
+
+def _is_stored(store: Store, entry: Entry) -> bool:
+    """Return whether the files of a patch are there, as they were added."""
+    try:
+        store.patch(entry)
+        store.beside(entry)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _put(

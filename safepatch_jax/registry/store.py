@@ -119,7 +119,9 @@ class Store:
         path = self._brought(entry) / MANIFEST
         if not path.is_file() or path.stat().st_size > limit("INDEX_BYTES"):
             raise Refused(f"{name_of(path)} is missing or damaged. Copy it back from a backup.")
-        if read_manifest(path.read_bytes(), name_of(path)) != (entry.manifest, entry.signature):
+        manifest, signature = read_manifest(path.read_bytes(), name_of(path))
+        # A signature that the index does not have is of a command that was killed.
+        if manifest != entry.manifest or entry.signature not in (None, signature):
             raise Refused(
                 f"{name_of(path)} says something else than {INDEX}. Copy both back from one backup."
             )

@@ -66,6 +66,19 @@ def test_adding_again_changes_nothing_and_records_do_not_change(line, store, tmp
     assert (store.folder / INDEX).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", [PATCH, MANIFEST])
+def test_adding_again_puts_back_what_is_damaged_or_missing(name, line, store):
+    path = store.folder / PATCHES / digest_of(line, "b") / name
+    index = (store.folder / INDEX).read_bytes()
+    for spoil in (lambda: path.write_bytes(b"{}"), path.unlink, lambda: shutil.rmtree(path.parent)):
+        spoil()
+        with pytest.raises(ValueError, match="b@"):
+            verify(store)
+        add(store, str(line / "b.patch"), "b")
+        assert len(verify(store)) == 4
+    assert (store.folder / INDEX).read_bytes() == index
+
+
 def test_hashes_are_shortened_as_far_as_they_are_unique(line, store):
     index = store.read()
     digest = digest_of(line, "b")

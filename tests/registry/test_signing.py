@@ -104,6 +104,43 @@ def test_a_changed_manifest_is_no_longer_signed(change, line, keys, signed, tmp_
         apply(signed, f"@{digest}", line / "a", tmp_path / "no", ours)
 
 
+def test_a_patch_that_is_there_is_signed_later(line, keys, signed):
+    ours, theirs = (signing.private_key(private) for private, _ in keys)
+    public = signing.public_key(str(keys[0][1]))
+    add(signed, str(line / "c.patch"), "c")
+    date = signed.read().find("c").manifest["date"]
+    unsigned = (signed.folder / INDEX).read_bytes()
+    add(signed, str(line / "c.patch"), "c", key=ours)
+    (signed.folder / INDEX).write_bytes(unsigned)  # as a killed command leaves it
+    assert verify(signed)[2].endswith("not signed")
+    add(signed, str(line / "c.patch"), "c", key=ours)
+    assert len(verify(signed, trust=public)) == 3
+    assert signed.read().find("c").manifest["date"] == date
+    before = (signed.folder / INDEX).read_bytes()
+    for key in (None, ours):
+        add(signed, str(line / "c.patch"), "c", key=key)
+    with pytest.raises(ValueError, match=f"c@.* names the key {public[:16]}.* not signed anew"):
+        add(signed, str(line / "c.patch"), "c", key=theirs)
+    assert (signed.folder / INDEX).read_bytes() == before
+
+
+def test_what_was_written_anew_without_signature_is_signed_later(line, keys, store):
+    remove(store, "b", line / "start")
+    entry = store.read().find("c")
+    add(store, str(store.patch(entry)), "c", key=signing.private_key(keys[0][0]))
+    assert len(verify(store, "c", signing.public_key(str(keys[0][1])))) == 1
+
+
+@pytest.mark.parametrize("field", ["before", "kind", "more"])
+def test_a_record_that_says_something_else_than_its_patch_is_not_signed(field, line, keys, store):
+    path = store.folder / INDEX
+    content = json.loads(path.read_text())
+    content["patches"][store.read().find("a").hash]["manifest"][field] = "0" * 64
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"a@.* another {field} than its patch file says"):
+        add(store, str(line / "a.patch"), "a", key=signing.private_key(keys[0][0]))
+
+
 def test_what_is_written_anew_is_signed_again_by_the_key_that_had_signed_it(line, keys, signed):
     key, ours = signing.private_key(keys[0][0]), signing.public_key(str(keys[0][1]))
     add(signed, str(line / "c.patch"), "c", key=key)
