@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safepatch_jax.patch_file.file import PatchFile
-from safepatch_jax.patch_file.log import folder_hash, patch_hash
+from safepatch_jax.patch_file.log import patch_hash
 from safepatch_jax.patch_file.rebase import (
     REFUSE,
     Base,
@@ -23,7 +23,7 @@ from safepatch_jax.patch_file.rebase import (
     shared_entries,
 )
 from safepatch_jax.registry import signing
-from safepatch_jax.registry.checks import open_patch
+from safepatch_jax.registry.checks import Model, open_patch
 from safepatch_jax.registry.index import BESIDE, CARD, EVALUATION, FORMAT, NAME, Entry, Index
 from safepatch_jax.registry.store import PATCH, Store
 from safepatch_jax.runtime import files
@@ -390,18 +390,18 @@ def _base(
             f"{names} were made on {label} and are written anew without it: give --model, a model "
             f"of the line, for instance what {label} goes onto."
         )
-    digest, between = folder_hash(pathlib.Path(model)), None
-    line = index.line(entry.hash)
+    line, between = index.line(entry.hash), None
+    digests = Model(model).digests(store, [*line, *later])
     for place, x in enumerate(line):
-        if x.before == digest:
+        if x.before == digests[x.hash]:
             between = line[place:-1]
     for x in (entry, *later):
-        if between is None and x.after == digest:
+        if between is None and x.after == digests[x.hash]:
             between = index.line(x.hash)[len(line) - 1 :]
     if between is None:
         raise Refused(
-            f"{model} is no model of the line of {label}: its hash is {str(digest)[:16]}.... Give "
-            f"what {label} goes onto ({entry.before[:16]}...), or one that a patch of the line "
-            "goes onto or leaves."
+            f"{model} is no model of the line of {label}: its hash is "
+            f"{digests[entry.hash][:16]}.... Give what {label} goes onto "
+            f"({entry.before[:16]}...), or one that a patch of the line goes onto or leaves."
         )
     return Base(model, [open_patch(store, x) for x in between])

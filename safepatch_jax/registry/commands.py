@@ -11,8 +11,7 @@ from typing import Any
 from safepatch_jax.patch_file import apply as patch_apply
 from safepatch_jax.patch_file.conflicts import conflicts, lines
 from safepatch_jax.patch_file.file import PatchFile, inspect
-from safepatch_jax.patch_file.log import folder_hash
-from safepatch_jax.registry.checks import check_signature, open_patch
+from safepatch_jax.registry.checks import Model, check_signature, open_patch
 from safepatch_jax.registry.index import CARD, Entry, Index
 from safepatch_jax.registry.store import PATCH, Store
 from safepatch_jax.runtime import files
@@ -182,7 +181,8 @@ def apply(
             f"{index.label(entry.hash)} was {_fate(index, removal)}. It is not applied; pull still "
             "gives its file, which patch revert needs."
         )
-    steps = _missing(index, entry, folder)
+    model = Model(folder)
+    steps = _missing(store, index, entry, model)
     if len(steps) > 1 and out is None:
         raise Refused(
             f"{folder} lacks {len(steps)} patches of the line: "
@@ -192,18 +192,35 @@ def apply(
     for x in steps if trust else ():
         check_signature(x, trust)
     opened = [open_patch(store, x) for x in steps]
+    _refuse_strangers(model, opened, [index.label(x.hash) for x in steps], folder)
     verb = "applied" if _run(opened, folder, out) else "was applied already:"
     return [f"{verb} {index.label(x.hash)}" for x in steps]
 
 
-def _missing(index: Index, entry: Entry, folder: str | pathlib.Path) -> list[Entry]:
-    """Return the patches of a line from what a folder is on; the last one alone where it is no
-    model of the line, and applying it says why."""
-    line, digest = index.line(entry.hash), folder_hash(pathlib.Path(folder))
+def _missing(store: Store, index: Index, entry: Entry, model: Model) -> list[Entry]:
+    """Return the patches of a line from what a model is on; the last one alone where it is no model
+    of the line, and applying it says why, or has it."""
+    line = index.line(entry.hash)
+    digests = model.digests(store, line)
+    if entry.after == digests[entry.hash]:
+        return [entry]
     for place in range(len(line) - 1, -1, -1):
-        if line[place].before == digest:
+        if line[place].before == digests[line[place].hash]:
             return line[place:]
     return [entry]
+
+
+def _refuse_strangers(
+    model: Model, steps: Sequence[PatchFile], labels: Sequence[str], folder: str | pathlib.Path
+) -> None:
+    """Raise ValueError if a model has tensors that a patch after the first one does not list."""
+    for patch, label in zip(steps[1:], labels[1:]):
+        if names := model.strangers(patch):
+            raise Refused(
+                f"{folder} has tensors that {label} does not list, as the model that it was made "
+                f"for was exported without them: {some(names, ', ')}. Nothing was written. Apply "
+                f"the patches up to it, and give the model without these tensors."
+            )
 
 
 def _run(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from safepatch_jax.patch_file import apply as patch_apply
@@ -162,6 +163,45 @@ def test_of_several_that_leave_a_model_none_is_guessed(line, tmp_path):
         add(store, str(path), path.stem)
     index = store.read()
     assert [x.name for x in index.line(digest_of(line, "c"))] == ["c"]
+
+
+@pytest.fixture
+def buffered(line, tmp_path):
+    """The models start and a, and one after b, with a buffer that exports leave out."""
+    buffer = {"model.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    for name in ("start", "a", "b"):
+        write_model(arrays(line / name) | buffer, line / name, tmp_path / "buffered" / name)
+    return tmp_path / "buffered"
+
+
+def test_a_model_with_a_buffer_that_exports_leave_out(line, buffered, tmp_path):
+    """Its patches list the buffer as one that may be missing."""
+    store, wanted = Store(str(tmp_path / "registry")), without(line, "c", "d")
+    for name, before in (("a", "start"), ("b", "a"), ("c", "b")):
+        create(buffered / before, line / name, tmp_path / f"{name}.patch")
+        add(store, str(tmp_path / f"{name}.patch"), name)
+    assert len(apply(store, "b", buffered / "start", tmp_path / "out")) == 2
+    assert_bits(tmp_path / "out", arrays(buffered / "b"))
+    assert "already" in apply(store, "b", buffered / "b", tmp_path / "again")[0]
+    assert len(apply(store, "b", line / "start", tmp_path / "plain")) == 2
+    assert_bits(tmp_path / "plain", wanted)
+    remove(store, "b", buffered / "start")
+    apply(store, "c", line / "start", tmp_path / "c")
+    assert_bits(tmp_path / "c", without(line, "b", "d"))
+
+
+def test_a_buffer_that_a_later_patch_does_not_know_is_named(line, buffered, tmp_path):
+    store = Store(str(tmp_path / "registry"))
+    create(buffered / "start", line / "a", tmp_path / "a.patch")
+    add(store, str(tmp_path / "a.patch"), "a")
+    add(store, str(line / "b.patch"), "b")
+    with pytest.raises(ValueError, match=r"start has tensors that b@.* not list.*: model\.rotary"):
+        apply(store, "b", buffered / "start", tmp_path / "out")
+    with pytest.raises(ValueError, match="inv_freq is not in the patch"):
+        apply(store, "b", buffered / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="do not list the same tensors: model.rotary"):
+        remove(store, "a", buffered / "start")
 
 
 @pytest.mark.parametrize("name", [PATCH, MANIFEST])
