@@ -133,13 +133,25 @@ class Store:
         if not self._address:
             files.refuse_link(folder, self.folder)
             return folder
-        size = Objects(address_of(folder)).sizes().get(PATCH)
-        if size is not None and size != entry.manifest["patch"]["bytes"]:
-            raise Refused(
-                f"{name_of(folder)}/{PATCH} has {size:,} bytes, and "
-                f"{entry.manifest['patch']['bytes']:,} were added. Copy it back from a backup."
-            )
+        self._refuse_other_objects(folder, entry)
         return mirror.fetch(folder)
+
+    def _refuse_other_objects(self, folder: pathlib.Path, entry: Entry) -> None:
+        """Raise ValueError if a bucket has more of a patch, or of other sizes, than was added."""
+        wanted = {name: file["bytes"] for name, file in entry.sizes.items()}
+        wanted[PATCH] = entry.manifest["patch"]["bytes"]
+        most = dict.fromkeys((MANIFEST, mirror.LIST, mirror.PUBLISHING), limit("INDEX_BYTES"))
+        for name, size in Objects(address_of(folder)).sizes().items():
+            where = f"{name_of(folder)}/{ascii(name)[1:-1]:.80}"
+            if name not in wanted and name not in most:
+                raise Refused(f"{where} is none of the files that were added. Delete it there.")
+            if size != wanted.get(name, size):
+                raise Refused(
+                    f"{where} has {size:,} bytes, and {wanted[name]:,} were added. Copy it back "
+                    "from a backup."
+                )
+            if size > most.get(name, size):
+                raise Refused(f"{where} has {too_much('INDEX_BYTES')}.")
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         if self._address:

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from safepatch_jax.registry.changes import add, remove
-from safepatch_jax.registry.commands import apply, listed, pull, verify
-from safepatch_jax.registry.store import INDEX, PATCH, PATCHES, Store
-from safepatch_jax.runtime import addresses, files, lease
+from safepatch_jax.registry.commands import apply, listed, pull, show, verify
+from safepatch_jax.registry.store import INDEX, MANIFEST, PATCH, PATCHES, Store
+from safepatch_jax.runtime import addresses, files, lease, mirror
 from safepatch_jax.runtime.objects import Objects
 from tests import bucket as buckets
 from tests.patch_file.chains import assert_bits
@@ -65,6 +65,31 @@ def test_a_patch_file_that_was_changed_in_the_bucket_is_refused(place, line, tmp
     there.write(PATCH, b"x" * (1 << 20))
     with pytest.raises(ValueError, match="has 1,048,576 bytes, and .* were added"):
         pull(store, "a", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("other", b"x" * 5000, "other is none of the files that were added"),
+        ("card.md", b"x" * 5000, "card.md has 5,000 bytes, and 3 were added"),
+        (MANIFEST, b"x" * 5000, "patch.json has more than 4,000 bytes .SAFEPATCH_INDEX_BYTES"),
+        (mirror.LIST, b"x" * 5000, "published.json has more than 4,000 bytes"),
+    ],
+    ids=["other", "card", "manifest", "list"],
+)
+def test_nothing_larger_than_what_was_added_is_brought(
+    name, content, message, place, line, tmp_path, monkeypatch
+):
+    store = Store(place)
+    (tmp_path / "card.md").write_text("abc")
+    add(store, str(line / "a.patch"), "a", card=str(tmp_path / "card.md"))
+    folder = f"{PATCHES}/{files.file_sha256(line / 'a.patch')}"
+    Objects(f"{place}/{folder}").write(name, content)
+    store.folder.rename(tmp_path / "copies")  # on another machine
+    monkeypatch.setenv("SAFEPATCH_INDEX_BYTES", "4000")
+    with pytest.raises(ValueError, match=message):
+        show(store, "a")
+    assert not (store.folder / folder).exists()
 
 
 def test_of_writers_at_once_none_loses_an_entry(place, line, tmp_path):
