@@ -70,6 +70,12 @@ def add(
             "and '-', the first one a letter or digit, at most 100."
         )
     opened = PatchFile(patch)
+    if patch_hash(opened, "before") == patch_hash(opened, "after"):
+        raise Refused(
+            f"{opened.path} changes only tensors that exports leave out "
+            f"({some(opened.changed(), ', ')}): the models before and after it have one hash, and a "
+            "registry cannot tell them apart."
+        )
     beside = _beside(card, evaluations)
     digest = files.file_sha256(opened.path)
     label = ""

@@ -59,7 +59,8 @@ class Store:
             registry has an empty index.
 
         Raises:
-          ValueError: as `read` and `edit`, or the place cannot be locked.
+          ValueError: as `read` and `edit`, the place cannot be locked, or what `edit` makes of the
+            index could not be read again.
         """
         with self._held():
             while True:
@@ -69,8 +70,20 @@ class Store:
                     self._refuse_large(len(content))
                 where = f"{self.name}/{INDEX}"
                 index = edit(Index() if content is None else load(content, where))
-                if index is None or self._written(index.dump(), version):
+                if index is None or self._written(self._dumped(index, where), version):
                     return
+
+    def _dumped(self, index: Index, where: str) -> bytes:
+        """Return the content of an index that can be read again."""
+        content = index.dump()
+        try:
+            self._refuse_large(len(content))
+            load(content, where)
+        except Refused as error:
+            raise Refused(
+                f"The registry was not changed, as it could not be read any more: {error}"
+            ) from error
+        return content
 
     def fill(self, entry: Entry, fill: Callable[[pathlib.Path], None]) -> None:
         """Put the folder of a patch in its place: `fill` is given an empty one."""
