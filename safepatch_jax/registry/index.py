@@ -253,12 +253,13 @@ def _impossible(manifest: Mapping[str, Any]) -> Iterable[str]:
     """Yield what of a manifest, whose fields have the right types, cannot be."""
     if manifest["format"] != FORMAT:
         yield f"its format is {manifest['format']}"
-    for name, file in {"patch": manifest["patch"], **manifest["files"]}.items():
-        if name != "patch" and not BESIDE.fullmatch(name):
-            yield f"a file has the name {ascii(name):.80}"
-        if not 0 <= file["bytes"] <= _LARGEST:
-            yield f"{name} has {file['bytes']} bytes"
     patch = manifest["patch"]
+    for name, file in [("patch", patch), *manifest["files"].items()]:
+        if not 0 <= file["bytes"] <= _LARGEST:
+            yield f"{ascii(name)[1:-1]:.80} has {file['bytes']} bytes"
+    for name in manifest["files"]:
+        if not BESIDE.fullmatch(name):
+            yield f"a file has the name {ascii(name):.80}"
     if not 0 < patch["tensors"] <= patch["entries"] <= _LARGEST:
         yield f"it changes {patch['entries']} entries of {patch['tensors']} tensors"
     if manifest["before"] == manifest["after"]:
