@@ -315,6 +315,7 @@ def remove(
                 )
         return result
 
+    store.read()  # where there is none, changing makes one
     store.change(edit)
     return lines
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.patch_file import apply as patch_apply
-from safepatch_jax.patch_file.create import create
+from safepatch_jax.patch_file.create import Change, create, write_patch
 from safepatch_jax.registry.changes import add, remove
 from safepatch_jax.registry.commands import apply, compare, listed, pull, show, verify
 from safepatch_jax.registry.store import INDEX, MANIFEST, PATCH, PATCHES, Store
@@ -311,6 +311,8 @@ HASH = "0" * 64
         (lambda c: first(c)["manifest"]["patch"].update(entries=0), "it changes 0 entries"),
         (lambda c: files_of(c).update({"../card.md": FILE}), "a file has the name '../card.md'"),
         (lambda c: files_of(c).update({"evaluation-1.sh": FILE}), "has the name 'evaluation-1.sh'"),
+        (lambda c: files_of(c).update({"patch": FILE}), "a file has the name 'patch'"),
+        (lambda c: hide_bytes(c), "patch has -1 bytes"),
         (lambda c: first(c)["manifest"].update(parent="x"), "parent is 'x'"),
         (lambda c: first(c)["manifest"].update(parent=HASH), "comes before its parent 0000"),
         (lambda c: circle(c), "comes before its parent"),
@@ -352,6 +354,11 @@ def files_of(content):
     return first(content)["manifest"]["files"]
 
 
+def hide_bytes(content):
+    first(content)["manifest"]["patch"].update(bytes=-1)
+    files_of(content).update({"patch": FILE})
+
+
 def circle(content):
     one, two = list(content["patches"].values())[:2]
     one["manifest"].update(parent=two["manifest"]["patch"]["sha256"])
@@ -369,6 +376,25 @@ def test_what_is_no_index_is_refused(content, store):
     assert str(info.value).isprintable()
 
 
+def test_nothing_is_added_that_makes_the_registry_unreadable(line, store, tmp_path, monkeypatch):
+    buffer = "model.rotary_emb.inv_freq"
+    tensors = {name: x.view(np.uint16) for name, x in arrays(line / "start").items()}
+    changes = {}
+    for name, x in tensors.items():
+        changes[name] = Change("bfloat16", x.shape, [(x.reshape(-1), x.reshape(-1))])
+    bits = np.zeros(4, np.uint32), np.ones(4, np.uint32)
+    changes[buffer] = Change("float32", (4,), [bits], optional=True)
+    write_patch(tmp_path / "buffer.patch", "difference", {}, changes)
+    index = (store.folder / INDEX).read_bytes()
+    with pytest.raises(ValueError, match=f"only tensors that exports leave out .{buffer}"):
+        add(store, str(tmp_path / "buffer.patch"), "e")
+    create(line / "start", line / "b", tmp_path / "e.patch")
+    monkeypatch.setenv("SAFEPATCH_INDEX_BYTES", str(len(index) + 100))
+    with pytest.raises(ValueError, match="was not changed, .* more than .* bytes"):
+        add(store, str(tmp_path / "e.patch"), "e")
+    assert (store.folder / INDEX).read_bytes() == index and len(verify(store)) == 4
+
+
 def test_an_index_may_not_be_too_large(store, monkeypatch):
     monkeypatch.setenv("SAFEPATCH_INDEX_BYTES", "100")
     with pytest.raises(ValueError, match=r"more than 100 bytes \(SAFEPATCH_INDEX_BYTES"):
@@ -378,6 +404,8 @@ def test_an_index_may_not_be_too_large(store, monkeypatch):
 def test_no_registry_is_made_by_reading(tmp_path):
     with pytest.raises(ValueError, match="There is no registry at"):
         listed(Store(str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="There is no registry at"):
+        remove(Store(str(tmp_path / "nothing")), "a")
     assert not (tmp_path / "nothing").exists()
 
 
