@@ -73,8 +73,8 @@ def add(
     if patch_hash(opened, "before") == patch_hash(opened, "after"):
         raise Refused(
             f"{opened.path} changes only tensors that exports leave out "
-            f"({some(opened.changed(), ', ')}): the models before and after it have one hash, and a "
-            "registry cannot tell them apart."
+            f"({some(opened.changed(), ', ')}): the models before and after it have one hash, by "
+            "which a registry tells them apart."
         )
     beside = _beside(card, evaluations)
     digest = files.file_sha256(opened.path)

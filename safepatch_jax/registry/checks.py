@@ -27,8 +27,8 @@ def check_signature(entry: Entry, trust: str) -> str:
         return "not signed"
     if trust and entry.signature["key"] != trust:
         raise Refused(
-            f"{entry.name}@{entry.hash[:12]} is signed by {entry.signature['key'][:16]}..., not by "
-            f"{trust[:16]}..., which --trust asks for."
+            f"{entry.name}@{entry.hash[:12]} is signed in the name of the key "
+            f"{entry.signature['key'][:16]}..., not of {trust[:16]}..., which --trust asks for."
         )
     if not signing.is_right(entry.signature, entry.content()):
         raise Refused(

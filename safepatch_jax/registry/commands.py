@@ -44,7 +44,7 @@ def _summary(index: Index, entry: Entry) -> str:
         f"on {onto}",
     ]
     if entry.signature:
-        parts.append(f"signed by {entry.signature['key'][:12]}")
+        parts.append(f"names the key {entry.signature['key'][:12]}, not checked")
     if evaluations := len(entry.sizes.keys() - {CARD}):
         parts.append(f"{evaluations} evaluation{'s' * (evaluations > 1)}")
     return ", ".join(parts)
@@ -69,7 +69,7 @@ def show(store: Store, reference: str) -> list[str]:
     text = [f"{index.label(entry.hash)}: {entry.hash}"]
     if entry.hash in index.removed:
         text.append(_fate(index, index.removed[entry.hash]))
-    for name, value in entry.manifest.items():
+    for name, value in entry.known.items():
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text.append(f"{name}: {shown}")
     text.append(f"signature: {_signed(entry)}")
@@ -81,7 +81,9 @@ def show(store: Store, reference: str) -> list[str]:
 
 
 def _signed(entry: Entry) -> str:
-    return f"by the key {entry.signature['key']}" if entry.signature else "none"
+    if entry.signature is None:
+        return "none"
+    return f"names the key {entry.signature['key']}, not checked: safepatch registry verify does"
 
 
 def _beginning(path: pathlib.Path) -> list[str]:

@@ -24,6 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 CARD, EVALUATION = "card.md", "evaluation-{}.{}"
 BESIDE = re.compile(r"card\.md|evaluation-[1-9][0-9]?\.(json|md|xml|txt)")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
+_WORD = re.compile("[a-z_-]{1,40}")
 _MAYBE = re.compile("[0-9a-f]{64}|")
 _REFERENCE = re.compile(rf"({NAME.pattern})?(?:@([0-9a-f]{{4,64}}))?")
 _SHORTEST = 8  # digits of a hash that are shown
@@ -34,13 +35,13 @@ _MANIFEST = {
     "name": NAME,
     "date": _DATE,
     "patch": {**_FILE, "entries": int, "tensors": int},
-    "kind": str,
+    "kind": _WORD,
     "before": HASH,
     "after": HASH,
     "parent": _MAYBE,
     "files": Each(_FILE),
 }
-_REBASED = {"of": HASH, "without": HASH, "overlap": str, "entries": int}
+_REBASED = {"of": HASH, "without": HASH, "overlap": _WORD, "entries": int}
 _INDEX = {
     "format": int,
     "patches": Each({"manifest": _MANIFEST}),
@@ -87,12 +88,26 @@ class Entry:
         """SHA-256 and bytes of what lies beside the patch file, by name."""
         return self.manifest["files"]
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """The manifest without fields that are not known here, which may say anything."""
+        return _known(self.manifest, _MANIFEST | {"rebased": _REBASED})
+
     def content(self) -> bytes:
         """Return what is signed."""
         return json.dumps(self.manifest, sort_keys=True, separators=(",", ":")).encode()
 
     def to_json(self) -> dict[str, Any]:
         return {"manifest": self.manifest, "signature": self.signature}
+
+
+def _known(value: Any, wanted: Any) -> Any:
+    """Return what of a JSON value, which is as wanted, is wanted."""
+    if isinstance(wanted, Each):
+        return {key: _known(inner, wanted.value) for key, inner in value.items()}
+    if not isinstance(wanted, dict):
+        return value
+    return {key: _known(value[key], inner) for key, inner in wanted.items() if key in value}
 
 
 class Index:

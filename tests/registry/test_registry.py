@@ -311,6 +311,7 @@ HASH = "0" * 64
         (lambda c: first(c)["manifest"]["patch"].update(entries=0), "it changes 0 entries"),
         (lambda c: files_of(c).update({"../card.md": FILE}), "a file has the name '../card.md'"),
         (lambda c: files_of(c).update({"evaluation-1.sh": FILE}), "has the name 'evaluation-1.sh'"),
+        (lambda c: first(c)["manifest"].update(kind="x, signed by y"), "kind is 'x, signed"),
         (lambda c: files_of(c).update({"patch": FILE}), "a file has the name 'patch'"),
         (lambda c: hide_bytes(c), "patch has -1 bytes"),
         (lambda c: first(c)["manifest"].update(parent="x"), "parent is 'x'"),
@@ -333,6 +334,19 @@ def test_hostile_indices_are_refused(change, message, store):
     with pytest.raises(ValueError, match=message) as info:
         listed(store)
     assert str(info.value).isprintable() and len(str(info.value)) < 700
+
+
+def test_fields_that_are_not_known_are_not_shown(line, store):
+    path = store.folder / INDEX
+    content = json.loads(path.read_text())
+    entry = content["patches"][digest_of(line, "a")]
+    entry["manifest"]["signature"] = entry["manifest"]["patch"]["more"] = "of the key forged"
+    path.write_text(json.dumps(content))
+    path = store.folder / PATCHES / digest_of(line, "a") / MANIFEST
+    path.write_text(json.dumps(entry))
+    text = show(store, "a")
+    assert "kind: difference" in text and not any("forged" in x for x in text)
+    assert [x for x in text if x.startswith("signature:")] == ["signature: none"]
 
 
 FILE = {"sha256": HASH, "bytes": 1}

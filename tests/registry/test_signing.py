@@ -6,7 +6,7 @@ import pytest
 
 from safepatch_jax.registry import signing
 from safepatch_jax.registry.changes import add, remove
-from safepatch_jax.registry.commands import apply, listed, pull, verify
+from safepatch_jax.registry.commands import apply, listed, pull, show, verify
 from safepatch_jax.registry.store import INDEX, MANIFEST, PATCHES, Store
 from tests.patch_file.chains import assert_bits
 from tests.registry.lines import without
@@ -48,7 +48,8 @@ def signed(line, keys, tmp_path):
 
 def test_signed_patches_are_trusted_and_no_others(line, keys, signed, tmp_path):
     ours, theirs = (signing.public_key(str(public)) for _, public in keys)
-    assert f"signed by {ours[:12]}" in listed(signed)[0]
+    assert f"names the key {ours[:12]}, not checked" in listed(signed)[0]
+    assert any(f"names the key {ours}, not checked" in x for x in show(signed, "a"))
     assert all(f"signed by {ours[:16]}" in x for x in verify(signed, trust=ours))
     apply(signed, "b", line / "start", tmp_path / "out", ours)
     assert_bits(tmp_path / "out", without(line, "c", "d"))
@@ -59,7 +60,7 @@ def test_signed_patches_are_trusted_and_no_others(line, keys, signed, tmp_path):
         lambda: pull(signed, "b", tmp_path / "no", theirs),
         lambda: verify(signed, trust=theirs),
     ):
-        with pytest.raises(ValueError, match=f"is signed by {ours[:16]}.*, not by {theirs[:16]}"):
+        with pytest.raises(ValueError, match=f"the key {ours[:16]}.*, not of {theirs[:16]}"):
             call()
     for call in (
         lambda: apply(signed, "c", line / "start", tmp_path / "no", ours),
@@ -131,11 +132,15 @@ def test_what_was_written_anew_without_signature_is_signed_later(line, keys, sto
     assert len(verify(store, "c", signing.public_key(str(keys[0][1])))) == 1
 
 
-@pytest.mark.parametrize("field", ["before", "kind", "more"])
-def test_a_record_that_says_something_else_than_its_patch_is_not_signed(field, line, keys, store):
+@pytest.mark.parametrize(
+    "field, value", [("before", "0" * 64), ("kind", "scaled"), ("more", "signed by all")]
+)
+def test_a_record_that_says_something_else_than_its_patch_is_not_signed(
+    field, value, line, keys, store
+):
     path = store.folder / INDEX
     content = json.loads(path.read_text())
-    content["patches"][store.read().find("a").hash]["manifest"][field] = "0" * 64
+    content["patches"][store.read().find("a").hash]["manifest"][field] = value
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"a@.* another {field} than its patch file says"):
         add(store, str(line / "a.patch"), "a", key=signing.private_key(keys[0][0]))
