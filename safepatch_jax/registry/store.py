@@ -86,8 +86,11 @@ class Store:
         return content
 
     def fill(self, entry: Entry, fill: Callable[[pathlib.Path], None]) -> None:
-        """Put the folder of a patch in its place: `fill` is given an empty one."""
+        """Put the folder of a patch in its place: `fill` is given an empty one. Raises `lease.Lost`
+        before anything is deleted if another writer has taken the lease."""
         folder = self._folder(entry.hash)
+        if self._address:
+            check_leases(self._address)
         files.refuse_link(folder, self.folder)
         with files.new_folder(folder, replace=True) as new:
             fill(new)

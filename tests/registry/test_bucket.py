@@ -11,6 +11,7 @@ from safepatch_jax.registry.changes import add, remove
 from safepatch_jax.registry.commands import apply, listed, pull, show, verify
 from safepatch_jax.registry.store import INDEX, MANIFEST, PATCH, PATCHES, Store
 from safepatch_jax.runtime import addresses, files, lease, mirror
+from safepatch_jax.runtime.holding import leased
 from safepatch_jax.runtime.objects import Objects
 from tests import bucket as buckets
 from tests.patch_file.chains import assert_bits
@@ -127,6 +128,20 @@ def test_a_writer_whose_lease_had_expired_takes_no_entry_away(place, line, tmp_p
     add(store, str(line / "b.patch"), "b")
     assert calls == [["a"], ["a", "d"]]
     assert sorted(x.name for x in store.read().live.values()) == ["a", "b", "d"]
+
+
+def test_a_writer_that_has_lost_its_lease_deletes_nothing(place, line, monkeypatch):
+    store = Store(place)
+    add(store, str(line / "a.patch"), "a")
+    entry = store.read().find("a")
+    there = Objects(f"{place}/{PATCHES}/{entry.hash}")
+    sizes = there.sizes()
+    with leased(place):
+        Objects(place).write(lease.NAME, b"{}")  # another holder took it
+        monkeypatch.setattr(lease, "SECONDS", 0.0)
+        with pytest.raises(lease.Lost):
+            store.fill(entry, lambda folder: None)
+    assert there.sizes() == sizes
 
 
 def test_no_permission_is_told_in_one_line(place, server, line):
