@@ -89,7 +89,7 @@ def add(
             _refuse_other_record(index, entry)
             label = index.label(digest)
             signed = _signed(index, entry, opened, key)
-            if signed is not None or not _is_stored(store, index.entries[digest]):
+            if signed is not None or not store.is_whole(index.entries[digest]):
                 _put(store, signed or index.entries[digest], opened.path, beside)
             return signed and Index(index.entries | {digest: signed}, index.removed)
         _put(store, entry, opened.path, beside)
@@ -232,16 +232,6 @@ def _rebased(patch: PatchFile) -> dict[str, Any]:
         value = about.get(name)
         values[name] = value.get("sha256") if isinstance(value, dict) else None
     return values
-
-
-def _is_stored(store: Store, entry: Entry) -> bool:
-    """Return whether the files of a patch are there, as they were added."""
-    try:
-        store.patch(entry)
-        store.beside(entry)
-    except (ValueError, OSError):
-        return False
-    return True
 
 
 def _put(

@@ -108,6 +108,24 @@ class Store:
             found[name] = self._checked(entry, name, wanted)
         return found | {MANIFEST: self._manifest(entry)}
 
+    def is_whole(self, entry: Entry) -> bool:
+        """Return whether the files of a patch lie there as they were added; of a bucket all are
+        read, not only what is new since they were brought here."""
+        try:
+            if self._address:
+                folder = self._folder(entry.hash)
+                self._refuse_other_objects(folder, entry)
+                objects = Objects(address_of(folder))
+                hashes = objects.hashes(objects.sizes().keys() & {PATCH, *entry.sizes})
+                wanted = entry.sizes | {PATCH: entry.manifest["patch"]}
+                if any(hashes.get(x, {}).get("sha256") != y["sha256"] for x, y in wanted.items()):
+                    return False
+            self.patch(entry)
+            self.beside(entry)
+        except (ValueError, OSError):
+            return False
+        return True
+
     def has(self, entry: Entry) -> bool:
         """Return whether anything of a patch is there."""
         folder = self._folder(entry.hash)

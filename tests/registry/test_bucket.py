@@ -68,6 +68,21 @@ def test_a_patch_file_that_was_changed_in_the_bucket_is_refused(place, line, tmp
         pull(store, "a", tmp_path / "out")
 
 
+def test_adding_again_puts_back_what_is_damaged_or_missing_in_the_bucket(place, line):
+    store = Store(place)
+    add(store, str(line / "a.patch"), "a")
+    there = Objects(f"{place}/{PATCHES}/{files.file_sha256(line / 'a.patch')}")
+    content = there.read(PATCH)
+    for spoil in (
+        lambda: there.write(PATCH, content[:-1] + b"x"),
+        lambda: there.delete([PATCH]),
+        lambda: there.delete(list(there.sizes())),
+    ):
+        spoil()
+        add(store, str(line / "a.patch"), "a")
+        assert there.read(PATCH) == content and len(verify(store)) == 1
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
