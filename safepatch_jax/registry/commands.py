@@ -184,7 +184,7 @@ def apply(
             "gives its file, which patch revert needs."
         )
     model = Model(folder)
-    steps = _missing(store, index, entry, model)
+    steps = _missing(store, index, entry, model, folder)
     if len(steps) > 1 and out is None:
         raise Refused(
             f"{folder} lacks {len(steps)} patches of the line: "
@@ -199,9 +199,12 @@ def apply(
     return [f"{verb} {index.label(x.hash)}" for x in steps]
 
 
-def _missing(store: Store, index: Index, entry: Entry, model: Model) -> list[Entry]:
+def _missing(
+    store: Store, index: Index, entry: Entry, model: Model, folder: str | pathlib.Path
+) -> list[Entry]:
     """Return the patches of a line from what a model is on; the last one alone where it is no model
-    of the line, and applying it says why, or has it."""
+    of the line, and applying it says why, or has it. Raises ValueError where removed patches are
+    in the way."""
     line = index.line(entry.hash)
     digests = model.digests(store, line)
     if entry.after == digests[entry.hash]:
@@ -209,7 +212,27 @@ def _missing(store: Store, index: Index, entry: Entry, model: Model) -> list[Ent
     for place in range(len(line) - 1, -1, -1):
         if line[place].before == digests[line[place].hash]:
             return line[place:]
+    _refuse_removed(index, line, digests[entry.hash], folder)
     return [entry]
+
+
+def _refuse_removed(
+    index: Index, line: Sequence[Entry], digest: str, folder: str | pathlib.Path
+) -> None:
+    """Raise ValueError if a model is what a removed patch leaves and the line is reached from there
+    by taking patches off: says which."""
+    models = {x.before for x in line} | {line[-1].after}
+    for removed in index.removed:
+        back: list[str] = []
+        for x in index.line(removed)[::-1] if index.entries[removed].after == digest else ():
+            back.append(index.label(x.hash))
+            if x.before in models:
+                raise Refused(
+                    f"{folder} is what {back[0]} leaves, which was removed. Nothing was written. "
+                    f"Take off, in this order, {', '.join(back)} (safepatch registry pull gives "
+                    "their files, safepatch patch revert takes them off), then give this command "
+                    "again."
+                )
 
 
 def _refuse_strangers(

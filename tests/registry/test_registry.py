@@ -250,6 +250,20 @@ def test_a_patch_in_the_middle_is_removed_exactly(line, store, tmp_path):
     assert "was removed on" in remove(store, f"@{digest_of(line, 'b')}")[0]
 
 
+def test_a_model_that_has_removed_patches_is_told_the_way(line, store, tmp_path):
+    remove(store, "b", line / "start")
+    labels = [f"{name}@{digest_of(line, name)[:8]}" for name in "cb"]
+    with pytest.raises(ValueError, match=f"Take off, in this order, {', '.join(labels)} "):
+        apply(store, "d", line / "c", tmp_path / "out")
+    model = line / "c"
+    for label in labels:
+        pull(store, label, tmp_path / label)
+        patch_apply.revert(tmp_path / label / PATCH, model, tmp_path / f"without {label}")
+        model = tmp_path / f"without {label}"
+    assert len(apply(store, "d", model, tmp_path / "out")) == 2
+    assert_bits(tmp_path / "out", without(line, "b"))
+
+
 @pytest.mark.parametrize("model", ["start", "a", "d"])
 def test_any_model_of_the_line_will_do(model, line, store, tmp_path):
     remove(store, "b", line / model)
