@@ -29,6 +29,8 @@ middle: exactly, where later patches do not change what it changed; else it is r
 
 --sign takes an ed25519 private key (openssl genpkey -algorithm ed25519 -out key.pem), --trust the
 public one (openssl pkey -in key.pem -pubout); both need pip install 'safepatch-jax[sign]'.
+add --sign also signs a patch that is there without a signature. remove needs --sign where later
+patches are signed: what that key has signed it signs again, the others lose their signatures.
 docs/registry.md has what is promised. Exit code 0: done; 2: a mistake, with one line that names it.
 """
 

@@ -346,7 +346,8 @@ def _write_anew(
             kept = {name: size for name, size in x.sizes.items() if name == CARD}
             digest, more = files.file_sha256(out), {"rebased": rebased}
             # Entries that are shared follow from the other patches too, all others from its own.
-            signer = key if ours.issuperset(line if count else [x.hash]) else None
+            sources = line if count else [x.hash]
+            signer = key if ours.issuperset(sources) else None
             anew[x.hash] = _entry(patch, digest, x.name, parent, kept, signer, more)
             card = {name: store.beside(x)[name] for name in kept}
             _put(store, anew[x.hash], out, card)
