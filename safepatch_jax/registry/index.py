@@ -145,15 +145,20 @@ class Index:
         leaving: dict[str, list[str]] = {}
         for x, entry in self.live.items():
             leaving.setdefault(entry.after, []).append(x)
+        firsts = {x: parent or x for x, parent in parents.items()}
         for x, entry in self.live.items():
-            one, *more = leaving.get(entry.before, [""])
-            if not entry.parent and not more and x not in _way(parents, one):
-                parents[x] = one
+            candidates = leaving.get(entry.before, [])
+            if not entry.parent and len(candidates) == 1 and _first(firsts, candidates[0]) != x:
+                parents[x] = firsts[x] = candidates[0]
         return parents
 
     def line(self, digest: str) -> list[Entry]:
         """Return the patches that lead to one, the first one first, itself last."""
-        return [self.entries[x] for x in _way(self.parents, digest)[::-1]]
+        line = []
+        while digest:
+            line.append(self.entries[digest])
+            digest = self.parents[digest]
+        return line[::-1]
 
     def after(self, digest: str) -> list[Entry]:
         """Return the patches that were made after one, on it or on one of these, each after its
@@ -212,13 +217,13 @@ class Index:
         return found[0]
 
 
-def _way(parents: Mapping[str, str], digest: str) -> list[str]:
-    """Return a patch, the one before it, and so on."""
-    way = []
-    while digest:
-        way.append(digest)
-        digest = parents[digest]
-    return way
+def _first(firsts: dict[str, str], digest: str) -> str:
+    """Return the first patch of a line, by the one before each patch or the first itself; the way
+    there is shortened, so that many patches cost no more than a few steps each."""
+    while firsts[digest] != digest:
+        firsts[digest] = firsts[firsts[digest]]
+        digest = firsts[digest]
+    return digest
 
 
 def load(content: bytes, where: str) -> Index:
