@@ -159,7 +159,7 @@ def main(_: list[str]) -> None:
         disk = [f"--workdir={folder / 'disk'}", f"--run.cache_dir={folder / 'cache'}"]
         if _PROCESSES.value == "2":  # the same command has the same model
             disk.append(f"--model.source={folder / 'host0' / 'model'}")
-        whole(folder, {}, f"--workdir={folder / 'warm'}", *disk[1:])  # compiles
+        whole(folder, variables, f"--workdir={folder / 'warm'}", *disk[1:])  # compiles
         shutil.rmtree(folder / "cache")
         on_disk = whole(folder, variables, *disk)
         expected = file_sha256(folder / "disk" / "stages" / "export" / "model/model.safetensors")
