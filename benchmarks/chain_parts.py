@@ -37,15 +37,13 @@ from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
     PatchLog,
-    companion_hashes,
     folder_hash,
     label,
-    patch_hash,
 )
-from safepatch_jax.patch_file.log_lines import FORMAT
 from safepatch_jax.patch_file.pruning import keep_models
 from safepatch_jax.reporting.tables import table
 from safepatch_jax.runtime import files
+from tests.patch_file.hand_made import begin, log_link
 
 _MODEL = flags.DEFINE_string("model", None, "A model folder.", required=True)
 _FOLDER = flags.DEFINE_string("folder", None, "Where the chain is made; new.", required=True)
@@ -67,20 +65,6 @@ def flipped(tensor: Stored, rng: np.random.Generator) -> Iterator[tuple[np.ndarr
         yield before, after
 
 
-def begin(model: pathlib.Path, workdir: pathlib.Path) -> PatchLog:
-    entry = {
-        "format": FORMAT,
-        "source": str(model),
-        "aligned": False,
-        "folder": str(model),
-        "model": folder_hash(model),
-        "companions": companion_hashes(model),
-        "settings": {},
-        "versions": {},
-    }
-    return PatchLog.begin(workdir, entry)
-
-
 def add_link(log: PatchLog, rng: np.random.Generator) -> PatchFile:
     """Log a made-up link on the head, with its patch file and its model."""
     number, parent = log.head + 1, log.head
@@ -92,22 +76,7 @@ def add_link(log: PatchLog, rng: np.random.Generator) -> PatchFile:
     (folder / PATCH).parent.mkdir(parents=True)
     patch = write_patch(folder / PATCH, "difference", {}, changes)
     patch_apply.apply(patch.path, log.folder(parent), folder / EXPORT)
-    entry = {
-        "number": number,
-        "name": f"c{number}",
-        "parent": {"link": parent, "model": log.hash(parent)},
-        "model": patch_hash(patch, "after"),
-        "patch": {
-            "sha256": files.file_sha256(patch.path),
-            "entries": patch.entries(),
-            "bytes": patch.path.stat().st_size,
-        },
-        "data": {"harmful": "none", "category": "", "hash": "0" * 64, "records": 0},
-        "seed": 0,
-        "settings": {},
-        "versions": {},
-    }
-    log.append("link", entry)
+    log_link(log, f"c{number}", patch)
     return patch
 
 
@@ -126,7 +95,7 @@ def main(argv: list[str]) -> None:
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty.")
     folder.mkdir(parents=True, exist_ok=True)
-    log, rng, rows = begin(model, folder / "chain"), np.random.default_rng(0), []
+    log, rng, rows = begin(folder / "chain", model), np.random.default_rng(0), []
     weights = sum(math.prod(x.shape) for x in Checkpoint(model).tensors.values())
     print(f"{machine()}; {weights:,} weights, CPU seconds", flush=True)
     for _ in range(_LINKS.value):

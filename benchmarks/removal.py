@@ -23,20 +23,16 @@ from absl import app, flags
 
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.patch_file.create import Change, write_patch
-from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
+from safepatch_jax.patch_file.file import BITS, RUN, runs_of
 from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
     PatchLog,
-    companion_hashes,
-    folder_hash,
     label,
-    patch_hash,
 )
-from safepatch_jax.patch_file.log_lines import FORMAT
 from safepatch_jax.patch_file.removal import remove
-from safepatch_jax.runtime import files
 from safepatch_jax.runtime.paths import resolve
+from tests.patch_file.hand_made import begin, log_link
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the chain is made; new.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "A model folder, which is read only.", required=True)
@@ -70,20 +66,7 @@ def add_link(log: PatchLog, number: int) -> None:
         if len(stored.shape) < 2:
             pairs = ((bits, bits) for bits in runs_of(stored))
         changes[tensor] = Change(stored.dtype, stored.shape, pairs)
-    patch: PatchFile = write_patch(path, "difference", {}, changes)
-    sizes = {"entries": patch.entries(), "bytes": path.stat().st_size}
-    entry = {
-        "number": number,
-        "name": name,
-        "parent": {"link": number - 1, "model": log.hash(number - 1)},
-        "model": patch_hash(patch, "after"),
-        "patch": {"sha256": files.file_sha256(path), **sizes},
-        "data": {"harmful": "none", "category": "", "hash": "0" * 64, "records": 0},
-        "seed": number,
-        "settings": {},
-        "versions": {},
-    }
-    log.append("link", entry)
+    log_link(log, name, write_patch(path, "difference", {}, changes), seed=number)
 
 
 def differing(log: PatchLog, folder: pathlib.Path, links: list[int]) -> int:
@@ -100,17 +83,7 @@ def differing(log: PatchLog, folder: pathlib.Path, links: list[int]) -> int:
 
 def main(_) -> None:
     start = resolve(_MODEL.value)
-    line = {
-        "format": FORMAT,
-        "source": str(start),
-        "aligned": False,
-        "folder": str(start),
-        "model": folder_hash(start),
-        "companions": companion_hashes(start),
-        "settings": {},
-        "versions": {},
-    }
-    log = PatchLog.begin(resolve(_FOLDER.value), line)
+    log = begin(resolve(_FOLDER.value), start)
     for number in range(1, _COUNT.value + 1):
         add_link(log, number)
     weights = sum(math.prod(x.shape) for x in Checkpoint(start).tensors.values())

@@ -209,19 +209,9 @@ _FLAGS = {
 
 
 def run(arguments: list[str]) -> None:
-    command, *rest = arguments or [""]
-    if command not in _COMMANDS:
-        problem = f"got {command}" if command else "none was given"
-        raise ValueError(
-            f"one command is needed, {problem}. There are {', '.join(_COMMANDS)}; see python -m "
-            "launch.continual --help."
-        )
-    call, count, takes = _COMMANDS[command]
-    if len(rest) != count or not all(number.isdecimal() for number in rest):
-        raise ValueError(
-            f"{command} takes {count or 'no'} number{'s' * (count != 1)} after it, got "
-            f"'{' '.join(rest)}'."
-        )
+    words = ("number", "numbers")
+    command, rest = main.command_of("continual", arguments, _COMMANDS, words, str.isdecimal)
+    call, _, takes = _COMMANDS[command]
     stray = []
     if command != "run":
         # Flags of settings and processes would have no effect.

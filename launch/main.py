@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -146,6 +146,40 @@ def _code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else _MISTAKE
+
+
+def command_of(
+    launcher: str,
+    arguments: Sequence[str],
+    commands: Mapping[str, tuple[Any, int, str]],
+    words: tuple[str, str],
+    fits: Callable[[str], bool] = bool,
+) -> tuple[str, list[str]]:
+    """Return the command that was given, and what stands after it.
+
+    Args:
+      launcher: its name.
+      arguments: of the command line, flags aside.
+      commands: by name: what is called, how many words it takes, its flags.
+      words: what these are called, one and several.
+      fits: whether a word is such a one.
+
+    Raises:
+      ValueError: no such command, or other words after it.
+    """
+    command, *rest = arguments or [""]
+    if command not in commands:
+        problem = f"got {command}" if command else "none was given"
+        raise ValueError(
+            f"one command is needed, {problem}. There are {', '.join(commands)}; see python -m "
+            f"launch.{launcher} --help."
+        )
+    count = commands[command][1]
+    if len(rest) != count or not all(map(fits, rest)):
+        raise ValueError(
+            f"{command} takes {count or 'no'} {words[count != 1]} after it, got '{' '.join(rest)}'."
+        )
+    return command, rest
 
 
 def command_values(

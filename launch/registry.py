@@ -200,19 +200,9 @@ _FLAGS = {
 
 
 def run(arguments: list[str]) -> None:
-    command, *patches = arguments or [""]
-    if command not in _COMMANDS:
-        problem = f"got {command}" if command else "none was given"
-        raise ValueError(
-            f"one command is needed, {problem}. There are {', '.join(_COMMANDS)}; see python -m "
-            "launch.registry --help."
-        )
-    call, count, takes = _COMMANDS[command]
-    if len(patches) != count:
-        raise ValueError(
-            f"{command} takes {count or 'no'} patch{'es' * (count != 1)} after it, got "
-            f"'{' '.join(patches)}'."
-        )
+    words = ("patch", "patches")
+    command, patches = main.command_of("registry", arguments, _COMMANDS, words)
+    call, _, takes = _COMMANDS[command]
     call(*patches, *main.command_values(command, takes, _FLAGS))
 
 

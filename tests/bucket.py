@@ -50,3 +50,13 @@ def running(folder: pathlib.Path):
             yield Bucket(folder, process.stdout.readline().strip())
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def bucket_server(tmp_path_factory):
+    """A running server that the clients of this process, and of those it starts, find."""
+    with running(tmp_path_factory.mktemp("bucket")) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.variables.items():
+                patch.setenv(name, value)
+            yield server

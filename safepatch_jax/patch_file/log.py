@@ -399,6 +399,15 @@ def patch_hash(patch: PatchFile, when: str) -> str:
     return model_hash(hashes)
 
 
+def patch_facts(patch: PatchFile) -> dict[str, Any]:
+    """Return what the log has of a patch file."""
+    return {
+        "sha256": files.file_sha256(patch.path),
+        "entries": patch.entries(),
+        "bytes": pathlib.Path(patch.path).stat().st_size,
+    }
+
+
 def folder_hash(folder: pathlib.Path) -> str | None:
     """Return the hash of a model folder; None if its weights are missing or cannot be read."""
     if not has_weights(folder):

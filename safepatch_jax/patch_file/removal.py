@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from safepatch_jax.patch_file.file import PatchFile
-from safepatch_jax.patch_file.log import LINKS, PATCH, PatchLog, label, patch_hash
+from safepatch_jax.patch_file.log import LINKS, PATCH, PatchLog, label, patch_facts, patch_hash
 from safepatch_jax.patch_file.log_lines import START
 from safepatch_jax.patch_file.rebase import (
     REFUSE,
@@ -130,11 +130,7 @@ def _write_anew(
                     "of": number,
                     "parent": parent,
                     "model": patch_hash(patch, "after"),
-                    "patch": {
-                        "sha256": files.file_sha256(patch.path),
-                        "entries": patch.entries(),
-                        "bytes": patch.path.stat().st_size,
-                    },
+                    "patch": patch_facts(patch),
                 }
             )
         parent = {"link": new, "model": moved[-1]["model"]}

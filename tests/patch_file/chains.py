@@ -9,14 +9,10 @@ from safepatch_jax.patch_file.log import (
     EXPORT,
     LINKS,
     PATCH,
-    PatchLog,
-    companion_hashes,
-    folder_hash,
     label,
 )
-from safepatch_jax.patch_file.log_lines import FORMAT
-from safepatch_jax.runtime import files
 from safepatch_jax.testing import write_tiny_model
+from tests.patch_file import hand_made
 
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 WEIGHTS = "model.safetensors"
@@ -50,45 +46,16 @@ def write_model(tensors, like, out):
 def begin(folder):
     """A chain without links, and its starting model."""
     start = write_tiny_model(folder / "start", dtype="bfloat16")
-    line = {
-        "format": FORMAT,
-        "source": "x",
-        "aligned": False,
-        "folder": str(start),
-        "model": folder_hash(start),
-        "companions": companion_hashes(start),
-        "settings": {},
-        "versions": {},
-    }
-    return PatchLog.begin(folder / "work", line)
+    return hand_made.begin(folder / "work", start)
 
 
 def add_link(log, name, entries):
     """Log the model that differs from the head by `entries`, see `changed`, as the next link."""
-    number, parent = max(log.links, default=0) + 1, log.head
-    before = log.model(parent)
-    folder = log.workdir / LINKS / label(number, name)
+    before = log.model(log.head)
+    folder = log.workdir / LINKS / label(number := hand_made.next_number(log), name)
     model = write_model(changed(arrays(before), entries), before, folder / EXPORT)
     (folder / PATCH).parent.mkdir()
-    patch = create(before, model, folder / PATCH, {})
-    log.append(
-        "link",
-        {
-            "number": number,
-            "name": name,
-            "parent": {"link": parent, "model": log.hash(parent)},
-            "model": folder_hash(model),
-            "data": {"harmful": "x.csv", "category": name, "hash": "0" * 64, "records": 3},
-            "seed": number,
-            "settings": {},
-            "versions": {},
-            "patch": {
-                "sha256": files.file_sha256(patch.path),
-                "entries": patch.entries(),
-                "bytes": patch.path.stat().st_size,
-            },
-        },
-    )
+    hand_made.log_link(log, name, create(before, model, folder / PATCH, {}), seed=number)
 
 
 def bits(tensors):

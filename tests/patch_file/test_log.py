@@ -27,16 +27,16 @@ from safepatch_jax.patch_file.log import (
     LINKS,
     PATCH,
     PatchLog,
-    companion_hashes,
     folder_hash,
     label,
     patch_hash,
 )
-from safepatch_jax.patch_file.log_lines import FORMAT, LOG, entry_id
+from safepatch_jax.patch_file.log_lines import LOG, entry_id
 from safepatch_jax.patch_file.pruning import keep_models
 from safepatch_jax.patch_file.stack import Stack
-from safepatch_jax.runtime import files, locks
+from safepatch_jax.runtime import locks
 from safepatch_jax.testing import write_tiny_model
+from tests.patch_file import hand_made
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 SIZES = {  # of the chain of `log`
@@ -61,29 +61,11 @@ def changed_copy(model, out, entries):
 
 def add_link(log, name, entries):
     """Log a model that differs from the head in some entries as the next link."""
-    number, parent = max(log.links, default=0) + 1, log.head
-    folder = log.workdir / LINKS / label(number, name)
-    model = changed_copy(log.folder(parent), folder / EXPORT, entries)
+    before = log.folder(log.head)
+    folder = log.workdir / LINKS / label(hand_made.next_number(log), name)
+    model = changed_copy(before, folder / EXPORT, entries)
     (folder / PATCH).parent.mkdir()
-    patch = create(log.folder(parent), model, folder / PATCH, {})
-    log.append(
-        "link",
-        {
-            "number": number,
-            "name": name,
-            "parent": {"link": parent, "model": log.hash(parent)},
-            "model": folder_hash(model),
-            "data": {"harmful": "x.csv", "category": name, "hash": "0" * 64, "records": 3},
-            "seed": 0,
-            "settings": {},
-            "versions": {},
-            "patch": {
-                "sha256": files.file_sha256(patch.path),
-                "entries": patch.entries(),
-                "bytes": patch.path.stat().st_size,
-            },
-        },
-    )
+    hand_made.log_link(log, name, create(before, model, folder / PATCH, {}))
 
 
 def rewrite(log, change):
@@ -101,19 +83,7 @@ def log(tmp_path):
     """Three links: 1 changes entries 0-9, 2 entries 5-14, 3 sets 5-9 back as they were before 2 and
     changes 20."""
     start = write_tiny_model(tmp_path / "start")
-    log = PatchLog.begin(
-        tmp_path / "work",
-        {
-            "format": FORMAT,
-            "source": "x",
-            "aligned": False,
-            "folder": str(start),
-            "model": folder_hash(start),
-            "companions": companion_hashes(start),
-            "settings": {},
-            "versions": {},
-        },
-    )
+    log = hand_made.begin(tmp_path / "work", start)
     for name, entries in (("a", range(10)), ("b", range(5, 15)), ("c", [*range(5, 10), 20])):
         add_link(log, name, entries)
     return log

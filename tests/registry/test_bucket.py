@@ -22,17 +22,8 @@ from tests.registry.test_registry import ADDS
 pytestmark = buckets.needed
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with buckets.running(tmp_path_factory.mktemp("bucket")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.variables.items():
-                patch.setenv(name, value)
-            yield server
-
-
 @pytest.fixture
-def place(server, request):
+def place(bucket_server, request):
     return f"gs://bucket/{request.node.name.replace('[', '-').replace(']', '')}"
 
 
@@ -159,8 +150,8 @@ def test_a_writer_that_has_lost_its_lease_deletes_nothing(place, line, monkeypat
     assert there.sizes() == sizes
 
 
-def test_no_permission_is_told_in_one_line(place, server, line):
-    with server.faults(denied=True):
+def test_no_permission_is_told_in_one_line(place, bucket_server, line):
+    with bucket_server.faults(denied=True):
         with pytest.raises(ValueError, match="no permission|Cannot lock") as info:
             add(Store(place), str(line / "a.patch"), "a")
     assert "\n" not in str(info.value)

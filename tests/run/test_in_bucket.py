@@ -21,15 +21,6 @@ FILES = ("export/model/model.safetensors", "patch_file/patch.safetensors")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with bucket.running(tmp_path_factory.mktemp("bucket")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.variables.items():
-                patch.setenv(name, value)
-            yield server
-
-
-@pytest.fixture(scope="module")
 def on_disk(one_device, tmp_path_factory):
     """The run on disk, with its derived models and scores."""
     folder = tmp_path_factory.mktemp("in bucket")
@@ -49,7 +40,7 @@ def in_bucket(on_disk):
 
 
 @pytest.fixture(scope="module")
-def done(server, in_bucket):
+def done(bucket_server, in_bucket):
     """The same run in the bucket."""
     job = Job(in_bucket, WORKDIR)
     job.run()

@@ -23,17 +23,8 @@ from tests.launch.test_processes import free_port
 pytestmark = buckets.needed
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with buckets.running(tmp_path_factory.mktemp("bucket")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.variables.items():
-                patch.setenv(name, value)
-            yield server
-
-
 @pytest.fixture
-def place(server, request):
+def place(bucket_server, request):
     """An address of the test's own, and the local folder that stands for it."""
     address = f"gs://bucket/{request.node.name.replace('[', '-').replace(']', '')}"
     return address, paths.resolve(address)
@@ -64,11 +55,11 @@ def test_a_folder_is_published_with_its_list_last_and_read_by_it(place):
     assert address in one_line(info)
 
 
-def test_what_a_listing_does_not_show_yet_is_read_all_the_same(place, server):
+def test_what_a_listing_does_not_show_yet_is_read_all_the_same(place, bucket_server):
     address, folder = place
     fill(folder, a="one", b="two")
     shutil.rmtree(folder)
-    with server.faults(hidden=[f"{address.removeprefix('gs://bucket/')}/b"]):
+    with bucket_server.faults(hidden=[f"{address.removeprefix('gs://bucket/')}/b"]):
         assert "b" not in Objects(address).sizes()
         assert (mirror.fetch(folder) / "b").read_text() == "two"
 
@@ -224,9 +215,9 @@ def test_who_lost_the_lock_of_a_folder_publishes_nothing_there(place):
     assert "a" not in Objects(address).sizes()
 
 
-def test_a_busy_server_is_asked_again(place, server):
+def test_a_busy_server_is_asked_again(place, bucket_server):
     address, folder = place
-    with server.faults(busy=2):
+    with bucket_server.faults(busy=2):
         fill(folder, a="one")
     assert Objects(address).read("a") == b"one"
 
@@ -241,14 +232,14 @@ def test_a_busy_server_is_asked_again(place, server):
         ("gs://bucket/nothing-here", "There is nothing at gs://bucket/nothing-here"),
     ],
 )
-def test_addresses_that_cannot_be_read_are_refused_in_one_line(server, address, fix):
+def test_addresses_that_cannot_be_read_are_refused_in_one_line(bucket_server, address, fix):
     with pytest.raises(ValueError, match=fix) as info:
         paths.readable(address)
     one_line(info)
 
 
-def test_no_permission_is_told_in_one_line(place, server):
-    with server.faults(denied=True):
+def test_no_permission_is_told_in_one_line(place, bucket_server):
+    with bucket_server.faults(denied=True):
         with pytest.raises(ValueError, match="no permission") as info:
             paths.readable(place[0])
         one_line(info)
@@ -257,7 +248,7 @@ def test_no_permission_is_told_in_one_line(place, server):
         one_line(info)
 
 
-def test_a_path_stands_for_an_address_also_while_it_is_filled(server):
+def test_a_path_stands_for_an_address_also_while_it_is_filled(bucket_server):
     path = paths.resolve("gs://bucket/a/b")
     assert addresses.address_of(path) == "gs://bucket/a/b"
     partial = path.with_name(f".b.0123abcd-{os.getpid()}.x9_.partial") / "c"
@@ -267,7 +258,7 @@ def test_a_path_stands_for_an_address_also_while_it_is_filled(server):
     assert addresses.shown(f"see {path}") == "see gs://bucket/a/b"
 
 
-def test_conversions_and_patches_go_from_bucket_to_bucket(place, server, tmp_path):
+def test_conversions_and_patches_go_from_bucket_to_bucket(place, bucket_server, tmp_path):
     address, _ = place
     model = write_tiny_model(tmp_path / "model", dtype="bfloat16")
 
@@ -291,7 +282,7 @@ def test_conversions_and_patches_go_from_bucket_to_bucket(place, server, tmp_pat
     assert "is not changed in place" in out and "Traceback" not in out
 
 
-def test_processes_without_a_common_folder_share_a_bucket(server, tmp_path):
+def test_processes_without_a_common_folder_share_a_bucket(bucket_server, tmp_path):
     port, running = free_port(), []
     for i in range(2):
         env = os.environ | {

@@ -19,15 +19,6 @@ ONE = STAGES.partition(";")[0]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with bucket.running(tmp_path_factory.mktemp("bucket")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.variables.items():
-                patch.setenv(name, value)
-            yield server
-
-
-@pytest.fixture(scope="module")
 def on_disk(one_device, settings, tmp_path_factory):  # noqa: F811
     work = tmp_path_factory.mktemp("run") / "work"
     run(settings, work, parse_links(STAGES))
@@ -35,7 +26,7 @@ def on_disk(one_device, settings, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def in_bucket(server, settings):  # noqa: F811
+def in_bucket(bucket_server, settings):  # noqa: F811
     return settings.override({"run.cache_dir": "gs://bucket/cache"})
 
 
@@ -101,7 +92,7 @@ def test_a_link_is_taken_off_and_a_lost_model_is_built_again(made, on_disk, mach
     assert there.sizes()["model.safetensors"]
 
 
-def test_a_workdir_without_a_log_is_told_in_one_line(server):
+def test_a_workdir_without_a_log_is_told_in_one_line(bucket_server):
     with pytest.raises(ValueError, match="There is no patch log") as info:
         PatchLog("gs://bucket/nothing")
     assert "\n" not in str(info.value)

@@ -27,6 +27,7 @@ from safepatch_jax.patch_file.log import (
     data_text,
     folder_hash,
     label,
+    patch_facts,
     patch_hash,
 )
 from safepatch_jax.patch_file.log_lines import LOG, START, START_DIR
@@ -276,11 +277,7 @@ class Chain:
             "name": link.name,
             "parent": {"link": parent, "model": before},
             "model": model,
-            "patch": {
-                "sha256": files.file_sha256(path),
-                "bytes": path.stat().st_size,
-                "entries": patch.entries(),
-            },
+            "patch": patch_facts(patch),
             "data": {
                 **self._data(link),
                 "hash": self._data_hash(link.name),

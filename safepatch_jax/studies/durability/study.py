@@ -55,7 +55,7 @@ from safepatch_jax.studies.durability.treat import (
     treated,
     treated_row,
 )
-from safepatch_jax.studies.evaluate.study import difference
+from safepatch_jax.studies.record import refuse_other
 
 RECORD, MEASURED, KEPT = "durability_inputs.json", "measured", "treated"
 _NAMES = (RECORD, MEASURED, KEPT, OPENINGS, environment.FILE, *report.FILES)
@@ -144,18 +144,7 @@ class _Study:
 
     def check_record(self) -> None:
         """Raise ValueError if the folder is of other models, data or settings."""
-        path = self._out / RECORD
-        if not path.is_file():
-            return
-        noted, changes = files.read_json(path, _FIX), []
-        for name, value in self._record.items():
-            if noted.get(name) != value:
-                changes.append(difference(name, noted.get(name), value))
-        if changes:
-            raise ValueError(
-                f"{self._out} is a durability study with other {' and '.join(changes)}. Give "
-                "another --workdir, or delete it."
-            )
+        refuse_other(self._out / RECORD, self._record, "a durability study", "--workdir", _FIX)
 
     def begin(self, command: Sequence[str]) -> None:
         """Note what the folder is for."""

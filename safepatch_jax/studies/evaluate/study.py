@@ -25,12 +25,13 @@ from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.reporting import charts
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, processes
-from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate import report, side_by_side
 from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
+from safepatch_jax.studies.record import refuse_other
 
 RECORD = "evaluation.json"
 _FIX = (
@@ -136,18 +137,7 @@ class _Evaluation:
 
     def check_record(self) -> None:
         """Raise ValueError if the folder is of an evaluation of something else."""
-        path = self._out / RECORD
-        if not path.is_file():
-            return
-        record, changes = files.read_json(path, _FIX), []
-        for name, value in self._record.items():
-            if record.get(name) != value:
-                changes.append(difference(name, record.get(name), value))
-        if changes:
-            raise ValueError(
-                f"{self._out} is an evaluation with other {' and '.join(changes)}. Give another "
-                "--out, or delete it."
-            )
+        refuse_other(self._out / RECORD, self._record, "an evaluation", "--out", _FIX)
 
     def _write_record(self) -> None:
         if not (self._out / RECORD).is_file():
@@ -307,20 +297,3 @@ def _check(
                 "different architectures. Give --against the model that was patched, or a suite "
                 "without kind 'text'."
             )
-
-
-def difference(name: str, recorded: Any, wanted: Any) -> str:
-    """Say what differs: of models and data which one, of options their values, of the others the
-    name alone."""
-    if name not in ("models", "options", "data") or not isinstance(recorded, dict):
-        return name
-    changes = []
-    for key in {**recorded, **wanted}:
-        if recorded.get(key) == wanted.get(key):
-            continue
-        if name == "options":
-            there, here = f"{recorded.get(key)!s:.100}", f"{wanted.get(key)!s:.100}"
-            changes.append(f"{key} {there} there, {here} here")
-        else:
-            changes.append(f"{key:.100}")
-    return f"{name} ({some(changes, ', ')})"

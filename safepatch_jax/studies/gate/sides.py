@@ -19,8 +19,9 @@ from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.paths import readable, resolve
 from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
-from safepatch_jax.studies.evaluate.study import RECORD, difference
+from safepatch_jax.studies.evaluate.study import RECORD
 from safepatch_jax.studies.gate.checks import SIDES
+from safepatch_jax.studies.record import difference
 
 Items = Mapping[str, Mapping[str, Any]]  # by prompt
 _FIX = "Copy the evaluation's folder back from a backup, or give the model folder instead."

@@ -24,11 +24,11 @@ from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
-from safepatch_jax.studies.evaluate.study import difference
 from safepatch_jax.studies.gate import report
 from safepatch_jax.studies.gate.checks import CODES, Check, Values, line, of_row, verdict_of
 from safepatch_jax.studies.gate.rules import KINDS, Rules, read_rules
 from safepatch_jax.studies.gate.sides import Asked, Stored, open_sides
+from safepatch_jax.studies.record import refuse_other
 
 RECORD = "inputs.json"
 _NAMES = (RECORD, "answers", "verdicts", *report.FILES)
@@ -129,18 +129,7 @@ class _Gate:
     def check_record(self, out: pathlib.Path) -> None:
         """Raise ValueError if the folder is of a gate of something else; other rules read the same
         answers."""
-        path = out / RECORD
-        if not path.is_file():
-            return
-        stored, changes = files.read_json(path, _FIX), []
-        for name, value in self.record.items():
-            if stored.get(name) != value:
-                changes.append(difference(name, stored.get(name), value))
-        if changes:
-            raise ValueError(
-                f"{out} is a gate with other {' and '.join(changes)}. Give another --out, or "
-                "delete it."
-            )
+        refuse_other(out / RECORD, self.record, "a gate", "--out", _FIX)
 
     def _write_record(self, out: pathlib.Path) -> None:
         if not (out / RECORD).is_file():

@@ -31,9 +31,9 @@ from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.studies.evaluate.models import check_model, open_model
 from safepatch_jax.studies.evaluate.report import labels
-from safepatch_jax.studies.evaluate.study import difference
 from safepatch_jax.studies.margins import report
 from safepatch_jax.studies.margins.options import MarginOptions
+from safepatch_jax.studies.record import refuse_other
 
 RECORD, OPENINGS = "margin_map.json", "openings.json"
 _NAMES = (RECORD, OPENINGS, "margins", "contents", *report.FILES)
@@ -103,19 +103,7 @@ class _MarginMap:
 
     def check_record(self) -> None:
         """Raise ValueError if the folder is of a margin map of something else."""
-        path = self._out / RECORD
-        if not path.is_file():
-            return
-        record = files.read_json(path, _FIX)
-        changes = []
-        for name, value in self._record.items():
-            if record.get(name) != value:
-                changes.append(difference(name, record.get(name), value))
-        if changes:
-            raise ValueError(
-                f"{self._out} is a margin map with other {' and '.join(changes)}. Give another "
-                "--out, or delete it."
-            )
+        refuse_other(self._out / RECORD, self._record, "a margin map", "--out", _FIX)
 
     def run(self) -> dict[str, Any]:
         """Compute what is missing; write the report and return its content."""
