@@ -1,10 +1,13 @@
 """A chain whose workdir lies in a bucket: the models of the same chain on disk; extended, read and
 reverted on other machines, with nothing on their disks."""
 
+import shutil
+
 import pytest
 
 from safepatch_jax.patch_file.commands import history, replay, revert, verify
 from safepatch_jax.patch_file.log import PatchLog
+from safepatch_jax.patch_file.removal import remove
 from safepatch_jax.runtime import addresses, paths
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.studies.continual.links import parse_links
@@ -66,8 +69,26 @@ def test_models_and_patches_are_those_of_the_chain_on_disk(made, on_disk, machin
 
 
 def test_a_finished_chain_is_not_made_again_by_another_machine(made, in_bucket, machine, capsys):
+    """What an abandoned link has left, its mark gone already, is deleted to the end."""
+    left = Objects(f"{WORKDIR}/links/03-left")
+    left.write("stages/derive_osm/params/x", b"x")
     run(in_bucket, WORKDIR, parse_links(STAGES))
-    assert not stages_run(capsys.readouterr().out)
+    assert not stages_run(capsys.readouterr().out) and not left.sizes()
+
+
+def test_a_link_is_taken_out_of_the_middle(made, on_disk, machine, tmp_path):
+    """The bits of the same removal on disk; in a copy of the chain."""
+    chain = Objects(WORKDIR)
+    for name in chain.sizes():
+        Objects("gs://bucket/copy").write(name, chain.read(name))
+    copied = shutil.copytree(on_disk.workdir, tmp_path / "copy")
+    folders = [remove(PatchLog(place), 1, "later") for place in (copied, "gs://bucket/copy")]
+    assert tensors(folders[0]) == tensors(folders[1])
+    logs = [PatchLog(copied), PatchLog("gs://bucket/copy")]
+    assert logs[0].live == logs[1].live == [3] and facts(logs[0]) == facts(logs[1])
+    assert (
+        "links/03-hate/stages/patch_file/patch.safetensors" in Objects("gs://bucket/copy").sizes()
+    )
 
 
 def test_it_is_read_and_replayed_without_a_run(made, on_disk, machine, tmp_path):
