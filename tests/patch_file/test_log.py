@@ -148,6 +148,17 @@ def held(log):
     return [number for number in log.links if log.folder(number).exists()]
 
 
+def test_a_model_that_could_not_be_built_again_is_kept(log, capsys):
+    """A patch file on the way from the head is damaged, not its own."""
+    revert(log, 2)
+    log.patch_path(2).write_bytes(log.patch_path(2).read_bytes()[:-1])
+    keep_models(log, 1)
+    assert held(log) == [1, 2, 3]
+    assert "03-c: its model is kept: The patch file of link 2 (b) was changed" in (
+        capsys.readouterr().out
+    )
+
+
 def test_models_that_are_not_kept_are_built_again_with_the_same_bits(log, tmp_path, capsys):
     """From the nearest model that is there and whole, in one pass."""
     bits = {number: load_file(log.folder(number) / "model.safetensors") for number in log.links}
