@@ -246,6 +246,8 @@ class Chain:
             f"{log.label(parent)}. Report: {self.workdir / GATES / name / 'gate.md'}"
         )
         processes.on_first(_delete_leftovers, log)
+        if not processes.first():
+            mirror.forget(out)
         return False
 
     def _judge(self, name: str, entry: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
