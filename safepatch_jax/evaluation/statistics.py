@@ -53,11 +53,16 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean by Student's t; None below two values."""
     if len(values) < 2:
         return None
-    from scipy.special import stdtrit
-
     mean = math.fsum(values) / len(values)
-    half = float(stdtrit(len(values) - 1, 0.975)) * _standard_error(values)
+    half = student(len(values)) * _standard_error(values)
     return mean - half, mean + half
+
+
+def student(n: int) -> float:
+    """Return the 97.5 % quantile of Student's t of a mean of n values."""
+    from scipy.special import stdtrit  # here: it takes a second
+
+    return float(stdtrit(n - 1, 0.975))
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from safepatch_jax.io.folder import Checkpoint, has_weights
-from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, inspect
+from safepatch_jax.patch_file.file import inspect
 from safepatch_jax.patch_file.growth import changed_by
 from safepatch_jax.patch_file.log import PatchLog, data_text, folder_hash
 from safepatch_jax.patch_file.log_lines import START
+from safepatch_jax.patch_file.stack import flips_of
 from safepatch_jax.runtime import files, mirror, paths
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.text import printable
@@ -99,15 +100,17 @@ def compare(log: PatchLog, first: int, second: int) -> dict[str, Any]:
     total = dict.fromkeys(("differ", "first", "second", "both"), 0)
     tensors = {}
     for name in changed_by([*one, *other]):
-        counts = dict.fromkeys(total, 0)
-        for a, b in zip(_flips(one, name), _flips(other, name)):
-            counts["differ"] += int(np.count_nonzero(a ^ b))
-            counts["first"] += int(np.count_nonzero(a))
-            counts["second"] += int(np.count_nonzero(b))
-            counts["both"] += int(np.count_nonzero((a != 0) & (b != 0)))
+        tensor = (one or other)[0].tensors[name]
+        a, b = (flips_of(patches, name, tensor) for patches in (one, other))
+        counts = {
+            "differ": int(np.count_nonzero(a ^ b)),
+            "first": int(np.count_nonzero(a)),
+            "second": int(np.count_nonzero(b)),
+            "both": int(np.count_nonzero((a != 0) & (b != 0))),
+        }
         for key, count in counts.items():
             total[key] += count
-        tensors[name] = counts | {"size": (one or other)[0].tensors[name].size}
+        tensors[name] = counts | {"size": tensor.size}
     either = total["first"] + total["second"] - total["both"]
     return {"tensors": tensors, "total": total | {"jaccard": total["both"] / max(1, either)}}
 
@@ -129,19 +132,6 @@ def differences(log: PatchLog, first: int, second: int) -> list[str]:
         counts = tensors[name]
         lines.append(f"  {name:{width}}  {counts['differ']:>12,} of {counts['size']:,}")
     return lines
-
-
-def _flips(patches: Sequence[PatchFile], name: str) -> Iterator[np.ndarray]:
-    """Yield the flips of all patches of a chain together in each RUN elements of a tensor; 0 for
-    ever where there is no patch."""
-    if not patches:
-        while True:
-            yield np.zeros(1, np.uint8)
-    for parts in zip(*(patch.runs(name) for patch in patches)):
-        total = np.zeros(RUN, BITS[patches[0].tensors[name].dtype])
-        for positions, flips in parts:
-            total[positions] ^= flips
-        yield total
 
 
 def replay(

@@ -47,16 +47,16 @@ class Stack:
     def runs(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield as `PatchFile.runs` does; one tensor's flips are held, those of one patch at a
         time."""
-        total = flips_of(self._patches, name)
+        total = flips_of(self._patches, name, self.tensors[name])
         for start in range(0, len(total), RUN):
             part = total[start : start + RUN]
             positions = np.flatnonzero(part)
             yield positions, part[positions]
 
 
-def flips_of(patches: Sequence[PatchFile], name: str) -> np.ndarray:
-    """Return the flips of all patches together in each element of a tensor, in its bits."""
-    tensor = patches[0].tensors[name]
+def flips_of(patches: Sequence[PatchFile], name: str, tensor: TensorPatch) -> np.ndarray:
+    """Return the flips of all patches together in each element of a tensor, flat, in its bits; 0
+    where there is no patch."""
     total = np.zeros(tensor.size, BITS[tensor.dtype])
     for patch in patches:
         for positions, flips in patch.chunks(name):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safepatch_jax.evaluation.statistics import t_interval
+from safepatch_jax.evaluation.statistics import student, t_interval
 from safepatch_jax.studies.durability.options import ANSWERS, MARGINS
 
 BASE, MODEL = WHOS = ("base", "model")
@@ -91,17 +91,11 @@ def left(name: str, before: Values, after: Values) -> dict[str, Any] | None:
     y, x = _differences(name, after), _differences(name, before)
     n = len(x)
     mean_y, mean_x = math.fsum(y) / n, math.fsum(x) / n
-    t_squared = _student(n) ** 2
+    t_squared = student(n) ** 2
     vy, vx, c = (t_squared * _variance(*pair) for pair in ((y, y), (x, x), (y, x)))
     a, b = mean_x * mean_x - vx, mean_x * mean_y - c
     half = math.sqrt(max(0.0, b * b - a * (mean_y * mean_y - vy)))
     return {"value": mean_y / mean_x, "interval": [(b - half) / a, (b + half) / a]}
-
-
-def _student(n: int) -> float:
-    from scipy.special import stdtrit  # here: it takes a second
-
-    return float(stdtrit(n - 1, 0.975))
 
 
 def _variance(x: Sequence[float], y: Sequence[float]) -> float:
