@@ -38,7 +38,7 @@ are made beside the chain, measured and deleted.
 
 The model of the last link stays as a folder, those before it as patch files alone, from which they
 are built again where one is needed; --keep_models=K keeps those of the last K links, 0 all. A new
-entry of --links is measured on earlier models too; --measure=own spares that, for long chains.
+entry of --links is measured on earlier models too; --measure_on=own spares that, for long chains.
 
 With --gate=FILE (rules as of launch.gate) each link is first compared with the model before it on
 these records; one that is refused leaves the chain as it was, and the next entry goes on from
@@ -85,7 +85,7 @@ _KEEP = flags.DEFINE_integer(
     lower_bound=0,
 )
 _MEASURE = flags.DEFINE_enum(
-    "measure",
+    "measure_on",
     None,
     ["all", "own"],
     "On which categories models are measured: all of --links (if left out); or own: each on its "
@@ -184,7 +184,7 @@ def _commands() -> ModuleType:
 
 # How many numbers and which flags a command takes; a trailing ? marks one that may be left out.
 _COMMANDS = {
-    "run": (_run, 0, "links methods? gate? keep_models? measure?"),
+    "run": (_run, 0, "links methods? gate? keep_models? measure_on?"),
     "log": (_lines("history"), 0, ""),
     "show": (_lines("show"), 1, ""),
     "diff": (_lines("differences"), 2, ""),
@@ -198,7 +198,7 @@ _FLAGS = {
     "methods": _METHODS,
     "gate": _GATE,
     "keep_models": _KEEP,
-    "measure": _MEASURE,
+    "measure_on": _MEASURE,
     "to": _TO,
     "from": _FROM,
     "model": _MODEL,

@@ -111,7 +111,7 @@ def run(
         "--workdir": name_of(folder.path),
         "--gate": rules.hash if rules else "",
         "--keep_models": keep,
-        "--measure": measure,
+        "--measure_on": measure,
     }
     agree_on_run(settings, Place.parse(settings.model.source), flags, dict)
     with folder.claimed():
