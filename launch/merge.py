@@ -22,6 +22,7 @@ number of entries kept in each tensor) and patch.png. The patch file is then mad
 from absl import flags
 
 from launch import kinds, main, options
+from safepatch_jax.runtime import libraries
 
 _BASE = kinds.path(
     "base", None, "The backbone: a Hugging Face folder, or org/name[@revision].", required=True
@@ -49,6 +50,7 @@ flags.adopt_module_key_flags(options)
 
 
 def run() -> None:
+    libraries.one_thread_a_program()
     from safepatch_jax.run import merge_folders  # here: --help needs no JAX
 
     derived, scores = _values(_DERIVED), _values(_SCORES)

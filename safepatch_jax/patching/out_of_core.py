@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ _SAMPLED = 1 << 12  # neighbouring entries of a sample
 _SOURCES = 16  # tensors of which a sample is made, at most
 
 Limits = dict[str, list[Limit]]  # by selection, for each piece
+Program = Callable[[int, int, dict[str, Any]], Any]  # of a piece's number, start and arrays
 
 
 class Readable(Protocol):
@@ -106,9 +108,14 @@ class Merger:
         self._largest = max(source.size for source in sources)
         self._patch, self._seed = patch, seed
         self._dtype, self._rounding, self._size = dtype, rounding, size
-        self._threads = threads or min(8, os.cpu_count() or 1)
+        threads = threads or min(8, os.cpu_count() or 1)
+        self._ahead = threads + _AHEAD
+        self._reader, self._calculators = Workers(1), Workers(threads)
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._compiled: set[Any] = set()
+        following = [*list(self._sources)[1:], None]
+        self._following = dict(zip(self._sources, following))
+        self._begun: dict[str, Iterator[np.ndarray]] = {}
         self._options = program_options(patch)
         self._counted = piece.Counted()
         self._rates = top_rates(patch)
@@ -127,7 +134,17 @@ class Merger:
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """Yield the merged tensor in runs, flat, in its storage dtype; afterwards its statistics
-        are there."""
+        are there. Quickest in the order of the sources: each is begun while the one before ends.
+        """
+        begin = max(0, self._pieces(self._sources[name]) - self._ahead)
+        for number, run in enumerate(self._begun.pop(name, None) or self._parts(name)):
+            following = self._following.pop(name, None) if number == begin else None
+            if following is not None:
+                runs = self._parts(following)
+                self._begun[following] = itertools.chain([next(runs)], runs)
+            yield run
+
+    def _parts(self, name: str) -> Iterator[np.ndarray]:
         source, vectors = self._sources[name], []
         if name in self._global:
             limits = self._global[name]
@@ -155,10 +172,9 @@ class Merger:
             # All take part in every pass, so that there is one program.
             bounds = {name: search.bounds for name, search in searches.items()}
             unknown = [name for name, search in searches.items() if search.limits is None]
-            for source, limits in sources:
-                for found in self._surveyed(source, limits, bounds):
-                    for name in unknown:
-                        searches[name].add(*found[name])
+            for found in self._surveyed(sources, bounds):
+                for name in unknown:
+                    searches[name].add(*found[name])
             for name in unknown:
                 searches[name].end()
         result, done = [], 0
@@ -217,24 +233,25 @@ class Merger:
         return searches
 
     def _surveyed(
-        self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
+        self, sources: Sequence[tuple[Source, Limits]], bounds: Mapping[str, np.ndarray]
     ) -> Iterator[dict[str, Any]]:
-        """Yield for each piece what `Search.add` takes, by selection."""
-        program = self._survey(source, limits, bounds)
+        """Yield for each piece of each tensor what `Search.add` takes, by selection."""
 
-        def gathered(number: int, start: int, arrays: dict[str, Any]) -> dict[str, Any]:
+        def gathered(program: Program, *piece: Any) -> dict[str, Any]:
             result = {}
-            for name, (key, inside, vector) in program(number, start, arrays).items():
+            for name, (key, inside, vector) in program(*piece).items():
                 places = np.flatnonzero(np.asarray(inside))
                 vector = np.asarray(vector)
                 result[name] = vector[:-1], int(vector[-1]), np.asarray(key).reshape(-1)[places]
             return result
 
-        yield from self._run(gathered, source, ("survey", *bounds))
+        calls = (
+            (functools.partial(gathered, self._survey(source, limits, bounds)), source)
+            for source, limits in sources
+        )
+        yield from self._run(calls, ("survey", *bounds))
 
-    def _survey(
-        self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]
-    ) -> Callable[[int, int, dict[str, Any]], Any]:
+    def _survey(self, source: Source, limits: Limits, bounds: Mapping[str, np.ndarray]) -> Program:
         keys, counts, knobs = self._arguments(source)
         shape, wanted = self._shape(source), tuple(bounds)
 
@@ -276,7 +293,7 @@ class Merger:
             entries = min(math.prod(shape), source.size - start)
             return np.asarray(merged).reshape(-1)[:entries], np.asarray(vector)
 
-        yield from self._run(program, source, ("merge", dtype))
+        yield from self._run([(program, source)], ("merge", dtype))
 
     def _draw(self, start: int, keys: dict, knobs: dict, shape: tuple[int, ...]) -> Any:
         if not self._users:
@@ -298,48 +315,43 @@ class Merger:
             return max(1, self._size // columns), columns
         return (min(self._size, self._largest),)
 
-    def _run(
-        self,
-        program: Callable[[int, int, dict[str, Any]], Any],
-        source: Source,
-        kind: tuple[Any, ...],
-    ) -> Iterator[Any]:
-        """Call a program with the number, the start and the arrays of each piece; yield what it
-        returns in their order.
+    def _run(self, calls: Iterable[tuple[Program, Source]], kind: tuple[Any, ...]) -> Iterator[Any]:
+        """Yield what programs return for each piece of their tensors, in order.
 
         Args:
-          program: called by several threads at once.
-          source: what is read.
-          kind: of the program; the first piece of a kind and shape is computed alone, so that its
+          calls: a program, called by several threads at once, and the tensor that is read for it.
+          kind: of the programs; the first piece of a kind and shape is computed alone, so that its
             programs are compiled once.
         """
-        shape = self._shape(source)
-        step = math.prod(shape)
-        kind = (*kind, shape, *(x.dtype for x in _tensors(source)))
-
-        def compute(number: int, start: int, read: Callable[[], Any]) -> Any:
-            memory, arrays = read()
-            result = jax.block_until_ready(program(number, start, arrays))
-            del arrays
-            self._free.put(memory)
-            return result
-
-        anywhere = all(isinstance(x, Stored) for x in _tensors(source))
-        with Workers(1) as reader, Workers(self._threads) as calculators:
-            running: deque[Future] = deque()
+        running: deque[Future] = deque()
+        for program, source in calls:
+            shape = self._shape(source)
+            step = math.prod(shape)
+            compiled = (*kind, shape, *(x.dtype for x in _tensors(source)))
+            anywhere = all(isinstance(x, Stored) for x in _tensors(source))
             for number, start in enumerate(range(0, source.size, step)):
                 count = min(step, source.size - start)
                 read = functools.partial(self._read, source, start, count, shape)
                 if not anywhere:
-                    read = reader.submit(read).result
-                running.append(calculators.submit(compute, number, start, read))
-                if kind not in self._compiled:
-                    self._compiled.add(kind)
-                    wait(running[0])
-                if len(running) > self._threads + _AHEAD:
+                    read = self._reader.submit(read).result
+                call = functools.partial(program, number, start)
+                running.append(self._calculators.submit(self._computed, call, read))
+                if compiled not in self._compiled:
+                    self._compiled.add(compiled)
+                    wait(running[-1])
+                if len(running) > self._ahead:
                     yield wait(running.popleft())
-            while running:
-                yield wait(running.popleft())
+        while running:
+            yield wait(running.popleft())
+
+    def _computed(
+        self, call: Callable[[dict[str, Any]], Any], read: Callable[[], tuple[np.ndarray, dict]]
+    ) -> Any:
+        memory, arrays = read()
+        result = jax.block_until_ready(call(arrays))
+        del arrays
+        self._free.put(memory)
+        return result
 
     def _read(
         self, source: Source, start: int, count: int, shape: tuple[int, ...]
