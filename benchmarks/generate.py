@@ -49,7 +49,7 @@ def ours(folder: pathlib.Path, count: int, batch: int):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from safepatch_jax.data.records import load_records
     from safepatch_jax.evaluation.engine import Engine
-    from safepatch_jax.run.context import keep_programs
+    from safepatch_jax.runtime.programs import keep_programs
 
     keep_programs(folder)
     engine = Engine.open(_MODEL.value, batch_size=batch)

@@ -22,7 +22,7 @@ number of entries kept in each tensor) and patch.png. The patch file is then mad
 from absl import flags
 
 from launch import kinds, main, options
-from safepatch_jax.runtime import libraries
+from safepatch_jax.runtime import programs
 
 _BASE = kinds.path(
     "base", None, "The backbone: a Hugging Face folder, or org/name[@revision].", required=True
@@ -45,12 +45,12 @@ _SCORES = {
     for role in _DERIVED
 }
 _OUT = kinds.path("out", None, "The new folder.", required=True)
-_NAMES = options.define(["patch", "export", "run.seed"])
+_NAMES = options.define(["patch", "export", "run.seed", "run.cache_dir"])
 flags.adopt_module_key_flags(options)
 
 
 def run() -> None:
-    libraries.one_thread_a_program()
+    programs.one_thread_a_program()
     from safepatch_jax.run import merge_folders  # here: --help needs no JAX
 
     derived, scores = _values(_DERIVED), _values(_SCORES)

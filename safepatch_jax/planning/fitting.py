@@ -13,13 +13,14 @@ from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.planning.chips import GIB, Target, present
 from safepatch_jax.planning.programs import architecture
 from safepatch_jax.planning.search import Changes, Planner, as_flags
-from safepatch_jax.run.context import Context, keep_programs
+from safepatch_jax.run.context import Context
 from safepatch_jax.run.job import SETTINGS, is_of_run
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.room import LESS_DISK, disk_bytes, free_bytes
 from safepatch_jax.run.stages import CACHE
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.programs import keep_programs
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.settings import Settings
 

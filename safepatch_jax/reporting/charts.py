@@ -70,6 +70,13 @@ def check() -> None:
     libraries.refuse_missing("Pictures of reports", "matplotlib")
 
 
+def load() -> None:
+    """Import what draws, half a second's work, beside work that waits for other things."""
+    check()
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+
 def figure(width: float, height: float) -> Any:
     """Return an empty figure; sizes in inches."""
     check()

@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Chat, Encoded, answer_pairs
@@ -30,17 +29,6 @@ from safepatch_jax.training.batch import check_batch
 from safepatch_jax.training.journal import Recipe, Recorder, ignore
 from safepatch_jax.training.losses import Likelihood, Loss
 from safepatch_jax.training.step import Saving, Trainer, TrainingOutcome
-
-
-def keep_programs(cache_dir: pathlib.Path) -> None:
-    """Keep compiled programs on disk, in the cache of runs.
-
-    It is JAX's setting for the whole process, so whoever opens a run makes it, not Context. The
-    variable JAX_COMPILATION_CACHE_DIR takes precedence.
-    """
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Context(Inputs):

@@ -30,12 +30,15 @@ from safepatch_jax.patching.statistics import (
     refuse_no_op,
     totals,
 )
+from safepatch_jax.reporting import charts
 from safepatch_jax.run.figures import PATCH, draw_patch
 from safepatch_jax.run.manifests import DIFFERENCES, MANIFEST, SCORES, WEIGHTS
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import say, some
-from safepatch_jax.runtime.paths import readable
+from safepatch_jax.runtime.paths import readable, resolve
+from safepatch_jax.runtime.programs import keep_programs
+from safepatch_jax.runtime.workers import Workers
 from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
@@ -61,7 +64,7 @@ def merge_folders(
       scores: {'se', 'osm'}: each a folder of float32 safetensors, sums of |gradient| by HF name, or
         the score_* stage of such a run; may be empty where entries are not ranked by SNIP.
       out: the new folder.
-      settings: its groups patch and export, and run.seed, are used.
+      settings: its groups patch and export, run.seed and run.cache_dir are used.
 
     Returns:
       totals of the statistics; the folder's merge.json has them by tensor, and patch.png draws
@@ -74,6 +77,7 @@ def merge_folders(
     """
     out = paths.local(out)
     files.refuse_full_folder(out)
+    keep_programs(resolve(settings.run.cache_dir))
     base = hub.folder_of(paths.plain(base))
     config, checkpoint = read_hf_config(base), Checkpoint(base)
     table = param_table(config)
@@ -85,7 +89,9 @@ def merge_folders(
     with files.new_folder(out) as folder:
         copy_companions(base, folder, COMPANIONS[1:])
         write_config(base, folder, None if dtype == "keep" else dtype)
-        _write(folder, checkpoint, table, scope, merger, settings)
+        with Workers(1) as beside:
+            beside.submit(charts.load)
+            _write(folder, checkpoint, table, scope, merger, settings)
         refuse_broken(merger.statistics)
         refuse_no_op(merger.statistics, settings.patch)
         total = totals(merger.statistics)

@@ -17,6 +17,7 @@ from safepatch_jax.run.metrics import Metrics
 from safepatch_jax.run.place import Place
 from safepatch_jax.run.stages import Runner
 from safepatch_jax.runtime import files
+from safepatch_jax.runtime.programs import keep_programs
 from safepatch_jax.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Run:
     def context(self) -> Context:
         """Data, devices and programs. Made on first use, for it imports JAX; from then on compiled
         programs are kept in the run's cache."""
-        from safepatch_jax.run.context import Context, keep_programs
+        from safepatch_jax.run.context import Context
 
         keep_programs(self.inputs.cache_dir)
         context = Context(self.settings, inputs=self.inputs)

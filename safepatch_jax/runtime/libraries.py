@@ -41,13 +41,6 @@ def quiet_jax() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def one_thread_a_program() -> None:
-    """Have JAX on CPU run each program in the thread that calls it, for work whose own threads keep
-    the cores busy; before JAX is used. A choice by the user stays."""
-    os.environ.setdefault("PJRT_NPROC", "1")
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
-
-
 def _has_tpu() -> bool:
     return any(path.read_text().strip() == _GOOGLE for path in _PCI.glob("*/vendor"))
 

@@ -36,7 +36,7 @@ from safepatch_jax.patch_file.removal import is_begun
 from safepatch_jax.reporting.charts import CYCLE
 from safepatch_jax.run import environment
 from safepatch_jax.run.agreement import SAME_FILES, agree_on_run
-from safepatch_jax.run.context import Context, keep_programs
+from safepatch_jax.run.context import Context
 from safepatch_jax.run.job import SETTINGS
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.run.place import Place
@@ -44,6 +44,7 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, mirror, processes
 from safepatch_jax.runtime.addresses import name_of
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.programs import keep_programs
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.continual import report

@@ -1,0 +1,26 @@
+"""How JAX compiles and runs programs in this process; set before it is used."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+
+def keep_programs(cache_dir: str | os.PathLike[str]) -> None:
+    """Keep compiled programs on disk, in the cache of runs.
+
+    It is JAX's setting for the whole process, so whoever opens a run makes it, not a part of one.
+    The variable JAX_COMPILATION_CACHE_DIR takes precedence.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache_dir) / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def one_thread_a_program() -> None:
+    """Have JAX on CPU run each program in the thread that calls it, for work whose own threads keep
+    the cores busy; before JAX is imported. A choice by the user stays."""
+    os.environ.setdefault("PJRT_NPROC", "1")
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
