@@ -115,7 +115,7 @@ class Merger:
         self._compiled: set[Any] = set()
         following = [*list(self._sources)[1:], None]
         self._following = dict(zip(self._sources, following))
-        self._begun: dict[str, Iterator[np.ndarray]] = {}
+        self._early: dict[str, Iterator[np.ndarray]] = {}
         self._options = program_options(patch)
         self._counted = piece.Counted()
         self._rates = top_rates(patch)
@@ -137,11 +137,11 @@ class Merger:
         are there. Quickest in the order of the sources: each is begun while the one before ends.
         """
         begin = max(0, self._pieces(self._sources[name]) - self._ahead)
-        for number, run in enumerate(self._begun.pop(name, None) or self._parts(name)):
+        for number, run in enumerate(self._early.pop(name, None) or self._parts(name)):
             following = self._following.pop(name, None) if number == begin else None
             if following is not None:
                 runs = self._parts(following)
-                self._begun[following] = itertools.chain([next(runs)], runs)
+                self._early[following] = itertools.chain([next(runs)], runs)
             yield run
 
     def _parts(self, name: str) -> Iterator[np.ndarray]:

@@ -194,7 +194,7 @@ def line(result: Mapping[str, Any]) -> str:
         text += f" in {result['n']} of {result['prompts']} prompts"
     if result["mean"] is None:
         return f"{text}; none of them has an outcome on both sides"
-    form = "{:+.3f}" if result["unit"] != "share of prompts" else "{:+.1%}"
+    form = "{:+.3g}" if result["unit"] != "share of prompts" else "{:+.1%}"
     mean, low, high, margin = (
         form.format(x) for x in (result["mean"], result["low"], result["high"], rule["margin"])
     )

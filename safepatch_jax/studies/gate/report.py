@@ -46,7 +46,7 @@ def number(value: float | None, unit: str, sign: str = "") -> str:
     """Return a level or difference, '-' where it is not known."""
     if value is None:
         return "-"
-    form = "{:" + sign + (".1%}" if unit == "share of prompts" else ".3f}")
+    form = "{:" + sign + (".1%}" if unit == "share of prompts" else ".4g}")
     return form.format(value)
 
 
