@@ -196,7 +196,7 @@ def _refuse_other_record(index: Index, entry: Entry) -> None:
     if there.name != entry.name:
         others.append("another name")
     if there.files != entry.files:
-        others.append(f"{', '.join(there.files) or 'no files'} beside it")
+        others.append(f"other files beside it ({', '.join(there.files) or 'none'})")
     if entry.parent not in (there.parent, index.parents[there.hash]):
         others.append("another parent")
     if others:
