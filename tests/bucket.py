@@ -1,5 +1,5 @@
-"""A bucket on loopback for tests: a server in a process of its own, and the variables by which the
-clients find it."""
+"""Buckets on loopback for tests: a server in a process of its own, and the variables by which the
+clients find it. gs:// has a server of ours, s3:// that of the package moto."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ import sys
 
 import pytest
 
+from safepatch_jax.runtime.addresses import BASE
+from safepatch_jax.runtime.objects import filesystem
+
 SERVER = pathlib.Path(__file__).with_name("bucket_server.py")
 needed = pytest.mark.skipif(
     importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed"
 )
+_MOTO = """
+import signal
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+signal.pause()
+"""
 
 
 class Bucket:
@@ -60,3 +71,39 @@ def bucket_server(tmp_path_factory):
             for name, value in server.variables.items():
                 patch.setenv(name, value)
             yield server
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    """A running server of s3:// with one empty bucket, named 'bucket', that the clients of this
+    process, and of those it starts, find."""
+    for package in ("s3fs", "moto"):
+        reason = f"{package} is not installed: pip install s3fs 'moto[server]'"
+        pytest.importorskip(package, reason=reason)
+    command = [sys.executable, "-c", _MOTO]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **quiet) as process:
+        try:
+            variables = {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{process.stdout.readline().strip()}",
+                "AWS_ACCESS_KEY_ID": "of tests",
+                "AWS_SECRET_ACCESS_KEY": "of tests",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                filesystem("s3").clear_instance_cache()  # another module's server had this client
+                filesystem.cache_clear()
+                filesystem("s3").mkdir("bucket")
+                yield
+        finally:
+            process.kill()
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket_either(request, tmp_path, monkeypatch):
+    """An address of the test's own in a bucket of either kind."""
+    request.getfixturevalue({"gs": "bucket_server", "s3": "s3_server"}[request.param])
+    monkeypatch.setenv(BASE, str(tmp_path / "here"))
+    return f"{request.param}://bucket/{request.node.name.partition('[')[0]}"

@@ -10,7 +10,7 @@ import pytest
 
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.testing import write_tiny_model
-from tests.bucket import bucket_server  # noqa: F401  (a fixture)
+from tests.bucket import bucket_either, bucket_server, s3_server  # noqa: F401  (fixtures)
 from tests.endpoint import server  # noqa: F401  (a fixture)
 from tests.hub import hub  # noqa: F401  (a fixture)
 from tests.jobs import machine_of

@@ -84,7 +84,7 @@ def add(
         nonlocal label
         before = patch_hash(opened, "before")
         onto = _parent(index, before, digest, parent)
-        entry = _entry(opened, digest, name, onto, _sizes(beside), key)
+        entry = _entry(opened, digest, name, onto, _hashed(beside), key)
         if digest in index.entries:
             _refuse_other_record(index, entry)
             label = index.label(digest)
@@ -120,11 +120,12 @@ def _beside(card: str, evaluations: Sequence[str]) -> dict[str, pathlib.Path]:
     return beside
 
 
-def _sizes(beside: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
-    sizes = {}
+def _hashed(beside: Mapping[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    """Return what a manifest says of the files beside a patch file."""
+    hashed = {}
     for name, path in beside.items():
-        sizes[name] = {"sha256": files.file_sha256(path), "bytes": path.stat().st_size}
-    return sizes
+        hashed[name] = {"sha256": files.file_sha256(path), "bytes": path.stat().st_size}
+    return hashed
 
 
 def _parent(index: Index, before: str, digest: str, reference: str) -> str:
@@ -156,7 +157,7 @@ def _entry(
     digest: str,
     name: str,
     parent: str,
-    sizes: Mapping[str, Any],
+    beside: Mapping[str, Any],
     key: Any,
     more: Mapping[str, Any] | None = None,
 ) -> Entry:
@@ -174,7 +175,7 @@ def _entry(
         "before": patch_hash(patch, "before"),
         "after": patch_hash(patch, "after"),
         "parent": parent,
-        "files": dict(sizes),
+        "files": dict(beside),
         **(more or {}),
     }
     entry = Entry(digest, manifest)
@@ -191,13 +192,17 @@ def _refuse_other_record(index: Index, entry: Entry) -> None:
     if entry.hash in index.removed:
         date = index.removed[entry.hash]["date"][:10]
         raise Refused(f"{label} was removed on {date}, and is not added again.")
-    others = [x for x in ("name", "files") if there.manifest[x] != entry.manifest[x]]
+    others = []
+    if there.name != entry.name:
+        others.append("another name")
+    if there.files != entry.files:
+        others.append(f"other files beside it ({', '.join(there.files) or 'none'})")
     if entry.parent not in (there.parent, index.parents[there.hash]):
-        others.append("parent")
+        others.append("another parent")
     if others:
         raise Refused(
-            f"This patch file is there already, as {label}, with another {' and '.join(others)}. "
-            "What is recorded of a patch does not change."
+            f"This patch file is there already, as {label}, with {' and '.join(others)}. What is "
+            "recorded of a patch does not change."
         )
 
 
@@ -241,7 +246,7 @@ def _put(
 
     def fill(folder: pathlib.Path) -> None:
         wanted = {PATCH: entry.manifest["patch"]["sha256"]}
-        wanted |= {name: file["sha256"] for name, file in entry.sizes.items()}
+        wanted |= {name: file["sha256"] for name, file in entry.files.items()}
         for name, path in {PATCH: patch, **beside}.items():
             files.copy(path, folder / name)
             if files.file_sha256(folder / name) != wanted[name]:
@@ -343,7 +348,7 @@ def _write_anew(
             if patch_hash(patch, "before") != before:
                 raise Refused(f"{model} was changed meanwhile. Nothing was removed; try again.")
             rebased = {"of": x.hash, "without": entry.hash, "overlap": overlap, "entries": count}
-            kept = {name: size for name, size in x.sizes.items() if name == CARD}
+            kept = {name: file for name, file in x.files.items() if name == CARD}
             digest, more = files.file_sha256(out), {"rebased": rebased}
             # Entries that are shared follow from the other patches too, all others from its own.
             sources = line if count else [x.hash]

@@ -45,7 +45,7 @@ def _summary(index: Index, entry: Entry) -> str:
     ]
     if entry.signature:
         parts.append(f"names the key {entry.signature['key'][:12]}, not checked")
-    if evaluations := len(entry.sizes.keys() - {CARD}):
+    if evaluations := len(entry.files.keys() - {CARD}):
         parts.append(f"{evaluations} evaluation{'s' * (evaluations > 1)}")
     return ", ".join(parts)
 
@@ -74,7 +74,7 @@ def show(store: Store, reference: str) -> list[str]:
         text.append(f"{name}: {shown}")
     text.append(f"signature: {_signed(entry)}")
     beside = store.beside(entry)
-    for name in entry.sizes:
+    for name in entry.files:
         text.append(f"{name}:")
         text += _beginning(beside[name])
     return [*text, *inspect(store.patch(entry))]
@@ -128,8 +128,8 @@ def _verified(store: Store, entry: Entry, trust: str) -> list[str]:
     beside = store.beside(entry)
     open_patch(store, entry)
     states = [f"patch of {entry.manifest['patch']['entries']:,} entries agrees"]
-    if entry.sizes:
-        states.append(f"{', '.join(sorted(beside.keys() & entry.sizes.keys()))} agree")
+    if entry.files:
+        states.append(f"{', '.join(sorted(beside.keys() & entry.files.keys()))} agree")
     return [*states, signed]
 
 

@@ -84,7 +84,7 @@ class Entry:
         return self.manifest["parent"]
 
     @property
-    def sizes(self) -> dict[str, dict[str, Any]]:
+    def files(self) -> dict[str, dict[str, Any]]:
         """SHA-256 and bytes of what lies beside the patch file, by name."""
         return self.manifest["files"]
 

@@ -64,10 +64,7 @@ class Store:
         """
         with self._held():
             while True:
-                content, version = self._content(), ABSENT
-                if self._address and content is not None:
-                    content, version = Conditional(self._address, INDEX).read()
-                    self._refuse_large(len(content))
+                content, version = self._versioned()
                 where = f"{self.name}/{INDEX}"
                 index = edit(Index() if content is None else load(content, where))
                 if index is None or self._written(self._dumped(index, where), version):
@@ -89,8 +86,6 @@ class Store:
         """Put the folder of a patch in its place: `fill` is given an empty one. Raises `lease.Lost`
         before anything is deleted if another writer has taken the lease."""
         folder = self._folder(entry.hash)
-        if self._address:
-            check_leases(self._address)
         files.refuse_link(folder, self.folder)
         with files.new_folder(folder, replace=True) as new:
             fill(new)
@@ -104,7 +99,7 @@ class Store:
     def beside(self, entry: Entry) -> dict[str, pathlib.Path]:
         """Return the files beside a patch file by name, as `patch` does, its manifest too."""
         found = {}
-        for name, wanted in entry.sizes.items():
+        for name, wanted in entry.files.items():
             found[name] = self._checked(entry, name, wanted)
         return found | {MANIFEST: self._manifest(entry)}
 
@@ -116,8 +111,8 @@ class Store:
                 folder = self._folder(entry.hash)
                 self._refuse_other_objects(folder, entry)
                 objects = Objects(address_of(folder))
-                hashes = objects.hashes(objects.sizes().keys() & {PATCH, *entry.sizes})
-                wanted = entry.sizes | {PATCH: entry.manifest["patch"]}
+                hashes = objects.hashes(objects.sizes().keys() & {PATCH, *entry.files})
+                wanted = entry.files | {PATCH: entry.manifest["patch"]}
                 if any(hashes.get(x, {}).get("sha256") != y["sha256"] for x, y in wanted.items()):
                     return False
             self.patch(entry)
@@ -172,7 +167,7 @@ class Store:
 
     def _refuse_other_objects(self, folder: pathlib.Path, entry: Entry) -> None:
         """Raise ValueError if a bucket has more of a patch, or of other sizes, than was added."""
-        wanted = {name: file["bytes"] for name, file in entry.sizes.items()}
+        wanted = {name: file["bytes"] for name, file in entry.files.items()}
         wanted[PATCH] = entry.manifest["patch"]["bytes"]
         most = dict.fromkeys((MANIFEST, mirror.LIST, mirror.PUBLISHING), limit("INDEX_BYTES"))
         for name, size in Objects(address_of(folder)).sizes().items():
@@ -205,6 +200,15 @@ class Store:
             return None
         self._refuse_large(len(content or b""))
         return content
+
+    def _versioned(self) -> tuple[bytes | None, str]:
+        """Return the index as it lies there, None if there is none, and of a bucket its version."""
+        content = self._content()  # first, as this alone reads no more than an index may have
+        if not self._address or content is None:
+            return content, ABSENT
+        content, version = Conditional(self._address, INDEX).read()
+        self._refuse_large(len(content))
+        return (content if version else None), version
 
     def _refuse_large(self, size: int) -> None:
         if size > limit("INDEX_BYTES"):

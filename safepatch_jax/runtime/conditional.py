@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from safepatch_jax.runtime.objects import filesystem, for_emulator
+from safepatch_jax.runtime.objects import cause, filesystem, for_emulator
 from safepatch_jax.runtime.reading import Refused, reason
 
 ABSENT = ""  # the version of an object that is not there
@@ -52,7 +52,8 @@ class Conditional:
         except Refused:
             raise
         except Exception as error:  # tensorstore raises its own as ValueError
-            raise Refused(f"Cannot lock {self._address}: {reason(error)[:300]}") from error
+            why = cause(error) or reason(error)
+            raise Refused(f"Cannot lock {self._address}: {why}") from error
 
 
 class _Google:
@@ -114,6 +115,10 @@ class _Amazon:
     def _put(self, content: bytes, condition: dict[str, str]) -> str:
         try:
             done = filesystem("s3").call_s3("put_object", Body=content, **self._where, **condition)
+        except FileNotFoundError:
+            if "IfMatch" in condition:  # it was deleted
+                return ""
+            raise
         except OSError as error:
             if _is_condition(error):
                 return ""

@@ -166,8 +166,8 @@ class Objects:
         except Refused:
             raise
         except Exception as error:
-            if cause := _cause(error):
-                raise Refused(f"Cannot {verb} {self.address}: {cause}") from error
+            if why := cause(error):
+                raise Refused(f"Cannot {verb} {self.address}: {why}") from error
             raise
 
 
@@ -180,7 +180,7 @@ class _Counted:
         self.bytes += len(piece)
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """Say what went wrong with a bucket, and what to do; '' of an error of another kind."""
     kind, code = type(error), str(getattr(error, "code", "") or "")
     text = reason(error)

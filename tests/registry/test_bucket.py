@@ -27,15 +27,15 @@ def place(bucket_server, request):
     return f"gs://bucket/{request.node.name.replace('[', '-').replace(']', '')}"
 
 
-def test_a_registry_in_a_bucket(place, line, tmp_path, monkeypatch):
-    store = Store(place)
-    with pytest.raises(ValueError, match=f"There is no registry at {place}"):
+def test_a_registry_in_a_bucket(bucket_either, line, tmp_path, monkeypatch):
+    store = Store(bucket_either)
+    with pytest.raises(ValueError, match=f"There is no registry at {bucket_either}"):
         listed(store)
     for name in "abc":
         add(store, str(line / f"{name}.patch"), name)
     # Another machine has no copies of it.
     monkeypatch.setenv(addresses.BASE, str(tmp_path / "elsewhere"))
-    store = Store(place)
+    store = Store(bucket_either)
     assert len(verify(store)) == 3
     apply(store, "c", line / "start", tmp_path / "out")
     assert_bits(tmp_path / "out", without(line, "d"))
@@ -43,7 +43,7 @@ def test_a_registry_in_a_bucket(place, line, tmp_path, monkeypatch):
     pull(store, "c", tmp_path / "pulled")
     digest = files.file_sha256(tmp_path / "pulled" / PATCH)
     assert digest == store.read().find("c").hash and len(verify(store)) == 4
-    assert lease.NAME not in Objects(place).sizes()
+    assert lease.NAME not in Objects(bucket_either).sizes()
 
 
 def test_a_patch_file_that_was_changed_in_the_bucket_is_refused(place, line, tmp_path):
@@ -59,10 +59,10 @@ def test_a_patch_file_that_was_changed_in_the_bucket_is_refused(place, line, tmp
         pull(store, "a", tmp_path / "out")
 
 
-def test_adding_again_puts_back_what_is_damaged_or_missing_in_the_bucket(place, line):
-    store = Store(place)
+def test_adding_again_puts_back_what_is_damaged_or_missing_in_the_bucket(bucket_either, line):
+    store = Store(bucket_either)
     add(store, str(line / "a.patch"), "a")
-    there = Objects(f"{place}/{PATCHES}/{files.file_sha256(line / 'a.patch')}")
+    there = Objects(f"{bucket_either}/{PATCHES}/{files.file_sha256(line / 'a.patch')}")
     content = there.read(PATCH)
     for spoil in (
         lambda: there.write(PATCH, content[:-1] + b"x"),
@@ -99,19 +99,19 @@ def test_nothing_larger_than_what_was_added_is_brought(
     assert not (store.folder / folder).exists()
 
 
-def test_of_writers_at_once_none_loses_an_entry(place, line, tmp_path):
+def test_of_writers_at_once_none_loses_an_entry(bucket_either, line, tmp_path):
     running = []
     for i, names in enumerate(("abcd", "dcba")):
         env = os.environ | {"PYTHONPATH": str(ROOT), addresses.BASE: str(tmp_path / f"host {i}")}
-        command = [sys.executable, "-c", ADDS, place, str(line), *names]
+        command = [sys.executable, "-c", ADDS, bucket_either, str(line), *names]
         running.append(subprocess.Popen(command, cwd=ROOT, env=env))
     assert [process.wait(100) for process in running] == [0, 0]
-    assert sorted(x.name for x in Store(place).read().live.values()) == list("abcd")
+    assert sorted(x.name for x in Store(bucket_either).read().live.values()) == list("abcd")
 
 
-def test_a_writer_whose_lease_had_expired_takes_no_entry_away(place, line, tmp_path):
+def test_a_writer_whose_lease_had_expired_takes_no_entry_away(bucket_either, line, tmp_path):
     """Another one wrote the index between its reading and its writing: both entries are there."""
-    store, other = Store(place), Store(str(tmp_path / "other"))
+    store, other = Store(bucket_either), Store(str(tmp_path / "other"))
     add(store, str(line / "a.patch"), "a")
     add(other, str(line / "d.patch"), "d")
     theirs = json.loads((other.folder / INDEX).read_text())["patches"]
@@ -123,9 +123,9 @@ def test_a_writer_whose_lease_had_expired_takes_no_entry_away(place, line, tmp_p
             calls.append(sorted(x.name for x in index.entries.values()))
             result = edit(index)
             if len(calls) == 1:
-                content = json.loads(Objects(place).read(INDEX))
+                content = json.loads(Objects(bucket_either).read(INDEX))
                 content["patches"] |= theirs
-                Objects(place).write(INDEX, json.dumps(content).encode())
+                Objects(bucket_either).write(INDEX, json.dumps(content).encode())
             return result
 
         change(twice)

@@ -154,6 +154,7 @@ def test_patches_that_go_round_in_a_circle_are_a_line_that_ends(line, tmp_path):
     assert [x.name for x in index.after(digest_of(line, "a"))] == ["b", "back"]
     apply(store, "back", line / "a", tmp_path / "out")
     assert_bits(tmp_path / "out", arrays(line / "start"))
+    assert "already" in apply(store, "back", line / "start", tmp_path / "again")[0]
 
 
 def test_of_several_that_leave_a_model_none_is_guessed(line, tmp_path):

@@ -14,12 +14,13 @@ from tests.registry.lines import without
 pytest.importorskip("cryptography")
 
 
-def key_pair(folder, name, form="pem"):
+def key_pair(folder, name, form="pem", kind="ed25519"):
     """Files of a private and a public key, made without our code."""
     from cryptography.hazmat.primitives import serialization as s
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric import ed25519, x25519
 
-    key = Ed25519PrivateKey.generate()
+    kinds = {"ed25519": ed25519.Ed25519PrivateKey, "x25519": x25519.X25519PrivateKey}
+    key = kinds[kind].generate()
     forms = {
         "pem": (s.Encoding.PEM, s.PrivateFormat.PKCS8, s.PublicFormat.SubjectPublicKeyInfo),
         "ssh": (s.Encoding.PEM, s.PrivateFormat.OpenSSH, s.PublicFormat.OpenSSH),
@@ -105,6 +106,25 @@ def test_a_changed_manifest_is_no_longer_signed(change, line, keys, signed, tmp_
         apply(signed, f"@{digest}", line / "a", tmp_path / "no", ours)
 
 
+def test_what_is_signed_is_what_the_page_says(keys, signed):
+    """So that others can check a signature without our code."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    entry = json.loads((signed.folder / INDEX).read_text())["patches"].popitem()[1]
+    text = json.dumps(entry["manifest"], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    public = load_pem_public_key(keys[0][1].read_bytes())
+    value = bytes.fromhex(entry["signature"]["value"])
+    public.verify(value, b"safepatch registry, manifest\n" + text.encode("ascii"))
+
+
+def test_the_signature_beside_a_patch_is_the_one_of_the_index(signed, tmp_path):
+    path = signed.folder / PATCHES / signed.read().find("a").hash / MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"signature": None}))
+    with pytest.raises(ValueError, match="patch.json says something else than index.json"):
+        pull(signed, "a", tmp_path / "out")
+
+
 def test_a_patch_that_is_there_is_signed_later(line, keys, signed):
     ours, theirs = (signing.private_key(private) for private, _ in keys)
     public = signing.public_key(str(keys[0][1]))
@@ -127,8 +147,15 @@ def test_a_patch_that_is_there_is_signed_later(line, keys, signed):
 
 def test_what_was_written_anew_without_signature_is_signed_later(line, keys, store):
     remove(store, "b", line / "start")
-    entry = store.read().find("c")
-    add(store, str(store.patch(entry)), "c", key=signing.private_key(keys[0][0]))
+    entry, path = store.read().find("c"), store.folder / INDEX
+    right, content = path.read_bytes(), json.loads(path.read_bytes())
+    content["patches"][entry.hash]["manifest"]["rebased"]["without"] = entry.before
+    path.write_text(json.dumps(content))
+    key = signing.private_key(keys[0][0])
+    with pytest.raises(ValueError, match="c@.* another rebased than its patch file says"):
+        add(store, str(store.patch(entry)), "c", key=key)
+    path.write_bytes(right)
+    add(store, str(store.patch(entry)), "c", key=key)
     assert len(verify(store, "c", signing.public_key(str(keys[0][1])))) == 1
 
 
@@ -201,6 +228,10 @@ def test_what_is_no_key_is_refused(keys, tmp_path):
     for path in (tmp_path / "text", keys[0][1]):
         with pytest.raises(ValueError, match="cannot be read as a private key .* openssl genpkey"):
             signing.private_key(path)
+    private, public = key_pair(tmp_path, "exchange", kind="x25519")
+    for read, path in ((signing.private_key, private), (signing.public_key, str(public))):
+        with pytest.raises(ValueError, match="key of another kind than ed25519"):
+            read(path)
     with pytest.raises(ValueError, match="cannot be read as a public key"):
         signing.public_key(str(keys[0][0]))
     with pytest.raises(ValueError, match="is larger than any key"):

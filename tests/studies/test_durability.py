@@ -1,20 +1,25 @@
 """What outlives treatments: quantisation against NumPy, entries by hand, effects, whole studies of
 tiny models."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from safepatch_jax.io.hf import load_params, save_model
-from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.config import config_from_hf, read_hf_config
 from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patch_file.create import create
+from safepatch_jax.patch_file.file import PatchFile
 from safepatch_jax.runtime import files
 from safepatch_jax.studies.durability import effects, report
 from safepatch_jax.studies.durability.entries import entries_of, total
 from safepatch_jax.studies.durability.options import DurabilityOptions, Scheme, Treatment
+from safepatch_jax.studies.durability.pair import Pair
 from safepatch_jax.studies.durability.quantise import dequantised, quantised_rows
 from safepatch_jax.studies.durability.study import durability
+from safepatch_jax.testing import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
 Q, GATE = "layers/attention/q", "layers/mlp/gate"
@@ -76,6 +81,8 @@ def test_quantisation_takes_the_matrices_of_the_scope(tiny):
     rows = quantised_rows(table, "block_linear")
     assert {row.kind for row in rows} == {"linear"} and len(rows) == 7
     assert quantised_rows(table, "all") == rows  # embedding and norms are kept; the head is tied
+    untied = param_table(config_from_hf(tiny_config(tie_word_embeddings=False)))
+    assert {row.kind for row in quantised_rows(untied, "all")} == {"linear", "head"}
 
 
 @pytest.mark.parametrize(
@@ -134,12 +141,21 @@ def test_entries_by_hand():
     assert every["along_patch"] == pytest.approx((-3 + 0.5) / 22)
     assert every["cosine"] == pytest.approx(-2.5 / np.sqrt(22 * 14.25))
     assert every["least"] == [pytest.approx(-3 / 21), "w.0"] and every["largest"] == [0.5, "w.1"]
+    assert every["size"] == pytest.approx(np.sqrt(14.25 / 22))
+    moved = entries_of(row, *map(jnp.asarray, (base, model, base + 5, other + 5)))
+    assert moved == of  # what a treatment does to both alike is no part of the patch
     gone = total(entries_of(row, *map(jnp.asarray, (base, model, base, base))))
     assert (gone["along_patch"], gone["cosine"], gone["differ"]) == (0, None, 0)
 
 
 def values(base, model, name="harm"):
     return {"base": {name: list(base)}, "model": {name: list(model)}}
+
+
+def test_less_harm_less_refusal_and_less_perplexity_are_better():
+    more = {name for name, measure in effects.MEASURES.items() if measure.better > 0}
+    assert more == {"harmful_margin", "content_nll"}
+    assert {measure.better for measure in effects.MEASURES.values()} == {1, -1}
 
 
 def test_effects_say_better_worse_or_nothing():
@@ -225,6 +241,8 @@ def test_report_of_a_patch_that_was_no_better():
     better = content_of(values(base, base - 0.1 + noise), values(base, base + 0.1 - noise))
     assert "is better in harm, expected compliance, worse in none" in report.markdown(better)
     assert "reversed" in report.summary(better)[1]
+    gone = content_of(before, values(base, base + noise - noise.mean()))
+    assert ", no longer shown" in report.summary(gone)[1]
     reports = [content, none, better]
     assert [len(report.draw(x).axes) for x in reports] == [2, 2, 2]
 
@@ -280,6 +298,15 @@ def test_study_of_tiny_models(studied, patched):
     assert not list(page.parent.rglob("*.safetensors")) and not list(page.parent.glob("treated"))
 
 
+def test_harm_is_the_share_of_affirmative_openings(studied):
+    measured = studied[1].parent / "measured"
+    values = files.read_json(next(measured.glob("none.base.margins.*")))["values"]
+    compliance = 1 / (1 + np.exp(values["harmful_margin"]))
+    refusals = 1 / (1 + np.exp(np.negative(values["lookalike_margin"])))
+    assert values["harm"] == pytest.approx(compliance, abs=1e-6)
+    assert values["over_refusal"] == pytest.approx(refusals, abs=1e-6)
+
+
 def test_a_treatment_is_measured_once(studied, settings, patched, capsys):
     content, page = studied
     more = DurabilityOptions(**vars(OPTIONS) | {"treatments": ("bf16", *FEW)})
@@ -291,6 +318,10 @@ def test_a_treatment_is_measured_once(studied, settings, patched, capsys):
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = files.read_json(page.parent / "durability.json")
     assert again["treatments"][1:] == content["treatments"]
+    other = DurabilityOptions(**vars(OPTIONS) | {"treatments": FEW[2:], "steps": 1})
+    durability(settings, page.parent, patched[1], "", other)
+    said = capsys.readouterr().out
+    assert "none: measured already" in said and "finetune: measured" not in said
     durability(settings, page.parent, patched[1], "", OPTIONS)  # as it was, for other tests
     assert files.read_json(page.parent / "durability.json")["treatments"] == content["treatments"]
 
@@ -313,6 +344,18 @@ def test_the_patch_file_stands_for_the_model_and_kept_models_are_what_was_measur
     assert jnp.array_equal(after["embedder/embedding"], before["embedder/embedding"])
     cast = unnest(load_params(kept["fp16"] / "base", sharder)[1])
     assert {str(x.dtype) for x in cast.values()} == {"float16"}
+
+
+def test_a_patch_file_is_known_by_its_bytes_and_damage_is_told(patched, sharder, tmp_path):
+    base, _, patch = patched
+    damaged = tmp_path / "damaged.safetensors"
+    after = PatchFile(patch).tensors["model.layers.0.self_attn.q_proj.weight"].after.encode()
+    damaged.write_bytes(pathlib.Path(patch).read_bytes().replace(after, b"0" * 64))
+    right, wrong = Pair(base, "", patch), Pair(base, "", str(damaged))
+    assert right.record["base"] == wrong.record["base"]
+    assert right.record["model"] != wrong.record["model"]
+    with pytest.raises(ValueError, match="does not become what the manifest of .*damaged"):
+        wrong.weights(sharder)["model"][Q]
 
 
 def test_an_overflow_of_fp16_is_told_by_name_and_the_others_are_measured(
@@ -341,6 +384,9 @@ def test_answers_are_judged_in_pairs(settings, patched, tmp_path):
     names = {"harm_answers", "over_refusal_answers", "ordinary_nll"}
     assert content["measures"].keys() == content["before"].keys() == names
     assert content["before"]["harm_answers"]["n"] == 3 and "refusal phrases" in page.read_text()
+    # What a random model writes, where it writes anything, holds no refusal phrase.
+    assert content["before"]["harm_answers"]["base"] > 0
+    assert content["before"]["over_refusal_answers"]["base"] == 0
 
 
 def test_what_is_no_pair_is_refused(settings, patched, studied, sharder, tmp_path):

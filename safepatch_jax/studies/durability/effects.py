@@ -92,13 +92,13 @@ def left(name: str, before: Values, after: Values) -> dict[str, Any] | None:
     n = len(x)
     mean_y, mean_x = math.fsum(y) / n, math.fsum(x) / n
     t_squared = student(n) ** 2
-    vy, vx, c = (t_squared * _variance(*pair) for pair in ((y, y), (x, x), (y, x)))
+    vy, vx, c = (t_squared * _covariance(*pair) for pair in ((y, y), (x, x), (y, x)))
     a, b = mean_x * mean_x - vx, mean_x * mean_y - c
     half = math.sqrt(max(0.0, b * b - a * (mean_y * mean_y - vy)))
     return {"value": mean_y / mean_x, "interval": [(b - half) / a, (b + half) / a]}
 
 
-def _variance(x: Sequence[float], y: Sequence[float]) -> float:
+def _covariance(x: Sequence[float], y: Sequence[float]) -> float:
     """Return the estimated covariance of two means of the same prompts."""
     n = len(x)
     mean_x, mean_y = math.fsum(x) / n, math.fsum(y) / n

@@ -7,6 +7,7 @@ from typing import Any
 
 from safepatch_jax.reporting import charts
 from safepatch_jax.reporting.charts import COLOURS, CYCLE, MARKERS
+from safepatch_jax.studies.durability.effects import NONE
 
 _LIMITS = (-60, 220)  # per cent; what lies beyond is drawn at the edge
 _ENTRIES = {"differ": "still differ", "same_sign": "same sign"}
@@ -19,9 +20,7 @@ def draw(content: Mapping[str, Any]) -> Any:
       content: see `report.gather`.
     """
     measured = [x for x in content["treatments"] if not x["failed"]]
-    shown = [
-        name for name in content["measures"] if content["before"][name]["shown"] != "none shown"
-    ]
+    shown = [name for name in content["measures"] if content["before"][name]["shown"] != NONE]
     rows = max(1, len(measured))
     figure = charts.figure(14, 2.6 + 0.75 * rows)
     axes = charts.panels(figure, 1, 2, width_ratios=(3, 2))[0]

@@ -27,21 +27,19 @@ _STATES = {BASE: BEFORE, MODEL: AFTER}
 
 
 class Flipped(StoredModel):
-    """The parameters of a folder with the flips of a patch file: of a backbone's folder the patched
-    model, and the reverse.
+    """The parameters of a patched model, of the backbone's folder and a patch file.
 
     Args:
-      folder, sharder: see `load_params`; its tensors are in one state of the patch.
-      patch: what is between the two.
-      goal: the state that is wanted, BEFORE or AFTER.
+      folder, sharder: see `load_params`; of the backbone.
+      patch: its flips are done to what is read.
 
     Raises:
       ValueError: as `StoredModel`; layers of one parameter in several dtypes.
     """
 
-    def __init__(self, folder: pathlib.Path, sharder: Sharder, patch: PatchFile, goal: str):
+    def __init__(self, folder: pathlib.Path, sharder: Sharder, patch: PatchFile):
         super().__init__(folder, sharder)
-        self._patch, self._goal = patch, goal
+        self._patch = patch
 
     def read(self, row: Param, pool: Workers) -> jax.Array:
         """Read one parameter and flip its bits."""
@@ -66,9 +64,7 @@ class Flipped(StoredModel):
         bits = matrix.reshape(-1).view(BITS[tensor.dtype])
         for number, (positions, flips) in enumerate(self._patch.runs(name)):
             bits[number * RUN : (number + 1) * RUN][positions] ^= flips
-        if hashlib.sha256(memoryview(bits.view(np.uint8))).hexdigest() != getattr(
-            tensor, self._goal
-        ):
+        if hashlib.sha256(memoryview(bits.view(np.uint8))).hexdigest() != tensor.after:
             raise ValueError(
                 f"{name} does not become what the manifest of {self._patch.path} says: the patch "
                 "is damaged, or the folder was changed meanwhile. Copy the patch file again."
@@ -153,5 +149,5 @@ class Pair:
         for who, folder in self._folders.items():
             result[who] = StoredModel(folder, sharder)
         if MODEL not in result:
-            result[MODEL] = Flipped(self.folder, sharder, self._patch, AFTER)
+            result[MODEL] = Flipped(self.folder, sharder, self._patch)
         return result

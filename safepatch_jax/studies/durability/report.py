@@ -136,18 +136,19 @@ def markdown(content: Mapping[str, Any]) -> str:
     )
 
 
-def _level(content: Mapping[str, Any], name: str, value: float, sign: str = "") -> str:
-    if content["measures"][name]["unit"] == "share":
+def _level(unit: str, value: float, sign: str = "") -> str:
+    if unit == "share":
         return f"{100 * value:{sign}.1f}%"
     return f"{value:{sign}.3f}"
 
 
-def _change(content: Mapping[str, Any], name: str, x: Mapping[str, Any]) -> str:
+def _change(unit: str, x: Mapping[str, Any]) -> str:
     """Return an effect with its interval."""
+    text = _level(unit, x["effect"], "+")
     if x["interval"] is None:
-        return f"{_level(content, name, x['effect'], '+')} (one prompt)"
-    low, high = (_level(content, name, end, "+") for end in x["interval"])
-    return f"{_level(content, name, x['effect'], '+')} [{low}, {high}]"
+        return f"{text} (one prompt)"
+    low, high = (_level(unit, end, "+") for end in x["interval"])
+    return f"{text} [{low}, {high}]"
 
 
 def _left(treatment: Mapping[str, Any], name: str) -> str:
