@@ -128,3 +128,65 @@ def test_devices_that_are_not_there(tmp_path):
     (line,) = errors_of(result)
     assert result.returncode == 2 and "JAX_PLATFORMS=cuda" in line and "JAX_PLATFORMS=cpu" in line
     assert "Traceback" not in result.stderr
+
+
+ENDING = '''"""A launcher."""
+import atexit
+
+from launch import main
+
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+
+kept = Kept()
+
+
+def run():
+    atexit.register(print, "registered")
+    print("done")
+    return 3
+
+
+if __name__ == "__main__":
+    main.run(run)
+'''
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        (["ending.py"], "done\nregistered\n"),
+        (["-c", "import ending; ending.main.run(ending.run)"], "done\nregistered\ntaken apart\n"),
+    ],
+    ids=["program", "library"],
+)
+def test_what_was_registered_runs_at_the_end_and_a_program_is_not_taken_apart(
+    tmp_path, command, expected
+):
+    (tmp_path / "ending.py").write_text(ENDING)
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (3, expected), result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_output_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "ending.py").write_text(ENDING)
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "ending.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 2 and "error: No space left" in result.stderr

@@ -121,3 +121,21 @@ def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
             counts[name] = {k: x for k, x in numbers.items() if isinstance(x, (int, list))}
         results.append((bits, counts))
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("options", [{"merge": "dare"}, {}], ids=label)
+def test_tensors_may_be_asked_for_in_any_order_and_left_half_read(options):
+    patch = PatchSettings(top_rate_se=0.3, **options)
+    tensors = draw(np.random.default_rng(3), KINDS, ROWS)
+
+    def merged(order, left=()):
+        merger = Merger(sources(tensors, patch), patch, SEED, size=500)
+        for name in left:
+            next(merger.parts(name))
+        bits = {name: np.concatenate(list(merger.parts(name))).tobytes() for name in order}
+        return bits, merger.statistics
+
+    names = [tensor["name"] for tensor in tensors]
+    expected = merged(names)
+    assert merged(names[::-1]) == expected
+    assert merged(names, left=names[:2]) == expected
