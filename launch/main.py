@@ -6,7 +6,7 @@ import atexit
 import difflib
 import errno
 import functools
-import gc
+import logging as logging_of_python
 import os
 import pathlib
 import re
@@ -43,7 +43,6 @@ _FIXES = {
 _KEPT = (
     "Nothing is half-written and what was finished is kept; the same command goes on from there."
 )
-_CALM = 10_000  # objects made before the garbage collector looks for rings; Python has 700
 _NEEDED = re.compile(r"(--\S+) must have a value other than None")
 _UNKNOWN = re.compile(r"Unknown command line flag '(.*)'", re.DOTALL)
 
@@ -93,36 +92,35 @@ def run(main: Callable[..., int | None], *, positional: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     doc = main.__globals__["__doc__"]
-    gc.set_threshold(_CALM)  # an import makes many objects, and no rings
     try:
         app.run(wrapped, flags_parser=functools.partial(_parse, doc))
     except SystemExit as ending:
-        if main.__module__ == "__main__":
-            _Ending.code = ending.code or 0
+        code = ending.code or 0
+        # JAX leaves the other processes of a run as its client is taken apart.
+        if main.__module__ == "__main__" and isinstance(code, int) and not processes.joined():
+            _end.append(code)
         raise
 
 
-class _Ending:
-    """How the process is to end, once its threads and what others had registered have ended."""
-
-    code: object = None  # an exit code, where Python need not take its modules apart first
-
-    @classmethod
-    def at_once(cls) -> None:
-        # JAX leaves the other processes of a run as its client is taken apart.
-        if not isinstance(cls.code, int) or processes.joined():
-            return
-        logging.flush()
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except (OSError, ValueError):  # Python says so, and has an exit code for it
-            return
-        os._exit(cls.code)
+_end: list[int] = []  # the exit code of a program that ends without being taken apart
 
 
-# First, so that it is called last: taking JAX apart takes a third of a second.
-atexit.register(_Ending.at_once)
+def _end_at_once() -> None:
+    """End the process: for Python to take its modules apart takes JAX a third of a second. Threads
+    have ended, and what was registered after this was imported has been called."""
+    watched = sys.gettrace() or sys.getprofile() or "coverage" in sys.modules
+    if not _end or watched:  # what watches a program writes its findings later still
+        return
+    logging_of_python.shutdown()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # Python says so, and has an exit code for it
+        return
+    os._exit(_end[0])
+
+
+atexit.register(_end_at_once)  # before JAX is imported, so after what JAX registers
 
 
 def words() -> list[str]:

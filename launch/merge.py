@@ -13,6 +13,7 @@ the flags below mean what they mean in launch.safepatch, and give the same bits.
 its --model.source, or WORKDIR's aligned model; --config's other groups are not used.
 
 Memory is that of a few million entries; a stage of a run is read one stacked parameter at a time.
+Compiled programs are kept in --run.cache_dir, so that a second merge begins a second earlier.
 NEW_DIR appears whole or not at all, with config and tokenizer, merge.json (the settings, and the
 number of entries kept in each tensor) and patch.png. The patch file is then made by
 
@@ -22,7 +23,7 @@ number of entries kept in each tensor) and patch.png. The patch file is then mad
 from absl import flags
 
 from launch import kinds, main, options
-from safepatch_jax.runtime import programs
+from safepatch_jax.runtime import files, paths, programs
 
 _BASE = kinds.path(
     "base", None, "The backbone: a Hugging Face folder, or org/name[@revision].", required=True
@@ -55,6 +56,9 @@ def run() -> None:
 
     derived, scores = _values(_DERIVED), _values(_SCORES)
     settings = options.read(_NAMES)
+    cache_dir = paths.resolve(settings.run.cache_dir)
+    files.refuse_unusable(cache_dir, "--run.cache_dir")
+    programs.keep_programs(cache_dir)
     merge_folders.merge_folders(_BASE.value, derived, scores, _OUT.value, settings)
 
 

@@ -78,7 +78,7 @@ class Source:
 
 
 class Merger:
-    """Merges tensors one after the other.
+    """Merges tensors one after the other. As a context, it ends its threads.
 
     Args:
       sources: every tensor of the scope, in the order of the table, by which ties across tensors
@@ -115,7 +115,7 @@ class Merger:
         self._compiled: set[Any] = set()
         following = [*list(self._sources)[1:], None]
         self._following = dict(zip(self._sources, following))
-        self._early: dict[str, Iterator[np.ndarray]] = {}
+        self._early: dict[str, tuple[list[np.ndarray], Iterator[np.ndarray]]] = {}
         self._options = program_options(patch)
         self._counted = piece.Counted()
         self._rates = top_rates(patch)
@@ -132,17 +132,35 @@ class Merger:
             found = self._limits([(source, {}) for source in sources], numbers)
             self._global = dict(zip(self._sources, found))
 
+    def __enter__(self) -> Merger:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End the threads; what has not begun is not done."""
+        for _, runs in self._early.values():
+            runs.close()
+        self._early.clear()
+        for workers in (self._reader, self._calculators):
+            workers.__exit__(*error)
+
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """Yield the merged tensor in runs, flat, in its storage dtype; afterwards its statistics
         are there. Quickest in the order of the sources: each is begun while the one before ends.
         """
-        begin = max(0, self._pieces(self._sources[name]) - self._ahead)
-        for number, run in enumerate(self._early.pop(name, None) or self._parts(name)):
-            following = self._following.pop(name, None) if number == begin else None
-            if following is not None:
-                runs = self._parts(following)
-                self._early[following] = itertools.chain([next(runs)], runs)
+        first, runs = self._early.pop(name, ((), None))
+        runs = itertools.chain(first, runs or self._parts(name))
+        # By then all pieces of this tensor are read or computed, and threads would be idle.
+        last_begun = max(0, self._pieces(self._sources[name]) - self._ahead)
+        for number, run in enumerate(runs):
+            if number == last_begun:
+                self._begin_early(self._following.get(name))
             yield run
+
+    def _begin_early(self, name: str | None) -> None:
+        if name is None or name in self._early or name in self.statistics:
+            return
+        runs = self._parts(name)
+        self._early[name] = [next(runs)], runs  # a generator does nothing before its first value
 
     def _parts(self, name: str) -> Iterator[np.ndarray]:
         source, vectors = self._sources[name], []
@@ -202,7 +220,8 @@ class Merger:
         shape = self._shape(source)
         start = number * math.prod(shape)
         count = min(math.prod(shape), source.size - start)
-        _, arrays = self._read(source, start, count, shape)
+        read = functools.partial(self._read, source, start, count, shape)
+        _, arrays = self._in_turn(source, read)()
         found = self._survey(source, limits, bounds)(number, start, arrays)
         return {name: np.flatnonzero(np.asarray(inside)) for name, (_, inside, _) in found.items()}
 
@@ -219,7 +238,8 @@ class Merger:
         for source, limits in chosen:
             shape = self._shape(source)
             program = self._survey(source, limits, nothing)
-            found = program(0, 0, _sample(source, shape))
+            sample = self._in_turn(source, functools.partial(_sample, source, shape))()
+            found = program(0, 0, sample)
             every = max(1, round(largest / source.size))  # a sample in proportion to the size
             for name, (key, _, vector) in found.items():
                 count = min(source.size, math.prod(shape))
@@ -324,25 +344,34 @@ class Merger:
             programs are compiled once.
         """
         running: deque[Future] = deque()
-        for program, source in calls:
-            shape = self._shape(source)
-            step = math.prod(shape)
-            compiled = (*kind, shape, *(x.dtype for x in _tensors(source)))
-            anywhere = all(isinstance(x, Stored) for x in _tensors(source))
-            for number, start in enumerate(range(0, source.size, step)):
-                count = min(step, source.size - start)
-                read = functools.partial(self._read, source, start, count, shape)
-                if not anywhere:
-                    read = self._reader.submit(read).result
-                call = functools.partial(program, number, start)
-                running.append(self._calculators.submit(self._computed, call, read))
-                if compiled not in self._compiled:
-                    self._compiled.add(compiled)
-                    wait(running[-1])
-                if len(running) > self._ahead:
-                    yield wait(running.popleft())
-        while running:
-            yield wait(running.popleft())
+        try:
+            for program, source in calls:
+                shape = self._shape(source)
+                step = math.prod(shape)
+                compiled = (*kind, shape, *(x.dtype for x in _tensors(source)))
+                for number, start in enumerate(range(0, source.size, step)):
+                    count = min(step, source.size - start)
+                    read = functools.partial(self._read, source, start, count, shape)
+                    read = self._in_turn(source, read)
+                    call = functools.partial(program, number, start)
+                    running.append(self._calculators.submit(self._computed, call, read))
+                    if compiled not in self._compiled:
+                        self._compiled.add(compiled)
+                        wait(running[-1])
+                    if len(running) > self._ahead:
+                        yield wait(running.popleft())
+            while running:
+                yield wait(running.popleft())
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _in_turn(self, source: Source, read: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what reads a tensor. Files are read by whoever needs them; all else by one thread,
+        in the order of these calls."""
+        if all(isinstance(x, Stored) for x in _tensors(source)):
+            return read
+        return self._reader.submit(read).result
 
     def _computed(
         self, call: Callable[[dict[str, Any]], Any], read: Callable[[], tuple[np.ndarray, dict]]

@@ -36,9 +36,8 @@ from safepatch_jax.run.manifests import DIFFERENCES, MANIFEST, SCORES, WEIGHTS
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, paths
 from safepatch_jax.runtime.console import say, some
-from safepatch_jax.runtime.paths import readable, resolve
-from safepatch_jax.runtime.programs import keep_programs
-from safepatch_jax.runtime.workers import Workers
+from safepatch_jax.runtime.paths import readable
+from safepatch_jax.runtime.workers import Workers, wait
 from safepatch_jax.settings import Settings
 
 RECORD = "merge.json"
@@ -64,7 +63,7 @@ def merge_folders(
       scores: {'se', 'osm'}: each a folder of float32 safetensors, sums of |gradient| by HF name, or
         the score_* stage of such a run; may be empty where entries are not ranked by SNIP.
       out: the new folder.
-      settings: its groups patch and export, run.seed and run.cache_dir are used.
+      settings: its groups patch and export, and run.seed, are used.
 
     Returns:
       totals of the statistics; the folder's merge.json has them by tensor, and patch.png draws
@@ -77,7 +76,7 @@ def merge_folders(
     """
     out = paths.local(out)
     files.refuse_full_folder(out)
-    keep_programs(resolve(settings.run.cache_dir))
+    charts.check()
     base = hub.folder_of(paths.plain(base))
     config, checkpoint = read_hf_config(base), Checkpoint(base)
     table = param_table(config)
@@ -86,12 +85,11 @@ def merge_folders(
     scope = ParamTable(table.scope(settings.patch.scope))
     merger = _open_merger(patches, scores, checkpoint, scope, settings)
     dtype = settings.export.dtype
-    with files.new_folder(out) as folder:
+    with files.new_folder(out) as folder, merger, Workers(1) as beside:
+        loading = beside.submit(charts.load)
         copy_companions(base, folder, COMPANIONS[1:])
         write_config(base, folder, None if dtype == "keep" else dtype)
-        with Workers(1) as beside:
-            beside.submit(charts.load)
-            _write(folder, checkpoint, table, scope, merger, settings)
+        _write(folder, checkpoint, table, scope, merger, settings)
         refuse_broken(merger.statistics)
         refuse_no_op(merger.statistics, settings.patch)
         total = totals(merger.statistics)
@@ -104,6 +102,7 @@ def merge_folders(
             "tensors": merger.statistics,
         }
         files.write_json(folder / RECORD, record)
+        wait(loading)
         draw_patch(merger.statistics, folder / PATCH)
     say(describe_agreement(total))
     say(f"{out}: {describe_totals(total)}")

@@ -147,7 +147,7 @@ kept = Kept()
 def run():
     atexit.register(print, "registered")
     print("done")
-    return 3
+    {end}
 
 
 if __name__ == "__main__":
@@ -156,37 +156,60 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    "command, expected",
+    "end, code, error",
     [
-        (["ending.py"], "done\nregistered\n"),
-        (["-c", "import ending; ending.main.run(ending.run)"], "done\nregistered\ntaken apart\n"),
+        ("return 3", 3, ""),
+        ("return None", 0, ""),
+        ("raise ValueError('bad')", 2, "error: bad"),
+        ("raise SystemExit('text')", 1, "text"),
+        ("raise TypeError('a fault')", 1, "TypeError: a fault"),
     ],
-    ids=["program", "library"],
 )
-def test_what_was_registered_runs_at_the_end_and_a_program_is_not_taken_apart(
-    tmp_path, command, expected
-):
-    (tmp_path / "ending.py").write_text(ENDING)
-    result = subprocess.run(
+def test_what_was_registered_runs_at_the_end_and_the_exit_code_stays(tmp_path, end, code, error):
+    result = ended(tmp_path, end, "ending.py")
+    assert (result.returncode, result.stdout.splitlines()[:2]) == (code, ["done", "registered"])
+    assert error in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command, taken",
+    [
+        (["ending.py"], False),
+        (["-c", "import ending; ending.main.run(ending.run)"], True),
+        (["-c", "import runpy, coverage; runpy.run_path('ending.py', run_name='__main__')"], True),
+    ],
+    ids=["program", "library", "watched"],
+)
+def test_a_program_that_nobody_watches_is_not_taken_apart(tmp_path, command, taken):
+    (tmp_path / "coverage.py").write_text("")
+    result = ended(tmp_path, "return 3", *command)
+    assert result.returncode == 3
+    assert ("taken apart" in result.stdout) == taken
+
+
+def ended(tmp_path, end, *command):
+    (tmp_path / "ending.py").write_text(ENDING.format(end=end))
+    return subprocess.run(
         [sys.executable, *command],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
         capture_output=True,
         text=True,
     )
-    assert (result.returncode, result.stdout) == (3, expected), result.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_output_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "ending.py").write_text(ENDING)
+    (tmp_path / "ending.py").write_text(ENDING.format(end="return 3"))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env.pop("PYTHONUNBUFFERED", None)  # written at the end, when the launcher has returned
     with open("/dev/full", "w") as full:
         result = subprocess.run(
             [sys.executable, "ending.py"],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=env,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert result.returncode == 2 and "error: No space left" in result.stderr
+    assert result.returncode == 120 and "No space left" in result.stderr

@@ -1,6 +1,8 @@
 """The patch operation piece by piece from files gives the bits and the statistics of the one on a
 mesh."""
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -42,12 +44,15 @@ SETTINGS = [
 
 
 class InMemory:
-    """What a tensor of a file offers, over an array."""
+    """What a tensor of a stage offers, over an array; it notes which threads read."""
+
+    readers = set()
 
     def __init__(self, array):
         self.dtype, self.shape, self._flat = str(array.dtype), array.shape, array.reshape(-1)
 
     def read(self, out, start):
+        self.readers.add(threading.get_ident())
         out[...] = self._flat[start : start + len(out)]
         return out
 
@@ -123,16 +128,18 @@ def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("options", [{"merge": "dare"}, {}], ids=label)
+@pytest.mark.parametrize("options", [{"merge": "dare"}, {}, {"support": "fill"}], ids=label)
 def test_tensors_may_be_asked_for_in_any_order_and_left_half_read(options):
     patch = PatchSettings(top_rate_se=0.3, **options)
     tensors = draw(np.random.default_rng(3), KINDS, ROWS)
 
     def merged(order, left=()):
-        merger = Merger(sources(tensors, patch), patch, SEED, size=500)
-        for name in left:
-            next(merger.parts(name))
-        bits = {name: np.concatenate(list(merger.parts(name))).tobytes() for name in order}
+        InMemory.readers.clear()
+        with Merger(sources(tensors, patch), patch, SEED, size=50) as merger:
+            for name in left:
+                next(merger.parts(name))
+            bits = {name: np.concatenate(list(merger.parts(name))).tobytes() for name in order}
+        assert len(InMemory.readers) == 1, "one thread reads"
         return bits, merger.statistics
 
     names = [tensor["name"] for tensor in tensors]
