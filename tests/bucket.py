@@ -77,15 +77,17 @@ def bucket_server(tmp_path_factory):
 def s3_server():
     """A running server of s3:// with one empty bucket, named 'bucket', that the clients of this
     process, and of those it starts, find."""
-    for package in ("s3fs", "moto"):
+    for package in ("s3fs", "moto.server"):
         reason = f"{package} is not installed: pip install s3fs 'moto[server]'"
         pytest.importorskip(package, reason=reason)
     command = [sys.executable, "-c", _MOTO]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **quiet) as process:
         try:
+            port = process.stdout.readline().strip()
+            assert port, f"the server did not start: {' '.join(command)}"
             variables = {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{process.stdout.readline().strip()}",
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
                 "AWS_ACCESS_KEY_ID": "of tests",
                 "AWS_SECRET_ACCESS_KEY": "of tests",
                 "AWS_DEFAULT_REGION": "us-east-1",

@@ -9,7 +9,6 @@ order. Memory is that of a few pieces, whatever the size of a tensor.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -18,12 +17,12 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
+from safepatch_jax.io.stored import Stored, aligned_empty
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES, piece
 from safepatch_jax.patching.agreement import agreement
@@ -31,50 +30,17 @@ from safepatch_jax.patching.merge import KEYED
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.settings import PatchSettings
+from safepatch_jax.patching.source import Source
 from safepatch_jax.patching.statistics import combine_statistics, overlap
 from safepatch_jax.patching.thresholds import COUNTED, Limit, Search
 from safepatch_jax.runtime.workers import Workers, wait
 
 PIECE = 1 << 18  # entries
 _AHEAD = 2  # pieces that are read or computed beside those at which threads work
-_SAMPLED = 1 << 12  # neighbouring entries of a sample
 _SOURCES = 16  # tensors of which a sample is made, at most
 
 Limits = dict[str, list[Limit]]  # by selection, for each piece
 Program = Callable[[int, int, dict[str, Any]], Any]  # of a piece's number, start and arrays
-
-
-class Readable(Protocol):
-    """A tensor of which runs can be read; `Stored` is one. Others are read by one thread, from
-    their beginning to their end."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    def read(self, out: np.ndarray, start: int) -> np.ndarray:
-        """Fill `out`, of `dtype`, with the elements that begin at the flat index `start`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One HF tensor before the merge.
-
-    Attributes:
-      name: of the HF tensor.
-      backbone: in its stored dtype, of the HF shape.
-      derived: {'se', 'osm'}: of the derived models, any float dtype.
-      sensitivity: {'se', 'osm'}: sums of |gradient|, float32; may be empty for an importance that
-        needs none.
-    """
-
-    name: str
-    backbone: Readable
-    derived: Mapping[str, Readable]
-    sensitivity: Mapping[str, Readable]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.backbone.shape)
 
 
 class Merger:
@@ -238,7 +204,7 @@ class Merger:
         for source, limits in chosen:
             shape = self._shape(source)
             program = self._survey(source, limits, nothing)
-            sample = self._in_turn(source, functools.partial(_sample, source, shape))()
+            sample = self._in_turn(source, functools.partial(source.sample, shape))()
             found = program(0, 0, sample)
             every = max(1, round(largest / source.size))  # a sample in proportion to the size
             for name, (key, _, vector) in found.items():
@@ -348,7 +314,7 @@ class Merger:
             for program, source in calls:
                 shape = self._shape(source)
                 step = math.prod(shape)
-                compiled = (*kind, shape, *(x.dtype for x in _tensors(source)))
+                compiled = (*kind, shape, *(x.dtype for x in source.tensors))
                 for number, start in enumerate(range(0, source.size, step)):
                     count = min(step, source.size - start)
                     read = functools.partial(self._read, source, start, count, shape)
@@ -369,7 +335,7 @@ class Merger:
     def _in_turn(self, source: Source, read: Callable[[], Any]) -> Callable[[], Any]:
         """Return what reads a tensor. Files are read by whoever needs them; all else by one thread,
         in the order of these calls."""
-        if all(isinstance(x, Stored) for x in _tensors(source)):
+        if all(isinstance(x, Stored) for x in source.tensors):
             return read
         return self._reader.submit(read).result
 
@@ -387,67 +353,16 @@ class Merger:
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Read a run of all arrays of a tensor, with zeros behind it up to `shape`; return the
         memory that holds them too, which is used again."""
-        size = sum(math.prod(shape) * DTYPES[x.dtype].itemsize + 64 for x in _tensors(source))
+        size = source.nbytes(shape)
         memory = np.empty(0, np.uint8)
         while len(memory) < size:
             try:
                 memory = self._free.get_nowait()
             except queue.Empty:
                 memory = aligned_empty((size,), np.dtype(np.uint8))
-        return memory, _read(source, start, count, shape, memory)
+        return memory, source.read(start, count, shape, memory)
 
 
 def _arrays(limits: Limits, number: int) -> dict[str, np.ndarray]:
     """Return the limits of one piece."""
     return {name: np.array(pieces[number], np.int32) for name, pieces in limits.items()}
-
-
-def _tensors(source: Source) -> list[Readable]:
-    return [source.backbone, *source.derived.values(), *source.sensitivity.values()]
-
-
-def _mapped(source: Source, function: Callable[[Readable], Any]) -> dict[str, Any]:
-    return {
-        "backbone": function(source.backbone),
-        "derived": {role: function(x) for role, x in source.derived.items()},
-        "sensitivity": {role: function(x) for role, x in source.sensitivity.items()},
-    }
-
-
-def _read(
-    source: Source, start: int, count: int, shape: tuple[int, ...], memory: np.ndarray
-) -> dict[str, Any]:
-    """Read a run of all arrays of a tensor into `memory`, with zeros behind it up to `shape`."""
-    offset = 0
-
-    def run(tensor: Readable) -> np.ndarray:
-        nonlocal offset
-        dtype = DTYPES[tensor.dtype]
-        size = math.prod(shape) * dtype.itemsize
-        out = memory[offset : offset + size].view(dtype)
-        offset += -(-size // 64) * 64
-        tensor.read(out[:count], start)
-        out[count:] = 0
-        return out.reshape(shape)
-
-    # Looks at the memory; jnp.asarray, or a jitted function that is given NumPy's, would copy it.
-    return jax.device_put(_mapped(source, run))
-
-
-def _sample(source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Read parts from all over a tensor, or all of it, as a piece."""
-    step = math.prod(shape)
-    if source.size <= step:
-        size = sum(step * DTYPES[x.dtype].itemsize + 64 for x in _tensors(source))
-        return _read(source, 0, source.size, shape, aligned_empty((size,), np.dtype(np.uint8)))
-    unit = shape[-1] if len(shape) > 1 else min(_SAMPLED, step)
-    places = np.linspace(0, source.size - step, step // unit, dtype=np.int64) // unit * unit
-    places += np.arange(len(places)) * unit
-
-    def run(tensor: Readable) -> np.ndarray:
-        out = np.zeros(step, DTYPES[tensor.dtype])
-        for i, place in enumerate(places.tolist()):
-            tensor.read(out[i * unit : (i + 1) * unit], place)
-        return out.reshape(shape)
-
-    return jax.device_put(_mapped(source, run))

@@ -196,7 +196,8 @@ def _refuse_other_record(index: Index, entry: Entry) -> None:
     if there.name != entry.name:
         others.append("another name")
     if there.files != entry.files:
-        others.append(f"other files beside it ({', '.join(there.files) or 'none'})")
+        of_both = (", ".join(x.files) or "none" for x in (there, entry))
+        others.append("files beside it: {}; given now: {}".format(*of_both))
     if entry.parent not in (there.parent, index.parents[there.hash]):
         others.append("another parent")
     if others:

@@ -23,7 +23,8 @@ from safepatch_jax.patch_file.apply import AFTER, check_names, refuse_strangers,
 from safepatch_jax.patch_file.file import BITS, RUN, PatchFile, runs_of
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
-from safepatch_jax.patching.out_of_core import Merger, Readable, Source
+from safepatch_jax.patching.out_of_core import Merger
+from safepatch_jax.patching.source import Readable, Source
 from safepatch_jax.patching.statistics import (
     describe_totals,
     refuse_broken,

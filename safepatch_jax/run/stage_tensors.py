@@ -13,7 +13,7 @@ from safepatch_jax.io.checkpoint import StoredTree
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.table import Param, ParamTable
-from safepatch_jax.patching.out_of_core import Readable
+from safepatch_jax.patching.source import Readable
 
 
 class StageTensors(Mapping[str, Readable]):

@@ -10,8 +10,9 @@ import pytest
 from safepatch_jax.models.table import Param
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.methods import MERGE_METHODS
-from safepatch_jax.patching.out_of_core import Merger, Source
+from safepatch_jax.patching.out_of_core import Merger
 from safepatch_jax.patching.settings import PatchSettings
+from safepatch_jax.patching.source import Source
 from tests.patching.cases import ODD, SEED, as_trees, draw, label, matrices, run
 
 ROWS = (

@@ -143,7 +143,7 @@ def test_cards_and_evaluations_that_are_not_added(line, store, tmp_path):
     large.touch()
     os.truncate(large, 100_000_001)
     for problem, values in (
-        ("there already, as b@.*, with other files beside it .none.", {"card": str(card)}),
+        ("there already, as b@.*, with files beside it: none; given now: ", {"card": str(card)}),
         ("has more than 100,000,000 bytes", {"evaluations": [str(large)]}),
         ("21 evaluations are given; at most 20", {"evaluations": [str(card)] * 21}),
     ):

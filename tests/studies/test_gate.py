@@ -12,6 +12,7 @@ from safepatch_jax.evaluation.suites import load_suite
 from safepatch_jax.runtime.config_file import shipped_file
 from safepatch_jax.runtime.files import read_json, read_jsonl, write_json, write_jsonl
 from safepatch_jax.studies.evaluate.options import EvaluationOptions
+from safepatch_jax.studies.gate.checks import line
 from safepatch_jax.studies.gate.rules import DEFAULT, read_rules
 from safepatch_jax.studies.gate.study import gate
 from tests.evaluations import write_suite
@@ -159,13 +160,16 @@ def test_a_prompt_in_two_forms_counts_once_and_unknown_ones_do_not(
 
 
 def test_perplexity_is_cut_and_told(candidate, against, options, tmp_path):
-    text = "[text]\nmargin = 0.1\nbound = 0.5\n"
+    text = "[text]\nmargin = 0.00002\nbound = 0.5\n"
     content = gate(
         candidate(nll=3.0), against, options, rules(tmp_path, text), str(tmp_path / "gate")
     )
     (check,) = content["checks"]
     assert check["verdict"] == "fail" and check["mean"] == 0.5 and check["cut"] == check["n"]
-    assert "differences were cut to 0.5" in (tmp_path / "gate" / "gate.md").read_text()
+    report = (tmp_path / "gate" / "gate.md").read_text()
+    assert "differences were cut to 0.5" in report
+    assert "| +0.500000 [" in report and "| +0.000020 |" in report
+    assert line(check).endswith(" margin +0.000020")
 
 
 def test_given_again_it_is_the_same_and_other_rules_read_the_same_answers(

@@ -184,6 +184,15 @@ def verdict_of(checks: Iterable[Check]) -> str:
     return PASS if verdicts == {PASS} else OPEN
 
 
+def number(value: float | None, unit: str, margin: float, sign: str = "") -> str:
+    """Return a level or difference, '-' where it is not known; with so many decimals that the
+    margin shows two digits."""
+    if value is None:
+        return "-"
+    decimals = 3 if margin <= 0 else max(3, 1 - math.floor(math.log10(margin)))
+    return f"{value:{sign}.1%}" if unit == "share of prompts" else f"{value:{sign}.{decimals}f}"
+
+
 def line(result: Mapping[str, Any]) -> str:
     """Return one line that says what a check shows."""
     rule: Rule | Mapping[str, Any] = result["limits"]
@@ -194,10 +203,8 @@ def line(result: Mapping[str, Any]) -> str:
         text += f" in {result['n']} of {result['prompts']} prompts"
     if result["mean"] is None:
         return f"{text}; none of them has an outcome on both sides"
-    form = "{:+.3g}" if result["unit"] != "share of prompts" else "{:+.1%}"
-    mean, low, high, margin = (
-        form.format(x) for x in (result["mean"], result["low"], result["high"], rule["margin"])
-    )
+    limit, values = rule["margin"], (result["mean"], result["low"], result["high"])
+    mean, low, high, margin = (number(x, result["unit"], limit, "+") for x in (*values, limit))
     text += f"; difference {mean}, {low} to {high}, margin {margin}"
     return f"{text}; {more(result)}" if result["verdict"] == OPEN else text
 

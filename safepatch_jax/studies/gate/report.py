@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from safepatch_jax.evaluation.sequential import FAIL, OPEN, PASS
 from safepatch_jax.reporting import tables, templates
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.text import printable
-from safepatch_jax.studies.gate.checks import OURS, THEIRS, line, more
+from safepatch_jax.studies.gate.checks import OURS, THEIRS, line, more, number
 
 FILES = ("gate.md", "gate.json", "gate.xml")
 _LISTED = 40  # prompts of a list in gate.md; gate.json has all
@@ -42,26 +43,19 @@ def markdown(content: Mapping[str, Any]) -> str:
     )
 
 
-def number(value: float | None, unit: str, sign: str = "") -> str:
-    """Return a level or difference, '-' where it is not known."""
-    if value is None:
-        return "-"
-    form = "{:" + sign + (".1%}" if unit == "share of prompts" else ".4g}")
-    return form.format(value)
-
-
 def _row(check: Mapping[str, Any]) -> list[str]:
-    unit, levels, limits = check["unit"], check["levels"], check["limits"]
-    low, high = (number(check[end], unit, "+") for end in ("low", "high"))
+    levels, limits = check["levels"], check["limits"]
+    text = functools.partial(number, unit=check["unit"], margin=limits["margin"])
+    low, high = (text(check[end], sign="+") for end in ("low", "high"))
     return [
         check["title"],
         check["verdict"],
         f"{check['decided_at'] or check['n']} of {check['prompts']}",
-        number(levels[THEIRS], unit),
-        number(levels[OURS], unit),
-        f"{number(check['mean'], unit, '+')} [{low}, {high}]",
-        number(limits["margin"], unit, "+"),
-        number(limits["fail_above"], unit, "+"),
+        text(levels[THEIRS]),
+        text(levels[OURS]),
+        f"{text(check['mean'], sign='+')} [{low}, {high}]",
+        text(limits["margin"], sign="+"),
+        text(limits["fail_above"], sign="+"),
         f"{1 - limits['alpha']:.4g} / {1 - limits['alpha_fail']:.4g}",
     ]
 
