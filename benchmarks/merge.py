@@ -9,7 +9,8 @@ same three folders, density 0.3, weight 1, all tensors, and write bfloat16; thei
 differ, so the share of changed entries is compared, not the bits. SafePatching ranks the linear
 layers by SNIP with float32 scores, random ones, which is what costs it most: 3 % of each matrix is
 its top set. Each run is a whole process, from its start to its end, and the sides take turns; ours
-ends when the disk has the result, mergekit does not wait for it. A floor is the time of reading the
+compiles its programs, or has those of the run before ("kept"), and ends when the disk has the
+result; mergekit does not wait for it. A floor is the time of reading the
 bytes that a side must read once, and writing the result, to the disk.
 """
 
@@ -98,13 +99,14 @@ def changed_share(base: pathlib.Path, merged: pathlib.Path) -> float:
 
 def timed(command: list[str]) -> tuple[float, float, float]:
     """Run a command; return its seconds, CPU seconds and peak of resident memory in bytes."""
+    env = {name: x for name, x in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     begun, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+            env=env | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
         )
         while True:
             # Not the peak of wait4: it begins with the memory of this process when it forked.
@@ -119,6 +121,12 @@ def timed(command: list[str]) -> tuple[float, float, float]:
             errors.seek(0)
             sys.exit(f"{command[0]} failed:\n{errors.read().decode(errors='replace')[-3000:]}")
     return time.perf_counter() - begun, usage.ru_utime + usage.ru_stime, float(peak)
+
+
+def cold(cache: pathlib.Path, command: list[str]) -> tuple[float, float, float]:
+    """As `timed`, with no compiled programs at hand."""
+    shutil.rmtree(cache, ignore_errors=True)
+    return timed(command)
 
 
 def copied(folders: list[pathlib.Path], out: pathlib.Path) -> tuple[float, float, float]:
@@ -150,8 +158,13 @@ def sides_of(folder: pathlib.Path, out: pathlib.Path) -> dict[str, functools.par
     models = list(paths.values())
     ours = [sys.executable, "-m", "launch.merge", f"--base={paths['base']}", f"--out={out}"]
     ours += [f"--patch_{role}={paths[role]}" for role in ROLES]
+    cache = folder / "cache"
+    ours.append(f"--run.cache_dir={cache}")
     dare = ["--merge=dare", f"--patch.retention={DENSITY}", "--patch.scope=all"]
-    sides = {"DARE, ours": functools.partial(timed, ours + dare)}
+    sides = {
+        "DARE, ours": functools.partial(cold, cache, ours + dare),
+        "DARE, ours, programs kept": functools.partial(timed, ours + dare),
+    }
     if _MERGEKIT.value:
         recipe = folder / "recipe.yaml"
         recipe.write_text(YAML.format(density=DENSITY, **paths))
@@ -164,7 +177,7 @@ def sides_of(folder: pathlib.Path, out: pathlib.Path) -> dict[str, functools.par
             write_scores(paths["base"], path, seed)
         snip = [f"--patch.top_rate_{role}={TOP_RATE}" for role in ROLES]
         snip += [f"--scores_{role}={path}" for role, path in zip(ROLES, scores)]
-        sides["SafePatching, ours"] = functools.partial(timed, ours + snip)
+        sides["SafePatching, ours"] = functools.partial(cold, cache, ours + snip)
         sides["floor of SafePatching"] = functools.partial(copied, models + scores, out)
     return sides
 
@@ -206,12 +219,13 @@ def report(runs: dict[str, list[tuple[float, float, float]]], changed: dict[str,
     for name in [name for name in runs if "ours" in name]:
         method = name.partition(",")[0]
         floor = median[name][0] / median[f"floor of {method}"][0]
-        print(f"\n{method}: ours takes {floor:.1f} times its floor.")
-    if "DARE, mergekit" in runs:
-        ratios = [b[0] / a[0] for a, b in zip(runs["DARE, ours"], runs["DARE, mergekit"])]
-        memory = median["DARE, mergekit"][2] / median["DARE, ours"][2]
-        print(f"mergekit takes {spread(ratios, '.2f')} times as long, with {memory:.1f} times the")
-        print("memory.")
+        print(f"\n{name}: {floor:.1f} times its floor.")
+        theirs = f"{method}, mergekit"
+        if theirs in runs:
+            ratios = [b[0] / a[0] for a, b in zip(runs[name], runs[theirs])]
+            memory = median[theirs][2] / median[name][2]
+            print(f"mergekit takes {spread(ratios, '.2f')} times as long, with {memory:.1f} times")
+            print("the memory.")
 
 
 if __name__ == "__main__":

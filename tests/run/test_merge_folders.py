@@ -67,6 +67,9 @@ def test_the_launcher_gives_the_weights_of_the_job(kept, backbone, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     again = call(*folders)
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
+    (tmp_path / "file").touch()
+    uncached = call(*folders, f"--run.cache_dir={tmp_path / 'file' / 'cache'}")
+    assert uncached.returncode == 2 and "--run.cache_dir" in uncached.stderr
 
 
 @pytest.mark.parametrize(
