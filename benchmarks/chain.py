@@ -314,7 +314,7 @@ def removed(folder: pathlib.Path, number: int) -> dict[str, Any]:
     new = Checkpoint(log.folder(log.head)).tensors
     for name, tensor in old.items():
         bits = np.concatenate(list(runs_of(tensor)))
-        flips = flips_of([patch], name)
+        flips = flips_of([patch], name, patch.tensors[name])
         for other in later:
             for positions, _ in other.chunks(name):
                 shared += int(np.count_nonzero(flips[positions]))
@@ -402,6 +402,7 @@ def main(argv: list[str]) -> None:
         equal, different = differences(folder)
         print(f"{hit} times SIGKILL, {took:.0f} s. {equal} equal, {len(different)} not.")
         content |= {"kills": kills, "seconds": took, "equal": equal, "different": different}
+        written(folder, content, costs)
     if _REMOVE.value in PatchLog(last_chain(folder)).live:
         content["removal"] = removed(folder, _REMOVE.value)
     if _REVERT.value:
