@@ -187,7 +187,7 @@ class Merger:
         start = number * math.prod(shape)
         count = min(math.prod(shape), source.size - start)
         read = functools.partial(self._read, source, start, count, shape)
-        _, arrays = self._in_turn(source, read)()
+        _, arrays = self._read_now(source, read)
         found = self._survey(source, limits, bounds)(number, start, arrays)
         return {name: np.flatnonzero(np.asarray(inside)) for name, (_, inside, _) in found.items()}
 
@@ -204,7 +204,7 @@ class Merger:
         for source, limits in chosen:
             shape = self._shape(source)
             program = self._survey(source, limits, nothing)
-            sample = self._in_turn(source, functools.partial(source.sample, shape))()
+            sample = self._read_now(source, functools.partial(source.sample, shape))
             found = program(0, 0, sample)
             every = max(1, round(largest / source.size))  # a sample in proportion to the size
             for name, (key, _, vector) in found.items():
@@ -318,7 +318,8 @@ class Merger:
                 for number, start in enumerate(range(0, source.size, step)):
                     count = min(step, source.size - start)
                     read = functools.partial(self._read, source, start, count, shape)
-                    read = self._in_turn(source, read)
+                    if not _is_stored(source):
+                        read = self._reader.submit(read).result
                     call = functools.partial(program, number, start)
                     running.append(self._calculators.submit(self._computed, call, read))
                     if compiled not in self._compiled:
@@ -332,12 +333,9 @@ class Merger:
             for future in running:
                 future.cancel()
 
-    def _in_turn(self, source: Source, read: Callable[[], Any]) -> Callable[[], Any]:
-        """Return what reads a tensor. Files are read by whoever needs them; all else by one thread,
-        in the order of these calls."""
-        if all(isinstance(x, Stored) for x in source.tensors):
-            return read
-        return self._reader.submit(read).result
+    def _read_now(self, source: Source, read: Callable[[], Any]) -> Any:
+        """Return what is read; what the reader was given before comes first."""
+        return read() if _is_stored(source) else wait(self._reader.submit(read))
 
     def _computed(
         self, call: Callable[[dict[str, Any]], Any], read: Callable[[], tuple[np.ndarray, dict]]
@@ -361,6 +359,11 @@ class Merger:
             except queue.Empty:
                 memory = aligned_empty((size,), np.dtype(np.uint8))
         return memory, source.read(start, count, shape, memory)
+
+
+def _is_stored(source: Source) -> bool:
+    """Tell whether all lies in files, which any thread may read; all else is read by one thread."""
+    return all(isinstance(x, Stored) for x in source.tensors)
 
 
 def _arrays(limits: Limits, number: int) -> dict[str, np.ndarray]:
