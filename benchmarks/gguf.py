@@ -36,7 +36,7 @@ def dequantised_kinds() -> list[str]:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         try:
             gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
-        except NotImplementedError:
+        except NotImplementedError:  # gguf's, of a kind that it cannot read
             continue
         if block > 1:
             names.append(kind.name)

@@ -13,7 +13,7 @@ the flags below mean what they mean in launch.safepatch, and give the same bits.
 its --model.source, or WORKDIR's aligned model; --config's other groups are not used.
 
 Memory is that of a few million entries; a stage of a run is read one stacked parameter at a time.
-Compiled programs are kept in --run.cache_dir, so that a second merge begins a second earlier.
+Compiled programs are kept in --run.cache_dir.
 NEW_DIR appears whole or not at all, with config and tokenizer, merge.json (the settings, and the
 number of entries kept in each tensor) and patch.png. The patch file is then made by
 

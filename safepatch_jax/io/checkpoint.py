@@ -61,7 +61,7 @@ def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
             checkpointer.save(place, args=ocp.args.PyTreeSave(tree))
         if not addresses.address_of(path):  # a bucket's objects are hashed for the stage's list
             processes.on_first(checksums.write, path)
-    except Exception as error:
+    except Exception as error:  # Orbax wraps a full disk in errors of several libraries
         if not from_disk(error):
             raise
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -97,7 +97,7 @@ def load_tree(
                     partial_restore=partial,
                 ),
             )
-    except Exception as error:
+    except Exception as error:  # as above; what is neither is raised again
         if not (isinstance(error, _UNREADABLE) or from_disk(error)):
             raise
         raise ValueError(

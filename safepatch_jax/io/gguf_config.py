@@ -322,6 +322,6 @@ def _is_readable(dtype: str) -> bool:
     kind = gguf.GGMLQuantizationType[dtype]
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # gguf's, of a kind that it cannot read
         return False
     return True

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from safepatch_jax.io.folder import Checkpoint, has_weights
-from safepatch_jax.patch_file.file import inspect
+from safepatch_jax.patch_file.file import RUN, inspect
 from safepatch_jax.patch_file.growth import changed_by
 from safepatch_jax.patch_file.log import PatchLog, data_text, folder_hash
 from safepatch_jax.patch_file.log_lines import START
@@ -101,13 +101,14 @@ def compare(log: PatchLog, first: int, second: int) -> dict[str, Any]:
     tensors = {}
     for name in changed_by([*one, *other]):
         tensor = (one or other)[0].tensors[name]
-        a, b = (flips_of(patches, name, tensor) for patches in (one, other))
-        counts = {
-            "differ": int(np.count_nonzero(a ^ b)),
-            "first": int(np.count_nonzero(a)),
-            "second": int(np.count_nonzero(b)),
-            "both": int(np.count_nonzero((a != 0) & (b != 0))),
-        }
+        flips = [flips_of(patches, name, tensor) for patches in (one, other)]
+        counts = dict.fromkeys(total, 0)
+        for start in range(0, tensor.size, RUN):  # so that no other array has a tensor's size
+            a, b = (x[start : start + RUN] for x in flips)
+            counts["differ"] += int(np.count_nonzero(a ^ b))
+            counts["first"] += int(np.count_nonzero(a))
+            counts["second"] += int(np.count_nonzero(b))
+            counts["both"] += int(np.count_nonzero((a != 0) & (b != 0)))
         for key, count in counts.items():
             total[key] += count
         tensors[name] = counts | {"size": tensor.size}

@@ -115,10 +115,10 @@ class Merger:
         """
         first, runs = self._early.pop(name, ((), None))
         runs = itertools.chain(first, runs or self._parts(name))
-        # By then all pieces of this tensor are read or computed, and threads would be idle.
-        last_begun = max(0, self._pieces(self._sources[name]) - self._ahead)
+        # By then the threads have been given all pieces of this tensor, and would soon be idle.
+        all_given = max(0, self._pieces(self._sources[name]) - self._ahead)
         for number, run in enumerate(runs):
-            if number == last_begun:
+            if number == all_given:
                 self._begin_early(self._following.get(name))
             yield run
 

@@ -16,8 +16,8 @@ from safepatch_jax.models.families import FAMILIES, UNPORTED
 from safepatch_jax.models.kernels import kernel_for
 from safepatch_jax.models.table import param_table
 from safepatch_jax.testing import tiny_config
-from tests.models.families import tiny_raw, without
-from tests.models.test_config import READ, V4, V5, assert_means, hf_config, refusal
+from tests.models.configs import READ, V4, V5, assert_means, refusal
+from tests.models.families import hf_config, tiny_raw, without
 
 SILU = {"hidden_act": "silu", "num_hidden_layers": 2, "eos_token_id": 2}
 SILU |= {"tie_word_embeddings": False}
