@@ -8,6 +8,7 @@ and theirs, and tells all to go on, or why not; JAX then opens the same port.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -133,7 +134,7 @@ def _connect(
 ) -> socket.socket:
     while True:
         try:
-            return socket.create_connection(address, timeout=_HELLO)
+            return _refuse_itself(socket.create_connection(address, timeout=_HELLO))
         except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline:
                 reason = getattr(error, "strerror", None) or str(error)
@@ -143,6 +144,18 @@ def _connect(
                     "it, and let the port through a firewall."
                 ) from error
         time.sleep(_PAUSE)
+
+
+def _refuse_itself(connection: socket.socket) -> socket.socket:
+    """Return a connection, unless both its ends are one.
+
+    TCP lets a socket connect to itself: nobody listens at a port of this host, and the system
+    happens to give the socket that very port as its own.
+    """
+    if connection.getsockname() == connection.getpeername():
+        connection.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return connection
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -411,21 +411,48 @@ def test_incomplete_or_wrong_addresses(given, message):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("'127.0.0.1:PORT', 2, 1, ", "Process 1 found nobody at 127.0.0.1:"),
         ("'127.0.0.1:PORT', 2, 0, ", "Of 2 processes not all came to 127.0.0.1:"),
         ("", "--distributed alone works on TPU pod slices"),
     ],
 )
 def test_who_does_not_come_is_named(args, message):
     call = f"processes.initialize({args}timeout=2)".replace("PORT", str(free_port()))
+    check_failure(call, message)
+
+
+def check_failure(call, message, before=""):
+    """Check that a call to `processes.initialize` ends in an error with this text."""
     script = (
-        f"from safepatch_jax.runtime import processes\n"
+        f"from safepatch_jax.runtime import processes\n{before}"
         f"try: {call}\nexcept ValueError as error: processes.fail(str(error), 2)"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_at_which_nobody_listens():
+    with socket.socket() as nobody:  # has the port, so no other test can open it
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        check_failure(
+            f"processes.initialize('127.0.0.1:{port}', 2, 1, timeout=2)",
+            f"Process 1 found nobody at 127.0.0.1:{port} within 2 s (Connection refused)",
+        )
+
+
+def test_a_process_does_not_take_itself_for_process_0():
+    # TCP connects a socket to itself where the system gives it the port that it asks for.
+    port = free_port()
+    before = (
+        "import functools, socket\n"
+        "socket.create_connection = functools.partial(\n"
+        f"    socket.create_connection, source_address=('127.0.0.1', {port}))\n"
+    )
+    call = f"processes.initialize('127.0.0.1:{port}', 2, 1, timeout=2)"
+    check_failure(call, f"Process 1 found nobody at 127.0.0.1:{port}", before)
 
 
 def test_one_process_needs_nothing(tmp_path):
