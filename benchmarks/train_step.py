@@ -23,6 +23,7 @@ chip's dense bfloat16 peak (float32: half of it, TF32).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -37,6 +38,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.common import machine, needed_flops, rated_flops, raw_config, spread
+from safepatch_jax.runtime import pages
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
 _SHAPE = flags.DEFINE_enum(
@@ -60,6 +62,9 @@ _THREADS = flags.DEFINE_integer(
 )
 _REMAT = flags.DEFINE_enum(
     "remat", None, ["none", "dots", "full"], "model.remat; default: the setting's (--shape: dots)."
+)
+_KEEP = flags.DEFINE_bool(
+    "keep_pages", True, "Freed memory stays with both processes, as it does while we train."
 )
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
@@ -226,7 +231,13 @@ def serve(kind) -> None:
     # JAX has as many threads as it sees cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     replies, sys.stdout = sys.stdout, sys.stderr
-    side = kind()
+    if _KEEP.value:
+        pages.one_heap()
+    with pages.kept() if _KEEP.value else contextlib.nullcontext():
+        answer_requests(kind(), replies)
+
+
+def answer_requests(side, replies) -> None:
     forget_peak()
     print(json.dumps(side.facts), file=replies, flush=True)
     for line in sys.stdin:

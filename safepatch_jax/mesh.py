@@ -127,6 +127,11 @@ class Sharder:
             sizes[axis], size = kept, size // kept
         return "--mesh=" + ",".join(f"{axis}:{n}" for axis, n in sizes.items())
 
+    @property
+    def one_cpu(self) -> bool:
+        """Whether this is one CPU device: programs are then best small, and called by the host."""
+        return self.platform == "cpu" and self.mesh.size == 1
+
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 

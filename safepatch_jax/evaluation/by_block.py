@@ -21,16 +21,10 @@ from safepatch_jax.evaluation.generate import (
     placed,
     placed_slots,
 )
-from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.decoder import Begin, Decoder, OneBlock, Readout
 from safepatch_jax.models.layerwise import LAYERS
 from safepatch_jax.models.rope import layer_kinds
-
-
-def suits(sharder: Sharder) -> bool:
-    """Tell whether a mesh is one CPU device, whose weights can be looked at where they lie."""
-    return sharder.platform == "cpu" and sharder.mesh.size == 1
 
 
 class ByBlock:

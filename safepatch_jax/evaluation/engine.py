@@ -21,7 +21,7 @@ from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.data.tokenizer import decode
 from safepatch_jax.evaluation import thought_limit
-from safepatch_jax.evaluation.by_block import ByBlock, suits
+from safepatch_jax.evaluation.by_block import ByBlock
 from safepatch_jax.evaluation.generate import Sampling, Whole
 from safepatch_jax.evaluation.prompter import Prompter, Talk
 from safepatch_jax.evaluation.scored_texts import Pair, Text, likelihoods, texts_of
@@ -68,7 +68,7 @@ class Engine(Prompter):
         prompt_format: PromptFormat = PromptFormat(),
     ):
         super().__init__(config, folder, date, prompt_format)
-        if suits(sharder):  # once, and not beside the stored ones: a CPU casts slowly
+        if sharder.one_cpu:  # once, and not beside the stored ones: a CPU casts slowly
             params = jax.tree.map(lambda x: x.astype(compute_dtype), params)
         self.params, self.batch_size = params, batch_size
         self._folder, self._date = folder, date
@@ -212,7 +212,7 @@ class Engine(Prompter):
     @functools.cached_property
     def model(self) -> Model:
         """What continues sequences."""
-        kind = ByBlock if suits(self.sharder) else Whole
+        kind = ByBlock if self.sharder.one_cpu else Whole
         return kind(self.decoder, self.params)
 
     def _pools(self, sizes: Sequence[int]) -> list[tuple[Rows, list[int]]]:
