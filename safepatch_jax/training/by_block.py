@@ -11,6 +11,7 @@ Dimension key: B batch, T positions, D model.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -142,7 +143,7 @@ class ByBlockStep:
     def _micro_batches(self, batch):
         batch = self._prepare_batch(batch)
         micros = micro_batches(batch, self._accumulate, self._sharder)
-        return [{name: x[i] for name, x in micros.items()} for i in range(self._accumulate)]
+        return [jax.tree.map(operator.itemgetter(i), micros) for i in range(self._accumulate)]
 
     def _run_block(self, stacks, others, layer, x_BTD, micro):
         block = {LAYERS: of_layer(joined(stacks, others), layer)}
