@@ -192,7 +192,7 @@ class ScoreSettings:
         1,
         "Samples on each part of the mesh's batch axis whose gradients of one block exist at once "
         "(per_sample, weights of blocks). Fewer take less memory; results stay but for rounding. "
-        "On one CPU device gradients come one by one all the same.",
+        "On one CPU device one exists, and 8 samples or more run together all the same.",
         low=1,
     )
     inputs: str = option(

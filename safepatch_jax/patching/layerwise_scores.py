@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,11 +21,12 @@ from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import LAYERS, Blocks, Part, joined, of_layer, put_layer
 from safepatch_jax.models.table import Param, nest, param_table, unnest
-from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes
+from safepatch_jax.patching.magnitudes import SAMPLES, Magnitudes, adding
 from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.objective import end_logprobs, sequence_nll
 
 Batch = Mapping[str, jax.Array]
+_TOGETHER = 8  # samples
 _MOST_KEPT = 1.5  # kept inputs, as a share of the float32 weights of the scope
 
 
@@ -63,9 +65,16 @@ class BlockScores:
         of_block = {row.path: sharder.sharding(row.layer_axes) for row in rows}
         self._begin = jax.jit(self._blocks.begin, out_shardings=hidden)
         self._forward = jax.jit(self._run_block, out_shardings=hidden)
+        self._together = (
+            sharder.one_cpu
+            and jnp.dtype(decoder.dtype) == jnp.float32
+            and all(row.kind == "linear" for row in rows)
+        )
         self._end = jax.jit(self._end_gradient, out_shardings=(sharder.replicated(), hidden))
         self._backward = jax.jit(
-            self._add_block, donate_argnums=(4, 6), out_shardings=(of_block, hidden)
+            self._add_chunk if self._together else self._add_block,
+            donate_argnums=(4, 6),
+            out_shardings=(of_block, hidden),
         )
         self._zeros = jax.jit(
             lambda: {row.path: jnp.zeros(row.layer_shape, jnp.float32) for row in rows},
@@ -118,6 +127,26 @@ class BlockScores:
         # would be written and read again: one by one, in the order of the samples.
         total, before_S1TD = lax.scan(add, total, jax.tree.map(lambda x: x[:, None], xs))
         return total, before_S1TD[:, 0]
+
+    def _add_chunk(self, scoped, others, layer, x_BTD, gradient_BTD, batch, total):
+        """Do what `_add_block` does on one CPU device, for weights of products in float32: all but
+        the weights' gradients for the chunk at once."""
+        block = {LAYERS: of_layer(nest(scoped)[LAYERS], layer)}
+        rest = {LAYERS: of_layer(others[LAYERS], layer)}
+
+        def run(block, x_BTD):
+            with nn.intercept_methods(adding(total)):
+                return self._blocks.run(joined(block, rest), layer, x_BTD, batch)
+
+        sums, before_BTD = jax.vjp(run, block, x_BTD)[1](gradient_BTD)
+        return unnest(sums), before_BTD
+
+    def chunk(self, in_flight: int) -> int:
+        """Return how many samples the programs take at once, where so many gradients of one block
+        may exist at once on each part of the batch axis."""
+        if self._together:  # one gradient exists, of however many samples
+            return max(in_flight, _TOGETHER)
+        return in_flight * self._sharder.batch_ways
 
     def _put_block(self, scoped, block, layer):
         return unnest(put_layer(nest(scoped), nest(block), layer))
@@ -172,7 +201,7 @@ class BlockScores:
         scoped, others, rest = self._parted(params)
         block = local_bytes(scoped) // self._blocks.number
         rows, length = batch["tokens"].shape
-        each = rows // self._sharder.batch_ways
+        each = 1 if self._together else rows // self._sharder.batch_ways
         return {
             "scored weights, then sums": local_bytes(scoped),
             "other weights": local_bytes((others, rest)),

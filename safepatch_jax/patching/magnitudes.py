@@ -1,9 +1,12 @@
-"""Sums of magnitudes in the place of gradients: of samples along a vmapped axis."""
+"""Sums of magnitudes in the place of gradients: of samples along a vmapped axis, or of a batch's
+one after the other."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,3 +47,62 @@ class Magnitudes:
 
     def __call__(self, weight: jax.Array, row: Param) -> jax.Array:
         return sum_of_magnitudes(weight, self.sharder.sharding(row.layer_axes))
+
+
+def adding(totals: Mapping[str, jax.Array]) -> Callable[..., Any]:
+    """Return an interceptor (`flax.linen.intercept_methods`) under which the gradient by a block's
+    weight is its total and, added one by one, the magnitudes of each sample's gradient.
+
+    What is not summed, the gradients by what enters the products, is computed for all samples at
+    once, with large factors.
+
+    Args:
+      totals: what is summed so far, by the parameter's path; weights of products alone.
+    """
+    used: list[tuple[jax.Array, str]] = []  # weights, as products take them
+
+    def call(method, args, options, context):
+        if context.method_name == "weight":
+            weight = method(*args, **options)
+            path = "/".join((*context.module.path, args[0]))
+            if path in totals:
+                used.append((weight, path))
+            return weight
+        if context.method_name != "product":
+            return method(*args, **options)
+        equation, x, weight, *dtype = args
+        path = next((path for known, path in used if known is weight), None)
+        if path is None:
+            return method(*args, **options)
+
+        def product(x, weight):
+            return method(equation, x, weight, *dtype, **options)
+
+        return _adding_product(product, x, weight, totals[path])
+
+    return call
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adding_product(product, x, weight, total):
+    return product(x, weight)
+
+
+def _adding_forward(product, x, weight, total):
+    return product(x, weight), (x, weight, total)
+
+
+def _adding_backward(product, kept, gradient):
+    x, weight, total = kept
+    (of_x,) = jax.linear_transpose(lambda x: product(x, weight), x)(gradient)
+
+    def add(total, sample):
+        x, gradient = (part[None] for part in sample)
+        (of_weight,) = jax.linear_transpose(lambda weight: product(x, weight), weight)(gradient)
+        return total + flushed(jnp.abs(of_weight)), None
+
+    total, _ = lax.scan(add, total, (x, gradient))
+    return of_x, total, None
+
+
+_adding_product.defvjp(_adding_forward, _adding_backward)

@@ -65,7 +65,7 @@ class SensitivityMeter:
         self._in_flight = sharder.batch_ways
         if all(row.stacked for row in rows):
             self._blocks = BlockScores(decoder, rows, sharder, loss, chunk, keep)
-            self._in_flight *= in_flight
+            self._in_flight = self._blocks.chunk(in_flight)
         shardings = {row.path: sharder.sharding(row.axes, row.shape, row.path) for row in rows}
         self._zeros = jax.jit(
             lambda: {row.path: jnp.zeros(row.shape, jnp.float32) for row in rows},
