@@ -1,13 +1,13 @@
-"""Block by block beside the whole tree: seconds of a train step and of scoring a sample, and what
-XLA's buffers hold for them.
+"""One block's gradient at a time beside all at once: seconds of a train step and of scoring a
+sample, and what XLA's buffers hold for them.
 
   python -m benchmarks.layerwise --model=DIR     # a Hugging Face folder
 
 Every way has the same weights, batch and arithmetic (float32), in one process; they take turns, a
 step or a pass each, and the first of each is not counted. Trained is the patch scope. A step
 without a bound on the gradient's norm has one backward pass; with it, block by block, two. Scores
-of `--samples` samples are summed one at a time, several at a time, and by the whole tree's gradient
-of each (what there was before): all must agree to 1e-5 of the largest sum of each weight.
+of `--samples` samples are summed block by block, and by the whole tree's gradient of each: both
+must agree to 1e-5 of the largest sum of each weight.
 """
 
 from __future__ import annotations
@@ -43,12 +43,11 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Times each figure is taken.", low
 
 # Name, remat, options of the trainer.
 STEPS = {
-    "whole tree, remat dots": ("dots", {"clip_norm": 1.0}),
-    "whole tree, remat full": ("full", {"clip_norm": 1.0}),
-    "block by block, not clipped": ("full", {"clip_norm": 0.0, "layerwise": True}),
-    "block by block, clipped": ("full", {"clip_norm": 1.0, "layerwise": True}),
+    "all gradients, products kept": ("dots", {"clip_norm": 1.0}),
+    "all gradients, inputs kept": ("full", {"clip_norm": 1.0}),
+    "one block's gradient, not clipped": ("full", {"clip_norm": 0.0, "layerwise": True}),
+    "one block's gradient, clipped": ("full", {"clip_norm": 1.0, "layerwise": True}),
 }
-SCORES = {"one at a time": 1, "4 at a time": 4, "8 at a time": 8}
 AGREE = 1e-5
 
 
@@ -92,15 +91,13 @@ class Bench:
 
         return take, needed(trainer.parts(abstract_batch(_BATCH.value, self.shape, self.sharder)))
 
-    def score(self, in_flight: int | None) -> tuple[Callable, int]:
-        """Return (a function that sums magnitudes over all samples, the bytes for it); None: by the
-        whole tree's gradients."""
-        meter = SensitivityMeter(
-            self.decoder("dots"), self.rows, self.sharder, in_flight=in_flight or 1
-        )
+    def score(self, whole: bool) -> tuple[Callable, int]:
+        """Return (a function that sums magnitudes over all samples, the bytes for it), by the whole
+        tree's gradients or block by block."""
+        meter = SensitivityMeter(self.decoder("dots"), self.rows, self.sharder)
         samples = self.examples[: _SAMPLES.value]
-        if in_flight is None:
-            meter._blocks = None
+        if whole:
+            meter._blocks, meter._in_flight = None, 1
 
         def measure():
             params = {path: jnp.copy(x) for path, x in unnest(self.params).items()}
@@ -150,9 +147,7 @@ def main(argv) -> None:
         made = {name: bench.step(optimizer, *way) for name, way in STEPS.items()}
         table(f"train step, {optimizer}", made)
         del made
-    made = {"whole tree, one at a time": bench.score(None)}
-    for name, number in SCORES.items():
-        made[f"block by block, {name}"] = bench.score(number)
+    made = {"whole tree": bench.score(True), "block by block": bench.score(False)}
     table("score, a sample", made, _SAMPLES.value)
     sums = [take() for take, _ in made.values()]
     for path, x in sums[0].items():

@@ -10,7 +10,7 @@ need more memory than the machine has left is skipped, and its line says so.
 
   adamw      a train step of all weights, the whole tree at once (the defaults)
   adafactor  a train step of the patch scope, block by block, no bound on the gradient's norm
-  score      SNIP's sensitivity of a sample
+  score      SNIP's sensitivities over 8 samples, which run together
   patch      selection, merge and statistics of the whole scope; models and scores are made weight
              by weight, as a run reads them
   decode     16 prompts of 32 tokens, 32 new ones
@@ -21,6 +21,7 @@ the arrays once at the speed of reading memory (patch), the weights once a token
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -40,6 +41,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags
 
 from benchmarks.common import available, machine, needed_flops, raw_config, read_speed, spread
+from safepatch_jax.runtime import pages
 
 # Bytes a parameter that a stage takes at least: it is skipped where they are not there.
 STAGES = {"adamw": 18.0, "adafactor": 10.5, "score": 9.0, "patch": 9.0, "decode": 5.0}
@@ -49,6 +51,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Steps, samples or calls.", lower_
 _PART = flags.DEFINE_string("part", None, "Used by the benchmark itself: SHAPE:STAGE.")
 
 BATCH, LENGTH, ANSWER = 8, 128, 32  # of a train step; a sample is one sequence
+TRAINING = ("adamw", "adafactor")
 PROMPTS, PROMPT, NEW = 16, 32, 32  # of decoding
 ROLES = ("se", "osm")
 
@@ -144,10 +147,10 @@ class Bench:
             made = time.perf_counter() - begun
             params = unnest(held.pop("params"))
             shapes = [(LENGTH, ANSWER)]
-            jax.block_until_ready(meter.measure(params, self.examples[:1], shapes, "score"))
+            jax.block_until_ready(meter.measure(params, self.examples, shapes, "score"))
             return made
 
-        return call, functools.partial(self.multiplied, 1)
+        return call, functools.partial(self.multiplied, BATCH)
 
     def patch(self):
         import jax
@@ -238,9 +241,11 @@ def product_speed(size: int = 2048) -> float:
 def measure(part: str) -> dict[str, Any]:
     """Measure a stage in this process."""
     shape, stage = part.split(":")
+    pages.one_heap()  # as launchers and training do
     bench = Bench(shape)
     call, floor = getattr(bench, stage)()
-    seconds = timed(call)
+    with pages.kept() if stage in TRAINING else contextlib.nullcontext():
+        seconds = timed(call)
     status = pathlib.Path("/proc/self/status").read_text()
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
     return {"size": bench.table.size, "peak": peak, "floor": floor(), "seconds": seconds}

@@ -65,7 +65,7 @@ class ByBlockStep:
         )
         self._begin_back = jax.jit(self._begin_gradient, donate_argnames="total")
         self._finish = jax.jit(self._update, donate_argnames=("state", "gradients"))
-        self._room: Any = None  # the blocks' gradients, in the same pages at every step
+        self._room: Any = None  # the blocks' gradients, in the same memory at every step
 
     def __call__(
         self,
@@ -106,6 +106,10 @@ class ByBlockStep:
         state, metrics, gradients = self._finish(state, gradients, batch, total, *rates)
         self._room = _stacks(gradients)
         return state, metrics
+
+    def free(self) -> None:
+        """Let go of what is kept between steps: memory of the size of the trained weights."""
+        self._room = None
 
     def _gradients(self, trained, frozen, reference, micro, sign, totals, *, first):
         """Add the gradients of a micro-batch's share of the objective to those of the ones before;

@@ -340,6 +340,8 @@ class Trainer:
             stack.enter_context(stopping.listening())
             if self._sharder.one_cpu:
                 stack.enter_context(pages.kept())
+            if isinstance(self._step, ByBlockStep):
+                stack.callback(self._step.free)
             journal = Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
             inputs = frozen, reference

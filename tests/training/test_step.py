@@ -1,6 +1,7 @@
 """The train step: both signs from one program, the ceiling, failures, and the same update on 8
 devices."""
 
+import gc
 import math
 
 import jax
@@ -199,6 +200,20 @@ def test_the_programs_of_blocks_are_compiled_once_and_are_all_that_a_plan_counts
     )
     held = trainer.holds(shapes)
     assert held["what the blocks keep"] > layers * shapes["tokens"].size * decoder.config.embed_dim
+
+
+def test_a_run_leaves_nothing_but_what_it_returns(tiny):
+    """The trainer is kept for other runs, but not its memory of the size of the weights."""
+    trainer, _, params, examples = make(tiny, remat="dots")
+    trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "first")  # programs' constants
+
+    def held():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    before = held()
+    tuned, _ = trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "second")
+    assert held() == before + sum(x.nbytes for x in jax.tree.leaves(tuned))
 
 
 def largest_with(jaxpr, size):
