@@ -1,5 +1,5 @@
-"""One block's gradient at a time beside all at once: seconds of a train step and of scoring a
-sample, and what XLA's buffers hold for them.
+"""Block by block beside the whole tree: seconds of a train step and of scoring a sample, and what
+XLA's buffers hold for them.
 
   python -m benchmarks.layerwise --model=DIR     # a Hugging Face folder
 
@@ -43,10 +43,10 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Times each figure is taken.", low
 
 # Name, remat, options of the trainer.
 STEPS = {
-    "all gradients, products kept": ("dots", {"clip_norm": 1.0}),
-    "all gradients, inputs kept": ("full", {"clip_norm": 1.0}),
-    "one block's gradient, not clipped": ("full", {"clip_norm": 0.0, "layerwise": True}),
-    "one block's gradient, clipped": ("full", {"clip_norm": 1.0, "layerwise": True}),
+    "whole tree, remat dots": ("dots", {"clip_norm": 1.0}),
+    "whole tree, remat full": ("full", {"clip_norm": 1.0}),
+    "block by block, not clipped": ("full", {"clip_norm": 0.0, "layerwise": True}),
+    "block by block, clipped": ("full", {"clip_norm": 1.0, "layerwise": True}),
 }
 AGREE = 1e-5
 

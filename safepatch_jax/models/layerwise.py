@@ -8,11 +8,9 @@ gradient is the caller's: a train step updates the block at once, a score adds u
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -73,70 +71,9 @@ class Blocks:
         positions_1T = jnp.arange(x_BTD.shape[1])[None]
         return module.apply({"params": block}, x_BTD, kind, positions_1T, batch["valid"])[0]
 
-    def run_keeping(
-        self, block: Params, layer: jax.Array, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Run one block, see `run`; return (what leaves it, its products with weights)."""
-        products = []
-
-        def keep(method, args, options, context):
-            y = method(*args, **options)
-            if context.method_name == "product":
-                products.append(y)
-            return y
-
-        with nn.intercept_methods(keep):
-            return self.run(block, layer, x_BTD, batch), products
-
-    def run_again(
-        self,
-        block: Params,
-        layer: jax.Array,
-        x_BTD: jax.Array,
-        batch: Mapping[str, jax.Array],
-        products: Sequence[jax.Array],
-    ) -> jax.Array:
-        """Do what `run` does with products that `run_keeping` has returned, for its derivative:
-        this computes all but the products."""
-        kept = list(products)
-
-        def take(method, args, options, context):
-            if context.method_name != "product":
-                return method(*args, **options)
-            equation, x, weight, *dtype = args
-
-            def product(x, weight):
-                return method(equation, x, weight, *dtype, **options)
-
-            return _known(product, kept.pop(0), x, weight)
-
-        with nn.intercept_methods(take):
-            return self.run(block, layer, x_BTD, batch)
-
     @property
     def _attributes(self):
         return self.decoder.config, self.decoder.dtype, self.decoder.sharder
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _known(product, y, x, weight):
-    """Return y, which is product(x, weight), with the derivative of that."""
-    return y
-
-
-def _known_forward(product, y, x, weight):
-    return y, (x, weight)
-
-
-def _known_backward(product, factors, cotangent):
-    # The product is linear in each factor: its derivative needs no value of it.
-    x, weight = factors
-    (of_x,) = jax.linear_transpose(lambda x: product(x, weight), x)(cotangent)
-    (of_weight,) = jax.linear_transpose(lambda weight: product(x, weight), weight)(cotangent)
-    return None, of_x, of_weight
-
-
-_known.defvjp(_known_forward, _known_backward)
 
 
 def of_layer(stacked: Params, layer: jax.Array) -> Params:

@@ -33,15 +33,14 @@ def answer_divergences(
     nested parameters of a model of the same architecture.
     """
 
+    def of_logits(logits_BCV, reference_BCV, targets_BC):
+        ours_BCV, theirs_BCV = jax.nn.log_softmax(logits_BCV), jax.nn.log_softmax(reference_BCV)
+        logprobs_BC = target_logprobs(logits_BCV, targets_BC)
+        return logprobs_BC, jnp.sum(jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1)
+
     models = [params, jax.lax.stop_gradient(reference)]
-    logprobs_BA, kl_BA = over_answers(decoder, models, batch, _compared, chunk)
+    logprobs_BA, kl_BA = over_answers(decoder, models, batch, of_logits, chunk)
     return batch["weights"] * logprobs_BA, batch["weights"] * kl_BA
-
-
-def _compared(logits_BCV, reference_BCV, targets_BC):
-    ours_BCV, theirs_BCV = jax.nn.log_softmax(logits_BCV), jax.nn.log_softmax(reference_BCV)
-    logprobs_BC = target_logprobs(logits_BCV, targets_BC)
-    return logprobs_BC, jnp.sum(jnp.exp(theirs_BCV) * (theirs_BCV - ours_BCV), axis=-1)
 
 
 def target_logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
@@ -128,27 +127,9 @@ def end_logprobs(
 ) -> jax.Array:
     """Return what `answer_logprobs` does, from what leaves the last block; of `params` the final
     norm and the head are read."""
-    x_BAD = _at_answers(x_BTD, batch)
+    x_BAD = jnp.take_along_axis(x_BTD, batch["predict_at"][..., None], axis=1)
     logprobs_BA = of_answers(decoder, [params], [x_BAD], batch, target_logprobs, chunk)
     return batch["weights"] * logprobs_BA
-
-
-def end_divergences(
-    decoder: Decoder,
-    models: Sequence[Any],
-    hidden: Sequence[jax.Array],
-    batch: Mapping[str, jax.Array],
-    chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Return what `answer_divergences` does, from what leaves the last block [B, T, D] of the model
-    and of its reference."""
-    at_answers = [_at_answers(x_BTD, batch) for x_BTD in hidden]
-    logprobs_BA, kl_BA = of_answers(decoder, models, at_answers, batch, _compared, chunk)
-    return batch["weights"] * logprobs_BA, batch["weights"] * kl_BA
-
-
-def _at_answers(x_BTD, batch):
-    return jnp.take_along_axis(x_BTD, batch["predict_at"][..., None], axis=1)
 
 
 def sequence_nll(logprobs_BA: jax.Array, weights_BA: jax.Array, reduction: str) -> jax.Array:

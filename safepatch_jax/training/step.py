@@ -24,7 +24,6 @@ from safepatch_jax.models.table import Param, ParamTable, nest, unnest
 from safepatch_jax.runtime import pages, stopping
 from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.batch import check_batch, micro_batches, put_batch, reported
-from safepatch_jax.training.by_block import ByBlockStep
 from safepatch_jax.training.checkpoints import Checkpoints
 from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe, Recorder, ignore
 from safepatch_jax.training.layerwise import LayerwiseStep, check_layerwise, layer_moments
@@ -102,7 +101,7 @@ class Trainer:
         layerwise: bool = False,
     ):
         self._optimizer = OPTIMIZERS[optimizer](stacked=not layerwise)
-        self._layerwise, self._whole = layerwise, None
+        self._layerwise = layerwise
         trained = table if rows is None else rows
         if layerwise:
             check_layerwise(trained, loss)
@@ -144,15 +143,11 @@ class Trainer:
                 self._shardings,
             )
         else:
-            self._whole = self._step = jax.jit(
+            self._step = jax.jit(
                 self._train_step,
                 donate_argnums=0,
                 out_shardings=(self._shardings, sharder.replicated()),
             )
-            if sharder.one_cpu and decoder.remat != "none":
-                self._step = ByBlockStep(
-                    decoder, sharder, loss, chunk, accumulate, _weighted, self._updated
-                )
         self._abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(self._init_state, params),
@@ -163,15 +158,14 @@ class Trainer:
         self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None
     ) -> jax.stages.Traced:
         """Return the whole tree's step traced for a batch (and reference) of these shapes and
-        shardings, as one program; nothing is run. What the layerwise pass and one CPU device run,
-        see `parts`."""
+        shardings; nothing is run. The layerwise pass has several programs, see `parts`."""
         scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 4
-        return self._whole.trace(self._abstract, self._stored(), batch, *scalars, reference)
+        return self._step.trace(self._abstract, self._stored(), batch, *scalars, reference)
 
     def parts(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> list[Part]:
         """Return the programs of a step for a batch of these shapes and shardings: one, or those of
-        a step that is run block by block."""
-        if self._step is not self._whole:
+        the layerwise pass."""
+        if self._layerwise:
             return self._step.parts(self._abstract, self._stored(), batch)
         return [Part("", functools.partial(self.trace, batch))]
 
@@ -186,8 +180,6 @@ class Trainer:
         }
         if self._layerwise:
             return holds | self._step.holds(self._abstract, batch)
-        if self._step is not self._whole:
-            return holds | self._step.holds(weights, self._stored(), batch)
         gradients = 1 if self._accumulate == 1 else 2
         return holds | {"gradients": gradients * local_bytes(weights)}
 
@@ -247,15 +239,14 @@ class Trainer:
     def _train_step(
         self, state, frozen, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
     ):
-        batch = _weighted(batch)
+        if "part" in batch:
+            # Before the batch is cut: a micro-batch may have its parts in other shares.
+            batch = batch | {"row_weights": row_weights(batch["part"])}
         tokens = jnp.sum(reported(batch, batch["weights"]))
-        gradients, logprob = self._whole_gradients(state["params"], frozen, reference, batch, sign)
-        rates = learning_rate, weight_decay, nll_ceiling
-        return self._updated(state, gradients, -logprob / tokens, *rates)
 
-    def _updated(self, state, gradients, nll, learning_rate, weight_decay, nll_ceiling):
-        """Return (the state after a step, its measures)."""
         params = state["params"]
+        gradients, logprob = self._whole_gradients(params, frozen, reference, batch, sign)
+        nll = -logprob / tokens
         updates, moments = self._optimizer.update(gradients, state["moments"], params)
         stopped = state["stopped"] | (nll > nll_ceiling)
         params = updated(params, updates, stopped, learning_rate, weight_decay)
@@ -340,8 +331,6 @@ class Trainer:
             stack.enter_context(stopping.listening())
             if self._sharder.one_cpu:
                 stack.enter_context(pages.kept())
-            if isinstance(self._step, ByBlockStep):
-                stack.callback(self._step.free)
             journal = Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
             inputs = frozen, reference
@@ -424,13 +413,6 @@ class Trainer:
             consequence = "A checkpoint is written; the same command resumes from it."
         say(f"  SIGTERM: ends after step {len(journal.nll)}. {consequence}")
         stopping.stop()
-
-
-def _weighted(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch with the weights of its rows, where it has parts; to be called before it is
-    cut, for a micro-batch may have its parts in other shares."""
-    more = {"row_weights": row_weights(batch["part"])} if "part" in batch else {}
-    return dict(batch) | more
 
 
 @functools.partial(jax.jit, static_argnames="sharding")

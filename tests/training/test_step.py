@@ -1,7 +1,6 @@
 """The train step: both signs from one program, the ceiling, failures, and the same update on 8
 devices."""
 
-import gc
 import math
 
 import jax
@@ -15,9 +14,7 @@ from safepatch_jax.data.pipeline import training_batches
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import param_table, unnest
-from safepatch_jax.planning.flops import count_flops
 from safepatch_jax.planning.programs import abstract_batch
-from safepatch_jax.training.batch import put_batch
 from safepatch_jax.training.journal import Recipe
 from safepatch_jax.training.losses import Likelihood
 from safepatch_jax.training.objective import answer_logprobs, sequence_nll
@@ -133,87 +130,6 @@ def test_what_saves_memory_changes_nothing_else(tiny, devices, options):
         far = np.abs(np.asarray(x) - np.asarray(results[1][0][path])) > 1e-5
         # Where a gradient is nearly zero, Adam turns its last bit into a step.
         assert np.mean(far) < 0.01, path
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"remat": "dots"},
-        {"remat": "full"},
-        {"remat": "dots", "accumulate": 4, "chunk": 8},
-        {"remat": "dots", "scope": "block_linear", "optimizer": "adafactor"},
-    ],
-)
-def test_one_cpu_device_runs_block_by_block_what_one_program_would(tiny, options):
-    """The same gradients but for rounding, in every trained parameter, and no others change."""
-    scope = options.pop("scope", None)
-    rows = tuple(param_table(load_params(tiny, sharder_of(1))[0]).scope(scope)) if scope else None
-    trainer, decoder, params, examples = make(tiny, rows=rows, clip_norm=1e9, **options)
-    batch = put_batch(next(batches(examples)), decoder.sharder)
-    trained, frozen = trainer._parted(params)
-    rates = map(jnp.float32, (-1.0, 1e-3, 0.0, np.inf))
-    scalars, results = list(rates), []
-    for step in (trainer._whole, trainer._step):
-        state = trainer._init(trained)
-        for _ in range(2):
-            state, metrics = step(state, frozen, batch, *scalars)
-        results.append((unnest(state["params"]), metrics))
-    assert trainer._step is not trainer._whole
-    (whole, before), (blocks, after) = results
-    assert set(whole) == set(blocks) == ({row.path for row in rows} if rows else set(whole))
-    assert float(after["nll"]) == pytest.approx(float(before["nll"]), rel=1e-6)
-    assert float(after["gradient_norm"]) == pytest.approx(float(before["gradient_norm"]), rel=1e-5)
-    for path, x in whole.items():
-        far = np.abs(np.asarray(x) - np.asarray(blocks[path])) > 1e-5
-        # Where a gradient is nearly zero, Adam turns its last bit into a step.
-        assert np.mean(far) < 0.01, path
-
-
-def test_the_programs_of_blocks_are_compiled_once_and_are_all_that_a_plan_counts(tiny):
-    trainer, decoder, params, examples = make(tiny, remat="dots")
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: (
-            compiled.append(event) if event.endswith("backend_compile_duration") else None
-        )
-    )
-    trainer.run(params, batches(examples), Recipe(1.0, 2, 1e-3), "down")
-    first = len(compiled)
-    trainer.run(params, batches(examples), Recipe(-1.0, 2, 1e-3), "up")
-    assert len(compiled) == first
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        put_batch(next(batches(examples)), decoder.sharder),
-    )
-    parts = trainer.parts(shapes)
-    whole = count_flops(trainer.trace(shapes).jaxpr)
-    layers = decoder.config.num_layers
-    assert [(p.name, p.runs) for p in parts] == [
-        ("forward", layers),
-        ("end", 1),
-        ("backward", layers),
-        ("update", 1),
-    ]
-    # The whole program computes attention again as these do, and here and there a product.
-    assert sum(p.runs * count_flops(p.trace().jaxpr) for p in parts) == pytest.approx(
-        whole, rel=0.1
-    )
-    held = trainer.holds(shapes)
-    assert held["what the blocks keep"] > layers * shapes["tokens"].size * decoder.config.embed_dim
-
-
-def test_a_run_leaves_nothing_but_what_it_returns(tiny):
-    """The trainer is kept for other runs, but not its memory of the size of the weights."""
-    trainer, _, params, examples = make(tiny, remat="dots")
-    trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "first")  # programs' constants
-
-    def held():
-        gc.collect()
-        return sum(x.nbytes for x in jax.live_arrays())
-
-    before = held()
-    tuned, _ = trainer.run(params, batches(examples), Recipe(1.0, 1, 1e-3), "second")
-    assert held() == before + sum(x.nbytes for x in jax.tree.leaves(tuned))
 
 
 def largest_with(jaxpr, size):
