@@ -329,7 +329,7 @@ class Trainer:
             del weights, take, restored
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
-            if self._sharder.one_cpu:
+            if self._sharder.one_cpu and not self._layerwise:  # that is for where memory is short
                 stack.enter_context(pages.kept())
             journal = Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
