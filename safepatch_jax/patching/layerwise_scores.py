@@ -134,11 +134,14 @@ class BlockScores:
         block = {LAYERS: of_layer(nest(scoped)[LAYERS], layer)}
         rest = {LAYERS: of_layer(others[LAYERS], layer)}
 
+        seen: set[str] = set()
+
         def run(block, x_BTD):
-            with nn.intercept_methods(adding(total)):
+            with nn.intercept_methods(adding(total, seen)):
                 return self._blocks.run(joined(block, rest), layer, x_BTD, batch)
 
         sums, before_BTD = jax.vjp(run, block, x_BTD)[1](gradient_BTD)
+        assert seen == total.keys(), "a scored weight is used in no product"
         return unnest(sums), before_BTD
 
     def chunk(self, in_flight: int) -> int:

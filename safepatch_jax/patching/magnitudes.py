@@ -49,7 +49,7 @@ class Magnitudes:
         return sum_of_magnitudes(weight, self.sharder.sharding(row.layer_axes))
 
 
-def adding(totals: Mapping[str, jax.Array]) -> Callable[..., Any]:
+def adding(totals: Mapping[str, jax.Array], seen: set[str]) -> Callable[..., Any]:
     """Return an interceptor (`flax.linen.intercept_methods`) under which the gradient by a block's
     weight is its total and, added one by one, the magnitudes of each sample's gradient.
 
@@ -58,6 +58,7 @@ def adding(totals: Mapping[str, jax.Array]) -> Callable[..., Any]:
 
     Args:
       totals: what is summed so far, by the parameter's path; weights of products alone.
+      seen: receives the paths whose weights a product has used: the others get no sum.
     """
     used: list[tuple[jax.Array, str]] = []  # weights, as products take them
 
@@ -74,6 +75,7 @@ def adding(totals: Mapping[str, jax.Array]) -> Callable[..., Any]:
         path = next((path for known, path in used if known is weight), None)
         if path is None:
             return method(*args, **options)
+        seen.add(path)
 
         def product(x, weight):
             return method(equation, x, weight, *dtype, **options)

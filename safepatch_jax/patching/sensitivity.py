@@ -175,6 +175,8 @@ class SensitivityMeter:
           ValueError: the NLL of a sample, or of a batch, is NaN or infinite.
         """
         size = batch_size if batch_size > 1 else self._in_flight
+        if self._sharder.one_cpu and batch_size == 1:
+            size = min(size, len(examples))
         if len(shapes) > 1:
             examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
         batches = []
