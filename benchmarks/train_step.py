@@ -238,6 +238,7 @@ def serve(kind) -> None:
 
 
 def answer_requests(side, replies) -> None:
+    """Do what standard input asks of a side."""
     forget_peak()
     print(json.dumps(side.facts), file=replies, flush=True)
     for line in sys.stdin:

@@ -26,7 +26,7 @@ from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.objective import end_logprobs, sequence_nll
 
 Batch = Mapping[str, jax.Array]
-_TOGETHER = 8  # samples
+_TOGETHER = 8  # samples that run together on one CPU device
 _MOST_KEPT = 1.5  # kept inputs, as a share of the float32 weights of the scope
 
 
@@ -133,7 +133,6 @@ class BlockScores:
         the weights' gradients for the chunk at once."""
         block = {LAYERS: of_layer(nest(scoped)[LAYERS], layer)}
         rest = {LAYERS: of_layer(others[LAYERS], layer)}
-
         seen: set[str] = set()
 
         def run(block, x_BTD):
