@@ -13,10 +13,9 @@ import os
 from collections.abc import Iterator
 
 # glibc's numbers of its settings (malloc.h), and what it sets or comes to by itself.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
-_DEFAULT_PAD, _LARGEST_MMAP, _MOST_MMAPS = 128 << 10, 32 << 20, 65536
-_NEVER = 2**31 - 1
-_AT_ONCE = 64 << 20  # bytes by which the heap grows
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_LARGEST_MMAP, _MOST_MMAPS = 32 << 20, 65536
+_NEVER = -1  # as a size the largest
 
 
 def one_heap() -> None:
@@ -36,14 +35,12 @@ def kept() -> Iterator[None]:
         return
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
-    libc.mallopt(_TOP_PAD, _AT_ONCE)
     try:
         yield
     finally:
         # Any setting ends glibc's own adjustment of thresholds, so they get what it ends at.
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP)
-        libc.mallopt(_TOP_PAD, _DEFAULT_PAD)
         libc.mallopt(_MMAP_MAX, _MOST_MMAPS)
         libc.malloc_trim(0)
 
