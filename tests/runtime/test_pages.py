@@ -25,7 +25,6 @@ def resident():
 def work():
     for _ in range(5):
         arrays = [np.ones(16 << 20, np.int8) for _ in range(8)] + [np.ones(96 << 20, np.int8)]
-        arrays.append(np.empty(2300 << 20, np.int8))  # not touched, so no memory
         del arrays
 
 def both():
