@@ -81,12 +81,12 @@ class Bench:
             **options,
         )
         trained, frozen = trainer._parted(self.params)
-        held = {"state": trainer._init(trained)}
+        held, step = {"state": trainer._init(trained)}, trainer.stepper()
         batch = put_batch(training_batch(self.examples[: _BATCH.value], *self.shape), self.sharder)
         scalars = [jnp.float32(x) for x in (1.0, 1e-6, 0.0, np.inf)]
 
         def take():
-            held["state"], _ = trainer._step(held["state"], frozen, batch, *scalars)
+            held["state"], _ = step(held["state"], frozen, batch, *scalars)
             jax.block_until_ready(held["state"])
 
         return take, needed(trainer.parts(abstract_batch(_BATCH.value, self.shape, self.sharder)))

@@ -21,7 +21,6 @@ the arrays once at the speed of reading memory (patch), the weights once a token
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -41,7 +40,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags
 
 from benchmarks.common import available, machine, needed_flops, raw_config, read_speed, spread
-from safepatch_jax.runtime import pages
 
 # Bytes a parameter that a stage takes at least: it is skipped where they are not there.
 STAGES = {"adamw": 18.0, "adafactor": 10.5, "score": 9.0, "patch": 9.0, "decode": 5.0}
@@ -51,7 +49,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Steps, samples or calls.", lower_
 _PART = flags.DEFINE_string("part", None, "Used by the benchmark itself: SHAPE:STAGE.")
 
 BATCH, LENGTH, ANSWER = 8, 128, 32  # of a train step; a sample is one sequence
-TRAINING = ("adamw", "adafactor")
 PROMPTS, PROMPT, NEW = 16, 32, 32  # of decoding
 ROLES = ("se", "osm")
 
@@ -118,13 +115,13 @@ class Bench:
 
         trainer = Trainer(self.decoder(remat), self.table, self.sharder, **options)
         trained, frozen = trainer._parted(self.params)
-        held = {"state": trainer._init(trained)}
+        held, step = {"state": trainer._init(trained)}, trainer.stepper()
         del trained, self.params
         batch = put_batch(training_batch(self.examples, LENGTH, ANSWER), self.sharder)
         scalars = [jax.numpy.float32(x) for x in (1.0, 1e-6, 0.0, np.inf)]
 
         def call():
-            held["state"], _ = trainer._step(held["state"], frozen, batch, *scalars)
+            held["state"], _ = step(held["state"], frozen, batch, *scalars)
             jax.block_until_ready(held["state"])
             return 0.0
 
@@ -241,11 +238,9 @@ def product_speed(size: int = 2048) -> float:
 def measure(part: str) -> dict[str, Any]:
     """Measure a stage in this process."""
     shape, stage = part.split(":")
-    pages.one_heap()  # as launchers and training do
     bench = Bench(shape)
     call, floor = getattr(bench, stage)()
-    with pages.kept() if stage in TRAINING else contextlib.nullcontext():
-        seconds = timed(call)
+    seconds = timed(call)
     status = pathlib.Path("/proc/self/status").read_text()
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
     return {"size": bench.table.size, "peak": peak, "floor": floor(), "seconds": seconds}

@@ -23,7 +23,6 @@ chip's dense bfloat16 peak (float32: half of it, TF32).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -38,7 +37,6 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.common import machine, needed_flops, rated_flops, raw_config, spread
-from safepatch_jax.runtime import pages
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder.")
 _SHAPE = flags.DEFINE_enum(
@@ -63,13 +61,17 @@ _THREADS = flags.DEFINE_integer(
 _REMAT = flags.DEFINE_enum(
     "remat", None, ["none", "dots", "full"], "model.remat; default: the setting's (--shape: dots)."
 )
-_KEEP = flags.DEFINE_bool(
-    "keep_pages", True, "Freed memory stays with both processes, as it does while we train."
-)
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "torch"], "Used by the benchmark itself.")
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # side of the square matrices
 TOGETHER = {"cpu": 1, "gpu": 5}  # steps timed together
+# glibc keeps freed memory for the process: torch then spares itself new pages at every step. Ours
+# uses its own memory again.
+KEEPS = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 AGREE = 1e-4
 
@@ -123,7 +125,7 @@ class Ours:
             table = param_table(config)
         decoder = Decoder(config, jnp.dtype(_DTYPE.value), sharder, remat=remat, attention="auto")
         trainer = Trainer(decoder, table, sharder, clip_norm=CLIP_NORM)
-        self._step, self._state = trainer._step, trainer._init(params)
+        self._step, self._state = trainer.stepper(), trainer._init(params)
         self._wait = jax.block_until_ready
         _, length, answer = work()
         prompt = length + 1 - answer
@@ -231,14 +233,7 @@ def serve(kind) -> None:
     # JAX has as many threads as it sees cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     replies, sys.stdout = sys.stdout, sys.stderr
-    if _KEEP.value:
-        pages.one_heap()
-    with pages.kept() if _KEEP.value else contextlib.nullcontext():
-        answer_requests(kind(), replies)
-
-
-def answer_requests(side, replies) -> None:
-    """Do what standard input asks of a side."""
+    side = kind()
     forget_peak()
     print(json.dumps(side.facts), file=replies, flush=True)
     for line in sys.stdin:
@@ -270,6 +265,8 @@ class Worker:
     def __init__(self, side: str):
         self._log = tempfile.TemporaryFile("w+")
         environment = {**os.environ, "OMP_NUM_THREADS": str(_THREADS.value), "HF_HUB_OFFLINE": "1"}
+        if side == "torch":
+            environment |= KEEPS
         if _DEVICE.value == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(

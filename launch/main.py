@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from launch import INTERRUPTED, manual
 from launch import show as print_text
-from safepatch_jax.runtime import addresses, libraries, pages, processes, stopping
+from safepatch_jax.runtime import addresses, libraries, processes, stopping
 from safepatch_jax.runtime.console import some
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
@@ -64,7 +64,6 @@ def run(main: Callable[..., int | None], *, positional: bool = False) -> None:
         elif logging.get_verbosity() >= logging.DEBUG:
             os.environ.setdefault("JAX_LOG_COMPILES", "1")  # before JAX is imported
         libraries.quiet_jax()
-        pages.one_heap()  # before JAX's threads
         # So that half-filled folders are cleared away, and training is saved.
         stopping.install()
         try:

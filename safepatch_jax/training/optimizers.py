@@ -40,6 +40,23 @@ def _bounded_rms(stacked: bool) -> optax.GradientTransformation:
     )
 
 
+def clipped_update(
+    clip: optax.GradientTransformation | None,
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    moments: Any,
+    params: Any,
+) -> tuple[Any, Any, Any]:
+    """Return the clipped gradients, updates and moments, of what `optax.chain(clip, optimizer)`
+    updates and keeps; without `clip` of the optimiser alone."""
+    if clip is None:
+        return gradients, *optimizer.update(gradients, moments, params)
+    of_clip, rest = moments
+    gradients, of_clip = clip.update(gradients, of_clip)
+    updates, rest = optimizer.update(gradients, rest, params)
+    return gradients, updates, (of_clip, rest)
+
+
 def updated(
     params: Any, updates: Any, stopped: jax.Array, learning_rate: jax.Array, decay: jax.Array
 ) -> Any:

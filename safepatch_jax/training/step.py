@@ -21,7 +21,7 @@ from safepatch_jax.mesh import Sharder, local_bytes
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import Part, joined
 from safepatch_jax.models.table import Param, ParamTable, nest, unnest
-from safepatch_jax.runtime import pages, stopping
+from safepatch_jax.runtime import stopping
 from safepatch_jax.runtime.console import progress, say
 from safepatch_jax.training.batch import check_batch, micro_batches, put_batch, reported
 from safepatch_jax.training.checkpoints import Checkpoints
@@ -29,7 +29,8 @@ from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe,
 from safepatch_jax.training.layerwise import LayerwiseStep, check_layerwise, layer_moments
 from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
-from safepatch_jax.training.optimizers import OPTIMIZERS, updated
+from safepatch_jax.training.optimizers import OPTIMIZERS, clipped_update, updated
+from safepatch_jax.training.scratch import InScratch, Reusing, gradients_and_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +101,15 @@ class Trainer:
         rows: Sequence[Param] | None = None,
         layerwise: bool = False,
     ):
-        self._optimizer = OPTIMIZERS[optimizer](stacked=not layerwise)
+        self._optimizer = self._unclipped = OPTIMIZERS[optimizer](stacked=not layerwise)
+        self._clip = None
         self._layerwise = layerwise
         trained = table if rows is None else rows
         if layerwise:
             check_layerwise(trained, loss)
         if clip_norm and not layerwise:
-            clip = optax.clip_by_global_norm(clip_norm)
-            self._optimizer = optax.chain(clip, self._optimizer)
+            self._clip = optax.clip_by_global_norm(clip_norm)
+            self._optimizer = optax.chain(self._clip, self._unclipped)
         self._decoder, self._loss, self._sharder = decoder, loss, sharder
         self._accumulate, self._chunk = accumulate, chunk
         table.shardings(sharder)  # refuses a mesh that does not divide them
@@ -148,6 +150,10 @@ class Trainer:
                 donate_argnums=0,
                 out_shardings=(self._shardings, sharder.replicated()),
             )
+        self._in_scratch = None
+        if sharder.one_cpu and not layerwise and accumulate == 1:
+            here = sharder.replicated()
+            self._in_scratch = InScratch(self._with_scratch, self._shardings, here)
         self._abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(self._init_state, params),
@@ -161,6 +167,11 @@ class Trainer:
         shardings; nothing is run. The layerwise pass has several programs, see `parts`."""
         scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 4
         return self._step.trace(self._abstract, self._stored(), batch, *scalars, reference)
+
+    def stepper(self) -> Callable[..., tuple[Any, Any]]:
+        """Return what takes steps: maps (state, frozen, batch, sign, learning rate, weight decay,
+        ceiling, reference) to (state, metrics). What it holds between steps is freed with it."""
+        return Reusing(self._in_scratch) if self._in_scratch else self._step
 
     def parts(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> list[Part]:
         """Return the programs of a step for a batch of these shapes and shardings: one, or those of
@@ -221,7 +232,7 @@ class Trainer:
 
     def _gradients(self, params, frozen, reference, batch, sign, rows):
         """Return the gradient of this (micro-)batch's share of the objective over `rows` sequences,
-        and its summed log p."""
+        its summed log p, and what `gradients_and_kept` returns beside."""
 
         def objective(params):
             params = joined(params, frozen)
@@ -234,20 +245,34 @@ class Trainer:
             share = sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows
             return share, jnp.sum(reported(batch, logprobs_BA))
 
-        return jax.grad(objective, has_aux=True)(params)
+        given, layers = (frozen, reference, batch), self._decoder.config.num_layers
+        return gradients_and_kept(objective, params, given, layers)
 
-    def _train_step(
+    def _train_step(self, *inputs):
+        """Return (state, metrics), see `_stepped`."""
+        return self._stepped(*inputs)[:2]
+
+    def _with_scratch(self, *inputs):
+        """Return (state, scratch, metrics), see `InScratch`."""
+        state, metrics, *scratch = self._stepped(*inputs)
+        return state, scratch, metrics
+
+    def _stepped(
         self, state, frozen, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
     ):
+        """Return (state, metrics, gradients as the optimiser sees them, what was kept for the
+        backward pass)."""
         if "part" in batch:
             # Before the batch is cut: a micro-batch may have its parts in other shares.
             batch = batch | {"row_weights": row_weights(batch["part"])}
         tokens = jnp.sum(reported(batch, batch["weights"]))
 
         params = state["params"]
-        gradients, logprob = self._whole_gradients(params, frozen, reference, batch, sign)
+        gradients, logprob, kept = self._whole_gradients(params, frozen, reference, batch, sign)
         nll = -logprob / tokens
-        updates, moments = self._optimizer.update(gradients, state["moments"], params)
+        clipped, updates, moments = clipped_update(
+            self._clip, self._unclipped, gradients, state["moments"], params
+        )
         stopped = state["stopped"] | (nll > nll_ceiling)
         params = updated(params, updates, stopped, learning_rate, weight_decay)
         metrics = {
@@ -255,17 +280,17 @@ class Trainer:
             "gradient_norm": optax.tree.norm(gradients),
             "stopped": stopped,
         }
-        return {"params": params, "moments": moments, "stopped": stopped}, metrics
+        return {"params": params, "moments": moments, "stopped": stopped}, metrics, clipped, kept
 
     def _whole_gradients(self, params, frozen, reference, batch, sign):
-        """Return the objective's gradient over a batch, and its summed log p."""
+        """Return what `_gradients` does, over a batch."""
         rows = batch["tokens"].shape[0]
         if self._accumulate == 1:
             return self._gradients(params, frozen, reference, batch, sign, rows)
 
         def add(total, micro):
-            share = self._gradients(params, frozen, reference, micro, sign, rows)
-            return jax.tree.map(jnp.add, total, share), None
+            *share, _ = self._gradients(params, frozen, reference, micro, sign, rows)
+            return jax.tree.map(jnp.add, total, tuple(share)), None
 
         zeros = jax.tree.map(
             lambda p, s: jax.lax.with_sharding_constraint(jnp.zeros_like(p), s),
@@ -273,7 +298,7 @@ class Trainer:
             self._shardings["params"],
         )
         micros = micro_batches(batch, self._accumulate, self._sharder)
-        return jax.lax.scan(add, (zeros, jnp.float32(0)), micros)[0]
+        return *jax.lax.scan(add, (zeros, jnp.float32(0)), micros)[0], ()
 
     def run(
         self,
@@ -329,8 +354,6 @@ class Trainer:
             del weights, take, restored
             bar = stack.enter_context(progress(recipe.steps, title, "step", done=len(facts["nll"])))
             stack.enter_context(stopping.listening())
-            if self._sharder.one_cpu and not self._layerwise:  # that is for where memory is short
-                stack.enter_context(pages.kept())
             journal = Journal(facts["nll"], bar, title, recipe, record)
             journal.stopped = bool(state["stopped"])
             inputs = frozen, reference
@@ -370,13 +393,13 @@ class Trainer:
         `inputs` are the parameters that are not trained, and the reference."""
         frozen, reference = inputs
         rates = recipe.sign, recipe.learning_rate, recipe.weight_decay, recipe.nll_ceiling
-        scalars = list(map(jnp.float32, rates))
+        scalars, step = list(map(jnp.float32, rates)), self.stepper()
         pending = None  # read one step late, so that the devices need not wait for the host
         saved = time.monotonic()
         for done in range(len(journal.nll) + 1, 0 if journal.stopped else recipe.steps + 1):
             batch = put_batch(next(batches), self._sharder)
             check_batch("A batch", batch["tokens"].shape[0], self._accumulate, self._sharder)
-            state, metrics = self._step(state, frozen, batch, *scalars, reference)
+            state, metrics = step(state, frozen, batch, *scalars, reference)
             due = seconds > 0 and time.monotonic() - saved > seconds
             request = SAVE if due else CONTINUE
             if stopping.requested():

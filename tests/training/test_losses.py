@@ -343,5 +343,5 @@ def test_the_context_compares_with_the_model_before_tuning_and_else_keeps_no_cop
             loss,
         )
         copies[loss] = counts[1] - counts[0]
-    # The weights and two moments; and the model as it was before.
-    assert copies == {None: 3, SimNPO(): 3, Mismatch(): 4}
+    # The weights, two moments and the gradient; and the model as it was before.
+    assert copies == {None: 4, SimNPO(): 4, Mismatch(): 5}

@@ -44,7 +44,7 @@ def test_descent_lowers_and_ascent_raises_with_one_program(tiny):
     up, raised = trainer.run(params, batches(examples), Recipe(-1.0, 6, 1e-3), "up")
     assert lowered.nll[0] == raised.nll[0]
     assert lowered.nll[-1] < lowered.nll[0] - 0.05 and raised.nll[-1] > raised.nll[0] + 0.05
-    assert trainer._step._cache_size() == 1
+    assert len(trainer._in_scratch._programs) == 1
     for path, x in unnest(params).items():  # the backbone is copied, not trained in place
         np.testing.assert_array_equal(np.asarray(x), before[path])
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(down))
