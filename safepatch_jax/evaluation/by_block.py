@@ -52,11 +52,21 @@ class ByBlock:
         self._kinds = [jax.tree.map(operator.itemgetter(i), kinds) for i in numbers]
 
     def idle(self, rows: int, capacity: int, max_new: int, sampled: bool) -> State:
-        config = self.decoder.config
-        nothing = jnp.zeros((rows, 0, config.num_kv_heads, config.head_dim), self.decoder.dtype)
+        config, here = self.decoder.config, self.decoder.sharder.replicated()
+        heads, size = config.num_kv_heads, config.head_dim
+
+        def empty(*shape: int) -> jax.Array:
+            return jnp.zeros(shape, self.decoder.dtype, device=here)
+
         # Anew for each block: a donated array must not be another block's too.
-        caches = [cache_of((nothing, nothing), capacity, slots_last=True) for _ in self.blocks]
-        return idle(rows, max_new, sampled, Past(caches, jnp.zeros(rows, jnp.int32)))
+        caches = [
+            Cache(empty(rows, heads, size, capacity), empty(rows, heads, capacity, size), True)
+            for _ in self.blocks
+        ]
+        state = idle(rows, max_new, sampled, Past(None, jnp.zeros(rows, jnp.int32)))
+        # On the mesh, as what programs return is: else each is compiled twice.
+        state = jax.device_put(state, here)
+        return state._replace(past=state.past._replace(cache=caches))
 
     def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
         tokens_GT, length_G = prompts
@@ -74,7 +84,7 @@ class ByBlock:
         for _ in range(steps):
             done_B = state.done_B
             state = self._step(state, stop_ids, sampling)
-            if np.sum(done_B) >= enough:
+            if np.sum(np.asarray(done_B)) >= enough:
                 break
         return state
 

@@ -41,6 +41,7 @@ from safepatch_jax.training.batch import put_batch
 Done = Callable[[int, Any], None]
 LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
+_FEW_GROUPS = 4
 _UNSURE = 4  # tokens
 
 
@@ -182,7 +183,7 @@ class Engine(Prompter):
         draws = self._draws(sampling, numbers)
         finished = functools.partial(self._has_stop, until=until) if until else None
         with self._collecting(len(prompts), title, done) as (answers, keep):
-            for rows, group in self._pools([len(ids) + max_new for ids in prompts]):
+            for rows, group in self._pools([len(ids) + max_new for ids in prompts], max_new):
                 server = Server(self.model, rows, self.stops(), draws, max_new, self.put, finished)
                 server.run([(i, prompts[i]) for i in group], keep)
         return answers
@@ -215,9 +216,10 @@ class Engine(Prompter):
         kind = ByBlock if self.sharder.one_cpu else Whole
         return kind(self.decoder, self.params)
 
-    def _pools(self, sizes: Sequence[int]) -> list[tuple[Rows, list[int]]]:
-        """Return how prompts of these sizes, answers included, run, and their indices: the longest
-        first, and those of less than half of its size apart, where they need less of a cache."""
+    def _pools(self, sizes: Sequence[int], max_new: int) -> list[tuple[Rows, list[int]]]:
+        """Return how prompts of these sizes, answers of `max_new` tokens included, run, and their
+        indices: the longest first, and those of less than half of its size apart, where they need
+        less of a cache."""
         order, pools = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
         while order:
             capacity, ways = _width(sizes[order[0]]), self.sharder.batch_ways
@@ -225,7 +227,12 @@ class Engine(Prompter):
             if len(pool) < self.rows(capacity):  # they would not fill the rows
                 pool = order[: self.rows(capacity)]
             number = self.fewer(self.rows(capacity), len(pool))
-            group = ways * max(1, number // ways // self.model.groups)
+            groups = self.model.groups
+            if max_new <= 2 * (sizes[order[0]] - max_new):
+                # Many prompts together are read faster, and a short answer does not leave its row
+                # idle for long.
+                groups = min(groups, _FEW_GROUPS)
+            group = ways * max(1, number // ways // groups)
             pools.append((Rows(number, group, capacity, _width), pool))
             order = order[len(pool) :]
         return pools

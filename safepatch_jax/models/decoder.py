@@ -175,7 +175,10 @@ class Attention(_Module):
         q_BTNH = self.projection(x_BTD, "q", "BTD,NHD->BTNH", "heads", config.qk_norm)
         k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads", config.qk_norm)
         v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
-        q_BTNH, k_BTKH = rotate(q_BTNH, angles_BTh), rotate(k_BTKH, angles_BTh)
+        turn = jnp.sin(angles_BTh), jnp.cos(angles_BTh)
+        if self.platform == "cpu":  # else they are computed within the products, for each head
+            turn = jax.lax.optimization_barrier(turn)
+        q_BTNH, k_BTKH = rotate(q_BTNH, *turn), rotate(k_BTKH, *turn)
 
         scale = config.attention_scale
         if scale is None:
@@ -197,6 +200,10 @@ class Attention(_Module):
         if window is not None:
             mask_BTS = mask_BTS & ((distance_BTS < window) | (window == 0))
 
+        if cache is None and self.platform == "cpu":
+            mixed_BTNH = self.mixed_on_cpu(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale)
+            return self.out(mixed_BTNH), cache, (k_BTKH, v_BTKH)
+
         # One query a sequence is a dimension less: XLA's CPU compiler then takes faster products.
         one = key_axes == "BKHS" and x_BTD.shape[1] == 1
         t = "" if one else "T"
@@ -206,14 +213,38 @@ class Attention(_Module):
         logits_BKGTS = jnp.einsum(
             f"B{t}KGH,{key_axes}->BKG{t}S", q_BTKGH, keys, preferred_element_type=jnp.float32
         )
-        logits_BKGTS = capped(logits_BKGTS * scale, config.attention_cap)
         mask_BKGTS = mask_BTS[:, :, None] if one else mask_BTS[:, None, None]
-        logits_BKGTS = jnp.where(mask_BKGTS, logits_BKGTS, jnp.finfo(jnp.float32).min)
-        weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(self.dtype)
+        weights_BKGTS = self.attention_weights(logits_BKGTS, mask_BKGTS, scale)
         if one:  # else it is computed within the product, again for each of its sums
             weights_BKGTS = jax.lax.optimization_barrier(weights_BKGTS)
         mixed_BTKGH = jnp.einsum(f"BKG{t}S,{value_axes}->B{t}KGH", weights_BKGTS, values)
         return self.out(mixed_BTKGH.reshape(q_BTNH.shape)), cache, (k_BTKH, v_BTKH)
+
+    def mixed_on_cpu(self, q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale):
+        """Return attention over the present, by products of matrices of one KV head each. What
+        enters is laid out for them by the loops that make it, which the barriers see to: XLA's CPU
+        compiler would else copy it, with the positions last."""
+        batch, length, heads, size = q_BTNH.shape
+        groups = heads // k_BTKH.shape[2]  # a KV head's queries: M = G T
+        q_BKGTH = q_BTNH.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
+        laid_out = q_BKGTH, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+        q_BKGTH, k_BKSH, v_BKSH = jax.lax.optimization_barrier(laid_out)
+        q_BKMH = q_BKGTH.reshape(*k_BKSH.shape[:2], -1, size)
+        logits_BKMS = jnp.einsum(
+            "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
+        )
+        logits_BKGTS = logits_BKMS.reshape(*q_BKGTH.shape[:4], -1)
+        weights_BKGTS = self.attention_weights(logits_BKGTS, mask_BTS[:, None, None], scale)
+        weights_BKMS = weights_BKGTS.reshape(logits_BKMS.shape)
+        mixed_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)
+        mixed_BKGTH = jax.lax.optimization_barrier(mixed_BKMH.reshape(q_BKGTH.shape))
+        return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+    def attention_weights(self, logits, mask, scale):
+        """Return the weights of keys, over the last dimension of both."""
+        logits = capped(logits * scale, self.config.attention_cap)
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        return jax.nn.softmax(logits, axis=-1).astype(self.dtype)
 
     def out(self, mixed_BTNH):
         return self.product("BTNH,DNH->BTD", mixed_BTNH, self.weight("o"))

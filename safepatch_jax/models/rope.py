@@ -71,9 +71,10 @@ def rotary_angles(config: DecoderConfig, positions_BT: jax.Array) -> jax.Array:
     return positions_BT1 if config.ropes else positions_BT1 * rotary_frequencies(config)
 
 
-def rotate(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
-    """Apply RoPE in the half-split convention of Hugging Face checkpoints."""
-    sin, cos = jnp.sin(angles_BTh)[:, :, None, :], jnp.cos(angles_BTh)[:, :, None, :]
+def rotate(x_BTNH: jax.Array, sin_BTh: jax.Array, cos_BTh: jax.Array) -> jax.Array:
+    """Apply RoPE, by the sines and cosines of `rotary_angles`, in the half-split convention of
+    Hugging Face checkpoints."""
+    sin, cos = sin_BTh[:, :, None, :], cos_BTh[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)

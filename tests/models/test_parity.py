@@ -275,7 +275,8 @@ def test_rotary(pair):
     if config.ropes:
         angles_BTh = angles_BTh * rotary_frequencies(config)
     for x_BTNH, reference in zip((q_BTNH, k_BTKH), theirs):
-        assert_close(modules.rotate(jnp.asarray(x_BTNH), angles_BTh), reference.transpose(1, 2))
+        turn = jnp.sin(angles_BTh), jnp.cos(angles_BTh)
+        assert_close(modules.rotate(jnp.asarray(x_BTNH), *turn), reference.transpose(1, 2))
 
 
 def surroundings(pair, layer):
