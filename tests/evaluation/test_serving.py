@@ -122,6 +122,17 @@ def test_rows_are_given_on(engine, alone):
     assert steps[0] < waiting - 10
 
 
+@pytest.mark.parametrize("new, groups", [(8, 4), (60, 4), (64, 8), (100, 8)])
+def test_prompts_are_read_in_fewer_groups_where_answers_are_short(
+    tiny, sharder, loaded, new, groups
+):
+    engine = Engine(*loaded, tiny, sharder, batch_size=8)
+    model = engine.model = Counted(ByBlock(engine.decoder, engine.params))
+    assert model.groups == 8
+    engine.complete_ids([list(range(30))] * 8, new)
+    assert model.admitted == groups
+
+
 def test_compilations_of_an_evaluation(tiny, sharder, loaded):
     """Few, whatever the prompts' lengths; none for a second one."""
     compiled = []
