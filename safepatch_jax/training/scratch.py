@@ -33,9 +33,10 @@ def gradients_and_kept(
     """
     value, backward, other = jax.vjp(objective, params, has_aux=True)
     (gradients,) = backward(jnp.ones_like(value))
+    stacked = [x for x in jax.tree.leaves(backward) if x.ndim > 1 and x.shape[0] == layers]
     known = {id(x) for x in jax.tree.leaves((params, given))}
-    kept = [x for x in jax.tree.leaves(backward) if x.ndim > 1 and x.shape[0] == layers]
-    return gradients, other, [x for x in kept if id(x) not in known]
+    kept = {id(x): x for x in stacked if id(x) not in known}  # each once: it will be donated
+    return gradients, other, list(kept.values())
 
 
 class InScratch:
@@ -55,7 +56,7 @@ class InScratch:
 
     def program(self, *inputs: Any) -> tuple[Callable[..., Any], Any]:
         """Return (what maps (state, scratch, (frozen, ...)) to (state, scratch, metrics), donating
-        the first two; the shapes and dtypes of scratch) for inputs of these shapes."""
+        the first two; the shapes and dtypes of scratch) for arrays of these shapes."""
         leaves, tree = jax.tree.flatten(inputs)
         key = tree, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._programs:
@@ -79,7 +80,8 @@ class InScratch:
 
 
 class Reusing:
-    """Takes steps each of which computes in the memory of the one before, which it holds."""
+    """Takes steps each of which computes in the memory of the one before, which it holds: gradients,
+    and what is kept with a batch of each shape."""
 
     def __init__(self, steps: InScratch):
         self._steps, self._gradients = steps, None
