@@ -80,8 +80,8 @@ class InScratch:
 
 
 class Reusing:
-    """Takes steps each of which computes in the memory of the one before, which it holds: gradients,
-    and what is kept with a batch of each shape."""
+    """Takes steps each of which computes in the memory of the one before. It holds that memory: the
+    gradients, and what is kept with a batch of each shape."""
 
     def __init__(self, steps: InScratch):
         self._steps, self._gradients = steps, None
