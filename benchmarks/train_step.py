@@ -265,6 +265,8 @@ class Worker:
     def __init__(self, side: str):
         self._log = tempfile.TemporaryFile("w+")
         environment = {**os.environ, "OMP_NUM_THREADS": str(_THREADS.value), "HF_HUB_OFFLINE": "1"}
+        for name in KEEPS:
+            environment.pop(name, None)
         if side == "torch":
             environment |= KEEPS
         if _DEVICE.value == "cpu":

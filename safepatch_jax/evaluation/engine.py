@@ -41,7 +41,7 @@ from safepatch_jax.training.batch import put_batch
 Done = Callable[[int, Any], None]
 LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
-_FEW_GROUPS = 4
+_FEW_GROUPS = 4  # of prompts, where answers are short
 _UNSURE = 4  # tokens
 
 

@@ -8,7 +8,8 @@ the backward pass; the next one donates them, and the compiler puts its own ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -17,34 +18,30 @@ import jax.numpy as jnp
 
 
 def gradients_and_kept(
-    objective: Callable[[Any], tuple[jax.Array, Any]], params: Any, given: Any, layers: int
+    objective: Callable[[Any], tuple[jax.Array, Any]], params: Any, layers: int
 ) -> tuple[Any, Any, list[jax.Array]]:
     """Differentiate an objective within a program.
 
     Args:
       objective: maps parameters to (scalar, anything else).
       params: where it is differentiated.
-      given: what else it reads.
       layers: blocks of the model.
 
     Returns:
       (gradients, what else the objective returned, the arrays [L, ...] that are kept between its
-      forward and its backward pass and belong to neither `params` nor `given`).
+      forward and its backward pass, inputs of the program among them).
     """
     value, backward, other = jax.vjp(objective, params, has_aux=True)
     (gradients,) = backward(jnp.ones_like(value))
-    stacked = [x for x in jax.tree.leaves(backward) if x.ndim > 1 and x.shape[0] == layers]
-    known = {id(x) for x in jax.tree.leaves((params, given))}
-    kept = {id(x): x for x in stacked if id(x) not in known}  # each once: it will be donated
-    return gradients, other, list(kept.values())
+    kept = [x for x in jax.tree.leaves(backward) if x.ndim > 1 and x.shape[0] == layers]
+    return gradients, other, kept
 
 
 class InScratch:
     """A step as programs that compute in the memory of the step before.
 
     Args:
-      step: maps (state, frozen, batch, ...) to (state, scratch, metrics), where scratch is
-        (gradients, what was kept) and no two of its arrays are one.
+      step: maps (state, frozen, batch, ...) to (state, (gradients, what was kept), metrics).
       shardings: of the state.
       here: that of anything else on the device.
     """
@@ -57,16 +54,17 @@ class InScratch:
     def program(self, *inputs: Any) -> tuple[Callable[..., Any], Any]:
         """Return (what maps (state, scratch, (frozen, ...)) to (state, scratch, metrics), donating
         the first two; the shapes and dtypes of scratch) for arrays of these shapes."""
-        leaves, tree = jax.tree.flatten(inputs)
-        key = tree, tuple((x.shape, x.dtype) for x in leaves)
+        key = shapes_of(inputs)
         if key not in self._programs:
             # Traced once: the shapes of scratch are needed before the program can be.
             traced = self._step.trace(*inputs)
             out_tree = jax.tree.structure(traced.out_info)
-            flat = jax.extend.core.jaxpr_as_fun(traced.jaxpr)
+            flat, own = jax.extend.core.jaxpr_as_fun(traced.jaxpr), _made(traced, out_tree)
 
             def in_scratch(state, scratch, rest):
-                return jax.tree.unflatten(out_tree, flat(*jax.tree.leaves((state, *rest))))
+                out = flat(*jax.tree.leaves((state, *rest)))
+                state, (gradients, kept), metrics = jax.tree.unflatten(out_tree, out)
+                return state, (gradients, list(itertools.compress(kept, own))), metrics
 
             # In the order in which they come: arrays of one shape are donated to each other by it.
             program = jax.jit(
@@ -75,7 +73,8 @@ class InScratch:
                 keep_unused=True,
                 out_shardings=self._shardings,
             )
-            self._programs[key] = program, traced.out_info[1]
+            gradients, kept = traced.out_info[1]
+            self._programs[key] = program, (gradients, list(itertools.compress(kept, own)))
         return self._programs[key]
 
 
@@ -85,25 +84,39 @@ class Reusing:
 
     def __init__(self, steps: InScratch):
         self._steps, self._gradients = steps, None
-        self._of_shape: dict[Any, tuple[Callable, Any]] = {}  # of a batch: program, what was kept
+        self._of_shape: dict[Any, tuple[Callable, Any]] = {}  # program, what was kept
 
     def __call__(
         self, state: Any, frozen: Any, batch: Mapping[str, jax.Array], *rest: Any
     ) -> tuple[Any, Any]:
         """Return the state after a step, and its metrics."""
         inputs = frozen, batch, *rest
-        shape = batch["tokens"].shape, batch["targets"].shape
-        if shape not in self._of_shape:
+        key = shapes_of(inputs)
+        if key not in self._of_shape:
             program, (gradients, kept) = self._steps.program(state, *inputs)
             if self._gradients is None:
                 self._gradients = self._memory(gradients)
-            self._of_shape[shape] = program, self._memory(kept)
-        program, kept = self._of_shape[shape]
+            self._of_shape[key] = program, self._memory(kept)
+        program, kept = self._of_shape[key]
         state, (self._gradients, kept), metrics = program(state, (self._gradients, kept), inputs)
-        self._of_shape[shape] = program, kept
+        self._of_shape[key] = program, kept
         return state, metrics
 
     def _memory(self, abstract: Any) -> Any:
         """Return arrays of these shapes and dtypes."""
         here = self._steps.here
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=here), abstract)
+
+
+def shapes_of(inputs: Any) -> Hashable:
+    """Return structure, shapes and dtypes of arrays."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+
+
+def _made(traced: jax.stages.Traced, out_tree: Any) -> list[bool]:
+    """Tell which of the arrays that were kept the step makes, each once: others are inputs, and
+    must not be donated."""
+    jaxpr = traced.jaxpr.jaxpr
+    _, (_, kept), _ = jax.tree.unflatten(out_tree, jaxpr.outvars)
+    return [x not in jaxpr.invars and x not in kept[:i] for i, x in enumerate(kept)]

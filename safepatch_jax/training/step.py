@@ -245,8 +245,7 @@ class Trainer:
             share = sign * jnp.sum(self._loss(logprobs_BA, batch, *kl)) / rows
             return share, jnp.sum(reported(batch, logprobs_BA))
 
-        given, layers = (frozen, reference, batch), self._decoder.config.num_layers
-        return gradients_and_kept(objective, params, given, layers)
+        return gradients_and_kept(objective, params, self._decoder.config.num_layers)
 
     def _train_step(self, *inputs):
         """Return (state, metrics), see `_stepped`."""

@@ -210,7 +210,7 @@ def test_the_step_has_the_gradient_of_torch_and_the_nll_of_the_harmful_rows(
     )
     batch = put_batch(training_batch(examples, *lengths(examples)), decoder.sharder)
     reference = load_params(backbone, decoder.sharder)[1]
-    state, metrics = trainer._step(
+    state, metrics = trainer.stepper()(
         trainer._init(params), {}, batch, 1.0, 0.0, 0.0, float("inf"), reference
     )
     assert float(metrics["nll"]) == pytest.approx(expected[1], rel=1e-5)

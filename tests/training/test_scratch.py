@@ -18,26 +18,40 @@ PAIRS = [(f"Question {i} of the day?", "An answer." * (1 + i)) for i in range(8)
 SCALARS = [jnp.float32(x) for x in (-1.0, 1e-3, 0.01, np.inf)]
 
 
-@pytest.fixture
-def at_work(tiny):
-    """Return a trainer, parameters and batches of two lengths."""
+class Near:
+    """A loss that compares with a reference."""
+
+    compares = True
+
+    def __call__(self, logprobs_BA, batch, kl_BA):
+        return jnp.sum(kl_BA - logprobs_BA, axis=-1)
+
+
+def make(tiny, remat="dots", scope=None, dtype=jnp.float32, **options):
+    """Return a trainer, what it trains, what it does not, and batches of two lengths."""
     sharder = sharder_of(1)
     config, params = load_params(tiny, sharder)
-    decoder = Decoder(config, jnp.float32, sharder, remat="dots")
-    trainer = Trainer(decoder, param_table(config), sharder)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    table = param_table(config)
+    rows = table.scope(scope) if scope else None
+    decoder = Decoder(config, jnp.float32, sharder, remat=remat)
+    trainer = Trainer(decoder, table, sharder, rows=rows, **options)
     examples = Chat(tiny, config.vocab_size).encode_all(PAIRS, 96, 48).examples
-    return (
-        trainer,
-        params,
-        [put_batch(training_batch(examples, length, 48), sharder) for length in (128, 96)],
-    )
+    batches = [put_batch(training_batch(examples, length, 48), sharder) for length in (128, 96)]
+    return trainer, *trainer._parted(params), batches
 
 
-def taken(step, state, batches):
+@pytest.fixture
+def at_work(tiny):
+    trainer, params, _, batches = make(tiny)
+    return trainer, params, batches
+
+
+def taken(step, state, batches, frozen, reference=None):
     """Return the state and the metrics after a step with each batch, three times over."""
     metrics = []
     for batch in batches * 3:
-        state, measured = step(state, {}, batch, *SCALARS)
+        state, measured = step(state, frozen, batch, *SCALARS, reference)
         metrics.append(measured)
     return state, metrics
 
@@ -47,11 +61,25 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-4, atol=1e-6)
 
 
-def test_steps_are_those_of_the_plain_program_with_batches_of_several_lengths(at_work):
-    trainer, params, batches = at_work
-    ours = taken(trainer.stepper(), trainer._init(params), batches)
-    assert_close(ours, taken(trainer._step, trainer._init(params), batches))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"remat": "none", "clip_norm": 0.0},
+        {"remat": "full", "optimizer": "adafactor"},
+        {"scope": "block_linear", "dtype": jnp.bfloat16},
+        {"loss": Near(), "remat": "none"},
+    ],
+)
+def test_steps_are_those_of_the_plain_program_with_batches_of_several_lengths(tiny, options):
+    trainer, params, frozen, batches = make(tiny, **options)
+    reference = jax.tree.map(jnp.copy, params) if "loss" in options else None
+    given = [np.asarray(x) for x in jax.tree.leaves((frozen, reference))]
+    ours = taken(trainer.stepper(), trainer._init(params), batches, frozen, reference)
+    assert_close(ours, taken(trainer._step, trainer._init(params), batches, frozen, reference))
     assert len(trainer._in_scratch._programs) == 2
+    for x, y in zip(jax.tree.leaves((frozen, reference)), given, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), y)  # not donated
 
 
 def test_what_lies_in_the_scratch_is_never_read(at_work):
