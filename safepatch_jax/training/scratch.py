@@ -115,8 +115,8 @@ def shapes_of(inputs: Any) -> Hashable:
 
 
 def _made(traced: jax.stages.Traced, out_tree: Any) -> list[bool]:
-    """Tell which of the arrays that were kept the step makes, each once: others are inputs, and
-    must not be donated."""
+    """Tell which of the arrays that were kept the step makes, each once: others are inputs, as
+    weights are, of which a copy would be returned."""
     jaxpr = traced.jaxpr.jaxpr
     _, (_, kept), _ = jax.tree.unflatten(out_tree, jaxpr.outvars)
     return [x not in jaxpr.invars and x not in kept[:i] for i, x in enumerate(kept)]

@@ -102,5 +102,7 @@ def test_gradients_and_what_the_backward_pass_keeps_lie_in_the_scratch(at_work):
     plain = trainer._step.lower(state, *inputs).compile().memory_analysis()
     ours = program.lower(state, scratch, inputs).compile().memory_analysis()
     moved = sum(x.size * 4 for x in jax.tree.leaves(scratch))
+    weights = {x.shape for x in jax.tree.leaves(params)}
+    assert scratch[1] and not any(x.shape in weights for x in scratch[1])
     assert ours.temp_size_in_bytes < plain.temp_size_in_bytes - 0.8 * moved
     assert ours.alias_size_in_bytes > plain.alias_size_in_bytes + 0.99 * moved
