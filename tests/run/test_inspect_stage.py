@@ -79,7 +79,8 @@ def test_equal_runs_and_the_first_tensor_that_differs(kept, changed, capsys):
     last = result.stdout.splitlines()[-1]
     # The table has up before down, though down's first layer comes before up's second.
     assert last.startswith(f"2 of 14 tensors differ. The first: {UP} (float32, [")
-    assert "1 of " in last and "the largest difference is 0.5; first at [2, 3]: " in last
+    found = re.search(r": 1 of .* the largest difference is (\S+); first at \[2, 3\]: ", last)
+    assert float(found[1]) == pytest.approx(0.5, rel=1e-6)  # 0.5 was added, and rounded
 
 
 def test_a_not_a_number_differs_and_other_tensors_do_not(kept, changed, capsys):
