@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -19,17 +20,17 @@ class Picture:
         return self.path.read_bytes()
 
 
-class Shown:
+class Shown(abc.ABC):
     """A handle with a title and rows, shown as text or, in a notebook, as a table."""
 
-    def _title(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _title(self) -> str: ...
 
     def _head(self) -> Sequence[str]:
         return ("", "")
 
-    def _rows(self) -> Iterable[Sequence[str]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _rows(self) -> Iterable[Sequence[str]]: ...
 
     def __repr__(self) -> str:
         rows = [list(map(str, row)) for row in self._rows()]

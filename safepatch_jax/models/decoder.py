@@ -176,7 +176,7 @@ class Attention(_Module):
         k_BTKH = self.projection(x_BTD, "k", "BTD,KHD->BTKH", "kv_heads", config.qk_norm)
         v_BTKH = self.projection(x_BTD, "v", "BTD,KHD->BTKH", "kv_heads")
         turn = jnp.sin(angles_BTh), jnp.cos(angles_BTh)
-        if self.platform == "cpu":  # else they are computed within the products, for each head
+        if self.platform == "cpu":  # once, and not again for each head that is turned
             turn = jax.lax.optimization_barrier(turn)
         q_BTNH, k_BTKH = rotate(q_BTNH, *turn), rotate(k_BTKH, *turn)
 
