@@ -20,17 +20,15 @@ from jax import lax
 
 from safepatch_jax.models.table import Param
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.patching.merge import (
-    by_role,
-    derived_and_patch,
-    matrix_counts,
-    merge_tensor,
-    patch_and_importance,
-    row_keys,
-    stack,
-)
+from safepatch_jax.patching.merge import by_role, matrix_counts, row_keys
 from safepatch_jax.patching.methods import MERGE_METHODS
 from safepatch_jax.patching.options import Knobs, program_options
+from safepatch_jax.patching.programs import (
+    derived_and_patch,
+    merge_tensor,
+    patch_and_importance,
+    stack,
+)
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor
 from safepatch_jax.runtime.console import progress

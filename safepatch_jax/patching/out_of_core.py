@@ -26,8 +26,8 @@ from safepatch_jax.io.stored import Stored, aligned_empty
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES, piece
 from safepatch_jax.patching.agreement import agreement
-from safepatch_jax.patching.merge import KEYED
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
+from safepatch_jax.patching.programs import KEYED
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.source import Source

@@ -17,8 +17,8 @@ from jax import lax
 from safepatch_jax.numerics import bernoulli, random_bits, row_major_index
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement_squares, both_changed
-from safepatch_jax.patching.merge import merge_tensor, patch_and_importance
 from safepatch_jax.patching.methods import MERGE_METHODS, Choice
+from safepatch_jax.patching.programs import merge_tensor, patch_and_importance
 from safepatch_jax.patching.selection import float_bits, reduce_together, top_of_keys
 from safepatch_jax.patching.statistics import tensor_statistics
 from safepatch_jax.patching.tensor import ProgramOptions, Tensor

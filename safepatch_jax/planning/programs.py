@@ -23,9 +23,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
 from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import Param, param_table
-from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.patching.merge import KEYED, patch_matrices
-from safepatch_jax.patching.options import Knobs, program_options
+from safepatch_jax.patching.merge import signature
 from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.needs import decode_flops, train_flops
 from safepatch_jax.run.context import Context
@@ -281,25 +279,11 @@ def _patch(context: Context, config: DecoderConfig) -> list[Program]:
 
 
 def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.stages.Traced:
-    patch, export, sharder = context.settings.patch, context.settings.export, context.sharder
-    sharding = sharder.sharding(row.axes, row.shape, row.path)
+    patch, export = context.settings.patch, context.settings.export
+    sharding = context.sharder.sharding(row.axes, row.shape, row.path)
     stored = jax.ShapeDtypeStruct(row.shape, jnp.dtype(config.dtype), sharding=sharding)
-    derived = jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding)
-    key = jax.ShapeDtypeStruct((row.num_layers, 2), jnp.uint32)
-    threshold = jax.ShapeDtypeStruct((row.num_layers,), jnp.int32)
-    return patch_matrices.trace(
-        stored,
-        dict.fromkeys(PATCH_ROLES, derived),
-        dict.fromkeys(PATCH_ROLES, derived),
-        dict.fromkeys(KEYED, key),
-        dict.fromkeys(PATCH_ROLES, threshold),
-        Knobs.of(patch, math.prod(row.hf_shape)).traced(),
-        options=program_options(patch),
-        shape=(row.num_layers, *row.hf_shape),
-        dtype=config.dtype if export.dtype == "keep" else export.dtype,
-        rounding=export.rounding,
-        sharding=sharding,
-    )
+    found = signature(row, stored, sharding, patch, export.dtype, export.rounding)
+    return found.trace_merge()
 
 
 def _decode(context: Context, config: DecoderConfig) -> list[Program]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from safepatch_jax.patching import PATCH_ROLES
-from safepatch_jax.patching.merge import KEYED, compare_patches, count_at_least, patch_matrices
 from safepatch_jax.patching.options import Knobs, program_options
+from safepatch_jax.patching.programs import KEYED, compare_patches, count_at_least, patch_matrices
 from safepatch_jax.patching.settings import PatchSettings
 from tests.conftest import sharder_of
 from tests.patching.cases import label
