@@ -36,7 +36,7 @@ from safepatch_jax.patching.thresholds import COUNTED, Limit, Search
 from safepatch_jax.runtime.workers import Workers, wait
 
 PIECE = 1 << 18  # entries
-_AHEAD = 2  # pieces that are read or computed beside those at which threads work
+_AHEAD = 8  # pieces beside those at which threads work: at times a write waits for the disk
 _SOURCES = 16  # tensors of which a sample is made, at most
 
 Limits = dict[str, list[Limit]]  # by selection, for each piece

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 
+_VECTORS = "--xla_cpu_prefer_vector_width"
+
 
 def keep_programs(cache_dir: str | os.PathLike[str]) -> None:
     """Keep compiled programs on disk, in the cache of runs.
@@ -20,7 +22,15 @@ def keep_programs(cache_dir: str | os.PathLike[str]) -> None:
 
 
 def one_thread_a_program() -> None:
-    """Have JAX on CPU run each program in the thread that calls it, for work whose own threads keep
-    the cores busy; before JAX is imported. A choice by the user stays."""
+    """Have JAX on CPU run each program in the thread that calls it, on vectors as wide as the CPU
+    has: for small programs by which the threads of the caller keep the cores busy.
+
+    Before JAX is used. No result changes by it. Vectors of the user's XLA_FLAGS stay.
+    """
     os.environ.setdefault("PJRT_NPROC", "1")
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _VECTORS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_VECTORS}=512".strip()
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
