@@ -52,6 +52,7 @@ flags.adopt_module_key_flags(options)
 
 def run() -> None:
     programs.one_thread_a_program()
+    programs.keep_freed_memory()
     from safepatch_jax.run import merge_folders  # here: --help needs no JAX
 
     derived, scores = _values(_DERIVED), _values(_SCORES)
