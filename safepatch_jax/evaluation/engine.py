@@ -43,6 +43,7 @@ LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
 _FEW_GROUPS = 4  # of prompts, where answers are short
 _UNSURE = 4  # tokens
+_WORTH = 0.85  # of the rows, idle ones included: so few are worth a program of their own
 
 
 class Engine(Prompter):
@@ -324,11 +325,27 @@ class Engine(Prompter):
         """Return (rows, indices) of each batch: those of like size together, and the largest memory
         at the beginning."""
         order, groups = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
+        most = rows = 0
         while order:
-            rows = self.rows(padded(sizes[order[0]]))
+            if most != self.rows(padded(sizes[order[0]])):
+                most = self.rows(padded(sizes[order[0]]))
+                rows = self._even(most, len(order))
             groups.append((rows, order[:rows]))
             order = order[rows:]
         return groups
+
+    def _even(self, rows: int, needed: int) -> int:
+        """Return half as many rows, or a quarter, where far fewer would be idle in the last batch;
+        see also `fewer`."""
+        rows = self.fewer(rows, needed)
+        for _ in range(2):
+            half = rows // 2
+            if rows % (2 * self.sharder.batch_ways):
+                break
+            if _filled(needed, half) > _WORTH * _filled(needed, rows):
+                break
+            rows = half
+        return rows
 
     def rows(self, length: int) -> int:
         """Return how many sequences run together: the batch size, and fewer where they are longer
@@ -402,6 +419,11 @@ class Engine(Prompter):
             "top_p": np.float32(sampling.top_p),
             "key": tensor_keys(sampling.seed, "answer", list(map(str, numbers))),
         }
+
+
+def _filled(number: int, rows: int) -> int:
+    """Return the rows of batches that hold so many texts, idle ones included."""
+    return -(-number // rows) * rows
 
 
 def padded(length: int) -> int:
