@@ -43,7 +43,7 @@ LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
 _FEW_GROUPS = 4  # of prompts, where answers are short
 _UNSURE = 4  # tokens
-_WORTH = 0.85  # of the rows, idle ones included: so few are worth a program of their own
+_GAIN = 0.85  # of the rows, idle ones included: so few are worth it
 
 
 class Engine(Prompter):
@@ -321,31 +321,34 @@ class Engine(Prompter):
         """Lay prompts out as one batch on the mesh, see `prompt_batch`."""
         return put_batch(prompt_batch(prompts, padded(max(map(len, prompts)))), self.sharder)
 
-    def groups(self, sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """Return (rows, indices) of each batch: those of like size together, and the largest memory
-        at the beginning."""
+    def groups(self, sizes: Sequence[int], few_idle: bool = False) -> list[tuple[int, list[int]]]:
+        """Return (rows, indices) of each batch: those of like size together, and the longest at the
+        beginning.
+
+        Args:
+          few_idle: take half as many rows, or a quarter, where far fewer are idle then: where a row
+            costs what its tokens do, and not a step of all weights a token.
+        """
         order, groups = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
-        most = rows = 0
+        limits = [self.rows(padded(sizes[i])) for i in order]
+        limit = rows = 0
         while order:
-            if most != self.rows(padded(sizes[order[0]])):
-                most = self.rows(padded(sizes[order[0]]))
-                rows = self._even(most, len(order))
+            if limits[-len(order)] != limit:
+                limit = rows = limits[-len(order)]
+                if few_idle:
+                    rows = self._least_idle(limit, limits.count(limit))
             groups.append((rows, order[:rows]))
             order = order[rows:]
         return groups
 
-    def _even(self, rows: int, needed: int) -> int:
-        """Return half as many rows, or a quarter, where far fewer would be idle in the last batch;
-        see also `fewer`."""
+    def _least_idle(self, rows: int, needed: int) -> int:
         rows = self.fewer(rows, needed)
-        for _ in range(2):
-            half = rows // 2
-            if rows % (2 * self.sharder.batch_ways):
-                break
-            if _filled(needed, half) > _WORTH * _filled(needed, rows):
-                break
-            rows = half
-        return rows
+        choices = [rows]
+        while choices[-1] % (2 * self.sharder.batch_ways) == 0 and len(choices) < 3:
+            choices.append(choices[-1] // 2)
+        filled = {few: -(-needed // few) * few for few in choices}
+        least = min(choices, key=filled.__getitem__)  # of equal ones the largest
+        return least if filled[least] <= _GAIN * filled[rows] else rows
 
     def rows(self, length: int) -> int:
         """Return how many sequences run together: the batch size, and fewer where they are longer
@@ -419,11 +422,6 @@ class Engine(Prompter):
             "top_p": np.float32(sampling.top_p),
             "key": tensor_keys(sampling.seed, "answer", list(map(str, numbers))),
         }
-
-
-def _filled(number: int, rows: int) -> int:
-    """Return the rows of batches that hold so many texts, idle ones included."""
-    return -(-number // rows) * rows
 
 
 def padded(length: int) -> int:

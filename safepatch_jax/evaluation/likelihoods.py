@@ -51,9 +51,7 @@ def answer_likelihoods(
         )
     reference = other and other.params
     with progress(len(examples), title, "answer") as bar:
-        for rows, group in engine.groups([length_of(example) for example in examples]):
-            if len(group) == len(examples):  # all there are, as of a small category
-                rows = engine.fewer(rows, len(group))
+        for rows, group in engine.groups(list(map(length_of, examples)), few_idle=True):
             batch = put_batch(engine.lay_out([examples[i] for i in group], rows), engine.sharder)
             sums = _sums(engine.decoder, engine.params, reference, batch, forced)
             for i, nll, kl, opening in zip(group, *map(processes.fetch, sums)):

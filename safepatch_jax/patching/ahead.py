@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
+import sys
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -19,7 +20,6 @@ from safepatch_jax.patching.tensor import ProgramOptions
 from safepatch_jax.runtime.workers import Workers, wait
 
 _THREADS = 4  # compiling holds a few hundred MB each
-_REMEMBERED = 64  # programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Signature:
     """What the programs of a weight are compiled for; weights with equal ones share them.
 
     Attributes:
-      stored: the backbone's array; derived models and scores lie as it does, in float32.
+      stored: the backbone's array; derived models and sensitivities lie as it does, in float32.
       shape, options, dtype, rounding, sharding: see `patch_matrices`.
-      scored: whether there are scores.
+      sensitivity: whether there is one.
     """
 
     stored: jax.ShapeDtypeStruct
     shape: tuple[int, ...]
     options: ProgramOptions
-    scored: bool
+    sensitivity: bool
     dtype: str
     rounding: str
     sharding: jax.sharding.Sharding | None
@@ -47,7 +47,7 @@ class Signature:
         return patch_matrices.trace(
             self.stored,
             self._derived(),
-            self._derived() if self.scored else dict.fromkeys(PATCH_ROLES),
+            self._derived() if self.sensitivity else dict.fromkeys(PATCH_ROLES),
             dict.fromkeys(KEYED, key),
             dict.fromkeys(PATCH_ROLES, count),
             Knobs(0, 0, 0, 0, False, False).traced(),
@@ -67,8 +67,8 @@ class Signature:
         return dict.fromkeys(PATCH_ROLES, x)
 
 
-class Ahead:
-    """Compiles the programs of several weights, in their order. As a context, it ends its threads.
+class PatchPrograms:
+    """The programs of several weights, compiled in their order. As a context, it ends its threads.
 
     Args:
       signatures: of the weights.
@@ -77,13 +77,18 @@ class Ahead:
 
     def __init__(self, signatures: Iterable[Signature], compare: bool):
         self._workers = Workers(min(_THREADS, os.cpu_count() or 1))
-        self._programs = {}
-        for signature in dict.fromkeys(signatures):  # each once: two threads would both compile it
-            for comparing in (True, False) if compare else (False,):
-                compiled = self._workers.submit(_compiled, signature, comparing)
-                self._programs[signature, comparing] = compiled
+        self._compiled: dict[tuple[Signature, bool], Future] = {}
+        self._signatures, self._compare = list(dict.fromkeys(signatures)), compare
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> PatchPrograms:
+        try:
+            for signature in self._signatures:  # each once: two threads would both compile it
+                for comparing in (True, False) if self._compare else (False,):
+                    future = self._workers.submit(_compiled, signature, comparing)
+                    self._compiled[signature, comparing] = future
+        except BaseException:  # a signal: what has not begun is not compiled
+            self._workers.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -91,14 +96,13 @@ class Ahead:
 
     def merge(self, signature: Signature) -> jax.stages.Compiled:
         """Return `patch_matrices`, which takes its arrays alone."""
-        return wait(self._programs[signature, False])
+        return wait(self._compiled[signature, False])
 
     def comparison(self, signature: Signature) -> jax.stages.Compiled:
         """Return `compare_patches`, which takes its arrays alone."""
-        return wait(self._programs[signature, True])
+        return wait(self._compiled[signature, True])
 
 
-@functools.lru_cache(maxsize=_REMEMBERED)
 def _compiled(signature: Signature, comparing: bool) -> jax.stages.Compiled:
     traced = signature.trace_comparison() if comparing else signature.trace_merge()
     return traced.lower().compile()

@@ -15,7 +15,7 @@ from safepatch_jax.models.table import Param
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement
-from safepatch_jax.patching.ahead import Ahead, Signature
+from safepatch_jax.patching.ahead import PatchPrograms, Signature
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.programs import KEYED, count_at_least, stack
 from safepatch_jax.patching.selection import PASSES, share_out, top_count
@@ -115,8 +115,9 @@ def apply_patching(
 
     Args:
       backbone: flat ``{path: array}``; the patched entries are donated and must not be used again.
-      derived: {'se', 'osm'}: flat parameters of the two derived models, float32. Each is asked for
-        once, so a mapping may read them when they are; for global granularity all are held.
+      derived: {'se', 'osm'}: flat parameters of the two derived models, float32, on the mesh as the
+        backbone is. Each is asked for once, so a mapping may read them when they are; for global
+        granularity all are held.
       sensitivity: {'se', 'osm'}: see `SensitivityMeter.measure`; likewise, and not asked for where
         `patch.needs_sensitivity` is False.
       rows: the scope.
@@ -147,18 +148,18 @@ def apply_patching(
     signatures = {}
     for row in rows:
         sharding = sharder.sharding(row.axes, row.shape, row.path)
-        x = backbone[row.path]
-        stored = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        signatures[row.path] = signature(row, stored, sharding, patch, dtype, rounding)
+        signatures[row.path] = signature(
+            row, _abstract(backbone[row.path]), sharding, patch, dtype, rounding
+        )
     bar = progress(len(rows), title, "weight")
-    with bar, Ahead(signatures.values(), compare) as programs:
+    with bar, PatchPrograms(signatures.values(), compare) as programs:
         for row in rows:
-            program = signatures[row.path]
+            of_row = signatures[row.path]
             stored, models = backbone[row.path], by_role(derived, row.path)
             compared = {}
             if compare:  # now, as the backbone's buffer is given away below
-                compared = programs.comparison(program)(stored, models, np.int32(0))
-            merged[row.path], counted = programs.merge(program)(
+                compared = programs.comparison(of_row)(stored, models, np.int32(0))
+            merged[row.path], counted = programs.merge(of_row)(
                 stored,
                 models,
                 by_role(sensitivity, row.path),
@@ -189,14 +190,18 @@ def signature(
       patch, dtype, rounding: see `apply_patching`.
     """
     return Signature(
-        stored,
-        stack(row),
-        program_options(patch),
-        patch.needs_sensitivity,
-        str(stored.dtype) if dtype == "keep" else dtype,
-        rounding,
-        sharding,
+        stored=stored,
+        shape=stack(row),
+        options=program_options(patch),
+        sensitivity=patch.needs_sensitivity,
+        dtype=str(stored.dtype) if dtype == "keep" else dtype,
+        rounding=rounding,
+        sharding=sharding,
     )
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _by_tensor(

@@ -23,6 +23,7 @@ from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_config
 from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import Param, param_table
+from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.merge import signature
 from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.needs import decode_flops, train_flops
@@ -182,7 +183,8 @@ def resident_bytes(
         # The result cannot take the buffers of the backbone.
         total += device_bytes(others, sharder, settings.export.dtype)
     if patch.ranks_whole_scope:
-        total += 4 * device_bytes(others, sharder, "float32")
+        arrays = len(PATCH_ROLES) * (1 + patch.needs_sensitivity)
+        total += arrays * device_bytes(others, sharder, "float32")
     return total
 
 
@@ -282,8 +284,8 @@ def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.sta
     patch, export = context.settings.patch, context.settings.export
     sharding = context.sharder.sharding(row.axes, row.shape, row.path)
     stored = jax.ShapeDtypeStruct(row.shape, jnp.dtype(config.dtype), sharding=sharding)
-    found = signature(row, stored, sharding, patch, export.dtype, export.rounding)
-    return found.trace_merge()
+    of_row = signature(row, stored, sharding, patch, export.dtype, export.rounding)
+    return of_row.trace_merge()
 
 
 def _decode(context: Context, config: DecoderConfig) -> list[Program]:

@@ -8,6 +8,7 @@ import pathlib
 
 _VECTORS = "--xla_cpu_prefer_vector_width"
 _TRIM, _MAPPED = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+_TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _KEPT, _LARGEST = 1 << 28, 1 << 25  # bytes: at the end of a heap; of an array that lies in one
 
 
@@ -28,7 +29,8 @@ def one_thread_a_program() -> None:
     """Have JAX on CPU run each program in the thread that calls it, on vectors as wide as the CPU
     has: for small programs by which the threads of the caller keep the cores busy.
 
-    Before JAX is used. No result changes by it. Vectors of the user's XLA_FLAGS stay.
+    Before JAX is used. What goes entry by entry, or adds whole numbers, gives the same bits. The
+    user's PJRT_NPROC, and vectors in the user's XLA_FLAGS, stay.
     """
     os.environ.setdefault("PJRT_NPROC", "1")
     flags = os.environ.get("XLA_FLAGS", "")
@@ -41,7 +43,10 @@ def one_thread_a_program() -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep a few hundred megabytes that are freed, for programs whose arrays of a few
-    megabytes come and go: each would come in new pages. Other allocators are left alone."""
+    megabytes come and go: each would come in new pages. It does nothing where the user has set
+    glibc's thresholds, or memory comes from another allocator."""
+    if any(name in os.environ for name in _TUNED):
+        return
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
         adjust(_TRIM, _KEPT)

@@ -136,23 +136,3 @@ def test_memory_is_that_of_few_matrices_however_many_layers_there_are(options, m
         assert memory.alias_size_in_bytes == layers * MATRIX
         # Rows and counts of a matrix this small are a share of it.
         assert memory.temp_size_in_bytes < (most + 0.2) * MATRIX, memory.temp_size_in_bytes / MATRIX
-
-
-def test_options_without_a_part_in_the_program_compile_nothing():
-    shapes = 2, OUT // 2, IN  # no other test's
-    arrays = jax.tree.map(
-        lambda x: jnp.zeros((2, *shapes[1:]) if x.ndim == 3 else (2, *x.shape[1:]), x.dtype),
-        arguments(2)[0],
-    )
-    before = patch_matrices._cache_size()
-    for options in (
-        *({"combine": name} for name in ("difference", "intersection", "union")),
-        {"granularity": "global", "retention": 0.5, "alpha": 2.0},
-        {"merge": "dare"},
-        {"merge": "dare", "combine": "union", "support": "fill", "granularity": "row"},
-    ):
-        patch = PatchSettings(**options)
-        knobs, options = Knobs.of(patch, OUT * IN // 2).traced(), program_options(patch)
-        theta, *others = jax.tree.map(jnp.copy, arrays)
-        patch_matrices(theta, *others, knobs, options=options, shape=shapes, dtype="float32")
-    assert patch_matrices._cache_size() == before + 2

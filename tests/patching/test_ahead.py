@@ -1,0 +1,52 @@
+"""The programs of the patch operation, compiled ahead of the weights that they are for."""
+
+import jax
+import numpy as np
+import pytest
+
+from safepatch_jax.models.table import Param
+from safepatch_jax.patching.settings import PatchSettings
+from tests.patching.cases import inputs, run
+
+AXES = ("layers", "mlp", "embed")
+ALIKE = [Param(name, AXES, (2, 24, 88), "{layer}." + name, 1, "linear") for name in "ab"]
+COMPILED = "/jax/core/compile/backend_compile_duration"
+ours = ("patch_matrices", "compare_patches")
+
+
+@pytest.fixture
+def compiled():
+    """The names of the patch programs compiled since it was cleared."""
+    names = []
+
+    def listen(event, duration, fun_name="", **_):
+        if event == COMPILED:
+            names.extend(name for name in ours if name in fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_weights_and_settings_that_are_alike_share_programs(compiled, devices):
+    arrays = inputs(rows=ALIKE)
+
+    def patch(**options):
+        compiled.clear()
+        run(*arrays, PatchSettings(**options), devices, rows=ALIKE)
+        return sorted(compiled)
+
+    assert patch() == sorted(ours)
+    for combine in ("intersection", "union"):
+        assert patch(combine=combine, alpha=2.0, retention=0.5, top_rate_se=0.2) == []
+    assert patch(granularity="global") == []
+    assert patch(merge="dare") == ["patch_matrices"]
+    assert patch(merge="dare", combine="union", support="fill", granularity="row") == []
+
+
+def test_an_array_for_which_nothing_was_compiled_is_refused():
+    theta, derived, sensitivity = inputs(rows=ALIKE)
+    derived["se"]["b"] = derived["se"]["b"].astype(np.float16)
+    with pytest.raises(TypeError, match="float16"):
+        run(theta, derived, sensitivity, PatchSettings(), rows=ALIKE)
