@@ -1,7 +1,7 @@
 """How each stage grows with the model: seconds and peak of resident memory of training, scoring,
 patching and decoding, at 135M, 362M and 1.1B random weights.
 
-  python -m benchmarks.scaling                            # a table; 2 cores, 20 minutes
+  python -m benchmarks.scaling                            # a table; 2 cores, half an hour
   python -m benchmarks.scaling --shapes=135m --stages=patch,decode
 
 Each figure comes from a process of its own, so that its peak is its own (VmHWM). A figure is the

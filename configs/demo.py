@@ -2,7 +2,7 @@
 
   make demo        or: python -m launch.safepatch --config=configs/demo.py --workdir=runs/demo
 
-Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: about 6 minutes after installation;
+Hardware: 2 CPU cores, 8 GB of memory, 8 GB of disk. Time: 6 to 9 minutes after installation;
 seconds when repeated. Expected: SE alone refuses everything, OSM alone nothing, the intersection
 stays near the backbone, SafePatching refuses fewer harmless prompts than the backbone at about the
 same utility, and a little more harm (docs/demo.md has the figures).
