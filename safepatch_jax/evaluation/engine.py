@@ -43,7 +43,7 @@ LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
 _FEW_GROUPS = 4  # of prompts, where answers are short
 _UNSURE = 4  # tokens
-_GAIN = 0.85  # of the rows, idle ones included: so few are worth it
+_GAIN = 0.85  # smaller batches are taken where this share of the rows, or less, is computed
 
 
 class Engine(Prompter):

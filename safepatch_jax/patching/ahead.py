@@ -19,7 +19,7 @@ from safepatch_jax.patching.programs import KEYED, compare_patches, patch_matric
 from safepatch_jax.patching.tensor import ProgramOptions
 from safepatch_jax.runtime.workers import Workers, wait
 
-_THREADS = 4  # compiling holds a few hundred MB each
+_THREADS = 4  # that compile, at most
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def initialize(
             jax.distributed.initialize(
                 coordinator, num_processes, process_id, initialization_timeout=int(timeout) + 3600
             )
-        except Exception as error:
+        except Exception as error:  # raised by the thread that waits
             failure.append(error)
 
     # When JAX's own timeout is over it ends the process without an explanation. So JAX is given a

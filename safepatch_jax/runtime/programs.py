@@ -26,8 +26,9 @@ def keep_programs(cache_dir: str | os.PathLike[str]) -> None:
 
 
 def one_thread_a_program() -> None:
-    """Have JAX on CPU run each program in the thread that calls it, on vectors as wide as the CPU
-    has: for small programs by which the threads of the caller keep the cores busy.
+    """Have a call of JAX on CPU return when its program has run, most of it in the thread that
+    calls, on vectors as wide as the CPU has: for small programs by which the threads of the caller
+    keep the cores busy.
 
     Before JAX is used. What goes entry by entry, or adds whole numbers, gives the same bits. The
     user's PJRT_NPROC, and vectors in the user's XLA_FLAGS, stay.
