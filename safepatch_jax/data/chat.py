@@ -32,6 +32,7 @@ _WRITTEN_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 _A_THOUGHT = re.compile(r"\A\s*<think>")
 _SWITCH = "enable_thinking"
 _END_OF_THOUGHT = "\n\n</think>\n\n"
+STEP = 8  # tokens: padded lengths are multiples
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
 
@@ -348,15 +349,16 @@ def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[Pair]
     return [(r.prompt, getattr(r, field), r.turns) for r in records]
 
 
-def bucket(length: int, step: int = 8) -> int:
+def bucket(length: int, step: int = STEP) -> int:
     """Round a length up, so that few shapes are compiled."""
     return -(-length // step) * step
 
 
-def lengths(examples: Sequence[Example]) -> tuple[int, int]:
-    """Return (T, A): padded sequence length and answer length that hold all examples."""
+def lengths(examples: Sequence[Example], step: int = STEP) -> tuple[int, int]:
+    """Return (T, A): padded sequence length and answer length that hold all examples, multiples of
+    `step`."""
     answer = max(len(e.answer_ids) for e in examples)
-    return bucket(max(e.length for e in examples)), bucket(answer)
+    return bucket(max(e.length for e in examples), step), bucket(answer, step)
 
 
 def training_batch(
@@ -364,6 +366,7 @@ def training_batch(
     length: int,
     answer_length: int,
     rows: Sequence[int] | None = None,
+    prefix: int = 0,
 ) -> dict[str, Any]:
     """Lay examples out for the loss.
 
@@ -371,16 +374,19 @@ def training_batch(
       examples: B pairs.
       length, answer_length: T and A, see `lengths`.
       rows: numbers of the examples that are laid out, the other rows stay empty; None for all.
+      prefix: P, how many first tokens all examples share that are laid out once, see
+        `shared_prefix`.
 
     Returns:
       NumPy arrays:
-        tokens: [B, T] int32, right padded.
+        tokens: [B, T] int32, right padded; those of the prefix left out.
         valid: [B, T] bool.
-        predict_at: [B, A] int32, the position whose logits predict each answer token.
+        predict_at: [B, A] int32, the index into T whose logits predict each answer token.
         targets: [B, A] int32.
         weights: [B, A] float32, 1 for an answer token, else 0.
         reference: [B, 1] float32, where the examples have one.
         part: [B, 1] int32, where the examples have one.
+        prefix: [1, P] int32, where P is not 0.
     """
     shape = len(examples), length
     tokens, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -388,10 +394,10 @@ def training_batch(
     targets, weights = np.zeros_like(predict_at), np.zeros(predict_at.shape, np.float32)
     for b in range(len(examples)) if rows is None else rows:
         e = examples[b]
-        ids = (*e.prompt_ids, *e.answer_ids[:-1])
+        ids = (*e.prompt_ids[prefix:], *e.answer_ids[:-1])
         tokens[b, : len(ids)], valid[b, : len(ids)] = ids, True
         n = len(e.answer_ids)
-        predict_at[b, :n] = len(e.prompt_ids) - 1 + np.arange(n)
+        predict_at[b, :n] = len(e.prompt_ids) - prefix - 1 + np.arange(n)
         targets[b, :n], weights[b, :n] = e.answer_ids, 1.0
     batch = {
         "tokens": tokens,
@@ -404,7 +410,24 @@ def training_batch(
         batch["reference"] = np.array([[e.reference] for e in examples], np.float32)
     if examples[0].part is not None:
         batch["part"] = np.array([[e.part] for e in examples], np.int32)
-    return batch
+    return with_prefix(batch, examples[0].prompt_ids[:prefix])
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all prompts have in common: of the template, often a system
+    message. One token at least is left of each; a single prompt shares nothing."""
+    if len(prompts) < 2:
+        return 0
+    shared, first = min(map(len, prompts)) - 1, prompts[0]
+    for ids in prompts[1:]:
+        pairs = zip(range(shared), first, ids)
+        shared = next((i for i, ours, other in pairs if ours != other), shared)
+    return shared
+
+
+def with_prefix(batch: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    """Return a batch with the tokens that its sequences begin with, [1, P] int32, if any."""
+    return batch | {"prefix": np.array([ids], np.int32)} if len(ids) else batch
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.data.chat import Example, lengths, training_batch
+from safepatch_jax.data.chat import STEP, Example, lengths, shared_prefix, training_batch
 
 Pool = tuple[Sequence[Example], int]  # examples, and how many of them each batch has
 WINDOW = 16  # batches within which examples of like length are brought together
@@ -28,6 +28,7 @@ def training_batches(
     seed: int,
     buckets: int = 1,
     rows: Sequence[int] | None = None,
+    dense: bool = False,
 ) -> TrainingBatches:
     """Return an endless iterator of training batches.
 
@@ -38,20 +39,28 @@ def training_batches(
         WINDOW batches are sorted by length and dealt out anew, so that a batch has examples of like
         length.
       rows: numbers of the rows that this process needs, the others are left empty; None for all.
+      dense: for one CPU device, whose time is that of the tokens: what all prompts begin with is
+        laid out once, and lengths are not rounded up.
     """
     every = list(itertools.chain.from_iterable(examples for examples, _ in pools))
-    offered = shapes(every, buckets)
-    return TrainingBatches(_Batches(pools, seed, sort=len(offered) > 1), offered, rows)
+    offered = shapes(every, buckets, 1 if dense else STEP)
+    prefix = shared_prefix([example.prompt_ids for example in every]) if dense else 0
+    batches = _Batches(pools, seed, sort=len(offered) > 1)
+    return TrainingBatches(batches, offered, rows, prefix)
 
 
 class TrainingBatches:
     """An endless iterator of NumPy batches, see `safepatch_jax.data.chat.training_batch`."""
 
     def __init__(
-        self, batches: _Batches, offered: Sequence[tuple[int, int]], rows: Sequence[int] | None
+        self,
+        batches: _Batches,
+        offered: Sequence[tuple[int, int]],
+        rows: Sequence[int] | None,
+        prefix: int,
     ):
         self._batches, self._offered, self._rows = batches, offered, rows
-        self._next = 0
+        self._prefix, self._next = prefix, 0
 
     def __iter__(self) -> TrainingBatches:
         return self
@@ -59,9 +68,9 @@ class TrainingBatches:
     def __next__(self) -> dict[str, np.ndarray]:
         examples = self._batches[self._next]
         self._next += 1
-        longest, _ = lengths(examples)
-        shape = next(shape for shape in self._offered if shape[0] >= longest)
-        return training_batch(examples, *shape, self._rows)
+        longest, _ = lengths(examples, 1)
+        length, answer = next(shape for shape in self._offered if shape[0] >= longest)
+        return training_batch(examples, length - self._prefix, answer, self._rows, self._prefix)
 
     def get_state(self) -> dict[str, int]:
         """Return the position, JSON-able."""
@@ -72,21 +81,21 @@ class TrainingBatches:
         self._next = int(state[_STATE])
 
 
-def shapes(examples: Sequence[Example], buckets: int) -> list[tuple[int, int]]:
+def shapes(examples: Sequence[Example], buckets: int, step: int = STEP) -> list[tuple[int, int]]:
     """Return at most so many padded shapes (T, A), ascending, the last of which holds every example
-    (see `lengths`).
+    (see `lengths`), multiples of `step`.
 
     The others hold equal shares of the examples; their answer length is that of the longest answer
     among these.
     """
     ordered = sorted(examples, key=_LENGTH)
     ends = [-(-len(ordered) * part // buckets) for part in range(1, buckets + 1)]
-    padded = {lengths(ordered[:end])[0] for end in ends if end}
+    padded = {lengths(ordered[:end], step)[0] for end in ends if end}
     result = []
     for length in sorted(padded):
         # More examples have this padded length than the quantile counted; all of them must fit.
         fitting = [example for example in ordered if example.length <= length]
-        result.append((length, lengths(fitting)[1]))
+        result.append((length, lengths(fitting, step)[1]))
     return result
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from safepatch_jax.data import cells
 from safepatch_jax.data.records import load_records, take
 from safepatch_jax.evaluation import mt_bench, tasks
+from safepatch_jax.evaluation.batching import length_of
 from safepatch_jax.evaluation.contrasted import Contrasted
-from safepatch_jax.evaluation.engine import Engine, length_of
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.jailbreaks import FORMS
 from safepatch_jax.evaluation.judges.base import (

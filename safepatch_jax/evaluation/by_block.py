@@ -24,6 +24,7 @@ from safepatch_jax.evaluation.generate import (
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.decoder import Begin, Decoder, OneBlock, Readout
 from safepatch_jax.models.layerwise import LAYERS
+from safepatch_jax.models.prefix import Prefixed
 from safepatch_jax.models.rope import layer_kinds
 
 
@@ -69,14 +70,13 @@ class ByBlock:
         return state._replace(past=state.past._replace(cache=caches))
 
     def admit(self, state: State, prompts, rows_G, stop_ids, sampling) -> State:
-        tokens_GT, length_G = prompts
         caches, length_B = state.past
-        x_GTD, written = self._programs.begin(self._ends, tokens_GT), []
+        x_GTD, written = self._programs.enter(self._ends, prompts), []
         for block, kind, cache in zip(self.blocks, self._kinds, caches):
-            x_GTD, cache = self._programs.read(block, kind, x_GTD, length_G, cache, rows_G)
+            x_GTD, cache = self._programs.read(block, kind, x_GTD, prompts, cache, rows_G)
             written.append(cache)
         state = state._replace(past=length_B)
-        inputs = x_GTD, state, length_G, rows_G, stop_ids, sampling
+        inputs = x_GTD, state, prompts, rows_G, stop_ids, sampling
         state = self._programs.placed(self._ends, *inputs)
         return state._replace(past=Past(written, state.past))
 
@@ -127,7 +127,7 @@ class _Programs:
         attributes = decoder.config, decoder.dtype, decoder.sharder
         self._block, self._readout = OneBlock(*attributes), Readout(*attributes)
         self._embed = Begin(*attributes)
-        self.begin = jax.jit(self._begin)
+        self.begin, self.enter = jax.jit(self._begin), jax.jit(self._enter)
         self.read = jax.jit(self._read, donate_argnames="cache")
         self.follow = jax.jit(self._follow, donate_argnames="cache")
         self.placed, self.emit = jax.jit(self._placed), jax.jit(self._emit)
@@ -135,13 +135,27 @@ class _Programs:
     def _begin(self, ends: Any, tokens_BT):
         return self._embed.apply({"params": ends}, tokens_BT)
 
-    def _read(self, block: Any, kind, x_GTD, length_G, cache: Cache, rows_G):
+    def _enter(self, ends: Any, prompts):
+        """Return what enters the first block of prompts, [G, T, D], or as a row with a prefix."""
+        tokens_GT, _, prefix_1P = prompts
+        if prefix_1P is not None:
+            tokens_GT = _prefixed(prompts).row(prefix_1P, tokens_GT)
+        return self._begin(ends, tokens_GT)
+
+    def _read(self, block: Any, kind, x_GTD, prompts, cache: Cache, rows_G):
         """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
-        positions_1T = jnp.arange(x_GTD.shape[1])[None]
+        tokens_GT, length_G, _ = prompts
+        prefixed, positions_1T = _prefixed(prompts), jnp.arange(tokens_GT.shape[1])[None]
         valid_GT = positions_1T < length_G[:, None]
+        if prefixed:
+            positions_1T = positions_1T + prefixed.prefix
         inputs = x_GTD, kind, positions_1T, valid_GT
-        x_GTD, kv = self._block.apply({"params": block}, *inputs)
-        return x_GTD, placed_slots(cache, cache_of(kv, x_GTD.shape[1], slots_last=True), rows_G)
+        module = self._block.clone(prefixed=prefixed)
+        x_GTD, kv = module.apply({"params": block}, *inputs)
+        if prefixed:
+            kv = jax.tree.map(prefixed.whole, kv)
+        new = cache_of(kv, kv[0].shape[1], slots_last=True)
+        return x_GTD, placed_slots(cache, new, rows_G)
 
     def _follow(self, block: Any, kind, x_B1D, length_B, cache: Cache):
         """Return (what leaves a block that reads one token more, the cache with it)."""
@@ -149,17 +163,29 @@ class _Programs:
         inputs = x_B1D, kind, length_B[:, None], here_B1, cache
         return self._block.apply({"params": block}, *inputs)
 
-    def _placed(self, ends: Any, x_GTD, state: State, length_G, rows_G, stop_ids, sampling):
+    def _placed(self, ends: Any, x_GTD, state: State, prompts, rows_G, stop_ids, sampling):
         """Return the state with the first tokens of prompts that have been read."""
+        _, length_G, _ = prompts
+        prefixed, before = _prefixed(prompts), 0
+        if prefixed:
+            before, (_, x_GTD) = prefixed.prefix, prefixed.parts(x_GTD)
         x_G1D = jnp.take_along_axis(x_GTD, length_G[:, None, None] - 1, axis=1)
         logits_G1V = self._readout.apply({"params": ends}, x_G1D)
-        first = first_state(logits_G1V[:, 0], length_G, stop_ids, sampling, state.out.shape[1])
+        first = first_state(
+            logits_G1V[:, 0], before + length_G, stop_ids, sampling, state.out.shape[1]
+        )
         return placed(state, first, rows_G)
 
     def _emit(self, ends: Any, x_B1D, state: State, stop_ids, sampling):
         """Return the state with one token more."""
         logits_B1V = self._readout.apply({"params": ends}, x_B1D)
         return emit(logits_B1V[:, 0], state._replace(past=state.past + 1), stop_ids, sampling)
+
+
+def _prefixed(prompts) -> Prefixed | None:
+    """Return the shape of prompts with a prefix, None for those without."""
+    tokens_GT, _, prefix_1P = prompts
+    return None if prefix_1P is None else Prefixed(prefix_1P.shape[1], *tokens_GT.shape)
 
 
 _programs_of = functools.lru_cache(maxsize=4)(_Programs)  # engines of one model share them

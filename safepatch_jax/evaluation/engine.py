@@ -21,11 +21,12 @@ from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.data.tokenizer import decode
 from safepatch_jax.evaluation import thought_limit
+from safepatch_jax.evaluation.batching import Batching, length_of, padded
 from safepatch_jax.evaluation.by_block import ByBlock
 from safepatch_jax.evaluation.generate import Sampling, Whole
 from safepatch_jax.evaluation.prompter import Prompter, Talk
 from safepatch_jax.evaluation.scored_texts import Pair, Text, likelihoods, texts_of
-from safepatch_jax.evaluation.serving import Model, Rows, Server
+from safepatch_jax.evaluation.serving import Model, Server
 from safepatch_jax.io import hub
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
 from safepatch_jax.io.hf import load_params
@@ -39,11 +40,8 @@ from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.training.batch import put_batch
 
 Done = Callable[[int, Any], None]
-LONG = 512  # tokens
 NO_STOP = (-2,)  # no token is this
-_FEW_GROUPS = 4  # of prompts, where answers are short
 _UNSURE = 4  # tokens
-_GAIN = 0.85  # smaller batches are taken where this share of the rows, or less, is computed
 
 
 class Engine(Prompter):
@@ -80,6 +78,7 @@ class Engine(Prompter):
             config, jnp.dtype(compute_dtype), sharder.with_rules(batch=("data",))
         )
         self.sharder = self.decoder.sharder
+        self.batching = Batching(batch_size, self.sharder.batch_ways, self.sharder.one_cpu)
         self.stop_ids = self._stop_ids()
 
     def _stop_ids(self) -> tuple[int, ...]:
@@ -184,7 +183,7 @@ class Engine(Prompter):
         draws = self._draws(sampling, numbers)
         finished = functools.partial(self._has_stop, until=until) if until else None
         with self._collecting(len(prompts), title, done) as (answers, keep):
-            for rows, group in self._pools([len(ids) + max_new for ids in prompts], max_new):
+            for rows, group in self.batching.pools(prompts, max_new, self.model.groups):
                 server = Server(self.model, rows, self.stops(), draws, max_new, self.put, finished)
                 server.run([(i, prompts[i]) for i in group], keep)
         return answers
@@ -216,27 +215,6 @@ class Engine(Prompter):
         """What continues sequences."""
         kind = ByBlock if self.sharder.one_cpu else Whole
         return kind(self.decoder, self.params)
-
-    def _pools(self, sizes: Sequence[int], max_new: int) -> list[tuple[Rows, list[int]]]:
-        """Return how prompts of these sizes, answers of `max_new` tokens included, run, and their
-        indices: the longest first, and those of less than half of its size apart, where they need
-        less of a cache."""
-        order, pools = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
-        while order:
-            capacity, ways = _width(sizes[order[0]]), self.sharder.batch_ways
-            pool = [i for i in order if 2 * sizes[i] > sizes[order[0]]]
-            if len(pool) < self.rows(capacity):  # they would not fill the rows
-                pool = order[: self.rows(capacity)]
-            number = self.fewer(self.rows(capacity), len(pool))
-            groups = self.model.groups
-            if max_new <= 2 * (sizes[order[0]] - max_new):
-                # Many prompts together are read faster, and a short answer does not leave its row
-                # idle for long.
-                groups = min(groups, _FEW_GROUPS)
-            group = ways * max(1, number // ways // groups)
-            pools.append((Rows(number, group, capacity, _width), pool))
-            order = order[len(pool) :]
-        return pools
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Lay a batch, which every process holds, out on the mesh."""
@@ -281,10 +259,11 @@ class Engine(Prompter):
                 )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         texts = texts_of(pairs)
+        prefix = self.batching.prefix([text.example.prompt_ids for text in texts])
         with progress(len(pairs), title, "text") as bar:
-            for rows, group in self.groups([length_of(text.example) for text in texts]):
+            for rows, group in self.batching.groups([length_of(text.example) for text in texts]):
                 batch = [texts[i] for i in group]
-                for text, values in zip(batch, self._score_batch(batch, rows)):
+                for text, values in zip(batch, self._score_batch(batch, rows, prefix)):
                     for i, (logprob, greedy) in zip(text.indices, values):
                         if not math.isfinite(logprob):
                             raise NotFinite(
@@ -297,22 +276,26 @@ class Engine(Prompter):
                     bar.update(len(text.indices))
         return results
 
-    def _score_batch(self, texts: Sequence[Text], rows: int) -> np.ndarray:
+    def _score_batch(self, texts: Sequence[Text], rows: int, prefix: int) -> np.ndarray:
         """Return [rows, E, 2], see `likelihoods`."""
-        batch = self.lay_out([text.example for text in texts], rows)
+        batch = self.lay_out([text.example for text in texts], rows, prefix)
         ends = np.zeros((rows, max(len(text.ends) for text in texts)), np.int32)
         for row, text in zip(ends, texts):
             row[: len(text.ends)] = text.ends
         batch = put_batch(batch | {"ends": ends}, self.sharder)
         return processes.fetch(likelihoods(self.decoder, self.params, batch))
 
-    def lay_out(self, examples: Sequence[Example], rows: int) -> dict[str, np.ndarray]:
-        """Return a batch for `over_answers`, filled up to so many rows with copies of no weight."""
+    def lay_out(
+        self, examples: Sequence[Example], rows: int, prefix: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Return a batch for `over_answers`, filled up to so many rows with copies of no weight;
+        without the first tokens that all share, so many."""
         filled = list(examples) + [examples[-1]] * (rows - len(examples))
         batch = training_batch(
             filled,
-            padded(max(length_of(example) - 1 for example in examples)),
+            padded(max(length_of(example) - 1 for example in examples) - prefix),
             padded(max(len(example.answer_ids) for example in examples)),
+            prefix=prefix,
         )
         batch["weights"][len(examples) :] = 0.0
         return batch
@@ -320,48 +303,6 @@ class Engine(Prompter):
     def put_prompts(self, prompts: Sequence[Sequence[int]]) -> dict[str, jax.Array]:
         """Lay prompts out as one batch on the mesh, see `prompt_batch`."""
         return put_batch(prompt_batch(prompts, padded(max(map(len, prompts)))), self.sharder)
-
-    def groups(self, sizes: Sequence[int], few_idle: bool = False) -> list[tuple[int, list[int]]]:
-        """Return (rows, indices) of each batch: those of like size together, and the longest at the
-        beginning.
-
-        Args:
-          few_idle: take half as many rows, or a quarter, where far fewer are idle then: where a row
-            costs what its tokens do, and not a step of all weights a token.
-        """
-        order, groups = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)), []
-        limits = [self.rows(padded(sizes[i])) for i in order]
-        limit = rows = 0
-        while order:
-            if limits[-len(order)] != limit:
-                limit = rows = limits[-len(order)]
-                if few_idle:
-                    rows = self._least_idle(limit, limits.count(limit))
-            groups.append((rows, order[:rows]))
-            order = order[rows:]
-        return groups
-
-    def _least_idle(self, rows: int, needed: int) -> int:
-        rows = self.fewer(rows, needed)
-        choices = [rows]
-        while choices[-1] % (2 * self.sharder.batch_ways) == 0 and len(choices) < 3:
-            choices.append(choices[-1] // 2)
-        filled = {few: -(-needed // few) * few for few in choices}
-        least = min(choices, key=filled.__getitem__)  # of equal ones the largest
-        return least if filled[least] <= _GAIN * filled[rows] else rows
-
-    def rows(self, length: int) -> int:
-        """Return how many sequences run together: the batch size, and fewer where they are longer
-        than LONG tokens."""
-        ways = self.sharder.batch_ways
-        return max(ways, min(self.batch_size, self.batch_size * LONG // length) // ways * ways)
-
-    def fewer(self, rows: int, needed: int) -> int:
-        """Return half as many rows, or a quarter, and so on, where no more are needed: so there are
-        few programs."""
-        while rows % (2 * self.sharder.batch_ways) == 0 and rows >= 2 * needed:
-            rows //= 2
-        return rows
 
     def run_batches(
         self,
@@ -382,7 +323,7 @@ class Engine(Prompter):
           for each prompt the new ids, without the stop token.
         """
         with self._collecting(len(sizes), title, done) as (answers, keep):
-            for rows, group in self.groups(sizes):
+            for rows, group in self.batching.groups(sizes):
                 filled = group + [group[-1]] * (rows - len(group))
                 for i, ids in zip(group, run(filled, self.stops())):
                     keep(i, ids[ids >= 0])
@@ -422,23 +363,6 @@ class Engine(Prompter):
             "top_p": np.float32(sampling.top_p),
             "key": tensor_keys(sampling.seed, "answer", list(map(str, numbers))),
         }
-
-
-def padded(length: int) -> int:
-    """Round a length up to one of few, at most a quarter above it, so that few programs are
-    compiled."""
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
-def _width(length: int) -> int:
-    """Round the length of a prompt, alone or with its answer, up to one of very few."""
-    return padded(-(-length // 16) * 16)
-
-
-def length_of(example: Example) -> int:
-    """Return the number of tokens of a prompt with its answer."""
-    return len(example.prompt_ids) + len(example.answer_ids)
 
 
 def first_stop(text: str, until: Sequence[str]) -> int:

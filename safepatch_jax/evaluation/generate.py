@@ -248,7 +248,8 @@ class Whole:
 
         Args:
           state: donated.
-          prompts: (tokens [G, T], RIGHT padded, number of real ones [G]).
+          prompts: (tokens [G, T], RIGHT padded, number of real ones [G], tokens [1, P] that all
+            begin with and that are not counted there, or None; on a mesh always None).
           rows_G: into which row each goes; those past the end are dropped.
           stop_ids, sampling: see `decode`; keys [G, 2].
         """
@@ -286,7 +287,7 @@ def _laid_out(decoder: Decoder, state: State) -> State:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _admit(decoder: Decoder, params: Any, state: State, prompts, rows_G, stop_ids, sampling):
-    tokens_GT, length_G = prompts
+    tokens_GT, length_G, _ = prompts
     cache, length_B = state.past
     logits_GV, past = read(decoder, params, tokens_GT, length_G, tokens_GT.shape[1])
     first = first_state(logits_GV, length_G, stop_ids, sampling, state.out.shape[1])

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from safepatch_jax.data.chat import Example
-from safepatch_jax.evaluation.engine import Done, Engine, length_of
+from safepatch_jax.evaluation.batching import length_of
+from safepatch_jax.evaluation.engine import Done, Engine
 from safepatch_jax.models.config import same_architecture
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import processes
@@ -50,9 +51,11 @@ def answer_likelihoods(
             "without measures of kind 'text'."
         )
     reference = other and other.params
+    prefix = engine.batching.prefix([example.prompt_ids for example in examples])
     with progress(len(examples), title, "answer") as bar:
-        for rows, group in engine.groups(list(map(length_of, examples)), few_idle=True):
-            batch = put_batch(engine.lay_out([examples[i] for i in group], rows), engine.sharder)
+        for rows, group in engine.batching.groups(list(map(length_of, examples)), few_idle=True):
+            laid_out = engine.lay_out([examples[i] for i in group], rows, prefix)
+            batch = put_batch(laid_out, engine.sharder)
             sums = _sums(engine.decoder, engine.params, reference, batch, forced)
             for i, nll, kl, opening in zip(group, *map(processes.fetch, sums)):
                 if not math.isfinite(nll):

@@ -25,7 +25,8 @@ except ImportError as error:
 
 from safepatch_jax.data.prompt_format import AS_IS, SKIP, THINKING, read_format
 from safepatch_jax.data.tokenizer import decode
-from safepatch_jax.evaluation.engine import Engine, first_stop, padded
+from safepatch_jax.evaluation.batching import padded
+from safepatch_jax.evaluation.engine import Engine, first_stop
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import say

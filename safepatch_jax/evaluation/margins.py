@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import prompt_batch
+from safepatch_jax.data.chat import prompt_batch, shared_prefix
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.generate import Past, read, read_on, with_room
 from safepatch_jax.evaluation.openings import Ids, Openings
@@ -55,13 +55,13 @@ def margins(
     """
     trie = _Trie(openings)
     engine.check(prompts, trie.depth)
-    shared = _shared(prompts)
+    shared = shared_prefix(prompts)
     begun = None
     if shared:
         begun = _read_shared(engine, prompts[0][:shared])
     rests = [ids[shared:] for ids in prompts]
     with progress(len(prompts), title, "prompt") as bar:
-        for rows, group in engine.groups([len(ids) for ids in prompts]):
+        for rows, group in engine.batching.groups([len(ids) for ids in prompts]):
             filled = group + [group[-1]] * (rows - len(group))
             batch = engine.put_prompts([rests[i] for i in filled])
             first_BO, later = _opening_logprobs(
@@ -72,16 +72,6 @@ def margins(
             for i, logprobs in zip(group, of_each):
                 done(i, _by_kind(logprobs, len(openings.refusal), title))
             bar.update(len(group))
-
-
-def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens all prompts have in common, which are read once: of the
-    template, often a system message. One token at least is left of each."""
-    shared = min(map(len, prompts), default=1) - 1
-    for ids in prompts[1:]:
-        pairs = zip(range(shared), prompts[0], ids)
-        shared = next((i for i, ours, other in pairs if ours != other), shared)
-    return shared
 
 
 def _read_shared(engine: Engine, ids: Sequence[int]) -> Past:

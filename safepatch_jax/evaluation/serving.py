@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from safepatch_jax.data.chat import prompt_batch
+from safepatch_jax.data.chat import prompt_batch, with_prefix
 from safepatch_jax.evaluation.generate import State
 from safepatch_jax.runtime import processes
 
@@ -46,12 +46,14 @@ class Rows:
       group: prompts that are read together.
       capacity: tokens of a prompt with its answer, at most.
       width: maps the length of a prompt to that to which a group is padded.
+      prefix: tokens that all prompts begin with, read once a group.
     """
 
     number: int
     group: int
     capacity: int
     width: Callable[[int], int]
+    prefix: tuple[int, ...] = ()
 
 
 class Server:
@@ -125,12 +127,13 @@ class Server:
             lacking = self._rows.group - len(group)
             group += [group[-1]] * lacking
             rows = np.array(rows + [len(owners)] * lacking, np.int32)
-            width = self._rows.width(max(len(ids) for _, ids in group))
             sampling = self._sampling([number for number, _ in group])
-            batch = self._put(prompt_batch([ids for _, ids in group], width))
-            state = self._model.admit(
-                state, (batch["tokens"], batch["lengths"]), rows, self._stop_ids, sampling
-            )
+            width = self._rows.width(max(len(ids) for _, ids in group))
+            shared = len(self._rows.prefix)
+            batch = prompt_batch([ids[shared:] for _, ids in group], width - shared)
+            batch = self._put(with_prefix(batch, self._rows.prefix))
+            prompts = batch["tokens"], batch["lengths"], batch.get("prefix")
+            state = self._model.admit(state, prompts, rows, self._stop_ids, sampling)
         return state
 
     def _sampling(self, numbers: Sequence[int] | None = None) -> dict[str, np.ndarray] | None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR, Row
-from safepatch_jax.evaluation.engine import Engine, padded
+from safepatch_jax.evaluation.batching import padded
+from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.thoughts import after_thought

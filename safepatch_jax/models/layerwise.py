@@ -53,6 +53,11 @@ class Blocks:
 
     def begin(self, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Return what enters the first block, [B, T, D]."""
+        if "prefix" in batch:
+            raise ValueError(
+                "blocks are run on whole sequences, and the batch has a prefix of all of them. Lay "
+                "it out without (`training_batch(..., prefix=0)`)."
+            )
         module = Begin(*self._attributes)
         return module.apply({"params": params}, batch["tokens"])
 

@@ -182,7 +182,7 @@ class SensitivityMeter:
         batches = []
         for start in range(0, len(examples), size):
             chosen = examples[start : start + size]
-            shape = next(shape for shape in shapes if shape[0] >= lengths(chosen)[0])
+            shape = next(shape for shape in shapes if shape[0] >= lengths(chosen, 1)[0])
             batches.append(put_batch(_full_batch(chosen, shape, size), self._sharder))
         if batch_size == 1 and self._blocks:
             check = functools.partial(_check_losses, title=title, size=size)

@@ -166,10 +166,11 @@ class Context(Inputs):
         if processes.several():
             local = self.sharder.local_rows(sum(rows for _, rows in pools))
         seed = self.settings.run.seed if seed is None else seed
-        batches = training_batches(pools, seed, self.settings.data.length_buckets, local)
-        saving = Saving(steps, self.settings.run.checkpoint_minutes)
         scope = patches and self.settings.derive.train == "scope"
         trainer = self.trainer(read_hf_config(folder), loss, scope)
+        buckets = self.settings.data.length_buckets
+        batches = training_batches(pools, seed, buckets, local, trainer.dense)
+        saving = Saving(steps, self.settings.run.checkpoint_minutes)
         model, reference = StoredModel(folder, self.sharder), None
         if loss is not None and loss.compares:
             model = reference = self.load(folder)[1]

@@ -74,15 +74,19 @@ def over_answers(
     Returns:
       what `of_logits` returns, [B, A]; to be ignored where `weights` is 0.
     """
-    positions_BT = jnp.arange(batch["tokens"].shape[1])[None]
+    prefix_1P = batch.get("prefix")
+    positions_1T = jnp.arange(batch["tokens"].shape[1])[None]
+    if prefix_1P is not None:
+        positions_1T = positions_1T + prefix_1P.shape[1]
     hidden = [
         decoder.apply(
             {"params": params},
             batch["tokens"],
-            positions_BT,
+            positions_1T,
             batch["valid"],
             logits_at_BA=batch["predict_at"],
             hidden=True,
+            prefix_1P=prefix_1P,
         )[0]
         for params in models
     ]

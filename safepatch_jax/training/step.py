@@ -160,6 +160,11 @@ class Trainer:
             self._shardings,
         )
 
+    @property
+    def dense(self) -> bool:
+        """Whether batches are best laid out as `training_batches` does with `dense`."""
+        return self._in_scratch is not None
+
     def trace(
         self, batch: Mapping[str, jax.ShapeDtypeStruct], reference: Any = None
     ) -> jax.stages.Traced:

@@ -274,13 +274,13 @@ def test_score_is_the_sum_of_log_softmax(engine):
     [(24, [24]), (36, [12] * 3), (37, [24] * 2), (60, [12] * 5), (13, [6] * 3), (5, [6]), (1, [3])],
 )
 def test_few_rows_are_idle_and_batches_are_alike(open_engine, number, batches):
-    groups = open_engine(24).groups([20] * number, few_idle=True)
+    groups = open_engine(24).batching.groups([20] * number, few_idle=True)
     assert [rows for rows, _ in groups] == batches
     assert [i for _, group in groups for i in group] == list(range(number))
 
 
 def test_long_texts_run_in_batches_of_their_own_size(open_engine):
-    groups = open_engine(16).groups([20] * 20 + [1000] * 4, few_idle=True)
+    groups = open_engine(16).batching.groups([20] * 20 + [1000] * 4, few_idle=True)
     assert [rows for rows, _ in groups] == [4, 4, 4, 4, 4, 4]
     assert groups[0][1] == [20, 21, 22, 23]
 

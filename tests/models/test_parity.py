@@ -22,10 +22,12 @@ from safepatch_jax.data.chat import prompt_batch
 from safepatch_jax.evaluation.generate import decode as generate_tokens
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models import decoder as modules
+from safepatch_jax.models.attention import Attention, visible
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.config import DecoderConfig, config_from_hf
 from safepatch_jax.models.decoder import Decoder
-from safepatch_jax.models.rope import rotary_frequencies
+from safepatch_jax.models.module import RMSNorm
+from safepatch_jax.models.rope import layer_kinds, rotary_angles, rotary_frequencies, rotate
 from safepatch_jax.models.table import param_table, unnest
 from tests.models.families import LLAMA3, hf_config, tiny_raw
 from tests.padding import left_padded
@@ -252,9 +254,9 @@ def test_rms_norm(pair):
     for layer in range(pair.config.num_layers):
         for ours, theirs in NORMS[pair.config.norms].items():
             pair.assert_rung(
-                modules.RMSNorm, ("layers", ours), f"model.layers.{layer}.{theirs}", layer=layer
+                RMSNorm, ("layers", ours), f"model.layers.{layer}.{theirs}", layer=layer
             )
-    pair.assert_rung(modules.RMSNorm, ("final_norm",), "model.norm")
+    pair.assert_rung(RMSNorm, ("final_norm",), "model.norm")
 
 
 def test_rotary(pair):
@@ -271,20 +273,20 @@ def test_rotary(pair):
     theirs = apply_rotary_pos_emb(
         *(torch.tensor(x).transpose(1, 2) for x in (q_BTNH, k_BTKH)), cos, sin
     )
-    angles_BTh = modules.rotary_angles(config, jnp.asarray(positions_BT))
+    angles_BTh = rotary_angles(config, jnp.asarray(positions_BT))
     if config.ropes:
         angles_BTh = angles_BTh * rotary_frequencies(config)
     for x_BTNH, reference in zip((q_BTNH, k_BTKH), theirs):
         turn = jnp.sin(angles_BTh), jnp.cos(angles_BTh)
-        assert_close(modules.rotate(jnp.asarray(x_BTNH), *turn), reference.transpose(1, 2))
+        assert_close(rotate(jnp.asarray(x_BTNH), *turn), reference.transpose(1, 2))
 
 
 def surroundings(pair, layer):
     """What attention needs beside its input: angles, mask, distances and the layer's window."""
     positions_BT, valid_BT = counted(TOKENS)
-    mask_BTS, distance_BTS = modules.visible(jnp.asarray(positions_BT), jnp.asarray(valid_BT), None)
-    kind = jax.tree.map(operator.itemgetter(layer), modules.layer_kinds(pair.config))
-    angles_BTh = modules.rotary_angles(pair.config, positions_BT)
+    mask_BTS, distance_BTS = visible(jnp.asarray(positions_BT), jnp.asarray(valid_BT), None)
+    kind = jax.tree.map(operator.itemgetter(layer), layer_kinds(pair.config))
+    angles_BTh = rotary_angles(pair.config, positions_BT)
     if kind.frequencies is not None:
         angles_BTh = angles_BTh * kind.frequencies
     return angles_BTh, mask_BTS, distance_BTS, kind.window
@@ -294,7 +296,7 @@ def test_attention(pair):
     for layer in range(pair.config.num_layers):
         name = f"model.layers.{layer}.self_attn"
         pair.assert_rung(
-            modules.Attention,
+            Attention,
             ("layers", "attention"),
             name,
             *surroundings(pair, layer),
@@ -309,7 +311,7 @@ def test_mlp(pair):
 
 def test_block(pair):
     for layer in range(pair.config.num_layers):
-        kind = jax.tree.map(operator.itemgetter(layer), modules.layer_kinds(pair.config))
+        kind = jax.tree.map(operator.itemgetter(layer), layer_kinds(pair.config))
         block = jax.tree.map(lambda x, layer=layer: x[layer], pair.params["layers"])
         module = modules.OneBlock(pair.config, pair.decoder.dtype, pair.decoder.sharder)
         inputs = pair.inputs[f"model.layers.{layer}"], kind, *counted(TOKENS)
@@ -571,7 +573,7 @@ def test_bfloat16_norm_is_cast_where_torch_casts_it(family_pair):
     pair, x_BTD = family_pair, family_pair.inputs["model.norm"]
     decoder = dataclasses.replace(pair.decoder, dtype=jnp.bfloat16)
     ours_BTD = apply_at(
-        modules.RMSNorm, decoder, ("final_norm",), pair.params, jnp.asarray(x_BTD, jnp.bfloat16)
+        RMSNorm, decoder, ("final_norm",), pair.params, jnp.asarray(x_BTD, jnp.bfloat16)
     )
     with torch.no_grad():
         theirs_BTD = (

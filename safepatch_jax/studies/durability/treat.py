@@ -120,12 +120,16 @@ def finetuned(
     local = None
     if processes.several():
         local = context.sharder.local_rows(options.batch_size)
-    batches = training_batches(
-        [(examples, options.batch_size)], options.seed, run.settings.data.length_buckets, local
-    )
-    recipe = Recipe(1.0, options.steps, options.learning_rate, weight_decay=options.weight_decay)
     scope = run.settings.derive.train == "scope"
     trainer = context.trainer(read_hf_config(folder), None, scope)
+    batches = training_batches(
+        [(examples, options.batch_size)],
+        options.seed,
+        run.settings.data.length_buckets,
+        local,
+        trainer.dense,
+    )
+    recipe = Recipe(1.0, options.steps, options.learning_rate, weight_decay=options.weight_decay)
     tuned, outcome = trainer.run(weights, batches, recipe, title)
     flat = unnest(tuned)
     every = {path: flat[path] if path in flat else weights[path] for path in weights}
