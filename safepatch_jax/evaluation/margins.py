@@ -10,7 +10,6 @@ the AUROC of m between harmful and harmless prompts as it was.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import prompt_batch, shared_prefix
+from safepatch_jax.data.chat import prompt_batch, shared_prefix, with_prefix
+from safepatch_jax.evaluation.batching import padded
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.generate import Past, read, read_on, with_room
 from safepatch_jax.evaluation.openings import Ids, Openings
 from safepatch_jax.evaluation.statistics import Z
 from safepatch_jax.models.decoder import Decoder
@@ -29,7 +28,9 @@ from safepatch_jax.numerics import NotFinite
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
 from safepatch_jax.training.batch import put_batch
+from safepatch_jax.training.objective import of_answers
 
+_TOGETHER = 8  # nodes whose logits over the vocabulary exist at once
 Row = Mapping[str, float]
 Done = Callable[[int, Row], None]
 
@@ -56,34 +57,17 @@ def margins(
     trie = _Trie(openings)
     engine.check(prompts, trie.depth)
     shared = shared_prefix(prompts)
-    begun = None
-    if shared:
-        begun = _read_shared(engine, prompts[0][:shared])
     rests = [ids[shared:] for ids in prompts]
     with progress(len(prompts), title, "prompt") as bar:
-        for rows, group in engine.batching.groups([len(ids) for ids in prompts]):
+        for rows, group in engine.batching.groups(list(map(len, prompts)), few_idle=True):
             filled = group + [group[-1]] * (rows - len(group))
-            batch = engine.put_prompts([rests[i] for i in filled])
-            first_BO, later = _opening_logprobs(
-                engine.decoder, engine.params, begun, batch, trie.paths, trie.tokens
-            )
-            later = {depth: processes.fetch(x_RBDO) for depth, x_RBDO in later.items()}
-            of_each = trie.logprobs(processes.fetch(first_BO), later)
+            laid_out = prompt_batch([rests[i] for i in filled], padded(max(map(len, rests))))
+            batch = put_batch(with_prefix(laid_out, prompts[0][:shared]), engine.sharder)
+            next_BNM = _next_logprobs(engine.decoder, engine.params, batch, trie.arrays)
+            of_each = trie.logprobs(processes.fetch(next_BNM))
             for i, logprobs in zip(group, of_each):
                 done(i, _by_kind(logprobs, len(openings.refusal), title))
             bar.update(len(group))
-
-
-def _read_shared(engine: Engine, ids: Sequence[int]) -> Past:
-    """Read the tokens that all prompts begin with, once for each part of the batch axis."""
-    ways = engine.sharder.batch_ways
-    batch = put_batch(prompt_batch([ids] * ways, len(ids)), engine.sharder)
-    return _past_of(engine.decoder, engine.params, batch)
-
-
-@functools.partial(jax.jit, static_argnames="decoder")
-def _past_of(decoder: Decoder, params: Any, batch) -> Past:
-    return read(decoder, params, batch["tokens"], batch["lengths"], batch["tokens"].shape[1])[1]
 
 
 def _by_kind(logprobs_O: np.ndarray, refusals: int, title: str) -> dict[str, float]:
@@ -99,89 +83,87 @@ def _by_kind(logprobs_O: np.ndarray, refusals: int, title: str) -> dict[str, flo
 
 
 class _Trie:
-    """The paths that the model must read so that the next tokens of all openings are seen.
+    """The tokens with which openings begin. A node is such a sequence, after which openings go on;
+    number 0 is the empty one, the end of the prompt. The others' last tokens are read behind it.
 
     Attributes:
-      depth: of the deepest path.
-      paths: by depth, int32 [R, D]: tokens of the paths from the root.
-      tokens: int32 [depth + 1, O], the opening's token at each depth, refusals first; 0 where it
-        has none.
+      depth: of the deepest node.
+      arrays: of the N nodes that are read 'token' and 'depth', int32 [N], and 'order', bool [N, N],
+        which nodes lie on the way to each, itself among them; of all 'next', int32 [1 + N, M], the
+        tokens that come next, then anything.
     """
 
     def __init__(self, openings: Openings):
         every: list[Ids] = [*openings.refusal, *openings.affirmative]
-        inner = {ids[:-1] for ids in every if len(ids) > 1}
-        by_depth: dict[int, list[Ids]] = {}
-        self._place: list[tuple[int, int]] = []  # of each opening: its path's depth and number
-        for path in sorted(inner, key=lambda ids: (-len(ids), ids)):
-            longer = itertools.chain.from_iterable(by_depth.values())
-            if not any(other[: len(path)] == path for other in longer):
-                by_depth.setdefault(len(path), []).append(path)
-        self.depth = max(by_depth, default=0)
-        self.paths = {depth: np.array(paths, np.int32) for depth, paths in by_depth.items()}
-        self.tokens = np.zeros((self.depth + 1, len(every)), np.int32)
-        self._lengths = [len(ids) for ids in every]
-        for o, ids in enumerate(every):
-            self.tokens[: len(ids), o] = ids
-            self._place.append(_place_of(ids[:-1], by_depth))
+        following: dict[Ids, list[int]] = {}  # by node
+        for ids in every:
+            for end, token in enumerate(ids):
+                tokens = following.setdefault(ids[:end], [])
+                if token not in tokens:
+                    tokens.append(token)
+        nodes = sorted(following, key=lambda ids: (len(ids), ids))
+        read = nodes[1:]
+        order = [[ids[: len(other)] == other for other in read] for ids in read]
+        most = max(map(len, following.values()))
+        self.depth = len(nodes[-1])
+        self.arrays = {
+            "token": np.array([ids[-1] for ids in read], np.int32),
+            "depth": np.array([len(ids) for ids in read], np.int32),
+            "order": np.array(order, bool).reshape(len(read), len(read)),
+            "next": np.zeros((len(nodes), most), np.int32),
+        }
+        for row, ids in zip(self.arrays["next"], nodes):
+            row[: len(following[ids])] = following[ids]
+        # Of each opening's tokens the node after which it comes, and its place there.
+        self._ways: list[tuple[list[int], list[int]]] = []
+        for ids in every:
+            before = [ids[:end] for end in range(len(ids))]
+            places = [following[node].index(token) for node, token in zip(before, ids)]
+            self._ways.append((list(map(nodes.index, before)), places))
 
-    def logprobs(self, first_BO: np.ndarray, later: Mapping[int, np.ndarray]) -> np.ndarray:
+    def logprobs(self, next_BNM: np.ndarray) -> np.ndarray:
         """Return the log-probability of each opening, float64 [B, O]."""
-        total_BO = first_BO.astype(np.float64)
-        for o, (length, (depth, number)) in enumerate(zip(self._lengths, self._place)):
-            if length > 1:
-                along_BD = later[depth][number, :, : length - 1, o]
-                total_BO[:, o] += along_BD.sum(axis=-1, dtype=np.float64)
-        return total_BO
-
-
-def _place_of(path: Ids, by_depth: Mapping[int, Sequence[Ids]]) -> tuple[int, int]:
-    """Return (depth, number) of a path that begins with the given one; (0, 0) at the root."""
-    for depth, paths in by_depth.items():
-        for number, other in enumerate(paths):
-            if path and other[: len(path)] == path:
-                return depth, number
-    return 0, 0
+        of_openings = []
+        for nodes, places in self._ways:
+            of_openings.append(next_BNM[:, nodes, places].sum(axis=-1, dtype=np.float64))
+        return np.stack(of_openings, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def _opening_logprobs(
-    decoder: Decoder, params: Any, begun: Past | None, batch, paths, tokens_DO
-) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Return the log-probability of each opening's first token [B, O], and by depth along each path
-    those of the openings' later tokens [R, B, D, O], as if every opening ran along it."""
-    logits_BV, past = _read(decoder, params, begun, batch, max(paths, default=0))
+def _next_logprobs(decoder: Decoder, params: Any, batch, trie) -> jax.Array:
+    """Return the log-probability of each token of 'next', float32 [B, 1 + N, M], in one pass over
+    prompts and, behind each, the trie's nodes; see `_Trie` and `prompt_batch`."""
+    tokens_BT, length_B, prefix_1P = batch["tokens"], batch["lengths"], batch.get("prefix")
+    (rows, longest), nodes = tokens_BT.shape, trie["token"].shape[0]
 
-    def of_path(path_D):
-        path_BD = jnp.broadcast_to(path_D, (logits_BV.shape[0], path_D.shape[0]))
-        logits_BDV, _ = read_on(decoder, params, path_BD, past)
-        return _logprobs(logits_BDV, tokens_DO[1 : path_D.shape[0] + 1])
+    def joined(of_prompts, of_nodes):
+        parts = of_prompts, of_nodes
+        return jnp.concatenate([jnp.broadcast_to(x, (rows, x.shape[1])) for x in parts], axis=1)
 
-    first_BDO = _logprobs(logits_BV[:, None], tokens_DO[:1])
-    later = {depth: jax.lax.map(of_path, paths_RD) for depth, paths_RD in paths.items()}
-    return first_BDO[:, 0], later
+    line_1T, last_B1 = jnp.arange(longest)[None], length_B[:, None] - 1
+    positions_BT = joined(line_1T, last_B1 + trie["depth"])
+    if prefix_1P is not None:
+        positions_BT = positions_BT + prefix_1P.shape[1]
+    order_TT = jnp.tril(jnp.ones((longest + nodes, longest + nodes), bool))
+    order_TT = order_TT.at[longest:, longest:].set(trie["order"])
+    hidden_BND, _ = decoder.apply(
+        {"params": params},
+        joined(tokens_BT, trie["token"][None]),
+        positions_BT,
+        joined(line_1T <= last_B1, jnp.ones((1, nodes), bool)),
+        logits_at_BA=joined(last_B1, longest + jnp.arange(nodes)[None]),
+        hidden=True,
+        prefix_1P=prefix_1P,
+        order_BTT=order_TT[None],
+    )
 
+    def of_logits(logits_BCV, nodes_BC):
+        next_BCM = trie["next"][nodes_BC]
+        next_BCM = jnp.take_along_axis(logits_BCV, next_BCM, axis=-1)
+        return next_BCM - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
 
-def _read(
-    decoder: Decoder, params: Any, begun: Past | None, batch, room: int
-) -> tuple[jax.Array, Past]:
-    """Read right-padded prompts after what all of them begin with; returns as `generate.read`, with
-    room for so many tokens more."""
-    tokens_BT, length_B = batch["tokens"], batch["lengths"]
-    room += tokens_BT.shape[1]
-    if begun is None:
-        return read(decoder, params, tokens_BT, length_B, room)
-    times = length_B.shape[0] // begun.length_B.shape[0]
-    cache = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), with_room(begun.cache, room))
-    past = Past(cache, jnp.repeat(begun.length_B, times))
-    logits_B1V, cache = read_on(decoder, params, tokens_BT, past, length_B[:, None] - 1)
-    return logits_B1V[:, 0], Past(cache, past.length_B + length_B)
-
-
-def _logprobs(logits_BDV: jax.Array, tokens_DO: jax.Array) -> jax.Array:
-    """Return the log-probability of each of some tokens at each depth, [B, D, O]."""
-    logits_BDO = jnp.take_along_axis(logits_BDV, tokens_DO[None], axis=-1)
-    return logits_BDO - jax.nn.logsumexp(logits_BDV, axis=-1, keepdims=True)
+    numbers = {"targets": jnp.broadcast_to(jnp.arange(1 + nodes), (rows, 1 + nodes))}
+    return of_answers(decoder, [params], [hidden_BND], numbers, of_logits, _TOGETHER)
 
 
 def auroc(harmful: Sequence[float], harmless: Sequence[float]) -> dict[str, Any]:

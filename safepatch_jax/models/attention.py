@@ -20,10 +20,16 @@ from safepatch_jax.models.rope import rotary_angles, rotate
 
 
 def visible(
-    positions_BT: jax.Array, valid_BT: jax.Array, cache: Cache | None
+    positions_BT: jax.Array,
+    valid_BT: jax.Array,
+    cache: Cache | None,
+    order_BTT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return which keys a query may look at, without regard to windows, and how many positions back
     each key lies.
+
+    Args:
+      order_BTT: which of the present come before a query, or are it; by default all up to it.
 
     Returns:
       (mask bool [B, T, S], distances int32 [B, T, S]); S runs over the cache's slots, if there is
@@ -33,8 +39,9 @@ def visible(
         distance_BTS = positions_BT[:, :, None] - jnp.arange(cache.slots)
         return distance_BTS >= 0, distance_BTS
     length = positions_BT.shape[1]
-    mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None] & valid_BT[:, None, :]
-    return mask_BTS, positions_BT[:, :, None] - positions_BT[:, None, :]
+    if order_BTT is None:
+        order_BTT = jnp.tril(jnp.ones((length, length), bool))[None]
+    return order_BTT & valid_BT[:, None, :], positions_BT[:, :, None] - positions_BT[:, None, :]
 
 
 def sight(
@@ -43,28 +50,27 @@ def sight(
     valid_BT: jax.Array,
     cache: Cache | None,
     prefixed: Prefixed | None,
+    order_BTT: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Return what attention needs of positions (see `Decoder`): rotation angles (see
     `rotary_angles`), and of `visible` mask and distances, which are None where no layer has a
     window. With a prefix these are pairs: of its queries [1, P, P], and of the others
-    [B, T, P + T].
+    [B, T, P + T]. For `order_BTT` see `visible`; a prefix comes before all of it.
     """
     if prefixed is None:
-        seen = visible(positions_BT, valid_BT, cache)
+        seen = visible(positions_BT, valid_BT, cache, order_BTT)
         angles_BTh = rotary_angles(config, positions_BT)
     else:
-        own = prefixed.rows, prefixed.length
-        of_prefix_1P = jnp.arange(prefixed.prefix)[None]
-        positions_BT = jnp.broadcast_to(positions_BT, own)
-        angles_BTh = rotary_angles(config, prefixed.row(of_prefix_1P, positions_BT))
-        seen = tuple(
-            (x[:1, : prefixed.prefix, : prefixed.prefix], x[:, prefixed.prefix :])
-            for x in visible(
-                prefixed.whole(prefixed.row(of_prefix_1P, positions_BT)),
-                prefixed.whole(prefixed.row(jnp.ones_like(of_prefix_1P, bool), valid_BT)),
-                None,
-            )
-        )
+        length, of_prefix_1P = prefixed.prefix, jnp.arange(prefixed.prefix)[None]
+        positions_BT = jnp.broadcast_to(positions_BT, (prefixed.rows, prefixed.length))
+        row = prefixed.row(of_prefix_1P, positions_BT)
+        valid = prefixed.row(jnp.ones_like(of_prefix_1P, bool), valid_BT)
+        if order_BTT is not None:  # of the prefix' own queries not looked at
+            order_BTT = jnp.pad(order_BTT, ((0, 0), (length, 0), (length, 0)), constant_values=True)
+        whole = visible(*map(prefixed.whole, (row, valid)), None, order_BTT)
+        causal = visible(of_prefix_1P, jnp.ones_like(of_prefix_1P, bool), None)
+        angles_BTh = rotary_angles(config, row)
+        seen = tuple((first, x[:, length:]) for first, x in zip(causal, whole))
     return angles_BTh, seen[0], seen[1] if config.windows else None
 
 

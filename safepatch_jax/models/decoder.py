@@ -145,6 +145,7 @@ class Decoder(Module):
         logits_at_BA: jax.Array | None = None,
         hidden: bool = False,
         prefix_1P: jax.Array | None = None,
+        order_BTT: jax.Array | None = None,
     ):
         """Run the decoder.
 
@@ -158,6 +159,8 @@ class Decoder(Module):
           hidden: return what enters the final norm, in place of logits.
           prefix_1P: tokens that all sequences begin with, computed once (see `prefix`); the others
             are then what follows them, from position P on. Without a cache, keys and values.
+          order_BTT: which tokens come before another one, or are it, where that is no line; without
+            a cache and fused attention.
 
         Returns:
           (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`, or hidden states [B, A or
@@ -165,7 +168,8 @@ class Decoder(Module):
         """
         embedder, prefixed = self.child(Embedder, "embedder"), None
         if prefix_1P is not None:
-            prefixed = Prefixed(prefix_1P.shape[1], *tokens_BT.shape)
+            ways = 1 if self.sharder is None else self.sharder.batch_ways
+            prefixed = Prefixed(prefix_1P.shape[1], *tokens_BT.shape, ways)
             tokens_BT = prefixed.row(prefix_1P, tokens_BT)
         x_BTD = embedder(tokens_BT)
         block = Block
@@ -188,7 +192,7 @@ class Decoder(Module):
             prefixed,
             name="layers",
         )
-        seen = sight(self.config, positions_BT, valid_BT, cache, prefixed)
+        seen = sight(self.config, positions_BT, valid_BT, cache, prefixed, order_BTT)
         layers_L, start_B = None, None
         if cache is not None:
             layers_L, start_B = jnp.arange(self.config.num_layers), positions_BT[:, 0]

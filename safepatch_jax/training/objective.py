@@ -102,7 +102,7 @@ def of_answers(
     chunk: int = 64,
 ) -> Any:
     """Do what `over_answers` does, from the hidden states [B, A, D] of each model at answer
-    positions."""
+    positions; of the batch `targets` are read. `of_logits` may return arrays [B, C, ...]."""
     readout = Readout(decoder.config, decoder.dtype, decoder.sharder)
 
     def of_hidden(hidden, targets_BC):
@@ -123,7 +123,12 @@ def of_answers(
     _, out = jax.lax.scan(
         lambda _, x: (None, jax.checkpoint(of_hidden, prevent_cse=False)(*x)), None, xs
     )
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch_size, -1)[:, :answers], out)
+
+    def whole(x):
+        """Join [pieces, B, chunk, ...]."""
+        return jnp.moveaxis(x, 0, 1).reshape(batch_size, -1, *x.shape[3:])[:, :answers]
+
+    return jax.tree.map(whole, out)
 
 
 def end_logprobs(
