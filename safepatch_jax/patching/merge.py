@@ -24,6 +24,8 @@ from safepatch_jax.patching.statistics import overlap, refuse_broken
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
 
+_SMALL = 1 << 28  # bytes of a float32 weight in all blocks; of smaller ones two may be held
+
 
 def matrix_counts(rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
     """Return the sizes of the top sets of each row or matrix, {role: {path: int32 [L]}}."""
@@ -152,8 +154,18 @@ def apply_patching(
             row, _abstract(backbone[row.path]), sharding, patch, dtype, rounding
         )
     bar = progress(len(rows), title, "weight")
+    pending: list[tuple[Param, Any, Any]] = []  # one at most: statistics that are not read yet
+
+    def read_pending():
+        for parts in pending:
+            statistics.update(_by_tensor(*parts))
+            bar.update()
+        pending.clear()
+
     with bar, PatchPrograms(signatures.values(), compare) as programs:
         for row in rows:
+            if not (sharder.one_cpu and 4 * math.prod(row.shape) <= _SMALL):
+                read_pending()  # else the next weight is read from disk while this one runs
             of_row = signatures[row.path]
             stored, models = backbone[row.path], by_role(derived, row.path)
             compared = {}
@@ -168,8 +180,9 @@ def apply_patching(
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
             )
             del models  # the next weight's are read before these names are taken again
-            statistics |= _by_tensor(row, counted, compared)
-            bar.update()
+            read_pending()
+            pending.append((row, counted, compared))
+        read_pending()
     refuse_broken(statistics)
     return merged, statistics
 
