@@ -32,7 +32,8 @@ _WRITTEN_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 _A_THOUGHT = re.compile(r"\A\s*<think>")
 _SWITCH = "enable_thinking"
 _END_OF_THOUGHT = "\n\n</think>\n\n"
-STEP = 8  # tokens: padded lengths are multiples
+LENGTH_STEP = 8  # tokens: padded lengths are multiples, so that few shapes are compiled
+COMPACT_STEP = 4  # where padding is not cheap: of batches that are laid out compactly
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
 
@@ -349,12 +350,12 @@ def answer_pairs(records: Sequence[Record], field: str = "answer") -> list[Pair]
     return [(r.prompt, getattr(r, field), r.turns) for r in records]
 
 
-def bucket(length: int, step: int = STEP) -> int:
+def bucket(length: int, step: int = LENGTH_STEP) -> int:
     """Round a length up, so that few shapes are compiled."""
     return -(-length // step) * step
 
 
-def lengths(examples: Sequence[Example], step: int = STEP) -> tuple[int, int]:
+def lengths(examples: Sequence[Example], step: int = LENGTH_STEP) -> tuple[int, int]:
     """Return (T, A): padded sequence length and answer length that hold all examples, multiples of
     `step`."""
     answer = max(len(e.answer_ids) for e in examples)
@@ -414,15 +415,16 @@ def training_batch(
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens all prompts have in common: of the template, often a system
-    message. One token at least is left of each; a single prompt shares nothing."""
+    """Return how many first tokens all prompts have in common, a multiple of LENGTH_STEP: of the
+    template, often a system message. One token at least is left of each; a single prompt shares
+    nothing."""
     if len(prompts) < 2:
         return 0
     shared, first = min(map(len, prompts)) - 1, prompts[0]
     for ids in prompts[1:]:
         pairs = zip(range(shared), first, ids)
         shared = next((i for i, ours, other in pairs if ours != other), shared)
-    return shared
+    return shared - shared % LENGTH_STEP
 
 
 def with_prefix(batch: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.data.chat import STEP, Example, lengths, shared_prefix, training_batch
+from safepatch_jax.data.chat import (
+    COMPACT_STEP,
+    LENGTH_STEP,
+    Example,
+    lengths,
+    shared_prefix,
+    training_batch,
+)
 
 Pool = tuple[Sequence[Example], int]  # examples, and how many of them each batch has
 WINDOW = 16  # batches within which examples of like length are brought together
@@ -28,7 +35,7 @@ def training_batches(
     seed: int,
     buckets: int = 1,
     rows: Sequence[int] | None = None,
-    dense: bool = False,
+    compact: bool = False,
 ) -> TrainingBatches:
     """Return an endless iterator of training batches.
 
@@ -39,13 +46,15 @@ def training_batches(
         WINDOW batches are sorted by length and dealt out anew, so that a batch has examples of like
         length.
       rows: numbers of the rows that this process needs, the others are left empty; None for all.
-      dense: for one CPU device, whose time is that of the tokens: what all prompts begin with is
-        laid out once, and lengths are not rounded up.
+      compact: for one CPU device, whose time is that of the tokens: the same examples, but what
+        all prompts begin with is laid out once, and there is less padding.
     """
     every = list(itertools.chain.from_iterable(examples for examples, _ in pools))
-    offered = shapes(every, buckets, 1 if dense else STEP)
-    prefix = shared_prefix([example.prompt_ids for example in every]) if dense else 0
+    offered, prefix = shapes(every, buckets), 0
     batches = _Batches(pools, seed, sort=len(offered) > 1)
+    if compact:
+        offered = shapes(every, buckets, COMPACT_STEP)
+        prefix = shared_prefix([example.prompt_ids for example in every])
     return TrainingBatches(batches, offered, rows, prefix)
 
 
@@ -81,7 +90,9 @@ class TrainingBatches:
         self._next = int(state[_STATE])
 
 
-def shapes(examples: Sequence[Example], buckets: int, step: int = STEP) -> list[tuple[int, int]]:
+def shapes(
+    examples: Sequence[Example], buckets: int, step: int = LENGTH_STEP
+) -> list[tuple[int, int]]:
     """Return at most so many padded shapes (T, A), ascending, the last of which holds every example
     (see `lengths`), multiples of `step`.
 

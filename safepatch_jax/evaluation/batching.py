@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from safepatch_jax.data.chat import STEP, Example, shared_prefix
+from safepatch_jax.data.chat import Example, shared_prefix
 from safepatch_jax.evaluation.serving import Rows
 
 LONG = 512  # tokens
+_ROWS = 8  # where fewer are quicker their number is a multiple, so that few programs are compiled
 _FEW_GROUPS = 4  # of prompts, where answers are short
 _GAIN = 0.85  # smaller batches are taken where this share of the rows, or less, is computed
 
@@ -20,17 +21,17 @@ class Batching:
     Attributes:
       size: sequences at once, at most.
       ways: devices over which a batch is cut.
-      once: whether tokens that all begin with are read once (see `models.prefix`).
+      one_cpu: whether this is one CPU device. There tokens that all begin with are read once (see
+        `models.prefix`), and fewer rows take less time.
     """
 
     size: int
     ways: int
-    once: bool = False
+    one_cpu: bool = False
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> int:
         """Return how many first tokens of these prompts are read once."""
-        shared = shared_prefix(prompts) if self.once else 0
-        return shared - shared % STEP  # so that few programs are compiled
+        return shared_prefix(prompts) if self.one_cpu else 0
 
     def groups(self, sizes: Sequence[int], few_idle: bool = False) -> list[tuple[int, list[int]]]:
         """Return (rows, indices) of each batch: those of like size together, and the longest at the
@@ -88,6 +89,8 @@ class Batching:
             if len(pool) < self.rows(capacity):  # they would not fill the rows
                 pool = order[: self.rows(capacity)]
             number = self.fewer(self.rows(capacity), len(pool))
+            if self.one_cpu:
+                number = self.fewer(min(number, -(-len(pool) // _ROWS) * _ROWS), len(pool))
             groups = most
             if max_new <= 2 * (sizes[order[0]] - max_new):
                 # Many prompts together are read faster, and a short answer does not leave its row

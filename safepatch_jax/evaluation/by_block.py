@@ -13,6 +13,7 @@ import numpy as np
 
 from safepatch_jax.evaluation.generate import (
     Past,
+    Prompts,
     State,
     cache_of,
     emit,
@@ -136,23 +137,20 @@ class _Programs:
         return self._embed.apply({"params": ends}, tokens_BT)
 
     def _enter(self, ends: Any, prompts):
-        """Return what enters the first block of prompts, [G, T, D], or as a row with a prefix."""
-        tokens_GT, _, prefix_1P = prompts
-        if prefix_1P is not None:
-            tokens_GT = _prefixed(prompts).row(prefix_1P, tokens_GT)
-        return self._begin(ends, tokens_GT)
+        """Return what enters the first block of prompts, [G, T, D], with a prefix as one row."""
+        tokens, prefixed = prompts.tokens_GT, _prefixed(prompts)
+        if prefixed is not None:
+            tokens = prefixed.row(prompts.prefix_1P, tokens)
+        return self._begin(ends, tokens)
 
     def _read(self, block: Any, kind, x_GTD, prompts, cache: Cache, rows_G):
         """Return (what leaves a block that reads prompts, the cache with them in some rows)."""
-        tokens_GT, length_G, _ = prompts
-        prefixed, positions_1T = _prefixed(prompts), jnp.arange(tokens_GT.shape[1])[None]
-        valid_GT = positions_1T < length_G[:, None]
-        if prefixed:
-            positions_1T = positions_1T + prefixed.prefix
+        prefixed, positions_1T = _prefixed(prompts), jnp.arange(prompts.tokens_GT.shape[1])[None]
+        valid_GT = positions_1T < prompts.length_G[:, None]
         inputs = x_GTD, kind, positions_1T, valid_GT
         module = self._block.clone(prefixed=prefixed)
         x_GTD, kv = module.apply({"params": block}, *inputs)
-        if prefixed:
+        if prefixed is not None:
             kv = jax.tree.map(prefixed.whole, kv)
         new = cache_of(kv, kv[0].shape[1], slots_last=True)
         return x_GTD, placed_slots(cache, new, rows_G)
@@ -165,9 +163,8 @@ class _Programs:
 
     def _placed(self, ends: Any, x_GTD, state: State, prompts, rows_G, stop_ids, sampling):
         """Return the state with the first tokens of prompts that have been read."""
-        _, length_G, _ = prompts
-        prefixed, before = _prefixed(prompts), 0
-        if prefixed:
+        prefixed, length_G, before = _prefixed(prompts), prompts.length_G, 0
+        if prefixed is not None:
             before, (_, x_GTD) = prefixed.prefix, prefixed.parts(x_GTD)
         x_G1D = jnp.take_along_axis(x_GTD, length_G[:, None, None] - 1, axis=1)
         logits_G1V = self._readout.apply({"params": ends}, x_G1D)
@@ -182,10 +179,11 @@ class _Programs:
         return emit(logits_B1V[:, 0], state._replace(past=state.past + 1), stop_ids, sampling)
 
 
-def _prefixed(prompts) -> Prefixed | None:
+def _prefixed(prompts: Prompts) -> Prefixed | None:
     """Return the shape of prompts with a prefix, None for those without."""
-    tokens_GT, _, prefix_1P = prompts
-    return None if prefix_1P is None else Prefixed(prefix_1P.shape[1], *tokens_GT.shape)
+    if prompts.prefix_1P is None:
+        return None
+    return Prefixed.of(prompts.prefix_1P, prompts.tokens_GT)
 
 
 _programs_of = functools.lru_cache(maxsize=4)(_Programs)  # engines of one model share them

@@ -70,7 +70,7 @@ class Engine(Prompter):
         super().__init__(config, folder, date, prompt_format)
         if sharder.one_cpu:  # once, and not beside the stored ones: a CPU casts slowly
             params = jax.tree.map(lambda x: x.astype(compute_dtype), params)
-        self.params, self.batch_size = params, batch_size
+        self.params = params
         self._folder, self._date = folder, date
         # Weights that are cut over fsdp stay where they are: for each token activations move, which
         # are far smaller.
@@ -80,6 +80,10 @@ class Engine(Prompter):
         self.sharder = self.decoder.sharder
         self.batching = Batching(batch_size, self.sharder.batch_ways, self.sharder.one_cpu)
         self.stop_ids = self._stop_ids()
+
+    @property
+    def batch_size(self) -> int:
+        return self.batching.size
 
     def _stop_ids(self) -> tuple[int, ...]:
         ends = {*stop_ids(self._folder, self.config), self.tokenizer.eos_token_id}

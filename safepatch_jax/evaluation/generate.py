@@ -43,6 +43,15 @@ class Past(NamedTuple):
     length_B: jax.Array
 
 
+class Prompts(NamedTuple):
+    """Prompts that are read together: tokens [G, T], RIGHT padded, how many of each are real [G],
+    and the tokens [1, P] that all begin with and that are not counted there, or None."""
+
+    tokens_GT: Any
+    length_G: Any
+    prefix_1P: Any = None
+
+
 class State(NamedTuple):
     """Sequences that are being continued.
 
@@ -141,13 +150,11 @@ def with_room(cache: Cache, room: int) -> Cache:
     return cache.replace(k=keys, v=padded(cache.v, -2))
 
 
-def read_on(
-    decoder: Decoder, params: Any, tokens_BT, past: Past, logits_at_BA=None
-) -> tuple[jax.Array, Cache]:
-    """Read tokens after the past; see `Decoder` for `logits_at_BA`.
+def read_on(decoder: Decoder, params: Any, tokens_BT, past: Past) -> tuple[jax.Array, Cache]:
+    """Read tokens after the past.
 
     Returns:
-      (logits float32 [B, T or A, V], the cache with the tokens).
+      (logits float32 [B, T, V], the cache with the tokens).
     """
     positions_BT = past.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
     return decoder.apply(
@@ -156,7 +163,6 @@ def read_on(
         positions_BT,
         jnp.ones_like(tokens_BT, bool),
         past.cache,
-        logits_at_BA=logits_at_BA,
     )
 
 
@@ -248,11 +254,12 @@ class Whole:
 
         Args:
           state: donated.
-          prompts: (tokens [G, T], RIGHT padded, number of real ones [G], tokens [1, P] that all
-            begin with and that are not counted there, or None; on a mesh always None).
+          prompts: `Prompts`; here without a prefix.
           rows_G: into which row each goes; those past the end are dropped.
           stop_ids, sampling: see `decode`; keys [G, 2].
         """
+        if prompts.prefix_1P is not None:
+            raise ValueError("prompts with a prefix are read on one CPU device alone (`ByBlock`).")
         return _admit(self.decoder, self.params, state, prompts, rows_G, stop_ids, sampling)
 
     def advance(self, state: State, stop_ids, sampling, steps: int, enough: int) -> State:

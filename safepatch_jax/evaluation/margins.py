@@ -59,12 +59,13 @@ def margins(
     shared = shared_prefix(prompts)
     rests = [ids[shared:] for ids in prompts]
     with progress(len(prompts), title, "prompt") as bar:
-        for rows, group in engine.batching.groups(list(map(len, prompts)), few_idle=True):
-            filled = group + [group[-1]] * (rows - len(group))
-            laid_out = prompt_batch([rests[i] for i in filled], padded(max(map(len, rests))))
+        sizes = [len(ids) + len(trie.arrays["token"]) for ids in prompts]
+        for rows, group in engine.batching.groups(sizes, few_idle=True):
+            filled = [rests[i] for i in group + [group[-1]] * (rows - len(group))]
+            laid_out = prompt_batch(filled, padded(max(map(len, filled))))
             batch = put_batch(with_prefix(laid_out, prompts[0][:shared]), engine.sharder)
-            next_BNM = _next_logprobs(engine.decoder, engine.params, batch, trie.arrays)
-            of_each = trie.logprobs(processes.fetch(next_BNM))
+            next_BEM = _next_logprobs(engine.decoder, engine.params, batch, trie.arrays)
+            of_each = trie.logprobs(processes.fetch(next_BEM))
             for i, logprobs in zip(group, of_each):
                 done(i, _by_kind(logprobs, len(openings.refusal), title))
             bar.update(len(group))
@@ -88,8 +89,8 @@ class _Trie:
 
     Attributes:
       depth: of the deepest node.
-      arrays: of the N nodes that are read 'token' and 'depth', int32 [N], and 'order', bool [N, N],
-        which nodes lie on the way to each, itself among them; of all 'next', int32 [1 + N, M], the
+      arrays: of the E nodes that are read 'token' and 'depth', int32 [E], and 'order', bool [E, E],
+        which nodes lie on the way to each, itself among them; of all 'next', int32 [1 + E, M], the
         tokens that come next, then anything.
     """
 
@@ -103,37 +104,40 @@ class _Trie:
                     tokens.append(token)
         nodes = sorted(following, key=lambda ids: (len(ids), ids))
         read = nodes[1:]
-        order = [[ids[: len(other)] == other for other in read] for ids in read]
+        order = np.zeros((len(read), len(read)), bool)
+        for row, ids in zip(order, read):
+            row[:] = [ids[: len(other)] == other for other in read]
         most = max(map(len, following.values()))
         self.depth = len(nodes[-1])
         self.arrays = {
             "token": np.array([ids[-1] for ids in read], np.int32),
             "depth": np.array([len(ids) for ids in read], np.int32),
-            "order": np.array(order, bool).reshape(len(read), len(read)),
+            "order": order,
             "next": np.zeros((len(nodes), most), np.int32),
         }
         for row, ids in zip(self.arrays["next"], nodes):
             row[: len(following[ids])] = following[ids]
+        number = {ids: i for i, ids in enumerate(nodes)}
         # Of each opening's tokens the node after which it comes, and its place there.
-        self._ways: list[tuple[list[int], list[int]]] = []
+        self._paths: list[tuple[list[int], list[int]]] = []
         for ids in every:
             before = [ids[:end] for end in range(len(ids))]
             places = [following[node].index(token) for node, token in zip(before, ids)]
-            self._ways.append((list(map(nodes.index, before)), places))
+            self._paths.append(([number[node] for node in before], places))
 
-    def logprobs(self, next_BNM: np.ndarray) -> np.ndarray:
+    def logprobs(self, next_BEM: np.ndarray) -> np.ndarray:
         """Return the log-probability of each opening, float64 [B, O]."""
         of_openings = []
-        for nodes, places in self._ways:
-            of_openings.append(next_BNM[:, nodes, places].sum(axis=-1, dtype=np.float64))
+        for nodes, places in self._paths:
+            of_openings.append(next_BEM[:, nodes, places].sum(axis=-1, dtype=np.float64))
         return np.stack(of_openings, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def _next_logprobs(decoder: Decoder, params: Any, batch, trie) -> jax.Array:
-    """Return the log-probability of each token of 'next', float32 [B, 1 + N, M], in one pass over
+    """Return the log-probability of each token of 'next', float32 [B, 1 + E, M], in one pass over
     prompts and, behind each, the trie's nodes; see `_Trie` and `prompt_batch`."""
-    tokens_BT, length_B, prefix_1P = batch["tokens"], batch["lengths"], batch.get("prefix")
+    tokens_BT, length_B = batch["tokens"], batch["lengths"]
     (rows, longest), nodes = tokens_BT.shape, trie["token"].shape[0]
 
     def joined(of_prompts, of_nodes):
@@ -141,19 +145,16 @@ def _next_logprobs(decoder: Decoder, params: Any, batch, trie) -> jax.Array:
         return jnp.concatenate([jnp.broadcast_to(x, (rows, x.shape[1])) for x in parts], axis=1)
 
     line_1T, last_B1 = jnp.arange(longest)[None], length_B[:, None] - 1
-    positions_BT = joined(line_1T, last_B1 + trie["depth"])
-    if prefix_1P is not None:
-        positions_BT = positions_BT + prefix_1P.shape[1]
     order_TT = jnp.tril(jnp.ones((longest + nodes, longest + nodes), bool))
     order_TT = order_TT.at[longest:, longest:].set(trie["order"])
-    hidden_BND, _ = decoder.apply(
+    hidden_BED, _ = decoder.apply(
         {"params": params},
         joined(tokens_BT, trie["token"][None]),
-        positions_BT,
+        joined(line_1T, last_B1 + trie["depth"]),
         joined(line_1T <= last_B1, jnp.ones((1, nodes), bool)),
         logits_at_BA=joined(last_B1, longest + jnp.arange(nodes)[None]),
         hidden=True,
-        prefix_1P=prefix_1P,
+        prefix_1P=batch.get("prefix"),
         order_BTT=order_TT[None],
     )
 
@@ -163,7 +164,7 @@ def _next_logprobs(decoder: Decoder, params: Any, batch, trie) -> jax.Array:
         return next_BCM - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
 
     numbers = {"targets": jnp.broadcast_to(jnp.arange(1 + nodes), (rows, 1 + nodes))}
-    return of_answers(decoder, [params], [hidden_BND], numbers, of_logits, _TOGETHER)
+    return of_answers(decoder, [params], [hidden_BED], numbers, of_logits, _TOGETHER)
 
 
 def auroc(harmful: Sequence[float], harmless: Sequence[float]) -> dict[str, Any]:

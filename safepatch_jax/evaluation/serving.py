@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from safepatch_jax.data.chat import prompt_batch, with_prefix
-from safepatch_jax.evaluation.generate import State
+from safepatch_jax.evaluation.generate import Prompts, State
 from safepatch_jax.runtime import processes
 
 PIECE = 32  # tokens between two looks for a stop text
@@ -132,7 +132,7 @@ class Server:
             shared = len(self._rows.prefix)
             batch = prompt_batch([ids[shared:] for _, ids in group], width - shared)
             batch = self._put(with_prefix(batch, self._rows.prefix))
-            prompts = batch["tokens"], batch["lengths"], batch.get("prefix")
+            prompts = Prompts(batch["tokens"], batch["lengths"], batch.get("prefix"))
             state = self._model.admit(state, prompts, rows, self._stop_ids, sampling)
         return state
 

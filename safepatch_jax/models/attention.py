@@ -44,7 +44,7 @@ def visible(
     return order_BTT & valid_BT[:, None, :], positions_BT[:, :, None] - positions_BT[:, None, :]
 
 
-def sight(
+def positional(
     config: DecoderConfig,
     positions_BT: jax.Array,
     valid_BT: jax.Array,
@@ -53,30 +53,33 @@ def sight(
     order_BTT: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Return what attention needs of positions (see `Decoder`): rotation angles (see
-    `rotary_angles`), and of `visible` mask and distances, which are None where no layer has a
-    window. With a prefix these are pairs: of its queries [1, P, P], and of the others
-    [B, T, P + T]. For `order_BTT` see `visible`; a prefix comes before all of it.
+    `rotary_angles`), and of `visible` mask and distances; the distances are None where no layer has
+    a window. For `order_BTT` see `visible`.
+
+    With a prefix positions count from its end, angles are of rows [W, R], mask and distances are
+    pairs: of the prefix [1, P, P], and of what follows it [B, T, P + T].
     """
     if prefixed is None:
         seen = visible(positions_BT, valid_BT, cache, order_BTT)
         angles_BTh = rotary_angles(config, positions_BT)
     else:
-        length, of_prefix_1P = prefixed.prefix, jnp.arange(prefixed.prefix)[None]
-        positions_BT = jnp.broadcast_to(positions_BT, (prefixed.rows, prefixed.length))
-        row = prefixed.row(of_prefix_1P, positions_BT)
-        valid = prefixed.row(jnp.ones_like(of_prefix_1P, bool), valid_BT)
-        if order_BTT is not None:  # of the prefix' own queries not looked at
+        length = prefixed.prefix
+        of_prefix = jnp.arange(length)[None], jnp.ones((1, length), bool)
+        shape = prefixed.rows, prefixed.length
+        following = length + jnp.broadcast_to(positions_BT, shape), valid_BT
+        if order_BTT is not None:  # the prefix comes before all
             order_BTT = jnp.pad(order_BTT, ((0, 0), (length, 0), (length, 0)), constant_values=True)
-        whole = visible(*map(prefixed.whole, (row, valid)), None, order_BTT)
-        causal = visible(of_prefix_1P, jnp.ones_like(of_prefix_1P, bool), None)
-        angles_BTh = rotary_angles(config, row)
-        seen = tuple((first, x[:, length:]) for first, x in zip(causal, whole))
+        rows = list(map(prefixed.row, of_prefix, following))
+        whole = visible(*map(prefixed.whole, rows), None, order_BTT)
+        angles_BTh = rotary_angles(config, rows[0])
+        seen = tuple(zip(visible(*of_prefix, None), (x[:, length:] for x in whole)))
     return angles_BTh, seen[0], seen[1] if config.windows else None
 
 
 class Attention(Module):
     """Grouped-query attention over the causal present, or over a cache that it is written to.
-    With `prefixed` the present is such a row, and mask and distances are pairs, see `sight`.
+    With `prefixed` what enters are rows as there, and mask and distances are pairs, see
+    `positional`.
 
     `window` is the layer's entry of DecoderConfig.windows (a traced scalar), or None if no layer
     has a window.
@@ -127,11 +130,11 @@ class Attention(Module):
                 return mask & ((distance < window) | (window == 0))
 
             mask_BTS = jax.tree.map(near, mask_BTS, distance_BTS)
-        if self.prefixed:
-            mixed_1NNH = self.mixed_of_row(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale)
-            return self.out(mixed_1NNH), cache, (k_BTKH, v_BTKH)
-
         kernel = kernel_for(self.attention, config, self.dtype, x_BTD.shape[1], self.platform)
+        if self.prefixed is not None:
+            mixed_WRNH = self.mixed_of_rows(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale)
+            return self.out(mixed_WRNH), cache, (k_BTKH, v_BTKH)
+
         if kernel != "xla" and cache is None:
             # All layers have the same window, or none that matters (see `kernel_for`).
             static = max(config.windows, default=0) or None
@@ -146,7 +149,7 @@ class Attention(Module):
             (keys, values), value_axes = cache.of_block(layer), "BKSH"
             key_axes = "BKHS" if cache.slots_last else "BKSH"
         if cache is None and self.platform == "cpu":
-            mixed_BTNH = self.mixed_on_cpu(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale)
+            mixed_BTNH = self.mixed_by_kv_head(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale)
             return self.out(mixed_BTNH), cache, (k_BTKH, v_BTKH)
 
         # One query a sequence is a dimension less: XLA's CPU compiler then takes faster products.
@@ -165,17 +168,17 @@ class Attention(Module):
         mixed_BTKGH = jnp.einsum(f"BKG{t}S,{value_axes}->B{t}KGH", weights_BKGTS, values)
         return self.out(mixed_BTKGH.reshape(q_BTNH.shape)), cache, (k_BTKH, v_BTKH)
 
-    def mixed_of_row(self, q_1NNH, k_1NKH, v_1NKH, masks, scale):
+    def mixed_of_rows(self, q_WRNH, k_WRKH, v_WRKH, masks, scale):
         """Return attention within the prefix, and of what follows over the prefix and itself."""
-        of_prefix, own = zip(*map(self.prefixed.parts, (q_1NNH, k_1NKH, v_1NKH)))
-        whole = map(self.prefixed.whole, (k_1NKH, v_1NKH))
+        of_prefix, following = zip(*map(self.prefixed.parts, (q_WRNH, k_WRKH, v_WRKH)))
+        whole = map(self.prefixed.whole, (k_WRKH, v_WRKH))
         return self.prefixed.row(
-            self.mixed_on_cpu(*of_prefix, masks[0], scale),
-            self.mixed_on_cpu(own[0], *whole, masks[1], scale),
+            self.mixed_by_kv_head(*of_prefix, masks[0], scale),
+            self.mixed_by_kv_head(following[0], *whole, masks[1], scale),
         )
 
-    def mixed_on_cpu(self, q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale):
-        """Return attention over the present, by products of matrices of one KV head each. What
+    def mixed_by_kv_head(self, q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale):
+        """Return attention of queries over keys, by products of matrices of one KV head each. What
         enters is laid out for them by the loops that make it, which the barriers see to: XLA's CPU
         compiler would else copy it, with the positions last."""
         batch, length, heads, size = q_BTNH.shape

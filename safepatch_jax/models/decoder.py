@@ -5,7 +5,8 @@ checkpoints and export share, and it ran without warnings in every JAX version w
 parameter is declared here: a module asks the table for its row.
 
 Dimension key: B batch, T query position, S key position, D model, F feed-forward, N query heads, K
-KV heads, G = N / K, H head dimension, V vocabulary, L layers.
+KV heads, G = N / K, H head dimension, V vocabulary, L layers; of a product of matrices M rows, O
+columns; with a shared prefix P its tokens, R tokens of a row, W rows (see `prefix`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from safepatch_jax.models.attention import Attention, sight
+from safepatch_jax.models.attention import Attention, positional
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.module import Module, RMSNorm, capped
 from safepatch_jax.models.prefix import Prefixed
@@ -73,15 +74,7 @@ class Block(Module):
         x_BTD, cache = carry
         if kind.frequencies is not None:
             angles_BTh = angles_BTh * kind.frequencies
-        attend = Attention(
-            self.config,
-            self.dtype,
-            self.sharder,
-            self.tap,
-            self.attention,
-            self.prefixed,
-            name="attention",
-        )
+        attend = self.child(Attention, "attention", self.attention, self.prefixed)
         attended_BTD, cache, kv = attend(
             self.before("attention", x_BTD),
             angles_BTh,
@@ -157,19 +150,25 @@ class Decoder(Module):
           keep_kv: also return keys and values [L, B, T, K, H] of these positions, without a cache.
           logits_at_BA: indices into T; the head is run there alone.
           hidden: return what enters the final norm, in place of logits.
-          prefix_1P: tokens that all sequences begin with, computed once (see `prefix`); the others
-            are then what follows them, from position P on. Without a cache, keys and values.
-          order_BTT: which tokens come before another one, or are it, where that is no line; without
-            a cache and fused attention.
+          prefix_1P: tokens that all sequences begin with, computed once (see `prefix`). `tokens_BT`
+            are what follows them, and positions count from there. Neither `cache` nor `keep_kv`;
+            attention is plain.
+          order_BTT: which tokens come before each, or are it, where that is no line (bool, over
+            queries, then keys); a prefix comes before all. Likewise.
 
         Returns:
           (logits float32 [B, A, V], or [B, T, V] without `logits_at_BA`, or hidden states [B, A or
           T, D]; the cache with these tokens, or keys and values, or None).
         """
+        plain = prefix_1P is None and order_BTT is None
+        if not plain and (cache is not None or keep_kv):
+            raise ValueError("with a prefix or an order of tokens: neither cache nor keep_kv.")
+        if order_BTT is not None and self.attention != "xla":
+            raise ValueError("an order of tokens needs attention='xla'; no fused kernel knows it.")
         embedder, prefixed = self.child(Embedder, "embedder"), None
         if prefix_1P is not None:
             ways = 1 if self.sharder is None else self.sharder.batch_ways
-            prefixed = Prefixed(prefix_1P.shape[1], *tokens_BT.shape, ways)
+            prefixed = Prefixed.of(prefix_1P, tokens_BT, ways)
             tokens_BT = prefixed.row(prefix_1P, tokens_BT)
         x_BTD = embedder(tokens_BT)
         block = Block
@@ -192,13 +191,13 @@ class Decoder(Module):
             prefixed,
             name="layers",
         )
-        seen = sight(self.config, positions_BT, valid_BT, cache, prefixed, order_BTT)
+        seen = positional(self.config, positions_BT, valid_BT, cache, prefixed, order_BTT)
         layers_L, start_B = None, None
         if cache is not None:
             layers_L, start_B = jnp.arange(self.config.num_layers), positions_BT[:, 0]
         kinds = layer_kinds(self.config)
         (x_BTD, cache), kv = layers((x_BTD, cache), kinds, layers_L, *seen, start_B)
-        if prefixed:
+        if prefixed is not None:
             _, x_BTD = prefixed.parts(x_BTD)
         if logits_at_BA is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BA[..., None], axis=1)
@@ -221,8 +220,9 @@ class OneBlock(Module):
     without the axis of layers.
 
     `kind` is the layer's of `layer_kinds`; the rest is as in `Decoder`, with a cache of one block.
-    With `prefixed` x, keys and values are such a row; positions and valid are those of what follows
-    the prefix. Returns (x [B, T, D], the cache with these tokens, or keys and values [B, T, K, H]).
+    With `prefixed` x, keys and values are rows as there; positions (which count from there) and
+    valid are those of what follows the prefix. Returns (x [B, T, D], the cache with these tokens,
+    or keys and values [B, T, K, H]).
     """
 
     attention: str = "xla"
@@ -230,17 +230,8 @@ class OneBlock(Module):
 
     @nn.compact
     def __call__(self, x_BTD, kind: LayerKind, positions_BT, valid_BT, cache: Cache | None = None):
-        block = Block(
-            self.config,
-            self.dtype,
-            self.sharder,
-            self.tap,
-            True,
-            self.attention,
-            self.prefixed,
-            name="layers",
-        )
-        seen = sight(self.config, positions_BT, valid_BT, cache, self.prefixed)
+        block = self.child(Block, "layers", True, self.attention, self.prefixed)
+        seen = positional(self.config, positions_BT, valid_BT, cache, self.prefixed)
         (x_BTD, cache), kv = block((x_BTD, cache), kind, None, *seen, positions_BT[:, 0])
         return x_BTD, kv if cache is None else cache
 

@@ -62,8 +62,9 @@ class Module(nn.Module):
             y_MO = jnp.einsum("MK,OK->MO", x_MK, weight_OK, preferred_element_type=dtype)
         return y_MO.reshape(rows, length, *weight.shape[: weight.ndim + 2 - x.ndim])
 
-    def child(self, kind, name):
-        return kind(self.config, self.dtype, self.sharder, self.tap, name=name)
+    def child(self, kind, name, *attributes):
+        attributes = self.config, self.dtype, self.sharder, self.tap, *attributes
+        return kind(*attributes, name=name)
 
 
 class RMSNorm(Module):

@@ -24,7 +24,7 @@ from safepatch_jax.patching.statistics import overlap, refuse_broken
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
 
-_SMALL = 1 << 28  # bytes of a float32 weight in all blocks; of smaller ones two may be held
+SMALL = 1 << 28  # bytes of a float32 weight in all blocks; of smaller ones a CPU may hold two
 
 
 def matrix_counts(rows: Sequence[Param], patch: PatchSettings) -> dict[str, dict[str, np.ndarray]]:
@@ -154,18 +154,21 @@ def apply_patching(
             row, _abstract(backbone[row.path]), sharding, patch, dtype, rounding
         )
     bar = progress(len(rows), title, "weight")
-    pending: list[tuple[Param, Any, Any]] = []  # one at most: statistics that are not read yet
+    pending: tuple[Param, Any, Any] | None = None  # a weight whose statistics are not read yet
 
     def read_pending():
-        for parts in pending:
-            statistics.update(_by_tensor(*parts))
+        if pending is not None:
+            statistics.update(_by_tensor(*pending))
             bar.update()
-        pending.clear()
 
     with bar, PatchPrograms(signatures.values(), compare) as programs:
         for row in rows:
-            if not (sharder.one_cpu and 4 * math.prod(row.shape) <= _SMALL):
-                read_pending()  # else the next weight is read from disk while this one runs
+            # On a CPU a small weight is read from disk while the one before runs.
+            held = [row] if pending is None else [row, pending[0]]
+            together = sharder.one_cpu and all(4 * math.prod(x.shape) <= SMALL for x in held)
+            if not together:
+                read_pending()
+                pending = None
             of_row = signatures[row.path]
             stored, models = backbone[row.path], by_role(derived, row.path)
             compared = {}
@@ -181,7 +184,7 @@ def apply_patching(
             )
             del models  # the next weight's are read before these names are taken again
             read_pending()
-            pending.append((row, counted, compared))
+            pending = row, counted, compared
         read_pending()
     refuse_broken(statistics)
     return merged, statistics

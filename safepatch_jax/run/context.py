@@ -169,7 +169,7 @@ class Context(Inputs):
         scope = patches and self.settings.derive.train == "scope"
         trainer = self.trainer(read_hf_config(folder), loss, scope)
         buckets = self.settings.data.length_buckets
-        batches = training_batches(pools, seed, buckets, local, trainer.dense)
+        batches = training_batches(pools, seed, buckets, local, trainer.compact)
         saving = Saving(steps, self.settings.run.checkpoint_minutes)
         model, reference = StoredModel(folder, self.sharder), None
         if loss is not None and loss.compares:

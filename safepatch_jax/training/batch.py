@@ -26,9 +26,10 @@ def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None
 
 def put_batch(batch: dict[str, np.ndarray], sharder: Sharder) -> dict[str, jax.Array]:
     """Place a batch, which every process holds, on the mesh, cut along its first axis where that
-    divides."""
+    divides; a prefix is whole everywhere."""
     axes = batch_layout(next(iter(batch.values())).shape[0], sharder)
-    return {name: sharder.place(x, *axes[: x.ndim]) for name, x in batch.items()}
+    layouts = dict.fromkeys(batch, axes) | {"prefix": ("layers", "length")}
+    return {name: sharder.place(x, *layouts[name][: x.ndim]) for name, x in batch.items()}
 
 
 def batch_layout(rows: int, sharder: Sharder) -> tuple[str, str]:
@@ -41,7 +42,12 @@ def micro_batches(
     batch: Mapping[str, jax.Array], accumulate: int, sharder: Sharder
 ) -> dict[str, jax.Array]:
     """Cut a batch into micro-batches, within a program: [B, ...] to [accumulate, B / accumulate,
-    ...]."""
+    ...]. Raises ValueError for one with a prefix."""
+    if "prefix" in batch:
+        raise ValueError(
+            "a batch with a prefix of all its sequences is not cut into micro-batches. Lay it out "
+            "without (`training_batch(..., prefix=0)`)."
+        )
     micros = {}
     for name, x in batch.items():
         # Micro-batch i takes rows i, i + n, ...: each device's rows stay where they are.

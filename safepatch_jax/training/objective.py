@@ -68,16 +68,13 @@ def over_answers(
       models: nested parameter dictionaries, of one model or of several that are compared.
       batch: see `safepatch_jax.data.chat.training_batch`.
       of_logits: maps logits float32 [B, C, V] of each model, and targets int32 [B, C], to arrays
-        [B, C].
+        [B, C, ...].
       chunk: answer positions whose logits exist at once.
 
     Returns:
-      what `of_logits` returns, [B, A]; to be ignored where `weights` is 0.
+      what `of_logits` returns, [B, A, ...]; to be ignored where `weights` is 0.
     """
-    prefix_1P = batch.get("prefix")
     positions_1T = jnp.arange(batch["tokens"].shape[1])[None]
-    if prefix_1P is not None:
-        positions_1T = positions_1T + prefix_1P.shape[1]
     hidden = [
         decoder.apply(
             {"params": params},
@@ -86,7 +83,7 @@ def over_answers(
             batch["valid"],
             logits_at_BA=batch["predict_at"],
             hidden=True,
-            prefix_1P=prefix_1P,
+            prefix_1P=batch.get("prefix"),
         )[0]
         for params in models
     ]
@@ -102,7 +99,7 @@ def of_answers(
     chunk: int = 64,
 ) -> Any:
     """Do what `over_answers` does, from the hidden states [B, A, D] of each model at answer
-    positions; of the batch `targets` are read. `of_logits` may return arrays [B, C, ...]."""
+    positions; of the batch `targets` are read."""
     readout = Readout(decoder.config, decoder.dtype, decoder.sharder)
 
     def of_hidden(hidden, targets_BC):

@@ -16,6 +16,8 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
+_MOST = 16  # programs that are held: each has memory maps
+
 
 def gradients_and_kept(
     objective: Callable[[Any], tuple[jax.Array, Any]], params: Any, layers: int
@@ -74,6 +76,8 @@ class InScratch:
                 out_shardings=self._shardings,
             )
             gradients, kept = traced.out_info[1]
+            if len(self._programs) >= _MOST:  # of a run that has ended
+                del self._programs[next(iter(self._programs))]
             self._programs[key] = program, (gradients, list(itertools.compress(kept, own)))
         return self._programs[key]
 

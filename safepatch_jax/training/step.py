@@ -161,8 +161,8 @@ class Trainer:
         )
 
     @property
-    def dense(self) -> bool:
-        """Whether batches are best laid out as `training_batches` does with `dense`."""
+    def compact(self) -> bool:
+        """Whether batches are best laid out as `training_batches` does with `compact`."""
         return self._in_scratch is not None
 
     def trace(

@@ -1,10 +1,12 @@
 """The margin map: openings against sums over single likelihoods, AUROC against all pairs and a
 bootstrap."""
 
+import jax
 import numpy as np
 import pytest
 
 from safepatch_jax.data.prompt_format import read_format
+from safepatch_jax.evaluation import margins as margin_module
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.judges.base import COMPLIED
 from safepatch_jax.evaluation.judges.phrases import judge
@@ -16,8 +18,10 @@ from safepatch_jax.evaluation.openings import (
     fixed_openings,
 )
 from safepatch_jax.io.hf import load_params
+from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.testing import write_tiny_model
+from safepatch_jax.training.batch import put_batch
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in (1, 5, 9, 30, 31)]
@@ -60,6 +64,30 @@ def test_what_all_prompts_begin_with_is_read_once(engine):
         expected = [row[kind] for row in with_other]
         for rows in (together, alone):
             np.testing.assert_allclose([row[kind] for row in rows], expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data:4,fsdp:1,tensor:1", "data:2,fsdp:2,tensor:2"])
+def test_a_mesh_gives_the_same(engine, mesh):
+    begin = RNG.integers(0, 256, 11).tolist()
+    prompts = [begin + ids for ids in [*PROMPTS, [1, 2]]]
+    expected = margins_of(engine, prompts, OPENINGS)
+    sharder = Sharder(make_mesh(mesh, jax.devices()[: 4 if "data:4" in mesh else 8]))
+    folder = engine.chat._folder
+    ours = Engine(*load_params(folder, sharder), folder, sharder, batch_size=4)
+    for row, other in zip(margins_of(ours, prompts, OPENINGS), expected):
+        assert row == pytest.approx(other, rel=2e-5, abs=2e-5)
+
+
+def test_a_long_prompt_does_not_widen_the_others(engine, monkeypatch):
+    shapes = []
+
+    def noted(batch, sharder):
+        shapes.append(batch["tokens"].shape)
+        return put_batch(batch, sharder)
+
+    monkeypatch.setattr(margin_module, "put_batch", noted)
+    margins_of(engine, [[3] * 300, [4] * 300, *PROMPTS[:4]], OPENINGS)
+    assert shapes == [(2, 320), (2, 32), (2, 8)]
 
 
 def test_openings_of_one_token_alone(engine):

@@ -8,17 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safepatch_jax.data.chat import Example, shared_prefix, training_batch
+from safepatch_jax.data.chat import Example, prompt_batch, shared_prefix, training_batch
 from safepatch_jax.data.pipeline import training_batches
+from safepatch_jax.evaluation import engine as evaluation_engine
+from safepatch_jax.evaluation import likelihoods
+from safepatch_jax.evaluation.batching import Batching
 from safepatch_jax.evaluation.engine import Engine
-from safepatch_jax.evaluation.generate import Sampling
+from safepatch_jax.evaluation.generate import Prompts, Sampling
 from safepatch_jax.evaluation.likelihoods import answer_likelihoods
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.layerwise import Blocks
 from safepatch_jax.models.table import param_table
-from safepatch_jax.training.batch import put_batch
+from safepatch_jax.testing import write_tiny_model
+from safepatch_jax.training.batch import micro_batches, put_batch
 from safepatch_jax.training.journal import Recipe
 from safepatch_jax.training.losses import NPO
 from safepatch_jax.training.objective import answer_logprobs
@@ -66,55 +70,84 @@ def test_log_probabilities_and_gradients_are_those_of_whole_sequences(family, re
 
 
 @pytest.mark.parametrize(
+    "options, given, message",
+    [
+        ({}, {"keep_kv": True}, "neither cache nor keep_kv"),
+        ({"sharder": sharder_of(2)}, {}, "cannot be cut evenly over 2"),  # of five sequences
+        ({"attention": "fused"}, {}, "fused is not possible here"),
+    ],
+)
+def test_what_a_prefix_does_not_go_with_is_refused(tiny, sharder, options, given, message):
+    config, params = load_params(tiny, sharder)
+    decoder = Decoder(config, jnp.float32, **({"sharder": sharder} | options))
+    batch = training_batch(EXAMPLES, 27, 9, prefix=len(PREFIX))
+    inputs = batch["tokens"], jnp.arange(27)[None], batch["valid"]
+    with pytest.raises(ValueError, match=message):
+        decoder.apply({"params": params}, *inputs, prefix_1P=batch["prefix"], **given)
+
+
+def test_a_batch_with_a_prefix_is_not_cut_into_parts(tiny, sharder):
+    config, params = load_params(tiny, sharder)
+    batch = put_batch(training_batch(EXAMPLES, 29, 9, prefix=11), sharder)
+    with pytest.raises(ValueError, match="prefix=0"):
+        Blocks(Decoder(config, jnp.float32, sharder)).begin(params, batch)
+    with pytest.raises(ValueError, match="prefix=0"):
+        micro_batches(batch, 5, sharder)
+
+
+@pytest.mark.parametrize(
     "prompts, shared",
     [
         ([], 0),
-        ([[1, 2, 3]], 0),  # alone it has nothing to share
-        ([[1, 2, 3], [1, 2, 4, 5]], 2),
-        ([[1, 2, 3], [1, 2, 3]], 2),  # a token of each is left
-        ([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4]], 1),
-        ([[1, 2], [2, 2]], 0),
+        ([[1] * 9], 0),  # alone it has nothing to share
+        ([[1] * 9 + [2], [1] * 9 + [3]], 8),  # in eights
+        ([[1] * 17, [1] * 17], 16),
+        ([[1] * 16, [1] * 16], 8),  # a token of each is left
+        ([[1] * 7 + [2] * 9, [1] * 16], 0),
     ],
 )
 def test_what_prompts_share(prompts, shared):
     assert shared_prefix(prompts) == shared
 
 
-@pytest.mark.parametrize("buckets", [1, 3])
-def test_dense_batches_hold_the_same_examples_in_fewer_tokens(buckets):
-    plain, dense = (
-        training_batches([(EXAMPLES, 2)], 4, buckets, dense=dense) for dense in (False, True)
-    )
+def narrow(number):
+    """Examples whose lengths are padded to one multiple of 8, and to several of 4."""
+    return [example(i, 1 + i % 6, 3) for i in range(number)]
+
+
+@pytest.mark.parametrize(
+    "examples, buckets", [(EXAMPLES, 1), (EXAMPLES, 3), (narrow(40), 3)], ids=str
+)
+def test_compact_batches_hold_the_same_examples_in_fewer_tokens(examples, buckets):
+    plain = training_batches([(examples, 2)], 4, buckets)
+    compact = training_batches([(examples, 2)], 4, buckets, compact=True)
+    shared = list(PREFIX[:8])
     for _ in range(20):
-        whole, batch = next(plain), next(dense)
+        whole, batch = next(plain), next(compact)
         for row, of_whole in enumerate(whole["tokens"]):
             ids = batch["tokens"][row][batch["valid"][row]].tolist()
-            assert [*PREFIX, *ids] == of_whole[whole["valid"][row]].tolist()
-        assert batch["tokens"].size + len(PREFIX) < whole["tokens"].size
+            assert shared + ids == of_whole[whole["valid"][row]].tolist()
+        assert batch["tokens"].size + len(shared) < whole["tokens"].size
         assert (batch["weights"].sum(-1) == whole["weights"].sum(-1)).all()
-    longest = max(e.length for e in EXAMPLES)
-    if buckets == 1:
-        assert batch["tokens"].shape[1] == longest - len(PREFIX)
-        assert batch["targets"].shape[1] == 9
 
 
 @pytest.mark.parametrize("loss", [None, NPO()])
-def test_training_on_dense_batches_is_training_on_whole_sequences(tiny, loss):
+def test_training_on_compact_batches_is_training_on_whole_sequences(tiny, loss):
     sharder = sharder_of(1)
     config, params = load_params(tiny, sharder)
     examples = EXAMPLES
     if loss:
         examples = [dataclasses.replace(e, reference=-20.0) for e in examples]
     trainer = Trainer(
-        Decoder(config, jnp.float32, sharder, remat="dots"),
+        Decoder(config, jnp.float32, sharder, remat="dots", attention="auto"),
         param_table(config),
         sharder,
         **({"loss": loss} if loss else {}),
     )
-    assert trainer.dense
+    assert trainer.compact
     tuned = []
-    for dense in (False, True):
-        batches = training_batches([(examples, 4)], 0, dense=dense)
+    for compact in (False, True):
+        batches = training_batches([(examples, 4)], 0, compact=compact)
         tuned.append(trainer.run(params, batches, Recipe(1.0, 3, 1e-3), "train"))
     (whole, of_whole), (ours, of_ours) = tuned
     np.testing.assert_allclose(of_ours.nll, of_whole.nll, rtol=1e-5)
@@ -122,20 +155,16 @@ def test_training_on_dense_batches_is_training_on_whole_sequences(tiny, loss):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
-def test_a_batch_with_a_prefix_is_not_taken_block_by_block(tiny, sharder):
-    config, params = load_params(tiny, sharder)
-    batch = put_batch(training_batch(EXAMPLES, 29, 9, prefix=11), sharder)
-    with pytest.raises(ValueError, match="prefix=0"):
-        Blocks(Decoder(config, jnp.float32, sharder)).begin(params, batch)
-
-
 @pytest.fixture(scope="module")
-def engines(tiny, sharder):
-    """Two engines of one model: one reads a prefix once, the other whole prompts."""
-    loaded = load_params(tiny, sharder)
-    ours, whole = (Engine(*loaded, tiny, sharder, batch_size=8) for _ in range(2))
-    assert ours.batching.once
-    whole.batching = dataclasses.replace(whole.batching, once=False)
+def engines(tmp_path_factory, sharder):
+    """Two engines of one model, with windows and two rotary bases: one reads a prefix once, the
+    other whole prompts."""
+    folder = tmp_path_factory.mktemp("prefix") / "model"
+    write_tiny_model(folder, model_type="gemma3_text", sliding_window=5)
+    loaded = load_params(folder, sharder)
+    ours, whole = (Engine(*loaded, folder, sharder, batch_size=8) for _ in range(2))
+    assert ours.batching.one_cpu
+    whole.batching = dataclasses.replace(whole.batching, one_cpu=False)
     return ours, whole
 
 
@@ -150,16 +179,28 @@ def test_answers_are_those_of_whole_prompts(engines, new, sampling):
 
 
 def test_groups_of_prompts_have_their_prefix(engines):
-    batching = dataclasses.replace(engines[0].batching, size=8)
     prompts = [e.prompt_ids for e in EXAMPLES]
-    ((rows, _),) = batching.pools(prompts, 10, 4)
+    ((rows, _),) = engines[0].batching.pools(prompts, 10, 4)
     assert rows.group == 2 and rows.prefix == PREFIX[:8]
-    ((rows, _),) = batching.pools(prompts, 100, 8)
+    ((rows, _),) = engines[0].batching.pools(prompts, 100, 8)
     assert rows.group == 1 and rows.prefix == ()  # a prompt alone is not read faster
 
 
-def test_likelihoods_and_scores_are_those_of_whole_prompts(engines):
-    results = []
+@pytest.mark.parametrize("number, rows", [(1, 1), (5, 8), (36, 36), (48, 48), (80, 72)])
+def test_a_cpu_has_few_idle_rows(number, rows):
+    prompts = [[1] * 20] * number
+    assert Batching(72, 1, one_cpu=True).pools(prompts, 24, 8)[0][0].number == rows
+
+
+def test_likelihoods_and_scores_are_those_of_whole_prompts(engines, monkeypatch):
+    results, sizes = [], []
+
+    def noted(batch, sharder):
+        sizes.append(batch["tokens"].size + batch.get("prefix", np.zeros(0)).size)
+        return put_batch(batch, sharder)
+
+    monkeypatch.setattr(likelihoods, "put_batch", noted)
+    monkeypatch.setattr(evaluation_engine, "put_batch", noted)
     for engine in engines:
         rows = [None] * len(EXAMPLES)
         answer_likelihoods(engine, EXAMPLES, engines[1], "nll", rows.__setitem__, forced=1)
@@ -167,9 +208,15 @@ def test_likelihoods_and_scores_are_those_of_whole_prompts(engines):
         results.append([[*row.values()] + list(pair) for row, pair in zip(rows, pairs)])
     ours, whole = np.array(results, np.float64)
     np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+    ours, whole = np.split(np.array(sizes), 2)
+    assert (ours <= whole).all() and ours.sum() < whole.sum()
 
 
 def test_on_a_mesh_prompts_are_read_whole(tiny):
     sharder = sharder_of(2)
     engine = Engine(*load_params(tiny, sharder), tiny, sharder)
     assert engine.batching.prefix([e.prompt_ids for e in EXAMPLES]) == 0
+    batch = prompt_batch([e.prompt_ids for e in EXAMPLES], 40)
+    prompts = Prompts(batch["tokens"], batch["lengths"], np.array([PREFIX]))
+    with pytest.raises(ValueError, match="one CPU device"):
+        engine.model.admit(None, prompts, None, None, None)

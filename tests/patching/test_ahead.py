@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.models.table import Param
+from safepatch_jax.patching import merge
 from safepatch_jax.patching.settings import PatchSettings
 from tests.patching.cases import inputs, run
 
@@ -43,6 +44,16 @@ def test_weights_and_settings_that_are_alike_share_programs(compiled, devices):
     assert patch(granularity="global") == []
     assert patch(merge="dare") == ["patch_matrices"]
     assert patch(merge="dare", combine="union", support="fill", granularity="row") == []
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_weights_one_at_a_time_or_two_give_the_same(monkeypatch, devices):
+    arrays = inputs(rows=ALIKE)
+    merged, statistics = run(*arrays, PatchSettings(), devices, rows=ALIKE)
+    monkeypatch.setattr(merge, "SMALL", 0)  # bytes: no weight is read while another runs
+    alone, of_alone = run(*arrays, PatchSettings(), devices, rows=ALIKE)
+    jax.tree.map(np.testing.assert_array_equal, merged, alone)
+    assert statistics == of_alone and len(statistics) == 4
 
 
 def test_an_array_for_which_nothing_was_compiled_is_refused():

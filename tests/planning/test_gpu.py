@@ -17,7 +17,7 @@ if not installed() or importlib.util.find_spec("nvidia.cudnn") is None:
         "the CUDA compiler is not installed: pip install -e '.[gpu-aot]'", allow_module_level=True
     )
 
-from safepatch_jax.evaluation.generate import Whole
+from safepatch_jax.evaluation.generate import Prompts, Whole
 from safepatch_jax.mesh import local_bytes
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.families import FAMILIES
@@ -145,7 +145,7 @@ def test_an_engine_on_several_gpus_writes_its_cache_in_place(mesh):
         return Whole(decoder, params).advance(state, stop_ids, None, new - 1, rows)
 
     def admit(state, params, stop_ids, tokens_GT, number_G):
-        prompts = tokens_GT, number_G
+        prompts = Prompts(tokens_GT, number_G)
         return Whole(decoder, params).admit(state, prompts, number_G, stop_ids, None)
 
     shardings = jax.jit(idle).lower().compile().output_shardings

@@ -127,7 +127,7 @@ def finetuned(
         options.seed,
         run.settings.data.length_buckets,
         local,
-        trainer.dense,
+        trainer.compact,
     )
     recipe = Recipe(1.0, options.steps, options.learning_rate, weight_decay=options.weight_decay)
     tuned, outcome = trainer.run(weights, batches, recipe, title)
