@@ -16,6 +16,9 @@ The floor is the time of the step's needed products at that peak: 6 FLOPs a weig
 forward, 4 backward), for the head at answer positions only, and attention's lower triangle. What a
 side computes twice or masks out is not counted.
 
+With `--shared` the sequences begin alike, as a chat template's system message makes them. Ours
+computes that once, so the floor counts it once; torch has no such step, and computes it for each.
+
 With `--shape` a model of that width gets random weights: for sizes that no small machine holds,
 with as many blocks as fit. On a GPU several steps are timed together, and the share is of the
 chip's dense bfloat16 peak (float32: half of it, TF32).
@@ -54,6 +57,9 @@ _LENGTH = flags.DEFINE_integer(
 _ANSWER = flags.DEFINE_integer(
     "answer", None, "Answer tokens at the end of each; by default a quarter.", lower_bound=1
 )
+_SHARED = flags.DEFINE_integer(
+    "shared", 0, "Tokens that all sequences begin with; a multiple of 8.", lower_bound=0
+)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Times each figure is taken.", lower_bound=1)
 _THREADS = flags.DEFINE_integer(
     "threads", len(os.sched_getaffinity(0)), "CPU threads of each side.", lower_bound=1
@@ -82,13 +88,21 @@ def work() -> tuple[int, int, int]:
     answer = _ANSWER.value or max(length // 4, 1)
     if answer >= length:
         raise app.UsageError(f"--answer={answer} must be less than --length={length}.")
+    if _SHARED.value % 8 or _SHARED.value > length - answer:
+        raise app.UsageError(
+            f"--shared={_SHARED.value} must be a multiple of 8 and leave the answer's tokens out."
+        )
     return _BATCH.value, length, answer
 
 
 def token_ids(vocab_size: int) -> np.ndarray:
     """Return random ids [B, T + 1]: the last is predicted and never read."""
     batch, length, _ = work()
-    return np.random.default_rng(0).integers(3, vocab_size, (batch, length + 1))
+    ids = np.random.default_rng(0).integers(3, vocab_size, (batch, length + 1))
+    if shared := _SHARED.value:
+        ids[:, :shared] = ids[:1, :shared]
+        ids[:, shared] = 3 + np.arange(batch)  # no two are alike there
+    return ids
 
 
 class Ours:
@@ -98,7 +112,7 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from safepatch_jax.data.chat import Example, training_batch
+        from safepatch_jax.data.chat import Example, shared_prefix, training_batch
         from safepatch_jax.io.hf import load_params
         from safepatch_jax.mesh import Sharder, make_mesh
         from safepatch_jax.models.config import config_from_hf
@@ -131,14 +145,19 @@ class Ours:
         prompt = length + 1 - answer
         sequences = token_ids(config.vocab_size).tolist()
         rows = [Example(tuple(ids[:prompt]), tuple(ids[prompt:])) for ids in sequences]
-        self._batch = put_batch(training_batch(rows, length, answer), sharder)
+        shared = 0
+        if trainer.compact and _SHARED.value:
+            shared = shared_prefix([row.prompt_ids for row in rows])
+        batch = training_batch(rows, length - shared, answer, prefix=shared)
+        self._batch = put_batch(batch, sharder)
         self._scalars = [jnp.float32(x) for x in (1.0, LEARNING_RATE, 0.0, np.inf)]
         size = PRODUCT[_DEVICE.value]
         x = jnp.ones((size, size), jnp.dtype(_DTYPE.value))
         self._product = jax.jit(lambda x: x @ x).lower(x).compile()
         self._matrix, self.product_flops = x, 2 * size**3
         self.facts = {
-            "flops": needed_flops(config, *work()),
+            "flops": needed_flops(config, *work())
+            - needed_flops(config, _BATCH.value - 1, shared, 0),
             "parameters": table.size,
             "remat": remat,
             "kind": self.device.device_kind,
@@ -318,8 +337,8 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     versions = ", ".join(f["version"] for f in facts.values())
     print(
         f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} "
-        f"tokens, {answer} of them answer; {_DTYPE.value}, remat {ours['remat']}; median of "
-        f"{_REPEATS.value} (least - most)"
+        f"tokens, the first {_SHARED.value} shared, {answer} answer; {_DTYPE.value}, remat "
+        f"{ours['remat']}; median of {_REPEATS.value} (least - most)"
     )
     print(
         f"{versions}; {ours['kind']}, {_THREADS.value} CPU threads ({machine()}); other processes "

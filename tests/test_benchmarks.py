@@ -45,9 +45,10 @@ def test_shapes_have_the_parameters_of_their_names():
         assert least < param_table(config_from_hf(raw_config(shape, None))).size < most
 
 
-def test_both_sides_agree(tiny):
+@pytest.mark.parametrize("shared", [0, 8])
+def test_both_sides_agree(tiny, shared):
     pytest.importorskip("torch", reason="the other side is torch")
-    done = run(f"--model={tiny}")
+    done = run(f"--model={tiny}", f"--shared={shared}")
     assert done.returncode == 0, done.stderr
     losses = dict(re.findall(r"^NLL, (ours|torch): (.*)$", done.stdout, re.M))
     assert len(losses["ours"].split()) == len(losses["torch"].split()) == 2
