@@ -16,8 +16,8 @@ The floor is the time of the step's needed products at that peak: 6 FLOPs a weig
 forward, 4 backward), for the head at answer positions only, and attention's lower triangle. What a
 side computes twice or masks out is not counted.
 
-With `--shared` the sequences begin alike, as a chat template's system message makes them. Ours
-computes that once, so the floor counts it once; torch has no such step, and computes it for each.
+With `--shared` the sequences begin alike, as a chat template's system message makes them. On one
+CPU device ours computes that once, and the floor counts it once; torch computes it for each.
 
 With `--shape` a model of that width gets random weights: for sizes that no small machine holds,
 with as many blocks as fit. On a GPU several steps are timed together, and the share is of the
@@ -159,6 +159,7 @@ class Ours:
             "flops": needed_flops(config, *work())
             - needed_flops(config, _BATCH.value - 1, shared, 0),
             "parameters": table.size,
+            "shared": shared,
             "remat": remat,
             "kind": self.device.device_kind,
             "version": f"JAX {jax.__version__}",
@@ -337,7 +338,7 @@ def report(facts: dict[str, dict], replies: dict[str, list[dict]], others: float
     versions = ", ".join(f["version"] for f in facts.values())
     print(
         f"{model}: {ours['parameters'] / 1e6:.0f} M parameters; {batch} sequences of {length} "
-        f"tokens, the first {_SHARED.value} shared, {answer} answer; {_DTYPE.value}, remat "
+        f"tokens, {ours['shared']} computed once, {answer} answer; {_DTYPE.value}, remat "
         f"{ours['remat']}; median of {_REPEATS.value} (least - most)"
     )
     print(

@@ -50,6 +50,7 @@ def test_both_sides_agree(tiny, shared):
     pytest.importorskip("torch", reason="the other side is torch")
     done = run(f"--model={tiny}", f"--shared={shared}")
     assert done.returncode == 0, done.stderr
+    assert f", {shared} computed once," in done.stdout
     losses = dict(re.findall(r"^NLL, (ours|torch): (.*)$", done.stdout, re.M))
     assert len(losses["ours"].split()) == len(losses["torch"].split()) == 2
     assert "The losses differ by" in done.stdout and "| floor" in done.stdout

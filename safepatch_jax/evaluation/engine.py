@@ -327,7 +327,8 @@ class Engine(Prompter):
           for each prompt the new ids, without the stop token.
         """
         with self._collecting(len(sizes), title, done) as (answers, keep):
-            for rows, group in self.batching.groups(sizes):
+            # On a CPU idle rows cost as much as others.
+            for rows, group in self.batching.groups(sizes, few_idle=self.batching.one_cpu):
                 filled = group + [group[-1]] * (rows - len(group))
                 for i, ids in zip(group, run(filled, self.stops())):
                     keep(i, ids[ids >= 0])

@@ -170,7 +170,7 @@ def resident_bytes(
 
     They are those of the backbone, whose buffers the finished weights take. Derived models and
     sensitivities are read weight by weight, except for global top sets, whose thresholds need all
-    of them.
+    of them. (One CPU device also holds those of the weight before, if small: `merge.SMALL`.)
 
     Args:
       rows: the weight whose arrays are the program's arguments.

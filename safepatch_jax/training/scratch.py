@@ -57,7 +57,9 @@ class InScratch:
         """Return (what maps (state, scratch, (frozen, ...)) to (state, scratch, metrics), donating
         the first two; the shapes and dtypes of scratch) for arrays of these shapes."""
         key = shapes_of(inputs)
-        if key not in self._programs:
+        if key in self._programs:
+            self._programs[key] = self._programs.pop(key)  # the last used comes last
+        else:
             # Traced once: the shapes of scratch are needed before the program can be.
             traced = self._step.trace(*inputs)
             out_tree = jax.tree.structure(traced.out_info)
@@ -76,7 +78,7 @@ class InScratch:
                 out_shardings=self._shardings,
             )
             gradients, kept = traced.out_info[1]
-            if len(self._programs) >= _MOST:  # of a run that has ended
+            if len(self._programs) >= _MOST:  # the one not used for longest
                 del self._programs[next(iter(self._programs))]
             self._programs[key] = program, (gradients, list(itertools.compress(kept, own)))
         return self._programs[key]

@@ -54,12 +54,20 @@ def test_each_kind_is_the_sum_of_its_openings_likelihoods(engine):
         np.testing.assert_allclose([row[kind] for row in rows], expected, rtol=2e-5, atol=2e-5)
 
 
-def test_what_all_prompts_begin_with_is_read_once(engine):
+def test_what_all_prompts_begin_with_is_read_once(engine, monkeypatch):
+    prefixes = []
+
+    def noted(batch, sharder):
+        prefixes.append(batch["prefix"].shape if "prefix" in batch else None)
+        return put_batch(batch, sharder)
+
+    monkeypatch.setattr(margin_module, "put_batch", noted)
     begin = RNG.integers(0, 256, 11).tolist()
     prompts = [begin + ids for ids in PROMPTS[1:]]
     together = margins_of(engine, prompts, OPENINGS)
     alone = [margins_of(engine, [prompt], OPENINGS)[0] for prompt in prompts]
     with_other = margins_of(engine, [*prompts, [3, 1]], OPENINGS)[:-1]
+    assert prefixes[:2] == [(1, 8)] * 2 and not any(prefixes[2:])
     for kind in ("refusal", "affirmative"):
         expected = [row[kind] for row in with_other]
         for rows in (together, alone):

@@ -24,7 +24,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.testing import write_tiny_model
 from safepatch_jax.training.batch import micro_batches, put_batch
 from safepatch_jax.training.journal import Recipe
-from safepatch_jax.training.losses import NPO
+from safepatch_jax.training.losses import NPO, Likelihood, Mismatch
 from safepatch_jax.training.objective import answer_logprobs
 from safepatch_jax.training.step import Trainer
 from tests.conftest import sharder_of
@@ -131,24 +131,32 @@ def test_compact_batches_hold_the_same_examples_in_fewer_tokens(examples, bucket
         assert (batch["weights"].sum(-1) == whole["weights"].sum(-1)).all()
 
 
-@pytest.mark.parametrize("loss", [None, NPO()])
-def test_training_on_compact_batches_is_training_on_whole_sequences(tiny, loss):
+@pytest.mark.parametrize("loss, scope", [("likelihood", True), ("npo", False), ("mismatch", False)])
+def test_training_on_compact_batches_is_training_on_whole_sequences(tiny, loss, scope):
     sharder = sharder_of(1)
     config, params = load_params(tiny, sharder)
-    examples = EXAMPLES
-    if loss:
+    table, examples, reference = param_table(config), EXAMPLES, None
+    if scope:  # what is not trained stays as it is stored
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    if loss == "npo":
         examples = [dataclasses.replace(e, reference=-20.0) for e in examples]
+    if loss == "mismatch":  # which compares
+        examples = [dataclasses.replace(e, part=p) for e, p in zip(examples, (0, 1, 0, 2, 0))]
+        reference = jax.tree.map(lambda x: 1.1 * x, params)
+    losses = {"likelihood": Likelihood(), "npo": NPO(), "mismatch": Mismatch()}
     trainer = Trainer(
         Decoder(config, jnp.float32, sharder, remat="dots", attention="auto"),
-        param_table(config),
+        table,
         sharder,
-        **({"loss": loss} if loss else {}),
+        loss=losses[loss],
+        rows=table.scope("block_linear") if scope else None,
     )
     assert trainer.compact
     tuned = []
     for compact in (False, True):
         batches = training_batches([(examples, 4)], 0, compact=compact)
-        tuned.append(trainer.run(params, batches, Recipe(1.0, 3, 1e-3), "train"))
+        recipe = Recipe(1.0, 3, 1e-3)
+        tuned.append(trainer.run(params, batches, recipe, "train", reference=reference))
     (whole, of_whole), (ours, of_ours) = tuned
     np.testing.assert_allclose(of_ours.nll, of_whole.nll, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
@@ -162,7 +170,7 @@ def engines(tmp_path_factory, sharder):
     folder = tmp_path_factory.mktemp("prefix") / "model"
     write_tiny_model(folder, model_type="gemma3_text", sliding_window=5)
     loaded = load_params(folder, sharder)
-    ours, whole = (Engine(*loaded, folder, sharder, batch_size=8) for _ in range(2))
+    ours, whole = (Engine(*loaded, folder, sharder, batch_size=16) for _ in range(2))
     assert ours.batching.one_cpu
     whole.batching = dataclasses.replace(whole.batching, one_cpu=False)
     return ours, whole
@@ -172,7 +180,8 @@ def engines(tmp_path_factory, sharder):
 @pytest.mark.parametrize("new", [5, 70])
 def test_answers_are_those_of_whole_prompts(engines, new, sampling):
     ours, whole = engines
-    prompts = [e.prompt_ids for e in EXAMPLES] * 2
+    prompts = [e.prompt_ids for e in EXAMPLES] * 4  # rows are given on, and left out
+    assert any(rows.prefix for rows, _ in ours.batching.pools(prompts, new, ours.model.groups))
     assert ours.batching.prefix(prompts) == 8 and not whole.batching.prefix(prompts)
     answers = ours.complete_ids(prompts, new, sampling=sampling)
     assert answers == whole.complete_ids(prompts, new, sampling=sampling)

@@ -46,12 +46,11 @@ def test_weights_and_settings_that_are_alike_share_programs(compiled, devices):
     assert patch(merge="dare", combine="union", support="fill", granularity="row") == []
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_weights_one_at_a_time_or_two_give_the_same(monkeypatch, devices):
+def test_weights_one_at_a_time_or_two_give_the_same(monkeypatch):
     arrays = inputs(rows=ALIKE)
-    merged, statistics = run(*arrays, PatchSettings(), devices, rows=ALIKE)
+    merged, statistics = run(*arrays, PatchSettings(), rows=ALIKE)
     monkeypatch.setattr(merge, "SMALL", 0)  # bytes: no weight is read while another runs
-    alone, of_alone = run(*arrays, PatchSettings(), devices, rows=ALIKE)
+    alone, of_alone = run(*arrays, PatchSettings(), rows=ALIKE)
     jax.tree.map(np.testing.assert_array_equal, merged, alone)
     assert statistics == of_alone and len(statistics) == 4
 
