@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from safepatch_jax.data.chat import Example, shared_prefix
 from safepatch_jax.evaluation.serving import Rows
 
-LONG = 512  # tokens
+_LONG = 512  # tokens
 _ROWS = 8  # where fewer are quicker their number is a multiple, so that few programs are compiled
 _FEW_GROUPS = 4  # of prompts, where answers are short
 _GAIN = 0.85  # smaller batches are taken where this share of the rows, or less, is computed
@@ -64,9 +64,9 @@ class Batching:
 
     def rows(self, length: int) -> int:
         """Return how many sequences run together: the batch size, and fewer where they are longer
-        than LONG tokens."""
+        than _LONG tokens."""
         ways = self.ways
-        return max(ways, min(self.size, self.size * LONG // length) // ways * ways)
+        return max(ways, min(self.size, self.size * _LONG // length) // ways * ways)
 
     def fewer(self, rows: int, needed: int) -> int:
         """Return half as many rows, or a quarter, and so on, where no more are needed: so there are

@@ -94,10 +94,7 @@ class Attention(Module):
             y_BTNH = y_BTNH + self.weight(name + "_bias")
         if normed:
             over = 2 if self.config.qk_norm == "projection" else 1
-            norm = RMSNorm(
-                self.config, self.dtype, self.sharder, self.tap, over, name=name + "_norm"
-            )
-            y_BTNH = norm(y_BTNH)
+            y_BTNH = self.child(RMSNorm, name + "_norm", over)(y_BTNH)
         return self.constrain(y_BTNH, "batch", "length", heads, "head_dim")
 
     @nn.compact
