@@ -21,7 +21,7 @@ from safepatch_jax.patching.selection import float_bits, reduce_together
 _COUNTS = ("nonzero_both", "same_sign")
 _FRACTION = 24  # bits of a scaled product behind the point; it is below 4
 _LOW, _PART = 13, 11  # bits of the limbs of a number, and of a row's sum
-_ROW = 1 << 18  # entries whose lower limbs are summed without overflow
+ROW = 1 << 18  # entries whose lower limbs are summed without overflow
 _SHIFTS = (0, _PART, 2 * _PART, _LOW, _LOW + _PART, _LOW + 2 * _PART)
 
 
@@ -51,15 +51,24 @@ def both_changed(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def agreement_squares(
     patch: Mapping[str, jax.Array], largest: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Return the exponents and sums of `agreement_sums`; `largest`: bits of the largest |patch|."""
-    sums, scaled = {}, {}
+    """Return the exponents and sums of `agreement_sums`; a single axis may be longer there.
+    `largest`: bits of the largest |patch|."""
+    sums, scales = {}, {}
     for role in PATCH_ROLES:
         # The inverse power of two is a normal number too.
         exponent = jnp.clip((largest[role] >> 23) - 127, -126, 126)
-        scaled[role] = patch[role] * lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
+        scales[role] = lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
         sums[f"exponent_{role}"] = exponent
-    products = {f"square_{role}": scaled[role] * scaled[role] for role in PATCH_ROLES}
-    return sums | _exact_sums(products | {"product": scaled["se"] * scaled["osm"]})
+    parts = [patch]
+    if patch["se"].ndim == 1:  # a CPU takes longer for the rows of a matrix
+        starts = range(0, len(patch["se"]), ROW)
+        parts = [{role: x[start : start + ROW] for role, x in patch.items()} for start in starts]
+    exact = []
+    for part in parts:
+        scaled = {role: x * scales[role] for role, x in part.items()}
+        products = {f"square_{role}": x * x for role, x in scaled.items()}
+        exact.append(_exact_sums(products | {"product": scaled["se"] * scaled["osm"]}))
+    return sums | jax.tree.map(lambda *rows: sum(rows), *exact)
 
 
 def _exact_sums(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -90,13 +99,13 @@ def _row_sums(limbs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Sum arrays of one shape along their rows; one number each where they have 2^18 entries at
     most."""
     shape = next(iter(limbs.values())).shape
-    if math.prod(shape) <= _ROW:
+    if math.prod(shape) <= ROW:
         return reduce_together(limbs, {}, {})[0]
     trailing = 1  # axes that make a row
-    while math.prod(shape[-trailing - 1 :]) <= _ROW:
+    while math.prod(shape[-trailing - 1 :]) <= ROW:
         trailing += 1
     row = tuple(range(len(shape) - trailing, len(shape)))
-    assert math.prod(shape[i] for i in row) <= _ROW, shape
+    assert math.prod(shape[i] for i in row) <= ROW, shape
     assert math.prod(shape[:-trailing]) <= 1 << 20, shape
     return {name: jnp.sum(x, axis=row, dtype=jnp.int32) for name, x in limbs.items()}
 

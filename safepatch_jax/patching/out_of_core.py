@@ -25,7 +25,7 @@ import numpy as np
 from safepatch_jax.io.stored import Stored, aligned_empty
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES, piece
-from safepatch_jax.patching.agreement import agreement
+from safepatch_jax.patching.agreement import ROW, agreement
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.programs import KEYED
 from safepatch_jax.patching.selection import top_count
@@ -35,8 +35,8 @@ from safepatch_jax.patching.statistics import combine_statistics, overlap
 from safepatch_jax.patching.thresholds import COUNTED, Limit, Search
 from safepatch_jax.runtime.workers import Workers, wait
 
-PIECE = 1 << 18  # entries
-_AHEAD = 8  # pieces beside those at which threads work: at times a write waits for the disk
+PIECE = 1 << 19  # entries
+_AHEAD = 4  # pieces beside those at which threads work: at times a write waits for the disk
 _SOURCES = 16  # tensors of which a sample is made, at most
 
 Limits = dict[str, list[Limit]]  # by selection, for each piece
@@ -298,7 +298,7 @@ class Merger:
         """Return the shape of a tensor's pieces; the last one is filled up with zeros."""
         if self._options.by_row:
             columns = source.backbone.shape[-1]
-            return max(1, self._size // columns), columns
+            return max(1, min(self._size, ROW) // columns), columns
         return (min(self._size, self._largest),)
 
     def _run(self, calls: Iterable[tuple[Program, Source]], kind: tuple[Any, ...]) -> Iterator[Any]:

@@ -129,6 +129,21 @@ def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
     assert all(result == results[0] for result in results)
 
 
+def test_norms_of_many_large_entries():
+    """Of a piece as long as they are: sums of squares whose lower limbs are near 2^13."""
+    near_two = np.linspace(1.9, 2, 4096, dtype=np.float32, endpoint=False)
+    limbs = np.round(near_two.astype(np.float64) ** 2 * 2**24) % 2**13
+    patch = np.full((2, 300, 1024), near_two[np.argmax(limbs)])
+    backbone = InMemory(np.zeros_like(patch))
+    source = Source("w", backbone, {"se": InMemory(patch), "osm": InMemory(-patch)}, {})
+    with Merger([source], PatchSettings(merge="average"), SEED) as merger:
+        assert sum(map(len, merger.parts("w"))) == patch.size
+    norm = np.linalg.norm(patch.astype(np.float64))
+    numbers = merger.statistics["w"]
+    assert [numbers["norm_se"], numbers["norm_osm"]] == pytest.approx([norm, norm], rel=1e-6)
+    assert numbers["cosine"] == pytest.approx(-1, abs=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"merge": "dare"}, {}, {"support": "fill"}], ids=label)
 def test_tensors_may_be_asked_for_in_any_order_and_left_half_read(options):
     patch = PatchSettings(top_rate_se=0.3, **options)
