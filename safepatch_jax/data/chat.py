@@ -33,7 +33,6 @@ _A_THOUGHT = re.compile(r"\A\s*<think>")
 _SWITCH = "enable_thinking"
 _END_OF_THOUGHT = "\n\n</think>\n\n"
 LENGTH_STEP = 8  # tokens: padded lengths are multiples, so that few shapes are compiled
-COMPACT_STEP = 4  # where padding is not cheap: of batches that are laid out compactly
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
 

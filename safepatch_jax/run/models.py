@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import COMPACT_STEP, LENGTH_STEP, Example
+from safepatch_jax.data.chat import LENGTH_STEP, Example
 from safepatch_jax.data.pipeline import shapes
 from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
@@ -87,7 +87,7 @@ def measure_sensitivity(
     """Return what `sensitivity` does, for some samples, by one of MODES, over the meter's scope."""
     examples = training_examples(run, role, score_window(run.settings, role))
     # A CPU takes as long as tokens are many.
-    step = COMPACT_STEP if run.context.sharder.one_cpu else LENGTH_STEP
+    step = 1 if run.context.sharder.one_cpu else LENGTH_STEP
     padded = shapes(examples, run.settings.data.length_buckets, step)
     size = score.batch_size if mode == "batched" else 1
     return meter.measure(derived(run, role), samples, padded, f"score {role.upper()} {mode}", size)

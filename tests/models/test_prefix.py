@@ -160,7 +160,8 @@ def test_training_on_compact_batches_is_training_on_whole_sequences(tiny, loss, 
     (whole, of_whole), (ours, of_ours) = tuned
     np.testing.assert_allclose(of_ours.nll, of_whole.nll, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-5)
+        # Of moves of 1e-3: where a gradient nearly vanishes, AdamW shows how it was rounded.
+        np.testing.assert_allclose(x, y, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
