@@ -61,8 +61,9 @@ def agreement_squares(
         sums[f"exponent_{role}"] = exponent
     parts = [patch]
     if patch["se"].ndim == 1:  # a CPU takes longer for the rows of a matrix
-        starts = range(0, len(patch["se"]), ROW)
-        parts = [{role: x[start : start + ROW] for role, x in patch.items()} for start in starts]
+        parts = []
+        for start in range(0, len(patch["se"]), ROW):
+            parts.append({role: x[start : start + ROW] for role, x in patch.items()})
     exact = []
     for part in parts:
         scaled = {role: x * scales[role] for role, x in part.items()}
