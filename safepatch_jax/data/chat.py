@@ -32,7 +32,7 @@ _WRITTEN_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 _A_THOUGHT = re.compile(r"\A\s*<think>")
 _SWITCH = "enable_thinking"
 _END_OF_THOUGHT = "\n\n</think>\n\n"
-LENGTH_STEP = 8  # tokens: padded lengths are multiples, so that few shapes are compiled
+LENGTH_STEP = 8  # tokens: most padded lengths are multiples, so that few shapes are compiled
 # Parts of a loss that treats its examples differently: `training.losses.Mismatch`.
 HARMFUL, MISMATCH, BENIGN = range(3)
 

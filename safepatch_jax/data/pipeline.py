@@ -46,13 +46,13 @@ def training_batches(
         length.
       rows: numbers of the rows that this process needs, the others are left empty; None for all.
       compact: for one CPU device, whose time is that of the tokens: the same examples, but what
-        all prompts begin with is laid out once, and padding ends with the longest.
+        all prompts begin with is laid out once, and padding ends with the longest example.
     """
     every = list(itertools.chain.from_iterable(examples for examples, _ in pools))
     offered, prefix = shapes(every, buckets), 0
     batches = _Batches(pools, seed, sort=len(offered) > 1)
     if compact:
-        offered = shapes(every, buckets, step=1)
+        offered = shapes(every, len(offered), step=1)
         prefix = shared_prefix([example.prompt_ids for example in every])
     return TrainingBatches(batches, offered, rows, prefix)
 

@@ -84,7 +84,7 @@ def mcnemar(gained: int, lost: int) -> float:
         return 1.0
     from scipy.special import bdtr  # scipy.stats, which has the test by name, takes a second more
 
-    # At a chance of 1/2 both tails are alike, and together all where the counts are equal.
+    # At a chance of 1/2 both tails are alike; with equal counts the middle is in both.
     return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
 
 

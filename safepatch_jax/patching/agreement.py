@@ -21,7 +21,7 @@ from safepatch_jax.patching.selection import float_bits, reduce_together
 _COUNTS = ("nonzero_both", "same_sign")
 _FRACTION = 24  # bits of a scaled product behind the point; it is below 4
 _LOW, _PART = 13, 11  # bits of the limbs of a number, and of a row's sum
-ROW = 1 << 18  # entries whose lower limbs are summed without overflow
+SUMMED = 1 << 18  # entries whose limbs are summed without overflow
 _SHIFTS = (0, _PART, 2 * _PART, _LOW, _LOW + _PART, _LOW + 2 * _PART)
 
 
@@ -51,8 +51,8 @@ def both_changed(patch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def agreement_squares(
     patch: Mapping[str, jax.Array], largest: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Return the exponents and sums of `agreement_sums`; a single axis may be longer there.
-    `largest`: bits of the largest |patch|."""
+    """Return the exponents and sums of `agreement_sums`, whose bounds hold, but not for arrays of
+    one axis. `largest`: bits of the largest |patch|."""
     sums, scales = {}, {}
     for role in PATCH_ROLES:
         # The inverse power of two is a normal number too.
@@ -60,10 +60,10 @@ def agreement_squares(
         scales[role] = lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
         sums[f"exponent_{role}"] = exponent
     parts = [patch]
-    if patch["se"].ndim == 1:  # a CPU takes longer for the rows of a matrix
+    if patch["se"].ndim == 1:  # in parts; a CPU takes twice as long where it is made a matrix
         parts = []
-        for start in range(0, len(patch["se"]), ROW):
-            parts.append({role: x[start : start + ROW] for role, x in patch.items()})
+        for start in range(0, len(patch["se"]), SUMMED):
+            parts.append({role: x[start : start + SUMMED] for role, x in patch.items()})
     exact = []
     for part in parts:
         scaled = {role: x * scales[role] for role, x in part.items()}
@@ -100,13 +100,13 @@ def _row_sums(limbs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Sum arrays of one shape along their rows; one number each where they have 2^18 entries at
     most."""
     shape = next(iter(limbs.values())).shape
-    if math.prod(shape) <= ROW:
+    if math.prod(shape) <= SUMMED:
         return reduce_together(limbs, {}, {})[0]
     trailing = 1  # axes that make a row
-    while math.prod(shape[-trailing - 1 :]) <= ROW:
+    while math.prod(shape[-trailing - 1 :]) <= SUMMED:
         trailing += 1
     row = tuple(range(len(shape) - trailing, len(shape)))
-    assert math.prod(shape[i] for i in row) <= ROW, shape
+    assert math.prod(shape[i] for i in row) <= SUMMED, shape
     assert math.prod(shape[:-trailing]) <= 1 << 20, shape
     return {name: jnp.sum(x, axis=row, dtype=jnp.int32) for name, x in limbs.items()}
 

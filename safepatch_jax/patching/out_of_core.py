@@ -25,7 +25,7 @@ import numpy as np
 from safepatch_jax.io.stored import Stored, aligned_empty
 from safepatch_jax.numerics import tensor_keys
 from safepatch_jax.patching import PATCH_ROLES, piece
-from safepatch_jax.patching.agreement import ROW, agreement
+from safepatch_jax.patching.agreement import SUMMED, agreement
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.programs import KEYED
 from safepatch_jax.patching.selection import top_count
@@ -298,7 +298,8 @@ class Merger:
         """Return the shape of a tensor's pieces; the last one is filled up with zeros."""
         if self._options.by_row:
             columns = source.backbone.shape[-1]
-            return max(1, min(self._size, ROW) // columns), columns
+            # More would be summed row by row, which takes longer.
+            return max(1, min(self._size, SUMMED) // columns), columns
         return (min(self._size, self._largest),)
 
     def _run(self, calls: Iterable[tuple[Program, Source]], kind: tuple[Any, ...]) -> Iterator[Any]:

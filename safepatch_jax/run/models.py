@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import LENGTH_STEP, Example
+from safepatch_jax.data.chat import Example
 from safepatch_jax.data.pipeline import shapes
 from safepatch_jax.data.prompt_forms import in_form
 from safepatch_jax.data.records import DATA_ROLES
@@ -86,9 +86,9 @@ def measure_sensitivity(
 ) -> Flat:
     """Return what `sensitivity` does, for some samples, by one of MODES, over the meter's scope."""
     examples = training_examples(run, role, score_window(run.settings, role))
-    # A CPU takes as long as tokens are many.
-    step = 1 if run.context.sharder.one_cpu else LENGTH_STEP
-    padded = shapes(examples, run.settings.data.length_buckets, step)
+    padded = shapes(examples, run.settings.data.length_buckets)
+    if run.context.sharder.one_cpu:  # which takes as long as tokens are many
+        padded = shapes(examples, len(padded), step=1)
     size = score.batch_size if mode == "batched" else 1
     return meter.measure(derived(run, role), samples, padded, f"score {role.upper()} {mode}", size)
 

@@ -111,7 +111,7 @@ def test_what_prompts_share(prompts, shared):
 
 
 def narrow(number):
-    """Examples whose lengths are padded to one multiple of 8, and to several of 4."""
+    """Examples of several lengths that one multiple of 8 holds."""
     return [example(i, 3 + i % 8, 3) for i in range(number)]
 
 
@@ -129,6 +129,8 @@ def test_compact_batches_hold_the_same_examples_in_fewer_tokens(examples, bucket
             assert shared + ids == of_whole[whole["valid"][row]].tolist()
         assert batch["tokens"].size + len(shared) < whole["tokens"].size
         assert (batch["weights"].sum(-1) == whole["weights"].sum(-1)).all()
+        # Padding ends with an example.
+        assert len(shared) + batch["tokens"].shape[1] in {e.length for e in examples}
 
 
 @pytest.mark.parametrize("loss, scope", [("likelihood", True), ("npo", False), ("mismatch", False)])
@@ -160,8 +162,9 @@ def test_training_on_compact_batches_is_training_on_whole_sequences(tiny, loss, 
     (whole, of_whole), (ours, of_ours) = tuned
     np.testing.assert_allclose(of_ours.nll, of_whole.nll, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
-        # Of moves of 1e-3: where a gradient nearly vanishes, AdamW shows how it was rounded.
         np.testing.assert_allclose(x, y, atol=1e-4)
+        # Where a gradient nearly vanishes, AdamW shows how it was rounded.
+        assert np.mean(np.abs(x - y) > 2e-5) < 0.01
 
 
 @pytest.fixture(scope="module")
