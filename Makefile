@@ -21,6 +21,8 @@ CONSTRAINT = $${PIP_CONSTRAINT:-$$($(BIN)/python -m pip config get global.constr
 by_uv = command -v "$(UV)" >/dev/null && \
 	UV_CONSTRAINT="$(CONSTRAINT)" "$(UV)" pip install --quiet --python $(BIN)/python $(1)
 install = { ! $(OWN_INDEX) && $(by_uv); } || $(PIP) $(1)
+# Tests' packages: pip's settings may name another index for torch.
+by_pip = if $(BIN)/python -m pip --version >/dev/null 2>&1; then $(PIP) $(1); else $(by_uv); fi
 
 .PHONY: demo test lint test-tpu test-gpu clean
 
@@ -57,17 +59,16 @@ $(VENV)/.demo: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(call install,--no-deps $(DEMO))
 	touch $@
 
-# By pip, where there is one: its settings may name another index for torch.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[test]' || { $(call by_uv,-e '.[test]'); }
+	$(call by_pip,-e '.[test]')
 	touch $@
 
 $(VENV)/.test-tpu: $(VENV)/.test
-	$(PIP) -e '.[tpu-aot]' || { $(call by_uv,-e '.[tpu-aot]'); }
+	$(call by_pip,-e '.[tpu-aot]')
 	touch $@
 
 $(VENV)/.test-gpu: $(VENV)/.test
-	$(PIP) -e '.[gpu-aot]' || { $(call by_uv,-e '.[gpu-aot]'); }
+	$(call by_pip,-e '.[gpu-aot]')
 	touch $@
 
 clean:

@@ -15,13 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safepatch_jax.data.chat import (
-    LENGTH_STEP,
-    Example,
-    lengths,
-    shared_prefix,
-    training_batch,
-)
+from safepatch_jax.data.chat import LENGTH_STEP, Example, lengths, shared_prefix, training_batch
 
 Pool = tuple[Sequence[Example], int]  # examples, and how many of them each batch has
 WINDOW = 16  # batches within which examples of like length are brought together
@@ -52,7 +46,7 @@ def training_batches(
     offered, prefix = shapes(every, buckets), 0
     batches = _Batches(pools, seed, sort=len(offered) > 1)
     if compact:
-        offered = shapes(every, len(offered), step=1)
+        offered = shapes(every, buckets, compact=True)
         prefix = shared_prefix([example.prompt_ids for example in every])
     return TrainingBatches(batches, offered, rows, prefix)
 
@@ -90,14 +84,18 @@ class TrainingBatches:
 
 
 def shapes(
-    examples: Sequence[Example], buckets: int, step: int = LENGTH_STEP
+    examples: Sequence[Example], buckets: int, compact: bool = False
 ) -> list[tuple[int, int]]:
     """Return at most so many padded shapes (T, A), ascending, the last of which holds every example
-    (see `lengths`), multiples of `step`.
+    (see `lengths`), multiples of LENGTH_STEP; if compact as many, or fewer, which end with an
+    example.
 
     The others hold equal shares of the examples; their answer length is that of the longest answer
     among these.
     """
+    step = LENGTH_STEP
+    if compact:
+        buckets, step = len(shapes(examples, buckets)), 1
     ordered = sorted(examples, key=_LENGTH)
     ends = [-(-len(ordered) * part // buckets) for part in range(1, buckets + 1)]
     padded = {lengths(ordered[:end], step)[0] for end in ends if end}

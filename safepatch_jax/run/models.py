@@ -86,9 +86,9 @@ def measure_sensitivity(
 ) -> Flat:
     """Return what `sensitivity` does, for some samples, by one of MODES, over the meter's scope."""
     examples = training_examples(run, role, score_window(run.settings, role))
-    padded = shapes(examples, run.settings.data.length_buckets)
-    if run.context.sharder.one_cpu:  # which takes as long as tokens are many
-        padded = shapes(examples, len(padded), step=1)
+    # One CPU takes as long as tokens are many.
+    compact = run.context.sharder.one_cpu
+    padded = shapes(examples, run.settings.data.length_buckets, compact)
     size = score.batch_size if mode == "batched" else 1
     return meter.measure(derived(run, role), samples, padded, f"score {role.upper()} {mode}", size)
 

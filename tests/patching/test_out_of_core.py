@@ -130,8 +130,8 @@ def test_neither_bits_nor_counts_depend_on_threads_and_pieces(options):
 
 
 def test_norms_of_many_large_entries():
-    """A piece of the default size: 2^19 squares whose lower limbs are near 2^13, or 2^18 of them
-    together, would overflow a sum."""
+    """A piece of the default size, of squares whose lower limbs are near 2^13: 2^19 of them would
+    overflow a sum, parts of 2^18 do not."""
     near_two = np.linspace(1.9, 2, 4096, dtype=np.float32, endpoint=False)
     limbs = (near_two * near_two).astype(np.float64) * 2**24 % 2**13
     patch = np.full((2, 300, 1024), near_two[np.argmax(limbs)])
