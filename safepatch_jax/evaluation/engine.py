@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safepatch_jax.data.chat import Example, prompt_batch, training_batch
+from safepatch_jax.data.chat import Chat, Example, prompt_batch, training_batch
 from safepatch_jax.data.prompt_format import PromptFormat
 from safepatch_jax.data.rendering import DATE
 from safepatch_jax.data.tokenizer import decode
@@ -53,7 +53,7 @@ class Engine(Prompter):
       sharder: the mesh.
       compute_dtype: of the arithmetic.
       batch_size: sequences that run together.
-      date, prompt_format: see `Chat`.
+      date, prompt_format, chat: see `Prompter`.
     """
 
     def __init__(
@@ -66,8 +66,9 @@ class Engine(Prompter):
         batch_size: int = 16,
         date: str = DATE,
         prompt_format: PromptFormat = PromptFormat(),
+        chat: Chat | None = None,
     ):
-        super().__init__(config, folder, date, prompt_format)
+        super().__init__(config, folder, date, prompt_format, chat)
         if sharder.one_cpu:  # once, and not beside the stored ones: a CPU casts slowly
             params = jax.tree.map(lambda x: x.astype(compute_dtype), params)
         self.params = params

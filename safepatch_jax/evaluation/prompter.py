@@ -23,6 +23,8 @@ class Prompter:
       config: the model's; its vocabulary and number of positions count.
       folder: whose tokenizer and chat template are taken.
       date, prompt_format: see `Chat`.
+      chat: the folder's, of this date and format, where it is at hand: the tokenizer is not loaded
+        again.
 
     Attributes:
       chat: renders conversations; None where the folder has no chat template.
@@ -40,10 +42,11 @@ class Prompter:
         folder: str | pathlib.Path,
         date: str = DATE,
         prompt_format: PromptFormat = PromptFormat(),
+        chat: Chat | None = None,
     ):
         self.config = config
         try:
-            self.chat: Chat | None = Chat(folder, config.vocab_size, date, prompt_format)
+            self.chat: Chat | None = chat or Chat(folder, config.vocab_size, date, prompt_format)
             self.tokenizer = self.chat.tokenizer
         except NoChat:
             self.chat, self.tokenizer = None, load_tokenizer(folder, config.vocab_size)

@@ -124,6 +124,7 @@ class Context(Inputs):
             settings.evaluate.batch_size,
             settings.data.date,
             self.prompt_format,
+            self.chat(folder),
         )
 
     def _trainer(

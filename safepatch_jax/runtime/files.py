@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
@@ -41,6 +42,8 @@ FETCH = "Fetch or copy the file again."
 _HALF_WRITTEN = re.compile(
     r"\..+\.(?:(?:[0-9a-f]{8}|None)-)?\d+(?:\.\w+)?\.partial|\.shared\.\w{8}\.partial", re.DOTALL
 )
+_TICK = 20_000_000  # ns in which a file may change twice and look alike: its times count in these
+_hashed: dict[tuple[int, ...], str] = {}  # SHA-256 by what a file looks like
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
@@ -336,7 +339,23 @@ def umask() -> int:
 def file_sha256(path: str | pathlib.Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        looks = _looks(os.fstat(f.fileno()))
+        settled = time.time_ns() - max(looks[-2:]) > _TICK
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if settled and _looks(os.fstat(f.fileno())) == looks:
+            _hashed[looks] = digest
+    return digest
+
+
+def known_sha256(path: str | pathlib.Path) -> str | None:
+    """Return the SHA-256 of a file that this process has read before and that has not changed since
+    (by inode, size and times); None of others."""
+    return _hashed.get(_looks(os.stat(path)))
+
+
+def _looks(status: os.stat_result) -> tuple[int, ...]:
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
 
 
 def folder_hashes(folder: str | pathlib.Path, leave_out: str = "") -> dict[str, dict[str, Any]]:
@@ -346,7 +365,8 @@ def folder_hashes(folder: str | pathlib.Path, leave_out: str = "") -> dict[str, 
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and name.parts[0] != leave_out:
-            result[str(name)] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            digest = known_sha256(path) or file_sha256(path)
+            result[str(name)] = {"bytes": path.stat().st_size, "sha256": digest}
     return result
 
 

@@ -29,7 +29,7 @@ from safepatch_jax.training.journal import CONTINUE, END, SAVE, Journal, Recipe,
 from safepatch_jax.training.layerwise import LayerwiseStep, check_layerwise, layer_moments
 from safepatch_jax.training.losses import Likelihood, Loss, row_weights
 from safepatch_jax.training.objective import answer_divergences, answer_logprobs
-from safepatch_jax.training.optimizers import OPTIMIZERS, clipped_update, updated
+from safepatch_jax.training.optimizers import OPTIMIZERS, scaled_to_norm, updated
 from safepatch_jax.training.scratch import InScratch, Reusing, gradients_and_kept
 
 
@@ -101,15 +101,13 @@ class Trainer:
         rows: Sequence[Param] | None = None,
         layerwise: bool = False,
     ):
-        self._optimizer = self._unclipped = OPTIMIZERS[optimizer](stacked=not layerwise)
-        self._clip = None
+        self._optimizer = OPTIMIZERS[optimizer](stacked=not layerwise)
         self._layerwise = layerwise
         trained = table if rows is None else rows
         if layerwise:
             check_layerwise(trained, loss)
         if clip_norm and not layerwise:
-            self._clip = optax.clip_by_global_norm(clip_norm)
-            self._optimizer = optax.chain(self._clip, self._unclipped)
+            self._optimizer = optax.chain(scaled_to_norm(clip_norm), self._optimizer)
         self._decoder, self._loss, self._sharder = decoder, loss, sharder
         self._accumulate, self._chunk = accumulate, chunk
         table.shardings(sharder)  # refuses a mesh that does not divide them
@@ -264,8 +262,7 @@ class Trainer:
     def _stepped(
         self, state, frozen, batch, sign, learning_rate, weight_decay, nll_ceiling, reference=None
     ):
-        """Return (state, metrics, gradients as the optimiser sees them, what was kept for the
-        backward pass)."""
+        """Return (state, metrics, gradients, what was kept for the backward pass)."""
         if "part" in batch:
             # Before the batch is cut: a micro-batch may have its parts in other shares.
             batch = batch | {"row_weights": row_weights(batch["part"])}
@@ -274,9 +271,7 @@ class Trainer:
         params = state["params"]
         gradients, logprob, kept = self._whole_gradients(params, frozen, reference, batch, sign)
         nll = -logprob / tokens
-        clipped, updates, moments = clipped_update(
-            self._clip, self._unclipped, gradients, state["moments"], params
-        )
+        updates, moments = self._optimizer.update(gradients, state["moments"], params)
         stopped = state["stopped"] | (nll > nll_ceiling)
         params = updated(params, updates, stopped, learning_rate, weight_decay)
         metrics = {
@@ -284,7 +279,8 @@ class Trainer:
             "gradient_norm": optax.tree.norm(gradients),
             "stopped": stopped,
         }
-        return {"params": params, "moments": moments, "stopped": stopped}, metrics, clipped, kept
+        state = {"params": params, "moments": moments, "stopped": stopped}
+        return state, metrics, gradients, kept
 
     def _whole_gradients(self, params, frozen, reference, batch, sign):
         """Return what `_gradients` does, over a batch."""
