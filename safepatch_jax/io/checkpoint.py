@@ -71,14 +71,11 @@ def save_tree(path: str | pathlib.Path, tree: dict[str, Any]) -> None:
         ) from error
 
 
-def load_tree(
-    path: str | pathlib.Path, abstract: dict[str, Any], *, partial: bool = False
-) -> dict[str, Any]:
+def load_tree(path: str | pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Read a nested dictionary of arrays.
 
     Args:
       abstract: ShapeDtypeStructs with shardings: the mesh and the dtypes to read into.
-      partial: the checkpoint may hold more than `abstract`; the rest is not read.
 
     Raises:
       ValueError: the checkpoint is absent, damaged, or of another structure.
@@ -94,7 +91,6 @@ def load_tree(
                 args=ocp.args.PyTreeRestore(
                     abstract,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                    partial_restore=partial,
                 ),
             )
     except Exception as error:  # as above; what is neither is raised again
@@ -109,25 +105,23 @@ def load_tree(
 def _load_objects(path: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Do what `load_tree` does with arrays in a bucket: each process reads its own parts. Orbax
     would ask for metadata first, several requests an array."""
-    arrays = {}
-    for name, x in unnest(abstract).items():
-        try:
-            arrays[name] = _load_object(path, name.replace("/", "."), x)
-        except ValueError as error:  # tensorstore raises its own as such
-            where = addresses.name_of(path)
-            raise ValueError(f"Cannot restore {name} of {where}: {reason(error)[:300]}") from error
-    return nest(arrays)
+    return nest({name: _load_array(path, name, x) for name, x in unnest(abstract).items()})
 
 
-def _load_object(path: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    stored = opened(path, name)
-    if stored.shape != abstract.shape:
-        raise ValueError(f"its shape is {stored.shape}, not {abstract.shape}")
+def _load_array(path: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """Read one array; each process reads its own parts. Raises ValueError."""
 
     def part(index):
         return stored[index].read().result().astype(abstract.dtype, copy=False)
 
-    return jax.make_array_from_callback(abstract.shape, abstract.sharding, part)
+    try:
+        stored = opened(path, name.replace("/", "."))
+        if stored.shape != abstract.shape:
+            raise ValueError(f"its shape is {stored.shape}, not {abstract.shape}")
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, part)
+    except ValueError as error:  # tensorstore raises its own as such
+        where = addresses.name_of(path)
+        raise ValueError(f"Cannot restore {name} of {where}: {reason(error)[:300]}") from error
 
 
 def opened(folder: pathlib.Path, name: str) -> ts.TensorStore:
@@ -194,18 +188,14 @@ class StoredTree(Mapping[str, jax.Array]):
     """
 
     def __init__(self, path: str | pathlib.Path, abstract: dict[str, Any]):
-        self._path, self._abstract = pathlib.Path(path), unnest(abstract)
+        self._path, self._abstract = pathlib.Path(path).absolute(), unnest(abstract)
 
     def __getitem__(self, name: str) -> jax.Array:
-        """Read one array. Raises ValueError as `load_tree` does, or if the checkpoint has no such
-        array."""
-        abstract = nest({name: self._abstract[name]})
-        x = unnest(load_tree(self._path, abstract, partial=True))[name]
-        if not isinstance(x, jax.Array):  # orbax returns the description of what is not there
-            raise ValueError(
-                f"The checkpoint {self._path} has no array {name}; it is damaged or another one."
-            )
-        return x
+        """Read one array, without orbax, which looks at all of them for each. Raises ValueError if
+        the checkpoint is absent or damaged, or has no such array."""
+        if not addresses.address_of(self._path):
+            _check_arrays(self._path)
+        return _load_array(self._path, name, self._abstract[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._abstract)

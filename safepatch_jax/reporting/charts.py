@@ -94,8 +94,11 @@ def panels(parent: Any, rows: int, columns: int, **options: Any) -> Any:
 
 
 def save(drawn: Any, path: str | pathlib.Path) -> None:
-    """Write a figure as PNG."""
-    drawn.savefig(path, format="png", dpi=_DPI)
+    """Write a figure as PNG. Drawn once: `savefig` goes through a figure before it draws it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn.set_dpi(_DPI)
+    FigureCanvasAgg(drawn).print_png(path)
 
 
 def legend_below(axis: Any, columns: int = 1, label: bool = True) -> None:

@@ -4,7 +4,6 @@ lines."""
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -90,8 +89,7 @@ class Metrics:
             say(f"  {missing[0]} is not installed: {FILE} is written, no events for TensorBoard.")
             return lines, None
         folder = str(self._folder / EVENTS / stage)
-        writer = importlib.import_module("tensorboardX").SummaryWriter
-        events = writer(folder, purge_step=step, flush_secs=5)
+        events = libraries.event_writer()(folder, purge_step=step, flush_secs=5)
         self._files.append(events)
         return lines, events
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from safepatch_jax.runtime.reading import Refused
 
@@ -91,3 +94,22 @@ def transformers() -> ModuleType:
 
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def event_writer() -> Any:
+    """Import tensorboardX and return its SummaryWriter. Torch and clients of object stores stay
+    out: it would import what of them is installed, for seconds, and numbers in files need none."""
+    with _left_out("torch", "boto3", "google.cloud.storage"):
+        return importlib.import_module("tensorboardX").SummaryWriter
+
+
+@contextlib.contextmanager
+def _left_out(*modules: str) -> Iterator[None]:
+    """Let an import fail within the block, of modules that have not been imported before."""
+    absent = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for module in absent:
+            del sys.modules[module]
