@@ -169,18 +169,19 @@ def test_baselines_equal_their_formulas(merge, dtype):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, devices",
     [
-        *OPTIONS[1:],
-        ABLATIONS[2],
-        {"merge": "ties"},
-        {"merge": "ties", "granularity": "global"},
-        {"merge": "dare_ties"},
-        {"merge": "resta"},
+        *((options, 8) for options in OPTIONS[1:]),
+        (OPTIONS[4], 2),
+        (OPTIONS[4], 4),
+        (ABLATIONS[2], 4),
+        ({"merge": "ties"}, 2),
+        ({"merge": "ties", "granularity": "global"}, 8),
+        ({"merge": "dare_ties"}, 8),
+        ({"merge": "resta"}, 4),
     ],
-    ids=label,
+    ids=str,
 )
-@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_same_bits_on_several_devices(options, devices):
     patch = PatchSettings(**options, top_rate_se=0.3, top_rate_osm=0.2, alpha=1.3)
     one, statistics_one = run(*inputs(jnp.bfloat16, rows=FEW), patch, rows=FEW)

@@ -1,8 +1,12 @@
 """Files appear whole or not at all, and text is read back as it was written."""
 
+import hashlib
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -100,3 +104,36 @@ def test_an_old_folder_stays_when_the_new_one_fails(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "folder", replace=True):
         raise RuntimeError
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "old"]
+
+
+def test_what_has_changed_is_read_again_for_its_hash(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    settled(path)
+    assert files.known_sha256(path) is None
+    digest = files.file_sha256(path)
+    assert files.known_sha256(path) == digest == hashlib.sha256(b"one").hexdigest()
+    assert files.folder_hashes(tmp_path) == {"weights": {"bytes": 3, "sha256": digest}}
+    status = path.stat()
+    path.write_bytes(b"two")  # as large, and as old
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert files.known_sha256(path) is None
+    two = hashlib.sha256(b"two").hexdigest()
+    assert files.folder_hashes(tmp_path)["weights"]["sha256"] == two
+    shutil.copy2(path, tmp_path / "copy")
+    assert files.known_sha256(tmp_path / "copy") is None
+
+
+def test_the_hash_of_a_file_that_may_still_change_is_not_kept(tmp_path):
+    """It may be written to again within the same tick of the clock."""
+    path = tmp_path / "weights"
+    for content in (b"one", b"two", b"six") * 20:
+        path.write_bytes(content)
+        digest = files.known_sha256(path) or files.file_sha256(path)
+        assert digest == hashlib.sha256(content).hexdigest()
+
+
+def settled(path):
+    """Wait until what is written from now on has other times."""
+    time.sleep(0.05)
+    assert time.time_ns() - path.stat().st_ctime_ns > 2e7

@@ -1,9 +1,13 @@
-"""Adafactor's bound: of each layer's update of a weight, stacked or not."""
+"""Adafactor's bound, of each layer's update of a weight, stacked or not; and the bound of all
+gradients."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
-from safepatch_jax.training.optimizers import OPTIMIZERS
+from safepatch_jax.training.optimizers import OPTIMIZERS, scaled_to_norm
 
 
 def second_update(stacked, *gradients):
@@ -27,3 +31,15 @@ def test_an_update_that_outgrows_its_second_moment_is_bounded_in_its_own_layer()
     for layer in range(2):
         alone = second_update(False, one[layer], two[layer])
         np.testing.assert_allclose(both[layer], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e4, np.inf, np.nan])
+def test_gradients_are_scaled_to_a_norm_as_optax_clips_them(size):
+    rng = np.random.default_rng(0)
+    gradients = {"a": rng.normal(size=(5, 7)), "b": {"c": rng.normal(size=3)}}
+    gradients = jax.tree.map(lambda x: jnp.float32(size * x), gradients)
+    ours, theirs = scaled_to_norm(0.5), optax.clip_by_global_norm(0.5)
+    ours, theirs = (clip.update(gradients, clip.init(gradients))[0] for clip in (ours, theirs))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=3e-7), ours, theirs)
+    if size <= 1e-3:  # below the limit they stay as they are
+        jax.tree.map(np.testing.assert_array_equal, ours, gradients)
