@@ -219,11 +219,11 @@ def test_smollm2_both_ways_gives_the_text_of_torch(smollm2, tmp_path):
     convert(f"hf:{smollm2}", checkpoint, **options)
     convert(checkpoint, f"hf:{export}", shard_bytes=10**8, **options)
     chat = Chat(smollm2, 49152)
-    records = [*load_records("ordinary", "builtin")[:12], *load_records("lookalike", "builtin")[:4]]
+    records = [*load_records("ordinary", "builtin")[:4], *load_records("lookalike", "builtin")[:2]]
     prompts = [chat.encode(record.prompt, "x").prompt_ids for record in records]
     reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
-    theirs = hf_greedy(reference, prompts, 16)
+    theirs = hf_greedy(reference, prompts, 10)
     engine = Engine.open(smollm2, mesh="fsdp:8")
-    texts = [engine.decode(ids) for ids in engine.complete_ids(prompts, 16)]
-    assert len(texts) == 16 and len(set(texts)) > 12
+    texts = [engine.decode(ids) for ids in engine.complete_ids(prompts, 10)]
+    assert len(set(texts)) == len(texts) == 6
     assert texts == [chat.decode(row.tolist()) for row in theirs]
