@@ -25,7 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Fast to compile rather than fast: tests compile for minutes and compute for seconds. `make test`
-# runs the tests of bits with XLA's own optimisation.
+# runs the tests of bits with XLA's own optimisation. (An XLA that does not know one of these ends
+# with "Unknown flag in XLA_FLAGS": then it is left out here.)
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

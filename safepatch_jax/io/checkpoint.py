@@ -39,6 +39,10 @@ PARAMS = "params"
 COMPANIONS_FOLDER = "hf"
 _FORMAT = 1
 _AGAIN = "Convert the model again, or copy the folder again."
+_FIX = (
+    "Delete the stage's folder, and the same command makes it again; a model that was converted or "
+    "copied, convert or copy again."
+)
 # What orbax and what it uses raise over files that are not as it wrote them.
 _UNREADABLE = (
     OSError,
@@ -109,19 +113,25 @@ def _load_objects(path: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any
 
 
 def _load_array(path: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read one array; each process reads its own parts. Raises ValueError."""
-
-    def part(index):
-        return stored[index].read().result().astype(abstract.dtype, copy=False)
-
+    """Read one array, the parts of this process's devices alone, all at once and each once. Raises
+    ValueError."""
     try:
         stored = opened(path, name.replace("/", "."))
         if stored.shape != abstract.shape:
             raise ValueError(f"its shape is {stored.shape}, not {abstract.shape}")
+        places = abstract.sharding.addressable_devices_indices_map(abstract.shape).values()
+        reads = {str(place): stored[place].read() for place in places}
+
+        def part(place):
+            return reads[str(place)].result().astype(abstract.dtype, copy=False)
+
         return jax.make_array_from_callback(abstract.shape, abstract.sharding, part)
-    except ValueError as error:  # tensorstore raises its own as such
+    except (*_UNREADABLE, NotImplementedError) as error:  # tensorstore raises what orbax does
         where = addresses.name_of(path)
-        raise ValueError(f"Cannot restore {name} of {where}: {reason(error)[:300]}") from error
+        raise ValueError(
+            f"Cannot restore {name} of {where}, which is absent, damaged or another checkpoint: "
+            f"{reason(error)}. {_FIX}"
+        ) from error
 
 
 def opened(folder: pathlib.Path, name: str) -> ts.TensorStore:
@@ -149,12 +159,8 @@ def _check_arrays(path: pathlib.Path) -> None:
 
 
 def _check_files(path: pathlib.Path) -> None:
-    fix = (
-        "Delete the stage's folder, and the same command makes it again; a model that was "
-        "converted or copied, convert or copy again."
-    )
     try:
-        checksums.check(path, fix)
+        checksums.check(path, _FIX)
     except ValueError as error:
         raise ValueError(
             f"Cannot restore the checkpoint {path}, which is damaged: {error}"
@@ -191,8 +197,8 @@ class StoredTree(Mapping[str, jax.Array]):
         self._path, self._abstract = pathlib.Path(path).absolute(), unnest(abstract)
 
     def __getitem__(self, name: str) -> jax.Array:
-        """Read one array, without orbax, which looks at all of them for each. Raises ValueError if
-        the checkpoint is absent or damaged, or has no such array."""
+        """Read one array; orbax would read the metadata of all each time. Raises ValueError if the
+        checkpoint is absent or damaged, or has no such array."""
         if not addresses.address_of(self._path):
             _check_arrays(self._path)
         return _load_array(self._path, name, self._abstract[name])

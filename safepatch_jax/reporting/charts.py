@@ -94,7 +94,8 @@ def panels(parent: Any, rows: int, columns: int, **options: Any) -> Any:
 
 
 def save(drawn: Any, path: str | pathlib.Path) -> None:
-    """Write a figure as PNG. Drawn once: `savefig` goes through a figure before it draws it."""
+    """Write a figure as PNG; `savefig` draws once without output, for the layout, and then
+    again."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     drawn.set_dpi(_DPI)

@@ -42,7 +42,10 @@ FETCH = "Fetch or copy the file again."
 _HALF_WRITTEN = re.compile(
     r"\..+\.(?:(?:[0-9a-f]{8}|None)-)?\d+(?:\.\w+)?\.partial|\.shared\.\w{8}\.partial", re.DOTALL
 )
-_TICK = 20_000_000  # ns in which a file may change twice and look alike: its times count in these
+# Two writes within one step of the file system's clock leave a file the same times: the hash of one
+# that was changed so recently is not kept. A local disk's steps are 10 ms at most; where times are
+# whole seconds, two seconds (FAT). In ns.
+_STEP, _COARSE_STEP, _SECOND = 20_000_000, 2_100_000_000, 1_000_000_000
 _hashed: dict[tuple[int, ...], str] = {}  # SHA-256 by what a file looks like
 
 
@@ -339,10 +342,9 @@ def umask() -> int:
 def file_sha256(path: str | pathlib.Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     with open(path, "rb") as f:
-        looks = _looks(os.fstat(f.fileno()))
-        settled = time.time_ns() - max(looks[-2:]) > _TICK
+        begun, looks = time.time_ns(), _looks(os.fstat(f.fileno()))
         digest = hashlib.file_digest(f, "sha256").hexdigest()
-        if settled and _looks(os.fstat(f.fileno())) == looks:
+        if _settled(begun, *looks[-2:]) and _looks(os.fstat(f.fileno())) == looks:
             _hashed[looks] = digest
     return digest
 
@@ -356,6 +358,12 @@ def known_sha256(path: str | pathlib.Path) -> str | None:
 def _looks(status: os.stat_result) -> tuple[int, ...]:
     times = status.st_mtime_ns, status.st_ctime_ns
     return status.st_dev, status.st_ino, status.st_size, *times
+
+
+def _settled(now: int, modified: int, changed: int) -> bool:
+    """Return whether a change from now on would show in a file's times; each moves the second."""
+    coarse = not modified % _SECOND and not changed % _SECOND
+    return now - changed > (_COARSE_STEP if coarse else _STEP)
 
 
 def folder_hashes(folder: str | pathlib.Path, leave_out: str = "") -> dict[str, dict[str, Any]]:

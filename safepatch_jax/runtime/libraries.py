@@ -97,19 +97,27 @@ def transformers() -> ModuleType:
 
 
 def event_writer() -> Any:
-    """Import tensorboardX and return its SummaryWriter. Torch and clients of object stores stay
-    out: it would import what of them is installed, for seconds, and numbers in files need none."""
-    with _left_out("torch", "boto3", "google.cloud.storage"):
-        return importlib.import_module("tensorboardX").SummaryWriter
+    """Import tensorboardX and return its SummaryWriter.
+
+    Torch and clients of object stores stay out: it would import those that are installed, for
+    seconds, and numbers in files need none. In this process it then writes no torch tensors and to
+    no address, unless it was imported before.
+    """
+    if "tensorboardX" not in sys.modules:
+        with _left_out("torch", "boto3", "google.cloud.storage"):
+            importlib.import_module("tensorboardX")
+    return sys.modules["tensorboardX"].SummaryWriter
 
 
 @contextlib.contextmanager
 def _left_out(*modules: str) -> Iterator[None]:
-    """Let an import fail within the block, of modules that have not been imported before."""
+    """Let an import fail within the block, in all threads, of modules that have not been imported
+    before."""
     absent = [module for module in modules if module not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))
     try:
         yield
     finally:
         for module in absent:
-            del sys.modules[module]
+            if sys.modules.get(module, module) is None:
+                del sys.modules[module]

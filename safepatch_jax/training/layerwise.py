@@ -31,7 +31,7 @@ from safepatch_jax.models.table import Param, nest, unnest
 from safepatch_jax.training.batch import batch_layout, micro_batches, reported
 from safepatch_jax.training.losses import Loss
 from safepatch_jax.training.objective import end_logprobs
-from safepatch_jax.training.optimizers import updated
+from safepatch_jax.training.optimizers import factor_to_norm, updated
 
 Batch = Mapping[str, jax.Array]
 Micros = Mapping[str, jax.Array]  # a batch with an axis of micro-batches in front
@@ -224,7 +224,7 @@ class LayerwiseStep:
         norm = jnp.sqrt(sum(squares))
         if not self._clip_norm:
             return jnp.float32(1), norm
-        return jnp.where(norm < self._clip_norm, 1.0, self._clip_norm / norm), norm
+        return factor_to_norm(norm, self._clip_norm), norm
 
     def parts(self, state: Any, frozen: Any, batch: Mapping[str, Any]) -> list[Part]:
         """Return the programs of a step but for its begin, which looks up embeddings.

@@ -41,19 +41,23 @@ def _bounded_rms(stacked: bool) -> optax.GradientTransformation:
 
 
 def scaled_to_norm(most: float) -> optax.GradientTransformation:
-    """Scale gradients with a larger global norm down to it.
+    """Scale float32 gradients whose global norm exceeds `most` down to that norm.
 
-    `optax.clip_by_global_norm` but for rounding: one factor for all, which the optimiser's loops
-    over the gradients multiply by as they read them; chosen and divided entry by entry they took
-    twice as long on a CPU.
+    As `optax.clip_by_global_norm` but for rounding: by one factor, which the optimiser's loops
+    multiply by as they read gradients. Optax selects and divides entry by entry, with which these
+    loops took twice as long on a CPU.
     """
 
     def scaled(gradients, params):
-        norm = optax.tree.norm(gradients)
-        factor = jnp.where(norm < most, 1.0, most / norm)
+        factor = factor_to_norm(optax.tree.norm(gradients), most)
         return jax.tree.map(lambda g: factor * g, gradients)
 
     return optax.stateless(scaled)
+
+
+def factor_to_norm(norm: jax.Array, most: float) -> jax.Array:
+    """Return what gradients of a global norm are multiplied by, so that it is `most` at most."""
+    return jnp.where(norm < most, 1.0, most / norm)
 
 
 def updated(

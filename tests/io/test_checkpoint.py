@@ -1,5 +1,6 @@
 """Model checkpoints: bitwise onto any mesh, and refused when damaged or of another architecture."""
 
+import itertools
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from safepatch_jax.io.checkpoint import (
 )
 from safepatch_jax.io.folder import stored_dtypes
 from safepatch_jax.io.hf import load_params
+from safepatch_jax.models.table import unnest
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
 
@@ -162,6 +164,46 @@ def test_arrays_are_compared_before_a_part_of_them_is_read(tmp_path, capsys):
     damaged(path, np.random.default_rng(1))
     with pytest.raises(ValueError, match=f"damaged: .*{path.name} has other bytes than were .*"):
         StoredTree(tmp_path / "tree", abstract)["c"]
+
+
+@pytest.mark.parametrize("devices, tensor", [(1, 1), (8, 1), (8, 2)])
+def test_arrays_one_by_one_are_those_of_the_whole(tmp_path, devices, tensor):
+    """Cut, whole everywhere, and cast, as they are read into."""
+    rng, place = np.random.default_rng(0), sharder_of(devices, tensor)
+    arrays = {"a": {"b": rng.normal(size=(16, 8))}, "c": rng.normal(size=24)}
+    tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+    (tmp_path / "run [2]*").mkdir()
+    path = tmp_path / "run [2]*" / "tree"
+    save_tree(path, tree)
+    layouts = [("embed", "mlp"), ("layers", "mlp"), ("layers", "layers")]
+    for axes, dtype in itertools.product(layouts, (jnp.float32, jnp.bfloat16)):
+
+        def described(x, axes=axes, dtype=dtype):
+            sharding = place.sharding(axes[: x.ndim])
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+        abstract = jax.tree.map(described, tree)
+        whole, stored = unnest(load_tree(path, abstract)), StoredTree(path, abstract)
+        assert stored.keys() == whole.keys()
+        for name, x in whole.items():
+            assert stored[name].sharding == x.sharding and stored[name].dtype == x.dtype
+            np.testing.assert_array_equal(stored[name], x)
+
+
+def test_an_array_that_is_not_there_or_of_another_shape_is_named(tmp_path, sharder):
+    save_tree(tmp_path / "tree", {"a": jnp.ones((4, 2))})
+
+    def stored(name, shape, folder="tree"):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharder.replicated())
+        return StoredTree(tmp_path / folder, {name: x})[name]
+
+    fix = "Delete the stage's folder"
+    with pytest.raises(ValueError, match=f"Cannot restore b of .*tree, which .*{fix}"):
+        stored("b", (4, 2))
+    with pytest.raises(ValueError, match=rf"its shape is \(4, 2\), not \(2, 4\)\. {fix}"):
+        stored("a", (2, 4))
+    with pytest.raises(ValueError, match=f"Cannot restore a of .*nowhere, .*{fix}"):
+        stored("a", (4, 2), "nowhere")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_reported_once(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import refuse_no_op, totals
 from tests.patching import oracle
-from tests.patching.cases import FEW, SEED, as_list, inputs, matrices
+from tests.patching.cases import FEW, ROWS, SEED, as_list, inputs, matrices
 from tests.patching.cases import run as run_rows
 
 
@@ -56,18 +56,19 @@ def test_bits_equal_the_oracle(patch, dtype, rounding):
 
 
 @pytest.mark.parametrize(
-    "devices, dtype, rounding",
+    "devices, dtype, rounding, rows",
     [
-        (2, jnp.bfloat16, "stochastic"),
-        (4, jnp.bfloat16, "stochastic"),
-        (8, jnp.bfloat16, "stochastic"),
-        (8, np.float32, "nearest"),
+        (2, jnp.bfloat16, "stochastic", FEW),
+        (4, jnp.bfloat16, "stochastic", FEW),
+        (8, jnp.bfloat16, "stochastic", ROWS),
+        (8, np.float32, "nearest", FEW),
     ],
 )
-def test_same_bits_on_several_devices(devices, dtype, rounding):
+def test_same_bits_on_several_devices(devices, dtype, rounding, rows):
     patch = PatchSettings(top_rate_se=0.3, top_rate_osm=0.2, alpha=1.3)
-    one, statistics_one = run(*few(dtype), patch, rounding=rounding)
-    many, statistics_many = run(*few(dtype), patch, devices=devices, rounding=rounding)
+    trees, options = inputs(dtype, rows=rows), {"rounding": rounding, "rows": rows}
+    one, statistics_one = run_rows(*trees, patch, **options)
+    many, statistics_many = run_rows(*trees, patch, devices=devices, **options)
     assert statistics_one == statistics_many
     for path in one:
         assert one[path].tobytes() == many[path].tobytes(), path

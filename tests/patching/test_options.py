@@ -172,15 +172,15 @@ def test_baselines_equal_their_formulas(merge, dtype):
     "options, devices",
     [
         *((options, 8) for options in OPTIONS[1:]),
-        (OPTIONS[4], 2),
-        (OPTIONS[4], 4),
-        (ABLATIONS[2], 4),
+        ({"granularity": "row", "combine": "intersection", "support": "fill"}, 2),
+        ({"granularity": "row", "combine": "intersection", "support": "fill"}, 4),
+        ({"importance": "random", "granularity": "global"}, 4),
         ({"merge": "ties"}, 2),
         ({"merge": "ties", "granularity": "global"}, 8),
         ({"merge": "dare_ties"}, 8),
         ({"merge": "resta"}, 4),
     ],
-    ids=str,
+    ids=lambda x: label(x) if isinstance(x, dict) else str(x),
 )
 def test_same_bits_on_several_devices(options, devices):
     patch = PatchSettings(**options, top_rate_se=0.3, top_rate_osm=0.2, alpha=1.3)

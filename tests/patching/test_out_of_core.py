@@ -97,6 +97,7 @@ def test_bits_and_statistics_are_those_of_the_mesh(options):
     [
         ("bfloat16", "keep", "stochastic"),
         ("float32", "bfloat16", "nearest"),
+        ("float32", "bfloat16", "stochastic"),
         ("float32", "float16", "stochastic"),
     ],
 )
