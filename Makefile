@@ -34,8 +34,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .
 
 # The tests of bits, and of buffers that are given on, run with XLA's own optimisation; the others
-# compile faster without (tests/conftest.py). A file stays with one worker: its fixtures are made, and its programs
-# compiled, once. Files are begun in the order of tests/conftest.py: long ones first.
+# compile faster without (tests/conftest.py). A file stays with one worker: its fixtures are made,
+# and its programs compiled, once. Files are begun in the order of tests/conftest.py: long ones
+# first.
 BITS := tests/patching tests/test_numerics.py tests/training/test_scratch.py tests/models/test_cache.py
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: lint

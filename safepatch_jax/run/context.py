@@ -113,6 +113,9 @@ class Context(Inputs):
         Args:
           folder: whose architecture, tokenizer and chat template it has.
           params: nested parameters on the mesh.
+
+        Raises:
+          ValueError: no chat template, nor one in the settings.
         """
         settings = self.settings
         return Engine(

@@ -368,7 +368,7 @@ def _settled(now: int, modified: int, changed: int) -> bool:
 
 def folder_hashes(folder: str | pathlib.Path, leave_out: str = "") -> dict[str, dict[str, Any]]:
     """Return ``{relative path: {bytes, sha256}}`` of every file below a folder, sorted, but for
-    those of one folder in it."""
+    those of one folder in it. A file of which `known_sha256` knows is not read again."""
     folder, result = pathlib.Path(folder), {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -126,13 +126,16 @@ def test_what_has_changed_is_read_again_for_its_hash(tmp_path, monkeypatch):
     assert read == ["copy", "weights"]
 
 
-def test_the_hash_of_a_file_that_may_still_change_is_not_kept(tmp_path):
+def test_the_hash_of_a_file_that_may_still_change_is_not_kept(tmp_path, monkeypatch):
     """It may be written to again within the same step of the clock."""
     path = tmp_path / "weights"
-    for content in (b"one", b"two", b"six") * 20:
-        path.write_bytes(content)
-        digest = files.known_sha256(path) or files.file_sha256(path)
-        assert digest == hashlib.sha256(content).hexdigest()
+    path.write_bytes(b"one")
+    written = path.stat().st_ctime_ns
+    for milliseconds, kept in ((1, False), (15, False), (50, True)):
+        monkeypatch.setattr(files.time, "time_ns", lambda now=written + milliseconds * 10**6: now)
+        digest = files.file_sha256(path)
+        assert digest == hashlib.sha256(b"one").hexdigest()
+        assert files.known_sha256(path) == (digest if kept else None)
 
 
 def settled(path):
