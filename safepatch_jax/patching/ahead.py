@@ -40,6 +40,13 @@ class Signature:
     rounding: str
     sharding: jax.sharding.Sharding | None
 
+    def in_view(self, shape: tuple[int, ...]) -> Signature:
+        """Return that of the same weight on one device, looked at in another shape [L, ...]."""
+        (here,) = self.stored.sharding.device_set
+        sharding = jax.sharding.SingleDeviceSharding(here)
+        stored = jax.ShapeDtypeStruct(shape, self.stored.dtype, sharding=sharding)
+        return dataclasses.replace(self, stored=stored, shape=shape, sharding=sharding)
+
     def trace_merge(self) -> jax.stages.Traced:
         """Trace `patch_matrices`."""
         key = jax.ShapeDtypeStruct((self.shape[0], 2), jnp.uint32)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
@@ -17,7 +18,7 @@ from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import agreement
 from safepatch_jax.patching.ahead import PatchPrograms, Signature
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
-from safepatch_jax.patching.programs import KEYED, count_at_least, stack
+from safepatch_jax.patching.programs import KEYED, count_at_least, stack, tall_stack
 from safepatch_jax.patching.selection import PASSES, share_out, top_count
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import overlap, refuse_broken
@@ -148,11 +149,12 @@ def apply_patching(
     else:
         counts = matrix_counts(rows, patch)
     signatures = {}
+    in_view = sharder.one_cpu and not program_options(patch).by_row
     for row in rows:
+        stored = _abstract(backbone[row.path])
         sharding = sharder.sharding(row.axes, row.shape, row.path)
-        signatures[row.path] = signature(
-            row, _abstract(backbone[row.path]), sharding, patch, dtype, rounding
-        )
+        of_row = signature(row, stored, sharding, patch, dtype, rounding)
+        signatures[row.path] = of_row.in_view(tall_stack(row)) if in_view else of_row
     bar = progress(len(rows), title, "weight")
     pending: tuple[Param, Any, Any] | None = None  # a weight whose statistics are not read yet
 
@@ -171,18 +173,26 @@ def apply_patching(
                 pending = None
             of_row = signatures[row.path]
             stored, models = backbone[row.path], by_role(derived, row.path)
+            measured = by_role(sensitivity, row.path)
+            if in_view:
+                stored = _reshaped(stored, shape=of_row.shape, sharding=of_row.sharding)
+                models, measured = _seen((models, measured), of_row)
             compared = {}
             if compare:  # now, as the backbone's buffer is given away below
                 compared = programs.comparison(of_row)(stored, models, np.int32(0))
-            merged[row.path], counted = programs.merge(of_row)(
+            result, counted = programs.merge(of_row)(
                 stored,
                 models,
-                by_role(sensitivity, row.path),
+                measured,
                 row_keys(row, seed),
                 by_role(counts, row.path),
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
             )
-            del models  # the next weight's are read before these names are taken again
+            if in_view:
+                sharding = sharder.sharding(row.axes, row.shape, row.path)
+                result = _reshaped(result, shape=row.shape, sharding=sharding)
+            merged[row.path] = result
+            del models, measured  # the next weight's are read before these names are taken again
             read_pending()
             pending = row, counted, compared
         read_pending()
@@ -218,6 +228,20 @@ def signature(
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "sharding"), donate_argnums=0)
+def _reshaped(x: jax.Array, *, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    """Return an array in another shape, in its own buffer on one device."""
+    return lax.with_sharding_constraint(x.reshape(shape), sharding)
+
+
+def _seen(trees: Any, of_row: Signature) -> Any:
+    """Look at arrays of one CPU device in the shape of a signature, without a copy; they must not
+    be donated."""
+    return jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x).reshape(of_row.shape), of_row.sharding), trees
+    )
 
 
 def _by_tensor(

@@ -28,6 +28,12 @@ def stack(row: Param) -> tuple[int, ...]:
     return (row.num_layers, *row.hf_shape)
 
 
+def tall_stack(row: Param) -> tuple[int, ...]:
+    """Return `stack` with the longer side of its matrices first: weights with as many entries have
+    it in common, and share programs where an array can be looked at in any shape."""
+    return (row.num_layers, *sorted(row.hf_shape, reverse=True))
+
+
 def derived_and_patch(
     stored: jax.Array, derived: Mapping[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:

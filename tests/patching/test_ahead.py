@@ -60,3 +60,18 @@ def test_an_array_for_which_nothing_was_compiled_is_refused():
     derived["se"]["b"] = derived["se"]["b"].astype(np.float16)
     with pytest.raises(TypeError, match="float16"):
         run(theta, derived, sensitivity, PatchSettings(), rows=ALIKE)
+
+
+@pytest.mark.parametrize("devices, programs", [(1, 1), (8, 2)])
+def test_one_cpu_device_shares_programs_between_weights_with_as_many_entries(
+    compiled, devices, programs
+):
+    axes = "layers", "embed", "heads", "head_dim"
+    rows = [
+        Param("wide", AXES, (2, 28, 88), "{layer}.wide", 1, "linear"),
+        Param("tall", axes, (2, 88, 4, 7), "{layer}.tall", 1, "linear"),
+    ]
+    arrays = inputs(rows=rows)
+    compiled.clear()
+    run(*arrays, PatchSettings(), devices, rows=rows)
+    assert sorted(compiled) == sorted(programs * ours)
