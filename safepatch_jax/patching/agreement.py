@@ -86,13 +86,15 @@ def _exact_sums(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         # The upper one carries the sign.
         limbs[f"low_{name}"], limbs[f"high_{name}"] = whole & (1 << _LOW) - 1, whole >> _LOW
     rows = _row_sums(limbs)
-    mask = (1 << _PART) - 1
-    result = {}
+    mask, parts, result = (1 << _PART) - 1, {}, {}
     for name in numbers:
-        parts = []
-        for x in (rows[f"low_{name}"], rows[f"high_{name}"]):
-            parts += [x & mask, x >> _PART & mask, x >> 2 * _PART]
-        result[name] = jnp.stack([jnp.sum(part, dtype=jnp.int32) for part in parts])
+        for half, x in enumerate((rows[f"low_{name}"], rows[f"high_{name}"])):
+            parts[name, 3 * half] = x & mask
+            parts[name, 3 * half + 1] = x >> _PART & mask
+            parts[name, 3 * half + 2] = x >> 2 * _PART
+    sums = reduce_together(parts, {}, {})[0]
+    for name in numbers:
+        result[name] = jnp.stack([sums[name, i] for i in range(len(_SHIFTS))])
     return result
 
 
@@ -108,7 +110,7 @@ def _row_sums(limbs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     row = tuple(range(len(shape) - trailing, len(shape)))
     assert math.prod(shape[i] for i in row) <= SUMMED, shape
     assert math.prod(shape[:-trailing]) <= 1 << 20, shape
-    return {name: jnp.sum(x, axis=row, dtype=jnp.int32) for name, x in limbs.items()}
+    return reduce_together(limbs, {}, {}, row)[0]
 
 
 def _number(limbs: Sequence[int]) -> float:

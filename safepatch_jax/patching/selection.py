@@ -161,24 +161,26 @@ def reduce_together(
     sums: Mapping[str, jax.Array],
     largest: Mapping[str, jax.Array],
     smallest: Mapping[str, jax.Array],
+    axes: tuple[int, ...] | None = None,
 ) -> tuple[dict[str, jax.Array], ...]:
-    """Reduce arrays of one shape to scalars, in one pass over them on CPU.
+    """Reduce arrays of one shape along some axes, or to scalars, in one pass over them on CPU.
 
     Args:
       sums: bool, to be counted, or int32.
       largest, smallest: int32, of which the largest (0 if there is none) and the smallest (NONE)
         is wanted.
+      axes: of them; None for all.
 
     Returns:
-      three dictionaries of int32 scalars.
+      three dictionaries of int32 scalars, or of arrays of what is left.
     """
 
     def one_by_one(trees):
         sums, largest, smallest = trees
         return (
-            {name: jnp.sum(x, dtype=jnp.int32) for name, x in sums.items()},
-            {name: jnp.max(x) for name, x in largest.items()},
-            {name: jnp.min(x) for name, x in smallest.items()},
+            {name: jnp.sum(x, axes, dtype=jnp.int32) for name, x in sums.items()},
+            {name: jnp.max(x, axes) for name, x in largest.items()},
+            {name: jnp.min(x, axes) for name, x in smallest.items()},
         )
 
     rules = [lax.add] * len(sums) + [lax.max] * len(largest) + [lax.min] * len(smallest)
@@ -191,8 +193,8 @@ def reduce_together(
         sums, largest, smallest = trees
         ones = {name: x.astype(jnp.int32) for name, x in sums.items()}
         arrays, tree = jax.tree.flatten((ones, largest, smallest))  # in the order of `rules`
-        axes = tuple(range(arrays[0].ndim))
-        reduced = lax.reduce(tuple(arrays), tuple(map(jnp.int32, starts)), combine, axes)
+        over = tuple(range(arrays[0].ndim)) if axes is None else axes
+        reduced = lax.reduce(tuple(arrays), tuple(map(jnp.int32, starts)), combine, over)
         return jax.tree.unflatten(tree, reduced)
 
     return lax.platform_dependent(
