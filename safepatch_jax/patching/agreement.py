@@ -78,7 +78,8 @@ def _exact_sums(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
     Float32 sums would depend on the mesh, which orders them, and statistics do not. Whole numbers
     are summed in limbs that cannot overflow: first along rows (of as many last axes as 2^18 entries
-    hold), then over the rows' sums, so that no more than one number a row crosses devices.
+    hold), then over the rows' sums, so that no more than one number a row, from each device that
+    holds a part of it, crosses devices.
     """
     limbs = {}
     for name, x in numbers.items():

@@ -103,8 +103,9 @@ def test_comparing_the_patches_moves_sums_and_holds_few_matrices(layers):
     (theta, derived, *_), _ = arguments(layers, jnp.bfloat16)
     program = compare_patches.lower(theta, derived, np.int32(0), shape=theta.shape).compile()
     largest = moved(program)
-    # At most a number for each row.
-    assert set(largest) <= {"all-reduce", "all-gather"} and max(largest.values()) <= OUT, largest
+    # At most a number for each row, on CPU from each of the two devices that hold it.
+    assert set(largest) <= {"all-reduce", "all-gather"}, largest
+    assert max(largest.values()) <= 2 * OUT, largest
     assert program.memory_analysis().temp_size_in_bytes < 12 * MATRIX
 
 
