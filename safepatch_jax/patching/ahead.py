@@ -27,7 +27,8 @@ class Signature:
     """What the programs of a weight are compiled for; weights with equal ones share them.
 
     Attributes:
-      stored: the backbone's array; derived models and sensitivities lie as it does, in float32.
+      stored: the backbone's array, or a view of it; derived models and sensitivities lie as it
+        does, in float32.
       shape, options, dtype, rounding, sharding: see `patch_matrices`.
       sensitivity: whether there is one.
     """
@@ -39,13 +40,6 @@ class Signature:
     dtype: str
     rounding: str
     sharding: jax.sharding.Sharding | None
-
-    def in_view(self, shape: tuple[int, ...]) -> Signature:
-        """Return that of the same weight on one device, looked at in another shape [L, ...]."""
-        (here,) = self.stored.sharding.device_set
-        sharding = jax.sharding.SingleDeviceSharding(here)
-        stored = jax.ShapeDtypeStruct(shape, self.stored.dtype, sharding=sharding)
-        return dataclasses.replace(self, stored=stored, shape=shape, sharding=sharding)
 
     def trace_merge(self) -> jax.stages.Traced:
         """Trace `patch_matrices`."""

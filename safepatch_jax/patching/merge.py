@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 
 from safepatch_jax.mesh import Sharder
 from safepatch_jax.models.table import Param
@@ -22,6 +22,7 @@ from safepatch_jax.patching.programs import KEYED, count_at_least, stack, tall_s
 from safepatch_jax.patching.selection import PASSES, share_out, top_count
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import overlap, refuse_broken
+from safepatch_jax.patching.tensor import ProgramOptions
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
 
@@ -149,12 +150,9 @@ def apply_patching(
     else:
         counts = matrix_counts(rows, patch)
     signatures = {}
-    in_view = sharder.one_cpu and not program_options(patch).by_row
     for row in rows:
         stored = _abstract(backbone[row.path])
-        sharding = sharder.sharding(row.axes, row.shape, row.path)
-        of_row = signature(row, stored, sharding, patch, dtype, rounding)
-        signatures[row.path] = of_row.in_view(tall_stack(row)) if in_view else of_row
+        signatures[row.path] = signature(row, stored, sharder, patch, dtype, rounding)
     bar = progress(len(rows), title, "weight")
     pending: tuple[Param, Any, Any] | None = None  # a weight whose statistics are not read yet
 
@@ -171,12 +169,14 @@ def apply_patching(
             if not together:
                 read_pending()
                 pending = None
+                gc.collect(0)  # frees the views of the weight before
             of_row = signatures[row.path]
             stored, models = backbone[row.path], by_role(derived, row.path)
             measured = by_role(sensitivity, row.path)
-            if in_view:
-                stored = _reshaped(stored, shape=of_row.shape, sharding=of_row.sharding)
-                models, measured = _seen((models, measured), of_row)
+            viewed = _viewed(sharder, of_row.options)
+            if viewed:
+                stored = _reshaper(of_row.shape, of_row.sharding)(stored)
+                models, measured = _views((models, measured), of_row)
             compared = {}
             if compare:  # now, as the backbone's buffer is given away below
                 compared = programs.comparison(of_row)(stored, models, np.int32(0))
@@ -188,9 +188,9 @@ def apply_patching(
                 by_role(counts, row.path),
                 Knobs.of(patch, math.prod(row.hf_shape)).traced(),
             )
-            if in_view:
+            if viewed:
                 sharding = sharder.sharding(row.axes, row.shape, row.path)
-                result = _reshaped(result, shape=row.shape, sharding=sharding)
+                result = _reshaper(row.shape, sharding)(result)
             merged[row.path] = result
             del models, measured  # the next weight's are read before these names are taken again
             read_pending()
@@ -203,22 +203,28 @@ def apply_patching(
 def signature(
     row: Param,
     stored: jax.ShapeDtypeStruct,
-    sharding: jax.sharding.Sharding | None,
+    sharder: Sharder,
     patch: PatchSettings,
     dtype: str,
     rounding: str,
 ) -> Signature:
-    """Return what the programs of a row are compiled for.
+    """Return what the programs of a row are compiled for: on one CPU device, where any shape is a
+    view, with the larger side of its matrices first.
 
     Args:
       stored: the backbone's array.
-      sharding: of the result.
+      sharder: the mesh.
       patch, dtype, rounding: see `apply_patching`.
     """
+    shape, options = stack(row), program_options(patch)
+    sharding = sharder.sharding(row.axes, row.shape, row.path)
+    if _viewed(sharder, options):
+        shape, sharding = tall_stack(row), sharder.replicated()
+        stored = jax.ShapeDtypeStruct(shape, stored.dtype, sharding=sharding)
     return Signature(
         stored=stored,
-        shape=stack(row),
-        options=program_options(patch),
+        shape=shape,
+        options=options,
         sensitivity=patch.needs_sensitivity,
         dtype=str(stored.dtype) if dtype == "keep" else dtype,
         rounding=rounding,
@@ -226,19 +232,24 @@ def signature(
     )
 
 
+def _viewed(sharder: Sharder, options: ProgramOptions) -> bool:
+    """Whether weights are patched in views of a shape that others have too."""
+    return sharder.one_cpu and not options.by_row
+
+
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "sharding"), donate_argnums=0)
-def _reshaped(x: jax.Array, *, shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    """Return an array in another shape, in its own buffer on one device."""
-    return lax.with_sharding_constraint(x.reshape(shape), sharding)
+@functools.lru_cache(maxsize=64)
+def _reshaper(shape: tuple[int, ...], sharding: Any) -> Callable[[jax.Array], jax.Array]:
+    """Return what gives an array on one device another shape, in its own buffer."""
+    return jax.jit(lambda x: x.reshape(shape), donate_argnums=0, out_shardings=sharding)
 
 
-def _seen(trees: Any, of_row: Signature) -> Any:
-    """Look at arrays of one CPU device in the shape of a signature, without a copy; they must not
-    be donated."""
+def _views(trees: Any, of_row: Signature) -> Any:
+    """Look at arrays of one CPU device in the shape of a signature, without a copy. Neither they
+    nor the views may be donated."""
     return jax.tree.map(
         lambda x: jax.device_put(np.asarray(x).reshape(of_row.shape), of_row.sharding), trees
     )

@@ -24,7 +24,7 @@ KEYED = (*PATCH_ROLES, "rounding", "fill", "top_se", "top_osm")  # what draws ra
 
 
 def stack(row: Param) -> tuple[int, ...]:
-    """Return the shape [L, *HF shape] in which a row is patched."""
+    """Return the shape [L, *HF shape] of a row as HF tensors."""
     return (row.num_layers, *row.hf_shape)
 
 
@@ -130,7 +130,7 @@ def patch_matrices(
     """Patch one weight in all blocks, in the buffer of the backbone where the dtype stays.
 
     Args:
-      theta: backbone, storage dtype, the row's shape; donated.
+      theta: backbone, storage dtype, the row's shape or another of the same entries; donated.
       derived: {'se', 'osm'}: derived models, float32, same shape.
       sensitivity: {'se', 'osm'}: sums of |gradient|, float32, same shape; may be None for an
         importance that needs none.
@@ -138,14 +138,15 @@ def patch_matrices(
       counts: {'se', 'osm'}: int32 [L], see `Tensor`.
       knobs: see `Knobs.traced`.
       options: see `ProgramOptions`.
-      shape: [L, out, in] (or [L, n]): the row as HF tensors.
+      shape: [L, out, in] (or [L, n]): the row as HF tensors; where nothing is by row, of any
+        matrices of as many entries.
       dtype: storage dtype of the result; the one cast is to it, at the end.
       rounding: of the changed entries in that cast, nearest or stochastic; the others are rounded
         to nearest.
       sharding: of the result; the compiler's choice if None.
 
     Returns:
-      (merged weight in that dtype and the row's shape, statistics {name: [L]}).
+      (merged weight in that dtype and theta's shape, statistics {name: [L]}).
     """
     backbones, in_place = _stacked(theta, shape), theta.dtype == jnp.dtype(dtype)
 
@@ -192,7 +193,7 @@ def _at(stacks, index: jax.Array):
 
 
 def _matrices(tree, shape: tuple[int, ...]):
-    """Reshape arrays of one block to the HF tensor's shape."""
+    """Reshape arrays of one block to the shape of a tensor."""
     return jax.tree.map(lambda x: x.reshape(shape[1:]), tree)
 
 

@@ -34,6 +34,9 @@ class ProgramOptions(NamedTuple):
 class Tensor:
     """One HF tensor within the compiled program; dictionaries are by role.
 
+    Its entries are in the tensor's row-major order. The last axis holds its rows where
+    `options.by_row`; else the shape may be any.
+
     Attributes:
       patch: derived model - backbone, float32.
       importance: what entries are ranked by, float32, >= 0.

@@ -24,6 +24,7 @@ from safepatch_jax.models.config import DecoderConfig, config_from_hf, read_hf_c
 from safepatch_jax.models.layerwise import Part
 from safepatch_jax.models.table import Param, param_table
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.ahead import Signature
 from safepatch_jax.patching.merge import signature
 from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.needs import decode_flops, train_flops
@@ -267,25 +268,22 @@ def _of_parts(kind: str, name: str, parts: Iterable[Part], least: int) -> list[P
 
 
 def _patch(context: Context, config: DecoderConfig) -> list[Program]:
-    alike: dict[tuple, list[Param]] = {}
+    alike: dict[Signature, list[Param]] = {}
     for row in param_table(config).scope(context.settings.patch.scope):
-        spec = context.sharder.sharding(row.axes, row.shape, row.path).spec
-        alike.setdefault((row.shape, spec, row.hf_shape), []).append(row)
+        alike.setdefault(_patch_signature(context, row, config), []).append(row)
     result = []
-    for rows in alike.values():
+    for of_rows, rows in alike.items():
         name = " ".join(row.path.split("/")[-1] for row in rows)
-        trace = functools.partial(_trace_patch, context, rows[0], config)
         resident = resident_bytes(context.settings, config, context.sharder, rows[:1])
-        result.append(Program("patch", name, trace, resident))
+        result.append(Program("patch", name, of_rows.trace_merge, resident))
     return result
 
 
-def _trace_patch(context: Context, row: Param, config: DecoderConfig) -> jax.stages.Traced:
-    patch, export = context.settings.patch, context.settings.export
-    sharding = context.sharder.sharding(row.axes, row.shape, row.path)
+def _patch_signature(context: Context, row: Param, config: DecoderConfig) -> Signature:
+    patch, export, sharder = context.settings.patch, context.settings.export, context.sharder
+    sharding = sharder.sharding(row.axes, row.shape, row.path)
     stored = jax.ShapeDtypeStruct(row.shape, jnp.dtype(config.dtype), sharding=sharding)
-    of_row = signature(row, stored, sharding, patch, export.dtype, export.rounding)
-    return of_row.trace_merge()
+    return signature(row, stored, sharder, patch, export.dtype, export.rounding)
 
 
 def _decode(context: Context, config: DecoderConfig) -> list[Program]:

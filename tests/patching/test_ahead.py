@@ -7,7 +7,8 @@ import pytest
 from safepatch_jax.models.table import Param
 from safepatch_jax.patching import merge
 from safepatch_jax.patching.settings import PatchSettings
-from tests.patching.cases import inputs, run
+from tests.conftest import sharder_of
+from tests.patching.cases import SEED, inputs, place, run
 
 AXES = ("layers", "mlp", "embed")
 ALIKE = [Param(name, AXES, (2, 24, 88), "{layer}." + name, 1, "linear") for name in "ab"]
@@ -75,3 +76,19 @@ def test_one_cpu_device_shares_programs_between_weights_with_as_many_entries(
     compiled.clear()
     run(*arrays, PatchSettings(), devices, rows=rows)
     assert sorted(compiled) == sorted(programs * ours)
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "row"])
+def test_merged_weights_lie_as_the_table_says(granularity):
+    axes = "embed", "vocab"
+    rows = [*ALIKE, Param("whole", axes, (24, 32), "whole", 1, "linear")]
+    sharder, arrays = sharder_of(1), inputs(rows=rows)
+    theta, *others = arrays
+    theta = place(theta, sharder, rows)
+    others = [{role: place(x, sharder, rows) for role, x in trees.items()} for trees in others]
+    patch = PatchSettings(granularity=granularity)
+    merged, _ = merge.apply_patching(theta, *others, rows, patch, SEED, sharder, "test")
+    for row in rows:
+        assert merged[row.path].shape == row.shape
+        assert merged[row.path].sharding == sharder.sharding(row.axes, row.shape)
+        assert theta[row.path].is_deleted()  # its buffer holds the result

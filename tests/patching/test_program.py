@@ -103,9 +103,10 @@ def test_comparing_the_patches_moves_sums_and_holds_few_matrices(layers):
     (theta, derived, *_), _ = arguments(layers, jnp.bfloat16)
     program = compare_patches.lower(theta, derived, np.int32(0), shape=theta.shape).compile()
     largest = moved(program)
-    # At most a number for each row, on CPU from each of the two devices that hold it.
+    # At most a number for each row, on CPU from each of the four devices that hold a part of it, of
+    # the half of the rows that they hold.
     assert set(largest) <= {"all-reduce", "all-gather"}, largest
-    assert max(largest.values()) <= 2 * OUT, largest
+    assert max(largest.values()) <= 4 * (OUT // 2), largest
     assert program.memory_analysis().temp_size_in_bytes < 12 * MATRIX
 
 
