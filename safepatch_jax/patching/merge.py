@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -149,7 +148,7 @@ def apply_patching(
         counts = _scope_counts(backbone, derived, sensitivity, rows, patch, seed)
     else:
         counts = matrix_counts(rows, patch)
-    signatures = {}
+    signatures, viewed = {}, _viewed(sharder, program_options(patch))
     for row in rows:
         stored = _abstract(backbone[row.path])
         signatures[row.path] = signature(row, stored, sharder, patch, dtype, rounding)
@@ -169,11 +168,9 @@ def apply_patching(
             if not together:
                 read_pending()
                 pending = None
-                gc.collect(0)  # frees the views of the weight before
             of_row = signatures[row.path]
             stored, models = backbone[row.path], by_role(derived, row.path)
             measured = by_role(sensitivity, row.path)
-            viewed = _viewed(sharder, of_row.options)
             if viewed:
                 stored = _reshaper(of_row.shape, of_row.sharding)(stored)
                 models, measured = _views((models, measured), of_row)
