@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from safepatch_jax.models.table import Param
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.statistics import totals
@@ -50,6 +51,18 @@ def test_every_kind_of_values_and_the_same_on_eight_devices():
         check(numbers, tensor["theta"], tensor["se"], tensor["osm"])
         for figure in FIGURES:
             assert many[tensor["name"]][figure] == numbers[figure], (tensor["kind"], figure)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_large_tensor_is_summed_by_rows_without_overflow(devices):
+    axes, shape = ("layers", "mlp", "embed"), (1, 640, 1024)  # more entries than SUMMED
+    rows = [Param("large", axes, shape, "large", 1, "linear")]
+    theta, derived, sensitivity = inputs(rows=rows)
+    for role, low, high in (("se", 1.9, 1.99), ("osm", -1.99, 1.9)):  # limbs that are nearly full
+        patch = np.random.default_rng(3).uniform(low, high, shape).astype(np.float32)
+        derived[role]["large"] = theta["large"] + patch
+    numbers = run(theta, derived, sensitivity, PATCH, devices, rows=rows)[1]["large"]
+    check(numbers, theta["large"], derived["se"]["large"], derived["osm"]["large"])
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.5])
