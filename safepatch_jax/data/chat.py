@@ -242,11 +242,13 @@ class Chat:
             # One token would hold the prompt's last character and the answer's first (a line break
             # before a line break).
             answer_ids = self._ids(answered)
-        end = next((i for i, t in enumerate(answer_ids) if t in self._special_ids), None)
-        if end is None:
-            answer_ids = answer_ids + [self.tokenizer.eos_token_id]
-        else:
+        special = self._special_places(answer_ids)
+        if closing := self._closing_tokens:
+            # Not the first of all: the answer's text may hold some, such as HTML's <s>.
+            end = special[max(len(special) - closing, 0)]
             answer_ids = answer_ids[: end + 1]
+        else:
+            answer_ids = answer_ids + [self.tokenizer.eos_token_id]
         example = Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
         asked = opening
         if self._format.thinking == SKIP:
@@ -254,6 +256,16 @@ class Chat:
         if asked == before:
             return example
         return dataclasses.replace(example, asked=tuple(self._ids(asked)))
+
+    def _special_places(self, ids: Sequence[int]) -> list[int]:
+        return [place for place, token in enumerate(ids) if token in self._special_ids]
+
+    @functools.cached_property
+    def _closing_tokens(self) -> int:
+        """How many special tokens the template writes after an answer; the first ends the turn."""
+        messages = self._messages("test", ())
+        _, answered = self._parts(self._opening(messages), messages, "test")
+        return len(self._special_places(self._ids(answered)))
 
     def _parts(
         self, before: str, messages: Sequence[Mapping[str, Any]], answer: str

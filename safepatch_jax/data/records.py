@@ -38,11 +38,12 @@ _ALIASES = {
     "answer": ("answer", "target", "output", "response"),
     "refusal": ("refusal",),
     "category": ("category", "type", "topic", "SemanticCategory"),
-    "context": ("input",),
+    "context": ("context", "input"),
     "label": ("label",),
     "split": ("split",),
 }
 _REVISION = "revision"  # after the name of a data set of the Hub, beside the fields
+_SAFE = "is_safe"  # BeaverTails' column
 _OPPOSITE = "labelled as the opposite"
 _NEEDS_ANSWER = {"harmful": True, "lookalike": False, "ordinary": True}
 _REFUSALS = (
@@ -111,9 +112,9 @@ def load_records(
       data_dir: where public data sets are prepared.
       answers: whether a row needs one; by default harmful and ordinary ones do.
 
-    Rows that XSTest or BeaverTails label as the opposite of the role are left out, and so are
-    near-duplicates of an earlier row (`duplicates.first_of_each`; not in the built-in set; after
-    other turns a prompt is another one). Without a 'split' column a row's split follows from the
+    Rows that a data set labels as the opposite of the role are left out, and so are near-duplicates
+    of an earlier row (`duplicates.first_of_each`; not in the built-in set; after other turns a
+    prompt is another one). Without a 'split' column a row's split follows from the
     hash of its prompt: about 60 % train, 20 % search, 20 % report.
 
     Raises:
@@ -138,12 +139,22 @@ def load_records(
     if source != "builtin":
         unique = _unique(records)
     omitted["near-duplicates"] = len(records) - len(unique)
+    notes = []
     if reasons := [f"{count:,} {reason}" for reason, count in omitted.items() if count]:
-        say(
-            f"  {role} ({source}): {len(unique):,} of {len(rows):,} rows; left out: "
-            f"{', '.join(reasons)}"
-        )
+        notes.append(f"left out: {', '.join(reasons)}")
+    if unread := _unread(source, rows, columns):
+        notes.append(f"columns not read: {some(unread, ', ', 8)}")
+    if notes:
+        say(f"  {role} ({source}): {len(unique):,} of {len(rows):,} rows; {'; '.join(notes)}")
     return unique
+
+
+def _unread(source: str, rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
+    """Return the columns of somebody's table that are no field's."""
+    if source == "builtin" or source.startswith("set:"):
+        return []
+    present = dict.fromkeys(itertools.chain.from_iterable(rows))
+    return [f"{name:.60}" for name in present if name not in (*columns.values(), _SAFE)]
 
 
 def _usable(
@@ -294,6 +305,8 @@ def _find_columns(
     talks = [name for name in CONVERSATIONS if name in present]
     if answers and talks and "answer" not in columns:
         columns["prompt"] = talks[0]  # it holds the answers too
+    # A column that the source names is the field's that it is named for, and no other's.
+    columns = {field: name for field, name in columns.items() if name not in mapping.values()}
     columns |= mapping
     needed = ["prompt"]
     if (
@@ -337,11 +350,13 @@ def _check_splits(source: str, records: Sequence[Record]) -> None:
 
 
 def _is_opposite(role: str, row: Row, fields: Mapping[str, str]) -> bool:
-    """Return whether the data set labels a row as the opposite of the role: unsafe contrasts in
-    XSTest, safe answers in BeaverTails."""
-    if role == "lookalike":
-        return fields["label"].lower() == "unsafe" or fields["category"].startswith("contrast_")
-    return role == "harmful" and str(row.get("is_safe", "")).lower() == "true"
+    """Return whether the data set labels a row as the opposite of the role: safe prompts (XSTest)
+    or answers (BeaverTails) for harmful, unsafe ones for the other two."""
+    label = fields["label"].lower()
+    if role == "harmful":
+        return label == "safe" or str(row.get(_SAFE, "")).lower() == "true"
+    contrast = role == "lookalike" and fields["category"].startswith("contrast_")
+    return label == "unsafe" or contrast
 
 
 def take(records: Sequence[Record], split: str, limit: int | None = None) -> list[Record]:
@@ -387,7 +402,7 @@ def _read_set(
     rows = []
     for record in builders.load_set(name, splits, manual_dir, data_dir):
         row = {field: record[field] for field in ("prompt", "answer", "category", "label")}
-        rows.append(row | {"is_safe": record["label"] == "safe"})
+        rows.append(row | {_SAFE: record["label"] == "safe"})
     return rows
 
 
