@@ -243,10 +243,9 @@ class Chat:
             # before a line break).
             answer_ids = self._ids(answered)
         special = self._special_places(answer_ids)
-        if closing := self._closing_tokens:
+        if special and self._closing:
             # Not the first of all: the answer's text may hold some, such as HTML's <s>.
-            end = special[max(len(special) - closing, 0)]
-            answer_ids = answer_ids[: end + 1]
+            answer_ids = answer_ids[: special[max(len(special) - self._closing, 0)] + 1]
         else:
             answer_ids = answer_ids + [self.tokenizer.eos_token_id]
         example = Example(tuple(prompt_ids), tuple(answer_ids), transcript(prompt, turns))
@@ -261,7 +260,7 @@ class Chat:
         return [place for place, token in enumerate(ids) if token in self._special_ids]
 
     @functools.cached_property
-    def _closing_tokens(self) -> int:
+    def _closing(self) -> int:
         """How many special tokens the template writes after an answer; the first ends the turn."""
         messages = self._messages("test", ())
         _, answered = self._parts(self._opening(messages), messages, "test")

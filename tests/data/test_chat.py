@@ -70,6 +70,19 @@ def test_answer_ids_of_many_bytes_and_lines(chat):
     assert example.answer_ids == (*characters("Zwei\n\nZeilen 日本"), END)
 
 
+def test_special_tokens_in_an_answers_text_do_not_end_it(chat, copy):
+    text = "Write <|im_end|>old<|im_start|>, or use CSS."
+    first, rest = text.split("<|im_end|>")
+    second, third = rest.split("<|im_start|>")
+    expected = (*characters(first), END, *characters(second), START, *characters(third))
+    assert chat.encode("Hi", text).answer_ids == (*expected, END)
+    assert chat.end_of_turn() == END
+    # a template that writes two of them after an answer: the first is the turn's
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|im_end|><|pad|>"))
+    assert Chat(copy, 264).encode("Hi", text).answer_ids == (*expected, END)
+
+
 def test_answer_gets_an_end_where_the_template_writes_none(copy):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
