@@ -16,7 +16,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -218,7 +218,7 @@ def _in_place(
         if (folder / CERTIFICATE).is_file():  # it certifies other bits
             (folder / CERTIFICATE).unlink()
             removed = (CERTIFICATE,)
-    done = 0
+    done, before = 0, _inodes(shards)
     try:
         with _bar(shards) as bar:
             for path, tensors in shards.items():
@@ -230,11 +230,17 @@ def _in_place(
                     _replace_shard(path, tensors, patch, goal, bar)
                 done += 1
     except BaseException:
-        if not (begun or done):
+        # Not by what is done: it may have been interrupted right after a file was put in place.
+        if not begun and _inodes(shards) == before:
             unfinished.remove(folder)
         raise
     unfinished.remove(folder)
     return removed
+
+
+def _inodes(paths: Iterable[pathlib.Path]) -> list[int]:
+    """Return which files lie at paths: one that is put in place of another is another."""
+    return [path.stat().st_ino for path in paths]
 
 
 def _replace_shard(

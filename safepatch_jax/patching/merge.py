@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,9 +19,9 @@ from safepatch_jax.patching.agreement import agreement
 from safepatch_jax.patching.ahead import PatchPrograms, Signature
 from safepatch_jax.patching.options import Knobs, program_options, top_rates
 from safepatch_jax.patching.programs import KEYED, count_at_least, stack, tall_stack
-from safepatch_jax.patching.selection import PASSES, share_out, top_count
+from safepatch_jax.patching.selection import NOT_FINITE, PASSES, share_out, top_count
 from safepatch_jax.patching.settings import PatchSettings
-from safepatch_jax.patching.statistics import overlap, refuse_broken
+from safepatch_jax.patching.statistics import overlap, refuse_broken, refuse_broken_importance
 from safepatch_jax.patching.tensor import ProgramOptions
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.console import progress
@@ -46,11 +47,13 @@ def _scope_counts(
     """Return the size of each matrix's part in the top sets of the whole scope, {role: {path: int32
     [L]}}.
 
-    Ties are broken in the order of the table: rows, then layers.
+    Ties are broken in the order of the table: rows, then layers. Raises ValueError as
+    `refuse_broken`.
     """
     scope_size = sum(math.prod(row.shape) for row in rows)
+    names = list(itertools.chain.from_iterable(row.hf_names for row in rows))
     result: dict[str, dict[str, np.ndarray]] = {}
-    with progress(len(PATCH_ROLES) * PASSES, "global top sets", "count") as bar:
+    with progress(len(PATCH_ROLES) * (PASSES + 1), "global top sets", "count") as bar:
 
         def count_at(role: str, threshold: int) -> list[int]:
             parts = []
@@ -72,6 +75,8 @@ def _scope_counts(
             return counts
 
         for role, rate in top_rates(patch).items():
+            broken = itertools.compress(names, count_at(role, NOT_FINITE))
+            refuse_broken_importance(list(broken))
             number = top_count(rate, scope_size)
             shares = iter(share_out(functools.partial(count_at, role), number))
             result[role] = {}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 
+from safepatch_jax.models.table import Param, ParamTable
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.methods import combined
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.settings import PatchSettings
 from safepatch_jax.patching.tensor import ProgramOptions
+
+_MOST = 2**31 - 1  # entries of a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,23 @@ def program_options(patch: PatchSettings) -> ProgramOptions:
     by_row = patch.granularity == "row" and method.ranks is not None
     support = patch.support if "support" in method.settings else "sequential"
     return ProgramOptions(patch.merge, patch.ranking, by_row, support)
+
+
+def scope_rows(table: ParamTable, patch: PatchSettings) -> tuple[Param, ...]:
+    """Return the parameters that a patch ranks and changes.
+
+    Raises:
+      ValueError: a tensor has more entries than are counted and numbered in int32.
+    """
+    rows = table.scope(patch.scope)
+    for row in rows:
+        if math.prod(row.hf_shape) > _MOST:
+            raise ValueError(
+                f"{row.hf_names[0]} has {math.prod(row.hf_shape):,} entries, and tensors of 2^31 "
+                f"or more are not ranked. Leave it out: patch.scope is '{patch.scope}', and "
+                "block_linear has the linear layers of the blocks alone."
+            )
+    return rows
 
 
 def top_rates(patch: PatchSettings) -> dict[str, float]:

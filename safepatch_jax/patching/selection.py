@@ -15,6 +15,7 @@ from jax import lax
 from safepatch_jax.numerics import flushed, row_major_index
 
 PASSES = 34  # counts that `share_out` asks for, at most
+NOT_FINITE = 0x7F800000  # the bits of infinity; above them are those of NaN
 NONE = 0x7FFFFFFF  # above the bits of every finite number, and above every index
 
 

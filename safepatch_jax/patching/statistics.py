@@ -182,16 +182,20 @@ class BadSettings(ValueError):
     """Patch settings, not the models, make a result of no use."""
 
 
+def refuse_broken_importance(names: Sequence[str]) -> None:
+    """Raise ValueError if there are tensors with an importance that is NaN or infinite."""
+    if names:
+        raise ValueError(
+            f"The importance of entries in {len(names)} tensors is NaN or infinite, first "
+            f"{names[0]}: a derived model or its gradients overflowed. Lower "
+            "derive.*_learning_rate."
+        )
+
+
 def refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError if an importance or a merged weight (BadSettings) is NaN or infinite, naming
     a tensor."""
-    broken = [name for name, s in statistics.items() if not s["finite"]]
-    if broken:
-        raise ValueError(
-            f"The importance of entries in {len(broken)} tensors is NaN or infinite, first "
-            f"{broken[0]}: a derived model or its gradients overflowed. Lower "
-            "derive.*_learning_rate."
-        )
+    refuse_broken_importance([name for name, s in statistics.items() if not s["finite"]])
     broken = [name for name, s in statistics.items() if not s["finite_merged"]]
     if broken:
         raise BadSettings(
@@ -201,9 +205,21 @@ def refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
+def _lost_role(total: Mapping[str, Any], patch: PatchSettings) -> str | None:
+    """Return the role that SafePatching was to merge, and of which no entry is kept."""
+    asked = {
+        "se": patch.alpha and patch.top_rate_se,
+        "osm": patch.beta and patch.top_rate_osm,
+    }
+    for role in PATCH_ROLES:
+        if patch.merge == "safepatching" and asked[role] and not total[f"kept_{role}"]:
+            return role
+    return None
+
+
 def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
-    """Raise ValueError if the result would equal the backbone, saying why; BadSettings where it
-    lies with the patch settings."""
+    """Raise ValueError if the result would equal the backbone, or the backbone with one of
+    SafePatching's two patches, saying why; BadSettings where it lies with the patch settings."""
     for role in PATCH_ROLES:
         if not any(s[f"nonzero_{role}"] for s in statistics.values()):
             raise ValueError(
@@ -211,14 +227,24 @@ def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettin
                 f"backbone. Raise derive.{role}_steps or derive.{role}_learning_rate."
             )
     total = totals(statistics)
+    sets = (
+        f"(top sets: SE {total['top_se']}, OSM {total['top_osm']}, in both {total['top_both']}; "
+        f"combine '{patch.combine}', retention {patch.retention:g})"
+    )
     if not total["kept"]:
         limits = ("top_rate_se", "top_rate_osm", "density", "retention")
         names = [f"patch.{name}" for name in limits if name in patch.method.settings]
         fix = f"Raise {', '.join(names)}." if names else "Raise derive.*_learning_rate."
         raise BadSettings(
-            f"No entry is kept by '{patch.merge}' (top sets: SE {total['top_se']}, OSM "
-            f"{total['top_osm']}, in both {total['top_both']}; combine '{patch.combine}', "
-            f"retention {patch.retention:g}), so the result would equal the backbone. {fix}"
+            f"No entry is kept by '{patch.merge}' {sets}, so the result would equal the backbone. "
+            f"{fix}"
+        )
+    if role := _lost_role(total, patch):
+        raise BadSettings(
+            f"No entry of the {role.upper()} patch is kept {sets}, so the result would be the "
+            "other patch alone. Change patch.top_rate_se and patch.top_rate_osm, so that no top "
+            "set holds the other. (A patch that is not wanted has the weight 0: patch.alpha is "
+            "SE's, patch.beta OSM's.)"
         )
     if not total["survived"]:
         raise BadSettings(

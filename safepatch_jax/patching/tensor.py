@@ -158,7 +158,7 @@ class Tensor:
         weights, votes, agree = self.weights(), {}, {}
         for role in kept:
             votes[role] = jnp.where(kept[role], self.weighted(role, weights[role]), 0.0)
-        sign = jnp.sign(votes["se"] + votes["osm"])
+        sign = jnp.sign(flushed(votes["se"] + votes["osm"]))
         for role, vote in votes.items():
             agree[role] = (vote != 0) & (jnp.sign(vote) == sign)
         share = jnp.where(agree["se"] & agree["osm"], jnp.float32(0.5), jnp.float32(1))

@@ -26,6 +26,7 @@ from safepatch_jax.models.table import Param, param_table
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.ahead import Signature
 from safepatch_jax.patching.merge import signature
+from safepatch_jax.patching.options import scope_rows
 from safepatch_jax.planning import PROGRAMS
 from safepatch_jax.planning.needs import decode_flops, train_flops
 from safepatch_jax.run.context import Context
@@ -177,7 +178,7 @@ def resident_bytes(
       rows: the weight whose arrays are the program's arguments.
     """
     table, stored, patch = param_table(config), config.dtype, settings.patch
-    scope = table.scope(patch.scope)
+    scope = scope_rows(table, patch)
     total = device_bytes(table, sharder, stored) - device_bytes(rows, sharder, stored)
     others = [row for row in scope if row not in rows]
     if settings.export.dtype not in ("keep", stored):

@@ -20,6 +20,7 @@ from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import DecoderConfig, read_hf_config
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.table import Param, param_table
+from safepatch_jax.patching.options import scope_rows
 from safepatch_jax.patching.sensitivity import SensitivityMeter, witness_row
 from safepatch_jax.run.inputs import Inputs, Read
 from safepatch_jax.runtime import processes
@@ -183,7 +184,7 @@ class Context(Inputs):
     def _meter(self, config: DecoderConfig, witness: bool = False) -> SensitivityMeter:
         """Return the meter of the scope, or of the one weight on which the score modes are
         compared."""
-        rows = param_table(config).scope(self.settings.patch.scope)
+        rows = scope_rows(param_table(config), self.settings.patch)
         if witness:
             rows = (witness_row(rows),)
         settings = self.settings

@@ -24,6 +24,7 @@ from safepatch_jax.models.table import Param, nest, param_table, unnest
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.kept import KeptEntries, keep_entries, selection, weigh_entries
 from safepatch_jax.patching.merge import apply_patching
+from safepatch_jax.patching.options import scope_rows
 from safepatch_jax.patching.selection import top_count
 from safepatch_jax.patching.sensitivity import SensitivityMeter, mode_agreement, witness_row
 from safepatch_jax.patching.statistics import refuse_no_op
@@ -180,7 +181,7 @@ def _parts(
     """Return what a patch is made from: (rows of its scope, their shapes, nested; a freshly loaded
     backbone, flat; the derived models)."""
     config, params = run.context.load(run.backbone)
-    rows = param_table(config).scope(patch.scope)
+    rows = scope_rows(param_table(config), patch)
     table = unnest(param_table(config).abstract(run.context.sharder))
     abstract = nest({row.path: table[row.path] for row in rows})
     # Read weight by weight: the backbone is all that is held whole.

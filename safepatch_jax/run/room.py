@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from safepatch_jax.models.config import DecoderConfig
 from safepatch_jax.models.table import param_table
 from safepatch_jax.patching import PATCH_ROLES
+from safepatch_jax.patching.options import scope_rows
 from safepatch_jax.run.stages import CACHE, Runner
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.addresses import address_of
@@ -81,7 +82,7 @@ class Disk(NamedTuple):
 def disk_bytes(settings: Settings, config: DecoderConfig) -> Disk:
     """Return what a run of an architecture needs on disk."""
     table = param_table(config)
-    scope = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
+    scope = sum(math.prod(row.shape) for row in scope_rows(table, settings.patch))
     trained = scope if settings.derive.train == "scope" else table.size
     # Weights and moments; those that are kept and the one that is being written, or at SIGTERM one.
     state = 12 if settings.derive.optimizer == "adamw" else 4

@@ -28,6 +28,7 @@ from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
+from safepatch_jax.patching.options import scope_rows
 from safepatch_jax.patching.statistics import describe_totals, refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.card_data import base_of
@@ -126,7 +127,7 @@ def refuse_mixed_dtypes(run: Run) -> None:
     folder = run.imported
     stored = stored_dtypes(folder)
     mixed = []
-    for row in param_table(read_hf_config(folder)).scope(run.settings.patch.scope):
+    for row in scope_rows(param_table(read_hf_config(folder)), run.settings.patch):
         if len({stored[name] for name in row.hf_names}) > 1:
             mixed.append(row.hf_name)
     if mixed:

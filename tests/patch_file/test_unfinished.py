@@ -112,6 +112,32 @@ def test_killed_before_the_first_file_is_replaced_it_is_marked_and_undone(pair, 
     assert files.folder_hashes(base) == start
 
 
+INTERRUPTED = """
+import sys
+from safepatch_jax.patch_file.apply import apply
+renamed = False
+def hook(event, args):
+    global renamed
+    if event == "os.rename" and str(args[0]).endswith(".patching"):
+        renamed = True
+    elif renamed and event == "open" and str(args[0]) == sys.argv[2]:
+        raise KeyboardInterrupt  # while the folder is brought to the disk
+sys.addaudithook(hook)
+apply(*sys.argv[1:3])
+"""
+
+
+def test_interrupted_right_after_a_file_is_replaced_it_stays_marked(pair):
+    base, _, patch = pair
+    start = files.folder_hashes(base)
+    assert "KeyboardInterrupt" in python(INTERRUPTED, patch, base).stderr
+    assert "after" in verify(patch, base).values()
+    with pytest.raises(ValueError, match="neither the backbone nor the patched model"):
+        Checkpoint(base)
+    revert(patch, base)
+    assert files.folder_hashes(base) == start
+
+
 def test_the_launcher_says_so_in_one_line(pair):
     base, _, patch = pair
     killed("apply", patch, base)

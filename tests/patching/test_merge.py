@@ -1,5 +1,7 @@
 """The whole patch operation: bits against the oracle, on 1 and 8 devices, and its refusals."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,6 +105,24 @@ def test_equal_rankings_give_an_empty_difference_which_is_refused():
         refuse_no_op(run(theta, derived, sensitivity, PatchSettings())[1], PatchSettings())
 
 
+def test_a_top_set_within_the_other_leaves_one_patch_which_is_refused():
+    trees = few()
+    for path, stored in trees[0].items():  # no entry is left out of a top set of all
+        for derived, sensitivity in zip(trees[1].values(), trees[2].values()):
+            derived[path] = np.where(derived[path] == stored, stored + 1e-2, derived[path])
+            sensitivity[path] = np.abs(sensitivity[path]) + 1
+    for patch, role in (
+        (PatchSettings(top_rate_osm=1.0), "SE"),
+        (PatchSettings(top_rate_se=1.0), "OSM"),
+    ):
+        statistics = run(*trees, patch)[1]
+        assert totals(statistics)["survived"]
+        with pytest.raises(ValueError, match=f"No entry of the {role} patch is kept.*in both"):
+            refuse_no_op(statistics, patch)
+    unwanted = dataclasses.replace(patch, beta=0.0)
+    refuse_no_op(run(*trees, unwanted)[1], unwanted)
+
+
 def test_one_cast_at_the_end_when_the_storage_dtype_changes():
     """Deltas are against the stored backbone, not against its image in the new dtype."""
     theta, derived, sensitivity = few(np.float32, step=3e-3)
@@ -122,11 +142,13 @@ def test_zero_patch_is_refused():
         refuse_no_op(run(theta, derived, sensitivity, PatchSettings())[1], PatchSettings())
 
 
+@pytest.mark.parametrize("granularity", ["matrix", "global"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_broken_sensitivities_name_the_tensor(bad):
+def test_broken_sensitivities_name_the_tensor(bad, granularity):
     theta, derived, sensitivity = few()
+    patch = PatchSettings(granularity=granularity)
     sensitivity["se"][FEW[1].path][1, 3, 4] = bad
     with pytest.raises(
         ValueError, match="1 tensors is NaN or infinite, first model.layers.1.mlp.down_proj.weight"
     ):
-        run(theta, derived, sensitivity, PatchSettings())
+        run(theta, derived, sensitivity, patch)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.io.checkpoint import load_tree
-from safepatch_jax.models.config import read_hf_config
+from safepatch_jax.models.config import config_from_hf, read_hf_config
 from safepatch_jax.models.table import nest, param_table, unnest
 from safepatch_jax.outcome import settings_differences
 from safepatch_jax.planning.programs import architecture
@@ -14,6 +14,7 @@ from safepatch_jax.run import models, scratch
 from safepatch_jax.run.job import Job
 from safepatch_jax.run.room import disk_bytes
 from safepatch_jax.settings import load_config
+from tests.models.families import tiny_raw
 
 SCOPE = {"derive.train": "scope", "run.keep_scratch": True, "run.certify": "hashes"}
 
@@ -119,3 +120,12 @@ def test_bytes_on_disk_are_those_of_what_is_trained_and_scored():
     disk = disk_bytes(settings.override(whole), config)
     assert (disk.derived, disk.scores, disk.checkpoints) == (8 * size, 4 * scope, 3 * 12 * size)
     assert disk.most == 8 * size + 3 * 12 * size  # while OSM is trained
+
+
+def test_a_tensor_that_is_too_large_to_rank_is_refused_at_the_start(settings):
+    raw = tiny_raw("llama", vocab_size=2**27, hidden_size=16, tie_word_embeddings=False)
+    config = config_from_hf(raw)
+    disk_bytes(settings, config)  # the head is not in the scope
+    wider = settings.override({"patch.scope": "all_linear"})
+    with pytest.raises(ValueError, match=r"lm_head.weight has 2,147,483,648 entries.*block_linear"):
+        disk_bytes(wider, config)
