@@ -171,8 +171,10 @@ def _declared(source: Source, commit: str) -> dict[str, Any]:
     with hub_access.without_bars():
         path = hub_access.fetch(DATASET, source.name, commit, CARD)
     with reading(path, "the card of a data set", _FIX):
-        _, mark, rest = path.read_text(encoding="utf-8").partition("---\n")
-        front = yaml.safe_load(rest.partition("\n---")[0]) if mark else None
+        text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+        front = None
+        if text.startswith("---\n"):  # a rule further down is Markdown's
+            front = yaml.safe_load(text.removeprefix("---\n").partition("\n---")[0])
         configs = front.get("configs") if isinstance(front, dict) else None
         result = {}
         for entry in configs or []:
@@ -245,18 +247,32 @@ def _texts(value: Any) -> list[str]:
 
 
 def _matching(files: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Return the files that one of several patterns names: ** stands for any folders, * and ? for
-    what is within one name."""
+    """Return the files that one of several patterns names: ** stands for any folders, *, ? and
+    [...] for what is within one name."""
     expressions = []
     for pattern in patterns:
-        parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-        text = "".join(_GLOBS.get(part, re.escape(part)) for part in parts)
+        parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]/]+\])", pattern.removeprefix("./"))
+        text = "".join(map(_expression, parts))
         expressions.append(re.compile(text))
     named = []
     for file in files:
         if any(x.fullmatch(file) for x in expressions):
             named.append(file)
     return named
+
+
+def _expression(part: str) -> str:
+    """Return the regular expression of a part of a pattern; a class that is none stands for
+    itself."""
+    if not part.startswith("["):
+        return _GLOBS.get(part, re.escape(part))
+    inner = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    text = f"[^{inner[1:]}]" if inner[0] in "!^" and inner[1:] else f"[{inner}]"
+    try:
+        re.compile(text)
+    except re.error:
+        return re.escape(part)
+    return text
 
 
 _GLOBS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}

@@ -19,15 +19,15 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-COMPANIONS = (
+UNTOKENIZED = (
     "config.json",
     "generation_config.json",
-    *TOKENIZER,
     "LICENSE",
     "LICENSE.txt",
     "NOTICE",
     "USE_POLICY.md",
 )
+COMPANIONS = (*UNTOKENIZED, *TOKENIZER)
 
 
 MODEL = "model.json"  # of an orbax checkpoint

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.io import gguf, hub
-from safepatch_jax.io.adapter import merge_adapter
+from safepatch_jax.io.adapter import has_tokenizer, merge_adapter
 from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
     array_hashes,
@@ -123,6 +123,8 @@ def _merged(base: pathlib.Path, adapter: str, out: pathlib.Path, shard_bytes: in
     out.mkdir()
     count = merge_adapter(base, adapter, out, shard_bytes)
     say(f"Merged {adapter} into {count} tensors of {base}")
+    if has_tokenizer(adapter):
+        say("Tokenizer and chat template: the adapter's, in place of the base's")
 
 
 def _refuse_contradictions(

@@ -72,6 +72,24 @@ def test_configurations_of_the_card(hub):
         prompts(f"hf:{NAME}:easy")
 
 
+def test_cards_without_front_matter_and_classes_in_patterns(hub):
+    readme = b"# A set\n\n| a | b |\n|---|---\nkey: [\n---\nmore: {\n"
+    hub.put(NAME, {"README.md": readme, "train.csv": rows(0)}, kind="datasets")
+    assert prompts(f"hf:{NAME}")[0] == "tea"
+    globs = [
+        {"split": "train", "path": "x_[ab].csv"},
+        {"split": "test", "path": "x_[!ab].csv"},
+        {"split": "odd", "path": "x_[z-a].csv"},
+    ]
+    names = ("x_a.csv", "x_b.csv", "x_c.csv", "x_[z-a].csv")
+    contents = {name: rows(2 * i, 2) for i, name in enumerate(names)}
+    contents["README.md"] = card(configs=[{"data_files": globs}])
+    hub.put("org/classes", contents, kind="datasets")
+    assert prompts("hf:org/classes") == ["tea", "rope", "moss", "lamp"]
+    assert prompts("hf:org/classes@test") == ["road", "salt"]
+    assert prompts("hf:org/classes@odd") == ["corn", "ice"]
+
+
 def test_columns_and_a_revision_may_be_named(hub):
     text = rows(0).replace(b"prompt,answer", b"ask,say")
     old = hub.put(NAME, {"train.csv": text}, kind="datasets")

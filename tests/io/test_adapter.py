@@ -1,6 +1,7 @@
 """LoRA adapters: merged into their base with PEFT's arithmetic; other adapters are refused."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -81,6 +82,9 @@ def test_the_weights_are_those_of_peft(tmp_path, dtype):
         ({"use_dora": True}, "not plain LoRA: use_dora = True"),
         ({"peft_type": "IA3"}, "not plain LoRA: peft_type = 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens = [1]"),
+        ({"use_what_comes_next": True}, "use_what_comes_next = True"),
         ({"r": 0}, "r = 0"),
     ],
 )
@@ -91,6 +95,81 @@ def test_other_adapters_are_refused(tmp_path, settings, part):
     with pytest.raises(ValueError, match="adapter_config.json") as raised:
         merge_adapter(base, tmp_path / "lora", tmp_path / "out")
     assert part in str(raised.value) and not list((tmp_path / "out").iterdir())
+
+
+def test_what_newer_versions_write_beside_plain_lora_is_read(tmp_path):
+    base = write_tiny_model(tmp_path / "base")
+    off = {"arrow_config": None, "use_bdlora": False, "rank_pattern": {}, "qalora_group_size": 16}
+    targets = {"target_modules": ["q_proj"], "init_lora_weights": True, "peft_version": "0.19.0"}
+    write_adapter(tmp_path / "lora", base, **off, **targets)
+    (tmp_path / "out").mkdir()
+    assert merge_adapter(base, tmp_path / "lora", tmp_path / "out") == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda name, x: None, "holds no tensors: nothing was trained"),
+        (lambda name, x: x * ("lora_A" in name), "changes no weight of"),
+        (lambda name, x: x[:0], "8 of 8 tensors are empty .*ZeRO-3"),
+        (lambda name, x: x[0], "not plain LoRA: base_model"),
+    ],
+)
+def test_adapters_that_add_nothing_are_refused(tmp_path, change, message):
+    base, file = (
+        write_tiny_model(tmp_path / "base"),
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    write_adapter(tmp_path / "lora", base)
+    changed = {name: change(name, x) for name, x in load_file(file).items()}
+    save_file({name: x.copy() for name, x in changed.items() if x is not None}, file)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(base, tmp_path / "lora", tmp_path / "out")
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    base, file = write_tiny_model(tmp_path / "base"), tmp_path / "base" / "model.safetensors"
+    write_adapter(tmp_path / "lora", base)
+    tensors = load_file(file)
+    (tmp_path / "out").mkdir()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for dtype, message in [
+        (ml_dtypes.float8_e4m3fn, r"weights are quantised \(FP8 or less"),
+        (np.int64, "has dtype I64, supported are float32"),
+    ]:
+        save_file(tensors | {name: tensors[name].astype(dtype)}, file)
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(base, tmp_path / "lora", tmp_path / "out")
+
+
+def test_an_adapters_tokenizer_goes_with_the_model(tmp_path):
+    base = write_tiny_model(tmp_path / "base")
+    write_adapter(tmp_path / "lora", base)
+    (tmp_path / "lora" / "chat_template.jinja").write_text("{{ 'mine' }}")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="holds chat_template.jinja and no vocabulary"):
+        merge_adapter(base, tmp_path / "lora", tmp_path / "out")
+    shutil.copy(base / "tokenizer.json", tmp_path / "lora")
+    merge_adapter(base, tmp_path / "lora", tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'mine' }}"
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def test_adapters_of_older_versions(tmp_path):
+    torch = pytest.importorskip("torch", reason="older adapters are torch files: pip install torch")
+    base = write_tiny_model(tmp_path / "base")
+    write_adapter(tmp_path / "lora", base)
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+    merge_adapter(base, tmp_path / "lora", tmp_path / "new")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = {name: torch.tensor(x) for name, x in load_file(file).items()}
+    torch.save(tensors, tmp_path / "lora" / "adapter_model.bin")
+    file.unlink()
+    merge_adapter(base, tmp_path / "lora", tmp_path / "old")
+    new, old = (tmp_path / name / "model.safetensors" for name in ("new", "old"))
+    assert new.read_bytes() == old.read_bytes()
 
 
 def test_another_base_is_refused(tmp_path):
