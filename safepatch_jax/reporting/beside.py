@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from safepatch_jax.reporting.charts import escaped
+
 _ANGLES = (0, 180, 45, 315, 135, 225, 90, 270)  # degrees, the likelier places first
 _RINGS = (9, 18, 30, 45, 62, 82, 105)  # points from the middle of a marker to a name
 _MARKER = 6  # points from the middle of a marker to its edge, about
@@ -39,9 +41,8 @@ def name_points(axis: Any, points: Sequence[tuple[float, float, str]], size: flo
     for (x, y, name), middle in zip(points, middles):
         if not name:
             continue
-        text = axis.annotate(
-            name, (x, y), (0, 0), textcoords="offset points", va="bottom", fontsize=size, zorder=8
-        )
+        place = {"xytext": (0, 0), "textcoords": "offset points", "va": "bottom"}
+        text = axis.annotate(escaped(name), (x, y), **place, fontsize=size, zorder=8)
         text.set_bbox({"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0.5})
         text.set_in_layout(False)
         extent = text.get_window_extent()

@@ -130,14 +130,19 @@ def legend_outside(drawn: Any, axis: Any, place: str, columns: int = 3) -> None:
     drawn.legend(handles, labels, loc=f"outside {place}", ncols=columns, frameon=False, fontsize=9)
 
 
+def escaped(text: str) -> str:
+    """Return foreign text as text: a pair of $ in it sets no mathematics."""
+    return text.replace("$", r"\$")
+
+
 def explain(axis: Any, label: str, style: str, colour: str = "#555555", **options: Any) -> None:
     """Add an entry to an axis's legend for what is drawn piece by piece."""
-    axis.plot([], [], style, color=colour, label=label, **options)
+    axis.plot([], [], style, color=colour, label=escaped(label), **options)
 
 
 def empty(axis: Any, title: str, text: str = "not measured") -> None:
     """Leave an axis empty, and say so."""
-    axis.set(title=title, xticks=[], yticks=[])
+    axis.set(title=escaped(title), xticks=[], yticks=[])
     axis.text(
         0.5,
         0.5,
@@ -151,7 +156,8 @@ def empty(axis: Any, title: str, text: str = "not measured") -> None:
 
 def name_rows(axis: Any, names: Sequence[str]) -> None:
     """Give each row of an axis its name; the first is on top."""
-    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    labels = [escaped(name) for name in names]
+    axis.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
     axis.grid(axis="x", color=COLOURS["grid"])
     axis.set_axisbelow(True)
 
@@ -172,7 +178,7 @@ def dots(axis: Any, title: str, names: Sequence[str], series: Sequence[Series]) 
                 axis.plot(value, at, one.marker, color=colour, markersize=5)
         if one.label:
             explain(axis, one.label, one.marker)
-    axis.set(title=title, xlabel="%", xlim=LIMITS)
+    axis.set(title=escaped(title), xlabel="%", xlim=LIMITS)
     name_rows(axis, names)
 
 

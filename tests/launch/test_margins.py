@@ -8,6 +8,7 @@ import pytest
 
 from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.runtime.files import read_json, read_jsonl
+from safepatch_jax.studies.margins.report import write
 from safepatch_jax.studies.margins.study import MarginOptions, margin_map
 from safepatch_jax.testing import write_tiny_model
 from tests.calls import call, call_and_kill, done
@@ -42,6 +43,12 @@ def mapped(one_device, tiny, other, suite, tmp_path_factory):
 
 def named(content, name):
     return next(m for m in content["measures"] if m["name"] == name)
+
+
+def test_dollars_in_names_set_no_mathematics(mapped, tmp_path):
+    content, _ = mapped
+    write(content | {"models": {"model": "$$", "against": "$x_$"}}, tmp_path)
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
 
 def test_margins_are_those_of_the_openings_likelihoods(mapped, tiny):

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.cbook import is_math_text
+from matplotlib.text import Text
 
 from safepatch_jax.evaluation.statistics import difference
 from safepatch_jax.reporting import charts, ending
@@ -65,6 +67,21 @@ def test_a_name_is_nearest_to_its_own_point_and_covers_no_bar():
         assert away[text.get_text()] <= min(away.values()) + 1
         ends = axis.transData.transform([(x, y) for x, y, _ in bars])
         assert not any(box.contains(*end) for end in ends)
+
+
+def test_foreign_text_sets_no_mathematics():
+    figure = charts.figure(6, 5)
+    upper, lower = charts.panels(figure, 2, 1)[:, 0]
+    name = r"Fraud ($$), $x_\frac$ \\ \$6"
+    charts.dots(upper, name, [name], [charts.Series([(0.1, 0, 0.2)], ["red"], label=name)])
+    charts.legend_below(upper)
+    charts.empty(lower, name)
+    name_points(upper, [(10, 0, name)])
+    figure.draw_without_rendering()
+    texts = [text.get_text() for text in figure.findobj(Text) if "$" in text.get_text()]
+    assert len(texts) >= 5 and not any(map(is_math_text, texts))
+    # Matplotlib shows what is no mathematics with each escaped $ as $.
+    assert {text.replace(r"\$", "$") for text in texts} == {name}
 
 
 FEWER = {"n": 400, "gained": 1, "lost": 120, "p": 3.2e-12}

@@ -106,6 +106,17 @@ def test_a_report_of_any_measures(kinds, n, tmp_path):
                 assert {"complied", "refused", "incoherent"} < row.keys()
 
 
+def test_dollars_in_names_set_no_mathematics(tmp_path):
+    content = content_of(("harm", "refusal", "text"), ["1", "2"], ("model", "against"))
+    content["models"] = {"model": "$$", "against": "$x_$"}
+    for measure in content["measures"]:
+        measure["name"] += " ($^$)"
+        for x in measure["models"].values():
+            x["categories"] = {"Fraud ($$)": [1, 2, 0.1, 0.9], "cheap, $5": [1, 2, 0.1, 0.9]}
+    write(content, tmp_path)
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("n", [0, 3])
 def test_a_report_of_several_templates_has_any_measures(n, tmp_path):
     ids = [str(i) for i in range(n)]

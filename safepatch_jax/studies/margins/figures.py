@@ -33,7 +33,8 @@ def draw(content: Mapping[str, Any]) -> Any:
     for axis, who in zip(axes, whos):
         _distributions(axis, pools[who], bins)
         value = content["auroc"][who]["value"]
-        axis.set_title(f"{content['models'][who]}: AUROC {value:.3f}", loc="left", fontsize=10)
+        name = charts.escaped(content["models"][who])
+        axis.set_title(f"{name}: AUROC {value:.3f}", loc="left", fontsize=10)
     axes[-1].set_xlabel("margin m, nats: refusals are likelier to the right of 0")
     charts.legend_outside(left, axes[0], "upper center", columns=2)
     _contents(charts.panels(right, 1, 1)[0, 0], nlls, whos, content["models"])
