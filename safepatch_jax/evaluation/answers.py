@@ -371,12 +371,7 @@ def grade_answers(
     """Return the grades of one model's answers; grades what has none yet."""
     answers = lines_of(out, "answers", who, measure, run).rows
     lines = lines_of(out, grades_of(grader.name), who, measure, run)
-
-    def ask():
-        grader.grade(questions, answers, lines.rows, lines.add)
-        return lines.rows
-
-    return processes.on_first(ask)
+    return processes.on_first(grader.grade, questions, answers, lines.rows, lines.add)
 
 
 def _ask(

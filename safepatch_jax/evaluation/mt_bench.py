@@ -26,6 +26,7 @@ from safepatch_jax.evaluation.judges.endpoint import Client
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.tasks import subset
 from safepatch_jax.evaluation.thoughts import after_thought
+from safepatch_jax.runtime import files
 
 GRADER = "endpoint:URL?model=NAME"
 TURNS = ("1", "2")
@@ -216,39 +217,41 @@ class Grader(Client):
         answered: Mapping[str, Row],
         grades: Mapping[str, Row],
         done: Callable[[Row], None],
-    ) -> None:
+    ) -> dict[str, Row]:
         """Grade each answer that has no grade yet.
 
         Args:
           answered: rows of `answer` by question.
           grades: rows that `done` was called with earlier, by id; replies that were no grade are
-            asked for again.
-          done: called, as soon as a grade is there, with {'id': 'QUESTION:TURN', 'grade': a \
-number from 1 to 10 or None where the
-            reply is none, 'raw'}.
+            asked for again, and what was given for another conversation.
+          done: called, as soon as a grade is there, with {'id': 'QUESTION:TURN', 'of': a hash of \
+what the grader read, 'grade': a number from 1 to 10 or None where the reply is none, 'raw'}.
+
+        Returns:
+          the row of each answer by id.
 
         Raises:
           ValueError: the server refuses a request; more than half of ENOUGH or more replies are no
             grade.
           JudgeUnavailable: the endpoint does not answer.
         """
-        grades = dict(grades)
-        names, conversations = [], []
+        conversations = {}
         for i, question in items.items():
             answers = answered[i]["answers"]
             for k in range(len(answers)):
-                name = f"{i}:{TURNS[k]}"
-                if grades.get(name, {}).get("grade") is None:
-                    names.append(name)
-                    conversations.append(grade_messages(question, answers[: k + 1]))
+                conversations[f"{i}:{TURNS[k]}"] = grade_messages(question, answers[: k + 1])
+        hashes = {name: files.text_hash(x)[:16] for name, x in conversations.items()}
+        held = {i: grades[i] for i in hashes if i in grades and grades[i].get("of") == hashes[i]}
+        names = [i for i in hashes if i not in held or held[i]["grade"] is None]
 
         def keep(k: int, reply: str) -> None:
-            row = {"id": names[k], "grade": _number(parse_grade(reply)), "raw": reply[-2000:]}
-            grades[names[k]] = row
-            done(row)
+            name, grade = names[k], _number(parse_grade(reply))
+            held[name] = {"id": name, "of": hashes[name], "grade": grade, "raw": reply[-2000:]}
+            done(held[name])
 
-        self.ask_all(conversations, _TOKENS, keep)
-        self._refuse_nonsense(grades)
+        self.ask_all([conversations[name] for name in names], _TOKENS, keep)
+        self._refuse_nonsense(held)
+        return held
 
     def _refuse_nonsense(self, grades: Mapping[str, Row]) -> None:
         nonsense = [row["raw"] for row in grades.values() if row["grade"] is None]

@@ -175,9 +175,30 @@ def test_a_grader_that_talks_nonsense(server):
 
     rows = grade(sane=4)  # half of 8 are no reason to stop
     assert [row["grade"] for row in rows] == [4] * 4 + [None] * 4
-    assert rows[-1] == {"id": "3:2", "grade": None, "raw": "A fine answer."}
+    assert rows[-1] == rows[-1] | {"id": "3:2", "grade": None, "raw": "A fine answer."}
     _, _, body = server.requests[0]
     assert body["model"] == "org/judge" and body["temperature"] == 0
     message = r"5 of 8 replies are no grade. Expected: an explanation .*Got: 'A fine"
     with pytest.raises(ValueError, match=message):
         grade(sane=3)
+
+
+def test_a_grade_belongs_to_its_conversation(server):
+    asked = {"81": QUESTION, "82": PLAIN}
+    answered = {i: {"answers": ["one", "two"]} for i in asked}
+    grader, grades = open_grader(server.text), {}
+
+    def grade(reply):
+        server.replies, rows = [f"[[{reply}]]"], []
+        held = grader.grade(asked, answered, grades, rows.append)
+        grades.update({row["id"]: row for row in rows})
+        return [row["id"] for row in rows], {i: row["grade"] for i, row in held.items()}
+
+    every = ["81:1", "81:2", "82:1", "82:2"]
+    assert grade(7) == (every, dict.fromkeys(every, 7))
+    assert grade(1) == ([], dict.fromkeys(every, 7))
+    answered["81"]["answers"] = ["one", "another"]
+    answered["82"] = {"answers": ["other"], "left_out": "turn 2 is too long for the model"}
+    assert grade(2) == (["81:2", "82:1"], {"81:1": 7, "81:2": 2, "82:1": 2})
+    del grades["81:1"]["of"]  # as earlier versions stored it
+    assert grade(3) == (["81:1"], {"81:1": 3, "81:2": 2, "82:1": 2})
