@@ -27,6 +27,7 @@ from safepatch_jax.evaluation.generate import Sampling, Whole
 from safepatch_jax.evaluation.prompter import Prompter, Talk
 from safepatch_jax.evaluation.scored_texts import Pair, Text, likelihoods, texts_of
 from safepatch_jax.evaluation.serving import Model, Server
+from safepatch_jax.evaluation.thoughts import after_thought
 from safepatch_jax.io import hub
 from safepatch_jax.io.checkpoint import COMPANIONS_FOLDER, MODEL, load_checkpoint
 from safepatch_jax.io.hf import load_params
@@ -146,8 +147,9 @@ class Engine(Prompter):
             rows run decides in which order a product is summed, so a near tie may fall otherwise.)
           done: called with (index, new ids) as soon as an answer is there.
           numbers: of the prompts, for sampling; their indices by default.
-          until: stop texts. An answer ends some tokens after it holds one; it is not cut off there,
-            and what stands before the first of them is the same as without `until`.
+          until: stop texts. An answer ends some tokens after it holds one behind its thought; it is
+            not cut off there, and what stands before the first of them is the same as without
+            `until`.
 
         Returns:
           for each prompt the new ids, without the stop token.
@@ -355,7 +357,7 @@ class Engine(Prompter):
         can still come."""
         # The last tokens of a text may be read otherwise when more follow: parts of a character, a
         # blank before a full stop.
-        text = decode(self.tokenizer, ids[:-_UNSURE])
+        text = after_thought(decode(self.tokenizer, ids[:-_UNSURE]))
         first = first_stop(text, until)
         return first < len(text) and len(text) >= first + max(map(len, until))
 

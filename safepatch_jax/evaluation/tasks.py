@@ -18,7 +18,7 @@ from typing import Any
 from safepatch_jax.data.builders import load_set
 from safepatch_jax.data.sets import DATA_DIR, Row
 from safepatch_jax.evaluation.batching import padded
-from safepatch_jax.evaluation.engine import Engine
+from safepatch_jax.evaluation.engine import Engine, first_stop
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.prompter import Prompter
 from safepatch_jax.evaluation.thoughts import after_thought
@@ -28,7 +28,7 @@ LETTERS = "ABCD"
 Item = dict[str, Any]
 Done = Callable[[int, Item], None]
 _NUMBER = r"((?<![\w)])-)?(?:\$\s?(-?))?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-_NEXT = "Question:"  # after examples a model continues with the next question
+_NEXT = "Question:"  # where the prompt writes so, a model continues with the next question
 _INSTRUCTION = (
     "Think step by step. Write the final number alone on the last line, as '#### number'."
 )
@@ -302,26 +302,40 @@ def solve(
     Args and returns: see `choose`; raw has the number given ('' if none), the right answer, shots,
     and the text. A draw depends on the seed of `sampling` and the question's place alone.
     """
-    unanswered = _unanswered(questions, skip)
     items: dict[int, Item] = {}
 
-    def keep(index: int, ids: Sequence[int]) -> None:
-        n, question = unanswered[index]
-        text = engine.decode(ids).partition(_NEXT)[0].strip()
-        items[n] = _item(question, final_number(after_thought(text)), text=text)
-        if done:
-            done(n, items[n])
+    def write(part: Sequence[tuple[int, Question]], until: Sequence[str]) -> None:
+        def keep(index: int, ids: Sequence[int]) -> None:
+            n, question = part[index]
+            text = _before(engine.decode(ids), until)
+            items[n] = _item(question, final_number(after_thought(text)), text=text)
+            if done:
+                done(n, items[n])
 
-    engine.complete_ids(
-        [question.prompt_ids for _, question in unanswered],
-        questions.max_new,
-        title,
-        sampling,
-        keep,
-        [n for n, _ in unanswered],
-        until=(_NEXT,),
-    )
+        prompts, numbers = [question.prompt_ids for _, question in part], [n for n, _ in part]
+        engine.complete_ids(prompts, questions.max_new, title, sampling, keep, numbers, until=until)
+
+    parts: dict[bool, list[tuple[int, Question]]] = {}
+    for n, question in _unanswered(questions, skip):
+        parts.setdefault(question.shots > 0, []).append((n, question))
+    for with_examples, part in parts.items():
+        write(part, _stops(engine, with_examples))
     return [items[n] for n in sorted(items)]
+
+
+def _stops(engine: Prompter, with_examples: bool) -> tuple[str, ...]:
+    """Return the stop texts of an answer: the next question, where the prompt writes questions so.
+    Most chat templates do not, and an answer in them may hold the word."""
+    if with_examples or engine.chat is None:
+        return (_NEXT,)
+    return (_NEXT,) if _NEXT in engine.tokenizer.decode(engine.ask("1 + 1?")) else ()
+
+
+def _before(text: str, until: Sequence[str]) -> str:
+    """Return a text up to the first stop text behind its thought."""
+    answer = after_thought(text)
+    thought = text.removesuffix(answer)
+    return (thought + answer[: first_stop(answer, until)]).strip()
 
 
 def accuracy(items: Sequence[Item]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from safepatch_jax.evaluation.engine import Engine
 from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.judges.phrases import judge
 from safepatch_jax.evaluation.measures import measure_role
+from safepatch_jax.evaluation.tasks import gsm8k_questions, solve
 from safepatch_jax.io.hf import load_params
 from safepatch_jax.testing import write_tiny_model
 
-BEGIN, END, STOP = 259, 260, 257
+BEGIN, END, QUESTION, STOP = 259, 260, 261, 257
 NEXT = {":": BEGIN, BEGIN: "a", "a": "e", "e": "f", "f": "g", "g": END, END: "b", "\n": "b"}
 NEXT |= {"b": "c", "c": "d", "d": "b", "z": "b", "y": "k", "k": STOP}
 TEMPLATE = (
@@ -45,23 +46,23 @@ def bytes_of():
     return {c: i for i, c in enumerate(alphabet)} | {"\n": alphabet.index("Ċ")}
 
 
-def write_chain(folder, special):
-    """Write a model that writes NEXT; the tags are tokens, special ones or not."""
+def write_chain(folder, special, chain=NEXT):
+    """Write a model that writes a chain; the tags are tokens, special ones or not."""
     write_tiny_model(folder, tie_word_embeddings=False)
     path = folder / "model.safetensors"
     weights = {name: np.array(x) for name, x in load_file(path).items()}
     for name, x in weights.items():
         if re.search(r"o_proj|down_proj|lm_head|embed_tokens", name):
             x[...] = 0
-    for place, (token, follower) in enumerate(NEXT.items()):
+    for place, (token, follower) in enumerate(chain.items()):
         weights["model.embed_tokens.weight"][number(token), place] = 1
         weights["lm_head.weight"][number(follower), place] = 10
     save_file(weights, path, {"format": "pt"})
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    for i, text in ((BEGIN, "<think>"), (END, "</think>")):
-        entry = content["added_tokens"][-1] | {"id": i, "content": text, "special": special}
-        content["added_tokens"].append(entry)
+    for i, text in ((BEGIN, "<think>"), (END, "</think>"), (QUESTION, "Question:")):
+        entry = {"id": i, "content": text, "special": special and i != QUESTION}
+        content["added_tokens"].append(content["added_tokens"][-1] | entry)
     path.write_text(json.dumps(content))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -117,6 +118,44 @@ def test_a_thought_that_ends_before_leaves_the_answer_its_tokens(open_engine, li
 
 def test_a_stop_text_behind_the_thought(open_engine):
     assert answers(open_engine(3), "Hi:", until=("dbc",)) == [FORCED]
+
+
+def test_a_stop_text_in_a_thought_ends_nothing(open_engine):
+    engine = open_engine(0)
+    ends = {}
+    for until in ("aef", "dbc"):
+        (ids,) = engine.complete_ids([engine.encode("Hi:")], 100, until=(until,))
+        ends[until] = len(ids)
+    assert ends["aef"] == 100 and ends["dbc"] < 40
+
+
+THINKS = {":": BEGIN, BEGIN: QUESTION, QUESTION: END, END: "5", "5": STOP}
+ASKS = {":": QUESTION, QUESTION: "5", "5": STOP}
+
+
+@pytest.mark.parametrize(
+    "chain, template, shots, text",
+    [
+        (THINKS, "own", 0, "<think>Question:</think>5"),
+        (THINKS, "own", 1, "<think>Question:</think>5"),
+        (THINKS, "plain", 0, "<think>Question:</think>5"),
+        (ASKS, "own", 0, "Question:5"),
+        (ASKS, "own", 1, ""),
+        (ASKS, "plain", 0, ""),
+    ],
+)
+def test_the_next_question_ends_an_answer_where_the_prompt_writes_so(
+    chain, template, shots, text, tmp_path
+):
+    for part in ("train", "test"):
+        line = {"question": f"Of the {part}?", "answer": "It is.\n#### 5"}
+        (tmp_path / f"gsm8k_{part}.jsonl").write_text(json.dumps(line) + "\n")
+    folder, prompt_format = write_chain(tmp_path / "model", True, chain), read_format(template)
+    engine = Engine.open(folder, batch_size=1, prompt_format=prompt_format)
+    sets = {"manual_dir": str(tmp_path), "data_dir": tmp_path / "prepared"}
+    (item,) = solve(engine, gsm8k_questions(engine, shots=shots, max_new=8, **sets))
+    assert item["raw"]["text"] == text and item["raw"]["shots"] == shots
+    assert item["correct"] == bool(text)
 
 
 @pytest.mark.parametrize("rule", [SelfCD(alpha=0.5, stressed="Be safe."), SafeDecoding()])
