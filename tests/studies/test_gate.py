@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from safepatch_jax.evaluation.lines import file_name
 from safepatch_jax.evaluation.suites import load_suite
 from safepatch_jax.runtime.config_file import shipped_file
 from safepatch_jax.runtime.files import read_json, read_jsonl, write_json, write_jsonl
@@ -15,7 +16,7 @@ from safepatch_jax.studies.evaluate.options import EvaluationOptions
 from safepatch_jax.studies.gate.checks import line
 from safepatch_jax.studies.gate.rules import DEFAULT, read_rules
 from safepatch_jax.studies.gate.study import gate
-from tests.evaluations import write_suite
+from tests.evaluations import measure_of_set, write_sets, write_suite
 from tests.jobs import write_table
 
 TEXTS = {
@@ -157,6 +158,32 @@ def test_a_prompt_in_two_forms_counts_once_and_unknown_ones_do_not(
     # One answer of two is worse: half a prompt each, but where the plain one is left out.
     whole = [flip for flip in harm["worse"] if int(flip["prompt"].rpartition(" ")[2]) <= 5]
     assert harm["mean"] * harm["n"] == pytest.approx((len(twice) + len(whole)) / 2)
+
+
+def test_questions_of_two_tasks_are_no_forms_of_one(tmp_path):
+    """Tasks number their questions; those of one task in two measures are the same."""
+    tasks = {"MMLU": ("mmlu", {}), "MMLU, 1-shot": ("mmlu", {"shots": 1}), "GSM8K": ("gsm8k", {})}
+    measures = [measure_of_set(kind, **more) for kind, more in tasks.values()]
+    suite = [measure | {"name": name} for name, measure in zip(tasks, measures)]
+    options = EvaluationOptions(
+        suite=write_suite(tmp_path / "suite.json", suite), **write_sets(tmp_path / "sets")
+    )
+    record = {
+        "suite": [dataclasses.asdict(measure) for measure in load_suite(options.suite)],
+        "options": options.deciding(),
+    }
+    for name, wrong in (("new", ("GSM8K",)), ("old", ())):
+        for task in tasks:
+            rows = [{"id": "complete", "left_out": 0, "shortened": 0, "note": ""}]
+            rows += [{"id": str(i), "correct": task not in wrong, "category": ""} for i in range(9)]
+            path = tmp_path / name / "answers" / "model" / f"{file_name(task)}.jsonl"
+            write_jsonl(path, rows)
+        write_json(tmp_path / name / "evaluation.json", record | {"models": {"model": name}})
+    sides = str(tmp_path / "new"), str(tmp_path / "old")
+    text = rules(tmp_path, "[accuracy]\nmargin = 0.9\n")
+    (check,) = gate(*sides, options, text, str(tmp_path / "gate"))["checks"]
+    assert (check["prompts"], check["n"], check["mean"]) == (18, 18, 0.5)
+    assert {flip["id"] for flip in check["worse"]} == {f"gsm8k:{i}" for i in range(9)}
 
 
 def test_perplexity_is_cut_and_told(candidate, against, options, tmp_path):

@@ -174,7 +174,7 @@ class _Gate:
             members: dict[str, list[str]] = {}
             for measure in measures:
                 for i in self._prompts(measure, out):
-                    members.setdefault(i, []).append(measure.name)
+                    members.setdefault(_prompt(measure, i), []).append(measure.name)
             if not members:
                 names = ", ".join(measure.name for measure in measures)
                 raise ValueError(
@@ -219,7 +219,8 @@ class _Gate:
                     judged.append((side, measure, None))
                 else:
                     rows = lines_of(out, "answers", side, measure, None).rows
-                    values[side][measure.name] = {i: of_row(row) for i, row in rows.items()}
+                    by_prompt = {_prompt(measure, i): of_row(row) for i, row in rows.items()}
+                    values[side][measure.name] = by_prompt
         if judged:
             judges = self._open_judges()
             text, judge = judges.popitem()
@@ -246,3 +247,8 @@ class _Gate:
             "not_checked": [KINDS[kind].title for kind in KINDS if kind not in self._rules.checks],
             "versions": versions(),
         }
+
+
+def _prompt(measure: Measure, i: str) -> str:
+    """Return what a check calls a prompt: ids of tasks are numbers, which several tasks have."""
+    return i if measure.kind in ROLES else f"{measure.kind}:{i}"
