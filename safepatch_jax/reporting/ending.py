@@ -18,25 +18,31 @@ Row = tuple[str, str, str, str, str]  # name, before, after, difference, verdict
 
 
 def share_row(
-    name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], test: Any = None
+    name: str,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any],
+    test: Any = None,
+    means: bool = False,
 ) -> Row:
     """Return the row of a share of answers, whose difference is in percentage points.
 
     Args:
       name: what is counted.
       before, after: {'count', 'n'}; before may be None.
-      test: of the two, see `evaluation.statistics.paired`; None where they were not tested.
+      test: of the two, see `evaluation.statistics.compare`; None where they were not tested.
+      means: whether it is of means over several runs: their difference has no interval here.
     """
-    told = change = ""
+    told, change, moved = "", "", 0.0
     if before and before["n"] and after["n"]:
         moved = after["count"] / after["n"] - before["count"] / before["n"]
         change, told = f"{100 * moved:+.0f} points", "not tested"
     if test and test["n"]:
-        _, low, high = difference(test["n"], test["gained"], test["lost"])
-        change += f" [{100 * low:+.0f}, {100 * high:+.0f}]"
+        if not means:
+            moved, low, high = difference(test["n"], test["gained"], test["lost"])
+            change += f" [{100 * low:+.0f}, {100 * high:+.0f}]"
         told = "not told apart"
         if test["p"] < _LEVEL:
-            told = "fewer" if test["gained"] < test["lost"] else "more"
+            told = "fewer" if moved < 0 else "more"
         told += f" (p = {test['p']:.2g})"
     return name, _counted(before), _counted(after), change, told
 

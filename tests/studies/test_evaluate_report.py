@@ -7,7 +7,7 @@ import pytest
 from safepatch_jax.evaluation.judges.base import UNKNOWN, Verdict
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.studies.evaluate import side_by_side
-from safepatch_jax.studies.evaluate.report import gather, labels, write
+from safepatch_jax.studies.evaluate.report import ending_rows, gather, labels, write
 
 TASKS = ("mmlu", "gsm8k")
 ROWS = {
@@ -115,6 +115,29 @@ def test_dollars_in_names_set_no_mathematics(tmp_path):
             x["categories"] = {"Fraud ($$)": [1, 2, 0.1, 0.9], "cheap, $5": [1, 2, 0.1, 0.9]}
     write(content, tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_the_console_has_the_test_of_means_over_seeds():
+    """The difference has an interval where single answers are compared, as in MMLU's one run."""
+    suite, ids = [a_measure("harm"), a_measure("mmlu")], [str(i) for i in range(12)]
+    items = {suite[0].name: {i: {"category": "", "prompt": "?", "answer": ""} for i in ids}}
+    answers, verdicts = {}, {}
+    for who, outcome in (("model", "refused"), ("against", "complied")):
+        runs = [dict.fromkeys(ids, Verdict(outcome)) for _ in range(2)]
+        runs[1]["0"] = Verdict("refused")  # of the other model's too
+        verdicts[who, suite[0].name] = runs
+        answers[who, suite[0].name] = [dict.fromkeys(ids, {"answer": "x"})] * 2
+        right = {"correct": who == "model", "category": ""}
+        rows = dict.fromkeys(ids, right) | {"complete": answers_of("mmlu", [])["complete"]}
+        answers[who, suite[1].name] = [rows]
+    about = {"models": {who: who for who in ("model", "against")}, "judges": ["one"]}
+    about |= {"options": {"temperature": 0.7}, "seeds": [0, 1]}
+    content = gather(suite, items, answers, {"one": verdicts}, {}, about, {})
+    harm, mmlu = ending_rows(content)
+    assert harm[3:] == ("-96 points", "fewer (p = 0.00049)")
+    assert mmlu[3:] == ("+100 points [+59, +100]", "more (p = 0.00049)")
+    for m in content["measures"]:
+        assert m["paired"]["p"] == pytest.approx(2 / 2**12)
 
 
 @pytest.mark.parametrize("n", [0, 3])

@@ -177,8 +177,8 @@ def ending_rows(content: Mapping[str, Any], label: str = "") -> list[ending.Row]
             texts = [grade(x) if x else "" for x in (before, after)]
             rows.append((name, *texts, "", ""))
         else:
-            single = len(content.get("seeds", ())) < 2
-            rows.append(ending.share_row(name, before, after, m.get("paired") if single else None))
+            means = "by_run" in after
+            rows.append(ending.share_row(name, before, after, m.get("paired"), means))
     return rows
 
 
