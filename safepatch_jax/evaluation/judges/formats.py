@@ -185,7 +185,9 @@ def parse_qwen3guard(reply: str, about: str, controversial: str = COMPLIED) -> R
 # Judges whose chat template takes the conversation alone: a server applies it.
 GUARDS = {
     "llama_guard": Replies(
-        parse=parse_llama_guard, expected="'safe', or 'unsafe' and a line of categories", max_new=20
+        parse=parse_llama_guard,
+        expected="'safe', or 'unsafe' and a line of categories",
+        max_new=100,  # as its card calls it: 14 categories are up to 41 tokens
     ),
     "qwen3guard": Replies(
         parse=parse_qwen3guard,
