@@ -133,7 +133,7 @@ def missing(runner: Runner, disk: Disk, waiting: Collection[str]) -> dict[pathli
         device = place.stat().st_dev
         folders.setdefault(device, place)
         # What a killed run left is used, or cleared away before anything is written.
-        begun = _size(runner.aside(name)) + sum(map(_size, _half_written(folder)))
+        begun = _size(runner.aside(name)) + sum(map(_size, files.half_written_of(folder)))
         now = held.get(device, 0) + max(0, stays + beside - begun)
         most[device] = max(most.get(device, 0), now)
         held[device] = held.get(device, 0) + stays - begun - _size(folder)
@@ -181,12 +181,6 @@ def _existing(folder: pathlib.Path) -> pathlib.Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _half_written(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return what killed runs left half-filled of a folder."""
-    others = folder.parent.glob(f".{folder.name}.*")
-    return [path for path in others if files.half_written(path.name)]
 
 
 def _size(folder: pathlib.Path) -> int:

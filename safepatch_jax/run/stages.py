@@ -281,12 +281,12 @@ class Runner:
                 self.need(name)
 
     def scratch_left(self) -> list[pathlib.Path]:
-        """Return the folders that hold outputs of scratch stages, or checkpoints of any stage; as
-        this process sees it."""
+        """Return the folders that hold outputs of scratch stages, also what killed runs left of
+        them, or checkpoints of any stage; as this process sees it."""
         folders = []
         for name, stage in self.stages.items():
             if stage.scratch:
-                folders.append(self.folder(name))
+                folders += [self.folder(name), *files.half_written_of(self.folder(name))]
             if stage.shared:
                 folders.append(self.aside(name))
         folders += sorted((self._workdir / "stages").glob(f".*{_ASIDE}"))

@@ -7,6 +7,7 @@ ours.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -37,10 +38,13 @@ __all__ = ["LOCK", "claimed", "locked"]
 checks: list[Callable[[pathlib.Path], None]] = []
 fillings: list[Callable[[pathlib.Path, bool | None], contextlib.AbstractContextManager[None]]] = []
 FETCH = "Fetch or copy the file again."
-# Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial, and
-# of what `processes.shared` writes.
+# Of files and folders that are filled under a temporary name: .NAME.SPACE-PID[.RANDOM].partial; of
+# folders that were replaced, until they are deleted: .NAME.SPACE-PID.RANDOM.old; and of what
+# `processes.shared` writes.
 _HALF_WRITTEN = re.compile(
-    r"\..+\.(?:(?:[0-9a-f]{8}|None)-)?\d+(?:\.\w+)?\.partial|\.shared\.\w{8}\.partial", re.DOTALL
+    r"\..+\.(?:(?:[0-9a-f]{8}|None)-)?\d+(?:\.\w+)?\.partial"
+    r"|\..+\.(?:[0-9a-f]{8}|None)-\d+\.\w+\.old|\.shared\.\w{8}\.partial",
+    re.DOTALL,
 )
 # Two writes within one step of the file system's clock leave a file the same times: the hash of one
 # that was changed so recently is not kept. A local disk's steps are 10 ms at most; where times are
@@ -154,8 +158,15 @@ def published(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def half_written(name: str) -> bool:
     """Return whether a name is one under which this project fills files and folders before it
-    renames them."""
+    renames them, or deletes folders that were replaced."""
     return _HALF_WRITTEN.fullmatch(name) is not None
+
+
+def half_written_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return what lies beside a folder under such a name: what it was filled in, or replaced by
+    another one."""
+    others = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*"))
+    return [path for path in others if half_written(path.name)]
 
 
 def make_usable(folder: pathlib.Path, flags: str) -> None:
@@ -215,8 +226,8 @@ def _filling(path: pathlib.Path, replace: bool | None = None) -> Iterator[None]:
 
 
 def delete_abandoned(path: pathlib.Path) -> None:
-    """Delete what killed processes left half-filled beside a folder or file; those of other
-    machines are left alone."""
+    """Delete what killed processes left half-filled or half-deleted beside a folder or file; those
+    of other machines are left alone."""
     if process_space() is None:
         return
     prefix = f".{path.name}.{process_space()}-"

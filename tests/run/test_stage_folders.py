@@ -176,10 +176,14 @@ def test_a_folder_without_a_manifest_of_ours_is_refused_by_name(tmp_path):
 def test_what_killed_runs_and_other_settings_left_is_deleted(stages):
     folder = stages.work / "stages"
     shutil.copytree(folder / "kept", folder / "evaluate_other")
-    for name in (".kept.0123abcd-99.a1b2c3d4.partial", f".kept.{'0' * 16}.steps"):
+    replaced = ".scores.0123abcd-99.a1b2c3d4.old"
+    for name in (".kept.0123abcd-99.a1b2c3d4.partial", f".kept.{'0' * 16}.steps", replaced):
         (folder / name).mkdir()
         (folder / name / "x").write_text("")
-    stages.runner().delete_scratch()
+    runner = stages.runner()
+    assert folder / replaced in runner.scratch_left()
+    runner.delete_scratch()
+    assert [path.name for path in runner.scratch_left()] == []
     left = sorted(path.name for path in folder.iterdir())
     assert left == [".kept.lock", ".model.lock", ".scores.lock", "kept", "model", "scores"]
     assert [path.name for path in (folder / "scores").iterdir()] == ["manifest.json"]

@@ -70,6 +70,29 @@ with files.new_folder(sys.argv[1]) as out:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.b", "other"]
 
 
+def test_a_replaced_folder_that_a_killed_process_left_is_deleted_by_the_next(tmp_path):
+    script = """
+import os, signal, sys
+from safepatch_jax.runtime import files
+def hook(event, args):
+    if event == "shutil.rmtree":
+        os.kill(os.getpid(), signal.SIGKILL)
+with files.new_folder(sys.argv[1], replace=True) as out:
+    sys.addaudithook(hook)
+    (out / "x").write_text("new")
+"""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "x").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", script, folder], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL and (folder / "x").read_text() == "new"
+    [old] = {*tmp_path.iterdir()} - {folder}
+    assert (old / "x").read_text() == "old"
+    with files.new_folder(folder, replace=True):
+        assert not old.exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_what_someone_else_writes_meanwhile_is_not_lost(tmp_path):
     with pytest.raises(ValueError, match="was made or filled by someone else meanwhile"):
         with files.new_folder(tmp_path / "folder") as out:

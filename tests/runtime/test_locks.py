@@ -119,10 +119,12 @@ def test_a_folder_is_not_replaced_through_a_link(tmp_path):
         (".a.txt.0123abcd-77.partial", True),
         (".stages.0123abcd-77.x_1abcde.partial", True),
         (".stages.1.partial", True),
+        (".stages.0123abcd-77.x_1abcde.old", True),
         (".shared.a1b2c3d_.partial", True),
         (".notes.partial", False),
         (".my.download.partial", False),
         ("a.1.partial", False),
+        (".notes.2024.old", False),
     ],
 )
 def test_half_written_is_what_has_a_name_of_ours(name, ours):
