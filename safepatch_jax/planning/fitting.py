@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +18,7 @@ from safepatch_jax.run.room import LESS_DISK, disk_bytes, free_bytes
 from safepatch_jax.run.stages import CACHE
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
+from safepatch_jax.runtime.memory import available_memory
 from safepatch_jax.runtime.programs import keep_programs
 from safepatch_jax.runtime.records import read_record
 from safepatch_jax.settings import Settings
@@ -142,17 +141,8 @@ def _earlier(settings: Mapping[str, Any], path: pathlib.Path) -> Changes | None:
 
 
 def at_hand(target: Target) -> Target:
-    """Return a target of CPUs with its share of the memory that this host has free."""
+    """Return a target of CPUs with its share of the memory that programs can have here."""
     if target.memory is not None or target.devices[0].platform != "cpu":
         return target
     free, own = HOST_SHARE * available_memory(), len(target.devices) // processes.count()
     return dataclasses.replace(target, memory=int(free / max(1, own)))
-
-
-def available_memory() -> int:
-    """Return the bytes of this host's memory that programs can have."""
-    try:
-        text = pathlib.Path("/proc/meminfo").read_text()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", text).group(1))

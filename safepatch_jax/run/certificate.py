@@ -35,6 +35,7 @@ from safepatch_jax.models.table import param_table
 from safepatch_jax.run.published import CERTIFICATE
 from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, libraries, processes
+from safepatch_jax.runtime.memory import available_memory
 from safepatch_jax.runtime.reading import reading
 from safepatch_jax.training.batch import put_batch
 
@@ -261,26 +262,10 @@ def _no_torch(parameters: int) -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     need = 6 * parameters  # float32 weights, and half as much again while a file is read
-    free = _available_memory()
-    if free is not None and need > free:
+    free = available_memory()
+    if need > free:
         return f"it would need {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
-
-
-def _available_memory() -> int | None:
-    """Return the bytes that are free on this machine and within its container's limit, or None
-    where neither is known."""
-    free = []
-    machine = pathlib.Path("/proc/meminfo")
-    if machine.is_file():
-        for line in machine.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    container = pathlib.Path("/sys/fs/cgroup")
-    limit, used = container / "memory.max", container / "memory.current"
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free.append(int(limit.read_text()) - int(used.read_text()))
-    return min(free, default=None)
 
 
 def _torch_logits(folder: pathlib.Path, tokens_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:

@@ -1,13 +1,14 @@
 """derive.memory=auto: what it chooses for devices, and that a workdir keeps it."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.planning.chips import present
 from safepatch_jax.planning.compile import measure
-from safepatch_jax.planning.fitting import at_hand, fitted, less_disk
+from safepatch_jax.planning.fitting import HOST_SHARE, at_hand, fitted, less_disk
 from safepatch_jax.planning.programs import holdings, programs
 from safepatch_jax.planning.search import Planner
 from safepatch_jax.run.job import SETTINGS
@@ -89,6 +90,57 @@ def test_a_workdir_keeps_what_it_was_begun_with(given, tmp_path, capsys):
 def test_cpus_share_what_the_host_has_free():
     one, eight = (at_hand(present(sharder_of(n))).memory for n in (1, 8))
     assert 2**28 < one < 2**50 and eight == pytest.approx(one / 8, rel=0.2)
+
+
+MACHINE = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 100 kB\n"}
+NEW, OLD = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
+CONTAINERS = {
+    "no limit": ({"proc/self/cgroup": "0::/\n", NEW + "memory.max": "max\n"}, 102_400),
+    "in a container": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            NEW + "memory.max": "60000\n",
+            NEW + "memory.current": "50000\n",
+            NEW + "memory.stat": "anon 20000\ninactive_file 30000\n",
+        },
+        40_000,
+    ),
+    "a group above": (
+        {
+            "proc/self/cgroup": "0::/jobs/mine\n",
+            NEW + "jobs/memory.max": "60000\n",
+            NEW + "jobs/memory.current": "10000\n",
+            NEW + "jobs/mine/memory.max": "90000\n",
+            NEW + "jobs/mine/memory.current": "10000\n",
+        },
+        50_000,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "3:cpu:/\n2:memory:/docker/of-the-host\n0::/\n",
+            OLD + "memory.limit_in_bytes": "60000\n",
+            OLD + "memory.usage_in_bytes": "50000\n",
+            OLD + "memory.stat": "inactive_file 7\ntotal_inactive_file 30000\n",
+        },
+        40_000,
+    ),
+}
+
+
+@pytest.mark.parametrize("texts, free", CONTAINERS.values(), ids=CONTAINERS)
+def test_cpus_stay_within_the_limit_of_a_container(tmp_path, monkeypatch, texts, free):
+    for name, text in (MACHINE | texts).items():
+        files.write_text(tmp_path / name, text)
+    read = pathlib.Path.read_text
+
+    def below(path, *args, **options):
+        if path.parts[1] in ("proc", "sys"):
+            path = tmp_path / path.relative_to("/")
+        return read(path, *args, **options)
+
+    target = present(sharder_of(1))
+    monkeypatch.setattr(pathlib.Path, "read_text", below)
+    assert at_hand(target).memory == int(HOST_SHARE * free)
 
 
 def test_purposes_add_up_to_what_the_programs_hold(given):
