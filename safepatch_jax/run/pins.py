@@ -1,5 +1,5 @@
-"""The commit that a run's model of the Hugging Face Hub stands for: looked up once, then part of
-the run's settings, so that a branch that moves changes no run. Needs no JAX."""
+"""The commit that a model of the Hugging Face Hub stands for in a run or study: looked up once,
+then part of its settings, so that a branch that moves changes neither. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pathlib
 
 from safepatch_jax.io import hub
 from safepatch_jax.run.agreement import SAME_COMMAND
-from safepatch_jax.runtime import files, processes
+from safepatch_jax.runtime import files, mirror, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
 
@@ -20,8 +20,9 @@ def pinned(
 
     Args:
       settings: as given.
-      record: where settings of an earlier call of the command lie; a model that is given without
-        a revision keeps the commit that it has there.
+      record: where an earlier call of the command noted its settings: settings.json and the like,
+        what a study's folder is for, or a log that begins with that; a model that is given
+        without a revision keeps the commit that it has there.
       afresh: look the commit up again all the same.
 
     Raises:
@@ -51,8 +52,15 @@ def _pinned(source: str, record: pathlib.Path | None) -> str:
 def _recorded(record: pathlib.Path) -> str:
     """Return the model.source of recorded settings; '' where none is to be read, of which another
     line tells."""
+    if not record.is_file():
+        mirror.bring_file(record)
     try:
-        source = files.read_json(record)["model"]["source"]
-    except (OSError, ValueError, KeyError, TypeError):
+        lines = record.suffix == ".jsonl"
+        content = files.read_jsonl(record)[0] if lines else files.read_json(record)
+        if "settings" in content:
+            source = content["settings"]["model.source"]
+        else:
+            source = content["model"]["source"]
+    except (OSError, ValueError, LookupError, TypeError):
         return ""
     return source if isinstance(source, str) else ""

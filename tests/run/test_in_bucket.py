@@ -1,18 +1,21 @@
 """A run whose workdir and cache lie in a bucket: the bits of the same run on disk; taken up with
 nothing on this machine's disk; what is brought back is what was published."""
 
+import json
 import shutil
 
 import pytest
 
 from safepatch_jax.run.inspect_stage import inspect_stage
-from safepatch_jax.run.job import Job
+from safepatch_jax.run.job import SETTINGS, Job
+from safepatch_jax.run.pins import pinned
 from safepatch_jax.runtime import addresses, mirror, paths
 from safepatch_jax.runtime.files import file_sha256
 from safepatch_jax.runtime.objects import Objects
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 from tests import bucket
+from tests.hub import files_of
 from tests.jobs import FAST, stages_run, write_data
 
 pytestmark = bucket.needed
@@ -70,6 +73,18 @@ def test_a_machine_with_an_empty_disk_goes_on_from_what_is_there(done, in_bucket
     ran = stages_run(capsys.readouterr().out)
     assert "patch_file" in ran and not {"derive_se", "score_osm", "patch", "export"} & set(ran)
     assert (done.workdir / "stages" / "export" / "model" / "model.safetensors").is_file()
+
+
+def test_a_machine_with_an_empty_disk_keeps_the_commit_of_a_model_of_the_hub(
+    bucket_server, hub, on_disk
+):
+    contents = files_of(on_disk.settings.model.source)
+    first = hub.put("org/tiny", contents)
+    named = on_disk.settings.override({"model.source": "org/tiny"})
+    begun = named.override({"model.source": f"org/tiny@{first}"})
+    Objects("gs://bucket/runs/named").write(SETTINGS, json.dumps(begun.to_dict()).encode())
+    hub.put("org/tiny", contents | {"generation_config.json": b"{}"})
+    assert pinned(named, paths.resolve("gs://bucket/runs/named") / SETTINGS) == begun
 
 
 def test_a_stage_that_another_has_changed_runs_again(done, in_bucket, capsys):

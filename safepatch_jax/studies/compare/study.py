@@ -22,6 +22,7 @@ from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.compare import report
@@ -61,7 +62,7 @@ def compare(
       ValueError: bad settings, data, suite or method; a workdir of another comparison; or, after
         the report on all others, methods that could not be made.
     """
-    settings = pinned(settings)
+    settings = pinned(settings, resolve(workdir) / RECORD)
     suite, methods = load_suite(options.suite), parse_methods(options.methods)
     _check(settings, options, suite)
     for name in dict.fromkeys((*methods, *options.settings)):

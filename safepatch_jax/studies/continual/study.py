@@ -44,6 +44,7 @@ from safepatch_jax.run.stages import versions
 from safepatch_jax.runtime import files, mirror, processes
 from safepatch_jax.runtime.addresses import name_of
 from safepatch_jax.runtime.console import say, some
+from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.runtime.programs import keep_programs
 from safepatch_jax.runtime.workdir import Workdir
 from safepatch_jax.settings import Settings
@@ -103,7 +104,7 @@ def run(
         is of another chain, or has other links than `links` begin with.
     """
     check_settings(settings)
-    settings = pinned(settings)
+    settings = pinned(settings, resolve(workdir) / LOG)
     rules = read_rules(gate) if gate else None
     folder = Workdir(workdir, "a chain", LOG, _NAMES, apart=_APART)
     flags = {

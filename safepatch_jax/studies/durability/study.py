@@ -95,7 +95,8 @@ def durability(
     asked = dataclasses.asdict(options) | {"--model": model, "--patch": patch}
     processes.agree(asked, SAME_COMMAND)
     changes = {"align.enabled": False, "derive.batch_size": options.batch_size}
-    run = open_run(pinned(settings.override(changes)), resolve(workdir))
+    place = resolve(workdir)
+    run = open_run(pinned(settings.override(changes), place / RECORD), place)
     pair = Pair(_base(run), hub.folder_of(model) if model else "", patch)
     study = _Study(run, pair, options)
     folder = Workdir(
@@ -149,7 +150,9 @@ class _Study:
     def begin(self, command: Sequence[str]) -> None:
         """Note what the folder is for."""
         if not (self._out / RECORD).is_file():
-            files.write_json(self._out / RECORD, self._record | {"versions": versions()})
+            source = {"model.source": self._run.settings.model.source}
+            content = self._record | {"settings": source, "versions": versions()}
+            files.write_json(self._out / RECORD, content)
         (self._out / MEASURED).mkdir(exist_ok=True)
         environment.write(self._out, command, self._run.context.sharder)
 

@@ -75,7 +75,7 @@ def slopes(
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
     with folder.claimed(run.context.cache_dir), Metrics(folder.path) as run.metrics:
-        processes.on_first(environment.write, run.workdir, command, run.context.sharder)
+        processes.on_first(_begin, run, command)
         for name in PARTS:
             run.runner.need(name)
         meter = by_margins.margin_meter(run)
@@ -86,6 +86,12 @@ def slopes(
             content["checks"].append(_point((alpha, beta), rows, options) | {"true": _short(true)})
         processes.on_first(_write, content, folder.path)
     return folder.path / "slopes.md"
+
+
+def _begin(run: Run, command: Sequence[str]) -> None:
+    """Write down with what this is done, as a sweep does."""
+    files.write_json(run.workdir / SETTINGS, run.settings.to_dict())
+    environment.write(run.workdir, command, run.context.sharder)
 
 
 def _check_method(settings: Settings) -> None:
