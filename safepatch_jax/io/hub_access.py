@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from safepatch_jax.runtime.reading import Refused, reason
-from safepatch_jax.runtime.text import hide
+from safepatch_jax.runtime.text import hide, without_user
 
 MODEL, DATASET = "model", "dataset"
 _KINDS = {MODEL: ("a model", ""), DATASET: ("a data set", "datasets/")}
@@ -88,9 +88,14 @@ def _note(kind: str, name: str, commit: str, file: str) -> pathlib.Path:
 
 def page(kind: str, name: str) -> str:
     """Return the address of a repository's page."""
+    return f"{_endpoint()}/{_KINDS[kind][1]}{name}"
+
+
+def _endpoint() -> str:
+    """Return the address of the Hub, as it may be shown: that of a mirror can hold a password."""
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{_KINDS[kind][1]}{name}"
+    return without_user(constants.ENDPOINT)
 
 
 def command(kind: str, name: str, revision: str = "") -> str:
@@ -143,11 +148,11 @@ def problem(error: Exception, kind: str, name: str, revision: str, given: str) -
         )
     if status := getattr(getattr(error, "response", None), "status_code", None):
         return Refused(
-            f"{start}the Hugging Face Hub ({constants.ENDPOINT}) answers {status}: "
+            f"{start}the Hugging Face Hub ({_endpoint()}) answers {status}: "
             f"{server_text(error)}. Where it is allowed: hf auth login; then {download}."
         )
     return Refused(
-        f"{start}the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
+        f"{start}the Hugging Face Hub ({_endpoint()}) cannot be reached "
         f"({reason(error)}), and the cache ({constants.HF_HUB_CACHE}) does not hold it. Where "
         f"there is a network: {download}."
     )
@@ -171,7 +176,7 @@ def _is_of_network(error: Exception) -> bool:
 def server_text(error: Any) -> str:
     """Return what a server said, in a few words."""
     said = getattr(error, "server_message", None) or str(error).partition("\n")[0]
-    return said.strip().rstrip(".")[:300]
+    return without_user(said).strip().rstrip(".")[:300]
 
 
 class Counter:

@@ -16,6 +16,7 @@ from safepatch_jax.reporting import charts
 from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.records import read_record
+from safepatch_jax.runtime.text import without_user
 
 if TYPE_CHECKING:
     from safepatch_jax.mesh import Sharder
@@ -60,10 +61,16 @@ def _describe_start(command: Sequence[str], sharder: Sharder | None) -> dict[str
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "devices": None if sharder is None else _devices(sharder),
-        "variables": {name: os.environ[name] for name in variables},
+        "variables": {name: _shown(os.environ[name]) for name in variables},
         "hub": hub_access.taken(),
         "packages": dict(sorted(packages.items())),
     }
+
+
+def _shown(value: str) -> str:
+    """Return a variable's value without user and password: a proxy's address may begin with them,
+    where others have a scheme before."""
+    return without_user(f"//{value}").removeprefix("//")
 
 
 def _devices(sharder: Sharder) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from safepatch_jax.runtime.addresses import SCHEMES
 from safepatch_jax.runtime.reading import Refused, reason
+from safepatch_jax.runtime.text import without_user
 
 EMULATOR = "STORAGE_EMULATOR_HOST"  # environment variable of Google's clients
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -241,6 +242,6 @@ def refuse_own_endpoint(address: str) -> None:
     if address.startswith("s3://") and endpoint:
         raise Refused(
             f"{address}: a run keeps arrays, which orbax cannot write to another endpoint than "
-            f"AWS's own (AWS_ENDPOINT_URL is {endpoint}). Models, data and patch files may lie "
-            "there; give a folder or gs:// for the workdir and the cache."
+            f"AWS's own (AWS_ENDPOINT_URL is {without_user(endpoint)}). Models, data and patch "
+            "files may lie there; give a folder or gs:// for the workdir and the cache."
         )

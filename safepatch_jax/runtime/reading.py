@@ -13,6 +13,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from safepatch_jax.runtime.text import without_user
+
 _LFS = b"version https://git-lfs"
 _MOST = 300  # characters of a reason
 
@@ -43,14 +45,14 @@ def reading(path: str | pathlib.Path, what: str, fix: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Say in a few words what an error was."""
+    """Say in a few words what an error was, without user and password of a URL in it."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
     if isinstance(error, OSError) and error.strerror:
         return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
-    text = str(error).strip().partition("\n")[0].rstrip(".")[:_MOST]
+    text = without_user(str(error)).strip().partition("\n")[0].rstrip(".")[:_MOST]
     if text and (isinstance(error, ValueError) or type(error) is Exception):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,11 +7,13 @@ megabytes, or a key that a server echoes. Everything printed passes `printable`,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 MOST = 2000  # characters of a message
 _PART = 8  # characters of a secret that are enough to be hidden
 _MASK = "***"
+_USER = re.compile(r"(?<=//)[^\s/?#]*@")  # and password, in a URL
 _secrets: set[str] = set()
 
 
@@ -39,6 +41,11 @@ def redacted(text: str) -> str:
         elif i - 1 not in hidden:
             shown.append(_MASK)
     return "".join(shown)
+
+
+def without_user(text: str) -> str:
+    """Return a text in which user and password of URLs are masked."""
+    return _USER.sub(f"{_MASK}@", text)
 
 
 def _positions(text: str, part: str) -> Iterator[int]:

@@ -191,6 +191,20 @@ def test_what_cannot_be_had_is_one_line(hub, contents, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change", [{"gated": {NAME}}, {"repositories": {}}, {"status": 503}, {"address": "127.0.0.1:9"}]
+)
+def test_the_password_of_a_mirror_is_not_told(hub, contents, change, monkeypatch):
+    hub.put(NAME, contents)
+    place = change.get("address", hub.address.removeprefix("http://"))
+    use(monkeypatch, hub.cache, f"http://me:open@{place}")
+    for name, value in change.items():
+        setattr(hub, name, value)
+    with pytest.raises(ValueError, match=rf"http://\*\*\*@{place}") as error:
+        names.snapshot(NAME)
+    assert "open" not in str(error.value)
+
+
 def test_a_revision_that_is_not_there(hub, contents):
     hub.put(NAME, contents)
     with pytest.raises(ValueError, match="has no revision 'v2'.*--revision=v2"):

@@ -39,15 +39,22 @@ def test_metrics_have_every_step_of_training(finished):
     assert content.count(b"answer_nll") == content.count(b"gradient_norm") == 2
 
 
-def test_what_ran_where(finished):
+def test_what_ran_where(finished, monkeypatch):
     path = finished.workdir / "environment.json"
     starts = read_json(path)["starts"]
     assert starts[0]["packages"]["jax"]
     assert starts[0]["devices"]["number"] == starts[0]["devices"]["mesh"]["fsdp"] == 8
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:open@mirror:8443/hub")
+    monkeypatch.setenv("TFDS_HTTP_PROXY", "me:open@proxy:80")
+    monkeypatch.setenv("TFDS_HTTPS_PROXY", "https://proxy:80/@")
     Job(finished.settings, finished.workdir).run(["python", "-m", "launch.safepatch", "--a b"])
     again = read_json(path)["starts"]
     assert again[:-1] == starts
     assert again[-1]["command"] == "python -m launch.safepatch '--a b'"
+    variables = again[-1]["variables"]
+    assert variables["HF_ENDPOINT"] == "https://***@mirror:8443/hub"
+    assert variables["TFDS_HTTP_PROXY"] == "***@proxy:80"
+    assert variables["TFDS_HTTPS_PROXY"] == "https://proxy:80/@"
 
 
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_lives(finished):

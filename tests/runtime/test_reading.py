@@ -24,6 +24,7 @@ class Panic(BaseException):
         (MemoryError(), "it needs more memory than there is"),
         (PermissionError(errno.EACCES, "no"), "Permission denied"),
         (ValueError("x" * 1000), "x" * 300),
+        (ValueError("403 for url: https://me:open@host/a"), "403 for url: https://***@host/a"),
     ],
 )
 def test_whatever_a_reader_raises_becomes_one_line(error, why, tmp_path):

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from safepatch_jax.runtime import files, text
-from safepatch_jax.runtime.text import hide, printable, redacted
+from safepatch_jax.runtime.objects import refuse_own_endpoint
+from safepatch_jax.runtime.text import hide, printable, redacted, without_user
 
 KEY = "sk-live/0123456789abcdef"
 
@@ -72,3 +73,21 @@ def test_a_short_word_is_no_secret(monkeypatch):
     hide("abc")
     hide("")
     assert redacted("xabcx ab") == "xabcx ab"
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("at https://me:op@n@host:1/a@b, or", "at https://***@host:1/a@b, or"),
+        ("s3://key@host http://host/?x=a@b", "s3://***@host http://host/?x=a@b"),
+        ("org/name@main", "org/name@main"),
+    ],
+)
+def test_user_and_password_of_a_url_are_masked(url, shown):
+    assert without_user(url) == shown
+
+
+def test_the_password_of_an_endpoint_is_not_told(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://me:open@store")
+    with pytest.raises(ValueError, match=r"AWS_ENDPOINT_URL is https://\*\*\*@store\)"):
+        refuse_own_endpoint("s3://bucket/work")
