@@ -141,8 +141,8 @@ def evaluate(
       model: a Hugging Face folder or org/name of the Hub, a model of `load`, or a patch, which
         stands for the patched model.
       against: the model beside it; of a patch by default its backbone.
-      out: the evaluation's folder; by default one of these models and options in the workdir, or in
-        the cache. What is answered there is not answered again.
+      out: the evaluation's folder; by default one of these models, measures, data and options in
+        the workdir, or in the cache. What is answered there is not answered again.
       options: by keyword, those of `safepatch evaluate`: suite, judge, temperature and so on.
 
     Raises:
@@ -243,10 +243,12 @@ def _folder(model: Any) -> str:
 def _default_place(
     session: Session | None, folders: Mapping[str, str], options: EvaluationOptions
 ) -> pathlib.Path:
-    from safepatch_jax.evaluation.answers import fingerprint
+    from safepatch_jax.evaluation.suites import load_suite
+    from safepatch_jax.studies.evaluate.study import inputs
 
-    models = {who: fingerprint(folder) for who, folder in folders.items()}
-    key = files.text_hash([models, options.suite, options.deciding(), options.seeds])[:16]
+    # A suite that was edited, or data that were, make another evaluation.
+    record = inputs(folders, load_suite(options.suite), options)
+    key = files.text_hash([record, options.seeds])[:16]
     parent = Inputs(Settings()).cache_dir if session is None else session.workdir
     return parent / "evaluations" / key
 

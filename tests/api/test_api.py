@@ -3,6 +3,7 @@ notebook."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -112,6 +113,25 @@ def test_the_pages_code_runs_as_it_stands(place):
     assert patch.picture._repr_png_()[1:4] == report.picture._repr_png_()[1:4] == b"PNG"
     labels = [row["label"] for row in names["table"].content["methods"].values()]
     assert len(labels) == 3 and all(label in repr(names["table"]) for label in labels)
+
+
+def test_an_edited_suite_or_its_edited_data_are_evaluated_beside_the_old_ones(place):
+    measures = [dict(measure, source=str(place / f"{i}.csv")) for i, measure in enumerate(SUITE)]
+    for measure, rows in zip(measures, ("one", "two", "three")):
+        pathlib.Path(measure["source"]).write_text(f"prompt,answer\n{rows},a\n")
+    (place / "edited.json").write_text(json.dumps(measures))
+    call = functools.partial(sp.evaluate, "my_model", suite="edited.json")
+    first = call()
+    (place / "edited.json").write_text(json.dumps(measures[:2]))
+    second = call()
+    (place / "0.csv").write_text("prompt,answer\nanother,a\n")
+    third = call()
+    assert len({first.folder, second.folder, third.folder}) == 3
+    assert len(first.measures) == 3 and len(second.measures) == len(third.measures) == 2
+    (place / "0.csv").write_text("prompt,answer\none,a\n")
+    stamps = {path: path.stat().st_mtime_ns for path in second.folder.glob("answers/*/*")}
+    assert call().folder == second.folder and len(stamps) == 3  # two measures and the speed
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
 def test_derived_models_are_deleted_and_finished_stages_reused(patch, capsys):

@@ -81,6 +81,37 @@ def evaluate(
         return evaluation.run()
 
 
+def inputs(
+    folders: Mapping[str, str],
+    suite: Sequence[Measure],
+    options: EvaluationOptions,
+    items: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what an evaluation is of: models, measures and their data, by hash, and options.
+
+    Args:
+      folders: of the models, by what they are called.
+      suite, options: see `evaluate`.
+      items: by measure, see `_items`; read where they are not given.
+    """
+    record = {
+        "models": {who: answers.fingerprint(folder) for who, folder in folders.items()},
+        "suite": [dataclasses.asdict(measure) for measure in suite],
+        "options": options.deciding(),
+        "items": files.text_hash(_items(suite, options) if items is None else items),
+    }
+    data = {}
+    for measure in suite:
+        if measure.kind not in ROLES:
+            data[measure.name] = options.sources.hash(measure)
+    return record | ({"data": data} if data else {})
+
+
+def _items(suite: Sequence[Measure], options: EvaluationOptions) -> dict[str, Any]:
+    """Return the records of the measures that are asked prompt by prompt."""
+    return {m.name: options.sources.items(m) for m in suite if m.kind in ROLES}
+
+
 class _Evaluation:
     """An evaluation of one or two models in a folder.
 
@@ -109,31 +140,12 @@ class _Evaluation:
         self._of_content = [text for text, x in self._judges.items() if x.tells_content]
         self._grader = answers.open_grader(options.grader, suite, options.suite)
         _check(suite, folders, options)
-        self._items = {}
-        for measure in suite:
-            if measure.kind in ROLES:
-                self._items[measure.name] = options.sources.items(measure)
+        self._items = _items(suite, options)
 
     @functools.cached_property
     def _record(self) -> dict[str, Any]:
         """What the folder is for; later calls of the command must fit it."""
-        sources = self._options.sources
-        models = {}
-        for who, folder in self._folders.items():
-            models[who] = answers.fingerprint(folder)
-        record = {
-            "models": models,
-            "suite": [dataclasses.asdict(measure) for measure in self._suite],
-            "options": self._options.deciding(),
-            "items": files.text_hash(self._items),
-        }
-        data = {}
-        for measure in self._suite:
-            if measure.kind not in ROLES:
-                data[measure.name] = sources.hash(measure)
-        if data:
-            record["data"] = data
-        return record
+        return inputs(self._folders, self._suite, self._options, self._items)
 
     def check_record(self) -> None:
         """Raise ValueError if the folder is of an evaluation of something else."""
