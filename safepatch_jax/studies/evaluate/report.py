@@ -27,6 +27,10 @@ from safepatch_jax.studies.evaluate.results import (
 )
 
 _WORDS = {"harm": "harm", "refusal": "over-refusal", "text": "perplexity"}
+_NO_ATGR = (
+    "no ATGR, as they are not known to have been timed with the same batch size, mesh and device: "
+    "delete answers/*/speed.jsonl, and the same command times both"
+)
 
 
 def labels(folders: Mapping[str, str]) -> dict[str, str]:
@@ -65,7 +69,7 @@ def gather(
       items: by measure, the records by id.
       answers: by (model, measure), for each run (one, or one a seed) the rows by id.
       verdicts: by judge, as `answers`; rates are the first judge's.
-      speeds: by model, {'seconds_per_token'} or None.
+      speeds: by model, {'seconds_per_token'} with its `conditions`, or None.
       about: what is said of models, options, judges and versions.
       grades: of measures of kind mt_bench, as `answers`.
     """
@@ -92,13 +96,23 @@ def gather(
     return content
 
 
+def conditions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return under which conditions a model was timed: batch size, mesh and device; None for what
+    an earlier version did not note."""
+    return {name: row.get(name) for name in ("batch_size", "mesh", "device")}
+
+
 def _speed(speeds: Mapping[str, Any]) -> dict[str, Any]:
     if not speeds or not all(speeds.values()):
         return {}
     seconds = {who: x["seconds_per_token"] for who, x in speeds.items()}
     result: dict[str, Any] = {"seconds_per_token": seconds}
     if "against" in seconds:
-        result["atgr"] = seconds["model"] / seconds["against"]
+        ours, theirs = (conditions(speeds[who]) for who in ("model", "against"))
+        if ours == theirs and None not in ours.values():
+            result["atgr"] = seconds["model"] / seconds["against"]
+        else:
+            result["no_atgr"] = _NO_ATGR
     return result
 
 

@@ -12,7 +12,7 @@ from safepatch_jax.reporting import ending, tables, templates
 from safepatch_jax.studies.evaluate import report
 from safepatch_jax.studies.evaluate.figures import draw, draw_templates
 
-_SPEED = ("seconds_per_token", "atgr")
+_SPEED = ("seconds_per_token", "atgr", "no_atgr")
 _COMMON = (
     "models",
     "options",

@@ -21,6 +21,7 @@ from safepatch_jax.evaluation.lines import Lines, check_names, lines_of
 from safepatch_jax.evaluation.suites import GENERATED, Measure, load_suite
 from safepatch_jax.evaluation.timing import seconds_per_token
 from safepatch_jax.io import hub
+from safepatch_jax.mesh import make_mesh
 from safepatch_jax.models.config import read_hf_config, same_architecture
 from safepatch_jax.reporting import charts
 from safepatch_jax.run.stages import versions
@@ -162,8 +163,9 @@ class _Evaluation:
         for measure in self._suite:
             if measure.kind == "mt_bench":
                 self._items[measure.name] = self._options.sources.items(measure)
+        conditions = self._conditions()
         for who in reversed(self._folders):
-            self._answer(who)
+            self._answer(who, conditions)
         content = self._gather()
         processes.on_first(side_by_side.write, content, self._out)
         for line in side_by_side.result(content):
@@ -242,15 +244,29 @@ class _Evaluation:
     def _speed(self, who: str) -> Lines:
         return Lines(self._out / "answers" / who / "speed.jsonl")
 
-    def _answer(self, who: str) -> None:
-        """Let one model do what is not done yet; it is not loaded if nothing is missing."""
+    def _conditions(self) -> dict[str, Any] | None:
+        """Return how models are timed now; None where nothing is timed, or all was: then no model
+        is loaded for it."""
+        judged = any(measure.kind in JUDGED for measure in self._suite)
+        if not judged or all("speed" in self._speed(who).rows for who in self._folders):
+            return None
+        mesh = make_mesh(self._options.mesh)
+        return {
+            "batch_size": self._options.batch_size,
+            "mesh": dict(mesh.shape),
+            "device": mesh.devices.flat[0].device_kind,
+        }
+
+    def _answer(self, who: str, conditions: Mapping[str, Any] | None) -> None:
+        """Let one model do what is not done yet, and time it unless that was done under these
+        conditions; it is not loaded if nothing is missing."""
         load = functools.cache(self._open)  # released on return
         for label in self._options.formats:
             self._answer_in(who, label, functools.cache(functools.partial(self._in, label, load)))
         speed = self._speed(who)
-        if "speed" not in speed.rows and any(m.kind in JUDGED for m in self._suite):
+        if conditions and report.conditions(speed.rows.get("speed", {})) != conditions:
             seconds = seconds_per_token(load(self._folders[who]))
-            speed.add({"id": "speed", "seconds_per_token": seconds})
+            speed.add({"id": "speed", "seconds_per_token": seconds, **conditions})
 
     def _answer_in(self, who: str, label: str, engine: Callable[[str], Engine]) -> None:
         """Let one model do what is not done yet in one template; `engine` returns the model of a
