@@ -32,7 +32,7 @@ def paper_config(source: str, architecture: str, *, top_rate: float = 0.03, **gr
     """Return the CONFIG of a 7B to 70B backbone; `groups` replace whole options of a group.
 
     Args:
-      source: folder of the model.
+      source: of the model, as model.source.
       architecture: a file of configs/architectures: the facts of its config.json, for plans without
         the model.
       top_rate: share of entries in each top set.

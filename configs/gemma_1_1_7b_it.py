@@ -1,9 +1,10 @@
 """SafePatching on Gemma-1.1-7B-it (paper backbone).
 
   python -m launch.safepatch --config=configs/gemma_1_1_7b_it.py --workdir=runs/gemma_1_1_7b_it \\
-      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of google/gemma-1.1-7b-it; add --dry_run to see the plan first.
+Model: google/gemma-1.1-7b-it of the Hugging Face Hub (gated: accept its licence, then hf auth
+login), or --model.source=DIR. Add --dry_run to see the plan first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
 arithmetic. Memory: 8.54e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
@@ -16,5 +17,5 @@ batches.
 from configs.common import paper_config
 
 CONFIG = paper_config(
-    "gemma-1.1-7b-it", "gemma_1_1_7b", derive={"batch_size": 8}, evaluate={"batch_size": 16}
+    "google/gemma-1.1-7b-it", "gemma_1_1_7b", derive={"batch_size": 8}, evaluate={"batch_size": 16}
 )

@@ -1,11 +1,11 @@
 """SafePatching on LLaMA-2-13B-Chat with one H200: block by block.
 
-  python -m launch.safepatch --config=configs/llama2_13b_one_h200.py \\
-      --workdir=runs/llama2_13b --model.source=DIR \\
+  python -m launch.safepatch --config=configs/llama2_13b_one_h200.py --workdir=runs/llama2_13b \\
       --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Llama-2-13b-chat-hf; add --dry_run to see the plan
-first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
+Model: meta-llama/Llama-2-13b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
+auth login), or --model.source=DIR. Add --dry_run to see the plan first. Only the patch scope is
+trained, with Adafactor, and one block's gradient exists at a time.
 
 Hardware: one H200 (docs/fit.md; not run yet). Memory: of 13.02e9 parameters the 12.69e9 of the
 patch scope are float32 (51 GB), the others float16; what each program takes: docs/fit.md. Disk:
@@ -16,5 +16,5 @@ Time: not measured yet.
 
 from configs.common import LAYERWISE, paper_config
 
-CONFIG = paper_config("Llama-2-13b-chat-hf", "llama2_13b", **LAYERWISE)
+CONFIG = paper_config("meta-llama/Llama-2-13b-chat-hf", "llama2_13b", **LAYERWISE)
 CONFIG["derive"] |= {"se_learning_rate": 3e-6}

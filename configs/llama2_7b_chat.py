@@ -1,10 +1,10 @@
 """SafePatching on LLaMA-2-7B-Chat (paper backbone).
 
   python -m launch.safepatch --config=configs/llama2_7b_chat.py --workdir=runs/llama2_7b_chat \\
-      --model.source=DIR --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Llama-2-7b-chat-hf; add --dry_run to see the plan
-first.
+Model: meta-llama/Llama-2-7b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
+auth login), or --model.source=DIR. Add --dry_run to see the plan first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (docs/tpu.md), or 4 x H100 (docs/gpu.md): compiled for, not
 run yet. Memory: 6.74e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
@@ -15,4 +15,4 @@ not measured yet.
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Llama-2-7b-chat-hf", "llama2_7b")
+CONFIG = paper_config("meta-llama/Llama-2-7b-chat-hf", "llama2_7b")

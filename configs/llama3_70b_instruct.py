@@ -1,11 +1,11 @@
 """SafePatching on LLaMA-3-70B-Instruct; LLaMA-3.1-70B-Instruct works with the same file.
 
   python -m launch.safepatch --config=configs/llama3_70b_instruct.py \\
-      --workdir=runs/llama3_70b_instruct --model.source=DIR \\
+      --workdir=runs/llama3_70b_instruct \\
       --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-70B-Instruct; add --dry_run to see the
-plan first.
+Model: meta-llama/Meta-Llama-3-70B-Instruct of the Hugging Face Hub (gated: accept its licence, then
+hf auth login), or --model.source=DIR. Add --dry_run to see the plan first.
 
 Hardware: v5p 4x4x4 or v4 4x4x4 (compiled for, docs/tpu.md; not run yet), or 32 x H100 by
 arithmetic. Memory: 70.55e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
@@ -19,7 +19,7 @@ not measured yet.
 from configs.common import paper_config
 
 CONFIG = paper_config(
-    "Meta-Llama-3-70B-Instruct",
+    "meta-llama/Meta-Llama-3-70B-Instruct",
     "llama3_70b",
     derive={"se_learning_rate": 1e-6, "osm_learning_rate": 3e-6},
 )

@@ -2,11 +2,11 @@
 file.
 
   python -m launch.safepatch --config=configs/llama3_8b_instruct.py \\
-      --workdir=runs/llama3_8b_instruct --model.source=DIR \\
+      --workdir=runs/llama3_8b_instruct \\
       --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
 
-DIR is the Hugging Face folder of meta-llama/Meta-Llama-3-8B-Instruct; add --dry_run to see the plan
-first.
+Model: meta-llama/Meta-Llama-3-8B-Instruct of the Hugging Face Hub (gated: accept its licence, then
+hf auth login), or --model.source=DIR. Add --dry_run to see the plan first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
 arithmetic. Memory: 8.03e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
@@ -17,4 +17,4 @@ not measured yet.
 
 from configs.common import paper_config
 
-CONFIG = paper_config("Meta-Llama-3-8B-Instruct", "llama3_8b")
+CONFIG = paper_config("meta-llama/Meta-Llama-3-8B-Instruct", "llama3_8b")

@@ -8,9 +8,11 @@ import runpy
 
 import pytest
 
+from safepatch_jax.io import hub
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import architecture
 from safepatch_jax.settings import load_config
+from tests.hub import use
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "common.py")
@@ -43,6 +45,15 @@ def test_memory_figure(path, monkeypatch):
         return
     stated = int(re.search(r"two moments\), (\d+) GB", manual).group(1))
     assert abs(stated - 16 * size / 1e9) < 1
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.stem)
+def test_the_model_is_one_of_the_hub_and_its_plan_needs_no_network(path, monkeypatch, tmp_path):
+    use(monkeypatch, tmp_path, offline=True)
+    settings = load_config(path)
+    name, revision = hub.split(settings.model.source)
+    assert f"Model: {name} of the Hugging Face Hub" in runpy.run_path(str(path))["__doc__"]
+    assert not revision and architecture(settings).num_layers > 20
 
 
 def test_every_backbone_has_its_architecture():

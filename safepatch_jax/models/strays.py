@@ -47,8 +47,8 @@ def refuse_no_model(folder: pathlib.Path) -> NoReturn:
         raise Refused(_file_advice(folder))
     if not folder.is_dir():
         raise Refused(
-            f"No model folder '{folder}'. {FORMAT}, a .gguf file, or 'smollm2'; a model of the "
-            "Hugging Face Hub is downloaded first (hf download NAME --local-dir DIR)."
+            f"No model folder '{folder}'. {FORMAT}, org/name of the Hugging Face Hub, a .gguf "
+            "file, or 'smollm2'."
         )
     advice = other_kind(folder) or _inner_advice(folder)
     if advice is None:

@@ -46,6 +46,7 @@ def fitted(
     *,
     afresh: bool = False,
     target: Target | None = None,
+    pin: bool = True,
 ) -> Settings:
     """Return the settings of a run; with derive.memory=auto those nearest to them that fit.
 
@@ -56,6 +57,7 @@ def fitted(
       workdir: of the run.
       afresh: choose again.
       target: the devices, if not those at hand.
+      pin: look up the commit of a model of the Hub; the plan of an absent model needs none.
 
     Raises:
       ValueError: an unknown architecture, or nothing fits.
@@ -63,7 +65,8 @@ def fitted(
     if settings.derive.memory != "auto":
         return settings
     path = pathlib.Path(workdir).absolute() / SETTINGS
-    settings = pinned(settings, path, afresh)
+    if pin:
+        settings = pinned(settings, path, afresh)
     earlier = processes.on_first(_earlier, settings.flat(), path)
     if earlier is not None and not afresh:
         changes = earlier

@@ -30,9 +30,10 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
     Raises:
       ValueError: bad settings, model, data or mesh.
     """
-    settings = fitted(settings, workdir)
     source, stand_in = settings.model.source, settings.model.architecture
-    if stand_in and source != "smollm2" and not _is_at_hand(source):
+    absent = bool(stand_in) and source != "smollm2" and not _is_at_hand(source)
+    settings = fitted(settings, workdir, pin=not absent)
+    if absent:
         say(f"The model '{source}' is not at hand; its programs are those of {stand_in}.")
         config, sharder = architecture(settings), Context(settings).sharder
     else:

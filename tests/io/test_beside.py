@@ -205,7 +205,7 @@ def test_a_folder_with_a_config_and_no_weights_is_named_too(model, tmp_path, kin
     [
         (SINGLE, "is a file; give the folder of the model: .*model."),
         ("x.gguf", "is a GGUF file, not a folder: give gguf:"),
-        ("absent", "No model folder '.*hf download NAME"),
+        ("absent", "No model folder '.*org/name of the Hugging Face Hub"),
     ],
 )
 def test_a_file_where_a_folder_is_needed(model, name, words):

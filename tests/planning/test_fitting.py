@@ -9,6 +9,7 @@ from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.planning.chips import present
 from safepatch_jax.planning.compile import measure
 from safepatch_jax.planning.fitting import HOST_SHARE, at_hand, fitted, less_disk
+from safepatch_jax.planning.plan import dry_run
 from safepatch_jax.planning.programs import holdings, programs
 from safepatch_jax.planning.search import Planner
 from safepatch_jax.run.job import SETTINGS
@@ -17,6 +18,8 @@ from safepatch_jax.runtime import files
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import write_tiny_model
 from tests.conftest import sharder_of
+from tests.hub import use
+from tests.jobs import machine_of
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,19 @@ def test_a_workdir_keeps_what_it_was_begun_with(given, tmp_path, capsys):
     # A workdir that was begun without it is no choice.
     files.write_json(tmp_path / SETTINGS, chosen.override({"derive.memory": "given"}).to_dict())
     assert fitted(given, tmp_path, target=large) == given
+
+
+def test_a_plan_of_an_absent_model_of_the_hub_needs_no_network(
+    given, tmp_path, monkeypatch, capsys
+):
+    use(monkeypatch, tmp_path, offline=True)
+    stand_in = f"{given.model.source}/config.json"
+    absent = {"model.source": "org/absent", "model.architecture": stand_in}
+    with machine_of(1):
+        dry_run(given.override(absent), tmp_path / "work")
+    out = capsys.readouterr().out
+    assert "Memory:  settings as given" in out and "'org/absent' is not at hand" in out
+    assert "Memory of score:" in out and not (tmp_path / "work").exists()
 
 
 def test_cpus_share_what_the_host_has_free():
