@@ -5,8 +5,9 @@ nothing but lines of our own.
   python -m benchmarks.readme_commands --holding=sweep  # those that hold a word
 
 Only what stands for the reader's own is replaced, by files of the same names in a new folder: DIR
-(a random model), FILE (a patch of it), and the data files; devices of a mesh are simulated. What
-cannot run is left out, each with its reason. tests/test_readme.py runs some of them.
+(a random model), FILE (a patch of it), and the data files; small files stand for the public sets
+that configs name; devices of a mesh are simulated. What cannot run is left out, each with its
+reason. tests/test_readme.py runs some of them.
 """
 
 from __future__ import annotations
@@ -73,14 +74,20 @@ def lay_out(folder: pathlib.Path) -> pathlib.Path:
     for name, seed in (("DIR", 0), ("other", 1)):
         write_tiny_model(folder / name, seed=seed, num_hidden_layers=1, num_key_value_heads=4)
     create(folder / "DIR", folder / "other", folder / "FILE")
+    _write_data(folder, ("advbench.csv", "xstest.csv", "alpaca.json"))
+    return folder
+
+
+def _write_data(folder: pathlib.Path, names: tuple[str, str, str]) -> None:
+    """Write small tables with the columns of AdvBench, XSTest and Alpaca, under these names."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [(f"question number {i}", f"answer number {i}") for i in range(24)]
     harmful = "".join(f"{goal},{target}\n" for goal, target in rows)
-    (folder / "advbench.csv").write_text(f"goal,target\n{harmful}")
-    alike = "".join(f"{i},homonyms,{prompt}\n" for i, (prompt, _) in enumerate(rows))
-    (folder / "xstest.csv").write_text(f"id,type,prompt\n{alike}")
-    ordinary = [{"instruction": prompt, "output": answer} for prompt, answer in rows]
-    write_json(folder / "alpaca.json", ordinary)
-    return folder
+    (folder / names[0]).write_text(f"goal,target\n{harmful}")
+    alike = "".join(f"{i},homonyms,safe,{prompt}\n" for i, (prompt, _) in enumerate(rows))
+    (folder / names[1]).write_text(f"id,type,label,prompt\n{alike}")
+    ordinary = [{"instruction": prompt, "input": "", "output": answer} for prompt, answer in rows]
+    write_json(folder / names[2], ordinary)
 
 
 def call(command: str, files: pathlib.Path, folder: pathlib.Path, home: pathlib.Path) -> Ended:
@@ -92,6 +99,8 @@ def call(command: str, files: pathlib.Path, folder: pathlib.Path, home: pathlib.
       home: the home folder, in which caches are.
     """
     shutil.copytree(files, folder)
+    by_hand = home / ".cache" / "safepatch_jax" / "datasets" / "manual"
+    _write_data(by_hand, ("harmful_behaviors.csv", "xstest_prompts.csv", "alpaca_data.json"))
     words = shlex.split(command)
     if words[0] == "safepatch":
         words = [sys.executable, "-m", "launch", *words[1:]]

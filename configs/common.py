@@ -45,7 +45,11 @@ def paper_config(source: str, architecture: str, *, top_rate: float = 0.03, **gr
             "remat": "full",
         },
         "mesh": {"shape": "data:1,fsdp:-1,tensor:1"},
+        # The paper's; all three are fetched, with their checksums (docs/data.md).
         "data": {
+            "harmful": "set:advbench",
+            "lookalike": "set:xstest",
+            "ordinary": "set:alpaca",
             "max_prompt_tokens": 128,
             "max_answer_tokens": 64,
             "train_limit": 400,

@@ -1,10 +1,10 @@
 """SafePatching on Gemma-1.1-7B-it (paper backbone).
 
-  python -m launch.safepatch --config=configs/gemma_1_1_7b_it.py --workdir=runs/gemma_1_1_7b_it \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/gemma_1_1_7b_it.py --workdir=runs/gemma_1_1_7b_it
 
 Model: google/gemma-1.1-7b-it of the Hugging Face Hub (gated: accept its licence, then hf auth
-login), or --model.source=DIR. Add --dry_run to see the plan first.
+login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their checksums, or
+from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see the plan first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
 arithmetic. Memory: 8.54e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,

@@ -1,10 +1,11 @@
 """SafePatching on LLaMA-2-13B-Chat.
 
-  python -m launch.safepatch --config=configs/llama2_13b_chat.py --workdir=runs/llama2_13b_chat \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/llama2_13b_chat.py --workdir=runs/llama2_13b_chat
 
 Model: meta-llama/Llama-2-13b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
-auth login), or --model.source=DIR. Add --dry_run to see the plan first.
+auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their checksums,
+or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see the plan
+first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 8 x H100 by
 arithmetic. Memory: 13.02e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,

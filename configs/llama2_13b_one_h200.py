@@ -1,11 +1,11 @@
 """SafePatching on LLaMA-2-13B-Chat with one H200: block by block.
 
-  python -m launch.safepatch --config=configs/llama2_13b_one_h200.py --workdir=runs/llama2_13b \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/llama2_13b_one_h200.py --workdir=runs/llama2_13b
 
 Model: meta-llama/Llama-2-13b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
-auth login), or --model.source=DIR. Add --dry_run to see the plan first. Only the patch scope is
-trained, with Adafactor, and one block's gradient exists at a time.
+auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their checksums,
+or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see the plan
+first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
 
 Hardware: one H200 (docs/fit.md; not run yet). Memory: of 13.02e9 parameters the 12.69e9 of the
 patch scope are float32 (51 GB), the others float16; what each program takes: docs/fit.md. Disk:

@@ -1,11 +1,11 @@
 """SafePatching on LLaMA-2-7B-Chat on four v5e chips: block by block.
 
-  python -m launch.safepatch --config=configs/llama2_7b_v5e_2x2.py --workdir=runs/llama2_7b \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/llama2_7b_v5e_2x2.py --workdir=runs/llama2_7b
 
 Model: meta-llama/Llama-2-7b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
-auth login), or --model.source=DIR. Add --dry_run to see the plan first. Only the patch scope is
-trained, with Adafactor, and one block's gradient exists at a time.
+auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their checksums,
+or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see the plan
+first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
 
 Hardware: v5e 2x2, or v6e 2x2 (docs/fit.md; not run yet). Memory: of 6.74e9 parameters the 6.48e9 of
 the patch scope are float32 (26 GB), the others float16; what each program takes: docs/fit.md. Disk:

@@ -2,11 +2,12 @@
 file.
 
   python -m launch.safepatch --config=configs/llama3_8b_instruct.py \\
-      --workdir=runs/llama3_8b_instruct \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+      --workdir=runs/llama3_8b_instruct
 
 Model: meta-llama/Meta-Llama-3-8B-Instruct of the Hugging Face Hub (gated: accept its licence, then
-hf auth login), or --model.source=DIR. Add --dry_run to see the plan first.
+hf auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their
+checksums, or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see
+the plan first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
 arithmetic. Memory: 8.03e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,

@@ -1,11 +1,12 @@
 """SafePatching on LLaMA-3-8B-Instruct on four v5e chips: block by block.
 
-  python -m launch.safepatch --config=configs/llama3_8b_v5e_2x2.py --workdir=runs/llama3_8b \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+  python -m launch.safepatch --config=configs/llama3_8b_v5e_2x2.py --workdir=runs/llama3_8b
 
 Model: meta-llama/Meta-Llama-3-8B-Instruct of the Hugging Face Hub (gated: accept its licence, then
-hf auth login), or --model.source=DIR. Add --dry_run to see the plan first. Only the patch scope is
-trained, with Adafactor, and one block's gradient exists at a time.
+hf auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their
+checksums, or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see
+the plan first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at
+a time.
 
 Hardware: v5e 2x2 (scoring, which takes most, compiled for it; the rest by arithmetic; docs/fit.md;
 not run yet). Memory: of 8.03e9 parameters the 6.98e9 of the patch scope are float32 (28 GB), the

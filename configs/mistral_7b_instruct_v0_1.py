@@ -1,11 +1,12 @@
 """SafePatching on Mistral-7B-Instruct-v0.1 (paper backbone); v0.2 and v0.3 work with the same file.
 
   python -m launch.safepatch --config=configs/mistral_7b_instruct_v0_1.py \\
-      --workdir=runs/mistral_7b_instruct_v0_1 \\
-      --data=harmful:advbench.csv,lookalike:xstest.csv,ordinary:alpaca.json
+      --workdir=runs/mistral_7b_instruct_v0_1
 
 Model: mistralai/Mistral-7B-Instruct-v0.1 of the Hugging Face Hub (gated: accept its licence, then
-hf auth login), or --model.source=DIR. Add --dry_run to see the plan first.
+hf auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched with their
+checksums, or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see
+the plan first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
 arithmetic. Memory: 7.24e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,

@@ -8,6 +8,7 @@ import runpy
 
 import pytest
 
+from safepatch_jax.data.sets import SETS
 from safepatch_jax.io import hub
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import architecture
@@ -19,11 +20,16 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name !
 BACKBONES = [path for path in CONFIGS if load_config(path).model.architecture]
 
 
+def manual_of(path):
+    """Return a config's docstring with blanks for the ends of its lines."""
+    return " ".join(runpy.run_path(str(path))["__doc__"].split())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_valid_and_says_how_to_run_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = load_config(path)
-    manual = runpy.run_path(str(path))["__doc__"]
+    manual = manual_of(path)
     assert settings.model.source and f"--config=configs/{path.name}" in manual
     for part in ("Hardware:", "Time:"):
         assert part in manual, part
@@ -36,7 +42,7 @@ def test_memory_figure(path, monkeypatch):
     monkeypatch.chdir("/")  # the architecture is found from anywhere
     table = param_table(architecture(settings))
     size = table.size
-    manual = runpy.run_path(str(path))["__doc__"].replace("\n", " ")
+    manual = manual_of(path)
     assert f"{size / 1e9:.2f}e9 parameters" in manual
     if settings.derive.train == "scope":
         scope = sum(math.prod(row.shape) for row in table.scope(settings.patch.scope))
@@ -52,8 +58,17 @@ def test_the_model_is_one_of_the_hub_and_its_plan_needs_no_network(path, monkeyp
     use(monkeypatch, tmp_path, offline=True)
     settings = load_config(path)
     name, revision = hub.split(settings.model.source)
-    assert f"Model: {name} of the Hugging Face Hub" in runpy.run_path(str(path))["__doc__"]
+    assert f"Model: {name} of the Hugging Face Hub" in manual_of(path)
     assert not revision and architecture(settings).num_layers > 20
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.stem)
+def test_the_data_are_the_papers_and_can_be_fetched(path):
+    sources = load_config(path).data
+    for role, name in (("harmful", "advbench"), ("lookalike", "xstest"), ("ordinary", "alpaca")):
+        assert getattr(sources, role) == f"set:{name}"
+        assert SETS[name].splits[SETS[name].first_split(role)].file.sha256
+    assert "Data: AdvBench, XSTest and Alpaca" in manual_of(path)
 
 
 def test_every_backbone_has_its_architecture():
