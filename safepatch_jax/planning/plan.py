@@ -15,6 +15,7 @@ from safepatch_jax.planning.programs import PROGRAMS, architecture
 from safepatch_jax.planning.search import Planner
 from safepatch_jax.run.context import Context
 from safepatch_jax.run.job import Job
+from safepatch_jax.run.notes import model_notes
 from safepatch_jax.run.place import Place
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.console import say
@@ -36,6 +37,8 @@ def dry_run(settings: Settings, workdir: str | pathlib.Path) -> None:
     if absent:
         say(f"The model '{source}' is not at hand; its programs are those of {stand_in}.")
         config, sharder = architecture(settings), Context(settings).sharder
+        for line in model_notes(settings, config):
+            say(line)
     else:
         job = Job(settings, workdir, update=True)
         for line in job.plan(statuses=False):

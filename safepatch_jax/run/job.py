@@ -172,6 +172,8 @@ class Job:
         """
         if all(self.runner.status(name) in FINISHED for name in names):
             return
+        from safepatch_jax.run import notes
+
         with self.at_work():
             self._idle = False
             self.state.context.check_batches()
@@ -179,6 +181,8 @@ class Job:
             try:
                 with Metrics(self.workdir) as self.state.metrics:
                     self.runner.need("import")  # of another format it is not known before
+                    if "derive_se" in names:
+                        notes.tell(self.state)
                     self._refuse_small_disk()
                     self._refuse_mixed_dtypes()
                     for name in ("certify_import", *names):
@@ -221,7 +225,9 @@ class Job:
 
     def _run_stages(self) -> pathlib.Path:
         if not self._idle and self.state.source.kind != "hf":
-            self.runner.need("import")  # its architecture is not known before
+            from safepatch_jax.run import notes
+
+            notes.tell(self.state)  # imported, for its architecture is not known before
             self._refuse_small_disk()
         self.runner.finish(["import", "certify_import"])
         if not self._idle:
@@ -330,14 +336,11 @@ class Job:
     def _notes(self) -> list[str]:
         if self._idle:
             return []
-        lines, ways = [], self.state.context.sharder.batch_ways
-        for name in ("align.batch_size", "derive.batch_size"):
-            rows = self.settings.flat()[name]
-            if rows % ways:
-                lines.append(
-                    f"Note:    {name} = {rows} does not divide by data*fsdp = {ways}, so each "
-                    f"device computes the whole batch; a multiple of {ways} is faster."
-                )
+        from safepatch_jax.run import notes
+
+        lines = notes.batch_notes(self.settings, self.state.context.sharder)
+        if self.state.source.kind == "hf":  # of others see `_run_stages`
+            lines += notes.model_notes(self.settings, read_hf_config(self.state.imported))
         return lines
 
     def examples(self, count: int = 2) -> list[str]:

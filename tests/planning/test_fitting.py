@@ -96,10 +96,12 @@ def test_a_plan_of_an_absent_model_of_the_hub_needs_no_network(
     use(monkeypatch, tmp_path, offline=True)
     stand_in = f"{given.model.source}/config.json"
     absent = {"model.source": "org/absent", "model.architecture": stand_in}
+    absent["export.dtype"] = "bfloat16"
     with machine_of(1):
         dry_run(given.override(absent), tmp_path / "work")
     out = capsys.readouterr().out
     assert "Memory:  settings as given" in out and "'org/absent' is not at hand" in out
+    assert "Warning: the result is stored as bfloat16, rounded to nearest" in out
     assert "Memory of score:" in out and not (tmp_path / "work").exists()
 
 

@@ -22,7 +22,7 @@ from safepatch_jax.evaluation.margins import margins_of
 from safepatch_jax.evaluation.measures import ANSWERED
 from safepatch_jax.patching.methods import MERGE_METHODS, merge_method
 from safepatch_jax.reporting import tables, templates
-from safepatch_jax.run import environment, models
+from safepatch_jax.run import environment, models, notes
 from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.margins import MarginMeter, Rows, expected_measures
@@ -76,6 +76,7 @@ def slopes(
     run = open_run(settings, folder.path)
     with folder.claimed(run.context.cache_dir), Metrics(folder.path) as run.metrics:
         processes.on_first(_begin, run, command)
+        notes.tell(run)
         for name in PARTS:
             run.runner.need(name)
         meter = by_margins.margin_meter(run)

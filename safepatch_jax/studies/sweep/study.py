@@ -13,7 +13,7 @@ from typing import Any
 from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.reporting.tables import share
-from safepatch_jax.run import environment, metrics, models
+from safepatch_jax.run import environment, metrics, models, notes
 from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.margins import MarginMeter
@@ -134,6 +134,8 @@ def _compute(
         say(
             f"{others} of {len(rows)} rows there are not by {measure} (--measure) and do not count."
         )
+    if missing:
+        notes.tell(run)
     for name in PARTS if missing else PARTS[:1]:
         run.runner.need(name)
     backbone = run.runner.result("evaluate_backbone")
