@@ -28,19 +28,22 @@ LAYERWISE = {
 }
 
 
-def paper_config(source: str, architecture: str, *, top_rate: float = 0.03, **groups) -> dict:
+def paper_config(
+    source: str = "", architecture: str = "", *, top_rate: float = 0.03, **groups
+) -> dict:
     """Return the CONFIG of a 7B to 70B backbone; `groups` replace whole options of a group.
 
     Args:
-      source: of the model, as model.source.
+      source: of the model, as model.source; '' where the user must give it.
       architecture: a file of configs/architectures: the facts of its config.json, for plans without
-        the model.
+        the model; '' for none.
       top_rate: share of entries in each top set.
     """
+    stand_in = str(ARCHITECTURES / f"{architecture}.json") if architecture else ""
     config = {
         "model": {
             "source": source,
-            "architecture": str(ARCHITECTURES / f"{architecture}.json"),
+            "architecture": stand_in,
             "compute_dtype": "bfloat16",
             "remat": "full",
         },

@@ -12,7 +12,7 @@ from safepatch_jax.data.sets import SETS
 from safepatch_jax.io import hub
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import architecture
-from safepatch_jax.settings import load_config
+from safepatch_jax.settings import Settings, load_config
 from tests.hub import use
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,7 +30,8 @@ def test_valid_and_says_how_to_run_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = load_config(path)
     manual = manual_of(path)
-    assert settings.model.source and f"--config=configs/{path.name}" in manual
+    assert f"--config=configs/{path.name}" in manual
+    assert bool(settings.model.source) != (path.stem == "large")
     for part in ("Hardware:", "Time:"):
         assert part in manual, part
 
@@ -69,6 +70,16 @@ def test_the_data_are_the_papers_and_can_be_fetched(path):
         assert getattr(sources, role) == f"set:{name}"
         assert SETS[name].splits[SETS[name].first_split(role)].file.sha256
     assert "Data: AdvBench, XSTest and Alpaca" in manual_of(path)
+
+
+def test_a_model_of_ones_own_gets_what_the_papers_backbones_get():
+    settings = load_config("large")
+    theirs = load_config("llama2_7b_chat").override({"model.source": "", "model.architecture": ""})
+    assert settings == theirs
+    assert settings.export.rounding == "stochastic" and settings.model.compute_dtype == "bfloat16"
+    defaults = Settings().derive
+    assert settings.derive.se_learning_rate < defaults.se_learning_rate
+    assert settings.derive.osm_learning_rate < defaults.osm_learning_rate
 
 
 def test_every_backbone_has_its_architecture():
