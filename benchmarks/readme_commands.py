@@ -59,8 +59,8 @@ def commands() -> list[str]:
     for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         lines += [line.partition(" #")[0] for line in block.splitlines()]
     lines += re.findall(r"^\|[^|]*\| `([^`]*)`[^|]*\|$", text, re.MULTILINE)
-    words = ("make ", "safepatch ", "launch/", "python -m ")
-    return list(dict.fromkeys(" ".join(line.split()) for line in lines if line.startswith(words)))
+    ours = re.compile(r"(\w+=\S+ )*(make |safepatch |launch/|python -m )")
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if ours.match(line)))
 
 
 def reason(command: str) -> str:
@@ -102,9 +102,12 @@ def call(command: str, files: pathlib.Path, folder: pathlib.Path, home: pathlib.
     by_hand = home / ".cache" / "safepatch_jax" / "datasets" / "manual"
     _write_data(by_hand, ("harmful_behaviors.csv", "xstest_prompts.csv", "alpaca_data.json"))
     words = shlex.split(command)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
     if words[0] == "safepatch":
         words = [sys.executable, "-m", "launch", *words[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
     if mesh := re.search(r"--mesh=\w+:(\d+)", command):
         simulated = f"--xla_force_host_platform_device_count={mesh[1]}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}"

@@ -56,7 +56,7 @@ def commands(page: pathlib.Path) -> list[list[str]]:
     """Return the words of every launcher command in a page's code."""
     text = page.read_text().replace("\\\n", " ")
     lines = re.findall(r"^(?:\w+=\S+ )*((?:safepatch|python -m launch\.).*)$", text, re.MULTILINE)
-    lines += re.findall(r"`((?:safepatch|python -m launch\.\w+) [^`]*)`", text)
+    lines += re.findall(r"`(?:\w+=\S+ )*((?:safepatch|python -m launch\.\w+) [^`]*)`", text)
     found = []
     for line in lines:
         words = shlex.split(line.partition(" & ")[0].partition(" #")[0].replace("$i", "0"))
@@ -109,7 +109,8 @@ def test_commands_in_the_pages_are_read_by_their_launcher(name):
 
 def test_the_readmes_commands_are_among_them():
     page = ROOT / "README.md"
-    shown = re.findall(r"^safepatch (\w+)|`safepatch (\w+) ", page.read_text(), re.MULTILINE)
+    ours = r"^safepatch \w+|`(?:\w+=\S+ )*safepatch \w+ "
+    shown = re.findall(ours, page.read_text(), re.MULTILINE)
     assert len(commands(page)) >= len(shown) > 8
 
 

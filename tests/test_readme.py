@@ -1,9 +1,12 @@
 """README's commands, extracted and run as they stand on a tiny model; all of them that can run:
 `python -m benchmarks.readme_commands`."""
 
+import re
+
 import pytest
 
 from benchmarks import readme_commands
+from benchmarks.readme_commands import ROOT
 from tests.conftest import CACHE
 
 # Those that take half a minute together; the others take as long each, or longer.
@@ -28,6 +31,16 @@ def test_every_command_runs_or_is_left_out_with_a_reason():
     left_out = [text for text in texts if readme_commands.reason(text)]
     assert len(texts) - len(left_out) > 10
     assert [text.split()[0] for text in left_out] == ["make", "make", "launch/tpu_pod.sh"]
+
+
+def test_a_command_has_the_share_of_a_card_that_its_run_needs():
+    """docs/gpu.md says which: of four H200 70B needs more than JAX takes of itself."""
+    table = (ROOT / "docs" / "gpu.md").read_text()
+    share = re.search(r"llama3_70b.*=h200:4 .*`(XLA_CLIENT_MEM_FRACTION=\S+)`", table)[1]
+    (command,) = [text for text in readme_commands.commands() if "llama3_70b" in text]
+    assert command.startswith(f"{share} safepatch run")
+    config = (ROOT / "configs" / "llama3_70b_v5p_2x2x2.py").read_text()
+    assert f"{share} python -m launch.safepatch" in config
 
 
 @pytest.mark.parametrize(
