@@ -9,11 +9,17 @@ import runpy
 import pytest
 
 from safepatch_jax.data.sets import SETS
-from safepatch_jax.io import hub
+from safepatch_jax.evaluation.judges.open import open_judge
+from safepatch_jax.evaluation.suites import load_suite
+from safepatch_jax.io.hub import split
+from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import architecture
 from safepatch_jax.settings import Settings, load_config
-from tests.hub import use
+from safepatch_jax.studies.compare.options import ComparisonOptions
+from tests.evaluation.judges.cases import no_engine
+from tests.evaluation.judges.test_classifiers import write_classifier
+from tests.hub import files_of, use
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "common.py")
@@ -58,7 +64,7 @@ def test_memory_figure(path, monkeypatch):
 def test_the_model_is_one_of_the_hub_and_its_plan_needs_no_network(path, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, offline=True)
     settings = load_config(path)
-    name, revision = hub.split(settings.model.source)
+    name, revision = split(settings.model.source)
     assert f"Model: {name} of the Hugging Face Hub" in manual_of(path)
     assert not revision and architecture(settings).num_layers > 20
 
@@ -82,7 +88,33 @@ def test_a_model_of_ones_own_gets_what_the_papers_backbones_get():
     assert settings.derive.osm_learning_rate < defaults.osm_learning_rate
 
 
+COMPARED = [path for path in CONFIGS if path.stem.startswith("compare_")]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_a_comparison_has_methods_settings_and_measures(path):
+    options, settings = ComparisonOptions.load(path), load_config(path)
+    for name in parse_methods(options.methods):
+        options.settings_of(METHODS[name], settings)
+    assert options.settings.keys() <= METHODS.keys()
+    assert {"harm", "refusal"} <= {measure.kind for measure in load_suite(options.suite)}
+
+
+def test_the_papers_comparison_reads_it_literally_with_its_judge(hub, tmp_path):
+    path = ROOT / "configs" / "compare_llama2_7b.py"
+    options, settings = ComparisonOptions.load(path), load_config(path)
+    assert (settings.derive.loss, settings.patch.importance) == ("sum", "weight")
+    assert settings.derive.train == "all" and settings.data.train_limit > 0.6 * 520
+    assert (options.suite, options.seeds) == ("paper", (0, 1, 2))
+    # A stand-in for the six-action Longformer, of the same name.
+    six = write_classifier(tmp_path / "six", [f"LABEL_{i}" for i in range(6)], [0.0] * 6)
+    hub.put("LibrAI/longformer-action-ro", files_of(six))
+    judge = open_judge(options.judge, no_engine)
+    for kind in ("harm", "refusal"):
+        assert judge.judge([], kind) == []  # it tells both
+
+
 def test_every_backbone_has_its_architecture():
     used = {pathlib.Path(load_config(path).model.architecture).stem for path in BACKBONES}
     present = {path.stem for path in (ROOT / "configs" / "architectures").glob("*.json")}
-    assert used == present and len(BACKBONES) == 12
+    assert used == present and len(BACKBONES) == 13
