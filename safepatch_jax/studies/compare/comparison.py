@@ -289,7 +289,8 @@ class Comparison:
         digest = files.text_hash(settings.flat())[:16]
         steps = self.workdir / SEEDS / STEPS / f"{method.name}-{seed}-{digest}"
         bench = Bench(run, settings, steps, self.workdir / NOTES)
-        backbone, made = bench.engine(), method.make(bench)
+        made = method.make(bench)  # training needs the room that the backbone takes
+        backbone = bench.engine()
         made = Product(
             self._in_storage_dtype(made.params, backbone),
             made.rule,
