@@ -22,6 +22,7 @@ from launch import INTERRUPTED, manual
 from launch import show as print_text
 from safepatch_jax.runtime import addresses, libraries, processes, stopping
 from safepatch_jax.runtime.console import some
+from safepatch_jax.runtime.programs import shortage
 from safepatch_jax.runtime.reading import reason
 from safepatch_jax.runtime.text import printable
 
@@ -254,12 +255,9 @@ def _message(error: BaseException) -> str | None:
         return str(error)
     if _is_of_backend(error):
         return _backend_problem(error)
-    # By its text: JAX's errors are RuntimeErrors, and some launchers do not import JAX.
-    exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    if exhausted or isinstance(error, MemoryError):
-        reason = str(error).partition("\n")[0] or "the system gives no more"
+    if lacking := shortage(error):
         return (
-            f"out of memory ({reason}). Use more devices or a machine with more memory; in a run "
+            f"out of memory ({lacking}). Use more devices or a machine with more memory; in a run "
             "also lower --derive.batch_size and --evaluate.batch_size, or set --model.remat=full; "
             "in an evaluation --batch_size."
         )

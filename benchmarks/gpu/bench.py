@@ -25,6 +25,7 @@ from safepatch_jax.planning.chips import present
 from safepatch_jax.planning.compile import peak_bytes
 from safepatch_jax.planning.flops import count_flops
 from safepatch_jax.run.context import Context
+from safepatch_jax.runtime.programs import shortage
 from safepatch_jax.settings import Settings
 
 MESH = "data:1"
@@ -134,7 +135,7 @@ class Bench:
                 attempt(layers)
                 return
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or layers == 1:
+                if not shortage(error) or layers == 1:
                     raise
             # Out of the handler, which holds the arrays of what failed.
             refused.append(layers)

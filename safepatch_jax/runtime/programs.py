@@ -25,6 +25,17 @@ def keep_programs(cache_dir: str | os.PathLike[str]) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def shortage(error: BaseException) -> str:
+    """Return what an error says of memory that a device or the system lacks; '' for another error.
+
+    It is told by its text: JAX's errors are RuntimeErrors, and some launchers do not import JAX.
+    """
+    exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if not exhausted and not isinstance(error, MemoryError):
+        return ""
+    return str(error).partition("\n")[0] or "the system gives no more"
+
+
 def one_thread_a_program() -> None:
     """Have a call of JAX on CPU return when its program has run, most of it in the thread that
     calls, on vectors as wide as the CPU has: for small programs by which the threads of the caller

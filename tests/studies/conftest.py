@@ -1,5 +1,7 @@
 """Settings of sweeps and comparisons in seconds."""
 
+import json
+
 import pytest
 
 from safepatch_jax.settings import Settings
@@ -20,3 +22,21 @@ def settings(tmp_path_factory):
         "patch.alpha": 3.0,
     }
     return Settings().override(FAST | write_data(folder) | own)
+
+
+@pytest.fixture(scope="package")
+def suite(settings, tmp_path_factory):
+    """The file of a suite on the records of these settings."""
+    path = tmp_path_factory.mktemp("suite") / "mine.json"
+    measures = []
+    for name, kind, role in (
+        ("harm", "harm", "harmful"),
+        ("look", "refusal", "lookalike"),
+        ("text", "text", "ordinary"),
+    ):
+        source = settings.flat()[f"data.{role}"]
+        measures.append(
+            {"name": name, "kind": kind, "source": source, "split": "report", "max_new": 5}
+        )
+    path.write_text(json.dumps(measures))
+    return str(path)

@@ -2,7 +2,6 @@
 method of one's own."""
 
 import dataclasses
-import gc
 import json
 import pathlib
 import re
@@ -17,7 +16,7 @@ import pytest
 from safepatch_jax import methods
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.methods import registry
-from safepatch_jax.methods.bench import GROUPS, Bench, Product
+from safepatch_jax.methods.bench import GROUPS, Bench
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.models.table import unnest
 from safepatch_jax.run import models
@@ -32,23 +31,6 @@ from tests.jobs import interrupted_at, stages_run
 
 pytestmark = pytest.mark.usefixtures("one_device")
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "compare.md"
-
-
-@pytest.fixture(scope="module")
-def suite(settings, tmp_path_factory):
-    path = tmp_path_factory.mktemp("suite") / "mine.json"
-    measures = []
-    for name, kind, role in (
-        ("harm", "harm", "harmful"),
-        ("look", "refusal", "lookalike"),
-        ("text", "text", "ordinary"),
-    ):
-        source = settings.flat()[f"data.{role}"]
-        measures.append(
-            {"name": name, "kind": kind, "source": source, "split": "report", "max_new": 5}
-        )
-    path.write_text(json.dumps(measures))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +226,6 @@ def test_methods_that_cannot_be_made_do_not_end_the_others(settings, suite, tmp_
     assert capsys.readouterr().out.count(": NOT MADE: ") == 2
     rows = read_json(tmp_path / "work" / "compare.json")["methods"]
     assert list(rows) == ["backbone", "safepatching", "rose"]
-
-
-def test_a_method_is_made_before_the_backbone_is_loaded_to_answer(
-    settings, suite, tmp_path, monkeypatch
-):
-    shape, counts = (264, 32), []  # of the embedding
-
-    def count(bench=None):
-        gc.collect()
-        counts.append(sum(x.shape == shape for x in jax.live_arrays()))
-        return Product()
-
-    count()
-    monkeypatch.setitem(METHODS, "npo", dataclasses.replace(METHODS["npo"], make=count))
-    compare(settings, tmp_path / "work", ComparisonOptions("npo", suite))
-    assert len(counts) == 2 and counts[0] == counts[1]
 
 
 def test_prompts_that_are_trained_on_are_refused(settings, suite, tmp_path):

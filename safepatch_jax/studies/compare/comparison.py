@@ -24,11 +24,9 @@ from safepatch_jax.evaluation.generate import Sampling
 from safepatch_jax.evaluation.lines import Lines, blank, lines_of, verdicts_of
 from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.evaluation.timing import atgr
-from safepatch_jax.methods.bench import Bench, Method, NotMade, Product
+from safepatch_jax.methods.bench import Bench, Method, Product
 from safepatch_jax.methods.registry import METHODS
-from safepatch_jax.numerics import NotFinite
 from safepatch_jax.outcome import outcome_settings
-from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.metrics import Metrics
 from safepatch_jax.run.stages import versions
@@ -37,6 +35,7 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say
 from safepatch_jax.settings import Settings
 from safepatch_jax.studies.compare import record, report
+from safepatch_jax.studies.compare.attempt import not_made
 from safepatch_jax.studies.compare.options import ComparisonOptions
 from safepatch_jax.studies.compare.record import ANSWERS, NOTES, STEPS
 
@@ -124,7 +123,7 @@ class Comparison:
             say(title)
             missing -= 1
             begun = time.monotonic()
-            reason = self._try(method, seed, title)
+            reason = not_made(method, functools.partial(self._answer, method, seed, title))
             if reason:
                 failures[method.name] = method.label
                 say(f"{title}: NOT MADE: {reason}")
@@ -273,17 +272,8 @@ class Comparison:
             lines.rows = rows
         return lines
 
-    def _try(self, method: Method, seed: int | None, title: str) -> str | None:
-        """Make a method and let it answer; return why it cannot be made, the same in all
-        processes."""
-        reason = None
-        try:
-            self._answer(method, seed, title)
-        except (NotMade, NotFinite, BadSettings) as error:
-            reason = str(error)
-        return next(filter(None, processes.everyones(reason)), None)
-
     def _answer(self, method: Method, seed: int | None, title: str) -> None:
+        """Make a method and let it answer."""
         run = self._run(self.options.seeds[0] if seed is None else seed)
         settings = self.options.settings_of(method, run.settings)
         digest = files.text_hash(settings.flat())[:16]
