@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from safepatch_jax.evaluation.suites import GENERATED, load_suite
+from safepatch_jax.data.sets import SETS
+from safepatch_jax.evaluation.suites import GENERATED, SUITES, load_suite
 from safepatch_jax.settings import EvaluateSettings
 
 
@@ -25,6 +26,21 @@ def test_answers_whose_content_is_judged_are_long():
         )
         del short[measure.source]
     assert not short and load_suite("paper+content")
+
+
+ROLES = {"harm": "harmful", "refusal": "lookalike", "text": "ordinary"}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_sets_of_named_suites_are_fetched_and_beavertails_is_a_test_split(name):
+    for measure in load_suite(name):
+        if not measure.source.startswith("set:"):
+            continue
+        entry, _, split = measure.source.removeprefix("set:").partition("@")
+        split = split or SETS[entry].first_split(ROLES[measure.kind])
+        assert SETS[entry].splits[split].role == ROLES.get(measure.kind, "utility")
+        assert SETS[entry].splits[split].file.sha256, f"{measure.source} is fetched by hand"
+        assert entry != "beavertails" or split.endswith("_test")
 
 
 MEASURE = {"name": "a", "kind": "harm", "source": "builtin"}
