@@ -1,19 +1,25 @@
 """Start EleutherAI's lm-evaluation-harness with the model type `safepatch_jax`; all arguments are
-the harness's own.
+the harness's own, shown by `python -m launch.lm_eval run --help` once it is installed.
 
-  pip install lm_eval
-  python -m launch.lm_eval --model safepatch_jax --model_args pretrained=DIR,batch_size=16 \\
-      --tasks mmlu,gsm8k --num_fewshot 5
+  pip install 'lm_eval[math]'    # or, from this project's folder: pip install -e '.[lm-eval]'
+  # The paper's utility list: MMLU, HellaSwag, ARC, WinoGrande, BBH, GSM8K and MATH.
   python -m launch.lm_eval --model safepatch_jax \\
-      --model_args '{"pretrained": "DIR", "mesh": "data:1,fsdp:8,tensor:1"}' ...
+      --model_args pretrained=DIR,compute_dtype=bfloat16,batch_size=16 \\
+      --tasks mmlu,hellaswag,ai2_arc,winogrande,bbh,gsm8k,minerva_math --output_path runs/utility
+  python -m launch.lm_eval --model safepatch_jax --model_args pretrained=DIR --tasks mmlu \\
+      --num_fewshot 5 --apply_chat_template
+  python -m launch.lm_eval --model safepatch_jax --tasks gsm8k \\
+      --model_args '{"pretrained": "DIR", "mesh": "data:1,fsdp:8,tensor:1"}'
   python -m launch.lm_eval ls tasks
 
 DIR is a folder in Hugging Face format, org/name[@revision] of the Hugging Face Hub, or a checkpoint
-of launch.convert. A mesh has commas, so it
-is given in JSON. Other model arguments: compute_dtype (float32 or bfloat16) and batch_size (also
---batch_size; the harness's default is 1, which is slow). --apply_chat_template, --gen_kwargs,
---use_cache and --output_path work as for other models; --device is ignored, since JAX_PLATFORMS and
-the mesh choose devices. One process; several hosts are not supported.
+of launch.convert. Other model arguments: compute_dtype (float32, the default and the right one on a
+CPU, or bfloat16), batch_size (also --batch_size; the harness's default is 1, which is slow), mesh
+(it has commas, so it is given in JSON), template_kwargs, thinking (as_is or skip) and
+think_end_token. --num_fewshot counts for all tasks, and BBH and MATH have fewer examples than 5:
+leave it out where they are among them. --apply_chat_template, --gen_kwargs, --use_cache and
+--output_path work as for other models; --device is ignored, since JAX_PLATFORMS and the mesh choose
+devices. One process; several hosts are not supported.
 
 The harness knows a model type once its module was imported, which is all that this program does.
 Versions that know --plugins (after 0.4.13) do not need it:
@@ -28,11 +34,14 @@ import importlib
 import signal
 import sys
 
-from launch import INTERRUPTED
+from launch import INTERRUPTED, manual, show
 from safepatch_jax.runtime.text import printable
 
 
 def run() -> None:
+    if sys.argv[1:2] and sys.argv[1] in manual.HELP:  # after a sub-command it is the harness's own
+        show(__doc__.strip())
+        return
     try:
         # Before the harness: it registers the model type, and says what to install without one.
         importlib.import_module("safepatch_jax.evaluation.lm_eval_model")

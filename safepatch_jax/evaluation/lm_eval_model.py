@@ -20,7 +20,7 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError as error:
     raise ImportError(
-        f"lm-evaluation-harness is not installed ({error}). Run: pip install lm_eval"
+        f"lm-evaluation-harness is not installed ({error}). Run: pip install 'lm_eval[math]'"
     ) from error
 
 from safepatch_jax.data.prompt_format import AS_IS, SKIP, THINKING, read_format

@@ -1,6 +1,7 @@
 """The lm-evaluation-harness adapter beside the harness's own `hf` model, on a tiny random model;
 skips without the harness."""
 
+import inspect
 import json
 import os
 import random
@@ -17,11 +18,27 @@ MODULE = "safepatch_jax.evaluation.lm_eval_model"
 def test_without_the_harness_the_error_names_the_command(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    with pytest.raises(ImportError, match="pip install lm_eval"):
+    with pytest.raises(ImportError, match=r"pip install 'lm_eval\[math\]'"):
         __import__(MODULE)
     with pytest.raises(SystemExit) as end:
         launcher.run()
-    assert end.value.code == 2 and "pip install lm_eval" in capsys.readouterr().err
+    assert end.value.code == 2 and "pip install 'lm_eval[" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_manual_needs_no_harness(monkeypatch, capsys, word):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    monkeypatch.setattr(sys, "argv", ["safepatch lm-eval", word])
+    launcher.run()
+    shown = capsys.readouterr().out
+    assert "--tasks mmlu,hellaswag,ai2_arc,winogrande,bbh,gsm8k,minerva_math" in shown
+    assert "compute_dtype=bfloat16" in shown and "pip install 'lm_eval[math]'" in shown
+
+
+def test_the_manual_has_all_model_arguments(adapter):
+    for name in inspect.signature(adapter.SafePatchLM).parameters:
+        assert name in launcher.__doc__, name
 
 
 @pytest.fixture(scope="module")
