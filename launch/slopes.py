@@ -11,8 +11,8 @@ that elect signs, or lack alpha, have no such plane and are refused.
 
 Settings are given by --config and flags, as for launch.safepatch; --patch.alpha and --patch.beta do
 not count. The workdir is one of launch.sweep, whose derived models and scores are shared
-(jailbroken or broken models: delete it when you are done). It receives slopes.md, slopes.json,
-slopes.png, and what was measured, so that the command resumes when it was killed.
+(jailbroken or broken models; the last lines say how to delete them). It receives slopes.md,
+slopes.json, slopes.png, and what was measured, so that the command resumes when it was killed.
 """
 
 from absl import flags

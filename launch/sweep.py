@@ -35,12 +35,16 @@ training and scores:
 Recommended is the least over-refusal among the choices with no more harm than the backbone and at
 most 1.05 times its perplexity; if there is none, the report says so and names the least bad.
 docs/sweep.md has the rule and how to read the pictures. The workdir keeps the derived models
-(jailbroken or broken models): delete it when you are done.
+(jailbroken or broken models), and the last lines say how to delete them. They also hold the command
+of a run in the same workdir, which makes the recommended model and its report without training
+again, and deletes the derived models at its end.
 """
+
+import sys
 
 from absl import flags
 
-from launch import distributed, kinds, main, profiling
+from launch import distributed, kinds, main, manual, profiling
 from launch import flags as settings_flags
 from safepatch_jax.runtime.console import say
 from safepatch_jax.studies.sweep.points import MARGINS, MEASURES, design
@@ -68,6 +72,21 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(profiling)
 
 
+# What a run has not, or has otherwise.
+_NOT_OF_RUNS = {holder.name for holder in (_GRID, _AROUND, _MEASURE, _DRY_RUN)} | {"profile"}
+
+
+def _run_command() -> list[str]:
+    """Return the words of a run with this sweep's workdir and settings."""
+    words = ["python", "-m", "launch.safepatch"]
+    if sys.argv[0].startswith(main.SUBCOMMAND):
+        words = ["safepatch", "run"]
+    for flag in manual.key_flags():
+        if flag.present and flag.name not in _NOT_OF_RUNS:
+            words.append(flag.serialize())
+    return words
+
+
 def run() -> None:
     if _DRY_RUN.value:
         from safepatch_jax.studies.sweep.plan import plan  # here: --help does not need it
@@ -87,7 +106,9 @@ def run() -> None:
     settings = settings_flags.read_settings()
     points = design(settings, _GRID.value, _AROUND.value)
     with profiling.traced():
-        report = sweep(settings, _WORKDIR.value, points, main.words(), _MEASURE.value)
+        report = sweep(
+            settings, _WORKDIR.value, points, main.words(), _MEASURE.value, _run_command()
+        )
     say(f"Report: {report}")
 
 

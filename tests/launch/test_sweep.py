@@ -2,11 +2,13 @@
 mistakes."""
 
 import json
+import shlex
 
 import pytest
 
 from benchmarks.readme_commands import stray
 from tests.calls import call, call_and_kill
+from tests.jobs import stages_run
 from tests.launch.test_processes import launch
 
 
@@ -59,6 +61,25 @@ def test_a_killed_sweep_is_resumed_with_a_line_a_point(flags, tmp_path):
         points.add((patch["beta"], patch["merge"], patch["alpha"], row["seed"]))
     assert len(points) == len(rows_of(work)) == 6
     assert f"Report: {work / 'sweep.md'}" in result.stdout
+    assert f"kept in {work / 'stages'}: jailbroken and broken models" in result.stdout
+    assert f"when you are done: rm -r {work / 'stages'}\n" in result.stdout
+    the_run_that_is_shown_trains_nothing(result.stdout, work)
+
+
+def the_run_that_is_shown_trains_nothing(text, work):
+    """The sweep's last lines have the whole command of a run in its workdir."""
+    [line] = [line for line in text.splitlines() if line.startswith("  python -m launch.")]
+    words = shlex.split(line)[2:]
+    assert words[0] == "launch.safepatch" and f"--workdir={work}" in words
+    flags = json.loads((work / "sweep.json").read_text())["recommended"]["flags"]
+    assert flags and words[-len(flags) :] == flags
+    result = call(*words)
+    assert result.returncode == 0, result.stderr
+    ran = stages_run(result.stdout)
+    assert "evaluate_safepatching" in ran
+    assert not {"import", "derive_se", "derive_osm", "score_se", "score_osm"} & set(ran)
+    assert [path.name for path in (work / "stages" / "derive_osm").iterdir()] == ["manifest.json"]
+    assert (work / "report.md").is_file() and (work / "sweep.md").is_file()
 
 
 @pytest.mark.parametrize(

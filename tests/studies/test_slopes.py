@@ -69,9 +69,11 @@ def test_a_method_without_a_plane_is_refused_before_anything_is_trained(settings
     assert not (tmp_path / "work").exists()
 
 
-def test_a_tiny_models_plane_is_checked_and_resumed(settings, tmp_path):
+def test_a_tiny_models_plane_is_checked_and_resumed(settings, tmp_path, capsys):
     few = settings.override({"evaluate.margin_limit": 3})
     page = slopes(few, tmp_path / "work", OPTIONS)
+    kept = tmp_path / "work" / "stages"
+    assert f"kept in {kept}: jailbroken and broken models" in capsys.readouterr().out
     content = files.read_json(page.with_suffix(".json"))
     assert len(content["checks"]) == 2 and "Checked points" in page.read_text()
     assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"

@@ -33,7 +33,7 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import say
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import Settings
-from safepatch_jax.studies.sweep import by_margins
+from safepatch_jax.studies.sweep import by_margins, scratch
 from safepatch_jax.studies.sweep.analysis import MOST_PERPLEXITY
 from safepatch_jax.studies.sweep.plan import SETTINGS, open_workdir
 from safepatch_jax.studies.sweep.slope_figures import draw
@@ -74,7 +74,8 @@ def slopes(
     settings = pinned(settings, resolve(workdir) / SETTINGS)
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
-    with folder.claimed(run.context.cache_dir), Metrics(folder.path) as run.metrics:
+    claimed = folder.claimed(run.context.cache_dir)
+    with claimed, scratch.announced(run), Metrics(folder.path) as run.metrics:
         processes.on_first(_begin, run, command)
         notes.tell(run)
         for name in PARTS:

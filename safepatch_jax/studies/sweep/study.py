@@ -23,7 +23,7 @@ from safepatch_jax.runtime import files, processes
 from safepatch_jax.runtime.console import duration, say, some
 from safepatch_jax.runtime.paths import resolve
 from safepatch_jax.settings import PatchSettings, Settings
-from safepatch_jax.studies.sweep import analysis, by_margins, report
+from safepatch_jax.studies.sweep import analysis, by_margins, report, scratch
 from safepatch_jax.studies.sweep.merging import Merger
 from safepatch_jax.studies.sweep.plan import (
     ROWS,
@@ -46,6 +46,7 @@ def sweep(
     points: Sequence[Point],
     command: Sequence[str] = (),
     measure: str = MARGINS,
+    run_command: Sequence[str] = (),
 ) -> pathlib.Path:
     """Evaluate points on the search split, one row each in ``sweep.jsonl``, and report on all rows
     of this model and training.
@@ -62,6 +63,8 @@ def sweep(
       points: see `sweep.points.design`.
       command: with which it was started; it is noted.
       measure: 'margins', or 'answers' where every point writes and is judged.
+      run_command: starts a run in this workdir with all else as here; it is shown at the end, with
+        the flags of the choice.
 
     Returns:
       The path of the report.
@@ -71,8 +74,11 @@ def sweep(
         report on all others, some points gave no row, because their model overflows or is the
         backbone itself.
     """
+    given = settings.model.source
     settings = settings.override({"evaluate.split": "search", "run.keep_scratch": True})
     settings = pinned(settings, resolve(workdir) / SETTINGS)
+    if run_command and settings.model.source != given:  # a branch of the Hub may move
+        run_command = [*run_command, f"--model.source={settings.model.source}"]
     choices = [choice(point) for point in points]
     processes.agree(
         {
@@ -84,14 +90,14 @@ def sweep(
     )
     folder = open_workdir(workdir)
     run = open_run(settings, folder.path)
-    with folder.claimed(run.context.cache_dir):
+    with folder.claimed(run.context.cache_dir), scratch.announced(run):
         with metrics.Metrics(folder.path) as run.metrics:
             earlier = processes.on_first(_begin, run, command)
             meter = by_margins.margin_meter(run) if measure == MARGINS else None
             merger = Merger(run)
             rows, backbone, failures = _compute(merger, points, earlier, meter)
             if rows:
-                _finish(merger, rows, backbone, meter is not None)
+                _finish(merger, rows, backbone, meter is not None, run_command)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(points)} points gave no row ({some(failures)}), for the "
@@ -214,12 +220,16 @@ def _measures(run: Run, flat: models.Flat, meter: MarginMeter | None) -> dict[st
 
 
 def _finish(
-    merger: Merger, rows: list[dict[str, Any]], backbone: Mapping[str, Any], front_answers: bool
+    merger: Merger,
+    rows: list[dict[str, Any]],
+    backbone: Mapping[str, Any],
+    front_answers: bool,
+    run_command: Sequence[str],
 ) -> None:
     """Let the models of the front write answers, where points did not, and report."""
     if front_answers:
         _answer_front(merger, rows, backbone)
-    processes.on_first(_report, merger.run, rows, backbone)
+    processes.on_first(_report, merger.run, rows, backbone, run_command)
 
 
 def _answer_front(merger: Merger, rows: list[dict[str, Any]], backbone: Mapping[str, Any]) -> None:
@@ -250,11 +260,18 @@ def _keep_answers(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     _write_rows(path, every)
 
 
-def _report(run: Run, rows: list[Mapping[str, Any]], backbone: Mapping[str, Any]) -> None:
+def _report(
+    run: Run,
+    rows: list[Mapping[str, Any]],
+    backbone: Mapping[str, Any],
+    run_command: Sequence[str],
+) -> None:
     content = analysis.gather(run.settings, rows, backbone)
     report.write(content, run.workdir)
     for line in report.summary(content):
         say(line)
+    if run_command:
+        scratch.say_run(run_command, content["recommended"]["flags"])
 
 
 def describe(measures: Mapping[str, Any]) -> str:
