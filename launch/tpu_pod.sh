@@ -22,8 +22,8 @@ Start a launcher on all workers of a TPU pod slice, as one run.
                        its console to LOG (process 0's is worth reading), and the number of its process to LOG.pid
   --print              print the command and start nothing
 
---workdir (or --out, --target) and --run.cache_dir lie in a bucket (gs://BUCKET/..., docs/buckets.md; install gcsfs), model
-and data too or under the same path on every worker; or all on a file system that the workers share, under the same path: a
+--workdir (or --out, --target) and --run.cache_dir lie in a bucket (gs://BUCKET/..., docs/buckets.md), model and data
+too or under the same path on every worker; or all on a file system that the workers share, under the same path: a
 Filestore (NFS) share, or a bucket mounted with gcsfuse that was made with a hierarchical namespace (folders are renamed,
 which flat buckets cannot). Worker 0 prints; the exit code is gcloud's. The same command resumes a run.
 A detached run is watched, and ended with a checkpoint, by
@@ -34,7 +34,7 @@ A detached run is watched, and ended with a checkpoint, by
 Install once on all workers:
 
   gcloud compute tpus tpu-vm ssh POD --zone=ZONE --worker=all --command='cd safepatch_jax && python3 -m venv .venv &&
-      .venv/bin/pip install -r requirements.txt "jax[tpu]"'
+      .venv/bin/pip install -r requirements.txt "jax[tpu]" gcsfs'
 TEXT
 }
 

@@ -69,8 +69,11 @@ def test_images_are_made_of_what_there_is(name):
     assert {"safepatch_jax", "launch", "configs", "pyproject.toml", "requirements.txt"} <= copied
     runs = [shlex.split(rest) for word, rest in given if word == "RUN"]
     assert all(words[:2] == ["pip", "install"] for words in runs)
-    extra = {"Dockerfile.cuda": "jax[cuda13,k8s]", "Dockerfile.tpu": "jax[tpu]"}[name]
-    assert runs[0][2:] == ["-r", "requirements.txt", extra]
+    extras = {
+        "Dockerfile.cuda": ["jax[cuda13,k8s]", "gcsfs", "s3fs"],
+        "Dockerfile.tpu": ["jax[tpu]", "gcsfs"],
+    }
+    assert runs[0][2:] == ["-r", "requirements.txt", *extras[name]]
     last = dict(given)
     assert json.loads(last["ENTRYPOINT"]) == ["safepatch"]
     assert 'safepatch = "launch.command:main"' in (ROOT / "pyproject.toml").read_text()

@@ -55,7 +55,9 @@ def test_the_pod_script_composes_the_command():
         "--run.cache_dir=/mnt/s/c",
         "--grid=patch.beta=1,2;patch.merge=ties",
     ]
-    assert "launch/tpu_pod.sh [OPTIONS] POD ZONE LAUNCHER" in pod("--help").stdout
+    manual = pod("--help").stdout
+    assert "launch/tpu_pod.sh [OPTIONS] POD ZONE LAUNCHER" in manual
+    assert '-r requirements.txt "jax[tpu]" gcsfs' in manual  # workdirs lie in a bucket
 
 
 EVALUATE = ("launch.evaluate", "--model=/mnt/m", "--out=/mnt/o")
