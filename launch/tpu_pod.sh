@@ -25,7 +25,8 @@ Start a launcher on all workers of a TPU pod slice, as one run.
 --workdir (or --out, --target) and --run.cache_dir lie in a bucket (gs://BUCKET/..., docs/buckets.md), model and data
 too or under the same path on every worker; or all on a file system that the workers share, under the same path: a
 Filestore (NFS) share, or a bucket mounted with gcsfuse that was made with a hierarchical namespace (folders are renamed,
-which flat buckets cannot). Worker 0 prints; the exit code is gcloud's. The same command resumes a run.
+which flat buckets cannot). Of launch.compare the workdir, and --target=orbax:, take no bucket's address: the shared file
+system alone. Worker 0 prints; the exit code is gcloud's. The same command resumes a run.
 A detached run is watched, and ended with a checkpoint, by
 
   gcloud compute tpus tpu-vm ssh POD --zone=ZONE --worker=0 --command='tail -f LOG'

@@ -58,6 +58,7 @@ def test_the_pod_script_composes_the_command():
     manual = pod("--help").stdout
     assert "launch/tpu_pod.sh [OPTIONS] POD ZONE LAUNCHER" in manual
     assert '-r requirements.txt "jax[tpu]" gcsfs' in manual  # workdirs lie in a bucket
+    assert "Of launch.compare the workdir" in manual  # all but these
 
 
 EVALUATE = ("launch.evaluate", "--model=/mnt/m", "--out=/mnt/o")
