@@ -2,12 +2,12 @@
 judge.
 
   python -m launch.compare --config=configs/compare_llama2_7b.py --methods=all \\
-      --workdir=runs/compare_llama2_7b --data.manual_dir=FILES
+      --workdir=runs/compare_llama2_7b
 
 Model: meta-llama/Llama-2-7b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
 auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca to train on, and what suite
-'paper' measures, fetched with their checksums, but for BeaverTails' file, which is fetched by hand
-into FILES (docs/compare.md has its name, and what the judge needs).
+'paper' measures, all fetched with their checksums, or from --data.manual_dir=FILES. docs/compare.md
+has what the judge needs.
 
 Where the paper is known to say something else than our defaults, it is read literally: the loss is
 the sum over an answer's tokens, SNIP weighs by the derived model's weights, all weights are
