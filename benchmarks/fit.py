@@ -1,12 +1,12 @@
-"""Compiles the whole job of the block-by-block configs for single cards and small slices: the table
-of docs/fit.md.
+"""Compiles the whole job of the block-by-block configs for small TPU slices: the table of
+docs/fit.md. Cards are compiled by `launch.compile_gpu` (docs/gpu.md).
 
   python -m benchmarks.fit                   # half an hour on 2 cores
-  python -m benchmarks.fit --only=h100       # rows whose command has this text
+  python -m benchmarks.fit --only=v5e        # rows whose command has this text
 
 Rows that are stored in docs/fit.json are not compiled again. Each row is one `python -m \
-launch.compile_tpu` in a process of its own: TPU slices by the TPU compiler (`pip install -e
-'.[tpu-aot]'`), GPUs by the buffers of XLA's compiler for CPU.
+launch.compile_tpu` in a process of its own, by the TPU compiler (`pip install -e '.[tpu-aot]'`); no
+TPU is needed.
 """
 
 from __future__ import annotations
@@ -21,29 +21,15 @@ from safepatch_jax.planning.programs import PROGRAMS
 
 _FIGURES = flags.DEFINE_string("figures", "docs/fit.json", "Where the figures are kept.")
 
-SOME = "--score.inputs=some --score.in_flight=1"
-FEW = "--score.in_flight=2"
 ONE, EIGHT = "--score.in_flight=1 --programs=score", "--score.in_flight=8 --programs=score"
 # Config, devices, mesh, further flags.
 ROWS: list[Row] = [
-    ("llama2_7b_one_h100", "h100:1", "data:1", ""),
-    ("llama2_7b_one_h100", "a100-40:1", "data:1", SOME),
-    ("llama2_7b_one_h100", "a100-40:2", "fsdp:2", ""),
-    ("llama2_7b_one_h100", "l4:4", "fsdp:4", ""),
-    ("llama3_8b_one_h100", "h100:1", "data:1", ""),
-    ("llama3_8b_one_h100", "a100-80:1", "data:1", ""),
-    ("llama2_13b_one_h200", "h200:1", "data:1", ""),
-    ("llama2_13b_one_h200", "h100:1", "data:1", SOME),
-    ("llama3_70b_v5p_2x2x2", "h200:4", "fsdp:4", ""),
-    ("llama3_70b_v5p_2x2x2", "h100:8", "fsdp:8", FEW),
     ("llama2_7b_v5e_2x2", "v5e:2x2", "fsdp:4", ""),
     ("llama2_7b_v5e_2x2", "v6e:2x2", "fsdp:4", ""),
     ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", ""),
     ("llama3_8b_one_h100", "v5p:1x1x1", "data:1", ""),
     ("llama2_13b_one_h200", "v5p:1x1x1", "data:1", ""),
     ("llama3_70b_v5p_2x2x2", "v5p:2x2x2", "fsdp:8", ""),
-    ("llama3_8b_one_h100", "h100:1", "data:1", ONE),
-    ("llama3_8b_one_h100", "h100:1", "data:1", EIGHT),
     ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", ONE),
     ("llama3_8b_v5e_2x2", "v5e:2x2", "fsdp:4", EIGHT),
 ]

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from benchmarks import faithfulness
+from benchmarks import faithfulness, fit, tpu
 from launch import command
 from safepatch_jax.runtime.limits import LIMITS
 
@@ -29,6 +29,15 @@ ROWS = [row for group in faithfulness.read()["group"] for row in group["row"]]
 def test_the_page_is_that_of_its_data_file():
     page = faithfulness.PAGE.read_text()
     assert page == faithfulness.markdown(faithfulness.read()), "python -m benchmarks.faithfulness"
+
+
+def test_the_rows_of_what_fits_are_those_of_their_data_file():
+    stored = json.loads((ROOT / "docs" / "fit.json").read_text())
+    wanted = [fit.line(row, stored[" ".join(tpu.command(*row))]) for row in fit.ROWS]
+    lines = (ROOT / "docs" / "fit.md").read_text().splitlines()
+    start = lines.index(wanted[0])
+    assert lines[start - 2].startswith("| config |") and len(stored) == len(wanted)
+    assert [*lines[start : start + len(wanted)], ""] == [*wanted, lines[start + len(wanted)]]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["part"])
