@@ -7,8 +7,8 @@ auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched w
 or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see the plan
 first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
 
-Hardware: one H200 (docs/fit.md; not run yet). Memory: of 13.02e9 parameters the 12.69e9 of the
-patch scope are float32 (51 GB), the others float16; what each program takes: docs/fit.md. Disk:
+Hardware: one H200 (docs/gpu.md; not run yet). Memory: of 13.02e9 parameters the 12.69e9 of the
+patch scope are float32 (51 GB), the others float16; what each program takes: docs/gpu.md. Disk:
 101.5 GB of scratch (derived models and scores, in bfloat16), with the result 128.4 GB; no
 checkpoint is written but at SIGTERM (51 GB, in a stage where there is room for it).
 Time: not measured yet.

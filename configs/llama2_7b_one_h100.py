@@ -7,9 +7,9 @@ auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca, fetched w
 or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to see the plan
 first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at a time.
 
-Hardware: one H100 or A100 with 80 GB (docs/fit.md; not run yet). Memory: of 6.74e9 parameters the
+Hardware: one H100 or A100 with 80 GB (docs/gpu.md; not run yet). Memory: of 6.74e9 parameters the
 6.48e9 of the patch scope are float32 (26 GB), the others float16; what each program takes:
-docs/fit.md. Disk: 51.8 GB of scratch (derived models and scores, in bfloat16), with the result 65.8
+docs/gpu.md. Disk: 51.8 GB of scratch (derived models and scores, in bfloat16), with the result 65.8
 GB; no checkpoint is written but at SIGTERM (26 GB, in a stage where there is room for it).
 Time: not measured yet.
 """

@@ -13,11 +13,11 @@ checksums, or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add
 the plan first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at
 a time.
 
-Hardware: v5p 2x2x2 by arithmetic, or 4 x H200 (docs/gpu.md; not run yet). Memory: of 70.55e9
-parameters the 68.45e9 of the patch scope are float32 (274 GB), the others bfloat16; what each
-program takes: docs/fit.md. Disk: 547.6 GB of scratch (derived models and scores, in bfloat16), with
-the result 693.6 GB; no checkpoint is written but at SIGTERM (274 GB, in a stage where there is room
-for it).
+Hardware: v5p 2x2x2 (docs/fit.md), or 4 x H200 (docs/gpu.md): compiled for, not run yet. Memory: of
+70.55e9 parameters the 68.45e9 of the patch scope are float32 (274 GB), the others bfloat16; what
+each program takes: the same pages. Disk: 547.6 GB of scratch (derived models and scores, in
+bfloat16), with the result 693.6 GB; no checkpoint is written but at SIGTERM (274 GB, in a stage
+where there is room for it).
 Time: not measured yet.
 """
 

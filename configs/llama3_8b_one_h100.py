@@ -8,9 +8,9 @@ checksums, or from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add
 the plan first. Only the patch scope is trained, with Adafactor, and one block's gradient exists at
 a time.
 
-Hardware: one H100 or A100 with 80 GB (docs/fit.md; not run yet). Memory: of 8.03e9 parameters the
+Hardware: one H100 or A100 with 80 GB (docs/gpu.md; not run yet). Memory: of 8.03e9 parameters the
 6.98e9 of the patch scope are float32 (28 GB), the others bfloat16; what each program takes:
-docs/fit.md. Disk: 55.8 GB of scratch (derived models and scores, in bfloat16), with the result 72.4
+docs/gpu.md. Disk: 55.8 GB of scratch (derived models and scores, in bfloat16), with the result 72.4
 GB; no checkpoint is written but at SIGTERM (28 GB, in a stage where there is room for it).
 Time: not measured yet.
 """

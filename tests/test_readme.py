@@ -37,7 +37,8 @@ def test_a_command_has_the_share_of_a_card_that_its_run_needs():
     """docs/gpu.md says which: of four H200 70B needs more than JAX takes of itself."""
     table = (ROOT / "docs" / "gpu.md").read_text()
     share = re.search(r"llama3_70b.*=h200:4 .*`(XLA_CLIENT_MEM_FRACTION=\S+)`", table)[1]
-    (command,) = [text for text in readme_commands.commands() if "llama3_70b" in text]
+    on_cards = "llama3_70b_v5p_2x2x2 --mesh=fsdp:4"
+    (command,) = [text for text in readme_commands.commands() if on_cards in text]
     assert command.startswith(f"{share} safepatch run")
     config = (ROOT / "configs" / "llama3_70b_v5p_2x2x2.py").read_text()
     assert f"{share} python -m launch.safepatch" in config
