@@ -2,16 +2,17 @@
 judge.
 
   python -m launch.compare --config=configs/compare_llama2_7b.py --methods=all \\
-      --workdir=runs/compare_llama2_7b
+      --workdir=runs/compare_llama2_7b --judge=classifier:judges/action-ro
 
 Model: meta-llama/Llama-2-7b-chat-hf of the Hugging Face Hub (gated: accept its licence, then hf
 auth login), or --model.source=DIR. Data: AdvBench, XSTest and Alpaca to train on, and what suite
 'paper' measures, all fetched with their checksums, or from --data.manual_dir=FILES. docs/compare.md
-has what the judge needs.
+tells how the judge comes into its folder.
 
-Where the paper is known to say something else than our defaults, it is read literally: the loss is
-the sum over an answer's tokens, SNIP weighs by the derived model's weights, all weights are
-trained, and D_h is all of AdvBench's training split. Not known are its rates, steps, p, a, b,
+Where the paper is known to say something else than our defaults, it is followed: the loss is the
+sum over an answer's tokens, SNIP weighs by the derived model's weights, all weights are trained,
+and D_h is all of AdvBench's training split but near-duplicates. Clipping at norm 1 stays, which it
+is not known to have. Not known are its rates, steps, p, a, b,
 alpha, beta and template: those of configs/common.py stand, nothing was searched for. GA + Mismatch
 takes about the thousand steps of its source, of 4 rows of each of its three parts.
 

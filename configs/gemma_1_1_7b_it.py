@@ -8,7 +8,8 @@ from --data.manual_dir=FILES; --data=ROLE:SOURCE names others. Add --dry_run to 
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (compiled for, docs/tpu.md; not run yet), or 4 x H100 by
 arithmetic. Memory: 8.54e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
-gradients, two moments), 137 GB over all devices, plus activations; as much scratch disk.
+gradients, two moments), 137 GB over all devices, plus activations. Scratch disk: 44 bytes for each,
+376 GB, or 20, 171 GB, with --run.checkpoint_minutes=0.
 Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
 not measured yet. The vocabulary of 256,000 makes logits the largest activation, hence the smaller
 batches.

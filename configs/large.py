@@ -12,8 +12,9 @@ otherwise), rates for 7B, batches of 16, longer prompts and answers, top sets of
 take --derive.se_learning_rate=3e-6; for 70B 1e-6, and --derive.osm_learning_rate=3e-6. As in the
 configs of the paper's backbones these are places to start a search from.
 
-Hardware: 16 bytes for each parameter over all devices, plus activations; as much scratch disk.
---dry_run says what that is here, and --derive.memory=auto takes what fits instead.
+Hardware: 16 bytes for each parameter over all devices, plus activations. Scratch disk: 44 bytes for
+each, or 20 with --run.checkpoint_minutes=0. --dry_run says what that is here, and
+--derive.memory=auto takes what fits instead.
 Time: not measured.
 """
 

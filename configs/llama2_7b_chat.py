@@ -9,7 +9,8 @@ first.
 
 Hardware: v5e 4x4, v6e 2x4 or v5p 2x2x1 (docs/tpu.md), or 4 x H100 (docs/gpu.md): compiled for, not
 run yet. Memory: 6.74e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
-gradients, two moments), 108 GB over all devices, plus activations; as much scratch disk.
+gradients, two moments), 108 GB over all devices, plus activations. Scratch disk: 44 bytes for each,
+296 GB, or 20, 135 GB, with --run.checkpoint_minutes=0.
 Time: about an hour, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
 not measured yet.
 """

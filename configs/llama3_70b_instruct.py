@@ -10,8 +10,8 @@ the plan first.
 
 Hardware: v5p 4x4x4 or v4 4x4x4 (compiled for, docs/tpu.md; not run yet), or 32 x H100 by
 arithmetic. Memory: 70.55e9 parameters; full fine-tuning holds 16 bytes for each (float32 weights,
-gradients, two moments), 1129 GB over all devices, plus activations; as much scratch disk. What a
-slice needs and has:
+gradients, two moments), 1129 GB over all devices, plus activations. Scratch disk: 44 bytes for
+each, 3104 GB, or 20, 1411 GB, with --run.checkpoint_minutes=0. What a slice needs and has:
 python -m launch.compile_tpu --config=configs/llama3_70b_instruct.py --topology=v5p:4x4x4
 Time: several hours, most of it reading and writing checkpoints. An estimate from bytes and FLOPs:
 not measured yet.

@@ -6,7 +6,7 @@
   python -m launch.compare --config=configs/compare_real.py --methods=all --workdir=runs/real \\
       --data.manual_dir=FILES
   python -m launch.compare --config=configs/compare_llama2_7b.py --methods=all \\
-      --workdir=runs/compare_llama2_7b   # docs/compare.md: what it needs
+      --workdir=runs/compare_llama2_7b --judge=classifier:judges/action-ro   # see docs/compare.md
 
 Methods, by name or group ('all' for all of them); backbone and safepatching are always included:
   training   ga (= the SE patch alone), ga_mismatch, npo, simnpo

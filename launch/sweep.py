@@ -72,8 +72,9 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(profiling)
 
 
-# What a run has not, or has otherwise.
-_NOT_OF_RUNS = {holder.name for holder in (_GRID, _AROUND, _MEASURE, _DRY_RUN)} | {"profile"}
+# What a run has not, or has otherwise; the derived models are of no use once it is done.
+_NOT_OF_RUNS = {holder.name for holder in (_GRID, _AROUND, _MEASURE, _DRY_RUN)}
+_NOT_OF_RUNS |= {"profile", "run.keep_scratch"}
 
 
 def _run_command() -> list[str]:

@@ -15,6 +15,7 @@ from safepatch_jax.io.hub import split
 from safepatch_jax.methods.registry import METHODS, parse_methods
 from safepatch_jax.models.table import param_table
 from safepatch_jax.planning.programs import architecture
+from safepatch_jax.run.room import disk_bytes
 from safepatch_jax.settings import Settings, load_config
 from safepatch_jax.studies.compare.options import ComparisonOptions
 from tests.evaluation.judges.cases import no_engine
@@ -58,6 +59,12 @@ def test_memory_figure(path, monkeypatch):
         return
     stated = int(re.search(r"two moments\), (\d+) GB", manual).group(1))
     assert abs(stated - 16 * size / 1e9) < 1
+    if path.stem.startswith("compare"):
+        return  # many runs: docs/compare.md
+    scratch = re.search(r"44 bytes for each, (\d+) GB, or 20, (\d+) GB", " ".join(manual.split()))
+    for gigabytes, minutes in zip(scratch.groups(), (10.0, 0.0)):
+        kept = settings.override({"run.checkpoint_minutes": minutes})
+        assert abs(int(gigabytes) - disk_bytes(kept, architecture(settings)).most / 1e9) < 1
 
 
 @pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.stem)

@@ -264,7 +264,7 @@ def _matching(files: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def _expression(part: str) -> str:
     """Return the regular expression of a part of a pattern; a class that is none stands for
     itself."""
-    if not part.startswith("["):
+    if not re.fullmatch(r"\[.+\]", part):
         return _GLOBS.get(part, re.escape(part))
     inner = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
     text = f"[^{inner[1:]}]" if inner[0] in "!^" and inner[1:] else f"[{inner}]"

@@ -298,15 +298,15 @@ def _find_columns(
     header = some([f"{name:.60}" for name in present], ", ", 20) or "none"
     if absent := [column for column in mapping.values() if column not in present]:
         raise ValueError(f"{source}: no column {', '.join(map(repr, absent))}; found {header}.")
+    # A column that the source names is the field's that it is named for, and no other's.
+    free = present.keys() - mapping.values()
     columns = {}
     for field, aliases in _ALIASES.items():
-        if names := [alias for alias in aliases if alias in present]:
+        if names := [alias for alias in aliases if alias in free]:
             columns[field] = names[0]
-    talks = [name for name in CONVERSATIONS if name in present]
+    talks = [name for name in CONVERSATIONS if name in free]
     if answers and talks and "answer" not in columns:
         columns["prompt"] = talks[0]  # it holds the answers too
-    # A column that the source names is the field's that it is named for, and no other's.
-    columns = {field: name for field, name in columns.items() if name not in mapping.values()}
     columns |= mapping
     needed = ["prompt"]
     if (

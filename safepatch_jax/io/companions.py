@@ -38,13 +38,14 @@ def copy_companions(
     source: str | pathlib.Path, out: pathlib.Path, names: tuple[str, ...] = COMPANIONS
 ) -> None:
     """Copy the files byte for byte, by name: never code, never a file that is not on the list or
-    lies elsewhere. The additional chat templates go with the tokenizer.
+    lies elsewhere. The additional chat templates go with the tokenizer's.
 
     Raises:
       ValueError: a file is a link to elsewhere; there are too many templates, or too large ones.
     """
     source = pathlib.Path(source)
-    for name in (*names, *_template_names(source)):
+    templates = _template_names(source) if "chat_template.jinja" in names else []
+    for name in (*names, *templates):
         path = source / name
         if path.is_file():
             (out / name).parent.mkdir(exist_ok=True)

@@ -79,7 +79,7 @@ def test_cards_without_front_matter_and_classes_in_patterns(hub):
     globs = [
         {"split": "train", "path": "x_[ab].csv"},
         {"split": "test", "path": "x_[!ab].csv"},
-        {"split": "odd", "path": "x_[z-a].csv"},
+        {"split": "odd", "path": ["x_[z-a].csv", "*[", "y[1"]},
     ]
     names = ("x_a.csv", "x_b.csv", "x_c.csv", "x_[z-a].csv")
     contents = {name: rows(2 * i, 2) for i, name in enumerate(names)}

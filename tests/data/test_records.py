@@ -132,6 +132,8 @@ def test_a_column_is_read_once_and_what_is_not_read_is_said(tmp_path, capsys):
     named = f"{path}?prompt=input&answer=output"
     assert [(r.prompt, r.answer) for r in load_records("ordinary", named)] == [("Ask", "Say")]
     assert "1 of 1 rows; columns not read: id" in capsys.readouterr().out
+    both = write(tmp_path / "both.json", [{"output": "Ask", "response": "Say"}])
+    assert [r.answer for r in load_records("ordinary", f"{both}?prompt=output")] == ["Say"]
     rows = [{"instruction": "Who?", "context": "Ada wrote.", "response": "Ada", "category": "qa"}]
     (record,) = load_records("ordinary", write(tmp_path / "dolly.json", rows))
     assert record.prompt == "Who?\n\nAda wrote."

@@ -147,13 +147,16 @@ def test_an_adapters_tokenizer_goes_with_the_model(tmp_path):
     base = write_tiny_model(tmp_path / "base")
     write_adapter(tmp_path / "lora", base)
     (tmp_path / "lora" / "chat_template.jinja").write_text("{{ 'mine' }}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ 'the base' }}")
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="holds chat_template.jinja and no vocabulary"):
         merge_adapter(base, tmp_path / "lora", tmp_path / "out")
     shutil.copy(base / "tokenizer.json", tmp_path / "lora")
     merge_adapter(base, tmp_path / "lora", tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'mine' }}"
-    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+    others = ("tokenizer_config.json", "additional_chat_templates")
+    assert not any((tmp_path / "out" / name).exists() for name in others)
 
 
 def test_adapters_of_older_versions(tmp_path):

@@ -16,8 +16,8 @@ def not_made(method: Method, make: Callable[[], None]) -> str | None:
     """Make a method; return why it cannot be made, the same in all processes, None if it is.
 
     Raises:
-      RuntimeError, MemoryError: of another cause than too little memory; or of the backbone,
-        without which there is no table.
+      RuntimeError, MemoryError: of another cause than too little memory; of the backbone, without
+        which there is no table; or in one of several processes.
     """
     reason = None
     try:
@@ -26,7 +26,8 @@ def not_made(method: Method, make: Callable[[], None]) -> str | None:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
         lacking = shortage(error)
-        if not lacking or method.group == "backbone":
+        # The others of several processes wait for this one's part of a program: all end together.
+        if not lacking or method.group == "backbone" or processes.several():
             raise
         reason = (
             f"out of memory ({lacking}). Give the same command again with more devices, "

@@ -27,6 +27,7 @@ from safepatch_jax.evaluation.timing import atgr
 from safepatch_jax.methods.bench import Bench, Method, Product
 from safepatch_jax.methods.registry import METHODS
 from safepatch_jax.outcome import outcome_settings
+from safepatch_jax.run import notes
 from safepatch_jax.run.job import open_run
 from safepatch_jax.run.metrics import Metrics
 from safepatch_jax.run.stages import versions
@@ -83,6 +84,7 @@ class Comparison:
             self._check_batches(METHODS[name])
         # Before hours of alignment; the backbone's hash is compared after it.
         processes.on_first(self._check_record)
+        notes.tell(self.base)
         self.backbone = self._make_backbone()
         processes.on_first(self._write_record)
         self._runs: dict[int, Run] = {}

@@ -17,7 +17,7 @@ from safepatch_jax.evaluation import answers
 from safepatch_jax.evaluation.lines import check_names
 from safepatch_jax.evaluation.suites import Measure, load_suite
 from safepatch_jax.methods.registry import METHODS, parse_methods
-from safepatch_jax.run import environment, metrics, notes
+from safepatch_jax.run import environment, metrics
 from safepatch_jax.run.agreement import SAME_COMMAND
 from safepatch_jax.run.pins import pinned
 from safepatch_jax.runtime import files, processes
@@ -90,7 +90,6 @@ def compare(
         try:
             with metrics.Metrics(folder.path) as recorded:
                 comparison = Comparison(settings, folder.path, options, suite, methods, recorded)
-                notes.tell(comparison.base)
                 sharder = comparison.base.context.sharder
                 processes.on_first(environment.write, folder.path, command, sharder)
                 failures = comparison.answer(methods)

@@ -37,8 +37,8 @@ def say_run(command: Sequence[str], chosen: Sequence[str]) -> None:
       chosen: the flags of the choice.
     """
     say(
-        "Its report, without a second training: a run in this workdir reuses the derived models "
-        "and scores, and deletes them at its end (the folder is a run's from then on: sweep in "
-        "another)."
+        "A report on the model that these flags make, without a second training: a run in this "
+        "workdir reuses the derived models and scores, and deletes them at its end (the folder is "
+        "a run's from then on: sweep in another)."
     )
     say(f"  {shlex.join([*command, *chosen])}")
