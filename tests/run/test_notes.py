@@ -61,6 +61,7 @@ def test_a_sweep_and_a_comparison_say_it_too(lossy, tmp_path, capsys):
     with interrupted_at("derive_se: running"):
         sweep(lossy, tmp_path / "sweep", design(lossy, ["patch.beta=1,2"], []))
     assert capsys.readouterr().out.count(LOST) == 1
-    with interrupted_at("[1/"):
-        compare(lossy, tmp_path / "work", ComparisonOptions(methods="ties"))
+    aligned = lossy.override({"align.enabled": True})
+    with interrupted_at("align: running"):
+        compare(aligned, tmp_path / "work", ComparisonOptions(methods="ties"))
     assert capsys.readouterr().out.count(LOST) == 1

@@ -11,8 +11,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from safepatch_jax.data.cells import key
 from safepatch_jax.data.records import load_records
 from safepatch_jax.evaluation import answers
@@ -26,6 +24,8 @@ from safepatch_jax.evaluation.suites import Measure
 from safepatch_jax.evaluation.timing import atgr
 from safepatch_jax.methods.bench import Bench, Method, Product
 from safepatch_jax.methods.registry import METHODS
+from safepatch_jax.methods.stored import as_stored
+from safepatch_jax.models.table import param_table, unnest
 from safepatch_jax.outcome import outcome_settings
 from safepatch_jax.run import notes
 from safepatch_jax.run.job import open_run
@@ -284,9 +284,9 @@ class Comparison:
         made = method.make(bench)  # training needs the room that the backbone takes
         backbone = bench.engine()
         made = Product(
-            self._in_storage_dtype(made.params, backbone),
+            self._as_stored(made.params, backbone, run.settings.run.seed),
             made.rule,
-            self._in_storage_dtype(made.expert, backbone),
+            self._as_stored(made.expert, backbone, run.settings.run.seed),
         )
         engine = self._engine(backbone, made)
         for measure in self._missing(method, seed):
@@ -313,14 +313,15 @@ class Comparison:
         row = {"id": "atgr", "ratio": ratio, "least": least, "most": most}
         self._notes(method, seed).add(row)
 
-    def _in_storage_dtype(self, params: Any, backbone: Engine) -> Any:
-        """Return weights in the dtype in which they would be exported; None stays."""
+    def _as_stored(self, params: Any, backbone: Engine, seed: int) -> Any:
+        """Return weights as they would be exported; None stays."""
         if params is None:
             return None
-        dtype = self.settings.export.dtype
-        if dtype == "keep":
-            return jax.tree.map(lambda x, own: x.astype(own.dtype), params, backbone.params)
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        export = self.settings.export
+        dtypes = {path: x.dtype for path, x in unnest(backbone.params).items()}
+        if export.dtype != "keep":
+            dtypes = dict.fromkeys(dtypes, export.dtype)
+        return as_stored(params, param_table(backbone.config), dtypes, export.rounding, seed)
 
     def _engine(self, backbone: Engine, made: Product) -> Engine | Contrasted:
         rule: Rule | None = made.rule
