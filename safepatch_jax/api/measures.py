@@ -311,7 +311,7 @@ def compare(
     *,
     suite: str | os.PathLike[str] = "quick",
     seeds: Sequence[int] = (0,),
-    judge: str = "phrases",
+    judge: str | os.PathLike[str] = "phrases",
     **settings: Any,
 ) -> Comparison:
     """Make SafePatching and its rivals from one model and the same data, and measure them.
@@ -333,6 +333,6 @@ def compare(
 
     session = model.session.with_keywords(settings, _COMPARE, "compare")
     names = methods if isinstance(methods, str) else ",".join(methods)
-    options = ComparisonOptions(names, os.fspath(suite), _seeds(seeds), judge)
+    options = ComparisonOptions(names, os.fspath(suite), _seeds(seeds), os.fspath(judge))
     place = session.workdir / "comparison" if workdir is None else paths.resolve(workdir)
     return Comparison(study.compare(session.settings, place, options), place)

@@ -144,6 +144,7 @@ def derive(
     for role in PATCH_ROLES:
         result = job.runner.result(f"derive_{role}")
         trained[role] = Training(tuple(result["nll"]), result["stopped_by"])
+    model = dataclasses.replace(model, session=session)  # the backbone follows from all settings
     return Pair(model, session, **trained, keys=keys_of(job, names))
 
 

@@ -262,7 +262,7 @@ def patch(
     return Patch(
         file if file.is_file() else None,
         place / _MODEL,
-        scores.pair.model,
+        dataclasses.replace(scores.pair.model, session=session),
         result["total"],
         result["tensors"],
         describe_patch(session.settings.to_dict()),

@@ -21,13 +21,14 @@ from safepatch_jax.io.companions import (
 )
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.names import dtype_problems, listed, refuse_unusable
-from safepatch_jax.io.safetensors_file import Planned, write_shards
+from safepatch_jax.io.safetensors_file import SHARD_BYTES, Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.io.torch_file import TorchTensor
 from safepatch_jax.runtime import files
 from safepatch_jax.runtime.reading import Refused, reading
 
 SETTINGS, WEIGHTS, TORCH = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = (SETTINGS, WEIGHTS, TORCH)  # what an adapter is
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Settings of PEFT that change what is added, and the values at which it is scaling * B A.
 _PLAIN: Mapping[str, tuple] = {
@@ -131,7 +132,7 @@ def merge_adapter(
     base: str | pathlib.Path,
     adapter: str | pathlib.Path,
     out: pathlib.Path,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write a base model with an adapter merged into it; return how many tensors it changed.
 

@@ -23,8 +23,15 @@ UNTOKENIZED = (
     "config.json",
     "generation_config.json",
     "LICENSE",
+    "LICENSE.md",
     "LICENSE.txt",
+    "LICENCE",
+    "LICENCE.md",
+    "LICENCE.txt",
+    "COPYING",
     "NOTICE",
+    "NOTICE.md",
+    "NOTICE.txt",
     "USE_POLICY.md",
 )
 COMPANIONS = (*UNTOKENIZED, *TOKENIZER)

@@ -21,7 +21,7 @@ from safepatch_jax.io.companions import TOKENIZER, copy_companions
 from safepatch_jax.io.gguf_blocks import dequantise
 from safepatch_jax.io.gguf_config import Model, read_model
 from safepatch_jax.io.gguf_tokenizer import write_tokenizer
-from safepatch_jax.io.safetensors_file import Planned, write_shards
+from safepatch_jax.io.safetensors_file import SHARD_BYTES, Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored
 from safepatch_jax.runtime import files, libraries
 from safepatch_jax.runtime.console import some
@@ -77,7 +77,7 @@ def convert_gguf(
     *,
     tokenizer: str | pathlib.Path | None = None,
     dtype: str = "keep",
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a GGUF file's model as a Hugging Face folder (which appears whole or not at all),
     tensor by tensor.

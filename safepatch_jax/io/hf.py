@@ -16,7 +16,7 @@ from safepatch_jax.io.beside import say_notes
 from safepatch_jax.io.companions import COMPANIONS, copy_companions, write_config
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.io.names import dtype_problems, listed, refuse_unusable
-from safepatch_jax.io.safetensors_file import Planned, write_shards
+from safepatch_jax.io.safetensors_file import SHARD_BYTES, Planned, write_shards
 from safepatch_jax.io.stored import DTYPES, Stored, aligned_empty
 from safepatch_jax.io.torch_file import TorchTensor
 from safepatch_jax.mesh import Sharder
@@ -205,7 +205,7 @@ def save_model(
     dtype: str = "keep",
     rounding: str = "nearest",
     seed: int = 0,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
 ) -> dict[str, str]:
     """Write a model folder that `transformers` loads as it is; the folder appears whole or not at

@@ -29,6 +29,7 @@ from safepatch_jax.runtime.workers import Workers, wait
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_BYTES = 5_000_000_000  # at which weight files are cut
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PIECE = 1 << 20  # bytes a write; a whole tensor in one call is several times slower on Linux
 _SYNCED = 1 << 26  # bytes after which the disk is asked to write them

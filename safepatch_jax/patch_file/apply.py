@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from safepatch_jax.io import hub
 from safepatch_jax.io.companions import copy_companions
 from safepatch_jax.io.folder import Checkpoint, tensor_hashes
 from safepatch_jax.io.safetensors_file import INDEX, SINGLE
@@ -171,6 +172,11 @@ def _move(
     folder = pathlib.Path(folder)
     if out is not None:
         files.refuse_full_folder(out)
+    elif origin := hub.origin_of(folder):
+        raise ValueError(
+            f"{folder} is {origin} in the cache of the Hub, which is kept: give another folder for "
+            "the result (--out)."
+        )
     checkpoint = Checkpoint(folder, unfinished=True)
     if checkpoint.layout not in (SINGLE, INDEX):
         raise ValueError(

@@ -157,7 +157,7 @@ def read(
             runs = zip(runs_of(stored), runs_of(stored))
         optional = bool(manifest and manifest["tensors"].get(name, (0, 0, False))[2])
         changes[name] = Change(stored.dtype, stored.shape, runs, optional)
-    origin = {"format": FORMAT, "file": str(folder), "index": files.file_sha256(folder / INDEX)}
+    origin = {"format": FORMAT, "file": folder.name, "index": files.file_sha256(folder / INDEX)}
     return write_back(out, changes, manifest, origin, model)
 
 

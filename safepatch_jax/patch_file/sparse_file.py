@@ -107,7 +107,7 @@ def read(path: str | pathlib.Path, model: str | pathlib.Path, out: str | pathlib
         runs = _runs(name, tensor, indices, values, encoding)
         optional = bool(manifest and manifest["tensors"].get(name, (0, 0, False))[2])
         changes[name] = Change(tensor.dtype, tensor.shape, runs, optional)
-    origin = {"format": FORMAT, "file": str(path), "sha256": files.file_sha256(path)}
+    origin = {"format": FORMAT, "file": path.name, "sha256": files.file_sha256(path)}
     return write_back(out, changes, manifest, origin, model)
 
 

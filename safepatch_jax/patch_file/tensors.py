@@ -94,7 +94,7 @@ def _views(
 ) -> dict[str, _View]:
     """Return the tensors by checkpoint name. What the patch does not know keeps its own name, so
     that it is named as a stranger, unless it shares its memory with one that the patch knows, is
-    computed, or is to be ignored."""
+    computed, or is to be ignored. Raises ValueError if it has the name of one that is known."""
     kept = {}
     for name, tensor in tensors.items():
         if not any(fnmatch.fnmatch(name, pattern) for pattern in ignore):
@@ -105,6 +105,11 @@ def _views(
     for name, tensor in kept.items():
         computed = any(fnmatch.fnmatch(name, pattern) for pattern in _COMPUTED)
         if name not in used and not computed and _place(tensor) not in known:
+            if name in found:
+                raise ValueError(
+                    f"{_WHERE} has two tensors for {name} of the patch: {found[name].live}, and "
+                    f"{name}, which is another one in memory. Leave the wrong one out with ignore=."
+                )
             found[name] = Part(name)
     _refuse_elsewhere({part.live: kept[part.live] for part in found.values()})
     return {name: _View(kept[part.live], part) for name, part in found.items()}

@@ -206,13 +206,18 @@ def refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _lost_role(total: Mapping[str, Any], patch: PatchSettings) -> str | None:
-    """Return the role that SafePatching was to merge, and of which no entry is kept."""
+    """Return the role that SafePatching was to merge, and of which no entry is kept because none
+    could be: a small set that random retention empties is no mistake of the settings."""
     asked = {
         "se": patch.alpha and patch.top_rate_se,
         "osm": patch.beta and patch.top_rate_osm,
     }
     for role in PATCH_ROLES:
-        if patch.merge == "safepatching" and asked[role] and not total[f"kept_{role}"]:
+        candidates = total[f"top_{role}"]
+        if patch.combine == "difference":
+            candidates -= total["top_both"]
+        kept = total[f"kept_{role}"]
+        if patch.merge == "safepatching" and asked[role] and not (candidates or kept):
             return role
     return None
 

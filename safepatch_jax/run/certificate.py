@@ -248,7 +248,8 @@ def _probes(folder: pathlib.Path, vocab_size: int) -> Probes:
         chat = Chat(folder, vocab_size)
     except NoChat as error:
         tokens_BT = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
-        return Probes(tokens_BT, valid_BT, str(error))
+        # A certificate is published: it names no folder.
+        return Probes(tokens_BT, valid_BT, str(error).removeprefix(f"{folder}: "))
     for b, record in enumerate(load_records("ordinary", "builtin")[:_PROBES]):
         example = chat.encode(record.prompt, record.answer)
         ids = (*example.prompt_ids, *example.answer_ids)[:_LENGTH]

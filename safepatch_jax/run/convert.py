@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safepatch_jax.io import gguf, hub
-from safepatch_jax.io.adapter import has_tokenizer, merge_adapter
+from safepatch_jax.io.adapter import FILES, has_tokenizer, merge_adapter
 from safepatch_jax.io.checkpoint import (
     COMPANIONS_FOLDER,
     array_hashes,
@@ -19,6 +19,7 @@ from safepatch_jax.io.checkpoint import (
 )
 from safepatch_jax.io.folder import Checkpoint, has_weights, stored_dtypes, tensor_hashes
 from safepatch_jax.io.hf import check_keys, load_params, save_model
+from safepatch_jax.io.safetensors_file import SHARD_BYTES
 from safepatch_jax.mesh import Sharder, make_mesh
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.models.describe import describe
@@ -40,7 +41,7 @@ def convert(
     dtype: str = "keep",
     rounding: str = "nearest",
     seed: int = 0,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     tokenizer: str | None = None,
     adapter: str | None = None,
     certify: str = "logits",
@@ -71,7 +72,7 @@ def convert(
     processes.on_first(files.refuse_full_folder, goal.path)  # before a model is fetched
     origin = Place.parse(source)
     tokenizer = paths.readable(tokenizer) if tokenizer else None
-    _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
+    _refuse_contradictions(origin, goal, dtype, rounding, tokenizer, shard_bytes)
     if adapter and origin.kind != "hf":
         raise ValueError("an adapter is merged into a source hf:DIR; convert the source first.")
     export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
@@ -99,18 +100,21 @@ def convert(
             options = {"tokenizer": tokenizer, "shard_bytes": shard_bytes}
             processes.on_first(gguf.convert_gguf, origin.path, folder, **options)
             origin = Place("hf", folder)
+        base, merged = origin, {}
         if adapter:
-            folder = scratch / "merged"
-            processes.on_first(_merged, origin.path, paths.readable(adapter), folder, shard_bytes)
+            folder, lora = scratch / "merged", paths.readable(adapter)
+            merged = processes.on_first(_merged, origin.path, lora, folder, shard_bytes)
             origin = Place("hf", folder, origin.origin)
         if goal.kind == "orbax":
             result = _to_orbax(origin.path, out, sharder, logits)
         elif origin.path == out:
             result = certificate.certify(out, sharder, logits=logits, kind="import")
         else:
-            result = _to_hf(origin, out, sharder, logits, export)
+            result = _to_hf(origin, base, out, sharder, logits, export)
         if origin.origin:
             result["source"] = origin.origin
+        if merged:
+            result["adapter"] = merged
         # Another process may still read the tokenizer in `out`, which is moved below.
         processes.barrier(f"{addresses.name_of(goal.path)} is examined")
         processes.on_first(files.write_json, out / CERTIFICATE, result)
@@ -119,16 +123,26 @@ def convert(
     return goal.path / CERTIFICATE
 
 
-def _merged(base: pathlib.Path, adapter: str, out: pathlib.Path, shard_bytes: int) -> None:
+def _merged(
+    base: pathlib.Path, adapter: str, out: pathlib.Path, shard_bytes: int
+) -> dict[str, str]:
+    """Merge an adapter into a model; return its files' SHA-256 by name."""
     out.mkdir()
     count = merge_adapter(base, adapter, out, shard_bytes)
     say(f"Merged {adapter} into {count} tensors of {base}")
     if has_tokenizer(adapter):
         say("Tokenizer and chat template: the adapter's, in place of the base's")
+    paths_of = [pathlib.Path(adapter) / name for name in FILES]
+    return {path.name: files.file_sha256(path) for path in paths_of if path.is_file()}
 
 
 def _refuse_contradictions(
-    origin: Place, goal: Place, dtype: str, rounding: str, tokenizer: str | None
+    origin: Place,
+    goal: Place,
+    dtype: str,
+    rounding: str,
+    tokenizer: str | None,
+    shard_bytes: int,
 ) -> None:
     if goal.kind == "gguf":
         raise ValueError(f"target '{goal.path}': only hf:DIR and orbax:DIR can be written.")
@@ -136,6 +150,8 @@ def _refuse_contradictions(
         raise ValueError(
             "a tokenizer folder goes with GGUF sources; hf and orbax models carry their own."
         )
+    if goal.kind == "orbax" and shard_bytes != SHARD_BYTES:
+        raise ValueError("shard_bytes is for a target hf:DIR; orbax cuts its files itself.")
     if goal.kind == "orbax" and dtype != "keep":
         raise ValueError("dtype is for a target hf:DIR; an orbax checkpoint keeps the stored one.")
     if rounding != "nearest" and dtype == "keep":
@@ -167,8 +183,15 @@ def _to_orbax(
 
 
 def _to_hf(
-    origin: Place, out: pathlib.Path, sharder: Sharder, logits: bool, export: Mapping[str, Any]
+    origin: Place,
+    base: Place,
+    out: pathlib.Path,
+    sharder: Sharder,
+    logits: bool,
+    export: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Write a folder and its certificate, which says what differs from `base`: `origin`, or what an
+    adapter was merged into."""
     say(f"Reading {origin.path}")
     if origin.kind == "orbax":
         config, params, stored = load_checkpoint(origin.path, sharder)
@@ -177,7 +200,7 @@ def _to_hf(
     else:
         config, params = load_params(origin.path, sharder)
         companions, stored = origin.path, stored_dtypes(origin.path)
-        checkpoint = Checkpoint(origin.path)
+        checkpoint = Checkpoint(base.path)
         before, notes = processes.on_first(tensor_hashes, checkpoint.tensors), checkpoint.notes
     save_model(out, params, config, companions, stored=stored, **export)
     del params

@@ -102,13 +102,17 @@ def parcel_of_model(folder: str | pathlib.Path) -> Parcel:
 
 def parcel_of_patch(path: str | pathlib.Path) -> Parcel:
     """Look at a patch file that is to be sent; its card is made from what the file records. Raises
-    ValueError for no patch file, a damaged one, or one that makes a derived model."""
+    ValueError for no patch file, a damaged one, or one that makes a derived model or was made from
+    one that does."""
     path = pathlib.Path(paths.readable(path)).absolute()
     patch = PatchFile(path)
-    settings = patch.about.get("settings")
-    _refuse_one_sided(path, settings if isinstance(settings, dict) else {})
-    origin = patch.about.get("source")
-    if not isinstance(origin, str) or hub.split(origin) is None:
+    made_from = _origins(patch.about)
+    for about in made_from:
+        settings = about.get("settings")
+        _refuse_one_sided(path, settings if isinstance(settings, dict) else {})
+    sources = {about["source"] for about in made_from if isinstance(about.get("source"), str)}
+    origin = sources.pop() if len(sources) == 1 else ""
+    if hub.split(origin) is None:
         origin = ""
     name, base = origin.partition("@")[0], ""
     licence = " Its backbone is not named here: fill in `base_model` above."
@@ -124,6 +128,22 @@ def parcel_of_patch(path: str | pathlib.Path) -> Parcel:
     )
     front = front_matter(Base(name), "adapter", tags=list(TAGS))
     return Parcel(f"the patch {path}", {PATCH: path, CARD: front + text})
+
+
+def _origins(about: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a patch file records of its making, and of that of each patch it was made from:
+    scaled, combined, or without another one."""
+    found, waiting = [], [about]
+    while waiting:
+        record = waiting.pop()
+        if not isinstance(record, dict):
+            continue
+        found.append(record)
+        made_from = record.get("of", ())
+        for part in made_from if isinstance(made_from, list) else [made_from]:
+            if isinstance(part, dict):
+                waiting.append(part.get("about"))
+    return found
 
 
 def push(parcel: Parcel, repository: str, *, private: bool | None = None) -> str:

@@ -136,6 +136,9 @@ def test_an_edited_suite_or_its_edited_data_are_evaluated_beside_the_old_ones(pl
 
 def test_derived_models_are_deleted_and_finished_stages_reused(patch, capsys):
     run = patch.model.workdir / "run"
+    # What it was made with, of all calls: an evaluation asks the same way.
+    made = patch.model.settings
+    assert (pathlib.Path(made.data.harmful).name, made.patch.retention) == ("harmful.csv", 0.5)
     assert not list((run / "stages").glob("derive_*/*.*[!n]"))
     for name in ("derive_se", "derive_osm", "score_se", "score_osm", "patch"):
         assert [path.name for path in (run / "stages" / name).iterdir()] == ["manifest.json"], name

@@ -1,5 +1,6 @@
 """LoRA adapters: merged into their base with PEFT's arithmetic; other adapters are refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -199,3 +200,7 @@ def test_convert_merges(tmp_path):
     ours, direct = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "direct"))
     for name, weight in direct.items():
         np.testing.assert_array_equal(ours[name], weight)
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert len(certificate["changed"]) == 4 and "20 tensors matched, 4 changed" in result.stdout
+    digest = hashlib.sha256((tmp_path / "lora/adapter_model.safetensors").read_bytes()).hexdigest()
+    assert certificate["adapter"]["adapter_model.safetensors"] == digest

@@ -120,6 +120,20 @@ def test_other_tensors_are_left_alone_if_one_says_so(whole):
     assert_bits(state, model)
 
 
+def test_two_tensors_for_one_name_are_refused(whole):
+    base, _, patch = whole
+    state = {f"inner.{name}": tensor for name, tensor in state_of(base).items()}
+    name = PatchFile(patch).changed()[0]
+    state[name] = state[f"inner.{name}"].clone()  # a reference beside the model
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with pytest.raises(ValueError, match=f"two tensors for {name} of the patch: inner.{name}, and"):
+        live.apply_tensors(patch, state)
+    assert_equal(state, before)
+    live.apply_tensors(patch, state, ignore=[name])
+    assert torch.equal(state[name], before[name])
+    assert not torch.equal(state[f"inner.{name}"], before[f"inner.{name}"])
+
+
 def test_a_second_copy_of_a_tied_head_may_be_missing(tmp_path):
     """The folder writes the tied head again; the live model has the embedding alone."""
     base = write_tiny_model(tmp_path / "base", dtype="bfloat16")

@@ -104,6 +104,7 @@ def test_another_dtype_with_either_rounding(tmp_path):
         ("hf:{model}", "hf:{model}", {}, "exists and is not empty; nothing was written"),
         ("hf:{model}", "gguf:{tmp}/x.gguf", {}, "only hf:DIR and orbax:DIR can be written"),
         ("hf:{model}", "orbax:{tmp}/x", {"dtype": "bfloat16"}, "dtype is for a target hf:DIR"),
+        ("hf:{model}", "orbax:{tmp}/x", {"shard_bytes": 9999}, "shard_bytes is for a target hf:"),
         (
             "hf:{model}",
             "hf:{tmp}/x",
@@ -172,6 +173,8 @@ def test_a_certificate_without_a_tokenizer_uses_random_tokens(tmp_path):
         path.unlink()
     content = certificate.certify(model, sharder_of(1), kind="import")
     assert content["logits"]["probes"] == "random" and content["logits"]["finite"]
+    assert content["tokenizer"].startswith("no usable tokenizer")
+    assert str(tmp_path) not in json.dumps(content)  # it is published
     assert "random tokens" in certificate.summary(content)
 
 

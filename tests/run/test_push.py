@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from safepatch_jax.patch_file.arithmetic import scale
 from safepatch_jax.patch_file.create import create
 from safepatch_jax.run import manifests
 from safepatch_jax.run.card_data import Base, front_matter, licence_of
@@ -56,6 +57,18 @@ def test_a_patch_goes_with_a_card_of_its_own(hub, patch):
     card = huggingface_hub.ModelCard(sent["README.md"].decode())
     assert card.data.base_model == "org/base" and "safepatching" in card.data.tags
     assert "--model=org/base" in card.text
+
+
+def test_what_is_made_of_a_patch_is_sent_as_the_patch_is(tiny, model, patch, tmp_path):
+    scale(patch, tiny, 0.5, tmp_path / "half.safetensors")
+    half = parcel_of_patch(tmp_path / "half.safetensors")
+    assert "--model=org/base" in half.contents["README.md"]
+    about = {"source": BASE, "settings": {"patch": {"alpha": 0.0, "beta": 1.0}}}
+    alone = create(tiny, model, tmp_path / "osm.safetensors", about).path
+    scale(alone, tiny, 0.99, tmp_path / "scaled.safetensors")
+    for path in (alone, tmp_path / "scaled.safetensors"):
+        with pytest.raises(ValueError, match="OSM patch alone, a jailbroken model"):
+            parcel_of_patch(path)
 
 
 @pytest.mark.parametrize("name", ["safepatch", "push"])
