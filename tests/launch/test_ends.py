@@ -14,6 +14,10 @@ ENDINGS = {
     signal.SIGTERM: (143, "error: ended by SIGTERM. "),
 }
 KEPT = "what was finished is kept; the same command goes on from there."
+in_front = pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+    reason="the tests run in the background, where no program gets Ctrl-C: run them in front",
+)
 SWEEP = "--grid=patch.beta=1,2;patch.alpha=1,2"
 
 
@@ -47,6 +51,7 @@ def test_a_signal_ends_a_command_with_one_line(flags, works, launcher, line, mor
     assert "Traceback" not in text and "ignored in" not in text
 
 
+@in_front
 @pytest.mark.parametrize("launcher", ["safepatch", "patch"])
 def test_ctrl_c_while_modules_are_imported(tmp_path, launcher):
     """The first module that a launcher imports sends the signal to its own process."""
@@ -65,6 +70,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path, launcher):
     assert result.stderr == "error: interrupted by Ctrl-C before anything was done.\n"
 
 
+@in_front
 def test_another_program_that_imports_a_launcher_keeps_its_ctrl_c():
     code = "import signal, launch; print(signal.getsignal(2) is signal.default_int_handler)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
