@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from safepatch_jax.runtime import lease
@@ -22,20 +22,17 @@ class Held:
 
 
 @contextlib.contextmanager
-def leased(
-    address: str, *, over: str = "", wait: bool = False, every: Callable[[], None] | None = None
-) -> Iterator[None]:
+def leased(address: str, *, over: str = "", wait: bool = False) -> Iterator[None]:
     """Hold the lease of an address while the block runs.
 
     Args:
       over: the address whose publications it guards; by default itself.
       wait: until another holder has let it go.
-      every: see `lease.Lease`.
 
     Raises:
       ValueError: another holder has it.
     """
-    with lease.held(address, wait=wait, every=every) as held:
+    with lease.held(address, wait=wait) as held:
         Held.leases[over or address] = held
         try:
             yield

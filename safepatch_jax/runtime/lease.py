@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from safepatch_jax.runtime.conditional import ABSENT, Conditional
@@ -37,14 +37,13 @@ class Lease:
 
     Args:
       address: of the folder.
-      every: called between renewals, from the thread that renews.
 
     Attributes:
       address: of the folder.
     """
 
-    def __init__(self, address: str, every: Callable[[], None] | None = None):
-        self.address, self._every = address, every
+    def __init__(self, address: str):
+        self.address = address
         self._id, self._since = uuid.uuid4().hex, time.time()
         self._object, self._version = Conditional(address, NAME), ABSENT
         self._renewed = 0.0  # monotonic seconds, just before it was last written
@@ -91,15 +90,14 @@ class Lease:
                 self._object.delete(self._version)
 
     def keep(self) -> None:
-        """Renew the lease until it is released."""
+        """Renew the lease until it is released; the thread must do nothing else, nor wait for
+        work that may last longer than the lease."""
         while not self._ended.wait(SECONDS / 4):
             with self._lock:
                 if not self._ended.is_set():
                     self._renew()
                 if self._lost:
                     return
-            if self._every is not None:
-                self._every()
 
     def _renew(self) -> None:
         """Write the lease again; take note if it was taken meanwhile. A bucket that does not
@@ -137,10 +135,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(address: str, *, wait: bool, every: Callable[[], None] | None = None) -> Iterator[Lease]:
-    """Hold the lease of a folder while the block runs; `every`: see `Lease`. Raises ValueError as
-    `Lease.take`."""
-    lease = Lease(address, every)
+def held(address: str, *, wait: bool) -> Iterator[Lease]:
+    """Hold the lease of a folder while the block runs. Raises ValueError as `Lease.take`."""
+    lease = Lease(address)
     lease.take(wait)
     thread = threading.Thread(target=lease.keep, daemon=True)
     thread.start()

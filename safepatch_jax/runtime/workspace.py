@@ -30,7 +30,7 @@ class Workspace:
         self._objects = Objects(address_of(folder))
         self._note_path = folder.with_name(f".{folder.name}.in_step")
         self._seen: dict[str, tuple[int, int]] = {}  # size and time when last in step
-        self._lock = threading.RLock()  # the thread that renews the lease pushes too
+        self._lock = threading.RLock()  # a thread of its own pushes too, see `claimed`
 
     def pull(self) -> None:
         """Make the local files those of the bucket; what is in step is not read again."""
@@ -95,22 +95,37 @@ class Workspace:
         """Hold the lease of the folder while the block runs, and keep the bucket in step: every few
         seconds, and at the end. Raises ValueError if another run holds it."""
         address = self._objects.address
-        with leased(address, every=self._push_quietly):
+        with leased(address):
             Held.workspaces.append(self)
             try:
+                # Before all is here, old local files would be pushed over newer ones.
                 self.pull()
                 try:
-                    yield
+                    with self._pushed_meanwhile():
+                        yield
                 finally:
                     self.push()
                     self._note(self._objects.tags())
             finally:
                 Held.workspaces.remove(self)
 
-    def _push_quietly(self) -> None:
-        """Push from the renewing thread: what fails is tried again, and raised at the end."""
-        with contextlib.suppress(Exception):  # a thread that ends would lose the lease
-            self.push()
+    @contextlib.contextmanager
+    def _pushed_meanwhile(self) -> Iterator[None]:
+        """Push every few seconds while the block runs, from a thread that is not the one which
+        renews the lease: a push may last longer than the lease does."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._push_until, args=(ended,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _push_until(self, ended: threading.Event) -> None:
+        while not ended.wait(lease.SECONDS / 4):
+            with contextlib.suppress(Exception):  # tried again, and raised by the last push
+                self.push()
 
 
 @contextlib.contextmanager

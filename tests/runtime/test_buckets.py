@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -213,6 +214,49 @@ def test_who_lost_the_lock_of_a_folder_publishes_nothing_there(place):
         with pytest.raises(lease.Lost, match="is gone"):
             fill(folder, a="one")
     assert "a" not in Objects(address).sizes()
+
+
+def test_nothing_is_pushed_before_all_is_here(place, monkeypatch):
+    """Of a machine that was away: another one has finished the run since."""
+    address, folder = place
+
+    def download(*args, method=Objects.download):
+        time.sleep(0.6)  # more than between two pushes
+        return method(*args)
+
+    folder.mkdir(parents=True)
+    (folder / "a").write_text("old")
+    Objects(address).write("a", b"new")
+    monkeypatch.setattr(lease, "SECONDS", 1.0)
+    monkeypatch.setattr(Objects, "download", download)
+    with Workspace(folder).claimed():
+        assert (folder / "a").read_text() == "new"
+    assert Objects(address).read("a") == b"new"
+
+
+@pytest.mark.parametrize("when", ["meanwhile", "last"])
+def test_a_lease_is_renewed_while_a_push_takes_longer(place, monkeypatch, when):
+    address, folder = place
+    began, refused = threading.Event(), []
+
+    def upload(self, paths, *args, method=Objects.upload, **options):
+        began.set()
+        if paths:
+            time.sleep(1.7)  # of a large file
+            with pytest.raises(ValueError, match="Another run is at work") as info:
+                lease.Lease(address).take(wait=False)
+            refused.append(info)
+        method(self, paths, *args, **options)
+
+    monkeypatch.setattr(lease, "SECONDS", 1.0)
+    monkeypatch.setattr(Objects, "upload", upload)
+    with Workspace(folder).claimed():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a").write_text("one")
+        if when == "meanwhile":
+            assert began.wait(10)
+    assert len(refused) == 1
+    assert Objects(address).read("a") == b"one"
 
 
 def test_a_busy_server_is_asked_again(place, bucket_server):
