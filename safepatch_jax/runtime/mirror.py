@@ -10,6 +10,7 @@ their folder will have, before its list.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -56,10 +57,11 @@ def _publish_folder(folder: pathlib.Path, objects: Objects) -> None:
     if last is None:  # a stage's list has its arrays, all else that is there before
         there = objects.sizes().keys() - {PUBLISHING, lease.NAME}
         outputs = objects.hashes(there) | files.folder_hashes(folder)
+    check = functools.partial(check_leases, objects.address)
     objects.write(PUBLISHING, b"")
     objects.delete([STAGE_LIST, LIST])
-    objects.upload(paths)
-    check_leases(objects.address)
+    objects.upload(paths, check)
+    check()
     if last is None:
         content = json.dumps({"format": 1, "outputs": outputs}, indent=2)
         objects.write(LIST, content.encode())

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from safepatch_jax.runtime.addresses import SCHEMES
@@ -82,10 +82,22 @@ class Objects:
         with self._explained("write"):
             self._files.pipe_file(self._at(name), content)
 
-    def upload(self, paths: Mapping[str, pathlib.Path]) -> None:
-        """Write files as objects, by name."""
+    def upload(
+        self, paths: Mapping[str, pathlib.Path], check: Callable[[], None] | None = None
+    ) -> None:
+        """Write files as objects, by name.
+
+        Args:
+          check: called before each; when it raises, those that have not begun are not written.
+        """
+
+        def put(name: str) -> None:
+            if check is not None:
+                check()
+            self._files.put_file(paths[name], self._at(name))
+
         with self._explained("write"):
-            self._each(lambda name: self._files.put_file(paths[name], self._at(name)), paths)
+            self._each(put, paths)
 
     def download(
         self, paths: Mapping[str, pathlib.Path], wanted: Mapping[str, str] | None = None

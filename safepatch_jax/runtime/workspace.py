@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import json
 import pathlib
 import threading
@@ -65,11 +66,12 @@ class Workspace:
 
     def push(self) -> None:
         """Bring what changed here to the bucket, and delete there what was deleted here."""
-        check_leases(self._objects.address)
+        check = functools.partial(check_leases, self._objects.address)
         with self._lock:
             looks = self._looks()
             changed = [name for name, look in looks.items() if self._seen.get(name) != look]
-            self._objects.upload({name: self._folder / name for name in changed})
+            self._objects.upload({name: self._folder / name for name in changed}, check)
+            check()
             self._objects.delete(self._seen.keys() - looks.keys())
             self._seen = looks
 

@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from safepatch_jax.runtime import addresses, files, holding, lease, mirror, paths, workspace
+from safepatch_jax.runtime import addresses, files, holding, lease, mirror, objects, paths
 from safepatch_jax.runtime.objects import Objects
-from safepatch_jax.runtime.workspace import Workspace
+from safepatch_jax.runtime.workspace import Workspace, locked
 from safepatch_jax.testing import write_tiny_model
 from tests import bucket as buckets
 from tests.calls import ROOT
@@ -68,7 +68,7 @@ def test_what_a_listing_does_not_show_yet_is_read_all_the_same(place, bucket_ser
 KILLED = """
 import os, signal, sys
 from safepatch_jax.runtime import files, objects, paths
-def die(self, names, method=objects.Objects.{method}):
+def die(self, names, *checks, method=objects.Objects.{method}):
     method(self, {part})
     if {when}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -207,7 +207,7 @@ def test_a_lease_of_one_that_is_gone_is_taken_and_who_lost_it_publishes_nothing(
 
 def test_who_lost_the_lock_of_a_folder_publishes_nothing_there(place):
     address, folder = place
-    with workspace.locked(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         Objects(f"{address.rpartition('/')[0]}/.{folder.name}.lock").write(lease.NAME, b"{}")
         for held in holding.Held.leases.values():
             held._renewed = 0.0  # long ago
@@ -257,6 +257,31 @@ def test_a_lease_is_renewed_while_a_push_takes_longer(place, monkeypatch, when):
             assert began.wait(10)
     assert len(refused) == 1
     assert Objects(address).read("a") == b"one"
+
+
+@pytest.mark.parametrize("way", ["pushed", "published"])
+def test_who_loses_the_lease_meanwhile_stops_between_files(place, monkeypatch, way):
+    address, folder = place
+    client, lock = objects.filesystem("gs"), threading.Lock()
+    names = [f"{i:02}" for i in range(30)]
+
+    def lose_and_put(*args, put=client.put_file):
+        with lock:
+            Objects(address).write(lease.NAME, b"{}")
+            holding.Held.leases[address]._renewed = 0.0  # long ago
+        put(*args)
+
+    monkeypatch.setattr(client, "put_file", lose_and_put)
+    with pytest.raises(lease.Lost, match="is gone"), contextlib.ExitStack() as stack:
+        if way == "pushed":
+            stack.enter_context(Workspace(folder).claimed())
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (folder / name).write_text("x")
+        else:
+            stack.enter_context(holding.leased(address))
+            fill(folder, **dict.fromkeys(names, "x"))
+    assert 0 < len(set(names) & Objects(address).sizes().keys()) <= objects._PARALLEL
 
 
 def test_a_busy_server_is_asked_again(place, bucket_server):
