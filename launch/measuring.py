@@ -76,7 +76,7 @@ def generation() -> dict[str, flags.FlagHolder]:
     name."""
     return {
         "temperature": flags.DEFINE_float(
-            "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0.0
+            "temperature", 0.0, "Of sampling; 0 is greedy, else at least 1e-6.", lower_bound=0.0
         ),
         "top_p": flags.DEFINE_float(
             "top_p",

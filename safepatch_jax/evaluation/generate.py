@@ -15,13 +15,16 @@ from jax import lax
 from safepatch_jax.models.cache import Cache
 from safepatch_jax.models.decoder import Decoder
 
+_LEAST = 1e-6  # of temperature and top_p
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: the most likely one at temperature 0, else drawn (see `decode`).
 
     Raises:
-      ValueError: a temperature below 0 or infinite, or top_p outside (0, 1].
+      ValueError: a temperature or top_p that is no such number, or so small that float32 logits
+        divided by it would overflow, or that it would be 0 there.
     """
 
     temperature: float = 0.0
@@ -29,10 +32,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
+        drawn = math.isfinite(self.temperature) and self.temperature >= _LEAST
+        if not ((drawn or self.temperature == 0) and _LEAST <= self.top_p <= 1):
             raise ValueError(
-                f"temperature must be 0 or more and top_p in (0, 1], got {self.temperature} and "
-                f"{self.top_p}."
+                f"temperature must be 0 (greedy) or at least {_LEAST:g} and top_p in "
+                f"[{_LEAST:g}, 1], got {self.temperature} and {self.top_p}."
             )
 
 

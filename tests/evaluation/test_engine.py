@@ -220,13 +220,20 @@ def test_draws_have_the_models_distribution(open_engine, temperature, top_p):
         (1.0, 0.0),
         (1.0, 1.5),
         (1.0, float("nan")),
+        (1e-38, 1.0),  # logits divided by it are infinite in float32
+        (1e-50, 1.0),  # 0 in float32
+        (1.0, 1e-50),
     ],
 )
 def test_sampling_refuses_what_is_no_probability(temperature, top_p):
-    with pytest.raises(
-        ValueError, match=r"temperature must be 0 or more and top_p in \(0, 1\], got"
-    ):
+    message = r"temperature must be 0 \(greedy\) or at least 1e-06 and top_p in \[1e-06, 1\], got"
+    with pytest.raises(ValueError, match=message):
         Sampling(temperature, top_p)
+
+
+def test_the_lowest_temperature_takes_the_most_likely_token(engine):
+    cold = engine.complete_ids(PROMPTS, 10, sampling=Sampling(1e-6, seed=3))
+    assert cold == engine.complete_ids(PROMPTS, 10)
 
 
 def test_prompts_that_do_not_fit_are_refused(engine):

@@ -69,8 +69,9 @@ def options(suite):
             "cannot judge over-refusal. Judges that can: phrases, wildguard",
         ),
         ({"second_judge": "wildguard:/nowhere"}, "there is no folder /nowhere"),
-        ({"top_p": 0.0}, "top_p in .0, 1., got 0.0 and 0.0"),
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, "top_p in .1e-06, 1., got 0.0 and 0.0"),
+        ({"temperature": -1.0}, "temperature must be 0 .greedy"),
+        ({"temperature": 1e-50}, "or at least 1e-06 and top_p"),
     ],
 )
 def test_mistakes_show_before_anything_is_done(tiny, options, tmp_path, change, message):
