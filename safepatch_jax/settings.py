@@ -331,6 +331,15 @@ class Settings:
         does."""
         return self._replaced(values, where, [])
 
+    @property
+    def step_rows(self) -> dict[str, int]:
+        """Return the sequences of each kind of optimiser step, by setting; derive.accumulate cuts
+        them all."""
+        rows = {"derive.batch_size": self.derive.batch_size}
+        if self.align.enabled:
+            rows["align.batch_size"] = self.align.batch_size
+        return rows
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
 

@@ -20,6 +20,7 @@ from safepatch_jax.planning.programs import checked_kinds, in_blocks, lengths, p
 from safepatch_jax.planning.screen import screen_train
 from safepatch_jax.runtime.console import say
 from safepatch_jax.settings import Settings
+from safepatch_jax.training.batch import cuts_evenly
 
 REMAT = ("none", "dots", "full")
 LAYERWISE = {"derive.train": "scope", "derive.backward": "layerwise"}
@@ -58,9 +59,9 @@ def _relevant(settings: Settings, kind: str) -> Settings:
     return relevant.override({name: settings.flat()[name] for name in single})
 
 
-def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
-    """Return every mesh of a target that divides the architecture's dimensions, {text: sharder},
-    smallest tensor axis first.
+def meshes(settings: Settings, config: DecoderConfig, target: Target) -> dict[str, Sharder]:
+    """Return every mesh of a target that divides the architecture's dimensions and the settings'
+    micro-batches, {text: sharder}, smallest tensor axis first.
 
     The data axis has as many parts as there are slices.
     """
@@ -74,8 +75,14 @@ def meshes(config: DecoderConfig, target: Target) -> dict[str, Sharder]:
             param_table(config).shardings(sharder)
         except (ValueError, NotImplementedError):
             continue  # a dimension does not divide, or the machine cannot be ordered so
-        sharders[text] = sharder
+        if _cut_evenly(settings, settings.derive.accumulate, sharder.batch_ways):
+            sharders[text] = sharder
     return sharders
+
+
+def _cut_evenly(settings: Settings, accumulate: int, ways: int) -> bool:
+    """Return whether the batches of all steps can be cut into so many micro-batches."""
+    return all(cuts_evenly(rows, accumulate, ways) for rows in settings.step_rows.values())
 
 
 def ladder(kind: str, settings: Settings, ways: int, blocks: bool = True) -> Iterator[Changes]:
@@ -140,10 +147,10 @@ def _remats_of_interest(settings: Settings) -> tuple[str, ...]:
 
 
 def _micro_batches(settings: Settings, ways: int) -> Iterator[Changes]:
-    rows, accumulate = settings.derive.batch_size, settings.derive.accumulate
-    while rows % (2 * accumulate * ways) == 0:
-        accumulate *= 2
+    accumulate = 2 * settings.derive.accumulate
+    while _cut_evenly(settings, accumulate, ways):
         yield {"derive.accumulate": accumulate}
+        accumulate *= 2
 
 
 def _score_ladder(settings: Settings, blocks: bool) -> Iterator[Changes]:
@@ -199,7 +206,7 @@ class Planner:
         """
         shape = self._sharder(settings.mesh.shape).mesh.shape
         distances = {}
-        for text, sharder in meshes(self._config, self._target).items():
+        for text, sharder in meshes(settings, self._config, self._target).items():
             if sharder.mesh.shape != shape:
                 ratio = sharder.mesh.shape["tensor"] / shape["tensor"]
                 distances[text] = abs(math.log2(ratio))
@@ -255,7 +262,7 @@ class Planner:
             first;
           the best with which every program fits, or None.
         """
-        sharders = meshes(self._config, self._target)
+        sharders = meshes(settings, self._config, self._target)
         screened = self._screened(settings, sharders)[:most]
         say(
             f"{len(sharders)} meshes with {len(_remats_of_interest(settings))} setting(s) of "

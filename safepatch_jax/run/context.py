@@ -84,12 +84,8 @@ class Context(Inputs):
     def check_batches(self) -> None:
         """Raise ValueError if a batch size, derive.accumulate and the mesh do not go together, or
         settings of derivation do not."""
-        parts = self.settings.derive.accumulate
-        sizes = {"derive.batch_size": self.settings.derive.batch_size}
-        if self.settings.align.enabled:
-            sizes["align.batch_size"] = self.settings.align.batch_size
-        for name, rows in sizes.items():
-            check_batch(name, rows, parts, self.sharder)
+        for name, rows in self.settings.step_rows.items():
+            check_batch(name, rows, self.settings.derive.accumulate, self.sharder)
         derive = self.settings.derive
         if derive.store != "float32" and derive.train != "scope":
             raise ValueError(

@@ -12,11 +12,17 @@ from safepatch_jax.data.chat import HARMFUL
 from safepatch_jax.mesh import Sharder
 
 
+def cuts_evenly(rows: int, accumulate: int, ways: int) -> bool:
+    """Return whether micro-batches of a batch of so many rows cut evenly over so many devices; a
+    batch that is whole need not."""
+    return accumulate == 1 or rows % (accumulate * ways) == 0
+
+
 def check_batch(name: str, rows: int, accumulate: int, sharder: Sharder) -> None:
     """Raise ValueError if micro-batches of a batch of so many rows would not cut evenly over the
     mesh."""
     ways = sharder.batch_ways
-    if accumulate > 1 and rows % (accumulate * ways):
+    if not cuts_evenly(rows, accumulate, ways):
         raise ValueError(
             f"{name} of {rows} sequences cannot be cut into {accumulate} micro-batches "
             f"(derive.accumulate) of whole sequences on each of data*fsdp = {ways} devices. Use a "

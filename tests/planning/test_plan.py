@@ -34,7 +34,7 @@ from safepatch_jax.planning.programs import (
     resident_bytes,
 )
 from safepatch_jax.planning.screen import screen_train
-from safepatch_jax.planning.search import Planner, as_flags, ladder, meshes, step
+from safepatch_jax.planning.search import Planner, as_flags, ladder, step
 from safepatch_jax.planning.work import Collective, ProgramWork
 from safepatch_jax.settings import Settings
 from safepatch_jax.testing import tiny_config
@@ -329,12 +329,6 @@ def test_a_scope_beyond_the_blocks_has_no_layerwise_pass():
 
     changes = _Pretended(rule, 8 * GIB).fit(settings).changes
     assert changes == {"model.remat": "full", "derive.optimizer": "adafactor"}
-
-
-def test_meshes_divide_the_model():
-    config = config_from_hf(tiny_config(num_attention_heads=8, num_key_value_heads=2))
-    target = present(sharder_of(8))
-    assert list(meshes(config, target)) == ["data:1,fsdp:8,tensor:1", "data:1,fsdp:4,tensor:2"]
 
 
 class _Pretended(Planner):
