@@ -99,9 +99,8 @@ class DeriveSettings:
         "whole",
         "Backward pass of derive.train=scope: the whole tree's gradient at once, or layerwise: one "
         "block's gradient exists at a time and the block is updated at once, for models that do "
-        "not fit otherwise. The same update but for rounding (Adafactor: where layers are fewer "
-        "than a head is wide); with derive.clip_norm above 0 it takes a second backward pass. "
-        "model.remat then counts for nothing.",
+        "not fit otherwise. The same update but for rounding; with derive.clip_norm above 0 it "
+        "takes a second backward pass. model.remat then counts for nothing.",
         choices=("whole", "layerwise"),
     )
     memory: str = option(

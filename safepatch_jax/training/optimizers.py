@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from safepatch_jax.models.layerwise import LAYERS
 
 
 def _adamw(stacked: bool) -> optax.GradientTransformation:
@@ -15,22 +18,53 @@ def _adamw(stacked: bool) -> optax.GradientTransformation:
 
 
 def _adafactor(stacked: bool) -> optax.GradientTransformation:
-    """Shazeer & Stern 2018; heads of 64 are factored too, and the root mean square of each layer's
-    update of a weight is bounded."""
-    return optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=32), _bounded_rms(stacked)
-    )
+    """Shazeer & Stern 2018, of each layer for itself; heads of 64 are factored too, and the root
+    mean square of each layer's update of a weight is bounded."""
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=32)
+    if stacked:
+        factored = _by_layer(factored)
+    return optax.chain(factored, _bounded_rms(stacked))
 
 
 # Called with whether what is below 'layers' has an axis of layers in front.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
+def _by_layer(factored: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Factor what is below 'layers' layer by layer: along that axis nothing is alike, and a norm's
+    scales, of each layer a vector, would be a matrix. The count of steps stays one number."""
+
+    def axes_of(params):
+        # Optax asks for the state's structure with a stand-in for the whole tree.
+        if not isinstance(params, Mapping) or LAYERS not in params:
+            return None
+        axes = {name: 0 if name == LAYERS else None for name in params}
+        return axes, optax.FactoredState(None, axes, axes, axes)
+
+    def init(params):
+        axes = axes_of(params)
+        if axes is None:
+            return factored.init(params)
+        return jax.vmap(factored.init, in_axes=axes[:1], out_axes=axes[1])(params)
+
+    def update(gradients, state, params):
+        axes = axes_of(params)
+        if axes is None:
+            return factored.update(gradients, state, params)
+        of_params, of_state = axes
+        by_layer = jax.vmap(
+            factored.update, in_axes=(of_params, of_state, of_params), out_axes=axes
+        )
+        return by_layer(gradients, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _bounded_rms(stacked: bool) -> optax.GradientTransformation:
     """Scale each tensor's update down to a root mean square of 1; of stacked ones each layer's."""
 
     def bounded(path, update):
-        first = int(stacked and path[0].key == "layers")
+        first = int(stacked and path[0].key == LAYERS)
         axes = tuple(range(first, update.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=axes, keepdims=True))
         return update / jnp.maximum(1.0, rms)

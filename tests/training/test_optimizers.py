@@ -1,5 +1,4 @@
-"""Adafactor's bound, of each layer's update of a weight, stacked or not; and the bound of all
-gradients."""
+"""Adafactor takes each layer for itself, and bounds its update; and the bound of all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,27 @@ def test_an_update_that_outgrows_its_second_moment_is_bounded_in_its_own_layer()
     for layer in range(2):
         alone = second_update(False, one[layer], two[layer])
         np.testing.assert_allclose(both[layer], alone, rtol=1e-5)
+
+
+# Norms, biases of heads, weights with more layers than a head is wide, and with fewer.
+@pytest.mark.parametrize("shape", [(40, 64), (40, 8, 64), (80, 3, 64, 96), (8, 3, 64, 96)])
+def test_nothing_is_factored_across_layers(shape):
+    rng = np.random.default_rng(0)
+    scales = np.exp(rng.normal(size=shape[:1] + (1,) * (len(shape) - 1)))  # layers differ
+    one, two = (jnp.asarray(rng.normal(size=shape) * scales, jnp.float32) for _ in range(2))
+    both = second_update(True, one, two)
+    for layer in (0, shape[0] - 1):
+        alone = second_update(False, one[layer], two[layer])
+        np.testing.assert_allclose(both[layer], alone, rtol=1e-5)
+
+
+def test_a_tree_has_one_count_of_steps_and_may_have_no_layers():
+    params = {"layers": {"scale": jnp.ones((40, 64))}, "embedding": jnp.ones((50, 64))}
+    for tree in (params, {"embedding": params["embedding"]}):
+        factored, _ = OPTIMIZERS["adafactor"](stacked=True).init(tree)
+        assert factored.count.shape == () and factored.v_row["embedding"].shape == (50,)
+    factored, _ = OPTIMIZERS["adafactor"](stacked=True).init(params)
+    assert factored.v["layers"]["scale"].shape == (40, 64)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e4, np.inf, np.nan])
