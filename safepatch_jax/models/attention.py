@@ -135,9 +135,8 @@ class Attention(Module):
         if kernel != "xla" and cache is None:
             # All layers have the same window, or none that matters (see `kernel_for`).
             static = max(config.windows, default=0) or None
-            if config.attention_scale is not None:  # the kernels divide by sqrt(head size)
-                q_BTNH = q_BTNH * jnp.asarray(scale * config.head_dim**0.5, q_BTNH.dtype)
-            mixed_BTNH = fused_attention(kernel, q_BTNH, k_BTKH, v_BTKH, static, self.sharder)
+            inputs = q_BTNH, k_BTKH, v_BTKH
+            mixed_BTNH = fused_attention(kernel, *inputs, static, self.sharder, scale=scale)
             return self.out(mixed_BTNH), cache, (k_BTKH, v_BTKH)
 
         keys, values, key_axes, value_axes = k_BTKH, v_BTKH, "BSKH", "BSKH"

@@ -123,6 +123,7 @@ def fused_attention(
     window: int | None,
     sharder: Sharder | None,
     *,
+    scale: float,
     interpret: bool = False,
 ) -> jax.Array:
     """Attend causally over right-padded sequences.
@@ -133,6 +134,7 @@ def fused_attention(
       q_BTNH, k_BTKH, v_BTKH: after RoPE; N is a multiple of K.
       window: a query looks at so many positions, itself included; None for all.
       sharder: the mesh.
+      scale: of the products of queries and keys.
       interpret: run splash step by step on any platform (tests).
 
     Returns:
@@ -141,9 +143,15 @@ def fused_attention(
     if kernel != "splash":
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=kernel
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            scale=scale,
+            is_causal=True,
+            local_window_size=local,
+            implementation=kernel,
         )
-    attend = functools.partial(_splash, window=window, interpret=interpret)
+    attend = functools.partial(_splash, window=window, scale=scale, interpret=interpret)
     if sharder is None:
         return attend(q_BTNH, k_BTKH, v_BTKH)
     rules = dict(sharder.rules)
@@ -160,14 +168,14 @@ def fused_attention(
     )(q_BTNH, k_BTKH, v_BTKH)
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, interpret: bool):
+def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, scale: float, interpret: bool):
     """Run the kernel on one device's sequences and heads, padded to whole blocks."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
     )
 
-    length, heads, head_dim = q_BTNH.shape[1:]
+    length, heads = q_BTNH.shape[1:3]
     padded = -(-length // SPLASH_BLOCK) * SPLASH_BLOCK
     square = (padded, padded)
     if window is None or window >= length:
@@ -182,7 +190,7 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, *, window: int | None, interpret: bool):
         whole_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
         return whole_BTNH.swapaxes(1, 2)
 
-    scaled_BTNH = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
+    scaled_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
     mixed_BNTH = jax.vmap(kernel)(
         heads_first(scaled_BTNH), heads_first(k_BTKH), heads_first(v_BTKH)
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.mesh import Sharder, make_mesh
+from safepatch_jax.models import attention
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.decoder import Decoder
 from safepatch_jax.models.kernels import SPLASH_FROM, fused_attention, kernel_for
@@ -16,7 +17,7 @@ from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
 
 
-def reference(q_BTNH, k_BTKH, v_BTKH, window):
+def reference(q_BTNH, k_BTKH, v_BTKH, window, scale):
     """Causal attention in float64, head by head."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH))
     groups = q.shape[2] // k.shape[2]
@@ -24,9 +25,7 @@ def reference(q_BTNH, k_BTKH, v_BTKH, window):
     seen = (distance >= 0) & (distance < (window or q.shape[1]))
     out = np.zeros_like(q)
     for head in range(q.shape[2]):
-        logits = (
-            np.einsum("bth,bsh->bts", q[:, :, head], k[:, :, head // groups]) * q.shape[3] ** -0.5
-        )
+        logits = scale * np.einsum("bth,bsh->bts", q[:, :, head], k[:, :, head // groups])
         weights = np.where(seen, np.exp(logits - logits.max(-1, keepdims=True)), 0)
         out[:, :, head] = np.einsum(
             "bts,bsh->bth", weights / weights.sum(-1, keepdims=True), v[:, :, head // groups]
@@ -47,8 +46,31 @@ def inputs(length, heads=4, kv_heads=2, head_dim=128):
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_same_as_the_definition(kernel, window):
     q, k, v = inputs(24)
-    out = fused_attention(kernel, q, k, v, window, None, interpret=True)
-    np.testing.assert_allclose(out, reference(q, k, v, window), atol=2e-5)
+    for scale in (128**-0.5, 168**-0.5):  # Gemma 3 27B has the latter
+        out = fused_attention(kernel, q, k, v, window, None, scale=scale, interpret=True)
+        np.testing.assert_allclose(out, reference(q, k, v, window, scale), atol=2e-5)
+
+
+def test_a_scale_of_the_architecture_reaches_the_kernel_unrounded(monkeypatch):
+    """The plain version stands in for cuDNN, whose calls it is to see."""
+    config = dataclasses.replace(config_of(sliding_window=None), attention_scale=168**-0.5)
+    params, scales = param_table(config).init(jax.random.key(0)), []
+
+    def plain(kernel, q_BTNH, *others, scale):
+        scales.append(scale)
+        return fused_attention("xla", q_BTNH, *others, scale=scale)
+
+    def run(dtype):
+        decoder = Decoder(config, dtype, None, attention="auto")
+        tokens = jnp.arange(8)[None]
+        return decoder.apply({"params": params}, tokens, tokens, tokens >= 0)[0]
+
+    expected = run(jnp.float32)
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: "cudnn")
+    monkeypatch.setattr(attention, "fused_attention", plain)
+    np.testing.assert_allclose(run(jnp.float32), expected, atol=1e-5)
+    run(jnp.bfloat16)
+    assert set(scales) == {168**-0.5}
 
 
 def test_splash_over_devices_and_its_gradient():
@@ -57,7 +79,8 @@ def test_splash_over_devices_and_its_gradient():
 
     def gradient(kernel, sharder):
         def total(q, k, v):
-            return jnp.sum(jnp.sin(fused_attention(kernel, q, k, v, 6, sharder, interpret=True)))
+            options = {"scale": 128**-0.5, "interpret": True}
+            return jnp.sum(jnp.sin(fused_attention(kernel, q, k, v, 6, sharder, **options)))
 
         return jax.grad(total, argnums=(0, 1, 2))
 

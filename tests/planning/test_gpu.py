@@ -50,7 +50,7 @@ def test_cudnn_takes_what_the_plan_gives_it(card, heads, window):
     config = config_from_hf(tiny_config(**SIZES, head_dim=heads))
 
     def loss(q, k, v):
-        mixed = fused_attention("cudnn", q, k, v, window, None)
+        mixed = fused_attention("cudnn", q, k, v, window, None, scale=heads**-0.5)
         return mixed.astype(jnp.float32).sum()
 
     def array(n):
