@@ -88,6 +88,12 @@ class DecoderConfig:
                 f"num_key_value_heads {self.num_kv_heads}."
             )
 
+    @property
+    def rounds_embed_multiplier(self) -> bool:
+        """Return whether the family's models round embed_multiplier to their arithmetic's dtype
+        before they multiply by it."""
+        return FAMILIES[self.family].embed_scale
+
 
 _HANDLED = frozenset(
     {

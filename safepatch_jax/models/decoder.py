@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from safepatch_jax.models.attention import Attention, positional
 from safepatch_jax.models.cache import Cache
-from safepatch_jax.models.module import Module, RMSNorm, capped
+from safepatch_jax.models.module import Module, RMSNorm, capped, times
 from safepatch_jax.models.prefix import Prefixed
 from safepatch_jax.models.rope import LayerKind, layer_kinds
 
@@ -34,8 +34,11 @@ class Embedder(Module):
 
     def __call__(self, tokens_BT):
         x_BTD = self.embedding[tokens_BT]
-        if self.config.embed_multiplier != 1.0:
-            x_BTD = x_BTD * jnp.asarray(self.config.embed_multiplier, self.dtype)
+        factor = self.config.embed_multiplier
+        if self.config.rounds_embed_multiplier:
+            factor = float(jnp.dtype(self.dtype).type(factor))
+        if factor != 1.0:
+            x_BTD = times(x_BTD, factor)
         return self.constrain(x_BTD, "batch", "length", "features")
 
     def attend(self, x_BTD):
@@ -100,7 +103,7 @@ class Block(Module):
         if self.config.norms != "pre":
             y_BTD = self.child(RMSNorm, part + "_post_norm")(y_BTD)
         if self.config.residual_multiplier != 1.0:
-            y_BTD = y_BTD * jnp.asarray(self.config.residual_multiplier, self.dtype)
+            y_BTD = times(y_BTD, self.config.residual_multiplier)
         return self.constrain(x_BTD + y_BTD, "batch", "length", "features")
 
 

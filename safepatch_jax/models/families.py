@@ -23,7 +23,8 @@ class Family:
       switches: fields of DecoderConfig that hold for every model of the family.
       numbers: fields of DecoderConfig (query_scalar: of attention_scale ** -2) and the attribute
         that holds each, a number above 0.
-      embed_scale: embeddings are multiplied by the square root of their width.
+      embed_scale: embeddings are multiplied by the square root of their width, which is rounded to
+        their dtype first.
       fixed: attributes of the family and the values they may have.
       handled: attributes of the family that the reader makes use of.
     """

@@ -89,3 +89,8 @@ class RMSNorm(Module):
 def capped(x: jax.Array, cap: float) -> jax.Array:
     """Return x drawn smoothly into -cap .. cap; a cap of 0 is none."""
     return jnp.tanh(x / cap) * cap if cap else x
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """Multiply as torch multiplies by a number: in float32, rounded once, whatever the dtype."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
