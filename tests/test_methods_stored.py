@@ -8,6 +8,7 @@ import pytest
 from safepatch_jax.methods.stored import as_stored
 from safepatch_jax.models.config import config_from_hf
 from safepatch_jax.models.table import nest, param_table, unnest
+from safepatch_jax.numerics import NotFinite
 from safepatch_jax.testing import tiny_config
 from tests.conftest import sharder_of
 
@@ -47,6 +48,14 @@ def test_stochastic_takes_a_neighbour_and_keeps_the_mean(params):
     twice = stored(wide, "stochastic", seed=2)  # what the dtype has stays
     for path, x in made.items():
         np.testing.assert_array_equal(twice[path], x)
+
+
+def test_what_no_export_would_hold_is_refused(params):
+    flat = unnest(params)
+    large = nest(flat | {PATHS[0]: flat[PATHS[0]].at[0].set(1e6)})
+    stored(large, "nearest")
+    with pytest.raises(NotFinite, match="beyond the range of float16"):
+        stored(large, "nearest", dtype="float16")
 
 
 def test_the_same_on_eight_devices(params):

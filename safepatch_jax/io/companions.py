@@ -19,9 +19,7 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-UNTOKENIZED = (
-    "config.json",
-    "generation_config.json",
+LEGAL = (
     "LICENSE",
     "LICENSE.md",
     "LICENSE.txt",
@@ -34,6 +32,7 @@ UNTOKENIZED = (
     "NOTICE.txt",
     "USE_POLICY.md",
 )
+UNTOKENIZED = ("config.json", "generation_config.json", *LEGAL)
 COMPANIONS = (*UNTOKENIZED, *TOKENIZER)
 
 

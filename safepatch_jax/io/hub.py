@@ -306,7 +306,7 @@ def _no_model(name: str, names: Collection[str]) -> str:
 
 
 def needed(folder: pathlib.Path) -> list[str]:
-    """Return the names of the files of a snapshot that decide what a model is, whatever else other
+    """Return the names of the files of a snapshot that go with a model, whatever else other
     programs fetched into it."""
     names = [file for file in COMPANIONS if (folder / file).is_file()]
     names += [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))]

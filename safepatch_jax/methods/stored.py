@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from safepatch_jax.models.table import ParamTable, nest, unnest
-from safepatch_jax.numerics import cast, random_bits, tensor_keys
+from safepatch_jax.numerics import NotFinite, cast, random_bits, tensor_keys
 
 
 def as_stored(
@@ -31,17 +31,22 @@ def as_stored(
       rounding: 'nearest'; or 'stochastic', whose bits follow from the seed, a tensor's name and an
         entry's place alone. A number that the dtype has stays as it is.
       seed: of the random bits.
+
+    Raises:
+      NotFinite: a number is beyond the range of its dtype.
     """
     flat, result = unnest(params), {}
     for row in table:
         x, dtype = flat[row.path], jnp.dtype(dtypes[row.path])
         if rounding == "nearest" or x.dtype == dtype:
             result[row.path] = x.astype(dtype)
-            continue
-        stack = x if row.stacked else x[None]
-        keys = tensor_keys(seed, "rounding", row.hf_names)
-        rounded = _cast(stack, keys, dtype=dtype, rounding=rounding).reshape(x.shape)
-        result[row.path] = jax.device_put(rounded, x.sharding)
+        else:
+            stack = x if row.stacked else x[None]
+            keys = tensor_keys(seed, "rounding", row.hf_names)
+            rounded = _cast(stack, keys, dtype=dtype, rounding=rounding).reshape(x.shape)
+            result[row.path] = jax.device_put(rounded, x.sharding)
+        if x.dtype != dtype and not bool(jnp.isfinite(result[row.path]).all()):
+            raise NotFinite(f"{row.hf_name} holds numbers beyond the range of {dtype}.")
     return nest(result)
 
 

@@ -178,6 +178,9 @@ def _sums(histograms: Sequence[Sequence[int]]) -> list[int]:
     return [sum(counts) for counts in zip(*histograms)]
 
 
+_SHARE = 0.01  # of the other's entries: fewer are next to nothing
+
+
 class BadSettings(ValueError):
     """Patch settings, not the models, make a result of no use."""
 
@@ -207,11 +210,8 @@ def refuse_broken(statistics: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _lost_role(total: Mapping[str, Any], patch: PatchSettings) -> str | None:
     """Return the role that SafePatching was to merge, and of which no entry is kept because none
-    could be: a small set that random retention empties is no mistake of the settings."""
-    asked = {
-        "se": patch.alpha and patch.top_rate_se,
-        "osm": patch.beta and patch.top_rate_osm,
-    }
+    could be."""
+    asked = _asked(patch)
     for role in PATCH_ROLES:
         candidates = total[f"top_{role}"]
         if patch.combine == "difference":
@@ -222,9 +222,31 @@ def _lost_role(total: Mapping[str, Any], patch: PatchSettings) -> str | None:
     return None
 
 
+def _asked(patch: PatchSettings) -> dict[str, float]:
+    """Return for each role whether the settings want entries of it: a number above 0, or 0."""
+    return {"se": patch.alpha and patch.top_rate_se, "osm": patch.beta and patch.top_rate_osm}
+
+
+def one_sided(total: Mapping[str, Any], patch: PatchSettings) -> str:
+    """Return a warning where SafePatching keeps of one patch next to nothing beside the other, so
+    that the result is nearly the other patch alone; '' else. `total` as `totals` returns it."""
+    if patch.merge != "safepatching" or not all(_asked(patch).values()):
+        return ""
+    for role, other in (PATCH_ROLES, PATCH_ROLES[::-1]):
+        few, many = total[f"kept_{role}"], total[f"kept_{other}"]
+        if few < _SHARE * many:
+            return (
+                f"WARNING: {few:,} entries of the {role.upper()} patch are kept and {many:,} of "
+                f"the {other.upper()} patch, so the result is nearly the {other.upper()} patch "
+                "alone. Change patch.top_rate_se and patch.top_rate_osm."
+            )
+    return ""
+
+
 def refuse_no_op(statistics: Mapping[str, Mapping[str, Any]], patch: PatchSettings) -> None:
     """Raise ValueError if the result would equal the backbone, or the backbone with one of
-    SafePatching's two patches, saying why; BadSettings where it lies with the patch settings."""
+    SafePatching's two patches because nothing of the other could be kept, saying why; BadSettings
+    where it lies with the patch settings. See also `one_sided`."""
     for role in PATCH_ROLES:
         if not any(s[f"nonzero_{role}"] for s in statistics.values()):
             raise ValueError(

@@ -27,6 +27,7 @@ from safepatch_jax.patching.out_of_core import Merger
 from safepatch_jax.patching.source import Readable, Source
 from safepatch_jax.patching.statistics import (
     describe_totals,
+    one_sided,
     refuse_broken,
     refuse_no_op,
     totals,
@@ -107,6 +108,8 @@ def merge_folders(
         draw_patch(merger.statistics, folder / PATCH)
     say(describe_agreement(total))
     say(f"{out}: {describe_totals(total)}")
+    if warning := one_sided(total, settings.patch):
+        say(warning)
     return total
 
 

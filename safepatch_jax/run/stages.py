@@ -38,7 +38,7 @@ _IMPORT = "import"  # the stage whose key stands for a model
 _ASIDE_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.steps", re.DOTALL)
 CACHE = "--run.cache_dir"
 FINISHED = ("done", "deleted")
-FORMAT = 4  # raise when a stage's outputs change their meaning
+FORMAT = 5  # raise when a stage's outputs change their meaning
 # Versions on which a stage's bits may depend: arithmetic, token ids, dequantised weights.
 KEYED = ("safepatch_jax", "jax", "jaxlib", "flax", "optax", "transformers", "tokenizers", "gguf")
 _PACKAGES = (*KEYED[1:], "orbax-checkpoint", "safetensors", "numpy")

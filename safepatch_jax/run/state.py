@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from safepatch_jax.data.records import load_records
 from safepatch_jax.io import gguf, hub
-from safepatch_jax.io.companions import TEMPLATES
+from safepatch_jax.io.companions import LEGAL, TEMPLATES
 from safepatch_jax.io.folder import Checkpoint
 from safepatch_jax.models.config import read_hf_config
 from safepatch_jax.run.inputs import Inputs, Read
@@ -110,8 +110,8 @@ def source_hashes(source: Place) -> Mapping[str, str]:
         return {part.name: files.file_sha256(part) for part in parts if part.is_file()}
     if source.kind == "orbax":
         paths = source.path.rglob("*")
-    elif source.origin:  # other programs may bring more into the cache
-        paths = [source.path / name for name in hub.needed(source.path)]
+    elif source.origin:  # other programs may bring more into the cache, licences too
+        paths = [source.path / name for name in hub.needed(source.path) if name not in LEGAL]
     else:
         paths = [*source.path.iterdir(), *(source.path / TEMPLATES).glob("*.jinja")]
     hashes = {}

@@ -29,7 +29,7 @@ from safepatch_jax.patch_file.create import create
 from safepatch_jax.patching import PATCH_ROLES
 from safepatch_jax.patching.agreement import describe_agreement
 from safepatch_jax.patching.options import scope_rows
-from safepatch_jax.patching.statistics import describe_totals, refuse_no_op, totals
+from safepatch_jax.patching.statistics import describe_totals, one_sided, refuse_no_op, totals
 from safepatch_jax.run import card, certificate, models, report, scratch
 from safepatch_jax.run.card_data import base_of
 from safepatch_jax.run.convert import convert
@@ -252,6 +252,8 @@ def patch(run: Run, out: pathlib.Path) -> Result:
     total = totals(result.statistics) | result.mode_overlap
     say(f"  {describe_agreement(total)}")
     say(f"  {describe_totals(total)}")
+    if warning := one_sided(total, run.settings.patch):
+        say(f"  {warning}")
     if total["survival"] < 0.5:
         say(
             f"  WARNING: {1 - total['survival']:.0%} of the kept entries are too small for the "

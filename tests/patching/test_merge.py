@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from safepatch_jax.patching.settings import PatchSettings
-from safepatch_jax.patching.statistics import refuse_no_op, totals
+from safepatch_jax.patching.statistics import one_sided, refuse_no_op, totals
 from tests.patching import oracle
 from tests.patching.cases import FEW, ROWS, SEED, as_list, inputs, matrices
 from tests.patching.cases import run as run_rows
@@ -121,6 +121,12 @@ def test_a_top_set_within_the_other_leaves_one_patch_which_is_refused():
             refuse_no_op(statistics, patch)
     unwanted = dataclasses.replace(patch, beta=0.0)
     refuse_no_op(run(*trees, unwanted)[1], unwanted)
+    few_se = dataclasses.replace(patch, top_rate_se=0.002, top_rate_osm=0.9)
+    statistics = run(*trees, few_se)[1]
+    refuse_no_op(statistics, few_se)
+    assert "so the result is nearly the OSM patch alone" in one_sided(totals(statistics), few_se)
+    assert one_sided(totals(statistics), dataclasses.replace(few_se, alpha=0.0)) == ""
+    assert one_sided(totals(run(*trees, PatchSettings())[1]), PatchSettings()) == ""
 
 
 def test_one_cast_at_the_end_when_the_storage_dtype_changes():

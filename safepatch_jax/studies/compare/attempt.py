@@ -10,14 +10,16 @@ from safepatch_jax.numerics import NotFinite
 from safepatch_jax.patching.statistics import BadSettings
 from safepatch_jax.runtime import processes
 from safepatch_jax.runtime.programs import shortage
+from safepatch_jax.runtime.reading import Refused
 
 
 def not_made(method: Method, make: Callable[[], None]) -> str | None:
     """Make a method; return why it cannot be made, the same in all processes, None if it is.
 
     Raises:
-      RuntimeError, MemoryError: of another cause than too little memory; of the backbone, without
-        which there is no table; or in one of several processes.
+      RuntimeError, MemoryError: of another cause than too little memory; or of the backbone,
+        without which there is no table.
+      ValueError: too little memory in one of several processes.
     """
     reason = None
     try:
@@ -26,14 +28,16 @@ def not_made(method: Method, make: Callable[[], None]) -> str | None:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
         lacking = shortage(error)
-        # The others of several processes wait for this one's part of a program: all end together.
-        if not lacking or method.group == "backbone" or processes.several():
+        if not lacking or method.group == "backbone":
             raise
         reason = (
             f"out of memory ({lacking}). Give the same command again with more devices, "
             "--model.remat=full or a larger --derive.accumulate, or leave "
             f"{method.name} out of --methods."
         )
+        if processes.several():
+            # The others may wait for this one's part of a program: all end together.
+            raise Refused(f"{method.label}: {reason}") from error
     if reason:
         gc.collect()  # frames of an error hold arrays, also in circles: the next needs the room
     return next(filter(None, processes.everyones(reason)), None)
