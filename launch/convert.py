@@ -43,7 +43,10 @@ _ROUNDING = flags.DEFINE_enum(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of stochastic rounding.", lower_bound=0)
 _SHARD_BYTES = flags.DEFINE_integer(
-    "shard_bytes", 5_000_000_000, "Weight files are cut at this size.", lower_bound=1024
+    "shard_bytes",
+    5_000_000_000,
+    "Weight files are cut at this size (target hf:DIR).",
+    lower_bound=1024,
 )
 _TOKENIZER = kinds.path("tokenizer", None, "Folder whose tokenizer files go with a GGUF file.")
 _ADAPTER = kinds.path(

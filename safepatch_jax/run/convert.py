@@ -72,7 +72,7 @@ def convert(
     processes.on_first(files.refuse_full_folder, goal.path)  # before a model is fetched
     origin = Place.parse(source)
     tokenizer = paths.readable(tokenizer) if tokenizer else None
-    _refuse_contradictions(origin, goal, dtype, rounding, tokenizer, shard_bytes)
+    _refuse_contradictions(origin, goal, dtype, rounding, tokenizer)
     if adapter and origin.kind != "hf":
         raise ValueError("an adapter is merged into a source hf:DIR; convert the source first.")
     export = {"dtype": dtype, "rounding": rounding, "seed": seed, "shard_bytes": shard_bytes}
@@ -142,7 +142,6 @@ def _refuse_contradictions(
     dtype: str,
     rounding: str,
     tokenizer: str | None,
-    shard_bytes: int,
 ) -> None:
     if goal.kind == "gguf":
         raise ValueError(f"target '{goal.path}': only hf:DIR and orbax:DIR can be written.")
@@ -150,8 +149,6 @@ def _refuse_contradictions(
         raise ValueError(
             "a tokenizer folder goes with GGUF sources; hf and orbax models carry their own."
         )
-    if goal.kind == "orbax" and shard_bytes != SHARD_BYTES:
-        raise ValueError("shard_bytes is for a target hf:DIR; orbax cuts its files itself.")
     if goal.kind == "orbax" and dtype != "keep":
         raise ValueError("dtype is for a target hf:DIR; an orbax checkpoint keeps the stored one.")
     if rounding != "nearest" and dtype == "keep":

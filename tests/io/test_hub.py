@@ -197,12 +197,12 @@ def test_what_cannot_be_had_is_one_line(hub, contents, change, message):
 def test_the_password_of_a_mirror_is_not_told(hub, contents, change, monkeypatch):
     hub.put(NAME, contents)
     place = change.get("address", hub.address.removeprefix("http://"))
-    use(monkeypatch, hub.cache, f"http://me:open@{place}")
+    use(monkeypatch, hub.cache, f"http://me:sesame@{place}")
     for name, value in change.items():
         setattr(hub, name, value)
     with pytest.raises(ValueError, match=rf"http://\*\*\*@{place}") as error:
         names.snapshot(NAME)
-    assert "open" not in str(error.value)
+    assert "sesame" not in str(error.value)
 
 
 def test_a_revision_that_is_not_there(hub, contents):

@@ -104,7 +104,6 @@ def test_another_dtype_with_either_rounding(tmp_path):
         ("hf:{model}", "hf:{model}", {}, "exists and is not empty; nothing was written"),
         ("hf:{model}", "gguf:{tmp}/x.gguf", {}, "only hf:DIR and orbax:DIR can be written"),
         ("hf:{model}", "orbax:{tmp}/x", {"dtype": "bfloat16"}, "dtype is for a target hf:DIR"),
-        ("hf:{model}", "orbax:{tmp}/x", {"shard_bytes": 9999}, "shard_bytes is for a target hf:"),
         (
             "hf:{model}",
             "hf:{tmp}/x",

@@ -62,6 +62,6 @@ def test_a_sweep_and_a_comparison_say_it_too(lossy, tmp_path, capsys):
         sweep(lossy, tmp_path / "sweep", design(lossy, ["patch.beta=1,2"], []))
     assert capsys.readouterr().out.count(LOST) == 1
     aligned = lossy.override({"align.enabled": True})
-    with interrupted_at("align: running"):
+    with interrupted_at("align: "):
         compare(aligned, tmp_path / "work", ComparisonOptions(methods="ties"))
     assert capsys.readouterr().out.count(LOST) == 1
