@@ -23,6 +23,7 @@ from tests.patch_file.models import (
     PATCHED,
     assert_same,
     bits_of,
+    copied,
     folder_of,
     patched_copy,
     python,
@@ -184,6 +185,19 @@ def test_in_place_keeps_links_modes_and_the_card_and_removes_the_certificate(pai
         p.stat().st_mode & 0o777 for p in (cache / "snapshots" / "1").glob("*.safetensors")
     } == {0o640}
     assert apply(patch, cache / "snapshots" / "1").moved == ()
+
+
+def test_what_lies_in_the_cache_of_the_hub_is_not_patched_in_place(pair, tmp_path):
+    base, _, patch = pair
+    folder = tmp_path / "models--org--base" / "snapshots" / (40 * "a")
+    folder.parent.mkdir(parents=True)
+    copied(base, folder)
+    (folder / "LICENCE.md").write_text("terms")
+    with pytest.raises(ValueError, match="is org/base@a{40} in the cache of the Hub.*--out"):
+        apply(patch, folder)
+    assert_same(folder, base)
+    out = apply(patch, folder, tmp_path / "out").folder
+    assert (out / "LICENCE.md").read_text() == "terms"
 
 
 def test_two_processes_do_not_patch_one_folder_at_once(pair):
